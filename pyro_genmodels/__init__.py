@@ -1,0 +1,36 @@
+"""Deep generative models as Pyro programs: every family a distribution, every objective a Pyro loss.
+
+Each name is loaded on first use (PEP 562), so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_homes = {
+    "distributions": ["Dequantized"],
+    "evaluation": ["compare", "log_likelihood"],
+    "families": [
+        "BPF", "MAF", "NAF", "NCSF", "NICE", "NSF", "SOSPF", "UNAF", "VAE", "Autoregressive", "Bernoulli", "Categorical",
+        "DiscretizedLogistic", "Flow", "Labels", "Normal", "RealNVP",
+    ],
+    "infer": ["MaximumLikelihood"],
+    "inference_data": ["to_arviz"],
+    "training": ["train"],
+}  # fmt: skip
+_home = {name: module for module, names in _homes.items() for name in names}
+_modules = ("datasets", "distributions", "divergences", "evaluation", "families", "infer", "training")
+
+__version__ = "0.1.0"
+__all__ = sorted([*_home, "distributions", "divergences", "evaluation", "families", "infer"])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _home:
+        return getattr(import_module(f"{__name__}.{_home[name]}"), name)
+    if name in _modules:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

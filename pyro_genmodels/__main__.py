@@ -1,0 +1,5 @@
+"""`python -m pyro_genmodels`."""
+
+from pyro_genmodels.cli import main
+
+main()

@@ -1,0 +1,13 @@
+"""Distributions: what families return, and what may stand at any `pyro.sample`."""
+
+from pyro_genmodels.distributions.autoregressive import Autoregression
+from pyro_genmodels.distributions.base import GenerativeDistribution, unwrap
+from pyro_genmodels.distributions.dequantized import Dequantized
+from pyro_genmodels.distributions.discretized import DiscretizedLogisticMixture
+from pyro_genmodels.distributions.flow import NormalizingFlow
+from pyro_genmodels.distributions.implicit import Implicit
+
+__all__ = [
+    "Autoregression", "Dequantized", "DiscretizedLogisticMixture", "GenerativeDistribution", "Implicit", "NormalizingFlow",
+    "unwrap",
+]  # fmt: skip

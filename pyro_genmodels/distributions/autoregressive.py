@@ -1,0 +1,79 @@
+r"""The chain rule as a distribution: :math:`p(x \mid c) = \prod_i p(x_i \mid x_{<i}, c)`, in any order of the coordinates.
+
+A density takes one pass of the network, which sees all of x but lets output i depend on earlier coordinates only; a draw
+takes one step per coordinate. Larochelle and Murray, *NADE* (2011); Germain et al., *MADE* (arXiv 1502.03509).
+"""
+
+from __future__ import annotations
+
+__all__ = ["Autoregression", "Conditionals"]
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Size, Tensor
+
+from pyro_genmodels.distributions.base import GenerativeDistribution
+from pyro_genmodels.distributions.likelihoods import Likelihood, Normal
+
+
+class Conditionals(Protocol):
+    """A network of the conditionals, over d coordinates in the order they are drawn."""
+
+    def __call__(self, features: Tensor, context: Tensor | None) -> Tensor:
+        """Features (..., d, num_inputs) of all coordinates -> parameters (..., d, num_outputs) of all conditionals."""
+
+    def steps(self, shape: Size, context: Tensor | None) -> Any:
+        """A generator of the parameters (*shape, num_outputs) of each conditional in turn; it is sent (`send`) the features
+        (*shape, num_inputs) of the coordinate just drawn.
+        """
+
+
+class Autoregression(GenerativeDistribution):
+    """A product of conditionals, one network pass for a density and one step per coordinate for a draw.
+
+    Args:
+        conditionals: the network.
+        likelihood: what one coordinate is, given the network's parameters.
+        order: the coordinates of the flattened event in the order they are drawn, (d,).
+        event_shape: shape of one datum, of d coordinates in all.
+        kwargs: passed to `GenerativeDistribution`.
+    """
+
+    def __init__(
+        self,
+        conditionals: Conditionals,
+        likelihood: Likelihood,
+        order: Tensor,
+        event_shape: Sequence[int],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(event_shape, support=kwargs.pop("support", likelihood.support), **kwargs)
+        self.conditionals, self.likelihood, self.order = conditionals, likelihood, order
+
+    @property
+    def has_rsample(self) -> bool:
+        return isinstance(self.likelihood, Normal)
+
+    def _features(self, x: Tensor) -> Tensor:
+        return self.likelihood.encode(x).to(self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.conditionals.parameters()).dtype
+
+    def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
+        y = self.likelihood.cast(y.flatten(-self.event_dim)[..., self.order], self._dtype)
+        return self.likelihood(self.conditionals(self._features(y), context)).log_prob(y).sum(-1)
+
+    def _draw(self, shape: Size, context: Tensor | None) -> Tensor:
+        steps = self.conditionals.steps(shape, context)
+        drawn = []
+        params = next(steps)
+        for last in [False] * (len(self.order) - 1) + [True]:
+            conditional = self.likelihood(params)
+            drawn.append(conditional.rsample() if conditional.has_rsample else conditional.sample())
+            if not last:
+                params = steps.send(self._features(drawn[-1]))
+        return torch.stack(drawn, -1)[..., self.order.argsort()].unflatten(-1, self.event_shape)

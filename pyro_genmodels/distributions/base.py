@@ -1,0 +1,201 @@
+r"""What every distribution of this library can do, and how ours are found inside Pyro's wrappers.
+
+A generative distribution :math:`p(x \mid c)` is a network and a context. The network is shared, never copied; the context
+carries the batch shape. A *pretransform* :math:`y = g(x)` leads from the data to the space the network models, and is
+counted in the density: :math:`\log p(x) = \log p_y(g(x)) + \log |\det \partial g / \partial x|`.
+
+A subclass says only how to score and how to draw in that space, for a value and a context that already have one common
+batch shape: the broadcasting, once and before any transform, is done here.
+"""
+
+from __future__ import annotations
+
+__all__ = ["GenerativeDistribution", "map_tensors", "sum_event", "unwrap"]
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
+from torch import Size, Tensor
+from torch.distributions import Distribution, Independent, Transform, constraints
+
+Density = Literal["exact", "lower bound", "unnormalized", "none"]
+
+
+class GenerativeDistribution(TorchDistribution):
+    """Base of the library's distributions.
+
+    Args:
+        event_shape: shape of one datum.
+        context: what the network is told, (batch..., c), or None.
+        support: where one coordinate may lie, or a constraint over the whole event.
+        pretransform: bijection from data to the space the network models, over whole events; None is the identity.
+        validate_args: as everywhere in torch.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    density: Density = "exact"
+    """What `log_prob` returns."""
+    advice: str = ""
+    """What to do instead, where something is missing."""
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        *,
+        context: Tensor | None = None,
+        batch_shape: Sequence[int] | None = None,
+        support: constraints.Constraint = constraints.real,
+        pretransform: Transform | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        event_shape = Size(event_shape)
+        if batch_shape is None:
+            batch_shape = () if context is None else context.shape[:-1]
+        self.context = context
+        self.pretransform = pretransform
+        missing = len(event_shape) - support.event_dim
+        self._support = constraints.independent(support, missing) if missing else support
+        super().__init__(Size(batch_shape), event_shape, validate_args=validate_args)
+
+    @abstractmethod
+    def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
+        """Log p_y, (batch...), for y (batch..., *event_shape) and context (batch..., c)."""
+
+    @abstractmethod
+    def _draw(self, shape: Size, context: Tensor | None) -> Tensor:
+        """Draws of y, (*shape, *event_shape), given context (*shape, c)."""
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return self._support
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density (nats) of value, (sample..., *batch_shape, *event_shape) -> (sample..., *batch_shape)."""
+        if not (value.is_floating_point() or self.support.is_discrete):
+            raise ValueError(
+                f"{type(self).__name__} has a density over real numbers, but the value holds {value.dtype}. Convert it "
+                "with .float(), or model integers with Flow(..., levels=K) or Dequantized(flow, levels=K)."
+            )
+        if self._validate_args:
+            self._validate_sample(value)
+        shape = torch.broadcast_shapes(value.shape[: value.dim() - self.event_dim], self.batch_shape)
+        y = value.expand(shape + self.event_shape)
+        log_det = 0.0
+        if self.pretransform is not None:
+            x, y = y, self.pretransform(y)
+            log_det = self.pretransform.log_abs_det_jacobian(x, y)
+        return self._log_prob(y, self._context_at(shape)) + log_det
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws without gradient, (*sample_shape, *batch_shape, *event_shape)."""
+        with torch.no_grad():
+            return self._transformed_draw(sample_shape)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws that carry the gradient of the parameters, (*sample_shape, *batch_shape, *event_shape)."""
+        if not self.has_rsample:
+            raise NotImplementedError(
+                f"{type(self).__name__} has no reparametrised draws (rsample). Use sample(), or SVI, which then uses "
+                "the score function."
+            )
+        return self._transformed_draw(sample_shape)
+
+    def _transformed_draw(self, sample_shape: Sequence[int]) -> Tensor:
+        shape = Size(sample_shape) + self.batch_shape
+        y = self._draw(shape, self._context_at(shape))
+        return y if self.pretransform is None else self.pretransform.inv(y)
+
+    def score(self, value: Tensor) -> Tensor:
+        r"""Score :math:`\nabla_x \log p(x)`, of the shape of the value broadcast with the batch shape."""
+        shape = torch.broadcast_shapes(value.shape[: value.dim() - self.event_dim], self.batch_shape)
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            x = value.expand(shape + self.event_shape)
+            x = x if x.requires_grad else x.detach().clone().requires_grad_()
+            (score,) = torch.autograd.grad(self.log_prob(x).sum(), x, create_graph=create_graph)
+        return score
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> GenerativeDistribution:
+        """The same distribution with a larger batch shape; nothing is copied."""
+        batch_shape = Size(batch_shape)
+        if torch.broadcast_shapes(self.batch_shape, batch_shape) != batch_shape:
+            raise ValueError(
+                f"{type(self).__name__} of batch shape {tuple(self.batch_shape)} cannot be expanded to "
+                f"{tuple(batch_shape)}: trailing sizes must be equal or 1."
+            )
+        new = self.__class__.__new__(self.__class__)
+        new.__dict__.update(self.__dict__, _batch_shape=batch_shape)
+        return new
+
+    @property
+    def mean(self) -> Tensor:
+        raise NotImplementedError(self._no_moment("mean", "mean(0)"))
+
+    @property
+    def variance(self) -> Tensor:
+        raise NotImplementedError(self._no_moment("variance", "var(0)"))
+
+    def _no_moment(self, name: str, method: str) -> str:
+        return f"{type(self).__name__} has no closed-form {name}. Estimate it: dist.sample((10_000,)).{method}."
+
+    def _context_at(self, shape: Size) -> Tensor | None:
+        return None if self.context is None else self.context.expand(shape + self.context.shape[-1:])
+
+    def _validate_sample(self, value: Tensor) -> None:
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(
+                f"{type(self).__name__} was given a value of shape {tuple(value.shape)} with "
+                f"{int((~value.isfinite()).sum())} NaN or infinite entries. Drop or impute these first, or mask their "
+                "rows with dist.mask(...) after filling them."
+            )
+        super()._validate_sample(value)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        memo: dict[int, Any] = {id(self): self}
+        return {name: map_tensors(value, _cut, memo) for name, value in self.__dict__.items()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GenerativeDistribution:
+        """A copy with tensors of its own, cut from the graph, and the same modules."""
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        new.__dict__.update(self.__getstate__())
+        return new
+
+
+def _cut(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def map_tensors(value: Any, fn: Callable[[Tensor], Tensor], memo: dict[int, Any] | None = None) -> Any:
+    """The value with fn applied to every tensor in it, inside distributions and transforms too, but not inside modules."""
+    memo = {} if memo is None else memo
+    if id(value) in memo:  # a transform and its inverse hold each other
+        return memo[id(value)]
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, (Distribution, Transform)):
+        memo[id(value)] = new = value.__class__.__new__(value.__class__)
+        new.__dict__.update({name: map_tensors(part, fn, memo) for name, part in vars(value).items()})
+        return new
+    if isinstance(value, (list, tuple)) and not isinstance(value, Size):
+        return type(value)(map_tensors(part, fn, memo) for part in value)
+    return value
+
+
+def sum_event(values: Tensor, event_dim: int) -> Tensor:
+    """The sum over the last event_dim dimensions."""
+    return values.flatten(values.dim() - event_dim).sum(-1) if event_dim else values
+
+
+def unwrap(fn: Distribution) -> Distribution:
+    """The distribution inside Pyro's `MaskedDistribution`, `Independent` and `ExpandedDistribution`."""
+    while isinstance(fn, (MaskedDistribution, Independent, ExpandedDistribution)):
+        fn = fn.base_dist
+    return fn

@@ -1,0 +1,71 @@
+r"""Implicit distributions: :math:`z \sim p(z)`, then :math:`x \sim p(x \mid z)`, with the integral over z out of reach.
+
+.. math:: p(x \mid c) = \int p(x \mid z, c)\, p(z \mid c)\, dz
+
+They can be drawn, and the draws may carry gradients, but there is no `log_prob`.
+Mohamed and Lakshminarayanan, *Learning in Implicit Generative Models* (arXiv 1610.03483).
+"""
+
+from __future__ import annotations
+
+__all__ = ["Implicit"]
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Size, Tensor
+from torch.distributions import Distribution
+
+from pyro_genmodels.distributions.base import Density, GenerativeDistribution
+
+
+class Implicit(GenerativeDistribution):
+    """Draws of x by way of a latent z.
+
+    Args:
+        prior: distribution of z, of batch shape () or the context's.
+        likelihood: (z, context) -> distribution of x, of z's batch shape and event shape `event_shape`.
+        event_shape: shape of one datum.
+        reparametrised: whether the draws carry gradients, which takes a prior and a likelihood that do.
+        advice: what to do instead of `log_prob`, for its error.
+        kwargs: passed to `GenerativeDistribution`.
+
+    Raises:
+        NotImplementedError: by `log_prob`, always.
+
+    Example:
+        >>> import torch, pyro.distributions as dist
+        >>> Implicit(dist.Normal(0.0, 1.0), lambda z, c: dist.Normal(z, 1.0), ()).sample((5,)).shape
+        torch.Size([5])
+    """
+
+    density: Density = "none"
+
+    def __init__(
+        self,
+        prior: Distribution,
+        likelihood: Callable[[Tensor, Tensor | None], Distribution],
+        event_shape: Sequence[int],
+        *,
+        reparametrised: bool = False,
+        advice: str = "Train it with Trace_ELBO on a model and guide that name its latent variables.",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(event_shape, **kwargs)
+        self.prior, self.likelihood = prior, likelihood
+        self.reparametrised, self.advice = reparametrised, advice
+
+    @property
+    def has_rsample(self) -> bool:
+        return self.reparametrised
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} has draws but no density. {self.advice}")
+
+    _log_prob = log_prob
+
+    def _draw(self, shape: Size, context: Tensor | None) -> Tensor:
+        prior = self.prior.expand(shape)
+        z = prior.rsample() if prior.has_rsample else prior.sample()
+        x = self.likelihood(z, context)
+        return x.rsample() if x.has_rsample else x.sample()

@@ -1,0 +1,154 @@
+r"""Several fits, one held-out set, one table.
+
+For fits :math:`m` and rows :math:`n` of data none of them has seen, with :math:`\ell_{mn}` the log-likelihood,
+
+.. math:: \mathrm{elpd}_m = \sum_n \ell_{mn}, \qquad
+    \mathrm{dse}_m = \sqrt{N}\,\mathrm{sd}_n(\ell_{\text{best},n} - \ell_{mn}), \qquad
+    w = \operatorname{argmax}_{w \in \Delta} \sum_n \log \sum_m w_m e^{\ell_{mn}}.
+
+The table reads as ArviZ's `compare`, but its elpd is held out, never a leave-one-out estimate. Stacking weights: Yao et al.,
+*Using Stacking to Average Bayesian Predictive Distributions* (arXiv 1704.02030).
+"""
+
+from __future__ import annotations
+
+__all__ = ["Comparison", "compare"]
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyro_genmodels.evaluation.log_likelihood import LogLikelihood, log_likelihood
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Fits judged on the same held-out data.
+
+    Attributes:
+        log_likelihoods: by name of the fit, best first.
+        dims: dimensions of one datum.
+    """
+
+    log_likelihoods: Mapping[str, LogLikelihood]
+    dims: int
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per fit, best first.
+
+        Columns: ``rank`` from 0; ``elpd`` (nats, summed over the held-out rows) and its ``se``; ``elpd_diff`` to the best and its
+        paired ``dse``; ``weight`` of stacking; ``kind`` and its ``num_samples``; ``nats`` (negative, per datum) and
+        ``bits_per_dim``.
+        """
+        import pandas as pd
+
+        values = self._values()
+        n = values.shape[1]
+        differences = values[0] - values
+        fits = list(self.log_likelihoods.values())
+        return pd.DataFrame(
+            {
+                "rank": range(len(fits)),
+                "elpd": values.sum(1),
+                "se": n**0.5 * values.std(1),
+                "elpd_diff": differences.sum(1),
+                "dse": n**0.5 * differences.std(1),
+                "weight": stacking_weights(values),
+                "kind": [fit.kind for fit in fits],
+                "num_samples": [fit.num_samples for fit in fits],
+                "nats": -values.mean(1),
+                "bits_per_dim": [fit.bits_per_dim(self.dims) for fit in fits],
+            },
+            index=pd.Index(self.log_likelihoods, name="fit"),
+        )
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Held-out elpd with its standard error, and each difference to the best with its own, paired one."""
+        import matplotlib.pyplot as plt
+
+        table = self.table
+        ax = plt.subplots(figsize=(7, 1 + 0.6 * len(table)), layout="constrained")[1] if ax is None else ax
+        y = -table["rank"].to_numpy()
+        ax.errorbar(table["elpd"], y, xerr=table["se"], fmt="o", color="black", label="elpd ± se")
+        ax.errorbar(
+            table["elpd"][1:], y[1:] + 0.2, xerr=table["dse"][1:], fmt="^", color="gray", label="± se of the difference"
+        )
+        ax.axvline(table["elpd"].iloc[0], color="gray", linestyle="--", linewidth=1)
+        ax.set_yticks(y, [f"{name}\n({kind})" for name, kind in table["kind"].items()])
+        ax.set_xlabel(f"held-out elpd (nats, {len(self._values()[0])} data)")
+        ax.set_ylim(y[-1] - 0.5, 0.6)
+        ax.legend(fontsize="small")
+        return ax
+
+    def _values(self) -> Tensor:
+        return torch.stack([fit.values.double().cpu() for fit in self.log_likelihoods.values()])
+
+    def __str__(self) -> str:
+        text = self.table.to_string(float_format=lambda v: f"{v:.3f}")
+        kinds = {fit.kind for fit in self.log_likelihoods.values()}
+        if len(kinds) > 1:
+            text += f"\nkinds differ ({', '.join(sorted(kinds))}): a bound understates its fit."
+        return f"held-out log-likelihood of {self._values().shape[1]} data\n{text}"
+
+
+def compare(fits: Mapping[str, Any], x: Tensor | None = None, *args: Any, **kwargs: Any) -> Comparison:
+    """Held-out log-likelihood of several fits on the same data.
+
+    Args:
+        fits: by name, what `log_likelihood` takes, or a `LogLikelihood` already computed on the same rows.
+        x: data none of the fits has seen, (N, ...).
+        args: the models' other arguments, with kwargs passed to `log_likelihood`.
+        kwargs: among them num_samples and batch_size.
+
+    Raises:
+        ValueError: without fits, and if the fits' rows differ.
+
+    Example:
+        >>> from pyro_genmodels import Flow, MAF, compare
+        >>> x = torch.randn(50, 2)
+        >>> list(compare({"spline": Flow((2,)), "affine": Flow((2,), transform=MAF())}, x).table["kind"])
+        ['exact', 'exact']
+    """
+    if not fits:
+        raise ValueError("compare wants at least one fit, but found none.")
+    judged = {}
+    for name, fit in fits.items():
+        if not isinstance(fit, LogLikelihood):
+            if x is None:
+                raise ValueError(f"compare was given the fit {name!r} but no data x to judge it on.")
+            fit = log_likelihood(fit, x, *args, **kwargs)
+        judged[name] = fit
+    rows = {name: len(fit.values) for name, fit in judged.items()}
+    if len(set(rows.values())) > 1:
+        raise ValueError(f"compare wants the same data for all fits, but found rows {rows}.")
+    best_first = sorted(judged, key=lambda name: -judged[name].mean)
+    return Comparison({name: judged[name] for name in best_first}, 1 if x is None else prod(x.shape[1:]))
+
+
+def stacking_weights(values: Tensor, *, max_steps: int = 10_000) -> Tensor:
+    """Weights of the mixture of fits that gives the data the highest likelihood, by expectation maximisation.
+
+    Args:
+        values: log-likelihoods, (fits, rows).
+        max_steps: bound on the steps; they end when no weight moves by more than 1e-9.
+
+    Returns:
+        (fits,), summing to one.
+    """
+    ratios = (values - values.max(0).values).exp()  # ArviZ takes exp(values) as they are, which is 0 for images
+    weights = torch.full((len(values),), 1 / len(values), dtype=values.dtype)
+    for _ in range(max_steps):
+        new = weights * (ratios / (weights @ ratios)).mean(1)
+        if (new - weights).abs().max() < 1e-9:
+            break
+        weights = new
+    return weights

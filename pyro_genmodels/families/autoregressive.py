@@ -1,0 +1,89 @@
+r"""Autoregressive models: one conditional per coordinate, all from one masked network.
+
+.. math:: \log p(x \mid c) = \sum_i \log p(x_i \mid x_{<i}, c)
+
+Trained by `MaximumLikelihood`. Germain et al., *MADE* (arXiv 1502.03509).
+"""
+
+from __future__ import annotations
+
+__all__ = ["Autoregressive"]
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_genmodels.distributions.autoregressive import Autoregression
+from pyro_genmodels.distributions.likelihoods import Likelihood, Normal
+from pyro_genmodels.families.family import Context, Family
+from pyro_genmodels.nn.masked import MADE
+
+
+class Autoregressive(Family):
+    """A masked autoregressive model (MADE).
+
+    Args:
+        event_shape: shape of one datum.
+        context: see `Family`.
+        likelihood: what one coordinate is: `Normal()`, `Bernoulli()`, `Categorical(k)` or `DiscretizedLogistic(levels)`.
+        order: the coordinates of the flattened event in the order they are drawn, a permutation; by default as they stand.
+        hidden: widths of the hidden layers.
+        dropout: rate at which hidden units are dropped in training.
+        support: with `Normal` conditionals, where one coordinate lies.
+        standardize: with `Normal` conditionals, see `Family`.
+        name: see `Family`.
+
+    Raises:
+        ValueError: if the order is no permutation.
+
+    Example:
+        >>> from pyro_genmodels import Autoregressive, Bernoulli
+        >>> made = Autoregressive((4,), likelihood=Bernoulli())
+        >>> outcomes = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 4)
+        >>> made().log_prob(outcomes).exp().sum()
+        tensor(1., grad_fn=<SumBackward0>)
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        *,
+        context: Context = 0,
+        likelihood: Likelihood | None = None,
+        order: Sequence[int] | Tensor | None = None,
+        hidden: Sequence[int] = (256, 256),
+        dropout: float = 0.0,
+        support: constraints.Constraint = constraints.real,
+        standardize: bool = True,
+        name: str | None = None,
+    ) -> None:
+        likelihood = likelihood or Normal()
+        support = likelihood.support_within(support)
+        super().__init__(event_shape, context=context, support=support, standardize=standardize, name=name)
+        self.likelihood = likelihood
+        features = self.event_shape.numel()
+        order = torch.arange(features) if order is None else torch.as_tensor(order)
+        if order.shape != (features,) or not order.sort().values.equal(torch.arange(features)):
+            raise ValueError(f"order wants a permutation of 0 .. {features - 1}, got {order.tolist()}.")
+        self.register_buffer("order", order)
+        self.conditionals = MADE(
+            features,
+            self.likelihood.num_inputs,
+            self.likelihood.num_outputs,
+            context=self.context_size,
+            hidden=hidden,
+            dropout=dropout,
+        )
+
+    def forward(self, context: Tensor | None = None) -> Autoregression:
+        return Autoregression(
+            self.conditionals,
+            self.likelihood,
+            self.order,
+            self.event_shape,
+            context=self.embed(context),
+            support=self.support,
+            pretransform=self.pretransform,
+        )

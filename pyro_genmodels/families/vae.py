@@ -1,0 +1,198 @@
+r"""Variational autoencoders: a latent :math:`z`, a decoder :math:`p(x \mid z)` and an encoder :math:`q(z \mid x)`.
+
+.. math:: \log p(x) \ge \mathbb{E}_{q(z \mid x)}[\log p(x \mid z) + \log p(z) - \log q(z \mid x)]
+
+with a gap of :math:`\mathrm{KL}(q(z \mid x) \| p(z \mid x))`. Trained by `Trace_ELBO`. Kingma and Welling (arXiv 1312.6114).
+"""
+
+from __future__ import annotations
+
+__all__ = ["VAE"]
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import expm1, log
+
+import pyro
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from pyro.nn import pyro_method
+from torch import Size, Tensor, nn
+from torch.distributions import Distribution, Transform, constraints
+
+from pyro_genmodels.distributions.base import map_tensors
+from pyro_genmodels.distributions.implicit import Implicit
+from pyro_genmodels.distributions.likelihoods import Likelihood, Normal
+from pyro_genmodels.families.family import Context, Family
+from pyro_genmodels.nn.mlp import MLP, call_batched
+
+
+class VAE(Family):
+    """A variational autoencoder, with sites ``z`` and ``x`` in the plate ``data``.
+
+    Args:
+        event_shape: shape of one datum.
+        context: see `Family`.
+        latent_dim: length of z, where no prior says otherwise.
+        likelihood: what one coordinate is, given z: `Normal()`, `Bernoulli()`, `Categorical(k)` or `DiscretizedLogistic(levels)`.
+        prior: distribution of z, over one event of any shape: a Pyro distribution, a family (conditional if it takes a context),
+            or None for a standard normal.
+        encoder: your own network, ``encoder(x)`` or ``encoder(x, context)`` -> the parameters (batch, 2 * latent size) of a
+            normal, location first, or the pair (location, scale). It sees x in about -1 to 1, (batch, *event_shape) (with
+            `Categorical`, one-hot in a last dimension).
+        decoder: your own network, ``decoder(z)`` or ``decoder(z, context)`` -> (batch, *event_shape, likelihood.num_outputs),
+            the last left out where it is 1.
+        hidden: widths of the hidden layers of the networks you do not name.
+        dropout: rate at which their hidden units are dropped in training.
+        support: with a `Normal` likelihood, where one coordinate lies.
+        standardize: with a `Normal` likelihood, see `Family`.
+        name: see `Family`.
+
+    Raises:
+        ValueError: by a network of your own whose output has another shape.
+
+    Example:
+        >>> from pyro_genmodels import VAE, Bernoulli
+        >>> vae = VAE((28, 28), latent_dim=8, likelihood=Bernoulli())
+        >>> vae().sample((5,)).shape
+        torch.Size([5, 28, 28])
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        *,
+        context: Context = 0,
+        latent_dim: int = 8,
+        likelihood: Likelihood | None = None,
+        prior: Distribution | Family | None = None,
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+        hidden: Sequence[int] = (256, 256),
+        dropout: float = 0.0,
+        support: constraints.Constraint = constraints.real,
+        standardize: bool = True,
+        name: str | None = None,
+    ) -> None:
+        likelihood = likelihood or Normal()
+        support = likelihood.support_within(support)
+        super().__init__(event_shape, context=context, support=support, standardize=standardize, name=name)
+        if prior is not None and _innermost(prior.support) is not constraints.real:
+            raise ValueError(f"VAE's guide is normal, so the prior must cover the reals, but its support is {prior.support}.")
+        self.likelihood = likelihood
+        self.prior = prior
+        self.latent_shape = Size((latent_dim,)) if prior is None else prior.event_shape
+        latent_size, values = self.latent_shape.numel(), self.event_shape.numel()
+        inputs = values * likelihood.num_inputs + self.context_size
+        outputs = (*self.event_shape, likelihood.num_outputs)
+        self.encoder = encoder or _Flat(inputs, (2 * latent_size,), hidden, dropout)
+        self.decoder = decoder or _Flat(latent_size + self.context_size, outputs, hidden, dropout)
+
+    def forward(self, context: Tensor | None = None) -> Implicit:
+        prior = self._prior(context)
+        return Implicit(
+            prior,
+            self._decode(),
+            self.event_shape,
+            context=self.embed(context),
+            support=self.support,
+            reparametrised=prior.has_rsample and not self.support.is_discrete,
+            advice="Train it by Trace_ELBO with vae.model and vae.guide; for its likelihood use log_likelihood(vae, x).",
+        )
+
+    @pyro_method
+    def model(self, x: Tensor | None = None, context: Tensor | None = None, *, size: int | None = None) -> Tensor:
+        """Z from the prior, then x given z; arguments as in `Family.model`."""
+        x = self.check(x)
+        if x is not None:
+            x = self.likelihood.cast(x, self.loc.dtype)
+        with self.plate(x, context, size):
+            z = pyro.sample("z", self._prior(context))
+            return pyro.sample("x", self._decode()(z, self.embed(context)), obs=x)
+
+    @pyro_method
+    def guide(self, x: Tensor | None = None, context: Tensor | None = None, *, size: int | None = None) -> Tensor | None:
+        """Z given x, normal in each coordinate; nothing where there is no x."""
+        x = self.check(x)
+        if x is None:
+            return None
+        with self.plate(x, context, size):
+            return pyro.sample("z", self.posterior(x, context))
+
+    @pyro_method
+    def posterior(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
+        """The encoder's distribution of z given data x, (batch..., *event_shape): batch shape (batch...)."""
+        batch = x.shape[: x.dim() - len(self.event_shape)]
+        x = self.likelihood.cast(x, self.loc.dtype)
+        x = x if self.pretransform is None else self.pretransform(x)
+        features = self.likelihood.encode(x).to(self.loc.dtype)
+        features = features.squeeze(-1) if self.likelihood.num_inputs == 1 else features
+        out = call_batched(self.encoder, batch, features, self.embed(context))
+        if not isinstance(out, tuple):
+            wanted = (*batch, 2 * self.latent_shape.numel())
+            if out.shape != wanted:
+                raise ValueError(f"The encoder should return {wanted} or a pair (loc, scale), but returned {tuple(out.shape)}.")
+            loc, raw = out.chunk(2, -1)
+            out = loc, F.softplus(raw + log(expm1(1.0))) + 1e-5
+        loc, scale = (part.reshape(batch + self.latent_shape) for part in out)
+        return dist.Normal(loc, scale).to_event(len(self.latent_shape))
+
+    def _decode(self) -> _Decode:
+        """The decoder, read from the module here so that Pyro sees its parameters."""
+        return _Decode(self.decoder, self.likelihood, self.latent_shape, self.event_shape, self.pretransform)
+
+    def _prior(self, context: Tensor | None) -> dist.TorchDistribution:
+        if self.prior is None:
+            zero = self.loc.new_zeros(self.latent_shape)
+            return dist.Normal(zero, zero + 1).to_event(len(self.latent_shape))
+        if isinstance(self.prior, Family):
+            return self.prior(context if self.prior.context is not None else None)
+        return self.prior
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VAE:  # noqa: FBT001, FBT002
+        super()._apply(fn, recurse)
+        if isinstance(self.prior, Distribution):
+            self.prior = map_tensors(self.prior, fn)
+        return self
+
+
+@dataclass(frozen=True)
+class _Decode:
+    """z (batch..., *latent_shape) and context (batch..., c) -> the distribution of x."""
+
+    decoder: nn.Module
+    likelihood: Likelihood
+    latent_shape: Size
+    event_shape: Size
+    pretransform: Transform | None
+
+    def __call__(self, z: Tensor, context: Tensor | None) -> dist.TorchDistribution:
+        batch = z.shape[: z.dim() - len(self.latent_shape)]
+        params = call_batched(self.decoder, batch, z, context)
+        wanted = (*batch, *self.event_shape, self.likelihood.num_outputs)
+        if wanted[-1] == 1 and params.shape == wanted[:-1]:
+            params = params.unsqueeze(-1)
+        if params.shape != wanted:
+            raise ValueError(f"The decoder should return {wanted}, but returned {tuple(params.shape)}.")
+        x = self.likelihood(params).to_event(len(self.event_shape))
+        return x if self.pretransform is None else dist.TransformedDistribution(x, [self.pretransform.inv])
+
+
+class _Flat(nn.Module):
+    """A dense network over the flattened input and the context."""
+
+    def __init__(self, inputs: int, output_shape: Sequence[int], hidden: Sequence[int], dropout: float) -> None:
+        super().__init__()
+        self.output_shape = Size(output_shape)
+        self.mlp = MLP(inputs, self.output_shape.numel(), hidden, dropout=dropout)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        parts = [x.flatten(1)] if context is None else [x.flatten(1), context]
+        return self.mlp(torch.cat(parts, -1)).unflatten(-1, self.output_shape)
+
+
+def _innermost(support: constraints.Constraint) -> constraints.Constraint:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support

@@ -1,0 +1,50 @@
+r"""Maximum likelihood: the minimiser of the forward KL divergence from the data.
+
+.. math:: L(\theta) = -\sum_{n=1}^{N} \log p_\theta(x_n) \approx -\frac{N}{B} \sum_{n \in \text{batch}} \log p_\theta(x_n)
+
+The second form is what a subsampled plate gives: an unbiased estimate, with an unbiased gradient.
+"""
+
+from __future__ import annotations
+
+__all__ = ["MaximumLikelihood"]
+
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_genmodels.infer.objective import Objective
+
+
+class MaximumLikelihood(Objective):
+    """The negative log-likelihood (nats) of the observed sites, scaled by the plates.
+
+    Raises:
+        ValueError: for a model with latent variables, or a site whose density is missing or not normalised; it names the
+            objective to use.
+
+    Example:
+        >>> import torch
+        >>> from pyro_genmodels import Flow, MaximumLikelihood
+        >>> flow, x = Flow((2,)), torch.randn(100, 2)
+        >>> loss = MaximumLikelihood()(flow)
+        >>> optimiser = torch.optim.Adam(loss.parameters(), lr=1e-3)
+        >>> loss(x).backward(); optimiser.step()
+    """
+
+    def per_datum(self, dist: Distribution, x: Tensor) -> Tensor:
+        return -dist.log_prob(x)
+
+    def check(self, name: str, dist: Distribution) -> None:
+        density = getattr(dist, "density", "exact")
+        if density not in ("exact", "lower bound"):
+            found = "no density" if density == "none" else f"an {density} density"
+            raise ValueError(
+                f"MaximumLikelihood needs a density, but site {name!r} holds {type(dist).__name__}, which has {found}. "
+                f"{dist.advice}"
+            )
+
+    def check_latents(self, names: list[str]) -> None:
+        raise ValueError(
+            f"MaximumLikelihood cannot integrate over latent variables, but the model has {', '.join(map(repr, names))}. Use "
+            "pyro.infer.Trace_ELBO with a guide for them."
+        )

@@ -1,0 +1,177 @@
+r"""What every objective is: a Pyro loss that speaks of one datum.
+
+Run the guide, run the model against it, and add up over the sites
+
+.. math:: L = \sum_{x \text{ observed}} s_x\, m_x\, \ell(p_x, x) - \sum_z s_z\, m_z\, (\log p_z - \log q_z),
+
+with :math:`s` the scale and :math:`m` the mask that plates and handlers give a site. An objective supplies :math:`\ell`
+(`per_datum`); with :math:`\ell = -\log p` this is the negative ELBO. Gradients pass through reparametrised draws, and by the
+score function, Rao-Blackwellised over plates, through others. Nothing here reads a tensor's value, so a loss can be captured
+as one graph (with Pyro's validation off).
+
+Wingate and Weber (arXiv 1301.1299); Ranganath et al., *Black Box Variational Inference* (arXiv 1401.0118).
+"""
+
+from __future__ import annotations
+
+__all__ = ["Objective"]
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.distributions.util import is_identically_zero, scale_and_mask
+from pyro.infer import ELBO
+from pyro.infer.elbo import ELBOModule
+from pyro.infer.trace_elbo import _compute_log_r
+from pyro.infer.util import is_validation_enabled, torch_item
+from pyro.poutine import Trace
+from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent
+
+from pyro_genmodels import traces
+from pyro_genmodels.distributions.base import sum_event
+
+
+class Objective(ELBO):
+    """Base of all objectives. Its arguments are those of `pyro.infer.ELBO`; the ones users set:
+
+    Args:
+        num_particles: runs of guide and model that are averaged.
+        vectorize_particles: whether these are one run in an outermost plate.
+        max_plate_nesting: how many dimensions plates take, if that should not be found out by a run.
+    """
+
+    @abstractmethod
+    def per_datum(self, dist: Distribution, x: Tensor) -> Tensor:
+        """The loss (nats) of each datum at an observed site.
+
+        Args:
+            dist: the site's distribution, out of Pyro's wrappers.
+            x: the observed value, (batch..., *event_shape).
+
+        Returns:
+            (batch...).
+        """
+
+    def check(self, name: str, dist: Distribution) -> None:
+        """Raises a ValueError if the distribution at the observed site `name` cannot be used, naming what can."""
+
+    def check_latents(self, names: list[str]) -> None:
+        """Raises a ValueError if the model's latent variables of these names cannot be there, naming what to use."""
+
+    # Pyro's two doors.
+
+    def __call__(self, model: Any, guide: Any = None) -> ELBOModule:
+        """A module whose call is the loss and whose parameters are the model's and the guide's.
+
+        Args:
+            model: a module, a bound method of one, a function, or (without a guide) a family.
+            guide: likewise; None is the family's own, or an empty one.
+        """
+        if guide is None:
+            try:
+                model, guide = traces.as_pair(model)
+            except TypeError:
+                guide = traces.no_latents
+        return _ObjectiveModule(model, guide, self)
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss, summed over the data, whose gradient is the estimate."""
+        losses = [self._particle(*pair) for pair in self._get_traces(model, guide, args, kwargs)]
+        loss, surrogate = (sum(part) / len(losses) for part in zip(*losses, strict=True))
+        if is_validation_enabled():
+            warn_if_nan(loss, "loss")
+        return loss + surrogate - surrogate.detach()
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The loss as a number, without gradients."""
+        with torch.no_grad():
+            return torch_item(self.differentiable_loss(model, guide, *args, **kwargs))
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The loss as a number, its gradients added to the parameters'."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward(retain_graph=self.retain_graph)
+        return torch_item(loss)
+
+    # Traces, and what they add up to.
+
+    def _get_traces(self, model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[tuple[Trace, Trace]]:
+        if self.vectorize_particles and self.num_particles > 1:
+            nesting = self.max_plate_nesting - 1  # pyro.infer.ELBO counts the particles' plate in
+            if nesting == float("inf"):
+                nesting = traces.max_plate_nesting(model, guide, args, kwargs)
+                self.max_plate_nesting = nesting + 1
+            yield traces.run_particles(model, guide, args, kwargs, self.num_particles, -nesting - 1)
+        else:
+            for _ in range(self.num_particles):
+                yield self._get_trace(model, guide, args, kwargs)
+
+    def _get_trace(self, model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Trace, Trace]:
+        return traces.run(model, guide, args, kwargs)
+
+    def _particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
+        """The loss and the surrogate that has its gradient; vectorised particles are averaged."""
+        self._score(model_trace, guide_trace)
+        loss, surrogate = 0.0, 0.0
+        for site in traces.samples(model_trace).values():
+            loss = loss - site["log_prob_sum"]
+        surrogate = surrogate + loss
+        log_r = None
+        for site in traces.samples(guide_trace).values():
+            loss = loss + site["log_prob_sum"]
+            _, score_function, entropy = site["score_parts"]
+            if not is_identically_zero(entropy):
+                surrogate = surrogate + entropy.sum()
+            if not is_identically_zero(score_function):
+                log_r = log_r or _compute_log_r(model_trace, guide_trace)
+                surrogate = surrogate - (log_r.sum_to(site["cond_indep_stack"]) * score_function).sum()
+        n = self.num_particles if self.vectorize_particles else 1
+        return loss / n, surrogate / n
+
+    def _score(self, model_trace: Trace, guide_trace: Trace) -> None:
+        """Writes into the traces what Pyro's estimators read there, with this objective's word for the observed sites."""
+        names = traces.latents(model_trace)
+        if names:
+            self.check_latents(names)
+        for name, site in traces.samples(model_trace).items():
+            if site["is_observed"]:
+                self._score_observed(name, site)
+        model_trace.compute_log_prob(site_filter=lambda name, site: not site["is_observed"])
+        guide_trace.compute_score_parts()
+        if is_validation_enabled():
+            check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
+            for trace in (model_trace, guide_trace):
+                for site in traces.samples(trace).values():
+                    check_site_shape(site, self.max_plate_nesting)
+
+    def _score_observed(self, name: str, site: dict[str, Any]) -> None:
+        def term(dist: Distribution) -> Tensor:
+            self.check(name, dist)
+            return -self.per_datum(dist, site["value"])
+
+        site["unscaled_log_prob"] = through_wrappers(site["fn"], term)
+        site["log_prob"] = scale_and_mask(site["unscaled_log_prob"], site["scale"], site["mask"])
+        site["log_prob_sum"] = site["log_prob"].sum()
+
+
+def through_wrappers(fn: Distribution, term: Callable[[Distribution], Tensor]) -> Tensor:
+    """A term of the innermost distribution, summed and masked as Pyro's wrappers around it sum and mask its `log_prob`."""
+    if isinstance(fn, MaskedDistribution):
+        return scale_and_mask(through_wrappers(fn.base_dist, term), mask=fn._mask)
+    if isinstance(fn, Independent):
+        return sum_event(through_wrappers(fn.base_dist, term), fn.reinterpreted_batch_ndims)
+    return term(fn)
+
+
+class _ObjectiveModule(ELBOModule):
+    """Pyro's module of a loss, which also finds the parameters behind bound methods."""
+
+    def __init__(self, model: Any, guide: Any, elbo: ELBO) -> None:
+        super().__init__(model, guide, elbo)
+        self.owners = nn.ModuleList(traces.owners(model, guide))

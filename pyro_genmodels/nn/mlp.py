@@ -1,0 +1,58 @@
+"""The dense network used where a user names no other."""
+
+from __future__ import annotations
+
+__all__ = ["MLP", "call_batched"]
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Size, Tensor, nn
+
+
+class MLP(nn.Sequential):
+    """A multilayer perceptron, (..., in_features) -> (..., out_features).
+
+    Args:
+        in_features: length of the input vector.
+        out_features: length of the output vector.
+        hidden: widths of the hidden layers.
+        dropout: rate at which hidden units are dropped in training.
+        activation: constructor of the nonlinearity.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        hidden: Sequence[int] = (128, 128),
+        *,
+        dropout: float = 0.0,
+        activation: Callable[[], nn.Module] = nn.SiLU,
+    ) -> None:
+        layers: list[nn.Module] = []
+        for before, after in zip((in_features, *hidden), hidden, strict=False):
+            layers += [nn.Linear(before, after), activation()]
+            layers += [nn.Dropout(dropout)] if dropout else []
+        super().__init__(*layers, nn.Linear((in_features, *hidden)[-1], out_features))
+
+
+def call_batched(network: Callable[..., Any], batch: Size, x: Tensor, context: Tensor | None) -> Any:
+    """Calls a network that knows one batch dimension on inputs that have any number.
+
+    Args:
+        network: called as network(x) or, with a context, as network(x, context).
+        batch: the batch shape.
+        x: (*batch, ...).
+        context: (..., c), broadcast to (*batch, c), or None.
+
+    Returns:
+        What the network returns, a tensor or a tuple, each with the first dimension unflattened to the batch shape.
+    """
+    inputs = [x.reshape(-1, *x.shape[len(batch) :])]
+    if context is not None:
+        inputs.append(context.expand(*batch, context.shape[-1]).reshape(-1, context.shape[-1]))
+    out = network(*inputs)
+    if isinstance(out, tuple):
+        return tuple(part.reshape(*batch, *part.shape[1:]) for part in out)
+    return out.reshape(*batch, *out.shape[1:])

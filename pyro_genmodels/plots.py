@@ -1,0 +1,56 @@
+"""Pictures of what was learned."""
+
+from __future__ import annotations
+
+__all__ = ["image_grid", "loss_curves"]
+
+from collections.abc import Mapping, Sequence
+from math import ceil
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def image_grid(images: Tensor, *, columns: int = 10, title: str = "") -> Figure:
+    """Images in rows, dark on light.
+
+    Args:
+        images: (N, height, width), N at least 1.
+        columns: images in a row.
+        title: over the picture.
+    """
+    from matplotlib.figure import Figure
+
+    n, height, width = images.shape
+    rows = ceil(n / columns)
+    padded = images.new_full((rows * columns, height + 2, width + 2), images.min().item())
+    padded[:n, 1:-1, 1:-1] = images
+    grid = padded.unflatten(0, (rows, columns)).transpose(1, 2).reshape(rows * (height + 2), columns * (width + 2))
+    figure = Figure(figsize=(0.6 * columns, 0.6 * rows + (0.4 if title else 0)), layout="constrained")
+    ax = figure.subplots()
+    ax.imshow(grid.cpu(), cmap="gray_r", interpolation="nearest")
+    ax.set_axis_off()
+    ax.set_title(title)
+    return figure
+
+
+def loss_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """Training loss (dotted) and validation loss (solid) of each fit, in nats per datum over epochs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    ax = figure.subplots()
+    for i, (name, history) in enumerate(histories.items()):
+        epochs = [record["epoch"] for record in history]
+        ax.plot(epochs, [record["train"] for record in history], ":", color=f"C{i}", linewidth=1)
+        ax.plot(epochs, [record.get("valid", float("nan")) for record in history], color=f"C{i}", label=name)
+    best = min(min(record["train"] for record in history) for history in histories.values())
+    first = max(history[0].get("valid", history[0]["train"]) for history in histories.values())
+    ax.set_ylim(best - 0.05 * abs(best), min(first, best + 0.8 * abs(best)))
+    ax.set_xlabel("epoch")
+    ax.set_ylabel("nats per datum (dotted: training)")
+    ax.legend()
+    return figure
