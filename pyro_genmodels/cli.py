@@ -78,9 +78,8 @@ def compare(
         recipe: Recipe = RECIPES[data][name]
         fits[name] = learn(recipe, dataset, name, out, seed=seed, device=device, epochs=epochs, progress=not quiet)
         judged[name] = judge(recipe, fits[name], dataset, device=device)
-    table = write(
-        dataset, fits, judged, out, {"data": data, "families": names, "seed": seed, "device": device, "epochs": epochs}
-    )
+    arguments = {"data": data, "families": names, "seed": seed, "device": device, "epochs": epochs}
+    table = write(dataset, fits, judged, out, arguments)
     _print(table, dataset.name, len(dataset.test))
     if not quiet:
         typer.echo(f"tables, pictures, ArviZ files and checkpoints: {out}")

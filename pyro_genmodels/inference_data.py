@@ -39,8 +39,9 @@ def to_arviz(
     """What a fit says, as ArviZ data of one chain.
 
     Groups: ``posterior``, draws of the latent variables from the guide; ``posterior_predictive``, draws of what the model
-    observes; ``sample_stats`` with ``log_p``, ``log_q`` and ``log_weight`` (nats) of each posterior draw; ``observed_data``. Plates
-    are dimensions by their names. A family called without data gives draws of x, and of its latent variables from their prior.
+    observes; ``sample_stats`` with ``log_p``, ``log_q`` and ``log_weight`` (nats) of each posterior draw; ``observed_data``.
+    Plates are dimensions by their names. A family called without data gives draws of x, and of its latent variables from
+    their prior.
 
     Args:
         fit: a family, an `SVI`, or a pair (model, guide).
@@ -69,7 +70,7 @@ def to_arviz(
     with torch.no_grad(), poutine.block(), traces.evaluation_mode(model, guide):
         nesting = traces.max_plate_nesting(model, guide, args, kwargs)
         blocks = [
-            _draw(model, guide, args, kwargs, min(batch_size, num_samples - start), nesting, named, given)
+            _draw(model, guide, args, kwargs, min(batch_size, num_samples - start), nesting, named, given=given)
             for start in range(0, num_samples, batch_size)
         ]
     groups: dict[str, Named] = {}
@@ -90,7 +91,7 @@ def _draws_family(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> bool:
 
 
 def _draw(
-    model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], n: int, nesting: int, dims: Mapping, given: bool
+    model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], n: int, nesting: int, dims: Mapping, *, given: bool
 ) -> dict[str, Named]:
     """One block of n draws of every group."""
     dim = -nesting - 1
@@ -161,6 +162,6 @@ def _numpy(value: Tensor) -> np.ndarray:
 def _inference_data(groups: Mapping[str, Named], coords: Mapping[str, Sequence[Any]] | None) -> arviz.InferenceData:
     import arviz as az
 
-    drawn = {g: {n: v for n, (v, _) in variables.items()} for g, variables in groups.items()}
+    drawn: dict[str, Any] = {g: {n: v for n, (v, _) in variables.items()} for g, variables in groups.items()}
     dims = {n: [d for d in names if d not in ("chain", "draw")] for v in groups.values() for n, (_, names) in v.items()}
     return az.from_dict(**drawn, dims=dims, coords=dict(coords or {}))

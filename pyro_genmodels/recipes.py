@@ -56,7 +56,7 @@ def _autoregressive(data: Dataset) -> Family:
 
 RECIPES: Mapping[str, Mapping[str, Recipe]] = {
     "digits": {
-        "flow": Recipe(_flow, learning_rate=2e-3, num_samples=32),
+        "flow": Recipe(_flow, learning_rate=2e-3),
         "vae": Recipe(_vae),
         "autoregressive": Recipe(_autoregressive),
     }
@@ -104,12 +104,13 @@ def write(
     table["se"] /= len(data.test)
     columns = ["kind", "num_samples", "nats", "se", "bits_per_dim", "seconds", "elpd", "elpd_diff", "dse", "weight"]
     table[columns].to_csv(out / "table.csv", float_format="%.6g")
-    comparison.plot().figure.savefig(out / "compare.png", dpi=120)
+    picture: Any = comparison.plot().figure
+    picture.savefig(out / "compare.png", dpi=120)
     plots.loss_curves({name: fit.history for name, fit in fits.items()}).savefig(out / "loss.png", dpi=120)
     for name, fit in fits.items():
         draws = to_arviz(fit.family, num_samples=100)
         draws.to_netcdf(str(out / f"{name}.nc"))
-        images = torch.as_tensor(draws.posterior_predictive["x"].to_numpy()[0])
+        images = torch.as_tensor(draws["posterior_predictive"]["x"].to_numpy()[0])
         plots.image_grid(images, title=name).savefig(out / f"samples_{name}.png", dpi=120)
     packages = ("pyro-genmodels", "pyro-ppl", "torch", "zuko", "arviz", "numpy", "scikit-learn")
     record = {

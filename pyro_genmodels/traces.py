@@ -67,12 +67,12 @@ def evaluation_mode(*fns: Any) -> Iterator[None]:
             m.training = training
 
 
-def run(model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> tuple[Trace, Trace]:
+def run(model: Callable[..., Any], guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Trace, Trace]:
     """One run of the guide and of the model against it, without log probabilities: (model trace, guide trace)."""
     messenger = poutine.unwrap(guide)
     if isinstance(messenger, Messenger):
         guide(*args, **kwargs)
-        model_trace, guide_trace = messenger.get_traces()
+        model_trace, guide_trace = messenger.get_traces()  # type: ignore[attr-defined]
     else:
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
@@ -87,7 +87,7 @@ def run_particles(
     return run(plate(model), plate(guide), args, kwargs)
 
 
-def samples(trace: Trace) -> dict[str, dict[str, Any]]:
+def samples(trace: Trace) -> dict[str, Any]:
     """The sample sites of a trace, by name."""
     return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
 

@@ -1,7 +1,7 @@
 r"""One training loop for every fit: epochs of minibatches, early stopping, averaged weights, checkpoints.
 
-The loss it reports is nats per datum: each minibatch of B out of N rows is scaled by N / B by the model's plate and by 1 / N here.
-Many devices and machines are lightning's business.
+The loss it reports is nats per datum: each minibatch of B out of N rows is scaled by N / B by the model's plate and by 1 / N
+here. Many devices and machines are lightning's business.
 
 Early stopping: Prechelt (1998). Averaged weights: Polyak and Juditsky (1992), as an exponential moving average.
 """
@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from pyro_genmodels import traces
+from pyro_genmodels.families.family import Family
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
 
 Batch = tuple[Tensor, Tensor | None]
@@ -46,7 +47,8 @@ class Fit:
 
     Attributes:
         family: what was trained, with its best parameters: the family, or the pair (model, guide).
-        history: one record per epoch: ``epoch`` (from 1), ``train`` and ``valid`` (nats per datum), ``seconds`` since the start.
+        history: one record per epoch: ``epoch`` (from 1), ``train`` and ``valid`` (nats per datum), ``seconds`` since
+            the start.
         best: the record of the epoch whose parameters were kept.
         stopped: why training ended.
     """
@@ -98,8 +100,8 @@ def train(
         epochs: passes over the data, at most.
         batch_size: rows per step.
         patience: epochs without a better validation loss before training stops.
-        average: decay per step of an exponential moving average of the parameters, such as 0.99, which is then what is validated
-            and kept; None keeps the parameters themselves.
+        average: decay per step of an exponential moving average of the parameters, such as 0.99, which is then what is
+            validated and kept; None keeps the parameters themselves.
         clip_norm: largest norm of the gradient (per datum); None does not clip.
         checkpoint: path without suffix: at each best epoch the state goes to ``.safetensors`` and the history to ``.json``.
         seed: of all random numbers.
@@ -110,7 +112,8 @@ def train(
 
     Raises:
         ValueError: on empty data or rows of context that do not match.
-        FloatingPointError: if the loss is NaN or infinite before there is anything to keep; later, training stops with a warning.
+        FloatingPointError: if the loss is NaN or infinite before there is anything to keep; later, training stops with a
+            warning.
 
     Example:
         >>> from pyro_genmodels import Flow
@@ -128,8 +131,11 @@ def train(
     held_out = None if valid is None else _Batches(*_pair(valid), max(batch_size, 256), modules)
     for module in modules:
         module.train()
-        if hasattr(module, "standardize") and batches.x is not None:
-            module.standardize(batches.x)
+    family = getattr(model, "__self__", None)
+    if isinstance(family, Family):
+        for part in (batches, held_out):
+            if part is not None and part.x is not None:
+                family.check(part.x)
     loop = _Loop(model, guide, objective or _default_objective(model, guide, batches.first()), batches.rows)
     parameters = loop.parameters(batches.first())
     optimiser = _optimiser(optim, parameters)
@@ -188,7 +194,7 @@ def train(
 class _Loop:
     """The loss of a batch in nats per datum, by whatever Pyro loss."""
 
-    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], objective: ELBO, rows: int) -> None:
+    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], objective: Any, rows: int) -> None:
         self.model, self.guide, self.objective, self.rows = model, guide, objective, rows
         self.sized = "size" in inspect.signature(model).parameters
 
@@ -210,7 +216,7 @@ class _Loop:
         """What a step trains: the parameters Pyro sees in one."""
         with poutine.trace(param_only=True) as capture:
             self.step(batch)
-        found = [site["value"].unconstrained() for site in capture.trace.nodes.values()]
+        found = [site["value"].unconstrained() for site in capture.trace.nodes.values()]  # type: ignore[union-attr]
         found = list({id(p): p for p in found if p.requires_grad}.values())
         if not found:
             raise ValueError(
@@ -224,12 +230,14 @@ class _Batches:
 
     def __init__(self, data: Any, context: Any, batch_size: int, modules: list[nn.Module]) -> None:
         like = next((p for m in modules for p in m.parameters()), torch.empty(0))
-        self.to = lambda t: t.to(like.device, like.dtype if t.is_floating_point() else t.dtype, non_blocking=True)
+        self.device, self.dtype = like.device, like.dtype
         self.loader = data if isinstance(data, DataLoader) else None
         if self.loader is not None:
             if context is not None:
                 raise ValueError("With a DataLoader the context comes in its batches, as (x, context): leave context out.")
-            self.x, self.rows = None, len(data.dataset)
+            self.x: Any = None
+            self.context: Any = None
+            self.rows = len(data.dataset)
         else:
             self.x = self.to(torch.as_tensor(data))
             self.context = None if context is None else self.to(torch.as_tensor(context))
@@ -241,6 +249,9 @@ class _Batches:
                 f"There are {self.rows} rows of data but {len(self.context)} of context. Pass one context per row."
             )
         self.count = ceil(self.rows / batch_size)
+
+    def to(self, t: Tensor) -> Tensor:
+        return t.to(self.device, self.dtype if t.is_floating_point() else t.dtype, non_blocking=True)
 
     def first(self) -> Batch:
         return next(self.in_order())
@@ -257,7 +268,7 @@ class _Batches:
                 x, context = _pair(batch)
                 yield self.to(x), None if context is None else self.to(context)
             return
-        for rows in order.to(self.x.device).tensor_split(self.count):  # of sizes that differ by one at most
+        for rows in order.to(self.device).tensor_split(self.count):  # of sizes that differ by one at most
             yield self.x[rows], None if self.context is None else self.context[rows]
 
 
@@ -275,24 +286,24 @@ class _Weights:
 
     def __init__(self, parameters: list[nn.Parameter], modules: list[nn.Module], decay: float | None) -> None:
         self.live = nn.ParameterList(parameters)
-        self.average = decay and AveragedModel(self.live, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.average = None if decay is None else AveragedModel(self.live, multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.buffers = [b for m in modules for b in m.buffers()]
         self.best: list[Tensor] | None = None
 
     def update(self) -> None:
-        if self.average:
+        if self.average is not None:
             self.average.update_parameters(self.live)
 
     @property
     def kept(self) -> list[Tensor]:
-        return [p.detach() for p in (self.average.module if self.average else self.live)]
+        return [p.detach() for p in (self.live if self.average is None else self.average.module).parameters()]
 
     def keep(self) -> None:
         self.best = [t.clone() for t in (*self.kept, *self.buffers)]
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        with self._as(self.kept if self.average else []):
+        with self._as([] if self.average is None else self.kept):
             yield
 
     @contextmanager
@@ -335,8 +346,8 @@ def _optimiser(optim: Any, parameters: list[nn.Parameter]) -> Optimizer:
     if isinstance(optim, PyroOptim):
         if callable(optim.pt_optim_args):
             raise ValueError("train wants an optimiser with one set of options, but found a function of the parameter's name.")
-        return optim.pt_optim_constructor(parameters, **optim.pt_optim_args)
-    if isinstance(optim, Optimizer) or not callable(optim):
+        return optim.pt_optim_constructor(parameters, **optim.pt_optim_args)  # type: ignore[operator]
+    if not callable(optim) or isinstance(optim, Optimizer):
         raise TypeError(
             f"optim wants a function of the parameters, such as functools.partial(torch.optim.Adam, lr=1e-3), but found a "
             f"{type(optim).__name__}."

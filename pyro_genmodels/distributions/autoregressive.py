@@ -21,6 +21,10 @@ from pyro_genmodels.distributions.likelihoods import Likelihood, Normal
 class Conditionals(Protocol):
     """A network of the conditionals, over d coordinates in the order they are drawn."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its features and parameters are made of."""
+
     def __call__(self, features: Tensor, context: Tensor | None) -> Tensor:
         """Features (..., d, num_inputs) of all coordinates -> parameters (..., d, num_outputs) of all conditionals."""
 
@@ -57,14 +61,10 @@ class Autoregression(GenerativeDistribution):
         return isinstance(self.likelihood, Normal)
 
     def _features(self, x: Tensor) -> Tensor:
-        return self.likelihood.encode(x).to(self._dtype)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.conditionals.parameters()).dtype
+        return self.likelihood.encode(x).to(self.conditionals.dtype)
 
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
-        y = self.likelihood.cast(y.flatten(-self.event_dim)[..., self.order], self._dtype)
+        y = self.likelihood.cast(y.flatten(-self.event_dim)[..., self.order], self.conditionals.dtype)
         return self.likelihood(self.conditionals(self._features(y), context)).log_prob(y).sum(-1)
 
     def _draw(self, shape: Size, context: Tensor | None) -> Tensor:

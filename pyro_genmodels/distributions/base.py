@@ -10,7 +10,7 @@ batch shape: the broadcasting, once and before any transform, is done here.
 
 from __future__ import annotations
 
-__all__ = ["GenerativeDistribution", "map_tensors", "sum_event", "unwrap"]
+__all__ = ["GenerativeDistribution", "density_of", "map_tensors", "sum_event", "unwrap"]
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -187,6 +187,12 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Tensor], memo: dict[int, Any]
     if isinstance(value, (list, tuple)) and not isinstance(value, Size):
         return type(value)(map_tensors(part, fn, memo) for part in value)
     return value
+
+
+def density_of(fn: Distribution) -> tuple[Density, str]:
+    """What a distribution's `log_prob` returns, with advice where that is no density; "exact" for those that do not say."""
+    fn = unwrap(fn)
+    return getattr(fn, "density", "exact"), getattr(fn, "advice", "")
 
 
 def sum_event(values: Tensor, event_dim: int) -> Tensor:

@@ -62,7 +62,8 @@ class Implicit(GenerativeDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has draws but no density. {self.advice}")
 
-    _log_prob = log_prob
+    def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
+        return self.log_prob(y)
 
     def _draw(self, shape: Size, context: Tensor | None) -> Tensor:
         prior = self.prior.expand(shape)

@@ -88,7 +88,7 @@ class Categorical(Likelihood):
         return self.num_classes
 
     @property
-    def num_inputs(self) -> int:  # type: ignore[override]
+    def num_inputs(self) -> int:
         return self.num_classes
 
     @property

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
+from pyro_genmodels.distributions.base import density_of
+
 
 class Divergence(NamedTuple):
     """A divergence in nats and the standard error of its estimate (0 for a closed form), both (batch...)."""
@@ -74,9 +76,10 @@ def _estimate(p: Distribution, q: Distribution, num_samples: int) -> Divergence:
     if num_samples < 2:
         raise ValueError(f"kl wants at least 2 draws for an error bar, got num_samples={num_samples}.")
     for name, dist in (("p", p), ("q", q)):
-        if getattr(dist, "density", "exact") != "exact":
+        density, _ = density_of(dist)
+        if density != "exact":
             raise ValueError(
-                f"kl wants two exact densities, but {name} is a {type(dist).__name__}, whose density is: {dist.density}. "
+                f"kl wants two exact densities, but {name} is a {type(dist).__name__}, whose density is: {density}. "
                 "Compare draws instead, by c2st or mmd."
             )
     shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)

@@ -45,8 +45,8 @@ class Comparison:
     def table(self) -> pd.DataFrame:
         """One row per fit, best first.
 
-        Columns: ``rank`` from 0; ``elpd`` (nats, summed over the held-out rows) and its ``se``; ``elpd_diff`` to the best and its
-        paired ``dse``; ``weight`` of stacking; ``kind`` and its ``num_samples``; ``nats`` (negative, per datum) and
+        Columns: ``rank`` from 0; ``elpd`` (nats, summed over the held-out rows) and its ``se``; ``elpd_diff`` to the best and
+        its paired ``dse``; ``weight`` of stacking; ``kind`` and its ``num_samples``; ``nats`` (negative, per datum) and
         ``bits_per_dim``.
         """
         import pandas as pd

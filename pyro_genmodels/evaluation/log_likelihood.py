@@ -22,7 +22,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_genmodels import traces
-from pyro_genmodels.distributions.base import unwrap
+from pyro_genmodels.distributions.base import density_of, unwrap
 
 Kind = Literal["exact", "lower bound", "estimate", "unreliable"]
 
@@ -128,12 +128,11 @@ def _kind(model: Any, guide: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[
         )
     densities = set()
     for site_name, site in sites.items():
-        dist = unwrap(site["fn"])
-        density = getattr(dist, "density", "exact")
+        density, advice = density_of(site["fn"])
         if density in ("none", "unnormalized"):
             raise ValueError(
-                f"log_likelihood needs a density, but site {site_name!r} holds {type(dist).__name__}, whose density is: "
-                f"{density}. {dist.advice}"
+                f"log_likelihood needs a density, but site {site_name!r} holds {type(unwrap(site['fn'])).__name__}, whose "
+                f"density is: {density}. {advice}"
             )
         densities.add(density)
     exact = densities <= {"exact"} and not traces.latents(model_trace)

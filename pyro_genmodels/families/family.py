@@ -49,6 +49,8 @@ class Labels(nn.Module):
         torch.Size([2])
     """
 
+    one_hot: Tensor
+
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         if num_classes < 1:

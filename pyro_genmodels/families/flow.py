@@ -30,8 +30,8 @@ class Flow(Family):
     Args:
         event_shape: shape of one datum.
         context: see `Family`.
-        transform: a choice such as ``NSF(transforms=5)``, ``RealNVP()``, ``MAF()``, or a zuko flow or lazy transform of your own
-            over the flattened event.
+        transform: a choice such as ``NSF(transforms=5)``, ``RealNVP()``, ``MAF()``, or a zuko flow or lazy transform of your
+            own over the flattened event.
         support: where one coordinate lies, say ``constraints.interval(0.0, 1.0)``, which puts a logit before the transform.
         levels: with K given, data are integers 0 .. K - 1, and the flow is a `Dequantized` density on [0, K].
         standardize: see `Family`; not with `NCSF`, whose angles have no scale.

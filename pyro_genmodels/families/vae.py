@@ -12,6 +12,7 @@ __all__ = ["VAE"]
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import expm1, log
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -35,9 +36,10 @@ class VAE(Family):
         event_shape: shape of one datum.
         context: see `Family`.
         latent_dim: length of z, where no prior says otherwise.
-        likelihood: what one coordinate is, given z: `Normal()`, `Bernoulli()`, `Categorical(k)` or `DiscretizedLogistic(levels)`.
-        prior: distribution of z, over one event of any shape: a Pyro distribution, a family (conditional if it takes a context),
-            or None for a standard normal.
+        likelihood: what one coordinate is, given z: `Normal()`, `Bernoulli()`, `Categorical(k)` or
+            `DiscretizedLogistic(levels)`.
+        prior: distribution of z, over one event of any shape: a Pyro distribution, a family (conditional if it takes a
+            context), or None for a standard normal.
         encoder: your own network, ``encoder(x)`` or ``encoder(x, context)`` -> the parameters (batch, 2 * latent size) of a
             normal, location first, or the pair (location, scale). It sees x in about -1 to 1, (batch, *event_shape) (with
             `Categorical`, one-hot in a last dimension).
@@ -142,7 +144,7 @@ class VAE(Family):
         """The decoder, read from the module here so that Pyro sees its parameters."""
         return _Decode(self.decoder, self.likelihood, self.latent_shape, self.event_shape, self.pretransform)
 
-    def _prior(self, context: Tensor | None) -> dist.TorchDistribution:
+    def _prior(self, context: Tensor | None) -> Any:
         if self.prior is None:
             zero = self.loc.new_zeros(self.latent_shape)
             return dist.Normal(zero, zero + 1).to_event(len(self.latent_shape))
@@ -192,7 +194,7 @@ class _Flat(nn.Module):
         return self.mlp(torch.cat(parts, -1)).unflatten(-1, self.output_shape)
 
 
-def _innermost(support: constraints.Constraint) -> constraints.Constraint:
+def _innermost(support: constraints.Constraint | None) -> constraints.Constraint | None:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support

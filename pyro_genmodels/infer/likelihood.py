@@ -12,6 +12,7 @@ __all__ = ["MaximumLikelihood"]
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_genmodels.distributions.base import density_of
 from pyro_genmodels.infer.objective import Objective
 
 
@@ -35,12 +36,11 @@ class MaximumLikelihood(Objective):
         return -dist.log_prob(x)
 
     def check(self, name: str, dist: Distribution) -> None:
-        density = getattr(dist, "density", "exact")
+        density, advice = density_of(dist)
         if density not in ("exact", "lower bound"):
             found = "no density" if density == "none" else f"an {density} density"
             raise ValueError(
-                f"MaximumLikelihood needs a density, but site {name!r} holds {type(dist).__name__}, which has {found}. "
-                f"{dist.advice}"
+                f"MaximumLikelihood needs a density, but site {name!r} holds {type(dist).__name__}, which has {found}. {advice}"
             )
 
     def check_latents(self, names: list[str]) -> None:

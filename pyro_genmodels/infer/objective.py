@@ -115,7 +115,7 @@ class Objective(ELBO):
     def _get_trace(self, model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Trace, Trace]:
         return traces.run(model, guide, args, kwargs)
 
-    def _particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
+    def _particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[Any, Any]:
         """The loss and the surrogate that has its gradient; vectorised particles are averaged."""
         self._score(model_trace, guide_trace)
         loss, surrogate = 0.0, 0.0
@@ -150,7 +150,7 @@ class Objective(ELBO):
                 for site in traces.samples(trace).values():
                     check_site_shape(site, self.max_plate_nesting)
 
-    def _score_observed(self, name: str, site: dict[str, Any]) -> None:
+    def _score_observed(self, name: str, site: Any) -> None:
         def term(dist: Distribution) -> Tensor:
             self.check(name, dist)
             return -self.per_datum(dist, site["value"])

@@ -26,6 +26,8 @@ class MaskedLinear(nn.Linear):
         strict: whether an output must have a higher degree than the inputs it sees, or may have the same.
     """
 
+    mask: Tensor
+
     def __init__(self, in_degrees: Tensor, out_degrees: Tensor, *, strict: bool = False) -> None:
         super().__init__(len(in_degrees), len(out_degrees))
         seen = out_degrees[:, None] - int(strict) >= in_degrees[None, :]
@@ -42,7 +44,7 @@ class MaskedLinear(nn.Linear):
         """The outputs of that degree."""
         return slice(bisect_left(self.out_degrees, degree), bisect_right(self.out_degrees, degree))
 
-    def partial(self, known: Tensor, degree: int) -> Tensor:
+    def outputs(self, known: Tensor, degree: int) -> Tensor:
         """The outputs of one degree, (..., rows), from the prefix of the inputs that is known, (..., prefix)."""
         rows = self.rows(degree)
         seen = bisect_right(self.in_degrees, degree - int(self.strict))
@@ -62,6 +64,8 @@ class MADE(nn.Module):
         activation: constructor of the nonlinearity.
     """
 
+    layers: Sequence[MaskedLinear]  # in truth a ModuleList of them
+
     def __init__(
         self,
         features: int,
@@ -78,17 +82,23 @@ class MADE(nn.Module):
         places = torch.arange(features)
         first = -1 if context or features == 1 else 0
         degrees = torch.cat([torch.full((context,), -1), places.repeat_interleave(num_inputs)])
-        self.layers = nn.ModuleList()
+        layers = []
         for width in hidden:
             above = first + torch.arange(width) * (features - 1 - first) // width
-            self.layers.append(MaskedLinear(degrees, above))
+            layers.append(MaskedLinear(degrees, above))
             degrees = above
+        self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
         self.output = MaskedLinear(degrees, places.repeat_interleave(num_outputs), strict=True)
         self.activation = nn.Sequential(activation(), nn.Dropout(dropout))
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """X (..., features, num_inputs), context (..., c) -> (..., features, num_outputs)."""
-        h = x.flatten(-2)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return self.output.weight.dtype
+
+    def forward(self, features: Tensor, context: Tensor | None = None) -> Tensor:
+        """Features (..., d, num_inputs), context (..., c) -> parameters (..., d, num_outputs)."""
+        h = features.flatten(-2)
         if context is not None:
             h = torch.cat([context, h], -1)
         for layer in self.layers:
@@ -101,6 +111,6 @@ class MADE(nn.Module):
         known = [empty if context is None else context] + [empty] * len(self.layers)
         for place in range(self.features):
             for i, layer in enumerate(self.layers):  # the units that see coordinates before `place`, and no others
-                known[i + 1] = torch.cat([known[i + 1], self.activation(layer.partial(known[i], place - 1))], -1)
-            x = yield self.output.partial(known[-1], place)
+                known[i + 1] = torch.cat([known[i + 1], self.activation(layer.outputs(known[i], place - 1))], -1)
+            x = yield self.output.outputs(known[-1], place)
             known[0] = torch.cat([known[0], x], -1)
