@@ -1,0 +1,19 @@
+"""The README's examples run, are short, and its demo table is one the demo can print."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+EXAMPLES = dict(re.findall(r"\*\*(.+?)\*\*[^`]*?```python\n(.*?)```", README, flags=re.S))
+
+
+@pytest.mark.parametrize("title", EXAMPLES)
+def test_example_runs(title, capsys):
+    exec(compile(EXAMPLES[title], title, "exec"), {})
+
+
+def test_there_is_an_example_of_each_and_none_is_long():
+    assert list(EXAMPLES) == ["A flow as likelihood", "A VAE by SVI", "A flow as prior, under NUTS", "An SVI posterior into ArviZ."]
+    assert all(len([line for line in code.splitlines() if line.strip()]) <= 17 for code in EXAMPLES.values())
