@@ -72,7 +72,7 @@ def learn(recipe: Recipe, data: Dataset, name: str, out: Path, *, seed: int, dev
     """Builds and trains a family, its best state kept in `out`."""
     pyro.set_rng_seed(seed)
     family = recipe.build(data)
-    family._pyro_name = name
+    family.name = name
     return train(
         family.to(device),
         data.train,

@@ -138,11 +138,11 @@ def train(
                 family.check(part.x)
     loop = _Loop(model, guide, objective or _default_objective(model, guide, batches.first()), batches.rows)
     parameters = loop.parameters(batches.first())
-    optimiser = _optimiser(optim, parameters)
+    optimiser = _optimiser(optim, list(parameters.values()))
     weights = _Weights(parameters, modules, average)
 
     result, start = Fit(fit), time.perf_counter()
-    bar = tqdm(total=epochs, desc=getattr(fit, "_pyro_name", "fit"), unit="epoch", disable=not progress)
+    bar = tqdm(total=epochs, desc=getattr(fit, "name", "fit"), unit="epoch", disable=not progress)
     try:
         for epoch in range(1, epochs + 1):
             losses = []
@@ -152,7 +152,7 @@ def train(
                 if not isfinite(losses[-1][0]):
                     break
                 if clip_norm is not None:
-                    clip_grad_norm_(parameters, clip_norm, foreach=True)
+                    clip_grad_norm_(parameters.values(), clip_norm, foreach=True)
                 optimiser.step()
                 weights.update()
             if not isfinite(losses[-1][0]):
@@ -168,7 +168,7 @@ def train(
                 result.best = record
                 weights.keep()
                 if checkpoint is not None:
-                    _save(Path(checkpoint), weights.best_state(fit), result)
+                    _save(Path(checkpoint), weights.best_state(), result)
             bar.update()
             bar.set_postfix({k: f"{record[k]:.3f}" for k in ("train", "valid") if k in record})
             if epoch - result.best["epoch"] >= patience:
@@ -212,12 +212,13 @@ class _Loop:
         scale = 1 / (rows if self.sized else len(x))
         return loss(poutine.scale(self.model, scale=scale), poutine.scale(self.guide, scale=scale), *args, **kwargs)
 
-    def parameters(self, batch: Batch) -> list[nn.Parameter]:
-        """What a step trains: the parameters Pyro sees in one."""
+    def parameters(self, batch: Batch) -> dict[str, nn.Parameter]:
+        """What a step trains: the parameters Pyro sees in one, by its names."""
         with poutine.trace(param_only=True) as capture:
             self.step(batch)
-        found = [site["value"].unconstrained() for site in capture.trace.nodes.values()]  # type: ignore[union-attr]
-        found = list({id(p): p for p in found if p.requires_grad}.values())
+        sites = capture.trace.nodes.items()
+        found = {name: site["value"].unconstrained() for name, site in sites}  # type: ignore[union-attr]
+        found = {name: p for name, p in found.items() if p.requires_grad}
         if not found:
             raise ValueError(
                 "The fit has nothing to train: no parameter that requires a gradient is met in its model and guide."
@@ -284,8 +285,9 @@ def _pair(batch: Any) -> tuple[Any, Any]:
 class _Weights:
     """The parameters under training, their moving average, and the best seen."""
 
-    def __init__(self, parameters: list[nn.Parameter], modules: list[nn.Module], decay: float | None) -> None:
-        self.live = nn.ParameterList(parameters)
+    def __init__(self, parameters: dict[str, nn.Parameter], modules: list[nn.Module], decay: float | None) -> None:
+        self.names, self.modules = list(parameters), modules
+        self.live = nn.ParameterList(parameters.values())
         self.average = None if decay is None else AveragedModel(self.live, multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.buffers = [b for m in modules for b in m.buffers()]
         self.best: list[Tensor] | None = None
@@ -316,11 +318,12 @@ class _Weights:
         finally:
             _copy(targets, before)
 
-    def best_state(self, fit: Any) -> dict[str, Tensor]:
-        """The best parameters and buffers under the names of the fit's state."""
+    def best_state(self) -> dict[str, Tensor]:
+        """The best parameters and buffers, by their names in the fit's modules or, without modules, in Pyro's param store."""
         with self._as(self.best or []):
-            states = [fit.state_dict()] if isinstance(fit, nn.Module) else [m.state_dict() for m in traces.owners(*fit)]
-            return {name: t.detach().clone().contiguous() for state in states for name, t in state.items()}
+            state = {name: t for m in self.modules for name, t in m.state_dict().items()}
+            state = state or dict(zip(self.names, self.live, strict=True))
+            return {name: t.detach().clone().contiguous() for name, t in state.items()}
 
     def restore(self) -> None:
         _copy([*(p.data for p in self.live), *self.buffers], self.best or [])

@@ -110,7 +110,13 @@ class GenerativeDistribution(TorchDistribution):
         return y if self.pretransform is None else self.pretransform.inv(y)
 
     def score(self, value: Tensor) -> Tensor:
-        r"""Score :math:`\nabla_x \log p(x)`, of the shape of the value broadcast with the batch shape."""
+        r"""Score :math:`\nabla_x \log p(x)`, of the shape of the value broadcast with the batch shape.
+
+        Raises:
+            ValueError: over integers, which have none.
+        """
+        if self.support.is_discrete:
+            raise ValueError(f"{type(self).__name__} is a distribution over integers, which has no score.")
         shape = torch.broadcast_shapes(value.shape[: value.dim() - self.event_dim], self.batch_shape)
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():

@@ -32,6 +32,7 @@ class Dequantized(GenerativeDistribution):
     Args:
         base: continuous distribution of the same event shape, in units of levels.
         levels: number of levels per coordinate, at least 2.
+        dtype: of the noise, and so of what the base is asked to score; torch's default if None.
 
     Example:
         >>> import pyro.distributions as dist
@@ -42,11 +43,14 @@ class Dequantized(GenerativeDistribution):
 
     density = "lower bound"
 
-    def __init__(self, base: Distribution, levels: int, *, validate_args: bool | None = None) -> None:
+    def __init__(
+        self, base: Distribution, levels: int, *, dtype: torch.dtype | None = None, validate_args: bool | None = None
+    ) -> None:
         if levels < 2:
             raise ValueError(f"Dequantized needs at least 2 levels, got {levels}.")
         self.base = base
         self.levels = levels
+        self.dtype = dtype or torch.get_default_dtype()
         super().__init__(
             base.event_shape,
             batch_shape=base.batch_shape,
@@ -60,8 +64,7 @@ class Dequantized(GenerativeDistribution):
         return new
 
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
-        noise = torch.rand_like(y, dtype=torch.get_default_dtype() if not y.is_floating_point() else y.dtype)
-        return self.base.log_prob(y + noise)
+        return self.base.log_prob(y + torch.rand_like(y, dtype=self.dtype))
 
     def _draw(self, shape: Size, context: Tensor | None) -> Tensor:
         sample_shape = shape[: len(shape) - len(self.batch_shape)]

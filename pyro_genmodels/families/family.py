@@ -140,12 +140,12 @@ class Family(PyroModule):
         if self.context is None:
             if context is not None:
                 raise ValueError(
-                    f"{self._pyro_name} was built without a context, but was given one of shape {tuple(context.shape)}. "
+                    f"{self.name} was built without a context, but was given one of shape {tuple(context.shape)}. "
                     f"Build it with {type(self).__name__}(..., context={context.shape[-1] if context.dim() else 1})."
                 )
             return None
         if context is None:
-            raise ValueError(f"{self._pyro_name} wants a context, and was given none. Pass context=...")
+            raise ValueError(f"{self.name} wants a context, and was given none. Pass context=...")
         return self.context(context)
 
     @property
@@ -183,6 +183,15 @@ class Family(PyroModule):
 
     # What a family does in Pyro.
 
+    @property
+    def name(self) -> str:
+        """The name under which Pyro knows the parameters; it can be set."""
+        return self._pyro_name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        self._pyro_set_supermodule(name, self._pyro_context)
+
     @pyro_method
     def model(self, x: Tensor | None = None, context: Tensor | None = None, *, size: int | None = None) -> Tensor:
         """N independent data.
@@ -207,7 +216,7 @@ class Family(PyroModule):
         """The plate "data" over the rows, whose scale is size / len(x)."""
         rows = len(x) if x is not None else size if size is not None else None if context is None else len(context)
         if rows is None:
-            raise ValueError(f"{self._pyro_name}.model wants data x, a context or size=, the number of rows to draw.")
+            raise ValueError(f"{self.name}.model wants data x, a context or size=, the number of rows to draw.")
         if context is not None and len(context) != rows:
             raise ValueError(f"There are {rows} rows of x but {len(context)} of context. Pass one context per row.")
         if size is None or size == rows:
@@ -220,7 +229,7 @@ class Family(PyroModule):
         """x, once it is known to be data of this family; sets mean and deviation on the first call in training."""
         if x is None:
             return None
-        wanted = f"{self._pyro_name} wants data of shape (N, {', '.join(map(str, self.event_shape))})"
+        wanted = f"{self.name} wants data of shape (N, {', '.join(map(str, self.event_shape))})"
         if not isinstance(x, Tensor):
             raise TypeError(f"{wanted} as a torch.Tensor, but found {type(x).__name__}. Wrap it in torch.as_tensor(...).")
         if x.dim() != 1 + len(self.event_shape) or x.shape[1:] != self.event_shape:
@@ -237,20 +246,25 @@ class Family(PyroModule):
         if x.is_floating_point() and not x.isfinite().all():
             rows = (~x.isfinite()).flatten(1).any(1)
             raise ValueError(
-                f"{self._pyro_name} was given data with NaN or infinite values in {int(rows.sum())} of {len(x)} rows, the "
+                f"{self.name} was given data with NaN or infinite values in {int(rows.sum())} of {len(x)} rows, the "
                 f"first of them row {int(rows.nonzero()[0])}. Drop or impute these rows first."
+            )
+        if x.is_floating_point() and x.dtype != self.loc.dtype:
+            raise ValueError(
+                f"{self.name} computes in {self.loc.dtype}, but the data are {x.dtype}. Convert one: x.to({self.loc.dtype}) or "
+                f"the family's .to({x.dtype})."
             )
         support = self.data_support
         if not support.is_discrete and not x.is_floating_point():
             raise ValueError(
-                f"{self._pyro_name} models real numbers, but was given {x.dtype}. Convert with .float(), or model integers: "
+                f"{self.name} models real numbers, but was given {x.dtype}. Convert with .float(), or model integers: "
                 "Flow(..., levels=K), or a discrete likelihood."
             )
         inside = support.check(x)
         if not inside.all():
             bad = x[~inside] if inside.shape == x.shape else x
             raise ValueError(
-                f"{self._pyro_name} was given data outside its support {support}: values from {bad.min():g} to "
+                f"{self.name} was given data outside its support {support}: values from {bad.min():g} to "
                 f"{bad.max():g} in {int((~inside).sum())} places. Rescale the data or widen the support."
             )
 
@@ -270,7 +284,7 @@ class Family(PyroModule):
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        new._pyro_set_supermodule(self._fresh_name(), new._pyro_context)
+        new.name = self._fresh_name()
         return new
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Family:  # noqa: FBT001, FBT002
@@ -279,7 +293,7 @@ class Family(PyroModule):
         store = pyro.get_param_store()
         own = {id(p) for p in self.parameters()}
         for key in list(store.keys()):
-            if key.startswith((f"{self._pyro_name}.", f"{self._pyro_name}$$$")) and id(store._params[key]) not in own:
+            if key.startswith((f"{self.name}.", f"{self.name}$$$")) and id(store._params[key]) not in own:
                 del store[key]
         return self
 
@@ -298,7 +312,7 @@ def _context_module(context: Context) -> nn.Module | None:
 
 
 def _out_features(module: nn.Module) -> int:
-    for part in reversed(list(module.modules())):  # of a stack of layers, the last that says
+    for part in (module, *reversed(list(module.modules()))):  # of a stack of layers, the last that says
         size = getattr(part, "out_features", getattr(part, "embedding_dim", None))
         if isinstance(size, int):
             return size

@@ -80,7 +80,7 @@ class Flow(Family):
             support=NCSF.support if self.circular else self.support,
             pretransform=self.pretransform,
         )
-        return flow if self.levels is None else Dequantized(flow, self.levels)
+        return flow if self.levels is None else Dequantized(flow, self.levels, dtype=self.loc.dtype)
 
     @property
     def data_support(self) -> constraints.Constraint:
@@ -89,7 +89,7 @@ class Flow(Family):
         return NCSF.support if self.circular else self.support
 
     def _continuous(self, x: Tensor) -> Tensor:
-        return x if self.levels is None else x + torch.rand(x.shape, device=x.device)
+        return x if self.levels is None else x + torch.rand_like(x, dtype=self.loc.dtype)
 
 
 def _build(transform: FlowTransform | nn.Module, features: int, context: int) -> nn.Module:
