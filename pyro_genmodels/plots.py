@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["image_grid", "loss_curves"]
+__all__ = ["image_grids", "loss_curves"]
 
 from collections.abc import Mapping, Sequence
 from math import ceil
@@ -14,27 +14,32 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def image_grid(images: Tensor, *, columns: int = 10, title: str = "") -> Figure:
-    """Images in rows, dark on light.
+def image_grids(panels: Mapping[str, Tensor], *, columns: int = 10) -> Figure:
+    """Images in rows, dark on light, a panel for each title.
 
     Args:
-        images: (N, height, width), N at least 1.
-        columns: images in a row.
-        title: over the picture.
+        panels: title -> images, (N, height, width), N at least 1.
+        columns: images in a row of a panel.
     """
     from matplotlib.figure import Figure
 
+    grids = [_tile(images, columns) for images in panels.values()]
+    inches = 0.06 * max(grid.shape[1] for grid in grids), 0.06 * max(grid.shape[0] for grid in grids) + 0.4
+    figure = Figure(figsize=(inches[0] * len(grids), inches[1]), layout="constrained")
+    for ax, title, grid in zip(figure.subplots(1, len(grids), squeeze=False)[0], panels, grids, strict=True):
+        ax.imshow(grid.cpu(), cmap="gray_r", interpolation="nearest")
+        ax.set_axis_off()
+        ax.set_title(title)
+    return figure
+
+
+def _tile(images: Tensor, columns: int) -> Tensor:
+    """Images side by side in one, (rows * (height + 2), columns * (width + 2))."""
     n, height, width = images.shape
     rows = ceil(n / columns)
     padded = images.new_full((rows * columns, height + 2, width + 2), images.min().item())
     padded[:n, 1:-1, 1:-1] = images
-    grid = padded.unflatten(0, (rows, columns)).transpose(1, 2).reshape(rows * (height + 2), columns * (width + 2))
-    figure = Figure(figsize=(0.6 * columns, 0.6 * rows + (0.4 if title else 0)), layout="constrained")
-    ax = figure.subplots()
-    ax.imshow(grid.cpu(), cmap="gray_r", interpolation="nearest")
-    ax.set_axis_off()
-    ax.set_title(title)
-    return figure
+    return padded.unflatten(0, (rows, columns)).transpose(1, 2).reshape(rows * (height + 2), columns * (width + 2))
 
 
 def loss_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:

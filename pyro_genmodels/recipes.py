@@ -107,11 +107,14 @@ def write(
     picture: Any = comparison.plot().figure
     picture.savefig(out / "compare.png", dpi=120)
     plots.loss_curves({name: fit.history for name, fit in fits.items()}).savefig(out / "loss.png", dpi=120)
+    panels = {"held-out images": data.test[:40]}
     for name, fit in fits.items():
         draws = to_arviz(fit.family, num_samples=100)
         draws.to_netcdf(str(out / f"{name}.nc"))
         images = torch.as_tensor(draws["posterior_predictive"]["x"].to_numpy()[0])
-        plots.image_grid(images, title=name).savefig(out / f"samples_{name}.png", dpi=120)
+        plots.image_grids({name: images}).savefig(out / f"samples_{name}.png", dpi=120)
+        panels[name] = images[:40]
+    plots.image_grids(panels).savefig(out / "samples.png", dpi=120)
     packages = ("pyro-genmodels", "pyro-ppl", "torch", "zuko", "arviz", "numpy", "scikit-learn")
     record = {
         "arguments": dict(arguments),

@@ -85,8 +85,8 @@ class Comparison:
         ax.axvline(table["elpd"].iloc[0], color="gray", linestyle="--", linewidth=1)
         ax.set_yticks(y, [f"{name}\n({kind})" for name, kind in table["kind"].items()])
         ax.set_xlabel(f"held-out elpd (nats, {len(self._values()[0])} data)")
-        ax.set_ylim(y[-1] - 0.5, 0.6)
-        ax.legend(fontsize="small")
+        ax.set_ylim(y[-1] - 0.5, 0.5)
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
         return ax
 
     def _values(self) -> Tensor:

@@ -1,0 +1,216 @@
+"""THE table: one row for each variant of each family. Every "all families" test reads it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import pi
+from typing import Literal
+
+import pytest
+import torch
+from pyro.infer import ELBO, Trace_ELBO
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_genmodels import (
+    BPF,
+    MAF,
+    NAF,
+    NCSF,
+    NICE,
+    NSF,
+    SOSPF,
+    UNAF,
+    VAE,
+    Autoregressive,
+    Bernoulli,
+    Categorical,
+    DiscretizedLogistic,
+    Flow,
+    Labels,
+    MaximumLikelihood,
+    Normal,
+    RealNVP,
+)
+from pyro_genmodels.families import Family
+
+LEVELS, CLASSES = 5, 3
+
+
+def nothing(n: int) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row.
+
+    Args:
+        name: of the row.
+        build: makes a fresh family, untrained.
+        event_shape: of one datum.
+        data: n -> n valid data, (n, *event_shape).
+        context: n -> n contexts, (n, c) or (n,) labels, or None.
+        has_rsample: whether draws carry gradients.
+        density: what `log_prob` returns.
+        discrete: whether the data are integers, or zeros and ones.
+        bisection: whether a draw takes a bisection (50-120 ms).
+        tolerance: of a flow, the largest round-trip error per coordinate of standardised data; else None.
+        objective: makes the loss it is trained with.
+    """
+
+    name: str
+    build: Callable[[], Family]
+    event_shape: tuple[int, ...]
+    data: Callable[[int], Tensor]
+    context: Callable[[int], Tensor | None] = nothing
+    has_rsample: bool = True
+    density: Literal["exact", "lower bound", "none"] = "exact"
+    discrete: bool = False
+    bisection: bool = False
+    tolerance: float | None = None
+    objective: Callable[[], ELBO] = MaximumLikelihood
+
+    @property
+    def conditional(self) -> bool:
+        return self.context is not nothing
+
+    @property
+    def labelled(self) -> bool:
+        return self.context is labels
+
+    def batch(self, n: int) -> tuple[Tensor, ...]:
+        """The arguments of the family's model: data, and contexts where there are any."""
+        return (self.data(n), self.context(n)) if self.conditional else (self.data(n),)
+
+
+def real(*shape: int) -> Callable[[int], Tensor]:
+    def draw(n: int) -> Tensor:
+        x = torch.randn(n, *shape)
+        return 1.0 + 2.0 * x + 0.5 * x.flip(-1)
+
+    return draw
+
+
+def uniform(low: float, high: float, *shape: int) -> Callable[[int], Tensor]:
+    return lambda n: low + (high - low) * torch.rand(n, *shape)
+
+
+def integers(k: int, *shape: int) -> Callable[[int], Tensor]:
+    return lambda n: torch.randint(k, (n, *shape))
+
+
+def zeros_and_ones(*shape: int) -> Callable[[int], Tensor]:
+    return lambda n: torch.randint(2, (n, *shape)).to(torch.get_default_dtype())
+
+
+def vectors(n: int) -> Tensor:
+    return torch.randn(n, 2)
+
+
+labels = integers(CLASSES)
+
+SMALL = {"transforms": 2, "hidden": (16, 16)}
+BISECTION = {"bisection": True, "tolerance": 1e-2}
+DISCRETE = {"has_rsample": False, "discrete": True}
+IMPLICIT = {"density": "none", "objective": Trace_ELBO}
+
+
+def _flow(*, event_shape=(3,), transform=None, **options):
+    return Flow(event_shape, transform=transform or MAF(**SMALL), **options)
+
+
+def _made(*, event_shape=(3,), **options):
+    return Autoregressive(event_shape, hidden=(16, 16), **options)
+
+
+def _vae(*, event_shape=(3,), latent_dim=2, **options):
+    return VAE(event_shape, hidden=(16, 16), latent_dim=latent_dim, **options)
+
+
+UNIT = constraints.interval(0.0, 1.0)
+ONE_PASS = {"tolerance": 1e-4}
+
+CASES = [
+    Case("NICE", lambda: _flow(transform=NICE(**SMALL)), (3,), real(3), **ONE_PASS),
+    Case("RealNVP", lambda: _flow(transform=RealNVP(**SMALL)), (3,), real(3), **ONE_PASS),
+    Case("MAF", lambda: _flow(transform=MAF(**SMALL)), (3,), real(3), **ONE_PASS),
+    Case("NSF", lambda: _flow(transform=NSF(**SMALL)), (3,), real(3), **ONE_PASS),
+    Case("NCSF", lambda: _flow(transform=NCSF(**SMALL)), (3,), uniform(-pi, pi, 3), **ONE_PASS),
+    Case("NAF", lambda: _flow(event_shape=(2,), transform=NAF(**SMALL)), (2,), real(2), **BISECTION),
+    Case("UNAF", lambda: _flow(event_shape=(2,), transform=UNAF(**SMALL)), (2,), real(2), **BISECTION),
+    Case("SOSPF", lambda: _flow(event_shape=(2,), transform=SOSPF(**SMALL)), (2,), real(2), **BISECTION),
+    Case("BPF", lambda: _flow(event_shape=(2,), transform=BPF(**SMALL)), (2,), real(2), **BISECTION),
+    Case("Flow, on an interval", lambda: _flow(support=UNIT), (3,), uniform(0.0, 1.0, 3), **ONE_PASS),
+    Case("Flow, 2-d events", lambda: _flow(event_shape=(2, 2)), (2, 2), real(2, 2), **ONE_PASS),
+    Case(
+        "Flow, dequantized",
+        lambda: _flow(levels=LEVELS),
+        (3,),
+        integers(LEVELS, 3),
+        density="lower bound",
+        **DISCRETE,
+        **ONE_PASS,
+    ),
+    Case("Flow, context", lambda: _flow(context=2), (3,), real(3), vectors, **ONE_PASS),
+    Case("Flow, labels", lambda: _flow(context=Labels(CLASSES)), (3,), real(3), labels, **ONE_PASS),
+    Case("Autoregressive, Normal", lambda: _made(likelihood=Normal()), (3,), real(3)),
+    Case("Autoregressive, Bernoulli", lambda: _made(likelihood=Bernoulli()), (3,), zeros_and_ones(3), **DISCRETE),
+    Case("Autoregressive, Categorical", lambda: _made(likelihood=Categorical(LEVELS)), (3,), integers(LEVELS, 3), **DISCRETE),
+    Case(
+        "Autoregressive, DiscretizedLogistic",
+        lambda: _made(event_shape=(2, 2), likelihood=DiscretizedLogistic(LEVELS)),
+        (2, 2),
+        integers(LEVELS, 2, 2),
+        **DISCRETE,
+    ),
+    Case("Autoregressive, order", lambda: _made(order=[2, 0, 1]), (3,), real(3)),
+    Case("Autoregressive, context", lambda: _made(context=2), (3,), real(3), vectors),
+    Case(
+        "Autoregressive, labels",
+        lambda: _made(likelihood=Bernoulli(), context=Labels(CLASSES)),
+        (3,),
+        zeros_and_ones(3),
+        labels,
+        **DISCRETE,
+    ),
+    Case("VAE, Normal", lambda: _vae(likelihood=Normal()), (3,), real(3), **IMPLICIT),
+    Case(
+        "VAE, Bernoulli",
+        lambda: _vae(event_shape=(2, 2), likelihood=Bernoulli()),
+        (2, 2),
+        zeros_and_ones(2, 2),
+        **DISCRETE,
+        **IMPLICIT,
+    ),
+    Case(
+        "VAE, DiscretizedLogistic",
+        lambda: _vae(likelihood=DiscretizedLogistic(LEVELS)),
+        (3,),
+        integers(LEVELS, 3),
+        **DISCRETE,
+        **IMPLICIT,
+    ),
+    Case("VAE, flow prior", lambda: _vae(prior=_flow(event_shape=(2,))), (3,), real(3), **IMPLICIT),
+    Case("VAE, labels", lambda: _vae(context=Labels(CLASSES)), (3,), real(3), labels, **IMPLICIT),
+]
+
+
+def rows(condition: Callable[[Case], bool] = lambda case: True) -> pytest.MarkDecorator:
+    """Runs a test once for each row that meets the condition, as its argument `case`."""
+    return pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in CASES if condition(c)])
+
+
+def exact(case: Case) -> bool:
+    return case.density == "exact"
+
+
+def scored(case: Case) -> bool:
+    return case.density != "none"
+
+
+def implicit(case: Case) -> bool:
+    return case.density == "none"
+
+
+def continuous(case: Case) -> bool:
+    return case.density == "exact" and not case.discrete
