@@ -63,6 +63,7 @@ def compare(
                 _refuse(f"unknown {kind} {name!r}: known are {', '.join(known)}{_nearest(name, known)}.")
     if not names:
         _refuse(f"--families names none: known are {', '.join(FAMILIES)}.")
+    _require("sklearn", "matplotlib", "safetensors", "h5netcdf")
     _check_device(device)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -107,6 +108,14 @@ def _print(comparison: Comparison, name: str, rows: int) -> None:
     console.print(table)
     if comparison.table["kind"].nunique() > 1:
         console.print("Nats per datum, lower is better. Kinds differ: a lower bound on the likelihood understates its family.")
+
+
+def _require(*modules: str) -> None:
+    from importlib.util import find_spec
+
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        _refuse(f"this command needs {', '.join(missing)}: pip install 'pyro-genmodels[cli]'.")
 
 
 def _check_device(device: str) -> None:

@@ -11,11 +11,13 @@ from __future__ import annotations
 __all__ = ["Context", "Family", "Labels"]
 
 import copy
+import gc
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pyro
 import torch
@@ -35,6 +37,7 @@ from torch.distributions import (
 Context = int | nn.Module
 
 _counters: defaultdict[str, count] = defaultdict(lambda: count(1))
+_named: WeakValueDictionary[str, Family] = WeakValueDictionary()
 
 
 class Labels(nn.Module):
@@ -123,6 +126,7 @@ class Family(PyroModule):
         self.register_buffer("scale", torch.ones(self.event_shape))
         self.register_buffer("standardized", torch.tensor(False))
         self.register_load_state_dict_post_hook(_read_standardized)
+        self._claim(self.name)
 
     @abstractmethod
     def forward(self, context: Tensor | None = None) -> TorchDistribution:
@@ -190,7 +194,26 @@ class Family(PyroModule):
 
     @name.setter
     def name(self, name: str) -> None:
+        self._claim(name)
         self._pyro_set_supermodule(name, self._pyro_context)
+
+    def _claim(self, name: str) -> None:
+        """Takes a name that no other family may have, and what an earlier one left under it in the param store."""
+        if _named.get(name, self) is not self:
+            gc.collect()
+        if _named.get(name, self) is not self:
+            raise ValueError(
+                f"The name {name!r} is another {type(_named[name]).__name__}'s. Choose another, or delete that one."
+            )
+        _named[name] = self
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        """Takes out of Pyro's param store what stands under a name and is not this family's."""
+        store, own = pyro.get_param_store(), {id(p) for p in self.parameters()}
+        for key in list(store.keys()):
+            if key.startswith((f"{name}.", f"{name}$$$")) and id(store._params[key]) not in own:
+                del store[key]
 
     @pyro_method
     def model(self, x: Tensor | None = None, context: Tensor | None = None, *, size: int | None = None) -> Tensor:
@@ -277,7 +300,7 @@ class Family(PyroModule):
 
     @classmethod
     def _fresh_name(cls) -> str:
-        return f"{cls.__name__}_{next(_counters[cls.__name__])}"
+        return next(name for i in _counters[cls.__name__] if (name := f"{cls.__name__}_{i}") not in _named)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Family:
         """A copy under a name of its own, so that the two can be trained apart."""
@@ -287,14 +310,14 @@ class Family(PyroModule):
         new.name = self._fresh_name()
         return new
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A family from a pickle keeps its name, unless a family that is here has it."""
+        super().__setstate__(state)
+        self.name = self._fresh_name() if _named.get(self.name, self) is not self else self.name
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Family:  # noqa: FBT001, FBT002
-        """Moves the family, and takes from Pyro's param store what is no longer this family's tensor."""
         super()._apply(fn, recurse)
-        store = pyro.get_param_store()
-        own = {id(p) for p in self.parameters()}
-        for key in list(store.keys()):
-            if key.startswith((f"{self.name}.", f"{self.name}$$$")) and id(store._params[key]) not in own:
-                del store[key]
+        self._forget(self.name)  # on another device a parameter is another tensor
         return self
 
 
