@@ -60,6 +60,8 @@ class FlowTransform(ABC):
     """Largest round-trip error in float32, per coordinate of standardised data, that the tests allow."""
     support: ClassVar[constraints.Constraint] = constraints.real
     """Where one coordinate of the data may lie."""
+    has_rsample: ClassVar[bool] = True
+    """Whether the gradients of draws are right."""
 
     def __post_init__(self) -> None:
         if self.transforms < 1:
@@ -167,7 +169,7 @@ class NCSF(NSF):
 
 @dataclass(frozen=True)
 class NAF(FlowTransform):
-    """Monotonic networks, inverted by bisection.
+    """Monotonic networks, inverted by bisection; zuko's gradients of its draws are wrong, so there are none.
 
     Args:
         signal: length of the vector that steers each monotonic network.
@@ -175,16 +177,30 @@ class NAF(FlowTransform):
 
     signal: int = 16
     tolerance: ClassVar[float] = 1e-2
+    has_rsample: ClassVar[bool] = False
 
     def build(self, features: int, context: int) -> nn.Module:
         return self.stack(zuko.flows.NAF, features, context, randperm=self.randperm, signal=self.signal)
 
 
 class UNAF(NAF):
-    """Integrals of positive networks, inverted by bisection."""
+    """Integrals of positive networks, inverted by bisection; no gradients of draws, as with `NAF`."""
 
     def build(self, features: int, context: int) -> nn.Module:
-        return self.stack(zuko.flows.UNAF, features, context, randperm=self.randperm, signal=self.signal)
+        built = self.stack(zuko.flows.UNAF, features, context, randperm=self.randperm, signal=self.signal)
+        for module in built.modules():
+            if isinstance(module, zuko.flows.neural.UMNN):
+                module.__class__ = _TrainableUMNN
+        return built
+
+
+class _TrainableUMNN(zuko.flows.neural.UMNN):
+    """Zuko's integrand network, which outside training mode forgets the gradients of its own weights."""
+
+    def forward(self, signal: torch.Tensor, constant: torch.Tensor) -> torch.distributions.Transform:
+        weights = [p for p in self.parameters() if p.requires_grad]
+        integral = zuko.transforms.UnconstrainedMonotonicTransform(g=partial(self.g, signal), phi=(signal, *weights))
+        return zuko.transforms.ComposedTransform(integral, zuko.transforms.AdditiveTransform(shift=constant))
 
 
 @dataclass(frozen=True)

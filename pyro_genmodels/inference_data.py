@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyro
-import torch
 from pyro import poutine
 from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
@@ -67,7 +65,7 @@ def to_arviz(
     if not given and kwargs.get("context") is None:
         kwargs = {"size": 1, **kwargs}
     named = dict(dims or {})
-    with torch.no_grad(), poutine.block(), traces.evaluation_mode(model, guide):
+    with traces.looking_on(model, guide):
         nesting = traces.max_plate_nesting(model, guide, args, kwargs)
         blocks = [
             _draw(model, guide, args, kwargs, min(batch_size, num_samples - start), nesting, named, given=given)
@@ -95,10 +93,10 @@ def _draw(
 ) -> dict[str, Named]:
     """One block of n draws of every group."""
     dim = -nesting - 1
-    plate = pyro.plate(traces.PARTICLES, n, dim=dim)
-    guide_trace = poutine.trace(plate(guide)).get_trace(*args, **kwargs)
-    replayed = poutine.replay(model, trace=guide_trace)
-    drawn = prune_subsample_sites(poutine.trace(plate(poutine.uncondition(replayed))).get_trace(*args, **kwargs))
+    plate = traces.particles(n, nesting)
+    guide_trace = poutine.trace(plate(lambda: guide(*args, **kwargs))).get_trace()
+    replayed = poutine.replay(plate(lambda: model(*args, **kwargs)), trace=guide_trace)
+    drawn = prune_subsample_sites(poutine.trace(poutine.uncondition(replayed)).get_trace())
     groups: dict[str, Named] = {"posterior": {}, "posterior_predictive": {}}
     if not given:
         for name, site in traces.samples(drawn).items():
@@ -106,7 +104,7 @@ def _draw(
             groups[group][name] = _variable(name, site, dim, dims, n)
         return {g: v for g, v in groups.items() if v}
 
-    model_trace = prune_subsample_sites(poutine.trace(plate(replayed)).get_trace(*args, **kwargs))
+    model_trace = prune_subsample_sites(poutine.trace(replayed).get_trace())
     guide_trace = prune_subsample_sites(guide_trace)
     observed = traces.observed(model_trace)
     groups["observed_data"] = {}

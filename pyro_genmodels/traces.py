@@ -10,10 +10,11 @@ Several particles are one run inside an outermost plate.
 from __future__ import annotations
 
 __all__ = [
-    "PARTICLES", "Pair", "as_pair", "data_plate", "evaluation_mode", "latents", "log_prob", "max_plate_nesting", "no_latents",
-    "observed", "owners", "run", "run_particles", "samples",
+    "PARTICLES", "Pair", "as_pair", "data_plates", "latents", "log_prob", "looking_on", "max_plate_nesting", "no_latents",
+    "observed", "owners", "particles", "run", "samples",
 ]  # fmt: skip
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -49,42 +50,62 @@ def no_latents(*args: Any, **kwargs: Any) -> None:
 
 
 def owners(*fns: Any) -> list[nn.Module]:
-    """The modules behind callables: themselves, or those whose methods they are."""
-    found = (fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None) for fn in fns)
+    """The modules behind callables: themselves, those whose methods they are, or those a function names; under any handlers."""
+    found: list[Any] = []
+    for fn in map(poutine.unwrap, fns):
+        found += [fn, getattr(fn, "__self__", None)]
+        if inspect.isfunction(fn):
+            names = inspect.getclosurevars(fn)
+            found += [*names.nonlocals.values(), *names.globals.values()]
     return list({id(m): m for m in found if isinstance(m, nn.Module)}.values())
 
 
 @contextmanager
-def evaluation_mode(*fns: Any) -> Iterator[None]:
-    """Modules behind the callables in evaluation mode; each is put back as it was."""
+def looking_on(*fns: Any) -> Iterator[None]:
+    """No gradients, modules behind the callables in evaluation mode, and nothing left behind: no mode, no parameter, no site."""
     before = [(m, m.training) for owner in owners(*fns) for m in owner.modules()]
+    store = pyro.get_param_store()
+    known = set(store.keys())
     try:
         for m, _ in before:
             m.training = False
-        yield
+        with torch.no_grad(), poutine.block():
+            yield
     finally:
         for m, training in before:
             m.training = training
+        for name in set(store.keys()) - known:
+            del store[name]
 
 
-def run(model: Callable[..., Any], guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Trace, Trace]:
-    """One run of the guide and of the model against it, without log probabilities: (model trace, guide trace)."""
+def run(
+    model: Callable[..., Any], guide: Any, args: tuple, kwargs: Mapping[str, Any], plate: pyro.plate | None = None
+) -> tuple[Trace, Trace]:
+    """One run of the guide and of the model against it, without log probabilities: (model trace, guide trace).
+
+    Args:
+        model: a function with Pyro statements.
+        guide: likewise, or a handler that gives both traces.
+        args: of both.
+        kwargs: of both.
+        plate: to run both in, such as `particles`.
+    """
+    within = plate or (lambda fn: fn)
+    bound_model = within(lambda: model(*args, **kwargs))  # Pyro's handlers have a keyword `context` of their own
+    bound_guide = within(lambda: guide(*args, **kwargs))
     messenger = poutine.unwrap(guide)
     if isinstance(messenger, Messenger):
-        guide(*args, **kwargs)
+        bound_guide()
         model_trace, guide_trace = messenger.get_traces()  # type: ignore[attr-defined]
     else:
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        guide_trace = poutine.trace(bound_guide).get_trace()
+        model_trace = poutine.trace(poutine.replay(bound_model, trace=guide_trace)).get_trace()
     return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
 
 
-def run_particles(
-    model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any], num_particles: int, dim: int
-) -> tuple[Trace, Trace]:
-    """As `run`, with particles along dimension `dim` (negative, left of every plate)."""
-    plate = pyro.plate(PARTICLES, num_particles, dim=dim)
-    return run(plate(model), plate(guide), args, kwargs)
+def particles(number: int, nesting: int) -> pyro.plate:
+    """The plate of that many particles, left of `nesting` dimensions of other plates."""
+    return pyro.plate(PARTICLES, number, dim=-nesting - 1)
 
 
 def samples(trace: Trace) -> dict[str, Any]:
@@ -111,8 +132,8 @@ def max_plate_nesting(model: Callable[..., Any], guide: Callable[..., Any], args
     return max((-frame.dim for frame in frames), default=0)
 
 
-def data_plate(trace: Trace, rows: int) -> tuple[str, int]:
-    """The name and dimension of the plate whose rows are the data: every observed site is in it, and it has that many rows.
+def data_plates(trace: Trace, rows: int) -> dict[str, int]:
+    """Plates whose rows can be the data, outermost first, with their dimensions: of that many rows, around all observed sites.
 
     Raises:
         ValueError: if there is none.
@@ -127,8 +148,7 @@ def data_plate(trace: Trace, rows: int) -> tuple[str, int]:
             f"Wanted one plate of {rows} rows around all observed sites, but found {', '.join(found) or 'no plates'}. Put the "
             "data in a pyro.plate over its rows, without subsampling."
         )
-    outermost = min(shared, key=lambda f: f.dim)
-    return outermost.name, outermost.dim
+    return {f.name: f.dim for f in sorted(shared, key=lambda f: f.dim)}
 
 
 def log_prob(trace: Trace, dims: tuple[int, ...], *, scaled: bool) -> Tensor:

@@ -11,14 +11,12 @@ from __future__ import annotations
 __all__ = ["Fit", "train"]
 
 import inspect
-import json
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import ceil, isfinite
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +29,12 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from pyro_genmodels import traces
+from pyro_genmodels import checkpoints, traces
+from pyro_genmodels.datasets import Batch, Batches, pair_of
 from pyro_genmodels.families.family import Family
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
-
-Batch = tuple[Tensor, Tensor | None]
 
 
 @dataclass
@@ -57,6 +53,14 @@ class Fit:
     history: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, float] = field(default_factory=dict)
     stopped: str = ""
+
+    def is_best(self, record: dict[str, float]) -> bool:
+        """Whether no earlier epoch has a lower validation loss; without one, the last epoch is the best."""
+        return not self.best or "valid" not in record or record["valid"] < self.best["valid"]
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint says of it."""
+        return {"family": type(self.family).__name__, "best": self.best, "history": self.history}
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -127,68 +131,72 @@ def train(
         pyro.set_rng_seed(seed)
     model, guide = traces.as_pair(fit)
     modules = traces.owners(model, guide)
-    batches = _Batches(data, context, batch_size, modules)
-    held_out = None if valid is None else _Batches(*_pair(valid), max(batch_size, 256), modules)
+    like = next((p for m in modules for p in m.parameters()), torch.empty(0))
+    batches = Batches(data, context, batch_size, like)
+    held_out = None if valid is None else Batches(*pair_of(valid), max(batch_size, 256), like)
     for module in modules:
         module.train()
-    family = getattr(model, "__self__", None)
-    if isinstance(family, Family):
-        for part in (batches, held_out):
-            if part is not None and part.x is not None:
-                family.check(part.x)
+    _check_data(model, batches, held_out)
     loop = _Loop(model, guide, objective or _default_objective(model, guide, batches.first()), batches.rows)
     parameters = loop.parameters(batches.first())
     optimiser = _optimiser(optim, list(parameters.values()))
     weights = _Weights(parameters, modules, average)
 
-    result, start = Fit(fit), time.perf_counter()
+    result, start = Fit(fit, stopped=f"{epochs} epochs"), time.perf_counter()
     bar = tqdm(total=epochs, desc=getattr(fit, "name", "fit"), unit="epoch", disable=not progress)
     try:
         for epoch in range(1, epochs + 1):
-            losses = []
-            for batch in batches.shuffled():
-                optimiser.zero_grad(set_to_none=True)
-                losses.append((loop.step(batch), len(batch[0])))
-                if not isfinite(losses[-1][0]):
-                    break
-                if clip_norm is not None:
-                    clip_grad_norm_(parameters.values(), clip_norm, foreach=True)
-                optimiser.step()
-                weights.update()
-            if not isfinite(losses[-1][0]):
-                result.stopped = f"the loss is {losses[-1][0]} at step {len(losses)} of epoch {epoch}"
-                break
-            record = {"epoch": epoch, "train": _mean(losses), "seconds": time.perf_counter() - start}
+            record = {"epoch": epoch, "train": _epoch(loop, batches, optimiser, weights, clip_norm)}
             if held_out is not None:
                 with weights.averaged(), traces.evaluation_mode(model, guide), _fixed_noise():
-                    record["valid"] = _mean([(loop.loss(b), len(b[0])) for b in held_out.in_order()])
+                    record["valid"] = _mean([(loop.loss(batch), len(batch[0])) for batch in held_out.in_order()])
+            record["seconds"] = time.perf_counter() - start
             result.history.append(record)
-            criterion = record.get("valid", -epoch)  # without held-out data the last epoch is the best
-            if not result.best or criterion < result.best.get("valid", -result.best["epoch"]):
+            if result.is_best(record):
                 result.best = record
                 weights.keep()
                 if checkpoint is not None:
-                    _save(Path(checkpoint), weights.best_state(), result)
+                    checkpoints.save(Path(checkpoint), weights.best_state(), result.record())
             bar.update()
             bar.set_postfix({k: f"{record[k]:.3f}" for k in ("train", "valid") if k in record})
             if epoch - result.best["epoch"] >= patience:
                 result.stopped = f"no better validation loss in {patience} epochs"
                 break
-        result.stopped = result.stopped or f"{epochs} epochs"
+    except FloatingPointError as error:
+        if not result.best:
+            raise
+        result.stopped = f"{error} (epoch {epoch}); the state of epoch {result.best['epoch']} is kept"
+        warnings.warn(f"Training stopped: {result.stopped}.", RuntimeWarning, stacklevel=2)
     finally:
         bar.close()
         weights.restore()
         for module in modules:
             module.eval()
-    if result.stopped.startswith("the loss is"):
-        if not result.best:
-            raise FloatingPointError(f"Training stopped: {result.stopped}. Lower the learning rate, or look for outliers.")
-        warnings.warn(
-            f"Training stopped: {result.stopped}. The state of epoch {result.best['epoch']} is kept.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
     return result
+
+
+def _epoch(loop: _Loop, batches: Batches, optimiser: Optimizer, weights: _Weights, clip_norm: float | None) -> float:
+    """One pass over the data; returns the mean loss (nats per datum)."""
+    losses = []
+    for step, batch in enumerate(batches.shuffled(), 1):
+        optimiser.zero_grad(set_to_none=True)
+        loss = loop.step(batch)
+        if not isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {step}: lower the learning rate, or look for outliers")
+        losses.append((loss, len(batch[0])))
+        if clip_norm is not None:
+            clip_grad_norm_(weights.live, clip_norm, foreach=True)
+        optimiser.step()
+        weights.update()
+    return _mean(losses)
+
+
+def _check_data(model: Callable[..., Any], *parts: Batches | None) -> None:
+    """A family's data are checked once, all of them, and set its mean and deviation."""
+    family = getattr(model, "__self__", None)
+    for part in parts:
+        if isinstance(family, Family) and part is not None and part.x is not None:
+            family.check(part.x)
 
 
 class _Loop:
@@ -226,79 +234,24 @@ class _Loop:
         return found
 
 
-class _Batches:
-    """Rows of data, from tensors or from a DataLoader."""
-
-    def __init__(self, data: Any, context: Any, batch_size: int, modules: list[nn.Module]) -> None:
-        like = next((p for m in modules for p in m.parameters()), torch.empty(0))
-        self.device, self.dtype = like.device, like.dtype
-        self.loader = data if isinstance(data, DataLoader) else None
-        if self.loader is not None:
-            if context is not None:
-                raise ValueError("With a DataLoader the context comes in its batches, as (x, context): leave context out.")
-            self.x: Any = None
-            self.context: Any = None
-            self.rows = len(data.dataset)
-        else:
-            self.x = self.to(torch.as_tensor(data))
-            self.context = None if context is None else self.to(torch.as_tensor(context))
-            self.rows = len(self.x) if self.x.dim() else 0
-        if not self.rows:
-            raise ValueError("Training wants data of at least one row, but found none.")
-        if self.loader is None and self.context is not None and len(self.context) != self.rows:
-            raise ValueError(
-                f"There are {self.rows} rows of data but {len(self.context)} of context. Pass one context per row."
-            )
-        self.count = ceil(self.rows / batch_size)
-
-    def to(self, t: Tensor) -> Tensor:
-        return t.to(self.device, self.dtype if t.is_floating_point() else t.dtype, non_blocking=True)
-
-    def first(self) -> Batch:
-        return next(self.in_order())
-
-    def in_order(self) -> Iterator[Batch]:
-        return self._by(torch.arange(self.rows))
-
-    def shuffled(self) -> Iterator[Batch]:
-        return self._by(torch.randperm(self.rows))
-
-    def _by(self, order: Tensor) -> Iterator[Batch]:
-        if self.loader is not None:
-            for batch in self.loader:
-                x, context = _pair(batch)
-                yield self.to(x), None if context is None else self.to(context)
-            return
-        for rows in order.to(self.device).tensor_split(self.count):  # of sizes that differ by one at most
-            yield self.x[rows], None if self.context is None else self.context[rows]
-
-
-def _pair(batch: Any) -> tuple[Any, Any]:
-    """(x, context) of x or of [x] or of [x, context]."""
-    if not isinstance(batch, (tuple, list)):
-        return batch, None
-    if len(batch) > 2:
-        raise ValueError(f"A batch wants x or (x, context), but found {len(batch)} parts. Put them together in the dataset.")
-    return batch[0], batch[1] if len(batch) == 2 else None
-
-
 class _Weights:
     """The parameters under training, their moving average, and the best seen."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], modules: list[nn.Module], decay: float | None) -> None:
         self.names, self.modules = list(parameters), modules
-        self.live = nn.ParameterList(parameters.values())
-        self.average = None if decay is None else AveragedModel(self.live, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.live = list(parameters.values())
+        self.module = nn.ParameterList(self.live)  # of the same storage, also where a parameter is a plain tensor
+        self.average = None if decay is None else AveragedModel(self.module, multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.buffers = [b for m in modules for b in m.buffers()]
         self.best: list[Tensor] | None = None
 
     def update(self) -> None:
         if self.average is not None:
-            self.average.update_parameters(self.live)
+            self.average.update_parameters(self.module)
 
     @property
     def kept(self) -> list[Tensor]:
-        return [p.detach() for p in (self.live if self.average is None else self.average.module).parameters()]
+        return [p.detach() for p in (self.live if self.average is None else self.average.module.parameters())]
 
     def keep(self) -> None:
         self.best = [t.clone() for t in (*self.kept, *self.buffers)]
@@ -368,21 +321,3 @@ def _fixed_noise() -> Iterator[None]:
 
 def _mean(losses: list[tuple[float, int]]) -> float:
     return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
-
-
-def _save(path: Path, state: dict[str, Tensor], fit: Fit) -> None:
-    """Writes state and history, each whole or not at all."""
-    try:
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise ImportError("A checkpoint needs safetensors: pip install 'pyro-genmodels[cli]'.") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"family": type(fit.family).__name__, "best": fit.best, "history": fit.history}
-    tensors, text = (path.with_name(path.name + suffix) for suffix in (".safetensors", ".json"))
-    for target, write in (
-        (tensors, lambda p: save_file(state, p)),
-        (text, lambda p: p.write_text(json.dumps(record, indent=1) + "\n")),
-    ):
-        part = target.with_name(target.name + ".part")
-        write(part)
-        os.replace(part, target)

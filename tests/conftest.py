@@ -20,7 +20,7 @@ def _flags():
 
 @pytest.fixture(autouse=True)
 def clean_slate():
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # small networks, and one process per core
     pyro.enable_validation(True)
     pyro.clear_param_store()
     pyro.set_rng_seed(0)

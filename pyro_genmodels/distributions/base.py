@@ -10,16 +10,18 @@ batch shape: the broadcasting, once and before any transform, is done here.
 
 from __future__ import annotations
 
-__all__ = ["GenerativeDistribution", "density_of", "map_tensors", "sum_event", "unwrap"]
+__all__ = ["GenerativeDistribution", "density_of", "is_real", "map_tensors", "sum_event", "unwrap"]
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Independent, Transform, constraints
 
 Density = Literal["exact", "lower bound", "unnormalized", "none"]
@@ -128,7 +130,8 @@ class GenerativeDistribution(TorchDistribution):
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> GenerativeDistribution:
         """The same distribution with a larger batch shape; nothing is copied."""
         batch_shape = Size(batch_shape)
-        if torch.broadcast_shapes(self.batch_shape, batch_shape) != batch_shape:
+        own = (1,) * (len(batch_shape) - len(self.batch_shape)) + tuple(self.batch_shape)
+        if len(own) != len(batch_shape) or any(a not in (1, b) for a, b in zip(own, batch_shape, strict=True)):
             raise ValueError(
                 f"{type(self).__name__} of batch shape {tuple(self.batch_shape)} cannot be expanded to "
                 f"{tuple(batch_shape)}: trailing sizes must be equal or 1."
@@ -163,36 +166,48 @@ class GenerativeDistribution(TorchDistribution):
     def __repr__(self) -> str:
         return f"{type(self).__name__}(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
 
-    def __getstate__(self) -> dict[str, Any]:
-        memo: dict[int, Any] = {id(self): self}
-        return {name: map_tensors(value, _cut, memo) for name, value in self.__dict__.items()}
-
     def __deepcopy__(self, memo: dict[int, Any]) -> GenerativeDistribution:
         """A copy with tensors of its own, cut from the graph, and the same modules."""
-        new = self.__class__.__new__(self.__class__)
-        memo[id(self)] = new
-        new.__dict__.update(self.__getstate__())
+        memo[id(self)] = new = map_tensors(self, _cut)
         return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickling, which the weak references that Pyro leaves on parameters would hinder."""
+        return vars(map_tensors(self, _cut, modules=copy.deepcopy))
 
 
 def _cut(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
-def map_tensors(value: Any, fn: Callable[[Tensor], Tensor], memo: dict[int, Any] | None = None) -> Any:
-    """The value with fn applied to every tensor in it, inside distributions and transforms too, but not inside modules."""
+def map_tensors(
+    value: Any,
+    fn: Callable[[Tensor], Tensor],
+    modules: Callable[[nn.Module], nn.Module] = lambda module: module,
+    memo: dict[int, Any] | None = None,
+) -> Any:
+    """A copy with fn applied to every tensor, and `modules` to every module, in distributions, transforms and dataclasses."""
     memo = {} if memo is None else memo
     if id(value) in memo:  # a transform and its inverse hold each other
         return memo[id(value)]
+    if isinstance(value, nn.Module):
+        return modules(value)
     if isinstance(value, Tensor):
         return fn(value)
-    if isinstance(value, (Distribution, Transform)):
+    if isinstance(value, (Distribution, Transform)) or (is_dataclass(value) and not isinstance(value, type)):
         memo[id(value)] = new = value.__class__.__new__(value.__class__)
-        new.__dict__.update({name: map_tensors(part, fn, memo) for name, part in vars(value).items()})
+        new.__dict__.update({name: map_tensors(part, fn, modules, memo) for name, part in vars(value).items()})
         return new
     if isinstance(value, (list, tuple)) and not isinstance(value, Size):
-        return type(value)(map_tensors(part, fn, memo) for part in value)
+        return type(value)(map_tensors(part, fn, modules, memo) for part in value)
     return value
+
+
+def is_real(support: constraints.Constraint | None) -> bool:
+    """Whether every coordinate may be any real number."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return isinstance(support, type(constraints.real))
 
 
 def density_of(fn: Distribution) -> tuple[Density, str]:

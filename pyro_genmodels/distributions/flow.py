@@ -25,10 +25,11 @@ class NormalizingFlow(GenerativeDistribution):
         transform: context (batch..., c) or None -> bijection of vectors, from the data side to the base.
         base: univariate distribution of the base's coordinates, of batch shape () or (d,).
         event_shape: shape of one datum, of d coordinates in all.
+        has_rsample: whether the inverse carries the gradient of the transform's parameters.
         kwargs: passed to `GenerativeDistribution`.
 
     Raises:
-        ValueError: on drawing while the network drops units at random, since each pass would invert another function.
+        ValueError: if the transform's domain is not vectors; on drawing while the network drops units at random, since each pass would invert another function.
 
     Example:
         >>> import torch, pyro.distributions as dist
@@ -37,18 +38,19 @@ class NormalizingFlow(GenerativeDistribution):
         tensor(-0.6774)
     """
 
-    has_rsample = True
-
     def __init__(
         self,
         transform: Callable[[Tensor | None], Transform],
         base: Distribution,
         event_shape: Sequence[int],
+        *,
+        has_rsample: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(event_shape, **kwargs)
         self.transform = transform
         self.base = base
+        self.has_rsample = has_rsample
 
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
         u, log_det = _call_with_log_det(self.transform(context), y.flatten(-self.event_dim))
@@ -60,11 +62,18 @@ class NormalizingFlow(GenerativeDistribution):
                 "This flow was asked for draws while its dropout is active, and a flow with dropout has no one inverse. "
                 "Call .eval() on the family first, or build it with dropout=0."
             )
-        u = self.base.expand((*shape, self.event_shape.numel())).sample()
+        base = self.base.expand((*shape, self.event_shape.numel()))
+        u = base.rsample() if base.has_rsample else base.sample()
         return self.transform(context).inv(u).unflatten(-1, self.event_shape)
 
 
 def _call_with_log_det(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
+    if transform.domain.event_dim != 1:
+        raise ValueError(
+            f"A flow wants a transform of vectors, with one event dimension, but this one has "
+            f"{transform.domain.event_dim}: {transform}. "
+            "Wrap it in torch.distributions.IndependentTransform."
+        )
     if hasattr(transform, "call_and_ladj"):  # zuko's: both from one pass of the network
         return transform.call_and_ladj(y)
     u = transform(y)

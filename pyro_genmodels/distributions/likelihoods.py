@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_genmodels.distributions.base import is_real
 from pyro_genmodels.distributions.discretized import DiscretizedLogisticMixture
 
 
@@ -44,9 +45,9 @@ class Likelihood(ABC):
 
     def support_within(self, support: constraints.Constraint) -> constraints.Constraint:
         """The support of a family of this likelihood, which for real values alone may be set to another."""
-        if self.support is constraints.real:
+        if is_real(self.support):
             return support
-        if support is not constraints.real:
+        if not is_real(support):
             raise ValueError(f"{type(self).__name__} has the support {self.support}, and cannot have {support}: leave it out.")
         return self.support
 

@@ -95,6 +95,7 @@ def _estimate(p: Distribution, q: Distribution, num_samples: int) -> Divergence:
     value = log_ratio.mean(0)
     std_error = log_ratio.detach().std(0) / num_samples**0.5
     if not p.has_rsample and log_p.requires_grad:
-        surrogate = (log_ratio.detach() * log_p).mean(0)
+        weight = torch.where(log_ratio.isfinite(), log_ratio, 0.0).detach()
+        surrogate = (weight * log_p).mean(0)
         value = value + surrogate - surrogate.detach()
     return Divergence(value, torch.where(value.detach().isinf(), torch.zeros_like(std_error), std_error))

@@ -35,11 +35,11 @@ class Comparison:
 
     Attributes:
         log_likelihoods: by name of the fit, best first.
-        dims: dimensions of one datum.
+        dims: dimensions of one datum, or None if no data were given.
     """
 
     log_likelihoods: Mapping[str, LogLikelihood]
-    dims: int
+    dims: int | None
 
     @property
     def table(self) -> pd.DataFrame:
@@ -66,7 +66,7 @@ class Comparison:
                 "kind": [fit.kind for fit in fits],
                 "num_samples": [fit.num_samples for fit in fits],
                 "nats": -values.mean(1),
-                "bits_per_dim": [fit.bits_per_dim(self.dims) for fit in fits],
+                "bits_per_dim": [fit.bits_per_dim(self.dims) if self.dims else float("nan") for fit in fits],
             },
             index=pd.Index(self.log_likelihoods, name="fit"),
         )
@@ -131,7 +131,7 @@ def compare(fits: Mapping[str, Any], x: Tensor | None = None, *args: Any, **kwar
     if len(set(rows.values())) > 1:
         raise ValueError(f"compare wants the same data for all fits, but found rows {rows}.")
     best_first = sorted(judged, key=lambda name: -judged[name].mean)
-    return Comparison({name: judged[name] for name in best_first}, 1 if x is None else prod(x.shape[1:]))
+    return Comparison({name: judged[name] for name in best_first}, None if x is None else prod(x.shape[1:]))
 
 
 def stacking_weights(values: Tensor, *, max_steps: int = 10_000) -> Tensor:

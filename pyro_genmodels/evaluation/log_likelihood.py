@@ -18,7 +18,6 @@ from math import ceil, log
 from typing import Any, Literal
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyro_genmodels import traces
@@ -33,7 +32,7 @@ class LogLikelihood:
 
     Attributes:
         values: (N,).
-        std_error: standard error of each value from drawing, (N,); 0 where nothing was drawn.
+        std_error: standard error of each value from drawing, (N,); 0 where nothing was drawn, NaN where one draw cannot tell.
         kind: what the values are.
         num_samples: k, the draws behind each value; 1 where nothing was drawn.
     """
@@ -95,22 +94,22 @@ def log_likelihood(
         raise ValueError(f"log_likelihood wants a tensor of one or more rows, but found {found}.")
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples and batch_size must be positive, got {num_samples} and {batch_size}.")
-    with torch.no_grad(), poutine.block(), traces.evaluation_mode(model, guide):
+    with traces.looking_on(model, guide):
         first = _rows(slice(0, 1), len(x), (x, *args), kwargs)
-        kind, name, nesting = _kind(model, guide, *first)
+        kind, plates, nesting = _kind(model, guide, *first)
         k = 1 if kind == "exact" else num_samples
         rows = max(1, batch_size // k)
         parts = []
         for start in range(0, len(x), rows):
             stop = min(start + rows, len(x))
             call = _rows(slice(start, stop), len(x), (x, *args), kwargs)
-            parts.append(_weigh(model, guide, *call, stop - start, name, nesting, k, batch_size))
+            parts.append(_weigh(model, guide, *call, stop - start, plates, nesting, k, batch_size))
     values, std_error = (torch.cat(part) for part in zip(*parts, strict=True))
-    return LogLikelihood(values, std_error, kind, k)
+    return LogLikelihood(values, torch.zeros_like(values) if kind == "exact" else std_error, kind, k)
 
 
-def _kind(model: Any, guide: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Kind, str, int]:
-    """What a run on one row can say: the kind of the values, the data's plate, and how deep plates go."""
+def _kind(model: Any, guide: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Kind, list[str], int]:
+    """What a run on one row can say: the kind of the values, what may be the data's plate, and how deep plates go."""
     model_trace, guide_trace = traces.run(model, guide, args, kwargs)
     unguided = [n for n in traces.latents(model_trace) if n not in guide_trace.nodes]
     if unguided:
@@ -118,13 +117,13 @@ def _kind(model: Any, guide: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[
             f"log_likelihood wants a guide for every latent variable, but the guide has none for "
             f"{', '.join(map(repr, unguided))}. Add them to the guide, or make an autoguide of the model."
         )
-    name, _ = traces.data_plate(model_trace, 1)
+    plates = list(traces.data_plates(model_trace, 1))
     sites = traces.samples(model_trace)
-    outside = [n for n in traces.latents(model_trace) if all(f.name != name for f in sites[n]["cond_indep_stack"])]
+    outside = [n for n in traces.latents(model_trace) if all(f.name not in plates for f in sites[n]["cond_indep_stack"])]
     if outside:
         raise ValueError(
             f"log_likelihood integrates over latent variables of single rows, but {', '.join(map(repr, outside))} lie outside "
-            f"the plate {name!r} and are shared by all rows. Use to_arviz(fit, ...) and az.loo for such a posterior."
+            f"the plate {plates[0]!r} and are shared by all rows. Use to_arviz(fit, ...) and az.loo for such a posterior."
         )
     densities = set()
     for site_name, site in sites.items():
@@ -136,25 +135,33 @@ def _kind(model: Any, guide: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[
             )
         densities.add(density)
     exact = densities <= {"exact"} and not traces.latents(model_trace)
-    return "exact" if exact else "lower bound", name, traces.max_plate_nesting(model, guide, args, kwargs)
+    return "exact" if exact else "lower bound", plates, traces.max_plate_nesting(model, guide, args, kwargs)
 
 
 def _weigh(
-    model: Any, guide: Any, args: tuple, kwargs: dict[str, Any], rows: int, name: str, nesting: int, k: int, batch_size: int
+    model: Any,
+    guide: Any,
+    args: tuple,
+    kwargs: dict[str, Any],
+    rows: int,
+    plates: list[str],
+    nesting: int,
+    k: int,
+    batch_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Log mean weight of each row and its standard error, the draws taken in as many runs as memory asks for."""
     runs = ceil(k * rows / max(batch_size, rows))
     log_w = []
     for i in range(runs):
         draws = k * (i + 1) // runs - k * i // runs
-        pair = traces.run_particles(model, guide, args, kwargs, draws, -nesting - 1)
-        _, dim = traces.data_plate(pair[0], rows)
+        pair = traces.run(model, guide, args, kwargs, traces.particles(draws, nesting))
+        dim = next(dim for name, dim in traces.data_plates(pair[0], rows).items() if name in plates)
         log_p, log_q = (traces.log_prob(trace, (-nesting - 1, dim), scaled=False) for trace in pair)
         log_w.append((log_p - log_q.to(log_p)).expand(draws, rows))
     log_w = torch.cat(log_w)
     values = log_w.logsumexp(0) - log(k)
     if k == 1:
-        return values, torch.zeros_like(values)
+        return values, torch.full_like(values, float("nan"))
     return values, (log_w - values).exp().std(0) / k**0.5
 
 

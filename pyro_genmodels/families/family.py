@@ -34,6 +34,8 @@ from torch.distributions import (
     constraints,
 )
 
+from pyro_genmodels.distributions.base import is_real
+
 Context = int | nn.Module
 
 _counters: defaultdict[str, count] = defaultdict(lambda: count(1))
@@ -156,7 +158,7 @@ class Family(PyroModule):
     def pretransform(self) -> Transform | None:
         """The bijection from data to what the networks model: onto the reals, then to mean 0 and deviation 1."""
         parts = []
-        if not (self.support is constraints.real or self.support.is_discrete):
+        if not (is_real(self.support) or self.support.is_discrete):
             parts.append(self._to_reals())
         if self._standardize:
             parts.append(AffineTransform(self.loc, self.scale, event_dim=len(self.event_shape)).inv)
@@ -173,7 +175,7 @@ class Family(PyroModule):
             return
         with torch.no_grad():
             y = self._continuous(x.to(self.loc.device)).to(self.loc.dtype)
-            if self.support is not constraints.real:
+            if not is_real(self.support):
                 y = self._to_reals()(y)
             self.loc.copy_(y.mean(0))
             if len(y) > 1:
@@ -195,6 +197,7 @@ class Family(PyroModule):
     @name.setter
     def name(self, name: str) -> None:
         self._claim(name)
+        self._pyro_context.used = False  # or Pyro refuses to rename what is inside
         self._pyro_set_supermodule(name, self._pyro_context)
 
     def _claim(self, name: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_genmodels._zuko import NCSF, NSF, FlowTransform
-from pyro_genmodels.distributions.base import GenerativeDistribution
+from pyro_genmodels.distributions.base import GenerativeDistribution, is_real
 from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.distributions.flow import NormalizingFlow
 from pyro_genmodels.families.family import Context, Family
@@ -61,12 +61,13 @@ class Flow(Family):
     ) -> None:
         transform = NSF() if transform is None else transform
         circular = isinstance(transform, NCSF)
-        if circular and not (support is constraints.real and levels is None):
+        if circular and not (is_real(support) and levels is None):
             raise ValueError("NCSF models angles in [-pi, pi): give neither support nor levels with it.")
         if levels is not None and levels < 2:
             raise ValueError(f"Flow wants at least 2 levels, got {levels}.")
         super().__init__(event_shape, context=context, support=support, standardize=standardize and not circular, name=name)
         self.levels, self.circular = levels, circular
+        self.has_rsample = getattr(transform, "has_rsample", True)
         self.transform = _build(transform, self.event_shape.numel(), self.context_size)
 
     def forward(self, context: Tensor | None = None) -> GenerativeDistribution:
@@ -79,6 +80,7 @@ class Flow(Family):
             context=self.embed(context),
             support=NCSF.support if self.circular else self.support,
             pretransform=self.pretransform,
+            has_rsample=self.has_rsample,
         )
         return flow if self.levels is None else Dequantized(flow, self.levels, dtype=self.loc.dtype)
 

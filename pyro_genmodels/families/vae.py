@@ -22,7 +22,7 @@ from pyro.nn import pyro_method
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
-from pyro_genmodels.distributions.base import map_tensors
+from pyro_genmodels.distributions.base import GenerativeDistribution, is_real, map_tensors
 from pyro_genmodels.distributions.implicit import Implicit
 from pyro_genmodels.distributions.likelihoods import Likelihood, Normal
 from pyro_genmodels.families.family import Context, Family
@@ -80,8 +80,8 @@ class VAE(Family):
         likelihood = likelihood or Normal()
         support = likelihood.support_within(support)
         super().__init__(event_shape, context=context, support=support, standardize=standardize, name=name)
-        if prior is not None and _innermost(prior.support) is not constraints.real:
-            raise ValueError(f"VAE's guide is normal, so the prior must cover the reals, but its support is {prior.support}.")
+        if prior is not None:
+            _check_prior(prior)
         self.likelihood = likelihood
         self.prior = prior
         self.latent_shape = Size((latent_dim,)) if prior is None else prior.event_shape
@@ -131,13 +131,18 @@ class VAE(Family):
         features = self.likelihood.encode(x).to(self.loc.dtype)
         features = features.squeeze(-1) if self.likelihood.num_inputs == 1 else features
         out = call_batched(self.encoder, batch, features, self.embed(context))
-        if not isinstance(out, tuple):
-            wanted = (*batch, 2 * self.latent_shape.numel())
-            if out.shape != wanted:
-                raise ValueError(f"The encoder should return {wanted} or a pair (loc, scale), but returned {tuple(out.shape)}.")
+        latents = self.latent_shape.numel()
+        if isinstance(out, Tensor) and out.shape == (*batch, 2 * latents):
             loc, raw = out.chunk(2, -1)
             out = loc, F.softplus(raw + log(expm1(1.0))) + 1e-5
-        loc, scale = (part.reshape(batch + self.latent_shape) for part in out)
+        parts = out if isinstance(out, tuple) else (out,)
+        shapes = [tuple(part.shape) for part in parts]
+        if shapes not in ([(*batch, latents)] * 2, [(*batch, *self.latent_shape)] * 2):
+            raise ValueError(
+                f"The encoder should return {(*batch, 2 * latents)}, or a pair (loc, scale) of {(*batch, *self.latent_shape)} "
+                f"each, but returned {', '.join(map(str, shapes))}."
+            )
+        loc, scale = (part.reshape(batch + self.latent_shape) for part in parts)
         return dist.Normal(loc, scale).to_event(len(self.latent_shape))
 
     def _decode(self) -> _Decode:
@@ -194,7 +199,14 @@ class _Flat(nn.Module):
         return self.mlp(torch.cat(parts, -1)).unflatten(-1, self.output_shape)
 
 
-def _innermost(support: constraints.Constraint | None) -> constraints.Constraint | None:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support
+def _check_prior(prior: Distribution | Family) -> None:
+    if isinstance(prior, GenerativeDistribution):
+        raise ValueError(f"VAE wants the family that made this {type(prior).__name__} as its prior, so as to train it along.")
+    if isinstance(prior, Distribution) and prior.batch_shape:
+        raise ValueError(
+            f"VAE wants a prior over one z, but found a batch of shape {tuple(prior.batch_shape)}. Use "
+            f"prior.to_event({len(prior.batch_shape)})."
+        )
+    support = prior.data_support if isinstance(prior, Family) else prior.support
+    if not is_real(support):
+        raise ValueError(f"VAE's guide is normal, so the prior must cover the reals, but its support is {support}.")

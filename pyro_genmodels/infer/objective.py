@@ -85,7 +85,7 @@ class Objective(ELBO):
         loss, surrogate = (sum(part) / len(losses) for part in zip(*losses, strict=True))
         if is_validation_enabled():
             warn_if_nan(loss, "loss")
-        return loss + surrogate - surrogate.detach()
+        return loss.detach() + surrogate - surrogate.detach()
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The loss as a number, without gradients."""
@@ -107,7 +107,7 @@ class Objective(ELBO):
             if nesting == float("inf"):
                 nesting = traces.max_plate_nesting(model, guide, args, kwargs)
                 self.max_plate_nesting = nesting + 1
-            yield traces.run_particles(model, guide, args, kwargs, self.num_particles, -nesting - 1)
+            yield traces.run(model, guide, args, kwargs, traces.particles(self.num_particles, nesting))
         else:
             for _ in range(self.num_particles):
                 yield self._get_trace(model, guide, args, kwargs)

@@ -1,0 +1,739 @@
+"""The contract of every distribution: what Pyro may ask for works where the row allows it, and is refused by name elsewhere."""
+
+import copy
+import pickle
+from dataclasses import is_dataclass
+from math import log
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import CASES, CLASSES, LEVELS, continuous, exact, implicit, rows, scored
+from pyro import poutine
+from pyro.distributions.transforms import AffineTransform
+from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer.autoguide import AutoNormal
+from pyro.optim import Adam
+from torch import nn
+from torch.distributions import Distribution, Transform
+from torch.testing import assert_close
+
+from pyro_genmodels import DiscretizedLogistic
+from pyro_genmodels.distributions import (
+    Dequantized,
+    DiscretizedLogisticMixture,
+    GenerativeDistribution,
+    Implicit,
+    NormalizingFlow,
+    unwrap,
+)
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+def family_of(case):
+    """A fresh family that has seen data, so that standardisation counts."""
+    family = case.build()
+    family.standardize(case.data(64))
+    return family.eval()
+
+
+def one(case):
+    """The distribution of one datum, of batch shape ()."""
+    context = case.context(1)
+    return family_of(case)(None if context is None else context[0])
+
+
+def seeded(function, *args, seed=1):
+    """The result under a seed of its own, so that dequantisation noise is the same twice."""
+    pyro.set_rng_seed(seed)
+    return function(*args)
+
+
+def tensors(value, seen=None):
+    """Every tensor inside distributions, transforms and tuples, but not inside modules."""
+    seen = set() if seen is None else seen
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from tensors(part, seen)
+    elif isinstance(value, (Distribution, Transform)) and id(value) not in seen:
+        seen.add(id(value))
+        yield from tensors(list(vars(value).values()), seen)
+
+
+def modules(value):
+    """The modules that a distribution holds, by their place."""
+    for name, part in vars(value).items():
+        if isinstance(part, nn.Module):
+            yield name, part
+        elif isinstance(part, Distribution) or is_dataclass(part):
+            yield from ((f"{name}.{inner}", module) for inner, module in modules(part))
+
+
+# Shapes.
+
+
+@rows()
+@pytest.mark.parametrize("sample_shape", [(), (2, 1)])
+def test_draws_have_sample_batch_and_event_shape(case, sample_shape):
+    family = family_of(case)
+    for d in (one(case), family(case.context(4)).expand((4,))):
+        x = d.sample(sample_shape)
+        assert x.shape == sample_shape + d.batch_shape + case.event_shape
+        assert not x.requires_grad
+        assert x.is_floating_point() or case.discrete
+
+
+@rows(lambda case: case.has_rsample)
+def test_reparametrised_draws_carry_gradients(case):
+    family = family_of(case)
+    d = family(case.context(4)).expand((4,))
+    x = d.rsample((2,))
+    assert d.has_rsample
+    assert x.shape == (2, 4, *case.event_shape)
+    x.sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in family.parameters())
+
+
+@rows(lambda case: not case.has_rsample)
+def test_rows_without_rsample_say_so(case):
+    d = one(case)
+    assert not d.has_rsample
+    with pytest.raises(NotImplementedError, match=r"reparametrised draws .*sample\(\)"):
+        d.rsample()
+
+
+@rows(scored)
+@pytest.mark.parametrize("sample_shape", [(), (2, 1)])
+def test_log_prob_has_sample_and_batch_shape(case, sample_shape):
+    d = family_of(case)(case.context(4)).expand((4,))
+    assert d.log_prob(d.sample(sample_shape)).shape == (*sample_shape, 4)
+    assert d.log_prob(case.data(4)).isfinite().all()
+
+
+@rows(implicit)
+def test_implicit_rows_have_no_log_prob_and_say_what_to_use(case):
+    d = one(case)
+    assert d.density == "none"
+    with pytest.raises(NotImplementedError, match=r"no density.*vae\.model.*log_likelihood"):
+        d.log_prob(d.sample())
+
+
+@rows()
+@pytest.mark.parametrize("moment", ["mean", "variance"])
+def test_moments_without_closed_form_are_refused_by_name(case, moment):
+    with pytest.raises(NotImplementedError, match=f"no closed-form {moment}.*sample"):
+        getattr(one(case), moment)
+
+
+@rows(lambda case: case.conditional and scored(case))
+def test_every_context_shape_broadcasts_against_the_value_as_a_loop_says(case):
+    family, x = family_of(case), case.data(4)
+    for context in (case.context(4)[0], case.context(4), case.context(3).unsqueeze(1)):
+        d = family(context)
+        log_p = d.log_prob(x)
+        batch = context.shape if case.labelled else context.shape[:-1]
+        assert d.batch_shape == batch
+        wanted = torch.broadcast_shapes(batch, (4,))
+        assert log_p.shape == wanted
+        embedded = context.expand(wanted) if case.labelled else context.expand((*wanted, context.shape[-1]))
+        for index in torch.cartesian_prod(*[torch.arange(n) for n in wanted]).reshape(-1, len(wanted)).tolist():
+            assert_close(log_p[tuple(index)], family(embedded[tuple(index)]).log_prob(x[index[-1]]), rtol=1e-4, atol=1e-4)
+
+
+@rows(lambda case: scored(case) and not case.conditional)
+def test_a_batch_without_context_scores_every_value_alone(case):
+    d, x = one(case), case.data(4)
+    log_p = seeded(d.expand((3, 1)).log_prob, x)
+    assert log_p.shape == (3, 4)
+    if exact(case):
+        assert_close(log_p, torch.stack([d.log_prob(value) for value in x]).expand(3, 4), rtol=1e-4, atol=1e-4)
+
+
+@rows(lambda case: case.conditional)
+def test_draws_given_a_context_in_two_dimensions(case):
+    context = case.context(6)
+    d = family_of(case)(context.reshape(3, 2, *context.shape[1:]))
+    assert d.batch_shape == (3, 2)
+    assert d.sample((5,)).shape == (5, 3, 2, *case.event_shape)
+
+
+@rows()
+def test_draws_lie_in_the_support_whose_events_are_whole(case):
+    d = one(case)
+    assert d.support.event_dim == d.event_dim == len(case.event_shape)
+    assert d.support.is_discrete == case.discrete
+    inside = d.support.check(d.sample((50,)))
+    assert inside.shape == (50,)
+    assert inside.all()
+    assert d.support.check(case.data(50)).all()
+
+
+@rows()
+def test_arg_constraints_hold(case):
+    d = one(case)
+    assert isinstance(d.arg_constraints, dict)
+    assert all(constraint.check(getattr(d, name)).all() for name, constraint in d.arg_constraints.items())
+
+
+# Pyro's wrappers.
+
+
+@rows()
+def test_expand_returns_its_own_type_and_agrees(case):
+    d = family_of(case)(case.context(4)).expand((4,))
+    e = d.expand((2, 4))
+    assert type(e) is type(d)
+    assert e.batch_shape == (2, 4)
+    assert e.event_shape == d.event_shape
+    assert d.batch_shape == (4,)
+    assert e.sample((3,)).shape == (3, 2, 4, *case.event_shape)
+    if exact(case):
+        x = case.data(8).reshape(2, 4, *case.event_shape)
+        assert_close(e.log_prob(x), d.log_prob(x), rtol=1e-4, atol=1e-4)
+
+
+@rows()
+def test_expand_refuses_shapes_it_cannot_have(case):
+    d = family_of(case)(case.context(4)).expand((4,))
+    for bad in [(3,), (4, 2), (), (1,)]:
+        with pytest.raises(ValueError, match=r"cannot be expanded"):
+            d.expand(bad)
+
+
+@rows(scored)
+def test_to_event_sums_batch_dimensions(case):
+    d, x = one(case).expand((2, 4)), case.data(8).reshape(2, 4, *case.event_shape)
+    e = d.to_event(1)
+    assert (e.batch_shape, e.event_shape) == ((2,), (4, *case.event_shape))
+    assert_close(seeded(e.log_prob, x), seeded(d.log_prob, x).sum(-1))
+    assert e.sample().shape == x.shape
+
+
+@rows(scored)
+def test_mask_drops_rows(case):
+    d, x = one(case).expand((4,)), case.data(4)
+    mask = torch.tensor([True, False, True, False])
+    log_p = seeded(d.mask(mask).log_prob, x)
+    assert_close(log_p, torch.where(mask, seeded(d.log_prob, x), torch.zeros(4)))
+
+
+@rows()
+def test_ours_is_found_inside_every_wrapper(case):
+    d = one(case).expand((4,))
+    wrapped = d.mask(torch.ones(4, dtype=torch.bool)).to_event(1).mask(False)
+    assert unwrap(wrapped) is d
+    assert unwrap(unwrap(wrapped)) is d
+    assert unwrap(dist.Normal(torch.zeros(3), 1.0).to_event(1).expand((2,))).event_shape == ()
+    assert isinstance(unwrap(wrapped.expand((2,))), type(d))
+
+
+@rows(scored)
+def test_wrong_event_shape_is_refused(case):
+    d = one(case)
+    with pytest.raises(ValueError, match=r"shape|size"):
+        d.log_prob(torch.cat([case.data(4)] * 2, -1))
+
+
+@rows(continuous)
+def test_integers_and_nan_are_refused_by_a_density_over_the_reals(case):
+    d, x = one(case), case.data(4)
+    with pytest.raises(ValueError, match=r"real numbers.*int64.*float"):
+        d.log_prob(torch.zeros(4, *case.event_shape, dtype=torch.long))
+    x[1] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        d.log_prob(x)
+
+
+@rows(lambda case: scored(case) and case.discrete)
+def test_values_off_the_levels_are_refused(case):
+    with pytest.raises(ValueError, match="support"):
+        one(case).log_prob(case.data(4) + LEVELS)
+
+
+# In a Pyro model.
+
+
+@rows()
+def test_nested_plates(case):
+    family, context = family_of(case), case.context(4)
+
+    def model(x=None):
+        with pyro.plate("outer", 3, dim=-2), pyro.plate("inner", 4, dim=-1):
+            return pyro.sample("x", family(context), obs=x)
+
+    x = model()
+    assert x.shape == (3, 4, *case.event_shape)
+    if scored(case):
+        trace = poutine.trace(model).get_trace(x)
+        assert seeded(trace.compute_log_prob) is None
+        assert trace.nodes["x"]["log_prob"].shape == (3, 4)
+
+
+@rows(scored)
+def test_a_subsampled_plate_scales(case):
+    family, x, context = family_of(case), case.data(8), case.context(8)
+
+    def model():
+        with pyro.plate("data", 8, subsample_size=2) as index:
+            pyro.sample("x", family(None if context is None else context[index]), obs=x[index])
+
+    trace = poutine.trace(model).get_trace()
+    seeded(trace.compute_log_prob)
+    site = trace.nodes["x"]
+    assert_close(trace.nodes["x"]["log_prob_sum"], 4 * seeded(site["fn"].log_prob, site["value"]).sum())
+
+
+@rows(lambda case: case.labelled and exact(case))
+@pytest.mark.parametrize("local", [True, False])
+def test_labels_may_be_enumerated_upstream(case, local):
+    family, x = family_of(case), case.data(5)
+    weights = torch.tensor([0.2, 0.5, 0.3])
+
+    def model():
+        if not local:
+            y = pyro.sample("y", dist.Categorical(weights), infer={"enumerate": "parallel"})
+        with pyro.plate("data", 5):
+            if local:
+                y = pyro.sample("y", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            pyro.sample("x", family(y), obs=x)
+
+    loss = TraceEnum_ELBO(max_plate_nesting=1).loss(model, lambda: None)
+    joint = family(torch.arange(CLASSES).unsqueeze(1)).log_prob(x)
+    summed = joint if local else joint.sum(1, keepdim=True)
+    exact_sum = (weights.log().unsqueeze(1) + summed).logsumexp(0).sum()
+    assert loss == pytest.approx(-exact_sum.item(), rel=1e-4)
+
+
+@rows(lambda case: not case.bisection)
+@pytest.mark.parametrize("parallel", [False, True])
+def test_predictive_draws(case, parallel):
+    family, context = family_of(case), case.context(5)
+
+    def model():
+        with pyro.plate("data", 5):
+            return pyro.sample("x", family(context))
+
+    x = Predictive(model, num_samples=4, parallel=parallel)()["x"]
+    assert x.shape == (4, 5, *case.event_shape)
+    assert (x[0] != x[1]).any() or case.discrete
+
+
+def latent_model(family, context=None):
+    """A row as the prior of a latent variable that is seen with noise."""
+
+    def model(y):
+        z = pyro.sample("z", family(context))
+        pyro.sample("y", dist.Normal(z, 0.5).to_event(len(family.event_shape)), obs=y)
+
+    return model
+
+
+@rows(lambda case: continuous(case) and not case.bisection)
+def test_svi_with_autonormal_over_it_as_a_prior(case):
+    family, context = family_of(case), case.context(1)
+    model = latent_model(family, None if context is None else context[0])
+    y = case.data(1)[0]
+    guide = AutoNormal(model)
+    svi = SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO())
+    losses = [svi.step(y) for _ in range(4)]
+    assert torch.tensor(losses).isfinite().all()
+    assert family(None if context is None else context[0]).support.check(guide.median()["z"])
+
+
+@rows(lambda case: continuous(case) and case.bisection)
+def test_svi_with_autonormal_over_a_prior_that_inverts_by_bisection(case):
+    family = family_of(case)
+    guide = AutoNormal(latent_model(family))
+    loss = SVI(latent_model(family), guide, Adam({"lr": 0.01}), Trace_ELBO()).step(case.data(1)[0])
+    assert loss == loss
+
+
+SLOW = {"NAF", "UNAF"}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.name in SLOW else [])
+        for case in CASES
+        if continuous(case)
+    ],
+)
+def test_nuts_over_it_as_a_prior(case):
+    family, context = family_of(case), case.context(1)
+    model = latent_model(family, None if context is None else context[0])
+    mcmc = MCMC(NUTS(model, max_tree_depth=2), num_samples=4, warmup_steps=4, disable_progbar=True)
+    mcmc.run(case.data(1)[0])
+    z = mcmc.get_samples()["z"]
+    assert z.shape == (4, *case.event_shape)
+    assert family(context).support.check(z).all()
+
+
+# Copies.
+
+
+@rows()
+def test_a_deepcopy_shares_modules_and_cuts_tensors(case):
+    family, context = family_of(case), case.context(4)
+    if context is not None and context.is_floating_point():
+        context = context.requires_grad_() * 2
+    d = family(context)
+    c = copy.deepcopy(d)
+    assert type(c) is type(d)
+    assert c.batch_shape == d.batch_shape
+    mine, theirs = dict(modules(c)), dict(modules(d))
+    assert mine
+    assert mine.keys() == theirs.keys()
+    assert all(mine[name] is theirs[name] for name in mine)
+    assert all(not t.requires_grad and t.grad_fn is None for t in tensors(c))
+    assert not {id(t) for t in tensors(c)} & {id(t) for t in tensors(d)}
+    assert_close(seeded(c.sample), seeded(d.sample))
+    if scored(case):
+        x = case.data(4)
+        assert_close(seeded(c.log_prob, x), seeded(d.log_prob, x))
+
+
+@rows()
+def test_a_pickled_distribution_scores_and_draws_the_same(case):
+    context = case.context(4)
+    if context is not None and context.is_floating_point():
+        context = context.requires_grad_() * 2
+    d, x = family_of(case)(context), case.data(4)
+    p = pickle.loads(pickle.dumps(d))
+    assert type(p) is type(d)
+    assert_close(seeded(p.sample, (2,)), seeded(d.sample, (2,)))
+    if scored(case):
+        assert_close(seeded(p.log_prob, x), seeded(d.log_prob, x))
+
+
+@rows()
+def test_a_pickled_copy_can_be_pickled_and_copied_again(case):
+    d = one(case)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(pickle.loads(pickle.dumps(d)))))
+    assert_close(seeded(again.sample), seeded(d.sample))
+
+
+# The density and its gradients.
+
+
+@rows(continuous)
+def test_score_is_the_gradient_by_finite_differences(case, float64):
+    d, x = family_of(case)(case.context(3)), case.data(3)
+    score = d.score(x)
+    assert score.shape == x.shape
+    flat = x.flatten(1)
+    for i in range(flat.shape[1]):
+        step = torch.zeros_like(flat)
+        step[:, i] = 1e-6
+        up, down = ((flat + s).reshape(x.shape) for s in (step, -step))
+        slope = (d.log_prob(up) - d.log_prob(down)) / 2e-6
+        assert_close(score.flatten(1)[:, i], slope, rtol=1e-4, atol=1e-5)
+
+
+@rows(continuous)
+def test_score_without_gradients_enabled_and_over_a_batch(case):
+    d, x = one(case), case.data(4)
+    with torch.no_grad():
+        score = d.expand((3, 1)).score(x)
+    assert score.shape == (3, 4, *case.event_shape)
+    assert not score.requires_grad
+    assert d.score(x).requires_grad
+
+
+@rows(lambda case: case.discrete or implicit(case))
+def test_score_where_there_is_none_is_refused_by_name(case):
+    with pytest.raises((NotImplementedError, ValueError), match=r"over integers, which has no score|no density"):
+        one(case).score(case.data(2))
+
+
+@rows(scored)
+def test_log_prob_follows_the_weights(case):
+    family, x, context = family_of(case), case.data(4), case.context(4)
+    d = family(context)
+    before = seeded(d.log_prob, x).detach()
+    with torch.no_grad():
+        for p in family.parameters():
+            p.add_(0.1 * torch.ones_like(p))
+    after = seeded(d.log_prob, x)
+    assert (after - before).abs().max() > 1e-3
+    assert_close(after, seeded(family(context).log_prob, x))
+
+
+@rows()
+def test_no_cache_outlives_a_call(case):
+    d, x = one(case), case.data(4)
+    before = {name: id(value) for name, value in vars(d).items()}
+    held = len(list(tensors(d)))
+    d.sample((2,))
+    if case.has_rsample:
+        d.rsample((2,))
+    if scored(case):
+        d.log_prob(x)
+    assert {name: id(value) for name, value in vars(d).items()} == before
+    assert len(list(tensors(d))) == held
+
+
+@rows(scored)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_gradient_of_log_prob_in_the_parameters_by_finite_differences(case, training, float64):
+    family, x, context = family_of(case).train(training), case.data(4), case.context(4)
+    parameters = list(family.parameters())
+    direction = [torch.randn_like(p) for p in parameters]
+
+    def at(step):
+        with torch.no_grad():
+            for p, v in zip(parameters, direction, strict=True):
+                p.add_(step * v)
+        return seeded(family(context).log_prob, x).sum()
+
+    slope = (at(1e-6) - at(-2e-6)).detach() / 2e-6
+    grads = torch.autograd.grad(at(1e-6), parameters, allow_unused=True)
+    assert_close(
+        sum((g * v).sum() for g, v in zip(grads, direction, strict=True) if g is not None), slope, rtol=1e-4, atol=1e-4
+    )
+
+
+def flow_of(d):
+    return d.base if isinstance(d, Dequantized) else d
+
+
+@rows(lambda case: case.tolerance is not None)
+def test_a_flow_inverts_within_its_tolerance(case):
+    family, context, n = family_of(case), case.context(200), 200
+    d, x = flow_of(family(context)), case.data(n)
+    y = x if d.pretransform is None else d.pretransform(x.to(torch.get_default_dtype()))
+    with torch.no_grad():
+        transform = d.transform(d.context)
+        y = y.flatten(1)
+        error = (transform.inv(transform(y)) - y).abs().max()
+    assert error < case.tolerance
+
+
+@rows(lambda case: case.tolerance is not None and case.has_rsample)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_gradient_of_a_draw_keeps_its_base_coordinates_fixed(case, training, float64):
+    family = family_of(case).train(training)
+    d = family(None if case.context(1) is None else case.context(1)[0])
+    parameters = [p for p in family.transform.parameters() if p.requires_grad]
+
+    def gradient(x):
+        y = x if d.pretransform is None else d.pretransform(x)
+        u = d.transform(d.context if d.context is None else d.context.expand(20, -1))(y.flatten(1))
+        grads = torch.autograd.grad((u * weight).sum(), parameters, allow_unused=True)
+        return torch.cat([g.flatten() for g in grads if g is not None])
+
+    weight = torch.randn(20, d.event_shape.numel())
+    x = d.rsample((20,))
+    total, partial = gradient(x), gradient(x.detach())
+    assert total.norm() < (3e-2 if case.bisection else 1e-6) * partial.norm()
+
+
+# Used directly.
+
+
+def test_dequantized_draws_fresh_noise_at_every_call():
+    case = BY_NAME["Flow, dequantized"]
+    d, x = one(case), case.data(4)
+    assert (d.log_prob(x) != d.log_prob(x)).all()
+
+
+def test_dequantized_log_prob_bounds_the_mass_from_below():
+    base = dist.Normal(torch.tensor([1.0, 2.5]), torch.tensor([0.8, 1.3])).to_event(1)
+    d = Dequantized(base, levels=4)
+    x = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+    cdf = dist.Normal(torch.tensor([1.0, 2.5]), torch.tensor([0.8, 1.3])).cdf
+    mass = (cdf(x + 1.0) - cdf(x.float())).prod(-1)
+    draws = d.log_prob(x.expand(20_000, 16, 2))
+    error = draws.std(0) / 20_000**0.5
+    assert (draws.mean(0) < mass.log() + 5 * error).all()
+    # 16 two-sided tests at 5.5 standard errors: 6e-7
+    spread = draws.exp().std(0) / 20_000**0.5
+    assert ((draws.exp().mean(0) - mass).abs() < 5.5 * spread).all()
+
+
+def test_dequantized_uniform_is_exact():
+    d = Dequantized(dist.Uniform(torch.zeros(2), 4.0).to_event(1), levels=4)
+    x = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+    assert_close(d.log_prob(x), torch.full((16,), -2 * log(4)))
+    draws = d.sample((4000,))
+    assert draws.dtype == torch.long
+    # 8 counts of Binomial(4000, 1/4), each within 5.5 standard deviations: 8 * 4e-8
+    counts = torch.stack([(draws == level).sum(0) for level in range(4)]).double()
+    assert ((counts - 1000).abs() < 5.5 * 750**0.5).all()
+
+
+def test_dequantized_accepts_a_batched_base_and_float_levels():
+    d = Dequantized(dist.Normal(torch.zeros(5, 2), 3.0).to_event(1), levels=4)
+    assert d.batch_shape == (5,)
+    assert d.sample((3,)).shape == (3, 5, 2)
+    assert d.expand((2, 5)).sample((3,)).shape == (3, 2, 5, 2)
+    x = torch.randint(4, (5, 2))
+    assert_close(seeded(d.log_prob, x), seeded(d.log_prob, x.float()))
+
+
+def test_dequantized_wants_two_levels():
+    with pytest.raises(ValueError, match="at least 2 levels"):
+        Dequantized(dist.Normal(torch.zeros(2), 1.0).to_event(1), levels=1)
+
+
+def mixture(levels=7, batch=(), components=3):
+    return DiscretizedLogisticMixture(
+        torch.randn(*batch, components),
+        levels * torch.rand(*batch, components),
+        torch.rand(*batch, components) + 0.1,
+        levels,
+    )
+
+
+@pytest.mark.parametrize("levels", [2, 3, 17, 256])
+def test_discretized_masses_sum_to_one(levels, float64):
+    d = mixture(levels, (6,))
+    assert_close(d.log_prob(torch.arange(levels).unsqueeze(1)).logsumexp(0), torch.zeros(6), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("loc", [-1e4, -60.0, 3.0, 70.0, 1e4])
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e3])
+def test_discretized_tails_are_finite_with_finite_gradients_and_sum_to_one(loc, scale):
+    parameters = [torch.zeros(2), torch.tensor([loc, loc + 1]), torch.tensor([scale, 2 * scale])]
+    for parameter in parameters:
+        parameter.requires_grad_()
+    log_p = DiscretizedLogisticMixture(*parameters, levels=8).log_prob(torch.arange(8))
+    assert log_p.isfinite().all()
+    assert log_p.logsumexp(0).item() == pytest.approx(0, abs=1e-5)
+    for row in log_p:
+        grads = torch.autograd.grad(row, parameters, retain_graph=True)
+        assert all(g.isfinite().all() for g in grads)
+
+
+def test_discretized_log_prob_is_the_difference_of_the_cdf(float64):
+    d = mixture(7)
+    edges = torch.arange(8).unsqueeze(1) - 0.5
+    cdf = ((edges - d.loc) / d.scale).sigmoid()
+    cdf[0], cdf[-1] = 0, 1
+    mass = (cdf.diff(dim=0) * d.logits.softmax(-1)).sum(-1)
+    assert_close(d.log_prob(torch.arange(7)).exp(), mass)
+
+
+def test_discretized_moments_meet_enumeration(float64):
+    d = mixture(7, (4,))
+    values = d.enumerate_support()
+    assert values.shape == (7, 4)
+    assert d.enumerate_support(expand=False).shape == (7, 1)
+    p = d.log_prob(values).exp()
+    mean = (p * values).sum(0)
+    assert_close(d.mean, mean)
+    assert_close(d.variance, (p * values**2).sum(0) - mean**2)
+
+
+def test_discretized_draws_have_the_stated_frequencies():
+    d, n = mixture(5), 20_000
+    draws = d.sample((n,))
+    assert draws.dtype == torch.long
+    p = d.log_prob(torch.arange(5)).exp()
+    counts = torch.bincount(draws, minlength=5)
+    # 5 counts, each within 5.5 standard deviations (and 2 for the discreteness): 5 * 4e-8
+    assert ((counts - n * p).abs() < 5.5 * (n * p * (1 - p)).sqrt() + 2).all()
+
+
+def test_discretized_draws_and_expands_over_batches():
+    d = mixture(5, (4,))
+    e = d.expand((3, 4))
+    assert type(e) is type(d)
+    assert e.sample((2,)).shape == (2, 3, 4)
+    assert e.support.check(e.sample((100,))).all()
+    x = torch.randint(5, (3, 4))
+    assert_close(e.log_prob(x), d.log_prob(x))
+    assert_close(pickle.loads(pickle.dumps(d)).log_prob(x), d.log_prob(x))
+    assert_close(copy.deepcopy(d).log_prob(x), d.log_prob(x))
+
+
+def test_discretized_refuses_what_is_no_level_and_no_scale():
+    d = mixture(5)
+    for bad in (torch.tensor(5), torch.tensor(-1), torch.tensor(1.5)):
+        with pytest.raises(ValueError, match="support"):
+            d.log_prob(bad)
+    with pytest.raises(ValueError, match="scale"):
+        DiscretizedLogisticMixture(torch.zeros(2), torch.zeros(2), torch.tensor([1.0, -1.0]), 5)
+    with pytest.raises(ValueError, match="at least 2 levels"):
+        mixture(1)
+
+
+def test_discretized_is_enumerated_by_pyro():
+    d = mixture(4)
+
+    def model():
+        k = pyro.sample("k", d, infer={"enumerate": "parallel"})
+        pyro.sample("y", dist.Normal(k.float(), 1.0), obs=torch.tensor(1.3))
+
+    k = torch.arange(4)
+    evidence = (d.log_prob(k) + dist.Normal(k.float(), 1.0).log_prob(torch.tensor(1.3))).logsumexp(0)
+    assert TraceEnum_ELBO(max_plate_nesting=0).loss(model, lambda: None) == pytest.approx(-evidence.item(), rel=1e-5)
+
+
+def test_the_likelihood_choice_keeps_the_extremes_finite():
+    likelihood = DiscretizedLogistic(256)
+    params = torch.tensor([-1e3, -10.0, 0.0, 10.0, 1e3]).unsqueeze(1).expand(5, likelihood.num_outputs).clone().requires_grad_()
+    log_p = likelihood(params).log_prob(torch.tensor([[0], [128], [255]]))
+    log_p.sum().backward()
+    assert log_p.isfinite().all()
+    assert params.grad.isfinite().all()
+
+
+def test_a_flow_over_a_plain_affine_transform_is_a_normal():
+    d = NormalizingFlow(lambda context: AffineTransform(-1.0, 0.5, event_dim=1), dist.Normal(0.0, 1.0), (3,))
+    x = torch.randn(5, 3)
+    assert_close(d.log_prob(x), dist.Normal(2.0, 2.0).log_prob(x).sum(-1))
+    draws = d.sample((4000,))
+    # 3 means and 3 deviations, each within 5.5 standard errors: 2.4e-7
+    assert ((draws.mean(0) - 2).abs() < 5.5 * 2 / 4000**0.5).all()
+    assert ((draws.std(0) - 2).abs() < 5.5 * 2 / 8000**0.5).all()
+
+
+def test_a_flow_in_context_shifts_each_row():
+    def shift(context):
+        return AffineTransform(-context, 1.0, event_dim=1)
+
+    context = torch.randn(4, 1, 2)
+    d = NormalizingFlow(shift, dist.Normal(torch.zeros(2), torch.ones(2)), (2,), context=context)
+    x = torch.randn(3, 2)
+    assert_close(d.log_prob(x), dist.Normal(context, 1.0).to_event(1).log_prob(x))
+
+
+def test_a_draw_of_a_flow_carries_the_gradient_of_its_base():
+    loc = torch.zeros(3, requires_grad=True)
+    d = NormalizingFlow(lambda context: AffineTransform(0.0, 0.5, event_dim=1), dist.Normal(loc, 1.0), (3,))
+    d.rsample((4,)).sum().backward()
+    assert_close(loc.grad, torch.full((3,), 8.0))
+
+
+def test_implicit_draws_through_its_latent():
+    prior = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    d = Implicit(prior, lambda z, c: dist.Normal(z + c, 1e-3).to_event(1), (2,), context=torch.ones(4, 2), reparametrised=True)
+    assert d.batch_shape == (4,)
+    x = d.sample((1000,))
+    assert x.shape == (1000, 4, 2)
+    # 8 means within 5.5 standard errors: 3.2e-7
+    assert ((x.mean(0) - 1).abs() < 5.5 / 1000**0.5).all()
+    assert d.has_rsample
+    with pytest.raises(NotImplementedError, match="draws but no density"):
+        d.log_prob(x)
+
+
+def test_implicit_without_gradients_refuses_rsample():
+    d = Implicit(dist.Normal(0.0, 1.0), lambda z, c: dist.Poisson(z.exp()), ())
+    assert not d.has_rsample
+    with pytest.raises(NotImplementedError, match="rsample"):
+        d.rsample()
+
+
+@rows()
+def test_every_row_is_of_this_library(case):
+    d = one(case)
+    assert isinstance(d, GenerativeDistribution)
+    assert d.density == case.density
+    assert d.has_rsample == case.has_rsample
+    assert type(d).__name__ in repr(d)

@@ -1,0 +1,764 @@
+"""What every family promises: it trains, copies, saves, moves and draws, and bad input meets a clear error at the border."""
+
+import copy
+import pickle
+import subprocess
+import sys
+from math import pi
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import CASES, CLASSES, LEVELS, SMALL, UNIT, labels, real, rows, scored
+from pyro.contrib.autoname import scope
+from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.optim import Adam
+from torch import nn
+from torch.distributions import constraints
+from torch.testing import assert_close
+
+from pyro_genmodels import (
+    MAF,
+    NCSF,
+    NICE,
+    NSF,
+    VAE,
+    Autoregressive,
+    Bernoulli,
+    Categorical,
+    DiscretizedLogistic,
+    Flow,
+    Labels,
+    MaximumLikelihood,
+    Normal,
+    RealNVP,
+)
+from pyro_genmodels.families import GF
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+def train(case, family, batch, steps=2):
+    svi = SVI(family.model, family.guide, Adam({"lr": 0.01}), case.objective())
+    return [svi.step(*batch) for _ in range(steps)]
+
+
+def judgement(case, family, batch):
+    """A number for each family that tells any two of different weights apart: the log densities, or the seeded ELBO."""
+    pyro.set_rng_seed(1)
+    with torch.no_grad():
+        if scored(case):
+            return family(*batch[1:]).log_prob(batch[0])
+        return torch.tensor(case.objective().loss(family.model, family.guide, *batch))
+
+
+def trainable(family):
+    return {name: p.detach().clone() for name, p in family.named_parameters() if p.requires_grad}
+
+
+def moved(before, family):
+    return {name for name, p in trainable(family).items() if not p.equal(before[name])}
+
+
+# Training.
+
+
+@rows()
+def test_svi_moves_every_trainable_tensor(case):
+    family, batch = case.build(), case.batch(16)
+    train(case, family, batch, steps=1)
+    before = trainable(family)
+    losses = train(case, family, batch, steps=3)
+    assert torch.tensor(losses).isfinite().all()
+    assert moved(before, family) == before.keys()
+    assert before
+
+
+@rows()
+def test_the_loss_as_a_module_moves_every_trainable_tensor(case):
+    family, batch = case.build(), case.batch(16)
+    loss = MaximumLikelihood() if scored(case) else case.objective()
+    module = loss(family) if scored(case) else loss(family.model, family.guide)
+    module(*batch)
+    before = trainable(family)
+    optimiser = torch.optim.Adam(family.parameters(), lr=0.01)
+    for _ in range(2):
+        optimiser.zero_grad()
+        module(*batch).backward()
+        optimiser.step()
+    assert moved(before, family) == before.keys()
+
+
+@rows()
+def test_two_families_in_one_model_both_move(case):
+    one, two, batch = case.build(), case.build(), case.batch(8)
+    loss = case.objective()
+
+    def both(part):
+        def run(*args):
+            for prefix, family in (("one", one), ("two", two)):
+                with scope(prefix=prefix):
+                    getattr(family, part)(*args)
+
+        return run
+
+    svi = SVI(both("model"), both("guide"), Adam({"lr": 0.01}), loss)
+    svi.step(*batch)
+    before = trainable(one), trainable(two)
+    first = [p.clone() for p in before[0].values()]
+    svi.step(*batch)
+    svi.step(*batch)
+    assert moved(before[0], one) == before[0].keys()
+    assert moved(before[1], two) == before[1].keys()
+    assert any(not p.equal(q) for p, q in zip(first, before[1].values(), strict=True))
+
+
+@rows()
+def test_two_fits_in_one_param_store_do_not_meet(case):
+    one, two, batch = case.build(), case.build(), case.batch(8)
+    train(case, one, batch)
+    trained, untouched = trainable(one), trainable(two)
+    train(case, two, batch)
+    assert not moved(trained, one)
+    assert moved(untouched, two)
+    stored = {id(p) for p in pyro.get_param_store()._params.values()}
+    assert {id(p) for p in [*one.parameters(), *two.parameters()]} <= stored
+
+
+@rows()
+def test_a_deepcopy_is_trained_apart_under_a_name_of_its_own(case):
+    family, batch = case.build(), case.batch(8)
+    train(case, family, batch)
+    twin = copy.deepcopy(family)
+    assert twin._pyro_name != family._pyro_name
+    assert_close(judgement(case, twin, batch), judgement(case, family, batch))
+    original, copied = trainable(family), trainable(twin)
+    train(case, twin, batch)
+    assert not moved(original, family)
+    assert moved(copied, twin) == copied.keys()
+    copied = trainable(twin)
+    train(case, family, batch)
+    assert not moved(copied, twin)
+
+
+@rows()
+def test_a_pickled_family_says_the_same_and_is_trained_apart(case):
+    family, batch = case.build(), case.batch(8)
+    train(case, family, batch)
+    loaded = pickle.loads(pickle.dumps(family))
+    assert type(loaded) is type(family)
+    assert_close(judgement(case, loaded, batch), judgement(case, family, batch))
+    original, copied = trainable(family), trainable(loaded)
+    train(case, loaded, batch)
+    assert not moved(original, family)
+    assert moved(copied, loaded) == copied.keys()
+
+
+def test_the_name_is_settable_and_stands_before_every_parameter():
+    flow = Flow((2,), transform=MAF(**SMALL), name="prior of effects")
+    train(BY_NAME["MAF"], flow, (torch.randn(8, 2),))
+    assert all(key.startswith("prior of effects") for key in pyro.get_param_store())
+
+
+@rows()
+def test_default_names_are_unique(case):
+    assert case.build()._pyro_name != case.build()._pyro_name
+
+
+def test_families_inside_a_users_module_do_not_meet():
+    from pyro.nn import PyroModule
+
+    class Pair(PyroModule):
+        def __init__(self):
+            super().__init__("pair")
+            self.one, self.two = Flow((2,), transform=MAF(**SMALL)), Flow((2,), transform=MAF(**SMALL))
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("one", self.one(), obs=x)
+                pyro.sample("two", self.two(), obs=x + 1)
+
+    pair = Pair()
+    before = trainable(pair)
+    svi = SVI(pair, lambda x: None, Adam({"lr": 0.01}), Trace_ELBO())
+    svi.step(torch.randn(8, 2))
+    assert moved(before, pair) == before.keys()
+
+
+# Standardisation, saving, moving.
+
+
+@rows(lambda case: case.build()._standardize)
+def test_standardisation_is_of_the_first_data_and_stays(case):
+    family, batch = case.build(), case.batch(50)
+    family.eval().model(*batch)
+    assert not family.standardized
+    family.train().model(*batch)
+    assert family.standardized
+    loc = family.loc.clone()
+    assert loc.abs().sum() > 0
+    if not case.discrete:
+        y = family.pretransform(batch[0])
+        assert_close(y.mean(0), torch.zeros(case.event_shape), atol=1e-5, rtol=0)
+        assert_close(y.std(0), torch.ones(case.event_shape), atol=1e-5, rtol=0)
+    family.model(*case.batch(50))
+    assert family.loc.equal(loc)
+
+
+@rows()
+def test_a_state_dict_goes_into_a_fresh_instance(case):
+    family, batch = case.build(), case.batch(16)
+    train(case, family, batch)
+    fresh = case.build()
+    fresh.load_state_dict(family.state_dict())
+    assert_close(judgement(case, fresh, batch), judgement(case, family, batch))
+    loc, scale = fresh.loc.clone(), fresh.scale.clone()
+    fresh.train().model(*case.batch(5))
+    assert fresh.loc.equal(loc)
+    assert fresh.scale.equal(scale)
+
+
+@pytest.mark.parametrize("choice", [NICE, RealNVP, MAF, NSF, NCSF], ids=lambda choice: choice.__name__)
+def test_a_state_dict_carries_random_permutations(choice):
+    build = lambda: Flow((5,), transform=choice(**SMALL, randperm=True))  # noqa: E731
+    family, fresh, x = build(), build(), torch.rand(10, 5)
+    fresh.load_state_dict(family.state_dict())
+    assert_close(fresh().log_prob(x), family().log_prob(x))
+    y = torch.rand(10, 5)
+    transform = fresh().transform(None)
+    assert_close(transform.inv(transform(y)), y, atol=1e-4, rtol=0)
+
+
+def test_a_state_dict_carries_the_order():
+    one, two = (Autoregressive((3,), order=order, hidden=(16,)) for order in ([2, 0, 1], [0, 1, 2]))
+    two.load_state_dict(one.state_dict())
+    x = torch.randn(5, 3)
+    assert_close(two().log_prob(x), one().log_prob(x))
+
+
+def in_double(batch):
+    return tuple(part.double() if part.is_floating_point() else part for part in batch)
+
+
+@rows()
+@pytest.mark.parametrize("step_before", [False, True])
+def test_a_family_moves_to_float64_and_trains_there(case, step_before):
+    family, batch = case.build(), case.batch(16)
+    if step_before:
+        train(case, family, batch)
+    single = judgement(case, family, batch)
+    family.to(torch.float64)
+    batch = in_double(batch)
+    if scored(case):
+        log_p = family(*batch[1:]).log_prob(batch[0])
+        assert log_p.dtype == torch.float64
+        if not case.discrete or case.density == "exact":
+            assert_close(log_p, single.double(), atol=1e-3, rtol=1e-3)
+    draws = family(*batch[1:]).sample()
+    assert draws.dtype == torch.float64 or case.discrete
+    before = trainable(family)
+    losses = train(case, family, batch)
+    assert torch.tensor(losses).isfinite().all()
+    assert moved(before, family) == before.keys()
+    own = {name for name in pyro.get_param_store() if name.startswith(family._pyro_name)}
+    assert own
+    assert all(pyro.get_param_store()[name].dtype == torch.float64 for name in own)
+    draws = family.model(None, *batch[1:], size=16)
+    assert draws.dtype == torch.float64 or case.discrete
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Flow((2,), levels=4, transform=MAF(**SMALL), standardize=False),
+        lambda: Flow((2,), levels=4, transform=NSF(**SMALL), support=constraints.interval(0.0, 4.0)),
+    ],
+    ids=["as they stand", "on an interval"],
+)
+def test_dequantized_integers_go_with_a_float64_flow(build):
+    family = build().to(torch.float64)
+    log_p = family().log_prob(torch.randint(4, (5, 2)))
+    assert log_p.dtype == torch.float64
+    assert log_p.isfinite().all()
+
+
+# Drawing and scaling.
+
+
+@rows()
+def test_the_model_draws(case):
+    family, context = case.build(), case.context(5)
+    x = family.model(None, context, size=5)
+    assert x.shape == (5, *case.event_shape)
+    assert family(context).support.check(x).all()
+    if context is not None:
+        assert family.model(context=context).shape == (5, *case.event_shape)
+
+
+@rows()
+@pytest.mark.parametrize("parallel", [False, True])
+def test_predictive_draws_from_the_model(case, parallel):
+    family, context = case.build(), case.context(5)
+    draws = Predictive(family.model, num_samples=3, parallel=parallel)(None, context, size=5)["x"]
+    assert draws.shape == (3, 5, *case.event_shape)
+
+
+@rows()
+def test_a_minibatch_is_scaled_to_all_the_data(case):
+    family, batch, loss = case.build(), case.batch(4), case.objective()
+    family.standardize(batch[0])
+    pyro.set_rng_seed(1)
+    alone = loss.loss(family.model, family.guide, *batch)
+    pyro.set_rng_seed(1)
+    of_twenty = loss.loss(family.model, family.guide, *batch, size=20)
+    assert of_twenty == pytest.approx(5 * alone, rel=1e-4)
+
+
+@rows(lambda case: case.conditional)
+def test_draws_are_conditional_on_the_context(case):
+    family, context = case.build(), case.context(5)
+    assert family(context).batch_shape == (5,)
+    assert family(context).sample((2,)).shape == (2, 5, *case.event_shape)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda context: Flow((2,), transform=MAF(**SMALL), context=context),
+        lambda context: Autoregressive((2,), hidden=(16, 16), context=context),
+        lambda context: VAE((2,), latent_dim=2, hidden=(16, 16), context=context),
+    ],
+    ids=["Flow", "Autoregressive", "VAE"],
+)
+def test_a_trained_family_draws_what_its_label_says(build):
+    family, y = build(Labels(2)), torch.arange(100) % 2
+    x = 0.3 * torch.randn(100, 2) + (6.0 * y - 3).unsqueeze(1)
+    objective = Trace_ELBO() if isinstance(family, VAE) else MaximumLikelihood()
+    svi = SVI(family.model, family.guide, Adam({"lr": 0.02}), objective)
+    for _ in range(150):
+        svi.step(x, y)
+    draws = family.eval()(torch.tensor([0, 1])).sample((200,))
+    assert (draws.mean((0, 2)) - torch.tensor([-3.0, 3.0])).abs().max() < 0.5
+
+
+def test_a_module_of_the_users_own_embeds_the_context():
+    family = Flow((2,), transform=MAF(**SMALL), context=nn.Embedding(4, 3))
+    y = torch.tensor([0, 3, 1])
+    assert family.context_size == 3
+    assert family(y).sample().shape == (3, 2)
+    before = trainable(family)
+    train(BY_NAME["MAF"], family, (torch.randn(3, 2), y))
+    assert "context.weight" in moved(before, family)
+
+
+# Networks of the user's own.
+
+
+class Encoder(nn.Module):
+    def __init__(self, features):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, features))
+
+    def forward(self, x):
+        assert x.shape[1:] == (1, 8, 8)
+        return self.net(x)
+
+
+class Decoder(nn.Module):
+    def __init__(self, outputs):
+        super().__init__()
+        self.outputs = outputs
+        self.net = nn.Sequential(
+            nn.Linear(2, 64), nn.ReLU(), nn.Unflatten(-1, (4, 4, 4)), nn.ConvTranspose2d(4, outputs, 4, stride=2, padding=1)
+        )
+
+    def forward(self, z):
+        out = self.net(z)
+        return out if self.outputs == 1 else out.unsqueeze(-1).transpose(1, -1)
+
+
+IMAGES = {
+    "Bernoulli": (Bernoulli(), lambda: torch.randint(2, (6, 1, 8, 8)).float()),
+    "DiscretizedLogistic": (DiscretizedLogistic(17, components=2), lambda: torch.randint(17, (6, 1, 8, 8))),
+    "Normal": (Normal(), lambda: torch.randn(6, 1, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_convolutional_networks_train_with_vectorised_particles(name):
+    likelihood, data = IMAGES[name]
+    x = data()
+    vae = VAE((1, 8, 8), latent_dim=2, likelihood=likelihood, encoder=Encoder(4), decoder=Decoder(likelihood.num_outputs))
+    svi = SVI(vae.model, vae.guide, Adam({"lr": 0.01}), Trace_ELBO(num_particles=3, vectorize_particles=True))
+    svi.step(x)
+    before = trainable(vae)
+    svi.step(x)
+    assert moved(before, vae) == before.keys()
+    assert vae().sample((2, 3)).shape == (2, 3, 1, 8, 8)
+
+
+@rows(lambda case: case.density == "none")
+def test_vectorised_particles_estimate_the_same_elbo(case):
+    family, batch = case.build(), case.batch(8)
+    family.standardize(batch[0])
+    one_run = Trace_ELBO(num_particles=200, vectorize_particles=True).loss(family.model, family.guide, *batch)
+    runs = torch.tensor([Trace_ELBO().loss(family.model, family.guide, *batch) for _ in range(200)])
+    # the difference of two means of 200 within 5.5 standard errors: 4e-8
+    assert abs(one_run - runs.mean()) < 5.5 * (2 / 200) ** 0.5 * runs.std() + 1e-4
+
+
+def test_an_encoder_may_return_location_and_scale():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 4)
+
+        def forward(self, x):
+            loc, raw = self.linear(x).chunk(2, -1)
+            return loc, raw.exp()
+
+    vae, x = VAE((3,), latent_dim=2, encoder=Pair()), torch.randn(5, 3)
+    assert vae.posterior(x).event_shape == (2,)
+    before = trainable(vae)
+    train(BY_NAME["VAE, Normal"], vae, (x,))
+    assert "encoder.linear.weight" in moved(before, vae)
+
+
+def test_own_networks_see_the_context():
+    class Both(nn.Module):
+        def __init__(self, inputs, outputs):
+            super().__init__()
+            self.linear = nn.Linear(inputs + CLASSES, outputs)
+
+        def forward(self, x, context):
+            return self.linear(torch.cat([x, context], -1))
+
+    decoder = Reshape(Both(2, 6), (3, 2))
+    vae = VAE((3,), latent_dim=2, context=Labels(CLASSES), encoder=Both(3, 4), decoder=decoder)
+    losses = train(BY_NAME["VAE, labels"], vae, (torch.randn(5, 3), labels(5)))
+    assert torch.tensor(losses).isfinite().all()
+
+
+class Reshape(nn.Module):
+    def __init__(self, net, shape):
+        super().__init__()
+        self.net, self.shape = net, shape
+
+    def forward(self, *args):
+        return self.net(*args).unflatten(-1, self.shape)
+
+
+@pytest.mark.parametrize(
+    "prior",
+    [
+        lambda: dist.Normal(torch.zeros(2), 2.0).to_event(1),
+        lambda: dist.MultivariateNormal(torch.zeros(2), torch.eye(2)),
+        lambda: dist.Normal(torch.zeros(2, 2), 1.0).to_event(2),
+        lambda: Flow((2,), transform=NSF(**SMALL)),
+        lambda: Flow((2, 2), transform=MAF(**SMALL)),
+        lambda: Autoregressive((2,), hidden=(8,)),
+        lambda: copy.deepcopy(Flow((2,), transform=MAF(**SMALL))),
+        lambda: pickle.loads(pickle.dumps(Flow((2,), transform=MAF(**SMALL)))),
+        lambda: Flow((2,), transform=MAF(**SMALL))(),
+    ],
+    ids=[
+        "Normal",
+        "MultivariateNormal",
+        "2-d",
+        "Flow",
+        "Flow, 2-d",
+        "Autoregressive",
+        "copied",
+        "pickled",
+        "flow's distribution",
+    ],
+)
+def test_any_prior_over_the_reals_will_do(prior):
+    vae, x = VAE((3,), prior=prior(), hidden=(16,)), torch.randn(8, 3)
+    assert vae().sample((4,)).shape == (4, 3)
+    assert torch.tensor(train(BY_NAME["VAE, Normal"], vae, (x,))).isfinite().all()
+    vae.to(torch.float64)
+    assert torch.tensor(train(BY_NAME["VAE, Normal"], vae, (x.double(),))).isfinite().all()
+    assert vae().sample().dtype == torch.float64
+
+
+def test_a_conditional_prior_is_given_the_context():
+    prior = Flow((2,), transform=MAF(**SMALL), context=Labels(CLASSES))
+    vae = VAE((3,), prior=prior, context=Labels(CLASSES), hidden=(16,))
+    assert vae(labels(5)).sample((2,)).shape == (2, 5, 3)
+    before = trainable(vae)
+    train(BY_NAME["VAE, labels"], vae, (torch.randn(8, 3), labels(8)), steps=3)
+    assert moved(before, vae) == before.keys()
+
+
+# Bad input at the border.
+
+
+def refused(kind, *words):
+    return pytest.raises(kind, match="(?s)" + ".*".join(words))
+
+
+@rows(lambda case: not case.discrete)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_nan_and_infinite_data_are_refused(case, bad):
+    family, (x, *rest) = case.build(), case.batch(4)
+    x[2] = bad
+    for part in (family.model, family.guide) if case.density == "none" else (family.model,):
+        with refused(ValueError, "NaN or infinite", "1 of 4 rows", "row 2", "Drop or impute"):
+            part(x, *rest)
+
+
+@rows(lambda case: case.discrete and case.build().data_support is constraints.boolean)
+def test_nan_among_zeros_and_ones_is_refused(case):
+    family, (x, *rest) = case.build(), case.batch(4)
+    x[1] = torch.nan
+    with refused(ValueError, "NaN or infinite"):
+        family.model(x, *rest)
+
+
+@rows()
+def test_data_of_another_shape_are_refused(case):
+    family, (x, *rest) = case.build(), case.batch(4)
+    for bad in (x[0], x.flatten(), torch.cat([x, x], -1), x.unsqueeze(0)):
+        with refused(ValueError, "wants data of shape", "but found", "Reshape"):
+            family.model(bad, *rest)
+
+
+@rows()
+def test_no_data_are_refused(case):
+    family, (x, *rest) = case.build(), case.batch(4)
+    with refused(ValueError, "found no rows at all"):
+        family.model(x[:0], *(part[:0] for part in rest))
+
+
+@rows(lambda case: not case.discrete)
+def test_integers_into_a_continuous_family_are_refused(case):
+    family, (x, *rest) = case.build(), case.batch(4)
+    with refused(ValueError, "models real numbers", "int64", r"\.float\(\)", "levels=K"):
+        family.model(x.long(), *rest)
+
+
+@rows(lambda case: case.discrete)
+def test_values_off_the_levels_are_refused(case):
+    family, (x, *rest) = case.build(), case.batch(4)
+    for bad in (x + LEVELS, x - LEVELS, x + 0.5):
+        with refused(ValueError, "outside its support"):
+            family.model(bad, *rest)
+
+
+@pytest.mark.parametrize(
+    ("build", "x"),
+    [
+        (lambda: Flow((2,), support=UNIT, transform=MAF(**SMALL)), torch.tensor([[0.5, 1.5]])),
+        (lambda: Flow((2,), support=constraints.positive, transform=MAF(**SMALL)), torch.tensor([[0.5, -1.5]])),
+        (lambda: Flow((2,), transform=NCSF(**SMALL)), torch.tensor([[0.5, 3.5]])),
+        (lambda: Flow((2,), transform=NCSF(**SMALL)), torch.tensor([[0.5, pi]])),
+        (lambda: Autoregressive((2,), support=UNIT), torch.tensor([[0.5, 1.5]])),
+        (lambda: VAE((2,), support=UNIT), torch.tensor([[0.5, 1.5]])),
+    ],
+    ids=["interval", "positive", "angles", "the end of the circle", "Autoregressive", "VAE"],
+)
+def test_values_outside_the_support_are_refused(build, x):
+    with refused(ValueError, "outside its support", "in 1 places", "Rescale"):
+        build().model(x)
+
+
+def test_what_is_no_tensor_is_refused():
+    with refused(TypeError, "torch.Tensor", "found ndarray", "as_tensor"):
+        Flow((2,)).model(torch.randn(3, 2).numpy())
+
+
+@rows(lambda case: case.labelled)
+def test_labels_out_of_range_or_not_integers_are_refused(case):
+    family, (x, y) = case.build(), case.batch(4)
+    for bad in (y + CLASSES, y - CLASSES):
+        with refused(ValueError, r"Labels\(3\)", "from 0 to 2", "but found", "Renumber"):
+            family.model(x, bad)
+    for bad in (y.float(), y.bool()):
+        with refused(ValueError, "wants integers", r"\.long\(\)"):
+            family(bad)
+
+
+@rows(lambda case: case.conditional)
+def test_a_missing_context_is_refused(case):
+    family, x = case.build(), case.data(4)
+    with refused(ValueError, "wants a context", "none", "context="):
+        family()
+    with refused(ValueError, "wants a context", "none", "context="):
+        family.model(x)
+
+
+@rows(lambda case: not case.conditional)
+def test_a_superfluous_context_is_refused(case):
+    family, x = case.build(), case.data(4)
+    with refused(ValueError, "built without a context", r"context=2"):
+        family(torch.randn(4, 2))
+    with refused(ValueError, "built without a context"):
+        family.model(x, torch.randn(4, 2))
+
+
+@rows(lambda case: case.conditional)
+def test_contexts_in_another_number_than_the_rows_are_refused(case):
+    family = case.build()
+    with refused(ValueError, "4 rows of x", "3 of context", "one context per row"):
+        family.model(case.data(4), case.context(3))
+
+
+@rows(lambda case: case.conditional and not case.labelled)
+def test_contexts_of_another_length_or_kind_are_refused(case):
+    family, x = case.build(), case.data(4)
+    for bad in (torch.randn(4, 3), torch.zeros(4, 2, dtype=torch.long)):
+        with refused(ValueError, "context of floats", "but found", r"Labels\(k\)"):
+            family.model(x, bad)
+    with refused(ValueError, "context", "NaN or infinite"):
+        family.model(x, torch.full((4, 2), torch.nan))
+
+
+@pytest.mark.parametrize("build", [Flow, Autoregressive, VAE])
+@pytest.mark.parametrize("bad", [3, (0,), (-2,), (2.5,), ("3",), (3, 0)])
+def test_bad_event_shapes_are_refused(build, bad):
+    with refused(ValueError, "event_shape", "positive integers", r"\(3,\)"):
+        build(bad)
+
+
+@pytest.mark.parametrize("bad", [-1, 2.0, "labels", True])
+def test_bad_contexts_are_refused(bad):
+    with refused(ValueError, "context", "Labels"):
+        Flow((2,), context=bad)
+
+
+def test_a_context_module_of_unknown_length_is_refused():
+    with refused(ValueError, "context module", "out_features"):
+        Flow((2,), context=nn.ReLU())
+
+
+def test_a_size_less_than_the_rows_or_no_size_is_refused():
+    flow = Flow((2,), transform=MAF(**SMALL))
+    with refused(ValueError, "size=3", "4 rows"):
+        flow.model(torch.randn(4, 2), size=3)
+    with refused(ValueError, "size="):
+        flow.model()
+
+
+def test_gaussianization_flows_are_refused_with_the_reason():
+    with refused(ValueError, "does not invert", "NSF"):
+        Flow((2,), transform=GF())
+
+
+@pytest.mark.parametrize("bad", [NSF, "NSF", 3])
+def test_what_is_no_transform_is_refused(bad):
+    with refused(TypeError, "NSF", *(["Call it"] if bad is NSF else [])):
+        Flow((2,), transform=bad)
+
+
+@pytest.mark.parametrize("options", [{"support": UNIT}, {"levels": 4}])
+def test_angles_go_with_neither_support_nor_levels(options):
+    with refused(ValueError, "NCSF models angles", "neither support nor levels"):
+        Flow((2,), transform=NCSF(), **options)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Flow((2,), levels=1),
+        lambda: Categorical(1),
+        lambda: DiscretizedLogistic(1),
+        lambda: DiscretizedLogistic(4, components=0),
+        lambda: Normal(scale=-1.0),
+        lambda: Normal(scale="fixed"),
+        lambda: Labels(0),
+        lambda: NSF(transforms=0),
+        lambda: NSF(dropout=1.0),
+    ],
+)
+def test_choices_that_make_no_sense_are_refused(build):
+    with refused(ValueError, "at least|positive|dropout"):
+        build()
+
+
+@pytest.mark.parametrize("bad", [[0, 1], [0, 1, 1], [1, 2, 3], [0.0, 1.5, 2.0], [[0, 1, 2]]])
+def test_an_order_that_is_no_permutation_is_refused(bad):
+    with refused(ValueError, "order", r"permutation of 0 \.\. 2"):
+        Autoregressive((3,), order=bad)
+
+
+@pytest.mark.parametrize("build", [Autoregressive, VAE])
+def test_integers_have_no_other_support(build):
+    with refused(ValueError, "Categorical", "support", "leave it out"):
+        build((3,), likelihood=Categorical(4), support=UNIT)
+
+
+def test_an_encoder_of_another_shape_is_refused():
+    with refused(ValueError, "encoder should return", r"\(5, 4\)", r"\(5, 3\)"):
+        VAE((3,), latent_dim=2, encoder=nn.Linear(3, 3)).guide(torch.randn(5, 3))
+
+
+def test_an_encoders_pair_of_another_shape_is_refused():
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, x.exp()
+
+    with refused(ValueError, "encoder should return"):
+        VAE((3,), latent_dim=2, encoder=Pair()).guide(torch.randn(5, 3))
+
+
+def test_a_decoder_of_another_shape_is_refused():
+    vae = VAE((3,), latent_dim=2, decoder=nn.Linear(2, 3))
+    with refused(ValueError, "decoder should return", r"\(5, 3, 2\)", r"\(5, 3\)"):
+        vae.model(torch.randn(5, 3))
+    with refused(ValueError, "decoder should return"):
+        vae().sample()
+
+
+@pytest.mark.parametrize(
+    "prior",
+    [
+        lambda: dist.Uniform(torch.zeros(2), 1.0).to_event(1),
+        lambda: dist.Gamma(torch.ones(2), 1.0).to_event(1),
+        lambda: dist.Bernoulli(torch.full((2,), 0.5)).to_event(1),
+        lambda: dist.Dirichlet(torch.ones(2)),
+        lambda: Flow((2,), support=UNIT, transform=MAF(**SMALL)),
+        lambda: Flow((2,), transform=NCSF(**SMALL)),
+        lambda: Flow((2,), transform=MAF(**SMALL), levels=4),
+        lambda: Autoregressive((2,), likelihood=Bernoulli()),
+    ],
+    ids=["Uniform", "Gamma", "Bernoulli", "Dirichlet", "interval", "angles", "levels", "Autoregressive"],
+)
+def test_a_prior_that_does_not_cover_the_reals_is_refused(prior):
+    with refused(ValueError, "prior must cover the reals", "support"):
+        VAE((3,), prior=prior())
+
+
+def test_a_prior_over_batches_of_scalars_is_refused():
+    with refused(ValueError, "prior", "to_event"):
+        VAE((3,), prior=dist.Normal(torch.zeros(2), 1.0))
+
+
+def test_maximum_likelihood_refuses_a_vae_and_names_the_objective():
+    vae = VAE((3,), hidden=(8,))
+    with refused(ValueError, "latent variables", "'z'", "Trace_ELBO"):
+        MaximumLikelihood().loss(vae.model, vae.guide, real(3)(5))
+
+
+# Constant and degenerate data.
+
+
+@rows(lambda case: case.build()._standardize and not case.discrete)
+def test_constant_coordinates_and_single_rows_do_not_break_standardisation(case):
+    for n in (1, 6):
+        family, (x, *rest) = case.build(), case.batch(1)
+        batch = (x.expand(n, *case.event_shape), *(part.expand(n, *part.shape[1:]) for part in rest))
+        family.model(*batch)
+        assert torch.isfinite(family.scale).all()
+        assert (family.scale > 0).all()
+        assert torch.tensor(case.objective().loss(family.model, family.guide, *batch)).isfinite()
+
+
+def test_importing_the_families_leaves_argument_validation_on():
+    code = (
+        "import torch; import pyro_genmodels.families; from torch.distributions import Distribution; "
+        "assert Distribution._validate_args is True; torch.distributions.Normal(0.0, 1.0)\n"
+        "try: torch.distributions.Normal(0.0, -1.0)\nexcept ValueError: pass\nelse: raise SystemExit('validation is off')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,438 @@
+"""The equations of the theory, one test each, in double precision against closed forms, quadrature and exact sums.
+
+Statistical tests compare an estimate with the truth in units of its standard error. Five standard errors, two-sided, are a
+false-alarm rate of 5.7e-7 for each comparison; where a test says otherwise, it gives its own.
+"""
+
+# ruff: noqa: N802 (the equations are called T1, T2, ...)
+from itertools import combinations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from scipy.stats import chi2
+from teachers import Gaussian, LinearGaussian, Mixture, grid, integral, orthogonal_linear_gaussian, outcomes, perturb
+from torch import nn
+from torch.distributions import constraints
+
+from pyro_genmodels import (
+    BPF,
+    MAF,
+    NAF,
+    NCSF,
+    NICE,
+    NSF,
+    SOSPF,
+    UNAF,
+    VAE,
+    Autoregressive,
+    Bernoulli,
+    Categorical,
+    DiscretizedLogistic,
+    Flow,
+    Labels,
+    MaximumLikelihood,
+    Normal,
+    RealNVP,
+    log_likelihood,
+)
+from pyro_genmodels.divergences import kl, reverse_kl
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+P = Gaussian(torch.tensor([0.5, -1.0]).double(), torch.tensor([[1.0, 0.6], [0.6, 2.0]]).double())
+Q = Gaussian(torch.tensor([-0.2, 0.3]).double(), torch.tensor([[1.5, -0.4], [-0.4, 0.8]]).double())
+MODES = Mixture(*torch.tensor([[0.3, 0.7], [-2.0, 1.5], [0.6, 0.9]]).double())
+BROAD = Mixture(*torch.tensor([[0.5, 0.5], [-1.0, 1.0], [2.0, 1.5]]).double())
+
+
+def within(estimate, truth, errors=5):
+    return (abs(estimate.value - truth) <= errors * estimate.std_error).all()
+
+
+def gradient(loss, parameters):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(parameters), retain_graph=True)])
+
+
+def nll(model, *args, **kwargs):
+    return MaximumLikelihood().differentiable_loss(model, lambda *_, **__: None, *args, **kwargs)
+
+
+def bits(dims=3, order=None, context=0):
+    return perturb(Autoregressive((dims,), likelihood=Bernoulli(), order=order, hidden=(8,), context=context))
+
+
+def test_T1_kl_is_the_mean_log_ratio_of_gaussians():
+    estimate = kl(P.without_closed_forms(), Q.distribution(), num_samples=20_000)
+    assert 0 < estimate.std_error < 0.05
+    assert within(estimate, P.kl(Q))
+    exact = kl(P.distribution(), Q.distribution())
+    torch.testing.assert_close(exact.value, P.kl(Q))
+    assert exact.std_error == 0
+
+
+def test_T1_kl_is_the_mean_log_ratio_of_mixtures():
+    truth = integral(lambda x: MODES.log_prob(x[:, 0]).exp() * (MODES.log_prob(x[:, 0]) - BROAD.log_prob(x[:, 0])), -25, 25)
+    estimate = kl(MODES.distribution(), BROAD.distribution(), num_samples=20_000)
+    assert estimate.std_error < 0.05 * truth
+    assert within(estimate, truth)
+
+
+def test_T1_kl_is_the_mean_log_ratio_of_discrete_tables():
+    p, q, x = bits()(), bits()(), outcomes(2, 3).double()
+    log_p, log_q = p.log_prob(x), q.log_prob(x)
+    truth = (log_p.exp() * (log_p - log_q)).sum()
+    assert within(kl(p, q, num_samples=20_000), truth)
+    torch.testing.assert_close(kl(dist.Categorical(logits=log_p), dist.Categorical(logits=log_q)).value, truth)
+
+
+def test_T2_kl_is_asymmetric():
+    narrow, wide = Gaussian(torch.zeros(1), torch.eye(1)), Gaussian(torch.zeros(1), 9 * torch.eye(1))
+    p, q = narrow.distribution(), wide.distribution()
+    torch.testing.assert_close(kl(p, q).value, (torch.tensor(3.0).log() - 4 / 9))
+    torch.testing.assert_close(kl(q, p).value, (4 - torch.tensor(3.0).log()))
+    assert reverse_kl(p, q) == kl(q, p)
+    assert reverse_kl(q, p) == kl(p, q)
+
+
+def test_T3_kl_is_cross_entropy_less_entropy():
+    q = Flow((2,), transform=MAF(transforms=1, hidden=(8,)), standardize=False)
+    p = P.distribution()
+    divergence = kl(p, q(), num_samples=50_000)
+    torch.testing.assert_close(p.entropy(), P.entropy())
+
+    def cross_entropy(x):
+        return -P.log_prob(x).exp() * q().log_prob(x)
+
+    exact = integral(cross_entropy, -9, 9, n=300, dims=2)
+    assert within(divergence, exact - P.entropy())
+    entropy_part = gradient(exact, q.parameters()) - gradient(exact - P.entropy(), q.parameters())
+    assert not entropy_part.any()
+
+
+def test_T4_the_gradient_of_kl_is_that_of_the_expected_negative_log_likelihood():
+    p, family, x = bits()(), bits(), outcomes(2, 3).double()
+    log_p = p.log_prob(x).detach()
+    divergence = kl(dist.Categorical(logits=log_p), dist.Categorical(logits=family().log_prob(x))).value
+    expected_nll = nll(poutine.scale(family.model, scale=log_p.exp()), x)
+    torch.testing.assert_close(
+        gradient(divergence, family.parameters()), gradient(expected_nll, family.parameters()), rtol=1e-8, atol=1e-12
+    )
+    torch.testing.assert_close(divergence, expected_nll + (log_p.exp() * log_p).sum())
+
+
+def test_T4_the_argmin_of_kl_is_that_of_the_expected_negative_log_likelihood():
+    x, volume = grid(-12, 12, 2000)
+    density = MODES.log_prob(x[:, 0]).exp() * volume
+    family = Autoregressive((1,), hidden=(), standardize=False)
+    precise = {"tolerance_grad": 1e-12, "tolerance_change": 1e-14, "line_search_fn": "strong_wolfe"}
+    optimiser = torch.optim.LBFGS(family.parameters(), max_iter=100, **precise)
+
+    def closure():
+        optimiser.zero_grad()
+        loss = nll(poutine.scale(family.model, scale=density), x)
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    draws = family().likelihood(family.conditionals(torch.zeros(1, 1)))
+    torch.testing.assert_close(draws.mean, MODES.mean.reshape(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(draws.variance, MODES.variance.reshape(1), rtol=1e-5, atol=1e-6)
+    divergence = integral(
+        lambda y: MODES.log_prob(y[:, 0]).exp() * (MODES.log_prob(y[:, 0]) - family().log_prob(y)), -12, 12, n=2000
+    )
+    assert gradient(divergence, family.parameters()).abs().max() < 1e-5
+
+
+def test_T5_the_mean_negative_log_likelihood_estimates_the_cross_entropy():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", Q.distribution(), obs=x)
+
+    def estimates(n, repeats=2000):
+        x = P.distribution().sample((repeats * n,))
+        return -log_likelihood((model, lambda x: None), x).values.reshape(repeats, n).mean(1)
+
+    few, many = estimates(4), estimates(64)
+    for estimate in (few, many):
+        assert abs(estimate.mean() - P.cross_entropy(Q)) < 5 * estimate.std() / len(estimate) ** 0.5
+    # The ratio is 4; each standard deviation, of 2000 draws with kurtosis < 9, has a relative error below 0.04.
+    assert abs(few.std() / many.std() - 4) < 6 * 4 * 0.05
+
+
+def test_T6_the_joint_log_likelihood_is_the_sum_of_the_parts():
+    family = perturb(Flow((2,), transform=NSF(transforms=1, hidden=(8,))))
+    x = torch.randn(7, 2)
+    family.standardize(x)
+    parts = torch.stack([family().log_prob(row) for row in x])
+    joint = nll(family.model, x)
+    torch.testing.assert_close(joint, -parts.sum())
+    torch.testing.assert_close(gradient(joint, family.parameters()), gradient(-parts.sum(), family.parameters()))
+    torch.testing.assert_close(nll(family.model, x, size=21), -3 * parts.sum())
+    torch.testing.assert_close(torch.tensor(MaximumLikelihood().loss(family.model, family.guide, x)), -parts.sum())
+
+
+def test_T7_the_minibatch_gradient_is_unbiased():
+    family, x = bits(), dist.Bernoulli(torch.full((5, 3), 0.4)).sample()
+    full = gradient(nll(family.model, x), family.parameters())
+    batches = [list(rows) for rows in combinations(range(5), 2)]
+    each = torch.stack([gradient(nll(family.model, x[rows], size=5), family.parameters()) for rows in batches])
+    assert (each - full).abs().max() > 0.1
+    torch.testing.assert_close(each.mean(0), full)
+
+
+def test_T7_the_gradient_under_a_subsampled_plate_is_unbiased():
+    family, x = bits(), dist.Bernoulli(torch.full((5, 3), 0.4)).sample()
+
+    def model(x):
+        with pyro.plate("data", 5, subsample_size=2) as rows:
+            pyro.sample("x", family(), obs=x[rows])
+
+    full = gradient(nll(family.model, x), family.parameters())
+    exact = []
+    for rows in combinations(range(5), 2):
+        conditioned = poutine.condition(model, data={"data": torch.tensor(rows)})
+        exact.append(gradient(nll(conditioned, x), family.parameters()))
+    torch.testing.assert_close(torch.stack(exact).mean(0), full)
+
+    drawn = torch.stack([gradient(nll(model, x), family.parameters()) for _ in range(400)])
+    error = drawn.std(0) / 20
+    assert ((drawn.mean(0) - full).abs() <= 6 * error + 1e-12).all()  # 2e-9 for each of 59 parameters
+
+
+def test_T8_maximum_likelihood_finds_the_truth():
+    truth = perturb(Autoregressive((3,), hidden=(), standardize=False), 0.4)
+
+    def parameters(family):
+        layer = family.conditionals.output
+        return torch.cat([(layer.weight * layer.mask).flatten(), layer.bias])
+
+    def fitted(x):
+        family = Autoregressive((3,), hidden=(), standardize=False)
+        optimiser = torch.optim.LBFGS(family.parameters(), max_iter=60, line_search_fn="strong_wolfe")
+        loss = MaximumLikelihood()(family)
+
+        def closure():
+            optimiser.zero_grad()
+            value = loss(x) / len(x)
+            value.backward()
+            return value
+
+        optimiser.step(closure)
+        return family
+
+    x = truth().sample((8000,))
+    few, many = fitted(x[:200]), fitted(x)
+    assert (parameters(many) - parameters(truth)).abs().max() < 0.1
+    free = int(truth.conditionals.output.mask.sum()) + truth.conditionals.output.bias.numel()
+    for family, data in ((few, x[:200]), (many, x)):
+        # Wilks: twice the gain in log-likelihood over the truth is chi-square; the false-alarm rate is 1e-6.
+        gain = 2 * (family().log_prob(data) - truth().log_prob(data)).sum()
+        assert 0 < gain < chi2.isf(1e-6, free)
+    # The expected ratio is 1 / 40, and that of two chi-squares of 12 degrees of freedom is above 40 with probability 1e-7.
+    assert kl(truth(), many(), num_samples=50_000).value < kl(truth(), few(), num_samples=50_000).value
+
+
+def test_T9_forward_kl_is_infinite_where_the_model_has_no_mass():
+    wide, narrow = dist.Normal(0.0, 1.0), dist.Uniform(-1.0, 1.0)
+    for p in (wide, dist.MixtureSameFamily(dist.Categorical(torch.ones(1)), dist.Normal(torch.zeros(1), 1.0))):
+        value, std_error = kl(p, narrow)
+        assert value == torch.inf
+        assert std_error == 0
+    backward = reverse_kl(wide, narrow)
+    truth = 0.5 * torch.tensor(2 * torch.pi).log() + 1 / 6 - torch.tensor(2.0).log()
+    assert abs(backward.value - truth) <= 5 * backward.std_error + 1e-12
+
+
+@pytest.mark.parametrize("order", [None, [2, 0, 3, 1], [3, 2, 1, 0]], ids=str)
+@pytest.mark.parametrize("context", [0, 2])
+@pytest.mark.parametrize("likelihood", [Bernoulli(), Categorical(3), DiscretizedLogistic(4, components=2)], ids=repr)
+def test_T19_all_outcomes_sum_to_one(likelihood, context, order):
+    levels = {"Bernoulli": 2, "Categorical": 3, "DiscretizedLogistic": 4}[type(likelihood).__name__]
+    made = perturb(Autoregressive((4,), likelihood=likelihood, context=context, order=order, hidden=(16, 16)))
+    c = torch.randn(5, 1, context) if context else None
+    total = made(c).log_prob(outcomes(levels, 4).double()).logsumexp(-1)
+    torch.testing.assert_close(total, torch.zeros(5 if context else ()), rtol=0, atol=1e-12)
+
+
+def test_T19_all_outcomes_sum_to_one_given_labels_and_for_images():
+    made = perturb(Autoregressive((2, 2), likelihood=Bernoulli(), context=Labels(3), order=[1, 3, 0, 2], hidden=(16,)))
+    x = outcomes(2, 4).double().reshape(-1, 1, 2, 2)
+    torch.testing.assert_close(made(torch.arange(3)).log_prob(x).exp().sum(0), torch.ones(3))
+
+
+@pytest.mark.parametrize("context", [0, 2])
+def test_T19_output_i_depends_on_inputs_before_i_only(context):
+    made = perturb(Autoregressive((5,), likelihood=Normal(), context=context, hidden=(32, 32)))
+    c = torch.randn(context) if context else None
+    jacobian = torch.autograd.functional.jacobian(lambda x: made.conditionals(x, c), torch.randn(5, 1))[..., 0].abs().sum(1)
+    strictly_before = torch.ones(5, 5).tril(-1).bool()
+    assert not jacobian[~strictly_before].any()
+    assert (jacobian[strictly_before] > 0).all()
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1]], ids=str)
+def test_T19_the_conditionals_are_those_of_the_table_in_the_given_order(order):
+    made = bits(4, order)
+    x = outcomes(2, 4).double()
+    table = made().log_prob(x).exp()
+    on = made.conditionals((2 * x[:, order] - 1).unsqueeze(-1)).squeeze(-1).sigmoid()
+    for row, p_on in zip(x, on, strict=True):
+        mass = torch.ones(())
+        for place, i in enumerate(order):
+            before = (x[:, order[:place]] == row[order[:place]]).all(1)
+            torch.testing.assert_close(table[before & (x[:, i] == 1)].sum() / table[before].sum(), p_on[place])
+            mass = mass * (p_on[place] if row[i] == 1 else 1 - p_on[place])
+        torch.testing.assert_close(mass, made().log_prob(row).exp())
+
+
+def test_T19_only_the_last_coordinate_of_the_order_tells_no_other():
+    order = [2, 0, 1]
+    made = perturb(Autoregressive((3,), likelihood=Normal(scale=0.5), order=order, hidden=(16,), standardize=False))
+    made.conditionals.activation = nn.Tanh()
+    curvature = torch.autograd.functional.hessian(made().log_prob, torch.randn(3)).diagonal()
+    torch.testing.assert_close(curvature[order[-1]], torch.tensor(-4.0))
+    assert not torch.isclose(curvature[order[:-1]], torch.tensor(-4.0)).any()
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "levels"), [(Bernoulli(), 2), (Categorical(3), 3), (DiscretizedLogistic(3, components=2), 3)], ids=repr
+)
+@pytest.mark.parametrize("context", [0, 2])
+def test_T19_draws_by_steps_follow_the_density(likelihood, levels, context):
+    made = perturb(Autoregressive((3,), likelihood=likelihood, order=[2, 0, 1], context=context, hidden=(16,)))
+    d = made(torch.randn(context) if context else None)
+    draws = d.sample((20_000,)).long()
+    cells = (draws * torch.tensor([levels**2, levels, 1])).sum(1)
+    counts = cells.bincount(minlength=levels**3)
+    expected = len(draws) * d.log_prob(outcomes(levels, 3).double()).exp()
+    rare = expected < 5
+    counts, expected = (torch.cat([t[~rare], t[rare].sum()[None]]) for t in (counts, expected))
+    statistic = ((counts - expected) ** 2 / expected.clamp(min=1e-9)).sum()
+    assert statistic < chi2.isf(1e-6, int((~rare).sum()))  # false-alarm rate 1e-6
+
+
+def linear_vae(teacher: LinearGaussian, **guide):
+    return VAE(
+        (3,),
+        latent_dim=2,
+        likelihood=Normal(scale=teacher.scale),
+        encoder=teacher.encoder(**guide),
+        decoder=teacher.decoder(),
+        standardize=False,
+    )
+
+
+def test_T20_the_elbo_is_below_the_log_likelihood_by_the_kl_to_the_posterior():
+    teacher = orthogonal_linear_gaussian()
+    vae = linear_vae(teacher, shift=0.2, spread=1.5)
+    x = teacher.marginal().distribution().sample((3,))
+    exact = teacher.marginal().log_prob(x)
+    mean, cov = teacher.posterior(x)
+    gap = kl(vae.posterior(x), dist.MultivariateNormal(mean, cov)).value
+    elbo = log_likelihood(vae, x.repeat_interleave(20_000, 0), num_samples=1)
+    assert elbo.kind == "lower bound"
+    values = elbo.values.reshape(3, -1)
+    error = values.std(1) / values.shape[1] ** 0.5
+    assert (gap > 20 * error).all()
+    assert ((values.mean(1) - (exact - gap)).abs() < 5 * error).all()
+    loss = pyro.infer.Trace_ELBO(num_particles=20_000, vectorize_particles=True).loss(vae.model, vae.guide, x)
+    assert abs(-loss - (exact - gap).sum()) < 5 * error.square().sum().sqrt()
+
+
+def test_T20_the_exact_posterior_closes_the_gap():
+    teacher = orthogonal_linear_gaussian()
+    vae = linear_vae(teacher)
+    x = teacher.marginal().distribution().sample((20,))
+    for k in (1, 7):
+        torch.testing.assert_close(log_likelihood(vae, x, num_samples=k).values, teacher.marginal().log_prob(x))
+    assert log_likelihood(vae, x, num_samples=7).std_error.max() < 1e-10
+
+
+def test_T20_the_importance_weighted_bound_rises_to_the_log_likelihood():
+    teacher = orthogonal_linear_gaussian()
+    vae = linear_vae(teacher, shift=0.4, spread=1.6)
+    x = teacher.marginal().distribution().sample((1,))
+    exact = teacher.marginal().log_prob(x)
+    means, errors = [], []
+    for k in (1, 2, 5, 20, 100):
+        values = log_likelihood(vae, x.expand(5000, 3), num_samples=k, batch_size=100_000).values
+        means.append(values.mean())
+        errors.append(values.std() / len(values) ** 0.5)
+    means, errors = torch.stack(means), torch.stack(errors)
+    assert (means.diff() > 5 * (errors[1:] ** 2 + errors[:-1] ** 2).sqrt()).all()
+    assert (means < exact).all()
+    met = log_likelihood(vae, x, num_samples=200_000)
+    assert met.std_error < 0.01
+    assert abs(met.values - exact) < 5 * met.std_error
+
+
+SMALL = {"transforms": 2, "hidden": (16,)}
+INTERVAL = constraints.interval(-1.0, 3.0)
+TRANSFORMS = [NICE, RealNVP, MAF, NSF, NCSF, NAF, UNAF, SOSPF, BPF]
+
+
+def flow(transform, dims, context=0, size=0.1, **options):
+    made = perturb(Flow((dims,), transform=transform(**SMALL), context=context, **options), size)
+    if transform is not NCSF and "support" not in options:
+        made.standardize(torch.tensor(1.5) * torch.randn(200, dims) + 2)
+    elif transform is not NCSF:
+        made.standardize(dist.Beta(2.0, 3.0).sample((200, dims)) * 4 - 1)
+    return made.eval()
+
+
+def to_base(d, x):
+    y = x if d.pretransform is None else d.pretransform(x)
+    return d.transform(d.context)(y)
+
+
+@pytest.mark.parametrize(
+    ("transform", "support"), [(t, None) for t in TRANSFORMS] + [(t, INTERVAL) for t in TRANSFORMS if t is not NCSF]
+)
+def test_T22_the_density_is_the_base_density_times_the_jacobian(transform, support):
+    d = flow(transform, 3, **({} if support is None else {"support": support}))()
+    assert (d.pretransform is None) == (transform is NCSF)
+    low, high = (-1.0, 3.0) if transform is not NCSF else (-3.0, 3.0)
+    x = low + (high - low) * (0.1 + 0.8 * torch.rand(4, 3))
+    for row, log_prob in zip(x, d.log_prob(x), strict=True):
+        jacobian = torch.autograd.functional.jacobian(lambda v: to_base(d, v), row)
+        log_det = jacobian.slogdet().logabsdet
+        torch.testing.assert_close(log_prob, d.base.log_prob(to_base(d, row)).sum() + log_det, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_T22_the_inverse_of_forward_is_the_identity(transform):
+    d = flow(transform, 3)()
+    x = d.sample((20,)) if transform is NCSF else 1.5 * torch.randn(20, 3) + 2
+    y = x if d.pretransform is None else d.pretransform(x)
+    f = d.transform(None)
+    back = f.inv(f(y))
+    assert (back - y).abs().max() < min(transform.tolerance, 1e-4)
+    torch.testing.assert_close(d.pretransform.inv(y) if d.pretransform else y, x)
+
+
+def total_mass(d, low, high, n, dims):
+    with torch.no_grad():
+        return integral(lambda x: d.log_prob(x.unsqueeze(1)).exp(), low, high, n, dims)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_T22_the_integral_is_one_in_two_dimensions(transform):
+    d = flow(transform, 2, size=0.03)()
+    low, high = (-torch.pi, torch.pi) if transform is NCSF else (-10.0, 14.0)
+    assert abs(total_mass(d, low, high, 110, 2) - 1) < 2e-3
+
+
+@pytest.mark.parametrize("transform", [NICE, MAF, NSF, NCSF, NAF, UNAF, SOSPF, BPF])
+def test_T22_the_integral_is_one_in_one_dimension(transform):
+    d = flow(transform, 1)()
+    low, high = (-torch.pi, torch.pi) if transform is NCSF else (-18.0, 22.0)
+    assert abs(total_mass(d, low, high, 8000, 1) - 1) < 1e-3
+
+
+@pytest.mark.parametrize("transform", [MAF, NSF, RealNVP])
+def test_T22_the_integral_is_one_on_an_interval_and_with_context(transform):
+    d = flow(transform, 2, context=1, size=0.03, support=INTERVAL)(torch.tensor([[0.5], [-1.0]]))
+    assert ((total_mass(d, -1.0, 3.0, 150, 2) - 1).abs() < 2e-3).all()
