@@ -30,11 +30,11 @@ demo: $(READY)
 
 test: $(READY)
 	@echo "== tests"
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n 2 -m "not slow and not gpu"
 
 test-slow: $(READY)
 	@echo "== tests, the slow ones too"
-	$(BIN)/python -m pytest -q -m "not gpu"
+	$(BIN)/python -m pytest -q -n 2 -m "not gpu"
 
 lint: $(READY)
 	@echo "== style"

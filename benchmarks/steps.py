@@ -1,6 +1,6 @@
 """Milliseconds of one training step, ours against the same written with stock parts, turn by turn in one run.
 
-    python benchmarks/steps.py
+python benchmarks/steps.py
 """
 
 from __future__ import annotations

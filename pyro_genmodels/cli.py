@@ -56,17 +56,22 @@ def compare(
 
     Example: `python -m pyro_genmodels compare --data digits --families flow,vae --out out`
     """
-    names = [name.strip() for name in families.split(",") if name.strip()]
+    names = list(dict.fromkeys(name.strip() for name in families.split(",") if name.strip()))
     for kind, found, known in (("family", names, FAMILIES), ("data set", [data], DATA)):
         for name in found:
             if name not in known:
                 _refuse(f"unknown {kind} {name!r}: known are {', '.join(known)}{_nearest(name, known)}.")
     if not names:
         _refuse(f"--families names none: known are {', '.join(FAMILIES)}.")
+    if seed < 0:
+        _refuse(f"--seed wants 0 or more, but found {seed}.")
     _require("sklearn", "matplotlib", "safetensors", "h5netcdf")
     _check_device(device)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".probe"
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         _refuse(f"cannot write to {out}: {error.strerror}.")
 
@@ -122,8 +127,8 @@ def _check_device(device: str) -> None:
     import torch
 
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         _refuse(f"the device {device!r} cannot be used: {str(error).splitlines()[0]}")
 
 

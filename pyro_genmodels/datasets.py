@@ -104,6 +104,17 @@ class Batches:
         """The first batch in order."""
         return next(self.in_order())
 
+    def head(self, rows: int) -> Tensor:
+        """All rows of x, or of a DataLoader's at least so many, if it has them."""
+        if self.loader is None:
+            return self.x
+        parts: list[Tensor] = []
+        for x, _ in self.in_order():
+            parts.append(x)
+            if sum(map(len, parts)) >= rows:
+                break
+        return torch.cat(parts)
+
     def in_order(self) -> Iterator[Batch]:
         """All rows as they stand."""
         return self._by(torch.arange(self.rows))

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 __all__ = ["to_arviz"]
 
+import inspect
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pyro import poutine
+from pyro.distributions import Unit
 from pyro.poutine import Trace
+from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
@@ -61,89 +65,119 @@ def to_arviz(
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples and batch_size must be positive, got {num_samples} and {batch_size}.")
     model, guide = traces.as_pair(fit)
-    given = not _draws_family(model, args, kwargs)
-    if not given and kwargs.get("context") is None:
-        kwargs = {"size": 1, **kwargs}
-    named = dict(dims or {})
+    call = _own_call(model, args, kwargs)
+    data_given = call is None
+    args, kwargs = call or (args, kwargs)
     with traces.looking_on(model, guide):
-        nesting = traces.max_plate_nesting(model, guide, args, kwargs)
-        blocks = [
-            _draw(model, guide, args, kwargs, min(batch_size, num_samples - start), nesting, named, given=given)
-            for start in range(0, num_samples, batch_size)
-        ]
+        layout = _Layout(model, guide, args, kwargs, dims or {})
+        sizes = [min(batch_size, num_samples - start) for start in range(0, num_samples, batch_size)]
+        draw = _draw_posterior if data_given else _draw_family
+        blocks = [draw(layout, n) for n in sizes]
     groups: dict[str, Named] = {}
     for group, variables in blocks[0].items():
         for name, (values, names) in variables.items():
             if "draw" in names:
                 values = np.concatenate([block[group][name][0] for block in blocks], axis=1)
             groups.setdefault(group, {})[name] = (values, names)
-    if not given and kwargs.get("size") == 1:  # one row per draw: the plate says nothing
+    if not data_given and kwargs.get("size") == 1:  # one row per draw: the plate says nothing
         groups = {g: {n: _without_plate(*v) for n, v in variables.items()} for g, variables in groups.items()}
-    return _inference_data(groups, coords)
+    return _inference_data(groups, {**layout.coords, **(coords or {})})
 
 
-def _draws_family(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> bool:
-    """Whether this is a family's own model, called without data."""
+def _own_call(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """The arguments that draw from a family, if this is a family's own model called without data."""
     family = getattr(model, "__self__", None)
-    return hasattr(family, "event_shape") and hasattr(family, "guide") and not args and kwargs.get("x") is None
+    if not (hasattr(family, "event_shape") and hasattr(family, "guide")):
+        return None
+    given = inspect.signature(model).bind_partial(*args, **kwargs).arguments
+    if given.get("x") is not None:
+        return None
+    if given.get("context") is None:
+        given.setdefault("size", 1)
+    return (), given
 
 
-def _draw(
-    model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], n: int, nesting: int, dims: Mapping, *, given: bool
-) -> dict[str, Named]:
+class _Layout:
+    """A model and its guide with their arguments, and what one run tells: plates, their rows, and the shapes of events."""
+
+    def __init__(self, model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], dims: Mapping) -> None:
+        self.dims = dims
+        guide_trace = poutine.trace(lambda: guide(*args, **kwargs)).get_trace()
+        model_trace = poutine.trace(poutine.replay(lambda: model(*args, **kwargs), trace=guide_trace)).get_trace()
+        sites = [(name, site) for t in (guide_trace, model_trace) for name, site in traces.samples(t).items()]
+        self.nesting = max((self._depth(site) for _, site in sites), default=0)
+        # Pyro takes every dimension of a deterministic value for its event; those of its plates are not
+        self.event_dims = {
+            name: max(site["value"].dim() - self._depth(site), 0) for name, site in sites if _deterministic(site)
+        }
+        self.rows = Trace()  # every run sees the same rows of a subsampled plate
+        for name, site in sites:
+            if isinstance(site["fn"], _Subsample) and name not in self.rows.nodes:
+                self.rows.add_node(name, **site)
+        indices = traces.samples(self.rows).items()
+        self.coords: dict[str, Any] = {name: _numpy(site["value"]) for name, site in indices}
+        self.model = poutine.replay(lambda: model(*args, **kwargs), trace=self.rows)
+        self.guide = poutine.replay(lambda: guide(*args, **kwargs), trace=self.rows)
+
+    @staticmethod
+    def _depth(site: Mapping[str, Any]) -> int:
+        return max((-f.dim for f in site["cond_indep_stack"] if f.vectorized), default=0)
+
+    def variable(self, name: str, site: Mapping[str, Any], n: int | None) -> tuple[np.ndarray, list[str]]:
+        """A site's value with dimensions (chain, draw, plates from the left, event), or without draws if n is None."""
+        event_dim = self.event_dims.get(name, site["fn"].event_dim)
+        frames = {f.dim: f for f in site["cond_indep_stack"] if f.vectorized}
+        draws = -self.nesting - 1
+        value: Tensor = site["value"]
+        value = value.reshape((1,) * (-draws + event_dim - value.dim()) + value.shape)
+        batch, event = value.shape[: value.dim() - event_dim], value.shape[value.dim() - event_dim :]
+        wanted = {dim: frame.size for dim, frame in frames.items()} | {draws: n or 1}
+        value = value.expand([wanted.get(dim, batch[dim]) for dim in range(draws, 0)] + list(event))
+        plates = sorted(dim for dim in frames if dim != draws)
+        value = value.reshape([n or 1, *(wanted[dim] for dim in plates), *event])
+        event_names = list(self.dims.get(name, [f"{name}_dim_{i}" for i in range(event_dim)]))
+        if len(event_names) != event_dim:
+            raise ValueError(f"dims[{name!r}] names {len(event_names)} dimensions, but the variable's event has {event_dim}.")
+        names = [frames[dim].name for dim in plates] + event_names
+        return (_numpy(value)[0], names) if n is None else (_numpy(value)[None], ["chain", "draw", *names])
+
+
+def _deterministic(site: Mapping[str, Any]) -> bool:
+    return bool(site["infer"].get("_deterministic"))
+
+
+def _draw_family(layout: _Layout, n: int) -> dict[str, Named]:
+    """A family's own draws: data, and their latent variables from the prior."""
+    trace = prune_subsample_sites(poutine.trace(traces.particles(n, layout.nesting)(layout.model)).get_trace())
+    groups: dict[str, Named] = {}
+    for name, site in traces.samples(trace).items():
+        groups.setdefault("posterior_predictive" if name == "x" else "posterior", {})[name] = layout.variable(name, site, n)
+    return groups
+
+
+def _draw_posterior(layout: _Layout, n: int) -> dict[str, Named]:
     """One block of n draws of every group."""
-    dim = -nesting - 1
-    plate = traces.particles(n, nesting)
-    guide_trace = poutine.trace(plate(lambda: guide(*args, **kwargs))).get_trace()
-    replayed = poutine.replay(plate(lambda: model(*args, **kwargs)), trace=guide_trace)
-    drawn = prune_subsample_sites(poutine.trace(poutine.uncondition(replayed)).get_trace())
-    groups: dict[str, Named] = {"posterior": {}, "posterior_predictive": {}}
-    if not given:
-        for name, site in traces.samples(drawn).items():
-            group = "posterior_predictive" if name == "x" else "posterior"
-            groups[group][name] = _variable(name, site, dim, dims, n)
-        return {g: v for g, v in groups.items() if v}
-
+    plate = traces.particles(n, layout.nesting)
+    guide_trace = prune_subsample_sites(poutine.trace(plate(layout.guide)).get_trace())
+    replayed = poutine.replay(plate(layout.model), trace=guide_trace)
     model_trace = prune_subsample_sites(poutine.trace(replayed).get_trace())
-    guide_trace = prune_subsample_sites(guide_trace)
+    predicted = traces.samples(poutine.trace(poutine.uncondition(replayed)).get_trace())
     observed = traces.observed(model_trace)
-    groups["observed_data"] = {}
+    groups: dict[str, Named] = defaultdict(dict)
     for name, site in traces.samples(model_trace).items():
+        if isinstance(site["fn"], Unit):  # of pyro.factor: a term, not a variable
+            continue
         if name in observed:
-            groups["posterior_predictive"][name] = _variable(name, traces.samples(drawn)[name], dim, dims, n)
-            groups["observed_data"][name] = _variable(name, site, dim, dims, None)
+            groups["posterior_predictive"][name] = layout.variable(name, predicted[name], n)
+            groups["observed_data"][name] = layout.variable(name, site, None)
         else:
-            groups["posterior"][name] = _variable(name, site, dim, dims, n)
-    if groups["posterior"]:
-        log_p, log_q = (_per_draw(trace, dim, n) for trace in (model_trace, guide_trace))
+            groups["posterior"][name] = layout.variable(name, site, n)
+    if traces.latents(model_trace):
+        draws = (-layout.nesting - 1,)
+        log_p, log_q = (_numpy(traces.log_prob(t, draws, scaled=True).expand(n)) for t in (model_trace, guide_trace))
         stats = {"log_p": log_p, "log_q": log_q, "log_weight": log_p - log_q}
         groups["sample_stats"] = {name: (value[None], ["chain", "draw"]) for name, value in stats.items()}
-    return {g: v for g, v in groups.items() if v}
-
-
-def _per_draw(trace: Trace, dim: int, n: int) -> np.ndarray:
-    return _numpy(traces.log_prob(trace, (dim,), scaled=True).expand(n))
-
-
-def _variable(name: str, site: Mapping[str, Any], dim: int, dims: Mapping, n: int | None) -> tuple[np.ndarray, list[str]]:
-    """A site's value with its dimensions named: (chain, draw, plates from the left, event), or without draws if n is None."""
-    value: Tensor = site["value"]
-    event_dim = site["fn"].event_dim
-    plates = {f.dim: f.name for f in site["cond_indep_stack"] if f.vectorized and f.name != traces.PARTICLES}
-    value = value.reshape((1,) * (-dim - value.dim() + event_dim) + value.shape)
-    batch, event = value.shape[: value.dim() - event_dim], value.shape[value.dim() - event_dim :]
-    sizes = {f.dim: f.size for f in site["cond_indep_stack"] if f.vectorized}
-    value = value.expand([sizes.get(i, batch[i]) if i != dim or n is not None else 1 for i in range(dim, 0)] + list(event))
-    keep = sorted(plates)
-    value = value.reshape([n or 1, *(value.shape[i - event_dim] for i in keep), *event])
-    event_names = list(dims.get(name, [f"{name}_dim_{i}" for i in range(event_dim)]))
-    if len(event_names) != event_dim:
-        raise ValueError(
-            f"dims[{name!r}] names {len(event_names)} dimensions, but the variable has {event_dim} event dimensions."
-        )
-    names = [plates[i] for i in keep] + event_names
-    array = _numpy(value)
-    return (array[0], names) if n is None else (array[None], ["chain", "draw", *names])
+    return groups
 
 
 def _without_plate(values: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:

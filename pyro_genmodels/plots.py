@@ -27,7 +27,7 @@ def image_grids(panels: Mapping[str, Tensor], *, columns: int = 10) -> Figure:
     inches = 0.06 * max(grid.shape[1] for grid in grids), 0.06 * max(grid.shape[0] for grid in grids) + 0.4
     figure = Figure(figsize=(inches[0] * len(grids), inches[1]), layout="constrained")
     for ax, title, grid in zip(figure.subplots(1, len(grids), squeeze=False)[0], panels, grids, strict=True):
-        ax.imshow(grid.cpu(), cmap="gray_r", interpolation="nearest")
+        ax.imshow(grid.cpu().numpy(), cmap="gray_r", interpolation="nearest")
         ax.set_axis_off()
         ax.set_title(title)
     return figure
@@ -52,9 +52,10 @@ def loss_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figur
         epochs = [record["epoch"] for record in history]
         ax.plot(epochs, [record["train"] for record in history], ":", color=f"C{i}", linewidth=1)
         ax.plot(epochs, [record.get("valid", float("nan")) for record in history], color=f"C{i}", label=name)
-    best = min(min(record["train"] for record in history) for history in histories.values())
-    first = max(history[0].get("valid", history[0]["train"]) for history in histories.values())
-    ax.set_ylim(best - 0.05 * abs(best), min(first, best + 0.8 * abs(best)))
+    values = sorted(r[key] for history in histories.values() for r in history for key in ("train", "valid") if key in r)
+    best, usual = values[0], values[int(0.9 * (len(values) - 1))]
+    margin = 0.1 * (usual - best) or 1.0
+    ax.set_ylim(best - margin, usual + 3 * margin)  # the first epochs may leave the picture
     ax.set_xlabel("epoch")
     ax.set_ylabel("nats per datum (dotted: training)")
     ax.legend()

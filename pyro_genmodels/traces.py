@@ -50,7 +50,7 @@ def no_latents(*args: Any, **kwargs: Any) -> None:
 
 
 def owners(*fns: Any) -> list[nn.Module]:
-    """The modules behind callables: themselves, those whose methods they are, or those a function names; under any handlers."""
+    """The modules behind callables, under any handlers: themselves, those whose methods they are, those a function names."""
     found: list[Any] = []
     for fn in map(poutine.unwrap, fns):
         found += [fn, getattr(fn, "__self__", None)]
@@ -62,7 +62,7 @@ def owners(*fns: Any) -> list[nn.Module]:
 
 @contextmanager
 def looking_on(*fns: Any) -> Iterator[None]:
-    """No gradients, modules behind the callables in evaluation mode, and nothing left behind: no mode, no parameter, no site."""
+    """No gradients, the modules in evaluation mode, and nothing left behind: no mode, no parameter in the store, no site."""
     before = [(m, m.training) for owner in owners(*fns) for m in owner.modules()]
     store = pyro.get_param_store()
     known = set(store.keys())

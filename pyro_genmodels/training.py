@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
-from pyro.optim import PyroOptim
+from pyro.optim import PyroLRScheduler, PyroOptim
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam, Optimizer
@@ -35,6 +35,9 @@ from pyro_genmodels import checkpoints, traces
 from pyro_genmodels.datasets import Batch, Batches, pair_of
 from pyro_genmodels.families.family import Family
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
+
+STANDARDIZE_ROWS = 10_000
+"""Rows of a DataLoader that set a family's mean and deviation; of a tensor all do."""
 
 
 @dataclass
@@ -56,7 +59,7 @@ class Fit:
 
     def is_best(self, record: dict[str, float]) -> bool:
         """Whether no earlier epoch has a lower validation loss; without one, the last epoch is the best."""
-        return not self.best or "valid" not in record or record["valid"] < self.best["valid"]
+        return record.get("valid", 0.0) < self.best.get("valid", inf) or "valid" not in record
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint says of it."""
@@ -95,7 +98,8 @@ def train(
     Args:
         fit: a family, or a pair (model, guide) called as ``model(x)`` or ``model(x, context)``. If the model takes ``size``, it
             is told the number of all data; one with latent variables shared by all rows must, or these count in every batch.
-        data: rows of x, (N, ...), moved to the fit's device and precision; or a `DataLoader` of x or (x, context).
+        data: rows of x, (N, ...), moved to the fit's device and precision; or a `DataLoader` of x or (x, context), of which the
+            first 10,000 rows are checked and set a family's mean and deviation.
         context: one per row, (N, ...).
         objective: a Pyro loss; by default `Trace_ELBO` for a fit with latent variables and `MaximumLikelihood` for one without.
         optim: parameters -> torch optimiser, such as ``functools.partial(torch.optim.Adam, lr=1e-3)``, which is the default; or
@@ -148,8 +152,8 @@ def train(
         for epoch in range(1, epochs + 1):
             record = {"epoch": epoch, "train": _epoch(loop, batches, optimiser, weights, clip_norm)}
             if held_out is not None:
-                with weights.averaged(), traces.evaluation_mode(model, guide), _fixed_noise():
-                    record["valid"] = _mean([(loop.loss(batch), len(batch[0])) for batch in held_out.in_order()])
+                with weights.averaged(), traces.looking_on(model, guide), _fixed_noise():
+                    record["valid"] = _mean([(loop.loss(batch, held_out.rows), len(batch[0])) for batch in held_out.in_order()])
             record["seconds"] = time.perf_counter() - start
             result.history.append(record)
             if result.is_best(record):
@@ -159,9 +163,11 @@ def train(
                     checkpoints.save(Path(checkpoint), weights.best_state(), result.record())
             bar.update()
             bar.set_postfix({k: f"{record[k]:.3f}" for k in ("train", "valid") if k in record})
-            if epoch - result.best["epoch"] >= patience:
+            if epoch - result.best.get("epoch", 0) >= patience:
                 result.stopped = f"no better validation loss in {patience} epochs"
                 break
+        if not result.best:
+            raise FloatingPointError(f"no epoch of {len(result.history)} has a finite validation loss: see the history's scale")
     except FloatingPointError as error:
         if not result.best:
             raise
@@ -181,22 +187,24 @@ def _epoch(loop: _Loop, batches: Batches, optimiser: Optimizer, weights: _Weight
     for step, batch in enumerate(batches.shuffled(), 1):
         optimiser.zero_grad(set_to_none=True)
         loss = loop.step(batch)
-        if not isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {step}: lower the learning rate, or look for outliers")
-        losses.append((loss, len(batch[0])))
-        if clip_norm is not None:
-            clip_grad_norm_(weights.live, clip_norm, foreach=True)
+        norm = clip_grad_norm_(weights.live, inf if clip_norm is None else clip_norm, foreach=True).item()
+        for name, value in (("loss", loss), ("norm of the gradient", norm)):
+            if not isfinite(value):
+                raise FloatingPointError(f"the {name} is {value} at step {step}: lower the learning rate, or look for outliers")
         optimiser.step()
         weights.update()
+        losses.append((loss, len(batch[0])))
+    if not weights.finite:
+        raise FloatingPointError("a parameter is not finite after the last step: lower the learning rate")
     return _mean(losses)
 
 
 def _check_data(model: Callable[..., Any], *parts: Batches | None) -> None:
-    """A family's data are checked once, all of them, and set its mean and deviation."""
+    """A family's data are checked here, and set its mean and deviation: all of them, or the first rows of a DataLoader."""
     family = getattr(model, "__self__", None)
     for part in parts:
-        if isinstance(family, Family) and part is not None and part.x is not None:
-            family.check(part.x)
+        if isinstance(family, Family) and part is not None:
+            family.check(part.head(STANDARDIZE_ROWS))
 
 
 class _Loop:
@@ -207,11 +215,23 @@ class _Loop:
         self.sized = "size" in inspect.signature(model).parameters
 
     def step(self, batch: Batch) -> float:
-        return self._call(self.objective.loss_and_grads, batch, self.rows)
+        """The loss, its gradient added to the parameters'; infinite or NaN where a distribution refused what it was given."""
+        return self._guarded(self.objective.loss_and_grads, batch, self.rows)
 
-    def loss(self, batch: Batch) -> float:
+    def loss(self, batch: Batch, rows: int) -> float:
+        """The loss of a batch out of so many rows."""
         with torch.no_grad():
-            return self._call(self.objective.loss, batch, len(batch[0]))
+            return self._guarded(self.objective.loss, batch, rows)
+
+    def _guarded(self, loss: Callable[..., float], batch: Batch, rows: int) -> float:
+        try:
+            return self._call(loss, batch, rows)
+        except ValueError:  # NaN parameters of a distribution are refused before the loss can be NaN
+            with torch.no_grad(), pyro.validation_enabled(is_validate=False):
+                value = self._call(self.objective.loss, batch, rows)
+            if isfinite(value):
+                raise
+            return value
 
     def _call(self, loss: Callable[..., float], batch: Batch, rows: int) -> float:
         x, context = batch
@@ -223,7 +243,7 @@ class _Loop:
     def parameters(self, batch: Batch) -> dict[str, nn.Parameter]:
         """What a step trains: the parameters Pyro sees in one, by its names."""
         with poutine.trace(param_only=True) as capture:
-            self.step(batch)
+            self._call(self.objective.loss_and_grads, batch, self.rows)
         sites = capture.trace.nodes.items()
         found = {name: site["value"].unconstrained() for name, site in sites}  # type: ignore[union-attr]
         found = {name: p for name, p in found.items() if p.requires_grad}
@@ -243,7 +263,11 @@ class _Weights:
         self.module = nn.ParameterList(self.live)  # of the same storage, also where a parameter is a plain tensor
         self.average = None if decay is None else AveragedModel(self.module, multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.buffers = [b for m in modules for b in m.buffers()]
-        self.best: list[Tensor] | None = None
+        self.best = [t.detach().clone() for t in (*self.live, *self.buffers)]
+
+    @property
+    def finite(self) -> bool:
+        return all(p.isfinite().all() for p in self.live)
 
     def update(self) -> None:
         if self.average is not None:
@@ -272,14 +296,17 @@ class _Weights:
             _copy(targets, before)
 
     def best_state(self) -> dict[str, Tensor]:
-        """The best parameters and buffers, by their names in the fit's modules or, without modules, in Pyro's param store."""
-        with self._as(self.best or []):
-            state = {name: t for m in self.modules for name, t in m.state_dict().items()}
-            state = state or dict(zip(self.names, self.live, strict=True))
+        """The best parameters and buffers, by their names in the fit's modules, or else in Pyro's param store."""
+        with self._as(self.best):
+            owned = {id(p) for m in self.modules for p in m.parameters()}
+            state = {name: p for name, p in zip(self.names, self.live, strict=True) if id(p) not in owned}
+            for i, module in enumerate(self.modules):
+                prefix = f"{getattr(module, 'name', None) or i}." if len(self.modules) > 1 else ""
+                state |= {prefix + name: t for name, t in module.state_dict().items()}
             return {name: t.detach().clone().contiguous() for name, t in state.items()}
 
     def restore(self) -> None:
-        _copy([*(p.data for p in self.live), *self.buffers], self.best or [])
+        _copy([*(p.data for p in self.live), *self.buffers], self.best)
 
 
 def _copy(targets: list[Tensor], values: list[Tensor]) -> None:
@@ -300,8 +327,11 @@ def _optimiser(optim: Any, parameters: list[nn.Parameter]) -> Optimizer:
     if optim is None:
         return Adam(parameters, lr=1e-3)
     if isinstance(optim, PyroOptim):
-        if callable(optim.pt_optim_args):
-            raise ValueError("train wants an optimiser with one set of options, but found a function of the parameter's name.")
+        if isinstance(optim, PyroLRScheduler) or callable(optim.pt_optim_args) or optim.pt_clip_args:
+            raise TypeError(
+                "train takes of Pyro's optimisers those with one set of options, without schedule or clipping (see clip_norm). "
+                "Use SVI with this one, or pass a function of the parameters."
+            )
         return optim.pt_optim_constructor(parameters, **optim.pt_optim_args)  # type: ignore[operator]
     if not callable(optim) or isinstance(optim, Optimizer):
         raise TypeError(
@@ -315,7 +345,7 @@ def _optimiser(optim: Any, parameters: list[nn.Parameter]) -> Optimizer:
 def _fixed_noise() -> Iterator[None]:
     """The same random numbers every time, so that epochs are compared on the same draws."""
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(0x9E3779B9)  # one that no one draws data from
         yield
 
 

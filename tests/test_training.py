@@ -599,7 +599,7 @@ def test_an_optimiser_is_made_here():
 
 
 def test_options_by_parameter_name_are_refused():
-    with pytest.raises(ValueError, match="one set of options"):
+    with pytest.raises(TypeError, match="one set of options"):
         train(affine_flow(), torch.randn(9, 2), optim=pyro.optim.Adam(lambda name: {"lr": 1e-3}))
 
 

@@ -29,7 +29,8 @@ class NormalizingFlow(GenerativeDistribution):
         kwargs: passed to `GenerativeDistribution`.
 
     Raises:
-        ValueError: if the transform's domain is not vectors; on drawing while the network drops units at random, since each pass would invert another function.
+        ValueError: if the transform's domain is not vectors; on drawing while the network drops units at random, since each
+            pass would invert another function.
 
     Example:
         >>> import torch, pyro.distributions as dist

@@ -208,6 +208,8 @@ class Family(PyroModule):
             raise ValueError(
                 f"The name {name!r} is another {type(_named[name]).__name__}'s. Choose another, or delete that one."
             )
+        if _named.get(self.name) is self:
+            del _named[self.name]
         _named[name] = self
         self._forget(name)
 
