@@ -3,7 +3,7 @@ r"""One training loop for every fit: epochs of minibatches, early stopping, aver
 The loss it reports is nats per datum: each minibatch of B out of N rows is scaled by N / B by the model's plate and by 1 / N
 here. Many devices and machines are lightning's business.
 
-Early stopping: Prechelt (1998). Averaged weights: Polyak and Juditsky (1992), as an exponential moving average.
+Early stopping: Prechelt (1998).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from pyro.optim import PyroLRScheduler, PyroOptim
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam, Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from pyro_genmodels import checkpoints, traces
 from pyro_genmodels.datasets import Batch, Batches, pair_of
 from pyro_genmodels.families.family import Family
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
+from pyro_genmodels.weights import Weights
 
 STANDARDIZE_ROWS = 10_000
 """Rows of a DataLoader that set a family's mean and deviation; of a tensor all do."""
@@ -133,6 +133,7 @@ def train(
         raise ValueError(f"epochs, batch_size and patience must be positive, got {epochs}, {batch_size} and {patience}.")
     if seed is not None:
         pyro.set_rng_seed(seed)
+    fit = fit.family if isinstance(fit, Fit) else fit
     model, guide = traces.as_pair(fit)
     modules = traces.owners(model, guide)
     like = next((p for m in modules for p in m.parameters()), torch.empty(0))
@@ -144,7 +145,7 @@ def train(
     loop = _Loop(model, guide, objective or _default_objective(model, guide, batches.first()), batches.rows)
     parameters = loop.parameters(batches.first())
     optimiser = _optimiser(optim, list(parameters.values()))
-    weights = _Weights(parameters, modules, average)
+    weights = Weights(parameters, modules, average)
 
     result, start = Fit(fit, stopped=f"{epochs} epochs"), time.perf_counter()
     bar = tqdm(total=epochs, desc=getattr(fit, "name", "fit"), unit="epoch", disable=not progress)
@@ -167,7 +168,7 @@ def train(
                 result.stopped = f"no better validation loss in {patience} epochs"
                 break
         if not result.best:
-            raise FloatingPointError(f"no epoch of {len(result.history)} has a finite validation loss: see the history's scale")
+            raise FloatingPointError("no epoch has a finite validation loss: look for held-out data that the model rules out")
     except FloatingPointError as error:
         if not result.best:
             raise
@@ -181,7 +182,7 @@ def train(
     return result
 
 
-def _epoch(loop: _Loop, batches: Batches, optimiser: Optimizer, weights: _Weights, clip_norm: float | None) -> float:
+def _epoch(loop: _Loop, batches: Batches, optimiser: Optimizer, weights: Weights, clip_norm: float | None) -> float:
     """One pass over the data; returns the mean loss (nats per datum)."""
     losses = []
     for step, batch in enumerate(batches.shuffled(), 1):
@@ -252,67 +253,6 @@ class _Loop:
                 "The fit has nothing to train: no parameter that requires a gradient is met in its model and guide."
             )
         return found
-
-
-class _Weights:
-    """The parameters under training, their moving average, and the best seen."""
-
-    def __init__(self, parameters: dict[str, nn.Parameter], modules: list[nn.Module], decay: float | None) -> None:
-        self.names, self.modules = list(parameters), modules
-        self.live = list(parameters.values())
-        self.module = nn.ParameterList(self.live)  # of the same storage, also where a parameter is a plain tensor
-        self.average = None if decay is None else AveragedModel(self.module, multi_avg_fn=get_ema_multi_avg_fn(decay))
-        self.buffers = [b for m in modules for b in m.buffers()]
-        self.best = [t.detach().clone() for t in (*self.live, *self.buffers)]
-
-    @property
-    def finite(self) -> bool:
-        return all(p.isfinite().all() for p in self.live)
-
-    def update(self) -> None:
-        if self.average is not None:
-            self.average.update_parameters(self.module)
-
-    @property
-    def kept(self) -> list[Tensor]:
-        return [p.detach() for p in (self.live if self.average is None else self.average.module.parameters())]
-
-    def keep(self) -> None:
-        self.best = [t.clone() for t in (*self.kept, *self.buffers)]
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        with self._as([] if self.average is None else self.kept):
-            yield
-
-    @contextmanager
-    def _as(self, values: list[Tensor]) -> Iterator[None]:
-        targets = [*(p.data for p in self.live), *self.buffers]
-        before = [t.clone() for t in targets[: len(values)]]
-        _copy(targets, values)
-        try:
-            yield
-        finally:
-            _copy(targets, before)
-
-    def best_state(self) -> dict[str, Tensor]:
-        """The best parameters and buffers, by their names in the fit's modules, or else in Pyro's param store."""
-        with self._as(self.best):
-            owned = {id(p) for m in self.modules for p in m.parameters()}
-            state = {name: p for name, p in zip(self.names, self.live, strict=True) if id(p) not in owned}
-            for i, module in enumerate(self.modules):
-                prefix = f"{getattr(module, 'name', None) or i}." if len(self.modules) > 1 else ""
-                state |= {prefix + name: t for name, t in module.state_dict().items()}
-            return {name: t.detach().clone().contiguous() for name, t in state.items()}
-
-    def restore(self) -> None:
-        _copy([*(p.data for p in self.live), *self.buffers], self.best)
-
-
-def _copy(targets: list[Tensor], values: list[Tensor]) -> None:
-    with torch.no_grad():
-        for target, value in zip(targets, values, strict=False):
-            target.copy_(value)
 
 
 def _default_objective(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> ELBO:

@@ -1,0 +1,89 @@
+r"""The weights of a training run: as they are, averaged, and the best so far.
+
+The average is :math:`\bar\theta_t = d\,\bar\theta_{t-1} + (1 - d)\,\theta_t`, kept by torch's `AveragedModel`. Polyak and
+Juditsky, *Acceleration of Stochastic Approximation by Averaging* (1992).
+"""
+
+from __future__ import annotations
+
+__all__ = ["Weights"]
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+
+class Weights:
+    """The parameters under training, their moving average, and the best seen; at first, those it is given.
+
+    Args:
+        parameters: by name.
+        modules: whose buffers are kept along.
+        decay: of the average per step, or None for no average.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], modules: list[nn.Module], decay: float | None) -> None:
+        self.names, self.modules = list(parameters), modules
+        self.live = list(parameters.values())
+        self.module = nn.ParameterList(self.live)  # of the same storage, also where a parameter is a plain tensor
+        self.average = None if decay is None else AveragedModel(self.module, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.buffers = [b for m in modules for b in m.buffers()]
+        self.best = [t.detach().clone() for t in (*self.live, *self.buffers)]
+
+    @property
+    def finite(self) -> bool:
+        """Whether every parameter is."""
+        return all(p.isfinite().all() for p in self.live)
+
+    def update(self) -> None:
+        """Takes the parameters of this step into the average."""
+        if self.average is not None:
+            self.average.update_parameters(self.module)
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """What is validated and kept: the average, or the parameters."""
+        return [p.detach() for p in (self.live if self.average is None else self.average.module.parameters())]
+
+    def keep(self) -> None:
+        """Makes these the best."""
+        self.best = [t.clone() for t in (*self.kept, *self.buffers)]
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The average in the place of the parameters."""
+        with self._as([] if self.average is None else self.kept):
+            yield
+
+    @contextmanager
+    def _as(self, values: list[Tensor]) -> Iterator[None]:
+        targets = [*(p.data for p in self.live), *self.buffers]
+        before = [t.clone() for t in targets[: len(values)]]
+        _copy(targets, values)
+        try:
+            yield
+        finally:
+            _copy(targets, before)
+
+    def best_state(self) -> dict[str, Tensor]:
+        """The best parameters and buffers, by their names in the fit's modules, or else in Pyro's param store."""
+        with self._as(self.best):
+            owned = {id(p) for m in self.modules for p in m.parameters()}
+            state = {name: p for name, p in zip(self.names, self.live, strict=True) if id(p) not in owned}
+            for i, module in enumerate(self.modules):
+                prefix = f"{getattr(module, 'name', None) or i}." if len(self.modules) > 1 else ""
+                state |= {prefix + name: t for name, t in module.state_dict().items()}
+            return {name: t.detach().clone().contiguous() for name, t in state.items()}
+
+    def restore(self) -> None:
+        """Puts the best in the place of the parameters."""
+        _copy([*(p.data for p in self.live), *self.buffers], self.best)
+
+
+def _copy(targets: list[Tensor], values: list[Tensor]) -> None:
+    with torch.no_grad():
+        for target, value in zip(targets, values, strict=False):
+            target.copy_(value)
