@@ -28,6 +28,7 @@ def save(path: Path, state: dict[str, Tensor], record: Mapping[str, Any]) -> Non
         from safetensors.torch import save_file
     except ImportError as error:
         raise ImportError("A checkpoint needs safetensors: pip install 'pyro-genmodels[cli]'.") from error
+    path = path.with_suffix("") if path.suffix in (".safetensors", ".json") else path
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=1) + "\n"
     for suffix, write in (

@@ -34,6 +34,7 @@ def to_arviz(
     *args: Any,
     num_samples: int = 1000,
     batch_size: int = 100,
+    parallel: bool | None = None,
     coords: Mapping[str, Sequence[Any]] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     **kwargs: Any,
@@ -41,7 +42,8 @@ def to_arviz(
     """What a fit says, as ArviZ data of one chain.
 
     Groups: ``posterior``, draws of the latent variables from the guide; ``posterior_predictive``, draws of what the model
-    observes; ``sample_stats`` with ``log_p``, ``log_q`` and ``log_weight`` (nats) of each posterior draw; ``observed_data``.
+    observes; ``sample_stats`` with ``log_p`` and (unless the guide is a point mass) ``log_q`` and ``log_weight``, in nats, of
+    each posterior draw; ``observed_data``.
     Plates are dimensions by their names. A family called without data gives draws of x, and of its latent variables from
     their prior.
 
@@ -50,6 +52,8 @@ def to_arviz(
         args: the model's own arguments.
         num_samples: draws.
         batch_size: draws made at once, which bounds memory.
+        parallel: whether draws are made together in one run, which a model must allow (no ``z[0]`` or ``z.sum()``); None tries
+            out whether it does.
         coords: labels of dimensions.
         dims: names of the event dimensions of a variable, by its name.
         kwargs: the model's own keyword arguments.
@@ -68,9 +72,10 @@ def to_arviz(
     call = _own_call(model, args, kwargs)
     data_given = call is None
     args, kwargs = call or (args, kwargs)
-    with traces.looking_on(model, guide):
-        layout = _Layout(model, guide, args, kwargs, dims or {})
-        sizes = [min(batch_size, num_samples - start) for start in range(0, num_samples, batch_size)]
+    with traces.looking_on():
+        layout = _Layout(model, guide, args, kwargs, dims or {}, parallel=parallel)
+        at_once = batch_size if layout.parallel else 1
+        sizes = [min(at_once, num_samples - start) for start in range(0, num_samples, at_once)]
         draw = _draw_posterior if data_given else _draw_family
         blocks = [draw(layout, n) for n in sizes]
     groups: dict[str, Named] = {}
@@ -86,8 +91,7 @@ def to_arviz(
 
 def _own_call(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """The arguments that draw from a family, if this is a family's own model called without data."""
-    family = getattr(model, "__self__", None)
-    if not (hasattr(family, "event_shape") and hasattr(family, "guide")):
+    if not traces.is_family(model):
         return None
     given = inspect.signature(model).bind_partial(*args, **kwargs).arguments
     if given.get("x") is not None:
@@ -100,7 +104,9 @@ def _own_call(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple
 class _Layout:
     """A model and its guide with their arguments, and what one run tells: plates, their rows, and the shapes of events."""
 
-    def __init__(self, model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], dims: Mapping) -> None:
+    def __init__(
+        self, model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], dims: Mapping, *, parallel: bool | None
+    ) -> None:
         self.dims = dims
         guide_trace = poutine.trace(lambda: guide(*args, **kwargs)).get_trace()
         model_trace = poutine.trace(poutine.replay(lambda: model(*args, **kwargs), trace=guide_trace)).get_trace()
@@ -118,6 +124,13 @@ class _Layout:
         self.coords: dict[str, Any] = {name: _numpy(site["value"]) for name, site in indices}
         self.model = poutine.replay(lambda: model(*args, **kwargs), trace=self.rows)
         self.guide = poutine.replay(lambda: guide(*args, **kwargs), trace=self.rows)
+        if parallel is None:
+            parallel = traces.is_family(model) or traces.vectorises(self.model, self.guide, (), {}, self.nesting)
+        self.parallel = parallel
+
+    def within(self, n: int) -> Any:
+        """What n draws are made in: a plate, or nothing where each has a run of its own."""
+        return traces.particles(n, self.nesting) if self.parallel else lambda fn: fn
 
     @staticmethod
     def _depth(site: Mapping[str, Any]) -> int:
@@ -148,7 +161,7 @@ def _deterministic(site: Mapping[str, Any]) -> bool:
 
 def _draw_family(layout: _Layout, n: int) -> dict[str, Named]:
     """A family's own draws: data, and their latent variables from the prior."""
-    trace = prune_subsample_sites(poutine.trace(traces.particles(n, layout.nesting)(layout.model)).get_trace())
+    trace = prune_subsample_sites(poutine.trace(layout.within(n)(layout.model)).get_trace())
     groups: dict[str, Named] = {}
     for name, site in traces.samples(trace).items():
         groups.setdefault("posterior_predictive" if name == "x" else "posterior", {})[name] = layout.variable(name, site, n)
@@ -157,7 +170,7 @@ def _draw_family(layout: _Layout, n: int) -> dict[str, Named]:
 
 def _draw_posterior(layout: _Layout, n: int) -> dict[str, Named]:
     """One block of n draws of every group."""
-    plate = traces.particles(n, layout.nesting)
+    plate = layout.within(n)
     guide_trace = prune_subsample_sites(poutine.trace(plate(layout.guide)).get_trace())
     replayed = poutine.replay(plate(layout.model), trace=guide_trace)
     model_trace = prune_subsample_sites(poutine.trace(replayed).get_trace())
@@ -175,7 +188,9 @@ def _draw_posterior(layout: _Layout, n: int) -> dict[str, Named]:
     if traces.latents(model_trace):
         draws = (-layout.nesting - 1,)
         log_p, log_q = (_numpy(traces.log_prob(t, draws, scaled=True).expand(n)) for t in (model_trace, guide_trace))
-        stats = {"log_p": log_p, "log_q": log_q, "log_weight": log_p - log_q}
+        stats = {"log_p": log_p}
+        if not traces.is_point_mass(guide_trace):
+            stats |= {"log_q": log_q, "log_weight": log_p - log_q}
         groups["sample_stats"] = {name: (value[None], ["chain", "draw"]) for name, value in stats.items()}
     return groups
 

@@ -50,8 +50,9 @@ def loss_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figur
     ax = figure.subplots()
     for i, (name, history) in enumerate(histories.items()):
         epochs = [record["epoch"] for record in history]
-        ax.plot(epochs, [record["train"] for record in history], ":", color=f"C{i}", linewidth=1)
-        ax.plot(epochs, [record.get("valid", float("nan")) for record in history], color=f"C{i}", label=name)
+        marker = "." if len(history) < 5 else ""
+        ax.plot(epochs, [record["train"] for record in history], ":", color=f"C{i}", linewidth=1, marker=marker)
+        ax.plot(epochs, [record.get("valid", float("nan")) for record in history], color=f"C{i}", label=name, marker=marker)
     values = sorted(r[key] for history in histories.values() for r in history for key in ("train", "valid") if key in r)
     best, usual = values[0], values[int(0.9 * (len(values) - 1))]
     margin = 0.1 * (usual - best) or 1.0

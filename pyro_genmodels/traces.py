@@ -10,11 +10,10 @@ Several particles are one run inside an outermost plate.
 from __future__ import annotations
 
 __all__ = [
-    "PARTICLES", "Pair", "as_pair", "data_plates", "latents", "log_prob", "looking_on", "max_plate_nesting", "no_latents",
-    "observed", "owners", "particles", "run", "samples",
+    "PARTICLES", "Pair", "as_pair", "data_plates", "is_family", "is_point_mass", "latents", "log_prob", "looking_on",
+    "max_plate_nesting", "no_latents", "observed", "owners", "particles", "run", "samples", "vectorises",
 ]  # fmt: skip
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,11 +21,13 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 Pair = tuple[Callable[..., Any], Callable[..., Any]]
 
@@ -50,30 +51,31 @@ def no_latents(*args: Any, **kwargs: Any) -> None:
 
 
 def owners(*fns: Any) -> list[nn.Module]:
-    """The modules behind callables, under any handlers: themselves, those whose methods they are, those a function names."""
-    found: list[Any] = []
-    for fn in map(poutine.unwrap, fns):
-        found += [fn, getattr(fn, "__self__", None)]
-        if inspect.isfunction(fn):
-            names = inspect.getclosurevars(fn)
-            found += [*names.nonlocals.values(), *names.globals.values()]
+    """The modules behind callables, under any handlers: themselves, or those whose methods they are."""
+    found = [part for fn in map(poutine.unwrap, fns) for part in (fn, getattr(fn, "__self__", None))]
     return list({id(m): m for m in found if isinstance(m, nn.Module)}.values())
 
 
 @contextmanager
-def looking_on(*fns: Any) -> Iterator[None]:
-    """No gradients, the modules in evaluation mode, and nothing left behind: no mode, no parameter in the store, no site."""
-    before = [(m, m.training) for owner in owners(*fns) for m in owner.modules()]
+def looking_on() -> Iterator[None]:
+    """No gradients, every module that runs in evaluation mode, and nothing left behind: no mode, no parameter, no site."""
+    switched: list[nn.Module] = []
+
+    def switch(module: nn.Module, _: Any) -> None:
+        if module.training:
+            switched.append(module)
+            module.training = False
+
     store = pyro.get_param_store()
     known = set(store.keys())
+    hook = register_module_forward_pre_hook(switch)
     try:
-        for m, _ in before:
-            m.training = False
         with torch.no_grad(), poutine.block():
             yield
     finally:
-        for m, training in before:
-            m.training = training
+        hook.remove()
+        for module in switched:
+            module.training = True
         for name in set(store.keys()) - known:
             del store[name]
 
@@ -106,6 +108,49 @@ def run(
 def particles(number: int, nesting: int) -> pyro.plate:
     """The plate of that many particles, left of `nesting` dimensions of other plates."""
     return pyro.plate(PARTICLES, number, dim=-nesting - 1)
+
+
+def is_family(fn: Any) -> bool:
+    """Whether a callable is a family's own method: it has an owner with an event shape, a model and a guide."""
+    owner = getattr(fn, "__self__", None)
+    return all(hasattr(owner, name) for name in ("event_shape", "model", "guide"))
+
+
+def vectorises(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], nesting: int, *, trials: int = 3) -> bool:
+    """Whether particles in one run say the same as runs of their own.
+
+    A model that indexes or reduces its latent variables from the left, ``z[0]`` or ``z.sum()``, takes particles for
+    coordinates, and need not raise an error. So a few particles are drawn together, and each is run again alone.
+    """
+    if is_family(model):
+        return True
+    if isinstance(poutine.unwrap(guide), Messenger):
+        return False
+    dim = -nesting - 1
+    try:
+        pair = run(model, guide, args, kwargs, particles(trials, nesting))
+        together = [log_prob(trace, (dim,), scaled=True).expand(trials) for trace in pair]
+        for i in range(trials):
+            alone = run(model, poutine.replay(guide, trace=_particle(pair[1], i, dim)), args, kwargs)
+            for trace, values in zip(alone, together, strict=True):
+                if not torch.allclose(log_prob(trace, (dim,), scaled=True).squeeze(), values[i], rtol=1e-3, atol=1e-3):
+                    return False
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError):  # of shapes; a true fault comes again, alone
+        return False
+    return True
+
+
+def _particle(trace: Trace, i: int, dim: int) -> Trace:
+    """One particle of a trace, with the shapes it would have alone."""
+    alone = Trace()
+    for name, site in samples(trace).items():
+        value, event_dim = site["value"], site["fn"].event_dim
+        depth = max((-f.dim for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES), default=0)
+        if value.dim() - event_dim >= -dim:
+            value = value.select(value.dim() - event_dim + dim, i)
+        own = value.shape[max(value.dim() - event_dim - depth, 0) :]
+        alone.add_node(name, **{**site, "value": value.reshape(own)})
+    return alone
 
 
 def samples(trace: Trace) -> dict[str, Any]:
@@ -146,9 +191,20 @@ def data_plates(trace: Trace, rows: int) -> dict[str, int]:
         found = sorted({f"{f.name} ({f.size})" for stack in stacks for f in stack.values()})
         raise ValueError(
             f"Wanted one plate of {rows} rows around all observed sites, but found {', '.join(found) or 'no plates'}. Put the "
-            "data in a pyro.plate over its rows, without subsampling."
+            "data in a pyro.plate over its rows, without subsampling; and note that the plate of an autoguide with latent "
+            "variables in every row is fixed to the rows it was fitted to: write a guide that reads x."
         )
     return {f.name: f.dim for f in sorted(shared, key=lambda f: f.dim)}
+
+
+def is_point_mass(guide_trace: Trace) -> bool:
+    """Whether a guide draws nothing, as `AutoDelta` does: all its sites are `Delta`, none with a density of its own."""
+    fns = [_innermost(site["fn"]) for site in samples(guide_trace).values()]
+    return bool(fns) and all(isinstance(fn, Delta) and not torch.as_tensor(fn.log_density).any() for fn in fns)
+
+
+def _innermost(fn: Any) -> Any:
+    return _innermost(fn.base_dist) if hasattr(fn, "base_dist") else fn
 
 
 def log_prob(trace: Trace, dims: tuple[int, ...], *, scaled: bool) -> Tensor:

@@ -1,7 +1,7 @@
 r"""One training loop for every fit: epochs of minibatches, early stopping, averaged weights, checkpoints.
 
-The loss it reports is nats per datum: each minibatch of B out of N rows is scaled by N / B by the model's plate and by 1 / N
-here. Many devices and machines are lightning's business.
+The loss it reports is nats per datum, and so is the gradient: each minibatch of B out of N rows is scaled by N / B by the
+model's plate, and the sum divided by N here. Many devices and machines are lightning's business.
 
 Early stopping: Prechelt (1998).
 """
@@ -52,8 +52,8 @@ class Fit:
         stopped: why training ended.
     """
 
-    family: Any
-    history: list[dict[str, float]] = field(default_factory=list)
+    family: Any = field(repr=False)
+    history: list[dict[str, float]] = field(default_factory=list, repr=False)
     best: dict[str, float] = field(default_factory=dict)
     stopped: str = ""
 
@@ -98,8 +98,8 @@ def train(
     Args:
         fit: a family, or a pair (model, guide) called as ``model(x)`` or ``model(x, context)``. If the model takes ``size``, it
             is told the number of all data; one with latent variables shared by all rows must, or these count in every batch.
-        data: rows of x, (N, ...), moved to the fit's device and precision; or a `DataLoader` of x or (x, context), of which the
-            first 10,000 rows are checked and set a family's mean and deviation.
+        data: rows of x, (N, ...), or the pair (x, context), moved to the fit's device and precision; or a `DataLoader` of x or
+            (x, context), of which the first 10,000 rows are checked and set a family's mean and deviation.
         context: one per row, (N, ...).
         objective: a Pyro loss; by default `Trace_ELBO` for a fit with latent variables and `MaximumLikelihood` for one without.
         optim: parameters -> torch optimiser, such as ``functools.partial(torch.optim.Adam, lr=1e-3)``, which is the default; or
@@ -134,6 +134,11 @@ def train(
     if seed is not None:
         pyro.set_rng_seed(seed)
     fit = fit.family if isinstance(fit, Fit) else fit
+    if objective is not None and not isinstance(objective, ELBO):
+        found = f"the class {objective.__name__}" if isinstance(objective, type) else type(objective).__name__
+        raise TypeError(f"objective wants a Pyro loss such as MaximumLikelihood(), but found {found}.")
+    if context is None:
+        data, context = pair_of(data)
     model, guide = traces.as_pair(fit)
     modules = traces.owners(model, guide)
     like = next((p for m in modules for p in m.parameters()), torch.empty(0))
@@ -143,9 +148,9 @@ def train(
         module.train()
     _check_data(model, batches, held_out)
     loop = _Loop(model, guide, objective or _default_objective(model, guide, batches.first()), batches.rows)
-    parameters = loop.parameters(batches.first())
-    optimiser = _optimiser(optim, list(parameters.values()))
-    weights = Weights(parameters, modules, average)
+    loop.parameters = loop.find_parameters(batches.first())
+    optimiser = _optimiser(optim, list(loop.parameters.values()))
+    weights = Weights(loop.parameters, modules, average)
 
     result, start = Fit(fit, stopped=f"{epochs} epochs"), time.perf_counter()
     bar = tqdm(total=epochs, desc=getattr(fit, "name", "fit"), unit="epoch", disable=not progress)
@@ -153,7 +158,7 @@ def train(
         for epoch in range(1, epochs + 1):
             record = {"epoch": epoch, "train": _epoch(loop, batches, optimiser, weights, clip_norm)}
             if held_out is not None:
-                with weights.averaged(), traces.looking_on(model, guide), _fixed_noise():
+                with weights.averaged(), traces.looking_on(), _fixed_noise():
                     record["valid"] = _mean([(loop.loss(batch, held_out.rows), len(batch[0])) for batch in held_out.in_order()])
             record["seconds"] = time.perf_counter() - start
             result.history.append(record)
@@ -186,7 +191,6 @@ def _epoch(loop: _Loop, batches: Batches, optimiser: Optimizer, weights: Weights
     """One pass over the data; returns the mean loss (nats per datum)."""
     losses = []
     for step, batch in enumerate(batches.shuffled(), 1):
-        optimiser.zero_grad(set_to_none=True)
         loss = loop.step(batch)
         norm = clip_grad_norm_(weights.live, inf if clip_norm is None else clip_norm, foreach=True).item()
         for name, value in (("loss", loss), ("norm of the gradient", norm)):
@@ -214,10 +218,18 @@ class _Loop:
     def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], objective: Any, rows: int) -> None:
         self.model, self.guide, self.objective, self.rows = model, guide, objective, rows
         self.sized = "size" in inspect.signature(model).parameters
+        self.parameters: dict[str, nn.Parameter] = {}
 
     def step(self, batch: Batch) -> float:
-        """The loss, its gradient added to the parameters'; infinite or NaN where a distribution refused what it was given."""
-        return self._guarded(self.objective.loss_and_grads, batch, self.rows)
+        """The loss, its gradient left in the parameters; infinite or NaN where a distribution refused what it was given."""
+        for p in self.parameters.values():
+            p.grad = None
+        loss = self._guarded(self.objective.loss_and_grads, batch, self.rows)
+        rows = self.rows if self.sized else len(batch[0])
+        for p in self.parameters.values():
+            if p.grad is not None:
+                p.grad.div_(rows)
+        return loss
 
     def loss(self, batch: Batch, rows: int) -> float:
         """The loss of a batch out of so many rows."""
@@ -238,15 +250,15 @@ class _Loop:
         x, context = batch
         args = (x,) if context is None else (x, context)
         kwargs = {"size": rows} if self.sized else {}
-        scale = 1 / (rows if self.sized else len(x))
-        return loss(poutine.scale(self.model, scale=scale), poutine.scale(self.guide, scale=scale), *args, **kwargs)
+        return loss(self.model, self.guide, *args, **kwargs) / (rows if self.sized else len(x))
 
-    def parameters(self, batch: Batch) -> dict[str, nn.Parameter]:
+    def find_parameters(self, batch: Batch) -> dict[str, nn.Parameter]:
         """What a step trains: the parameters Pyro sees in one, by its names."""
         with poutine.trace(param_only=True) as capture:
             self._call(self.objective.loss_and_grads, batch, self.rows)
         sites = capture.trace.nodes.items()
-        found = {name: site["value"].unconstrained() for name, site in sites}  # type: ignore[union-attr]
+        values: dict[str, Any] = {name: site["value"] for name, site in sites}
+        found = {name: v.unconstrained() if hasattr(v, "unconstrained") else v for name, v in values.items()}
         found = {name: p for name, p in found.items() if p.requires_grad}
         if not found:
             raise ValueError(

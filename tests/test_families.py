@@ -10,9 +10,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import zuko
 from cases import CASES, CLASSES, LEVELS, SMALL, UNIT, labels, real, rows, scored
 from pyro.contrib.autoname import scope
 from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.nn import PyroModule, PyroSample
 from pyro.optim import Adam
 from torch import nn
 from torch.distributions import constraints
@@ -515,7 +517,7 @@ def test_nan_among_zeros_and_ones_is_refused(case):
         family.model(x, *rest)
 
 
-@rows()
+@rows(lambda case: case.event_shape)
 def test_data_of_another_shape_are_refused(case):
     family, (x, *rest) = case.build(), case.batch(4)
     for bad in (x[0], x.flatten(), torch.cat([x, x], -1), x.unsqueeze(0)):
@@ -769,10 +771,70 @@ def test_a_prior_without_its_family_is_refused():
 
 def test_a_name_is_one_familys_at_a_time():
     first = Flow((2,), transform=MAF(**SMALL), name="mine")
-    with pytest.raises(ValueError, match="'mine' is another Flow's"):
-        Flow((2,), transform=MAF(**SMALL), name="mine")
-    first.name = "other"
-    assert Flow((2,), transform=MAF(**SMALL), name="mine").name == "mine"
+    second = Flow((2,), transform=MAF(**SMALL), name="mine")
+    assert second.name == "mine"
+    assert first.name.startswith("Flow_")
+
+
+class Net(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.flow = Flow((2,), transform=MAF(**SMALL))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", self.flow(), obs=x)
+
+
+def test_two_modules_with_a_family_of_one_name_both_train():
+    x = torch.randn(20, 2)
+    for net in (Net(), Net(), copy.deepcopy(Net())):
+        before = [p.detach().clone() for p in net.parameters()]
+        SVI(net, lambda x: None, pyro.optim.Adam({"lr": 0.1}), MaximumLikelihood()).step(x)
+        assert all(not p.equal(q) for p, q in zip(net.parameters(), before, strict=True))
+
+
+def test_the_store_of_others_is_left_alone():
+    pyro.param("prior.temperature", torch.tensor(1.0))
+    flow = Flow((2,), transform=MAF(**SMALL), name="prior").double()
+    flow()
+    assert "prior.temperature" in pyro.get_param_store()
+
+
+def test_a_bayesian_decoder_draws_its_weights_once_outside_the_data():
+    decoder = PyroModule[nn.Linear](2, 6)
+    decoder.weight = PyroSample(dist.Normal(0.0, 1.0).expand([6, 2]).to_event(2))
+    vae = VAE((3,), latent_dim=2, decoder=PyroModule[nn.Sequential](decoder, nn.Unflatten(1, (3, 2))), hidden=(4,))
+    trace = pyro.poutine.trace(vae.model).get_trace(torch.randn(5, 3))
+    (weight,) = [site for name, site in trace.nodes.items() if site["type"] == "sample" and name.endswith("weight")]
+    assert weight["value"].shape == (6, 2)
+    assert not weight["cond_indep_stack"]
+
+
+@pytest.mark.parametrize("end", [0.0, 1.0])
+def test_data_at_an_end_of_an_interval_are_refused(end):
+    flow, x = Flow((2,), transform=MAF(**SMALL), support=constraints.unit_interval), torch.rand(9, 2)
+    x[3, 1] = end
+    with pytest.raises(ValueError, match=r"1 values at an end of its support.*levels=K"):
+        flow.model(x)
+
+
+def test_a_support_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match="cannot map the support"):
+        Flow((3,), support=constraints.simplex)
+
+
+def test_a_support_moves_along():
+    flow = Flow((2,), transform=MAF(**SMALL), support=constraints.interval(torch.zeros(2), 2 * torch.ones(2)))
+    assert flow.double().support.upper_bound.dtype == torch.float64
+    assert flow().sample((5,)).dtype == torch.float64
+
+
+def test_a_zuko_flow_of_ones_own_is_judged_as_ours_are():
+    with pytest.raises(ValueError, match="GF"):
+        Flow((3,), transform=zuko.flows.GF(3, 0, transforms=2))
+    assert not Flow((2,), transform=zuko.flows.NAF(2, 0, transforms=1))().has_rsample
+    assert Flow((2,), transform=zuko.flows.MAF(2, 0, transforms=1))().has_rsample
 
 
 def test_a_new_family_takes_nothing_from_an_earlier_one_of_its_name():

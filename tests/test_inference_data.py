@@ -590,3 +590,33 @@ def test_arviz_smooths_its_weights(y):
         smoothed, k = az.psislw(stat(data, "log_weight").double().numpy())
     assert np.isfinite(smoothed).all()
     assert np.isfinite(k)
+
+
+def sums_from_the_left(y):
+    b = pyro.sample("b", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+    pyro.sample("y", dist.Normal(b.sum(), 0.01), obs=y)
+
+
+def indexes_from_the_left(y):
+    b = pyro.sample("b", dist.Normal(torch.tensor([0.0, 5.0]), 0.1).to_event(1))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(b[1], 0.5), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("model", "y", "mean"),
+    [
+        (sums_from_the_left, torch.tensor(0.0), lambda b: b.sum(-1)),
+        (indexes_from_the_left, torch.full((2,), 5.0), lambda b: b[..., 1:].repeat(2, axis=-1)),
+        (indexes_from_the_left, torch.full((3,), 5.0), lambda b: b[..., 1:].repeat(3, axis=-1)),
+    ],
+    ids=["sum", "two rows", "three rows"],
+)
+def test_a_model_that_does_not_vectorise_is_run_draw_by_draw(model, y, mean):
+    guide = AutoNormal(model, init_scale=0.5)
+    guide(y)
+    data = to_arviz((model, guide), y, num_samples=50)
+    b, drawn = data.posterior["b"].to_numpy(), data.posterior_predictive["y"].to_numpy()
+    assert abs(drawn - mean(b)).max() < 0.5 * 6  # six standard deviations: below 1e-6 in all
+    one = pyro.poutine.trace(pyro.poutine.condition(model, data={"b": torch.as_tensor(b[0, 7])})).get_trace(y)
+    assert data.sample_stats["log_p"].to_numpy()[0, 7] == pytest.approx(one.log_prob_sum().item(), rel=1e-4)

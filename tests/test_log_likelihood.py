@@ -31,6 +31,7 @@ from pyro_genmodels import (
     train,
 )
 from pyro_genmodels.evaluation import LogLikelihood
+from pyro_genmodels.evaluation.compare import stacking_weights
 
 SMALL = {"transforms": 2, "hidden": (8,)}
 
@@ -586,3 +587,50 @@ def test_a_fit_without_data_is_refused():
 def test_different_rows_are_refused():
     with pytest.raises(ValueError, match=r"'a': 4.*'b': 3"):
         compare({"a": judged(A), "b": judged(B[:3])})
+
+
+def test_a_guide_without_a_density_bounds_nothing():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x / 2))
+
+    with pytest.raises(ValueError, match="point mass"):
+        log_likelihood((model, guide), torch.randn(4))
+
+
+def test_the_kind_is_that_of_the_weakest_part():
+    flow = Flow((2,), levels=4, transform=MAF(transforms=1, hidden=(8,)))
+
+    def model(x):
+        weights = dist.Categorical(torch.ones(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.MixtureSameFamily(weights, flow().expand((2,))), obs=x)
+
+    assert log_likelihood((model, lambda x: None), torch.randint(0, 4, (5, 2)), num_samples=4).kind == "lower bound"
+
+
+def test_stacking_passes_over_what_every_fit_rules_out():
+    values = torch.tensor([[-1.0, -torch.inf, -1.0], [-3.0, -torch.inf, -2.0]])
+    torch.testing.assert_close(stacking_weights(values), torch.tensor([1.0, 0.0]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+def test_a_model_that_does_not_vectorise_is_weighed_draw_by_draw(rows):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            pyro.sample("x", dist.Normal(z[:, 0], 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            loc = torch.stack([x / 2, torch.zeros_like(x)], -1)
+            pyro.sample("z", dist.Normal(loc, torch.tensor([0.5**0.5, 1.0])).to_event(1))
+
+    x = torch.randn(rows)
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x)
+    torch.testing.assert_close(log_likelihood((model, guide), x, num_samples=20).values, exact, rtol=1e-4, atol=1e-4)

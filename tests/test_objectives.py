@@ -614,3 +614,11 @@ def test_a_loss_with_latents_is_captured_with_its_random_numbers():
         wanted = step(x)
         pyro.set_rng_seed(5)
         torch.testing.assert_close(graph(x), wanted)
+
+
+def test_what_the_model_rules_out_costs_infinitely_much():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Uniform(0.0, 1.0, validate_args=False), obs=x)
+
+    assert MaximumLikelihood().loss(model, lambda x: None, torch.tensor([2.0])) == float("inf")

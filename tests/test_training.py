@@ -12,7 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
 from safetensors.torch import load_file
@@ -596,6 +596,22 @@ def test_an_optimiser_is_made_here():
         train(flow, torch.randn(9, 2), optim=torch.optim.Adam(flow.parameters()))
     with pytest.raises(TypeError, match=r"functools\.partial"):
         train(flow, torch.randn(9, 2), optim="adam")
+
+
+def test_the_loss_is_the_objectives_own_also_where_that_is_not_linear():
+    vae, x = VAE((2,), latent_dim=1, hidden=(4,)), torch.randn(40, 2)
+    still, objective = partial(torch.optim.SGD, lr=0.0), RenyiELBO(alpha=0.0, num_particles=300, vectorize_particles=True)
+    fit = train(vae, x, objective=objective, epochs=3, batch_size=40, optim=still)
+    losses = [objective.loss(vae.model, vae.guide, x) / 40 for _ in range(3)]
+    elbo = Trace_ELBO(num_particles=300, vectorize_particles=True).loss(vae.model, vae.guide, x) / 40
+    assert fit.best["train"] == pytest.approx(sum(losses) / 3, abs=0.1 * (elbo - losses[0]))
+
+
+def test_with_parameters_of_the_module_alone():
+    with pyro.settings.context(module_local_params=True):
+        flow, x = affine_flow(), torch.randn(200, 2)
+        history = train(flow, x, epochs=5, optim=partial(torch.optim.Adam, lr=1e-2)).history
+    assert history[-1]["train"] < history[0]["train"]
 
 
 def test_options_by_parameter_name_are_refused():

@@ -55,6 +55,7 @@ class Autoregression(GenerativeDistribution):
     ) -> None:
         super().__init__(event_shape, support=kwargs.pop("support", likelihood.support), **kwargs)
         self.conditionals, self.likelihood, self.order = conditionals, likelihood, order
+        self.network = conditionals
 
     @property
     def has_rsample(self) -> bool:
@@ -64,7 +65,7 @@ class Autoregression(GenerativeDistribution):
         return self.likelihood.encode(x).to(self.conditionals.dtype)
 
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
-        y = self.likelihood.cast(y.flatten(-self.event_dim)[..., self.order], self.conditionals.dtype)
+        y = self.likelihood.cast(self.flat(y)[..., self.order], self.conditionals.dtype)
         return self.likelihood(self.conditionals(self._features(y), context)).log_prob(y).sum(-1)
 
     def _draw(self, shape: Size, context: Tensor | None) -> Tensor:
@@ -76,4 +77,4 @@ class Autoregression(GenerativeDistribution):
             drawn.append(conditional.rsample() if conditional.has_rsample else conditional.sample())
             if not last:
                 params = steps.send(self._features(drawn[-1]))
-        return torch.stack(drawn, -1)[..., self.order.argsort()].unflatten(-1, self.event_shape)
+        return self.unflat(torch.stack(drawn, -1)[..., self.order.argsort()])

@@ -10,13 +10,13 @@ batch shape: the broadcasting, once and before any transform, is done here.
 
 from __future__ import annotations
 
-__all__ = ["GenerativeDistribution", "density_of", "is_real", "map_tensors", "sum_event", "unwrap"]
+__all__ = ["GenerativeDistribution", "density_of", "drops_units", "is_real", "map_tensors", "sum_event", "unwrap"]
 
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -41,6 +41,8 @@ class GenerativeDistribution(TorchDistribution):
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     density: Density = "exact"
     """What `log_prob` returns."""
+    network: Any = None
+    """What is passed through more than once for a draw, if anything."""
     advice: str = ""
     """What to do instead, where something is missing."""
 
@@ -107,6 +109,11 @@ class GenerativeDistribution(TorchDistribution):
         return self._transformed_draw(sample_shape)
 
     def _transformed_draw(self, sample_shape: Sequence[int]) -> Tensor:
+        if drops_units(self.network):
+            raise ValueError(
+                f"{type(self).__name__} was asked for draws while its dropout is active, which would be draws of another "
+                "distribution. Call .eval() on the family first, or build it with dropout=0."
+            )
         shape = Size(sample_shape) + self.batch_shape
         y = self._draw(shape, self._context_at(shape))
         return y if self.pretransform is None else self.pretransform.inv(y)
@@ -151,6 +158,14 @@ class GenerativeDistribution(TorchDistribution):
     def _no_moment(self, name: str, method: str) -> str:
         return f"{type(self).__name__} has no closed-form {name}. Estimate it: dist.sample((10_000,)).{method}."
 
+    def flat(self, y: Tensor) -> Tensor:
+        """(batch..., *event_shape) -> (batch..., number of coordinates)."""
+        return y.reshape(*y.shape[: y.dim() - self.event_dim], self.event_shape.numel())
+
+    def unflat(self, y: Tensor) -> Tensor:
+        """(batch..., number of coordinates) -> (batch..., *event_shape)."""
+        return y.reshape(y.shape[:-1] + self.event_shape)
+
     def _context_at(self, shape: Size) -> Tensor | None:
         return None if self.context is None else self.context.expand(shape + self.context.shape[-1:])
 
@@ -186,7 +201,7 @@ def map_tensors(
     modules: Callable[[nn.Module], nn.Module] = lambda module: module,
     memo: dict[int, Any] | None = None,
 ) -> Any:
-    """A copy with fn applied to every tensor, and `modules` to every module, in distributions, transforms and dataclasses."""
+    """A copy with fn applied to every tensor, and `modules` to every module, in distributions and what they are made of."""
     memo = {} if memo is None else memo
     if id(value) in memo:  # a transform and its inverse hold each other
         return memo[id(value)]
@@ -194,7 +209,9 @@ def map_tensors(
         return modules(value)
     if isinstance(value, Tensor):
         return fn(value)
-    if isinstance(value, (Distribution, Transform)) or (is_dataclass(value) and not isinstance(value, type)):
+    if isinstance(value, (Distribution, Transform, constraints.Constraint)) or (
+        is_dataclass(value) and not isinstance(value, type)
+    ):
         memo[id(value)] = new = value.__class__.__new__(value.__class__)
         new.__dict__.update({name: map_tensors(part, fn, modules, memo) for name, part in vars(value).items()})
         return new
@@ -211,9 +228,17 @@ def is_real(support: constraints.Constraint | None) -> bool:
 
 
 def density_of(fn: Distribution) -> tuple[Density, str]:
-    """What a distribution's `log_prob` returns, with advice where that is no density; "exact" for those that do not say."""
+    """What a distribution's `log_prob` returns, the weakest of what it is made of, and advice where that is no density."""
     fn = unwrap(fn)
-    return getattr(fn, "density", "exact"), getattr(fn, "advice", "")
+    parts = (getattr(fn, name, None) for name in ("base_dist", "base", "_component_distribution"))
+    within = [density_of(part) for part in parts if isinstance(part, Distribution)]
+    own: tuple[Density, str] = getattr(fn, "density", "exact"), getattr(fn, "advice", "")
+    return max([own, *within], key=lambda found: get_args(Density).index(found[0]))
+
+
+def drops_units(module: Any) -> bool:
+    """Whether a network drops units at random as it stands, so that no two passes are of one function."""
+    return isinstance(module, nn.Module) and any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in module.modules())
 
 
 def sum_event(values: Tensor, event_dim: int) -> Tensor:

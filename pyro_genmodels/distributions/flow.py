@@ -12,7 +12,7 @@ __all__ = ["NormalizingFlow"]
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Size, Tensor, nn
+from torch import Size, Tensor
 from torch.distributions import Distribution, Transform
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
@@ -49,23 +49,18 @@ class NormalizingFlow(GenerativeDistribution):
         **kwargs: Any,
     ) -> None:
         super().__init__(event_shape, **kwargs)
-        self.transform = transform
+        self.transform = self.network = transform
         self.base = base
         self.has_rsample = has_rsample
 
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
-        u, log_det = _call_with_log_det(self.transform(context), y.flatten(-self.event_dim))
+        u, log_det = _call_with_log_det(self.transform(context), self.flat(y))
         return self.base.log_prob(u).sum(-1) + log_det
 
     def _draw(self, shape: Size, context: Tensor | None) -> Tensor:
-        if _drops_units(self.transform):
-            raise ValueError(
-                "This flow was asked for draws while its dropout is active, and a flow with dropout has no one inverse. "
-                "Call .eval() on the family first, or build it with dropout=0."
-            )
         base = self.base.expand((*shape, self.event_shape.numel()))
         u = base.rsample() if base.has_rsample else base.sample()
-        return self.transform(context).inv(u).unflatten(-1, self.event_shape)
+        return self.unflat(self.transform(context).inv(u))
 
 
 def _call_with_log_det(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,9 +74,3 @@ def _call_with_log_det(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]
         return transform.call_and_ladj(y)
     u = transform(y)
     return u, transform.log_abs_det_jacobian(y, u)
-
-
-def _drops_units(transform: Any) -> bool:
-    return isinstance(transform, nn.Module) and any(
-        isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in transform.modules()
-    )

@@ -6,12 +6,12 @@ Each is an immutable record that turns raw outputs of a network, (..., num_outpu
 
 from __future__ import annotations
 
-__all__ = ["Bernoulli", "Categorical", "DiscretizedLogistic", "Likelihood", "Normal"]
+__all__ = ["Bernoulli", "Categorical", "DiscretizedLogistic", "Likelihood", "Normal", "check_likelihood"]
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import expm1, log
-from typing import Literal
+from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
@@ -58,6 +58,16 @@ class Likelihood(ABC):
     def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Values in the type their distribution scores: dtype, or integers."""
         return x.to(dtype)
+
+
+def check_likelihood(likelihood: Any) -> Likelihood:
+    """The likelihood itself, `Normal` for None; anything else is a TypeError."""
+    if likelihood is None:
+        return Normal()
+    if not isinstance(likelihood, Likelihood):
+        found = f"the class {likelihood.__name__}" if isinstance(likelihood, type) else repr(likelihood)
+        raise TypeError(f"likelihood wants one of this library's choices, such as Bernoulli() or Normal(), but found {found}.")
+    return likelihood
 
 
 @dataclass(frozen=True)

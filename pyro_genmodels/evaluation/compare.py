@@ -106,7 +106,8 @@ def compare(fits: Mapping[str, Any], x: Tensor | None = None, *args: Any, **kwar
     Args:
         fits: by name, what `log_likelihood` takes, or a `LogLikelihood` already computed on the same rows.
         x: data none of the fits has seen, (N, ...).
-        args: the models' other arguments, with kwargs passed to `log_likelihood`.
+        args: the models' other arguments, with kwargs passed to `log_likelihood`. To judge a conditional and an
+            unconditional fit together, hand in a `LogLikelihood` of each.
         kwargs: among them num_samples and batch_size.
 
     Raises:
@@ -118,6 +119,8 @@ def compare(fits: Mapping[str, Any], x: Tensor | None = None, *args: Any, **kwar
         >>> list(compare({"spline": Flow((2,)), "affine": Flow((2,), transform=MAF())}, x).table["kind"])
         ['exact', 'exact']
     """
+    if not isinstance(fits, Mapping):
+        raise TypeError(f"compare wants fits by name, such as {{'flow': flow}}, but found a {type(fits).__name__}.")
     if not fits:
         raise ValueError("compare wants at least one fit, but found none.")
     judged = {}
@@ -144,7 +147,9 @@ def stacking_weights(values: Tensor, *, max_steps: int = 10_000) -> Tensor:
     Returns:
         (fits,), summing to one.
     """
-    ratios = (values - values.max(0).values).exp()  # ArviZ takes exp(values) as they are, which is 0 for images
+    best = values.max(0).values
+    values, best = values[:, best.isfinite()], best[best.isfinite()]  # a datum that all fits rule out tells them not apart
+    ratios = (values - best).exp()  # ArviZ takes exp(values) as they are, which is 0 for images
     weights = torch.full((len(values),), 1 / len(values), dtype=values.dtype)
     for _ in range(max_steps):
         new = weights * (ratios / (weights @ ratios)).mean(1)

@@ -14,7 +14,7 @@ from __future__ import annotations
 __all__ = ["LogLikelihood", "log_likelihood"]
 
 from dataclasses import dataclass
-from math import ceil, log
+from math import log
 from typing import Any, Literal
 
 import torch
@@ -50,7 +50,7 @@ class LogLikelihood:
     @property
     def mean_std_error(self) -> float:
         """Standard error of the mean over data of which these are a sample."""
-        return (self.values.std() / len(self.values) ** 0.5).item()
+        return (self.values.std() / len(self.values) ** 0.5).item() if len(self.values) > 1 else float("nan")
 
     def bits_per_dim(self, dims: int) -> float:
         """Negative log-likelihood in bits per dimension, for data of that many dimensions."""
@@ -62,7 +62,13 @@ class LogLikelihood:
 
 
 def log_likelihood(
-    fit: Any, x: Tensor, *args: Any, num_samples: int = 1000, batch_size: int = 20_000, **kwargs: Any
+    fit: Any,
+    x: Tensor,
+    *args: Any,
+    num_samples: int = 1000,
+    batch_size: int = 20_000,
+    parallel: bool | None = None,
+    **kwargs: Any,
 ) -> LogLikelihood:
     """Log-likelihood (nats) of each row of x.
 
@@ -75,13 +81,16 @@ def log_likelihood(
         args: the model's other arguments; tensors of N rows are cut into batches along with x.
         num_samples: k, the draws per row where anything is drawn.
         batch_size: how many (draw, row) pairs to hold at once.
+        parallel: whether draws are made together in one run, which a model must allow (no ``z[0]`` or ``z.sum()``); None tries
+            out whether it does.
         kwargs: the model's keyword arguments, treated as args.
 
     Returns:
         Values, standard errors (delta method) and kind.
 
     Raises:
-        ValueError: if latent variables lie outside the data's plate; if an observed site has no normalised density.
+        ValueError: if latent variables lie outside the data's plate; if the guide is a point mass; if an observed site has no
+            normalised density.
 
     Example:
         >>> from pyro_genmodels import Flow, log_likelihood
@@ -91,19 +100,23 @@ def log_likelihood(
     model, guide = traces.as_pair(fit)
     if not isinstance(x, Tensor) or x.dim() < 1 or not len(x):
         found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"log_likelihood wants a tensor of one or more rows, but found {found}.")
+        raise ValueError(f"log_likelihood wants a torch.Tensor of one or more rows, but found {found}: see torch.as_tensor.")
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples and batch_size must be positive, got {num_samples} and {batch_size}.")
-    with traces.looking_on(model, guide):
+    with traces.looking_on():
         first = _rows(slice(0, 1), len(x), (x, *args), kwargs)
         kind, plates, nesting = _kind(model, guide, *first)
         k = 1 if kind == "exact" else num_samples
-        rows = max(1, batch_size // k)
+        if parallel is None:
+            trial = _rows(slice(0, max(1, min(5, batch_size // 3))), len(x), (x, *args), kwargs)
+            parallel = k > 1 and traces.vectorises(model, guide, *trial, nesting)
+        rows = max(1, batch_size // k) if parallel else batch_size
         parts = []
         for start in range(0, len(x), rows):
             stop = min(start + rows, len(x))
             call = _rows(slice(start, stop), len(x), (x, *args), kwargs)
-            parts.append(_weigh(model, guide, *call, stop - start, plates, nesting, k, batch_size))
+            at_once = max(1, batch_size // (stop - start)) if parallel else None
+            parts.append(_weigh(model, guide, *call, stop - start, plates, nesting, k, at_once))
     values, std_error = (torch.cat(part) for part in zip(*parts, strict=True))
     return LogLikelihood(values, torch.zeros_like(values) if kind == "exact" else std_error, kind, k)
 
@@ -116,6 +129,11 @@ def _kind(model: Any, guide: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[
         raise ValueError(
             f"log_likelihood wants a guide for every latent variable, but the guide has none for "
             f"{', '.join(map(repr, unguided))}. Add them to the guide, or make an autoguide of the model."
+        )
+    if traces.is_point_mass(guide_trace):
+        raise ValueError(
+            "log_likelihood averages over draws from the guide, but this guide is a point mass (AutoDelta, MAP), under which "
+            "no bound holds. Use a guide with a density, such as AutoNormal."
         )
     plates = list(traces.data_plates(model_trace, 1))
     sites = traces.samples(model_trace)
@@ -147,14 +165,14 @@ def _weigh(
     plates: list[str],
     nesting: int,
     k: int,
-    batch_size: int,
+    at_once: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Log mean weight of each row and its standard error, the draws taken in as many runs as memory asks for."""
-    runs = ceil(k * rows / max(batch_size, rows))
+    """Log mean weight of each row and its standard error, from k draws, so many at once or each in a run of its own."""
     log_w = []
-    for i in range(runs):
-        draws = k * (i + 1) // runs - k * i // runs
-        pair = traces.run(model, guide, args, kwargs, traces.particles(draws, nesting))
+    for start in range(0, k, at_once or 1):
+        draws = min(at_once or 1, k - start)
+        plate = traces.particles(draws, nesting) if at_once else None
+        pair = traces.run(model, guide, args, kwargs, plate)
         dim = next(dim for name, dim in traces.data_plates(pair[0], rows).items() if name in plates)
         log_p, log_q = (traces.log_prob(trace, (-nesting - 1, dim), scaled=False) for trace in pair)
         log_w.append((log_p - log_q.to(log_p)).expand(draws, rows))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_genmodels.distributions.autoregressive import Autoregression
-from pyro_genmodels.distributions.likelihoods import Likelihood, Normal
+from pyro_genmodels.distributions.likelihoods import Likelihood, check_likelihood
 from pyro_genmodels.families.family import Context, Family
 from pyro_genmodels.nn.masked import MADE
 
@@ -59,7 +59,7 @@ class Autoregressive(Family):
         standardize: bool = True,
         name: str | None = None,
     ) -> None:
-        likelihood = likelihood or Normal()
+        likelihood = check_likelihood(likelihood)
         support = likelihood.support_within(support)
         super().__init__(event_shape, context=context, support=support, standardize=standardize, name=name)
         self.likelihood = likelihood

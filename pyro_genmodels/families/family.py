@@ -11,13 +11,9 @@ from __future__ import annotations
 __all__ = ["Context", "Family", "Labels"]
 
 import copy
-import gc
 from abc import abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from itertools import count
 from typing import Any
-from weakref import WeakValueDictionary
 
 import pyro
 import torch
@@ -34,12 +30,10 @@ from torch.distributions import (
     constraints,
 )
 
-from pyro_genmodels.distributions.base import is_real
+from pyro_genmodels import naming
+from pyro_genmodels.distributions.base import is_real, map_tensors
 
 Context = int | nn.Module
-
-_counters: defaultdict[str, count] = defaultdict(lambda: count(1))
-_named: WeakValueDictionary[str, Family] = WeakValueDictionary()
 
 
 class Labels(nn.Module):
@@ -65,6 +59,8 @@ class Labels(nn.Module):
 
     def forward(self, labels: Tensor) -> Tensor:
         """Labels (...), integers -> (..., num_classes)."""
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"Labels wants a tensor of integers, but found {type(labels).__name__}: see torch.tensor.")
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(f"Labels wants integers, but found {labels.dtype}. Convert the labels with .long().")
         if is_validation_enabled() and labels.numel() and (labels.min() < 0 or labels.max() >= self.num_classes):
@@ -83,10 +79,12 @@ class _Vector(nn.Module):
         self.out_features = size
 
     def forward(self, context: Tensor) -> Tensor:
+        if not isinstance(context, Tensor):
+            raise TypeError(f"A context is wanted as a tensor of floats, but found {type(context).__name__}: see torch.tensor.")
         if not context.is_floating_point() or context.dim() < 1 or context.shape[-1] != self.out_features:
             raise ValueError(
                 f"This family wants a context of floats, (..., {self.out_features}), but found {context.dtype} of shape "
-                f"{tuple(context.shape)}. For integer classes build it with context=Labels(k)."
+                f"{tuple(context.shape)}. A number per row wants context[:, None]; integer classes want context=Labels(k)."
             )
         if is_validation_enabled() and not context.isfinite().all():
             raise ValueError(f"The context, of shape {tuple(context.shape)}, has NaN or infinite entries. Impute them first.")
@@ -96,16 +94,22 @@ class _Vector(nn.Module):
 class Family(PyroModule):
     """Base of all families.
 
+    In a model of your own, ``pyro.sample("x", family(), obs=x)``, its parameters train along with the rest, also where it is a
+    prior that was learned before: freeze it with ``family.requires_grad_(False)``. Under Pyro's own losses pass a context by
+    position, ``svi.step(x, context)``: Pyro's handlers have a keyword of that name.
+
     Args:
         event_shape: shape of one datum.
         context: what the distribution depends on: 0 for nothing, the length of a float vector, `Labels`, or a module whose
             output (..., out_features) the networks are given.
-        support: where one coordinate of the data lies. A bounded interval is mapped to the real line, the map counted in the
-            density; of integers nothing is mapped.
+        support: where one coordinate of the data lies. An interval is mapped to the real line, the map counted in the density,
+            so that values at its ends, which would be infinite, are refused; of integers nothing is mapped.
         standardize: whether the networks see data of mean 0 and standard deviation 1 in each coordinate (after the map
-            above). Mean and deviation are those of `standardize`'s argument, or else of the first data that `model` sees in
-            training; they are saved with the parameters and counted in the density.
-        name: the name under which Pyro knows the parameters; by default the class and a number no other has.
+            above). `train` sets them by all its data and `model` by the first data it sees in training; in a model of your own,
+            ``pyro.sample("x", family(), obs=x)``, call ``family.standardize(x)`` first. They are saved with the parameters and
+            counted in the density.
+        name: the name under which Pyro knows the parameters; by default the class and a number no other has. A family that had
+            it before gets a new one. Save a family by its `state_dict`: nothing is read from Pyro's param store.
     """
 
     def __init__(
@@ -117,10 +121,17 @@ class Family(PyroModule):
         standardize: bool = False,
         name: str | None = None,
     ) -> None:
-        super().__init__(name or self._fresh_name())
+        super().__init__(name or naming.fresh_name(self))
+        if not isinstance(support, constraints.Constraint):
+            raise TypeError(f"support wants a constraint such as constraints.interval(0.0, 1.0), but found {support!r}.")
         if isinstance(event_shape, int) or not all(isinstance(n, int) and n > 0 for n in event_shape):
             raise ValueError(f"{type(self).__name__} wants an event_shape of positive integers like (3,), got {event_shape!r}.")
         self.event_shape = Size(event_shape)
+        if not (support.is_discrete or _keeps_shape(support, self.event_shape)):
+            raise ValueError(
+                f"{type(self).__name__} cannot map the support {support} of events {tuple(self.event_shape)} to as many real "
+                "numbers. Use an interval, or transform the data beforehand."
+            )
         self.context = _context_module(context)
         self.support = support
         self._standardize, self._standardized = standardize and not support.is_discrete, False
@@ -128,7 +139,7 @@ class Family(PyroModule):
         self.register_buffer("scale", torch.ones(self.event_shape))
         self.register_buffer("standardized", torch.tensor(False))
         self.register_load_state_dict_post_hook(_read_standardized)
-        self._claim(self.name)
+        self.name = self.name
 
     @abstractmethod
     def forward(self, context: Tensor | None = None) -> TorchDistribution:
@@ -145,9 +156,11 @@ class Family(PyroModule):
         """The vector (batch..., context_size) that the networks are given."""
         if self.context is None:
             if context is not None:
+                floats = isinstance(context, Tensor) and context.is_floating_point() and context.dim() > 0
+                cure = context.shape[-1] if floats else "Labels(k)"
                 raise ValueError(
-                    f"{self.name} was built without a context, but was given one of shape {tuple(context.shape)}. "
-                    f"Build it with {type(self).__name__}(..., context={context.shape[-1] if context.dim() else 1})."
+                    f"{self.name} was built without a context, but was given {tuple(getattr(context, 'shape', ()))}. Build it "
+                    f"with {type(self).__name__}(..., context={cure}). If these were data: see family().log_prob(x)."
                 )
             return None
         if context is None:
@@ -196,29 +209,15 @@ class Family(PyroModule):
 
     @name.setter
     def name(self, name: str) -> None:
-        self._claim(name)
+        former = naming.claim(self, name)
         self._pyro_context.used = False  # or Pyro refuses to rename what is inside
         self._pyro_set_supermodule(name, self._pyro_context)
+        if isinstance(former, Family) and former.name == name:
+            former.name = naming.fresh_name(former)
 
-    def _claim(self, name: str) -> None:
-        """Takes a name that no other family may have, and what an earlier one left under it in the param store."""
-        if _named.get(name, self) is not self:
-            gc.collect()
-        if _named.get(name, self) is not self:
-            raise ValueError(
-                f"The name {name!r} is another {type(_named[name]).__name__}'s. Choose another, or delete that one."
-            )
-        if _named.get(self.name) is self:
-            del _named[self.name]
-        _named[name] = self
-        self._forget(name)
-
-    def _forget(self, name: str) -> None:
-        """Takes out of Pyro's param store what stands under a name and is not this family's."""
-        store, own = pyro.get_param_store(), {id(p) for p in self.parameters()}
-        for key in list(store.keys()):
-            if key.startswith((f"{name}.", f"{name}$$$")) and id(store._params[key]) not in own:
-                del store[key]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        naming.take_over(self)
+        return super().__call__(*args, **kwargs)
 
     @pyro_method
     def model(self, x: Tensor | None = None, context: Tensor | None = None, *, size: int | None = None) -> Tensor:
@@ -233,8 +232,9 @@ class Family(PyroModule):
             x, or the draws.
         """
         x = self.check(x)
-        with self.plate(x, context, size):
-            return pyro.sample("x", self(context), obs=x)
+        plate, distribution = self.plate(x, context, size), self(context)  # random weights are drawn outside the plate
+        with plate:
+            return pyro.sample("x", distribution, obs=x)
 
     @pyro_method
     def guide(self, x: Tensor | None = None, context: Tensor | None = None, *, size: int | None = None) -> None:
@@ -242,11 +242,14 @@ class Family(PyroModule):
 
     def plate(self, x: Tensor | None, context: Tensor | None, size: int | None) -> pyro.plate:
         """The plate "data" over the rows, whose scale is size / len(x)."""
+        naming.take_over(self)
         rows = len(x) if x is not None else size if size is not None else None if context is None else len(context)
         if rows is None:
             raise ValueError(f"{self.name}.model wants data x, a context or size=, the number of rows to draw.")
         if context is not None and len(context) != rows:
             raise ValueError(f"There are {rows} rows of x but {len(context)} of context. Pass one context per row.")
+        if isinstance(self.context, Labels) and context is not None and context.dim() != 1:
+            raise ValueError(f"Labels are wanted as (N,), one per row, but found {tuple(context.shape)}. See .squeeze(-1).")
         if size is None or size == rows:
             return pyro.plate("data", rows, device=self.loc.device)
         if size < rows:
@@ -266,13 +269,13 @@ class Family(PyroModule):
             raise ValueError(f"{wanted}, but found no rows at all.")
         if is_validation_enabled():
             self._check_values(x)
-        if self._standardize and self.training and not self._standardized:
+        if self._standardize and self.training and torch.is_grad_enabled() and not self._standardized:
             self.standardize(x)
         return x
 
     def _check_values(self, x: Tensor) -> None:
         if x.is_floating_point() and not x.isfinite().all():
-            rows = (~x.isfinite()).flatten(1).any(1)
+            rows = (~x.isfinite()).reshape(len(x), -1).any(1)
             raise ValueError(
                 f"{self.name} was given data with NaN or infinite values in {int(rows.sum())} of {len(x)} rows, the "
                 f"first of them row {int(rows.nonzero()[0])}. Drop or impute these rows first."
@@ -287,6 +290,13 @@ class Family(PyroModule):
             raise ValueError(
                 f"{self.name} models real numbers, but was given {x.dtype}. Convert with .float(), or model integers: "
                 "Flow(..., levels=K), or a discrete likelihood."
+            )
+        ends = [getattr(support, name, None) for name in ("lower_bound", "upper_bound")]
+        at_end = [x == end for end in ends if end is not None and not support.is_discrete and not is_real(support)]
+        if any(hit.any() for hit in at_end) and self.pretransform is not None:
+            raise ValueError(
+                f"{self.name} was given {sum(int(hit.sum()) for hit in at_end)} values at an end of its support {support}, "
+                "which map to infinity. Squeeze the data into the interior, or model integers: Flow(..., levels=K)."
             )
         inside = support.check(x)
         if not inside.all():
@@ -303,27 +313,32 @@ class Family(PyroModule):
 
     # How a family moves and is copied.
 
-    @classmethod
-    def _fresh_name(cls) -> str:
-        return next(name for i in _counters[cls.__name__] if (name := f"{cls.__name__}_{i}") not in _named)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Family:
         """A copy under a name of its own, so that the two can be trained apart."""
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        new.name = self._fresh_name()
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo), _pyro_name="")
+        new.name = naming.fresh_name(new)
         return new
+
+    def __copy__(self) -> Family:
+        """As deepcopy: two families cannot share their parameters and be known by different names."""
+        return copy.deepcopy(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A family from a pickle keeps its name, unless a family that is here has it."""
         super().__setstate__(state)
-        self.name = self._fresh_name() if _named.get(self.name, self) is not self else self.name
+        name, self._pyro_name = self._pyro_name, ""
+        self.name = naming.fresh_name(self) if naming.is_taken(name) else name
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Family:  # noqa: FBT001, FBT002
         super()._apply(fn, recurse)
-        self._forget(self.name)  # on another device a parameter is another tensor
+        self.support = map_tensors(self.support, fn)
         return self
+
+
+def _keeps_shape(support: constraints.Constraint, event_shape: Size) -> bool:
+    return support.event_dim <= len(event_shape) and biject_to(support).forward_shape(event_shape) == event_shape
 
 
 def _read_standardized(family: Family, _: Any) -> None:

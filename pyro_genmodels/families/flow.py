@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_genmodels._zuko import NCSF, NSF, FlowTransform
+from pyro_genmodels._zuko import NCSF, NSF, FlowTransform, adopt
 from pyro_genmodels.distributions.base import GenerativeDistribution, is_real
 from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.distributions.flow import NormalizingFlow
@@ -67,8 +67,7 @@ class Flow(Family):
             raise ValueError(f"Flow wants at least 2 levels, got {levels}.")
         super().__init__(event_shape, context=context, support=support, standardize=standardize and not circular, name=name)
         self.levels, self.circular = levels, circular
-        self.has_rsample = getattr(transform, "has_rsample", True)
-        self.transform = _build(transform, self.event_shape.numel(), self.context_size)
+        self.transform, self.has_rsample = adopt(_build(transform, self.event_shape.numel(), self.context_size))
 
     def forward(self, context: Tensor | None = None) -> GenerativeDistribution:
         zero, one = self.loc.new_zeros(()), self.loc.new_ones(())
@@ -98,7 +97,7 @@ def _build(transform: FlowTransform | nn.Module, features: int, context: int) ->
     if isinstance(transform, FlowTransform):
         return transform.build(features, context)
     if isinstance(transform, nn.Module):
-        return getattr(transform, "transform", transform)
+        return transform
     raise TypeError(
         f"Flow wants a transform such as NSF(transforms=5), or a zuko flow, but found {type(transform).__name__}."
         + (" Call it: transform=NSF()." if isinstance(transform, type) else "")

@@ -24,7 +24,7 @@ from torch.distributions import Distribution, Transform, constraints
 
 from pyro_genmodels.distributions.base import GenerativeDistribution, is_real, map_tensors
 from pyro_genmodels.distributions.implicit import Implicit
-from pyro_genmodels.distributions.likelihoods import Likelihood, Normal
+from pyro_genmodels.distributions.likelihoods import Likelihood, check_likelihood
 from pyro_genmodels.families.family import Context, Family
 from pyro_genmodels.nn.mlp import MLP, call_batched
 
@@ -77,11 +77,15 @@ class VAE(Family):
         standardize: bool = True,
         name: str | None = None,
     ) -> None:
-        likelihood = likelihood or Normal()
+        likelihood = check_likelihood(likelihood)
         support = likelihood.support_within(support)
         super().__init__(event_shape, context=context, support=support, standardize=standardize, name=name)
         if prior is not None:
             _check_prior(prior)
+        for role, network in (("encoder", encoder), ("decoder", decoder)):
+            if not (network is None or isinstance(network, nn.Module)):
+                found = f"the class {network.__name__}" if isinstance(network, type) else type(network).__name__
+                raise TypeError(f"VAE wants an {role} that is a torch.nn.Module, but found {found}.")
         self.likelihood = likelihood
         self.prior = prior
         self.latent_shape = Size((latent_dim,)) if prior is None else prior.event_shape
@@ -109,9 +113,11 @@ class VAE(Family):
         x = self.check(x)
         if x is not None:
             x = self.likelihood.cast(x, self.loc.dtype)
-        with self.plate(x, context, size):
-            z = pyro.sample("z", self._prior(context))
-            return pyro.sample("x", self._decode()(z, self.embed(context)), obs=x)
+        plate, prior, decode, embedded = self.plate(x, context, size), self._prior(context), self._decode(), self.embed(context)
+        _draw_weights(self.decoder)
+        with plate:
+            z = pyro.sample("z", prior)
+            return pyro.sample("x", decode(z, embedded), obs=x)
 
     @pyro_method
     def guide(self, x: Tensor | None = None, context: Tensor | None = None, *, size: int | None = None) -> Tensor | None:
@@ -195,11 +201,21 @@ class _Flat(nn.Module):
         self.mlp = MLP(inputs, self.output_shape.numel(), hidden, dropout=dropout)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        parts = [x.flatten(1)] if context is None else [x.flatten(1), context]
+        parts = [x.reshape(len(x), -1)] if context is None else [x.reshape(len(x), -1), context]
         return self.mlp(torch.cat(parts, -1)).unflatten(-1, self.output_shape)
 
 
+def _draw_weights(network: nn.Module) -> None:
+    """Has a Bayesian network draw its weights (`PyroSample`) here, outside the data's plate; its context remembers them."""
+    for module in network.modules():
+        for name in getattr(module, "_pyro_samples", ()):
+            getattr(module, name)
+
+
 def _check_prior(prior: Distribution | Family) -> None:
+    if not isinstance(prior, (Distribution, Family)):
+        found = f"the class {prior.__name__}" if isinstance(prior, type) else type(prior).__name__
+        raise TypeError(f"VAE wants a Pyro distribution or a family as its prior, such as Flow((8,)), but found {found}.")
     if isinstance(prior, GenerativeDistribution):
         raise ValueError(f"VAE wants the family that made this {type(prior).__name__} as its prior, so as to train it along.")
     if isinstance(prior, Distribution) and prior.batch_shape:

@@ -82,10 +82,10 @@ class Objective(ELBO):
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The loss, summed over the data, whose gradient is the estimate."""
         losses = [self._particle(*pair) for pair in self._get_traces(model, guide, args, kwargs)]
-        loss, surrogate = (sum(part) / len(losses) for part in zip(*losses, strict=True))
+        loss = sum(losses) / len(losses)
         if is_validation_enabled():
             warn_if_nan(loss, "loss")
-        return loss.detach() + surrogate - surrogate.detach()
+        return loss
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The loss as a number, without gradients."""
@@ -115,24 +115,24 @@ class Objective(ELBO):
     def _get_trace(self, model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Trace, Trace]:
         return traces.run(model, guide, args, kwargs)
 
-    def _particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[Any, Any]:
-        """The loss and the surrogate that has its gradient; vectorised particles are averaged."""
+    def _particle(self, model_trace: Trace, guide_trace: Trace) -> Any:
+        """The loss of a run, averaged over vectorised particles, with the gradient that estimates its own."""
         self._score(model_trace, guide_trace)
-        loss, surrogate = 0.0, 0.0
+        loss, log_q, surrogate = 0.0, 0.0, 0.0
         for site in traces.samples(model_trace).values():
             loss = loss - site["log_prob_sum"]
-        surrogate = surrogate + loss
         log_r = None
         for site in traces.samples(guide_trace).values():
-            loss = loss + site["log_prob_sum"]
+            log_q = log_q + site["log_prob_sum"].detach()
             _, score_function, entropy = site["score_parts"]
             if not is_identically_zero(entropy):
                 surrogate = surrogate + entropy.sum()
             if not is_identically_zero(score_function):
                 log_r = log_r or _compute_log_r(model_trace, guide_trace)
                 surrogate = surrogate - (log_r.sum_to(site["cond_indep_stack"]) * score_function).sum()
-        n = self.num_particles if self.vectorize_particles else 1
-        return loss / n, surrogate / n
+        if isinstance(surrogate, Tensor):
+            surrogate = surrogate - surrogate.detach()
+        return (loss + log_q + surrogate) / (self.num_particles if self.vectorize_particles else 1)
 
     def _score(self, model_trace: Trace, guide_trace: Trace) -> None:
         """Writes into the traces what Pyro's estimators read there, with this objective's word for the observed sites."""
