@@ -30,7 +30,7 @@ def round_trip(flow: Flow, x: torch.Tensor) -> float:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(f"{'choice':8} {'fresh':>8} {'trained':>8} {'inverse of 200, ms':>20}")
+    print(f"{'choice':8} {'fresh':>8} {'trained':>8} {'round trip of 200, ms':>23}")
     for choice in (NICE, RealNVP, MAF, NSF, NCSF, NAF, UNAF, SOSPF, BPF):
         errors: list[tuple[float, float]] = []
         for seed in range(3):
@@ -41,4 +41,4 @@ if __name__ == "__main__":
             start = time.perf_counter()
             errors.append((fresh, round_trip(flow, x[:200])))
         milliseconds = 1e3 * (time.perf_counter() - start)
-        print(f"{choice.__name__:8} {max(e[0] for e in errors):8.1e} {max(e[1] for e in errors):8.1e} {milliseconds:20.0f}")
+        print(f"{choice.__name__:8} {max(e[0] for e in errors):8.1e} {max(e[1] for e in errors):8.1e} {milliseconds:23.0f}")

@@ -22,10 +22,11 @@ def image_grids(panels: Mapping[str, Tensor], *, columns: int = 10) -> Figure:
         columns: images in a row of a panel.
     """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     grids = [_tile(images, columns) for images in panels.values()]
     inches = 0.06 * max(grid.shape[1] for grid in grids), 0.06 * max(grid.shape[0] for grid in grids) + 0.4
-    figure = Figure(figsize=(inches[0] * len(grids), inches[1]), layout="constrained")
+    figure = Figure(figsize=(inches[0] * len(grids), inches[1]), layout=ConstrainedLayoutEngine(wspace=0.06))
     for ax, title, grid in zip(figure.subplots(1, len(grids), squeeze=False)[0], panels, grids, strict=True):
         ax.imshow(grid.cpu().numpy(), cmap="gray_r", interpolation="nearest")
         ax.set_axis_off()

@@ -11,6 +11,7 @@ from __future__ import annotations
 __all__ = ["Fit", "train"]
 
 import inspect
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -153,7 +154,8 @@ def train(
     weights = Weights(loop.parameters, modules, average)
 
     result, start = Fit(fit, stopped=f"{epochs} epochs"), time.perf_counter()
-    bar = tqdm(total=epochs, desc=getattr(fit, "name", "fit"), unit="epoch", disable=not progress)
+    often = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file is not filled
+    bar = tqdm(total=epochs, desc=getattr(fit, "name", "fit"), unit="epoch", disable=not progress, mininterval=often)
     try:
         for epoch in range(1, epochs + 1):
             record = {"epoch": epoch, "train": _epoch(loop, batches, optimiser, weights, clip_norm)}
@@ -167,8 +169,8 @@ def train(
                 weights.keep()
                 if checkpoint is not None:
                     checkpoints.save(Path(checkpoint), weights.best_state(), result.record())
+            bar.set_postfix({k: f"{record[k]:.3f}" for k in ("train", "valid") if k in record}, refresh=False)
             bar.update()
-            bar.set_postfix({k: f"{record[k]:.3f}" for k in ("train", "valid") if k in record})
             if epoch - result.best.get("epoch", 0) >= patience:
                 result.stopped = f"no better validation loss in {patience} epochs"
                 break
