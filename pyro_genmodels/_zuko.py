@@ -252,8 +252,8 @@ class GF(FlowTransform):
         return {"hidden_features": tuple(self.hidden)}
 
 
-def adopt(module: nn.Module) -> tuple[nn.Module, bool]:
-    """The lazy transform of a zuko flow, or the module itself, and whether the gradients of its draws are right.
+def adopt(module: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """The lazy transform of a zuko flow, or the module itself, and what `NormalizingFlow` must be told of its inverse.
 
     Raises:
         ValueError: for a transform that does not invert.
@@ -267,5 +267,6 @@ def adopt(module: nn.Module) -> tuple[nn.Module, bool]:
             )
         if type(part) is zuko.flows.neural.UMNN:
             part.__class__ = _TrainableUMNN
-    approximate = zuko.flows.neural.MNN, zuko.flows.neural.UMNN
-    return lazy, not any(isinstance(part, approximate) for part in lazy.modules())
+    networks = zuko.flows.neural.MNN, zuko.flows.neural.UMNN
+    bisected = any(isinstance(part, networks) for part in lazy.modules())
+    return lazy, {"has_rsample": False, "bound": 10.0} if bisected else {}

@@ -83,6 +83,11 @@ class Batches:
                 raise ValueError("With a DataLoader the context comes in its batches, as (x, context): leave context out.")
             self.x: Any = None
             self.context: Any = None
+            if not hasattr(data.dataset, "__len__"):
+                raise TypeError(
+                    f"Training wants to know the number of data, but a {type(data.dataset).__name__} has no length. Use a "
+                    "map-style dataset, or SVI with size=."
+                )
             self.rows = len(data.dataset)
         else:
             self.x = self.to(torch.as_tensor(data))

@@ -737,3 +737,10 @@ def test_every_row_is_of_this_library(case):
     assert d.density == case.density
     assert d.has_rsample == case.has_rsample
     assert type(d).__name__ in repr(d)
+
+
+def test_a_draw_at_the_end_of_the_search_is_refused():
+    shrink = torch.distributions.AffineTransform(0.0, 1e-3, event_dim=1)
+    flow = NormalizingFlow(lambda context: shrink, dist.Normal(0.0, 1.0), (2,), bound=10.0)
+    with pytest.raises(ValueError, match="search within 10"):
+        flow.sample((100,))

@@ -26,11 +26,12 @@ class NormalizingFlow(GenerativeDistribution):
         base: univariate distribution of the base's coordinates, of batch shape () or (d,).
         event_shape: shape of one datum, of d coordinates in all.
         has_rsample: whether the inverse carries the gradient of the transform's parameters.
+        bound: where the inverse is a search, how far from 0 it looks; None if it is not.
         kwargs: passed to `GenerativeDistribution`.
 
     Raises:
-        ValueError: if the transform's domain is not vectors; on drawing while the network drops units at random, since each
-            pass would invert another function.
+        ValueError: if the transform's domain is not vectors; on a draw at the end of the inverse's search; on drawing while the
+            network drops units at random, since each pass would invert another function.
 
     Example:
         >>> import torch, pyro.distributions as dist
@@ -46,12 +47,13 @@ class NormalizingFlow(GenerativeDistribution):
         event_shape: Sequence[int],
         *,
         has_rsample: bool = True,
+        bound: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(event_shape, **kwargs)
         self.transform = self.network = transform
         self.base = base
-        self.has_rsample = has_rsample
+        self.has_rsample, self.bound = has_rsample, bound
 
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
         u, log_det = _call_with_log_det(self.transform(context), self.flat(y))
@@ -60,7 +62,13 @@ class NormalizingFlow(GenerativeDistribution):
     def _draw(self, shape: Size, context: Tensor | None) -> Tensor:
         base = self.base.expand((*shape, self.event_shape.numel()))
         u = base.rsample() if base.has_rsample else base.sample()
-        return self.unflat(self.transform(context).inv(u))
+        y = self.transform(context).inv(u)
+        if self._validate_args and self.bound is not None and (y.abs() > 0.999 * self.bound).any():
+            raise ValueError(
+                f"This flow's inverse is a search within {self.bound:g} of 0 (in standard deviations, if it standardises), and "
+                "a draw lies at its end, where its density would be another. Use NSF() or MAF(), above all for guides."
+            )
+        return self.unflat(y)
 
 
 def _call_with_log_det(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -67,7 +67,7 @@ class Flow(Family):
             raise ValueError(f"Flow wants at least 2 levels, got {levels}.")
         super().__init__(event_shape, context=context, support=support, standardize=standardize and not circular, name=name)
         self.levels, self.circular = levels, circular
-        self.transform, self.has_rsample = adopt(_build(transform, self.event_shape.numel(), self.context_size))
+        self.transform, self.inverse = adopt(_build(transform, self.event_shape.numel(), self.context_size))
 
     def forward(self, context: Tensor | None = None) -> GenerativeDistribution:
         zero, one = self.loc.new_zeros(()), self.loc.new_ones(())
@@ -79,7 +79,7 @@ class Flow(Family):
             context=self.embed(context),
             support=NCSF.support if self.circular else self.support,
             pretransform=self.pretransform,
-            has_rsample=self.has_rsample,
+            **self.inverse,
         )
         return flow if self.levels is None else Dequantized(flow, self.levels, dtype=self.loc.dtype)
 
