@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ["NormalizingFlow"]
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,8 +31,8 @@ class NormalizingFlow(GenerativeDistribution):
         kwargs: passed to `GenerativeDistribution`.
 
     Raises:
-        ValueError: if the transform's domain is not vectors; on a draw at the end of the inverse's search; on drawing while the
-            network drops units at random, since each pass would invert another function.
+        ValueError: if the transform's domain is not vectors; on drawing while the network drops units at random, since each
+            pass would invert another function. On a draw at the end of the inverse's search it warns.
 
     Example:
         >>> import torch, pyro.distributions as dist
@@ -64,9 +65,11 @@ class NormalizingFlow(GenerativeDistribution):
         u = base.rsample() if base.has_rsample else base.sample()
         y = self.transform(context).inv(u)
         if self._validate_args and self.bound is not None and (y.abs() > 0.999 * self.bound).any():
-            raise ValueError(
-                f"This flow's inverse is a search within {self.bound:g} of 0 (in standard deviations, if it standardises), and "
-                "a draw lies at its end, where its density would be another. Use NSF() or MAF(), above all for guides."
+            warnings.warn(
+                f"A draw lies at the end of this flow's search for the inverse, {self.bound:g} from 0, and may have another "
+                "density than it should. Use NSF() or MAF(), above all for guides.",
+                RuntimeWarning,
+                stacklevel=3,
             )
         return self.unflat(y)
 
