@@ -147,6 +147,6 @@ def _refuse(message: str) -> Any:
 
 def main() -> None:
     """The console script."""
-    # Before torch is loaded: its threads, while they wait, otherwise take the cores from whatever else runs (three times slower).
+    # Before torch is loaded: while its threads wait they otherwise hold the cores (shared cores: three times slower).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     app(prog_name="pyro-genmodels")
