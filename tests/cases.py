@@ -110,7 +110,7 @@ def vectors(n: int) -> Tensor:
 labels = integers(CLASSES)
 
 SMALL = {"transforms": 2, "hidden": (16, 16)}
-BISECTION = {"bisection": True, "tolerance": 1e-4}
+BISECTION = {"bisection": True, "tolerance": NAF.tolerance}
 DISCRETE = {"has_rsample": False, "discrete": True}
 IMPLICIT = {"density": "none", "objective": Trace_ELBO}
 
@@ -128,7 +128,7 @@ def _vae(*, event_shape=(3,), latent_dim=2, **options):
 
 
 UNIT = constraints.interval(0.0, 1.0)
-ONE_PASS = {"tolerance": 1e-5}
+ONE_PASS = {"tolerance": NSF.tolerance}
 
 CASES = [
     Case("NICE", lambda: _flow(transform=NICE(**SMALL)), (3,), real(3), **ONE_PASS),

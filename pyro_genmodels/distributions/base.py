@@ -67,7 +67,7 @@ class GenerativeDistribution(TorchDistribution):
 
     @abstractmethod
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
-        """Log p_y, (batch...), for y (batch..., *event_shape) and context (batch..., c)."""
+        """The log of p_y, (batch...), for y (batch..., *event_shape) and context (batch..., c)."""
 
     @abstractmethod
     def _draw(self, shape: Size, context: Tensor | None) -> Tensor:

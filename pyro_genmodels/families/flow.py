@@ -77,7 +77,7 @@ class Flow(Family):
             base,
             self.event_shape,
             context=self.embed(context),
-            support=NCSF.support if self.circular else self.support,
+            support=self._continuous_support,
             pretransform=self.pretransform,
             **self.inverse,
         )
@@ -87,6 +87,11 @@ class Flow(Family):
     def data_support(self) -> constraints.Constraint:
         if self.levels is not None:
             return constraints.integer_interval(0, self.levels - 1)
+        return self._continuous_support
+
+    @property
+    def _continuous_support(self) -> constraints.Constraint:
+        """Of the flow itself, before any rounding to levels."""
         return NCSF.support if self.circular else self.support
 
     def _continuous(self, x: Tensor) -> Tensor:

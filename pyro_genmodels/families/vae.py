@@ -109,7 +109,7 @@ class VAE(Family):
 
     @pyro_method
     def model(self, x: Tensor | None = None, context: Tensor | None = None, *, size: int | None = None) -> Tensor:
-        """Z from the prior, then x given z; arguments as in `Family.model`."""
+        """Draws z from the prior, then x given z; arguments as in `Family.model`."""
         x = self.check(x)
         if x is not None:
             x = self.likelihood.cast(x, self.loc.dtype)
@@ -121,7 +121,7 @@ class VAE(Family):
 
     @pyro_method
     def guide(self, x: Tensor | None = None, context: Tensor | None = None, *, size: int | None = None) -> Tensor | None:
-        """Z given x, normal in each coordinate; nothing where there is no x."""
+        """Draws z given x, normal in each coordinate; nothing where there is no x."""
         x = self.check(x)
         if x is None:
             return None
