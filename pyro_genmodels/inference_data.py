@@ -18,7 +18,6 @@ from pyro import poutine
 from pyro.distributions import Unit
 from pyro.poutine import Trace
 from pyro.poutine.subsample_messenger import _Subsample
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_genmodels import traces
@@ -111,10 +110,10 @@ class _Layout:
         guide_trace = poutine.trace(lambda: guide(*args, **kwargs)).get_trace()
         model_trace = poutine.trace(poutine.replay(lambda: model(*args, **kwargs), trace=guide_trace)).get_trace()
         sites = [(name, site) for t in (guide_trace, model_trace) for name, site in traces.samples(t).items()]
-        self.nesting = max((self._depth(site) for _, site in sites), default=0)
+        self.nesting = max((traces.depth(site) for _, site in sites), default=0)
         # Pyro takes every dimension of a deterministic value for its event; those of its plates are not
         self.event_dims = {
-            name: max(site["value"].dim() - self._depth(site), 0) for name, site in sites if _deterministic(site)
+            name: max(site["value"].dim() - traces.depth(site), 0) for name, site in sites if traces.is_deterministic(site)
         }
         self.rows = Trace()  # every run sees the same rows of a subsampled plate
         for name, site in sites:
@@ -128,13 +127,13 @@ class _Layout:
             parallel = traces.is_family(model) or traces.vectorises(self.model, self.guide, (), {}, self.nesting)
         self.parallel = parallel
 
-    def within(self, n: int) -> Any:
-        """What n draws are made in: a plate, or nothing where each has a run of its own."""
-        return traces.particles(n, self.nesting) if self.parallel else lambda fn: fn
+    def plate(self, n: int) -> Any:
+        """What n draws are made in, or None where each has a run of its own."""
+        return traces.particles(n, self.nesting) if self.parallel else None
 
-    @staticmethod
-    def _depth(site: Mapping[str, Any]) -> int:
-        return max((-f.dim for f in site["cond_indep_stack"] if f.vectorized), default=0)
+    def drawn(self, guide_trace: Trace) -> Any:
+        """The guide that draws again what it drew."""
+        return poutine.replay(self.guide, trace=guide_trace)
 
     def variable(self, name: str, site: Mapping[str, Any], n: int | None) -> tuple[np.ndarray, list[str]]:
         """A site's value with dimensions (chain, draw, plates from the left, event), or without draws if n is None."""
@@ -155,13 +154,9 @@ class _Layout:
         return (_numpy(value)[0], names) if n is None else (_numpy(value)[None], ["chain", "draw", *names])
 
 
-def _deterministic(site: Mapping[str, Any]) -> bool:
-    return bool(site["infer"].get("_deterministic"))
-
-
 def _draw_family(layout: _Layout, n: int) -> dict[str, Named]:
     """A family's own draws: data, and their latent variables from the prior."""
-    trace = prune_subsample_sites(poutine.trace(layout.within(n)(layout.model)).get_trace())
+    trace, _ = traces.run(layout.model, traces.no_latents, (), {}, layout.plate(n))
     groups: dict[str, Named] = {}
     for name, site in traces.samples(trace).items():
         groups.setdefault("posterior_predictive" if name == "x" else "posterior", {})[name] = layout.variable(name, site, n)
@@ -170,11 +165,10 @@ def _draw_family(layout: _Layout, n: int) -> dict[str, Named]:
 
 def _draw_posterior(layout: _Layout, n: int) -> dict[str, Named]:
     """One block of n draws of every group."""
-    plate = layout.within(n)
-    guide_trace = prune_subsample_sites(poutine.trace(plate(layout.guide)).get_trace())
-    replayed = poutine.replay(plate(layout.model), trace=guide_trace)
-    model_trace = prune_subsample_sites(poutine.trace(replayed).get_trace())
-    predicted = traces.samples(poutine.trace(poutine.uncondition(replayed)).get_trace())
+    model_trace, guide_trace = traces.run(layout.model, layout.guide, (), {}, layout.plate(n))
+    predicted = traces.samples(
+        traces.run(poutine.uncondition(layout.model), layout.drawn(guide_trace), (), {}, layout.plate(n))[0]
+    )
     observed = traces.observed(model_trace)
     groups: dict[str, Named] = defaultdict(dict)
     for name, site in traces.samples(model_trace).items():

@@ -10,8 +10,9 @@ Several particles are one run inside an outermost plate.
 from __future__ import annotations
 
 __all__ = [
-    "PARTICLES", "Pair", "as_pair", "data_plates", "is_family", "is_point_mass", "latents", "log_prob", "looking_on",
-    "max_plate_nesting", "no_latents", "observed", "owners", "particles", "run", "samples", "vectorises",
+    "PARTICLES", "Pair", "as_pair", "data_plates", "depth", "is_deterministic", "is_family", "is_point_mass", "latents",
+    "log_prob", "looking_on", "max_plate_nesting", "no_latents", "observed", "owners", "particles", "run", "samples",
+    "vectorises",
 ]  # fmt: skip
 
 from collections.abc import Callable, Iterator, Mapping
@@ -145,10 +146,9 @@ def _particle(trace: Trace, i: int, dim: int) -> Trace:
     alone = Trace()
     for name, site in samples(trace).items():
         value, event_dim = site["value"], site["fn"].event_dim
-        depth = max((-f.dim for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES), default=0)
         if value.dim() - event_dim >= -dim:
             value = value.select(value.dim() - event_dim + dim, i)
-        own = value.shape[max(value.dim() - event_dim - depth, 0) :]
+        own = value.shape[max(value.dim() - event_dim - depth(site), 0) :]
         alone.add_node(name, **{**site, "value": value.reshape(own)})
     return alone
 
@@ -166,15 +166,24 @@ def latents(trace: Trace) -> list[str]:
 def observed(trace: Trace) -> list[str]:
     """The names of the observed sites of a trace, those of `pyro.deterministic` aside."""
     sites = samples(trace).items()
-    return [name for name, site in sites if site["is_observed"] and not site["infer"].get("_deterministic")]
+    return [name for name, site in sites if site["is_observed"] and not is_deterministic(site)]
+
+
+def is_deterministic(site: Mapping[str, Any]) -> bool:
+    """Whether a site is of `pyro.deterministic`."""
+    return bool(site["infer"].get("_deterministic"))
+
+
+def depth(site: Mapping[str, Any]) -> int:
+    """How many batch dimensions the plates of a site reach over, the particles' aside."""
+    return max((-f.dim for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES), default=0)
 
 
 def max_plate_nesting(model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> int:
     """How many dimensions the plates take, found by one run."""
     with poutine.block(), torch.no_grad():
         traces = run(model, guide, args, kwargs)
-    frames = [f for trace in traces for site in samples(trace).values() for f in site["cond_indep_stack"] if f.vectorized]
-    return max((-frame.dim for frame in frames), default=0)
+    return max((depth(site) for trace in traces for site in samples(trace).values()), default=0)
 
 
 def data_plates(trace: Trace, rows: int) -> dict[str, int]:
