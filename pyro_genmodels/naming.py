@@ -5,10 +5,11 @@ Pyro knows a parameter by name alone. Two modules of one name meet there: the se
 
 from __future__ import annotations
 
-__all__ = ["claim", "fresh_name", "is_taken", "own_parameters", "take_over"]
+__all__ = ["claim", "fresh_name", "in_their_own_names", "is_taken", "own_parameters", "take_over"]
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from weakref import WeakValueDictionary
 
@@ -59,3 +60,22 @@ def take_over(module: PyroModule) -> None:
     for name, parameter in own_parameters(module):
         if store._params.get(name, parameter) is not parameter:
             del store[name]
+
+
+@contextmanager
+def in_their_own_names(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """The store as if these modules alone had their names; afterwards as it was.
+
+    Of two autoguides of one class that were trained after each other, the store holds the parameters of the second under the
+    names of both, and Pyro would put them in the place of the first's.
+    """
+    store = pyro.get_param_store()
+    before = store.get_state()
+    for module in modules:
+        if isinstance(module, PyroModule):
+            take_over(module)
+    try:
+        yield
+    finally:
+        store.clear()
+        store.set_state(before)

@@ -12,7 +12,7 @@ from __future__ import annotations
 __all__ = [
     "PARTICLES", "Pair", "as_pair", "data_plates", "depth", "is_deterministic", "is_family", "is_point_mass", "latents",
     "log_prob", "looking_on", "max_plate_nesting", "no_latents", "observed", "owners", "particles", "run", "samples",
-    "vectorises",
+    "unobserving", "vectorises",
 ]  # fmt: skip
 
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +26,7 @@ from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -172,6 +173,14 @@ def observed(trace: Trace) -> list[str]:
 def is_deterministic(site: Mapping[str, Any]) -> bool:
     """Whether a site is of `pyro.deterministic`."""
     return bool(site["infer"].get("_deterministic"))
+
+
+class unobserving(UnconditionMessenger):  # noqa: N801 (a handler, as Pyro names them)
+    """Has a model draw what it observes; values of `pyro.deterministic` stay what they are computed to be."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not is_deterministic(msg):
+            super()._pyro_sample(msg)
 
 
 def depth(site: Mapping[str, Any]) -> int:

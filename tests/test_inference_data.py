@@ -40,7 +40,7 @@ def draws(data, name, group="posterior"):
 
 
 def stat(data, name):
-    return torch.as_tensor(data.sample_stats[name].to_numpy()[0])
+    return torch.as_tensor(data.sample_stats[name].to_numpy()[0]).to(torch.get_default_dtype())
 
 
 def check_weights(data, log_p, log_q, tolerance=1e-4):

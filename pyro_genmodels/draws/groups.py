@@ -1,0 +1,311 @@
+r"""Groups of variables as ArviZ names them: draws, densities and data of a fit, put together block by block.
+
+Latent variables :math:`k` that inference has summed out have no draws. Where they lie in the rows of the one observed variable,
+its log-likelihood is that of the sum,
+
+.. math:: \log p(x_n \mid z) = \log \sum_{k_n} p(k_n \mid z)\, p(x_n \mid k_n, z).
+"""
+
+from __future__ import annotations
+
+__all__ = ["GROUPS", "Groups", "collect", "in_chains"]
+
+import inspect
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pyro.distributions import Unit
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_genmodels import traces
+from pyro_genmodels.distributions.base import density_of, unwrap
+from pyro_genmodels.draws.source import Source
+from pyro_genmodels.draws.walk import Run, Shaped, Walk, numpy
+
+GROUPS = (
+    "posterior", "posterior_predictive", "prior", "prior_predictive", "log_likelihood", "log_prior", "sample_stats",
+    "observed_data", "constant_data",
+)  # fmt: skip
+
+Variables = dict[str, tuple[np.ndarray, list[str]]]
+"""Arrays with the names of their dimensions, by name."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of variables; labels of dimensions; the kinds of log-likelihoods that are not exact."""
+
+    variables: dict[str, Variables]
+    coords: Mapping[str, Any]
+    kinds: Mapping[str, str]
+
+
+def collect(source: Source, reports: dict[str, str], **options: Any) -> Groups:
+    """All wanted groups of a source, with dimensions (chain, draw, ...).
+
+    Args:
+        source: what is asked.
+        reports: takes what cannot be computed, with the reason.
+        options: see `_Collection`.
+    """
+    return _Collection(source, reports, **options).groups()
+
+
+def in_chains(parts: Sequence[Groups]) -> Groups:
+    """The chains of several fits to the same data in one.
+
+    Raises:
+        ValueError: if their data or the shapes of their variables differ.
+    """
+    first = parts[0]
+    joined: dict[str, Variables] = {}
+    for group, variables in first.variables.items():
+        for name, (array, names) in variables.items():
+            others: list[Any] = [part.variables.get(group, {}).get(name, (None, []))[0] for part in parts[1:]]
+            shapes = [None if other is None else other.shape[int("chain" in names) :] for other in others]
+            if any(shape != array.shape[int("chain" in names) :] for shape in shapes):
+                raise ValueError(
+                    f"The fits do not go together: their {group} of {name!r} have shapes {array.shape} and {shapes}."
+                )
+            if "chain" in names:
+                array = np.concatenate([array, *others])
+            elif not all(np.array_equal(array, other, equal_nan=array.dtype.kind == "f") for other in others):
+                raise ValueError(f"The fits do not go together: their {group} of {name!r} differ.")
+            joined.setdefault(group, {})[name] = (array, names)
+    return Groups(joined, first.coords, first.kinds)
+
+
+class _Collection:
+    """All groups of a source, filled block by block."""
+
+    def __init__(
+        self,
+        source: Source,
+        reports: dict[str, str],
+        *,
+        batch_size: int,
+        wanted: set[str],
+        parallel: bool | None,
+        dims: Mapping[str, Sequence[str]],
+        progress: bool,
+    ) -> None:
+        self.source, self.reports, self.batch_size, self.wanted = source, reports, batch_size, set(wanted)
+        self.parallel, self.dims, self.progress = parallel, dims, progress
+        self.arrays: dict[str, Variables] = {}
+        self.kinds: dict[str, str] = {}
+        self.coords: dict[str, Any] = {}
+
+    def groups(self) -> Groups:
+        source = self.source
+        if source.model is None:
+            self._put_draws(source.guide)
+            self._put_stats(source.stats)
+        else:
+            walk = Walk(source.model, source.guide, source.args, source.kwargs, parallel=self.parallel)
+            self.coords = walk.coords
+            self._posterior(walk)
+            if walk.latents and not source.alone and self.wanted & {"prior", "prior_predictive"}:
+                self._prior(parallel=walk.parallel)
+            if not source.alone:
+                self._constants(walk)
+        if source.alone and source.kwargs.get("size") == 1:  # one row per draw: the plate says nothing
+            self.arrays = {g: {n: _without_plate(*v) for n, v in group.items()} for g, group in self.arrays.items()}
+        chains = {
+            group: {
+                name: (array.reshape(source.chains, -1, *array.shape[1:]), ["chain", *names])
+                if "draw" in names
+                else (array, names)
+                for name, (array, names) in variables.items()
+            }
+            for group, variables in self.arrays.items()
+            if group in self.wanted
+        }
+        return Groups(chains, self.coords, self.kinds)
+
+    def _posterior(self, walk: Walk) -> None:
+        source = self.source
+        given = isinstance(source.guide, Mapping)
+        self._put_draws({n: v for n, v in source.guide.items() if n not in walk.latents} if given else {})
+        hidden, summed_out = self._hidden(walk, given=given)
+        why = "a sequential plate that the model subsamples cannot be walked through: log_p is an estimate"
+        self.reports |= {f"most rows of {plate!r}": why for plate in walk.sequential}
+        known = ["log_p"] if given or walk.point_mass else ["log_p", "log_q"]
+        if source.alone or not walk.latents or (hidden and not summed_out):
+            known = []
+        stats = {stat: np.zeros(source.total) for stat in known}
+        for draws in self._blocks(walk, source.total, "posterior"):
+            for run in walk.runs(draws):
+                if summed_out in run.model:
+                    run.model[summed_out]["unscaled_log_prob"] = run.summed_out(hidden, summed_out)
+                self._take(run, hidden)
+                self._add(run, hidden, stats)
+        if {"log_p", "log_q"} <= set(stats):
+            stats["log_weight"] = stats["log_p"] - stats["log_q"]
+        if "log_p" in stats and "log_weight" in source.stats:  # of Importance
+            stats["log_q"] = stats["log_p"] - source.stats["log_weight"]
+        self._put_stats({**stats, **source.stats})
+
+    def _hidden(self, walk: Walk, *, given: bool) -> tuple[list[str], str]:
+        """Latent variables without draws, and the observed variable in whose rows they can be summed out, or ''."""
+        hidden = [n for n, s in walk.unguided.items() if s["infer"].get("enumerate") or given]
+        continuous = [n for n in hidden if not walk.unguided[n]["fn"].has_enumerate_support]
+        if continuous:
+            raise ValueError(
+                f"There are no draws of {', '.join(map(repr, continuous))}, which the model has. Give draws of all latent "
+                "variables; of WeighedPredictive they are wanted by return_sites=."
+            )
+        if not hidden:
+            return [], ""
+        plates = {n: {f.name for f in s["cond_indep_stack"]} for n, s in {**walk.unguided, **walk.observed}.items()}
+        rows = {frozenset(plates[n]) for n in (*hidden, *walk.observed)}
+        names = ", ".join(map(repr, hidden))
+        self.reports |= {f"posterior[{n!r}]": "inference has summed it out, so there are no draws of it" for n in hidden}
+        if len(walk.observed) == 1 and len(rows) == 1:
+            return hidden, next(iter(walk.observed))
+        why = f"{names} cannot be summed out row by row: they want to lie in the plates of the one observed variable"
+        self.reports |= dict.fromkeys(["log_likelihood", "sample_stats.log_p"], why)
+        self.wanted -= {"log_likelihood"}
+        return hidden, ""
+
+    def _take(self, run: Run, hidden: Collection[str]) -> None:
+        """Puts the values of a run where they belong."""
+        predicted = run.predict() if "posterior_predictive" in self.wanted and set(run.walk.observed) & set(run.model) else {}
+        for name, site in run.model.items():
+            if isinstance(site["fn"], Unit) or name in hidden:  # pyro.factor: a term, not a variable
+                continue
+            if name not in run.walk.observed:
+                alone = self.source.alone and name == "x"
+                self._put("posterior_predictive" if alone else "posterior", run, name, run.value(name, site))
+                if not self.source.alone and not traces.is_deterministic(site):
+                    self._put("log_prior", run, name, self._log_prob(run, "log_prior", name, site), event=False)
+                continue
+            if predicted:
+                self._put("posterior_predictive", run, name, run.value(name, predicted[name]))
+            if run.walk.latents:
+                self._put("log_likelihood", run, name, self._log_prob(run, "log_likelihood", name, site), event=False)
+            if run.draws.start == 0:
+                self._put("observed_data", run, name, run.value(name, site), drawn=False)
+
+    def _add(self, run: Run, hidden: Collection[str], stats: dict[str, np.ndarray]) -> None:
+        """Adds a run's terms to log p and log q."""
+        for stat, sites in (("log_p", run.model), ("log_q", run.guide)):
+            for name, site in sites.items() if stat in stats and "sample_stats" in self.wanted else ():
+                if name in hidden:
+                    continue
+                shaped = self._log_prob(run, f"sample_stats.{stat}", name, site, scaled=True)
+                if shaped is None:
+                    stats.pop(stat)
+                    break
+                stats[stat][run.draws] += numpy(shaped[0].double().reshape(len(shaped[0]), -1).sum(1))
+
+    def _log_prob(self, run: Run, what: str, name: str, site: dict[str, Any], *, scaled: bool = False) -> Shaped | None:
+        if not scaled and what not in self.wanted:
+            return None
+        density, _ = density_of(site["fn"])
+        kind = type(unwrap(site["fn"])).__name__
+        if density in ("none", "unnormalized"):
+            self.reports[f"{what}[{name!r}]"] = f"a {kind} has " + ("no density" if density == "none" else "none normalised")
+            return None
+        if density != "exact" and what == "log_likelihood":
+            self.kinds[name] = density
+        try:
+            return run.log_prob(site, scaled=scaled)
+        except NotImplementedError:
+            self.reports[f"{what}[{name!r}]"] = f"a {kind} has no log_prob"
+            return None
+
+    def _prior(self, *, parallel: bool) -> None:
+        source = self.source
+        total = source.total
+        model = traces.unobserving()(source.model)
+        try:
+            walk = Walk(model, traces.no_latents, source.args, source.kwargs, parallel=parallel)
+            for draws in self._blocks(walk, total, "prior"):
+                for run in walk.runs(draws):
+                    for name, site in run.model.items():
+                        if isinstance(site["fn"], Unit):
+                            continue
+                        observed = site["infer"].get("was_observed") and not traces.is_deterministic(site)
+                        self._put("prior_predictive" if observed else "prior", run, name, run.value(name, site))
+        except NotImplementedError as error:
+            self.reports["prior"] = str(error) or "a variable of the model cannot be drawn"
+            self.wanted -= {"prior", "prior_predictive"}
+
+    def _constants(self, walk: Walk) -> None:
+        """The model's arguments that are tensors and that it does not observe; rows are of the one plate that is as long."""
+        observed = [array for array, _ in self.arrays.get("observed_data", {}).values()]
+        lengths = {plate: walk.sizes.get(plate, len(rows)) for plate, rows in walk.coords.items()}
+        for name, value in _arguments(self.source).items():
+            array = numpy(value) if isinstance(value, Tensor) else np.asarray(value)
+            if any(array.shape == x.shape and np.array_equal(array, x) for x in observed):
+                continue
+            plates = [plate for plate, length in lengths.items() if array.ndim and len(array) == length]
+            first = plates if len(plates) == 1 else []
+            names = first + _names(self.dims, name, array.ndim - len(first))
+            self.arrays.setdefault("constant_data", {})[name] = (array, names)
+
+    # Where it is put.
+
+    def _blocks(self, walk: Walk, total: int, what: str) -> Any:
+        blocks = walk.draw_blocks(total, self.batch_size)
+        return tqdm(blocks, desc=what, unit="block", delay=2, disable=not self.progress or len(blocks) == 1, leave=False)
+
+    def _put(self, group: str, run: Run, name: str, shaped: Shaped | None, *, drawn: bool = True, event: bool = True) -> None:
+        """Puts a block (draws, plates, event) of a variable in its place; if not `drawn`, its first draw stands for all."""
+        if shaped is None or group not in {*self.wanted, "observed_data"}:  # that tells which arguments are constants
+            return
+        array, plates = numpy(shaped[0]), shaped[1]
+        variables = self.arrays.setdefault(group, {})
+        if name not in variables:
+            sizes = [run.walk.sizes.get(frame.name, frame.size) for frame in plates]
+            names = [frame.name for frame in plates]
+            names += _names(self.dims, name, array.ndim - 1 - len(plates)) if event else []
+            shape = [*([self.source.total] if drawn else []), *sizes, *array.shape[1 + len(plates) :]]
+            variables[name] = (np.zeros(shape, array.dtype), ["draw", *names] if drawn else names)
+        where = run.places(plates)
+        if drawn:
+            variables[name][0][(run.draws, *where)] = array
+        else:
+            variables[name][0][where] = array[0]
+
+    def _put_draws(self, draws: Mapping[str, Tensor]) -> None:
+        """Draws of which nothing is known but their values."""
+        for name, value in draws.items() if "posterior" in self.wanted else ():
+            names = ["draw", *_names(self.dims, name, value.dim() - 1)]
+            self.arrays.setdefault("posterior", {})[name] = (numpy(value), names)
+
+    def _put_stats(self, stats: Mapping[str, np.ndarray]) -> None:
+        if stats and "sample_stats" in self.wanted:
+            self.arrays["sample_stats"] = {name: (values, ["draw"]) for name, values in stats.items()}
+
+
+def _arguments(source: Source) -> dict[str, Any]:
+    """The model's arguments that are tensors or arrays, by their names."""
+    bound = inspect.signature(source.model).bind(*source.args, **source.kwargs).arguments
+    named: dict[str, Any] = {}
+    for name, value in bound.items():
+        kind = inspect.signature(source.model).parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            named |= {f"{name}_{i}": v for i, v in enumerate(value)}
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            named |= value
+        else:
+            named[name] = value
+    return {n: v for n, v in named.items() if isinstance(v, (Tensor, np.ndarray))}
+
+
+def _names(dims: Mapping[str, Sequence[str]], variable: str, count: int) -> list[str]:
+    names = list(dims.get(variable, [f"{variable}_dim_{i}" for i in range(count)]))
+    if len(names) != count:
+        raise ValueError(f"dims[{variable!r}] names {len(names)} dimensions, but the variable's event has {count}.")
+    return names
+
+
+def _without_plate(values: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:
+    if "data" not in names:
+        return values, names
+    axis = names.index("data")
+    return values.squeeze(axis), names[:axis] + names[axis + 1 :]

@@ -1,0 +1,138 @@
+"""Where draws come from: a model with its guide, or with draws in the guide's place."""
+
+from __future__ import annotations
+
+__all__ = ["Source", "check_apart", "source_of"]
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from pyro import poutine
+from pyro.infer import Importance
+from pyro.infer.predictive import WeighedPredictiveResults
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+
+from pyro_genmodels import naming, traces
+from pyro_genmodels.draws.walk import numpy
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model with a guide, or with draws in its place.
+
+    Attributes:
+        model: None where nothing is known of it.
+        guide: a function, or draws by name (draws, ...).
+        args: of the model.
+        kwargs: of the model.
+        total: draws.
+        chains: that these are of, one after another.
+        stats: what is known of each draw, (draws,).
+        alone: whether this is a family called without data.
+    """
+
+    model: Any
+    guide: Any
+    args: tuple
+    kwargs: Mapping[str, Any]
+    total: int
+    chains: int = 1
+    stats: Mapping[str, np.ndarray] = field(default_factory=dict)
+    alone: bool = False
+
+
+def source_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int | None, model: Any) -> Source:
+    """Reads a fit.
+
+    Args:
+        fit: what offers a model and a guide (a family, an `SVI`, a pair), or draws (`MCMC`, `Importance`, the result of
+            `WeighedPredictive`, or draws by name, (chain, draw, ...)).
+        args: the model's.
+        kwargs: the model's.
+        num_samples: draws to make, or None.
+        model: of draws that do not bring one.
+
+    Raises:
+        ValueError: if the draws' shapes do not go together, or the arguments do not go with the fit.
+    """
+    stats: dict[str, np.ndarray] = {}
+    if hasattr(fit, "get_samples") and hasattr(fit, "kernel"):  # MCMC
+        model, draws = fit.kernel.model, fit.get_samples(group_by_chain=True)
+        stats = _divergences(fit, *next(iter(draws.values())).shape[:2])
+    elif isinstance(fit, Importance):
+        if not fit.exec_traces:
+            raise ValueError("This Importance has not been run. Call its .run(...) first.")
+        model, seen = fit.model, fit.exec_traces[0].nodes["_INPUT"]
+        args, kwargs = (args, kwargs) if args or kwargs else (seen["args"], seen["kwargs"])
+        names = traces.latents(prune_subsample_sites(fit.exec_traces[0]))
+        draws = {n: torch.stack([trace.nodes[n]["value"] for trace in fit.exec_traces])[None] for n in names}
+        stats = {"log_weight": numpy(torch.stack([torch.as_tensor(w) for w in fit.log_weights]))}
+    elif isinstance(fit, WeighedPredictiveResults):
+        draws = {n: v[None] for n, v in dict(fit.samples).items() if isinstance(v, Tensor)}
+        known = {"log_p": fit.model_log_prob, "log_q": fit.guide_log_prob, "log_weight": fit.log_weights}
+        stats = {n: numpy(v) for n, v in known.items()}
+    elif isinstance(fit, Mapping):
+        draws = {n: v if isinstance(v, Tensor) else torch.as_tensor(np.asarray(v)) for n, v in fit.items()}
+    else:
+        if model is not None:
+            raise ValueError(f"A {type(fit).__name__} has a model: leave model= out, or pass the pair (model, guide).")
+        pair = traces.as_pair(fit)
+        call = _own_call(pair[0], args, kwargs)
+        return Source(*pair, *(call or (args, kwargs)), num_samples or 1000, alone=call is not None)
+    if num_samples is not None:
+        raise ValueError(f"A {type(fit).__name__} has draws of its own: leave num_samples out.")
+    shapes = {tuple(v.shape[:2]) for v in draws.values()}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 2 or 0 in next(iter(shapes)):
+        found = {n: tuple(v.shape) for n, v in draws.items()}
+        raise ValueError(
+            f"Draws are wanted as (chain, draw, ...), of as many chains and draws each, but found {found or 'none'}."
+        )
+    chains, per_chain = next(iter(shapes))
+    return Source(model, {n: v.flatten(0, 1) for n, v in draws.items()}, args, kwargs, chains * per_chain, chains, stats)
+
+
+def _divergences(mcmc: Any, chains: int, draws: int) -> dict[str, np.ndarray]:
+    found = mcmc.diagnostics().get("divergences")
+    if found is None:
+        return {}
+    diverging = np.zeros((chains, draws), bool)
+    for chain in range(chains):
+        diverging[chain, list(found[f"chain {chain}"])] = True
+    return {"diverging": diverging.reshape(-1)}
+
+
+def _own_call(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """The arguments that draw from a family, if this is a family's own model called without data."""
+    if not traces.is_family(model):
+        return None
+    given = inspect.signature(model).bind_partial(*args, **kwargs).arguments
+    if given.get("x") is not None:
+        return None
+    if given.get("context") is None:
+        given.setdefault("size", 1)
+    return (), given
+
+
+def check_apart(sources: Sequence[Source]) -> None:
+    """Restarts whose guides hold the same parameters are one fit, the last, told several times."""
+    owners: dict[int, int] = {}
+    for i, source in enumerate(sources):
+        if isinstance(source.guide, Mapping):
+            continue
+        modules = traces.owners(source.model, source.guide)
+        with traces.looking_on(), naming.in_their_own_names(modules), poutine.trace(param_only=True) as capture:
+            source.guide(*source.args, **source.kwargs)
+        for name, site in capture.trace.nodes.items():
+            value: Any = site["value"]
+            leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
+            if leaf.requires_grad and owners.setdefault(id(leaf), i) != i:
+                raise ValueError(
+                    f"Fits {owners[id(leaf)]} and {i} share the parameter {name!r}, so that both say what was trained last. "
+                    "Train each between pyro.clear_param_store() with a guide of its own; if the guide is a plain function, "
+                    "call to_arviz after each and join the results by arviz's concat(..., dim='chain')."
+                )
