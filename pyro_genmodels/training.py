@@ -14,7 +14,7 @@ import inspect
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf, isfinite
@@ -31,8 +31,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam, Optimizer
 from tqdm.auto import tqdm
 
-from pyro_genmodels import checkpoints, traces
-from pyro_genmodels.datasets import Batch, Batches, pair_of
+from pyro_genmodels import checkpoints, snapshots, traces
+from pyro_genmodels.batches import Batch, Batches, pair_of
 from pyro_genmodels.families.family import Family
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
 from pyro_genmodels.weights import Weights
@@ -64,7 +64,7 @@ class Fit:
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint says of it."""
-        return {"family": type(self.family).__name__, "best": self.best, "history": self.history}
+        return {**checkpoints.describe(self.family), "best": self.best, "history": self.history, "stopped": self.stopped}
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -91,6 +91,8 @@ def train(
     average: float | None = None,
     clip_norm: float | None = 10.0,
     checkpoint: str | Path | None = None,
+    resume: bool = False,
+    notes: Mapping[str, Any] | None = None,
     seed: int | None = None,
     progress: bool = True,
 ) -> Fit:
@@ -112,7 +114,12 @@ def train(
         average: decay per step of an exponential moving average of the parameters, such as 0.99, which is then what is
             validated and kept; None keeps the parameters themselves.
         clip_norm: largest norm of the gradient (per datum); None does not clip.
-        checkpoint: path without suffix: at each best epoch the state goes to ``.safetensors`` and the history to ``.json``.
+        checkpoint: path without suffix. At each best epoch the parameters go to ``.safetensors``, with the history, which
+            ``.json`` has in readable form; twice a minute and at the end, also by Ctrl-C, the run goes to
+            ``.training.safetensors``. See `checkpoints.load`.
+        resume: whether to go on from that run, on the same data, with the same arguments but for the number of epochs; it ends
+            as if it had never stopped.
+        notes: what else the checkpoint is to say, as JSON can.
         seed: of all random numbers.
         progress: whether to show a progress bar.
 
@@ -120,7 +127,9 @@ def train(
         The fit with its history.
 
     Raises:
-        ValueError: on empty data or rows of context that do not match.
+        ValueError: on empty data or rows of context that do not match; with resume, if the run is of another fit.
+        FileNotFoundError: with resume, if there is no run.
+        OSError: if the checkpoint cannot be written.
         FloatingPointError: if the loss is NaN or infinite before there is anything to keep; later, training stops with a
             warning.
 
@@ -153,11 +162,18 @@ def train(
     optimiser = _optimiser(optim, list(loop.parameters.values()))
     weights = Weights(loop.parameters, modules, average)
 
-    result, start = Fit(fit, stopped=f"{epochs} epochs"), time.perf_counter()
+    result = Fit(fit, stopped=f"{epochs} epochs")
+    keeper = _Keeper(checkpoint, result, weights, optimiser, {"rows": batches.rows, "notes": dict(notes or {})})
+    if resume:
+        keeper.put_back()
+    keeper.take()
+    done, start = len(result.history), time.perf_counter() - (result.history[-1]["seconds"] if result.history else 0.0)
     often = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file is not filled
-    bar = tqdm(total=epochs, desc=getattr(fit, "name", "fit"), unit="epoch", disable=not progress, mininterval=often)
+    bar = tqdm(
+        total=epochs, initial=done, desc=getattr(fit, "name", "fit"), unit="epoch", disable=not progress, mininterval=often
+    )
     try:
-        for epoch in range(1, epochs + 1):
+        for epoch in range(done + 1, epochs + 1):
             record = {"epoch": epoch, "train": _epoch(loop, batches, optimiser, weights, clip_norm)}
             if held_out is not None:
                 with weights.averaged(), traces.looking_on(), _fixed_noise():
@@ -167,8 +183,8 @@ def train(
             if result.is_best(record):
                 result.best = record
                 weights.keep()
-                if checkpoint is not None:
-                    checkpoints.save(Path(checkpoint), weights.best_state(), result.record())
+                keeper.write_best()
+            keeper.take()
             bar.set_postfix({k: f"{record[k]:.3f}" for k in ("train", "valid") if k in record}, refresh=False)
             bar.update()
             if epoch - result.best.get("epoch", 0) >= patience:
@@ -176,17 +192,80 @@ def train(
                 break
         if not result.best:
             raise FloatingPointError("no epoch has a finite validation loss: look for held-out data that the model rules out")
+        keeper.write()
     except FloatingPointError as error:
         if not result.best:
             raise
         result.stopped = f"{error} (epoch {epoch}); the state of epoch {result.best['epoch']} is kept"
+        keeper.write()
         warnings.warn(f"Training stopped: {result.stopped}.", RuntimeWarning, stacklevel=2)
+    except KeyboardInterrupt as interrupt:
+        result.stopped = "interrupted"
+        if path := keeper.write():
+            interrupt.add_note(f"The state after epoch {len(keeper.history)} is in {path}: go on from it by resume.")
+        raise
     finally:
         bar.close()
         weights.restore()
         for module in modules:
             module.eval()
     return result
+
+
+class _Keeper:
+    """Keeps a run on disk: the best parameters, and all that going on takes."""
+
+    SECONDS = 30.0
+
+    def __init__(
+        self, path: str | Path | None, result: Fit, weights: Weights, optimiser: Optimizer, record: Mapping[str, Any]
+    ) -> None:
+        self.path = None if path is None else checkpoints.tensors_of(path)
+        self.result, self.weights, self.optimiser, self.record = result, weights, optimiser, record
+        self.history: list[dict[str, float]] = []
+        self.written = time.perf_counter()
+
+    @property
+    def run(self) -> Path:
+        """Where the run is."""
+        if self.path is None:
+            raise ValueError("resume goes on from a checkpoint: pass checkpoint=, the path it was written to.")
+        return self.path.with_name(self.path.stem + ".training.safetensors")
+
+    def take(self) -> None:
+        """Copies the run as it is after an epoch, and writes it if that was long ago."""
+        if self.path is None:
+            return
+        self.history, self.best = list(self.result.history), self.result.best
+        self.tensors, self.options = snapshots.take(self.weights, self.optimiser)
+        if time.perf_counter() - self.written > self.SECONDS:
+            self.write()
+
+    def put_back(self) -> None:
+        """Puts the run back."""
+        tensors, record = checkpoints.read(self.run)
+        if record.get("rows") != self.record["rows"]:
+            raise ValueError(f"{self.run} is of {record.get('rows')} rows of data, but there are {self.record['rows']} here.")
+        try:
+            snapshots.put(self.weights, self.optimiser, tensors, record["options"])
+            self.result.history, self.result.best = record["history"], record["best"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self.run} holds no training run to go on from.") from error
+
+    def write_best(self) -> None:
+        """Writes the best parameters."""
+        if self.path is not None:
+            checkpoints.write(self.path, self.weights.best_state(), {**self.result.record(), **self.record})
+
+    def write(self) -> Path | None:
+        """Writes the best parameters and the run as it was when last taken; the path of the parameters."""
+        if self.path is None:
+            return None
+        self.write_best()
+        record = {"history": self.history, "best": self.best, "options": self.options, **self.record}
+        checkpoints.write(self.run, self.tensors, record, readable=False)
+        self.written = time.perf_counter()
+        return self.path
 
 
 def _epoch(loop: _Loop, batches: Batches, optimiser: Optimizer, weights: Weights, clip_norm: float | None) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 __all__ = ["Context", "Family", "Labels"]
 
 import copy
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -112,6 +113,21 @@ class Family(PyroModule):
             it before gets a new one. Save a family by its `state_dict`: nothing is read from Pyro's param store.
     """
 
+    arguments: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Family:
+        """Keeps the arguments, by which a checkpoint describes the family."""
+        self = super().__new__(cls)
+        try:
+            bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
+            bound.apply_defaults()
+            arguments = dict(bound.arguments)
+        except TypeError:  # __init__ will say so
+            arguments = {}
+        arguments.pop("self", None)
+        object.__setattr__(self, "arguments", arguments)
+        return self
+
     def __init__(
         self,
         event_shape: Sequence[int],
@@ -169,7 +185,7 @@ class Family(PyroModule):
 
     @property
     def pretransform(self) -> Transform | None:
-        """The bijection from data to what the networks model: onto the reals, then to mean 0 and deviation 1."""
+        """The bijection from data to what the networks model, onto the reals, then to mean 0 and deviation 1."""
         parts = []
         if not (is_real(self.support) or self.support.is_discrete):
             parts.append(self._to_reals())

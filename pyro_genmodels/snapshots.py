@@ -1,0 +1,72 @@
+"""A training run as tensors and data: taken between two epochs, and put back to go on as if nothing had been."""
+
+from __future__ import annotations
+
+__all__ = ["put", "take"]
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pyro_genmodels.weights import Weights
+
+
+def take(weights: Weights, optimiser: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Copies of all parameters (live, averaged, best), of the optimiser's state and of torch's random state; and its options.
+
+    Returns:
+        Tensors by name, and what JSON can say.
+    """
+    state = optimiser.state_dict()
+    tensors = {f"{part}.{i}": t for part, group in _parts(weights).items() for i, t in enumerate(group)}
+    numbers: dict[str, dict[str, Any]] = {}
+    for i, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimiser.{i}.{name}"] = value
+            else:
+                numbers.setdefault(str(i), {})[name] = value
+    tensors["random"] = torch.get_rng_state()
+    if weights.live[0].is_cuda:
+        tensors["random.cuda"] = torch.cuda.get_rng_state(weights.live[0].device)
+    groups = [{n: v.item() if isinstance(v, Tensor) else v for n, v in group.items()} for group in state["param_groups"]]
+    record = {"optimiser": type(optimiser).__name__, "param_groups": groups, "numbers": numbers}
+    return {name: t.detach().clone() for name, t in tensors.items()}, record
+
+
+def put(weights: Weights, optimiser: Optimizer, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Puts back what was taken.
+
+    Raises:
+        ValueError: if it was taken from another model or another optimiser.
+    """
+    wanted = {f"{part}.{i}": t for part, group in _parts(weights).items() for i, t in enumerate(group)}
+    found = {name: t for name, t in tensors.items() if name.split(".")[0] not in ("optimiser", "random")}
+    shapes, others = ({name: tuple(t.shape) for name, t in ts.items()} for ts in (wanted, found))
+    if shapes != others:
+        raise ValueError(
+            f"The saved training run is of another model: it has {len(others)} tensors where this one has {len(shapes)}, or of "
+            "other shapes. Build model, guide and averaging as they were."
+        )
+    if record["optimiser"] != type(optimiser).__name__:
+        raise ValueError(f"The saved training run is by {record['optimiser']}, but this one is by {type(optimiser).__name__}.")
+    with torch.no_grad():
+        for name, t in wanted.items():
+            t.copy_(tensors[name])
+    state: dict[int, dict[str, Any]] = {int(i): dict(values) for i, values in record["numbers"].items()}
+    for name, t in tensors.items():
+        kind, *rest = name.split(".", 2)
+        if kind == "optimiser":
+            state.setdefault(int(rest[0]), {})[rest[1]] = t
+    optimiser.load_state_dict({"state": state, "param_groups": record["param_groups"]})
+    torch.set_rng_state(tensors["random"])
+    if "random.cuda" in tensors and weights.live[0].is_cuda:
+        torch.cuda.set_rng_state(tensors["random.cuda"], weights.live[0].device)
+
+
+def _parts(weights: Weights) -> dict[str, list[Tensor]]:
+    average = [] if weights.average is None else list(weights.average.state_dict().values())
+    return {"live": list(weights.live), "buffer": weights.buffers, "best": weights.best, "average": average}
