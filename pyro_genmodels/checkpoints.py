@@ -28,9 +28,6 @@ from pyro_genmodels.files import whole
 FORMAT = 1
 """Of the record. A reader refuses what is newer."""
 
-MOST_BYTES = 100 * 2**20
-"""Of the header."""
-
 _PARTS = {name: getattr(families, name) for name in families.__all__ if name != "Family"}
 _CONSTRAINTS: dict[str, Any] = {
     "real": lambda: constraints.real,
@@ -145,7 +142,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ImportError("A checkpoint needs safetensors: pip install 'pyro-genmodels[cli]'.") from error
     path = tensors_of(path)
     if not path.is_file():
-        near = ", ".join(sorted(p.name for p in path.parent.glob("*.safetensors"))[:5])
+        near = ", ".join(sorted(p.name for p in path.parent.glob("*.safetensors") if ".training" not in p.name)[:5])
         raise FileNotFoundError(f"There is no checkpoint {path}." + (f" Its folder has {near}." if near else ""))
     try:
         with safe_open(str(path), "pt") as file:
@@ -165,7 +162,12 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     text = metadata["pyro_genmodels"]
     if metadata.get("sha256") != _digest(state, text):
         raise ValueError(f"{path} is damaged: its checksum is not that of its contents. Take another copy of it.")
-    record = json.loads(text)
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: its record is no JSON.") from error
+    if not isinstance(record, dict) or not isinstance(record.get("format", 0), int):
+        raise ValueError(f"{path} is damaged: its record is not one of pyro_genmodels.")
     if record.get("format", 0) > FORMAT:
         raise ValueError(
             f"{path} was written by pyro_genmodels {record.get('pyro_genmodels')} in format {record['format']}, but this "
@@ -214,6 +216,9 @@ def rebuild(record: Mapping[str, Any], path: str | Path) -> Family:
     Raises:
         ValueError: if it cannot be built from parts of this package.
     """
+    if "options" in record:
+        name = Path(path).name.removesuffix(".safetensors").removesuffix(".training")
+        raise ValueError(f"{path} is what training goes on from; the parameters are in {name}.safetensors beside it.")
     if record.get("own"):
         raise ValueError(
             f"{path} holds a {record.get('class')} with parts of your own ({', '.join(map(str, record['own']))}), which only "

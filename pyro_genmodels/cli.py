@@ -8,7 +8,8 @@ from __future__ import annotations
 __all__ = ["main"]
 
 import os
-import sys
+import signal
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,15 +18,43 @@ try:
 except ImportError as _error:
     raise SystemExit("The command line needs typer and rich: pip install 'pyro-genmodels[cli]'.") from _error
 
+from pyro_genmodels.console import plainly, prepare, print_table, require, say, terminate, usable, verdict, warn
+
 if TYPE_CHECKING:
-    from pyro_genmodels.evaluation import Comparison
-    from pyro_genmodels.recipes import Recipe
+    from pyro_genmodels.recipes import Source
     from pyro_genmodels.training import Fit
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
 FAMILIES = ("flow", "vae", "autoregressive")
-DATA = ("digits",)
+DATA = ("digits", "moons", "ring", "grid", "pinwheel", "checkerboard")
+SPLITS = ("train", "valid", "test", "all")
+
+
+def _completion(names: tuple[str, ...]) -> Any:
+    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
+
+
+Data = Annotated[
+    str,
+    typer.Option(
+        help=f"A data set ({', '.join(DATA)}), or a .npy, .npz, .csv or .parquet file of rows.",
+        autocompletion=_completion(DATA),
+    ),
+]
+Columns = Annotated[
+    str | None, typer.Option(help="Columns of a file to model, separated by commas; of .npz the name of its array.")
+]
+LabelColumn = Annotated[
+    str | None,
+    typer.Option("--labels", help="Condition on classes 0, 1, ...: a column (.npz: array) of a file; `label` of a data set."),
+]
+Levels = Annotated[int | None, typer.Option(help="Of a file of integers: K, for values 0 to K - 1; 0 takes them for reals.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the split, of training and of drawing.")]
+Device = Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")]
+Epochs = Annotated[int, typer.Option(min=1, help="Passes over the data, at most.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar, and no words about files.")]
+Checkpoint = Annotated[Path, typer.Argument(help="What `fit` or `compare` wrote: a .safetensors file.", show_default=False)]
 
 
 def _version(value: bool) -> None:  # noqa: FBT001 (typer's callback)
@@ -38,115 +67,298 @@ def _version(value: bool) -> None:  # noqa: FBT001 (typer's callback)
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,  # noqa: FBT002
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False,  # noqa: FBT002
 ) -> None:
-    """Deep generative models as Pyro programs."""
+    """Deep generative models as Pyro programs: fit them to data, draw from them, judge and compare them."""
+    context.obj = traceback
 
 
 @app.command()
 def compare(
-    data: Annotated[str, typer.Option(help=f"Data set: {', '.join(DATA)}.")] = "digits",
-    families: Annotated[str, typer.Option(help="Families to fit, separated by commas.")] = ",".join(FAMILIES),
+    context: typer.Context,
+    data: Data = "digits",
+    families: Annotated[
+        str, typer.Option(help="Families to fit, separated by commas.", autocompletion=_completion(FAMILIES))
+    ] = ",".join(FAMILIES),
     out: Annotated[Path, typer.Option(help="Folder for tables, pictures, ArviZ files and checkpoints.")] = Path("out"),
-    seed: Annotated[int, typer.Option(help="Seed of the split, of training and of drawing.")] = 0,
-    device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data, at most.")] = 300,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print the table alone.")] = False,  # noqa: FBT002
+    columns: Columns = None,
+    labels: LabelColumn = None,
+    levels: Levels = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    epochs: Epochs = 300,
+    quiet: Quiet = False,  # noqa: FBT002
 ) -> None:
     """Fit families to one data set and judge them on held-out data.
 
-    Example: `python -m pyro_genmodels compare --data digits --families flow,vae --out out`
+    For example:
+
+    `pyro-genmodels compare --data digits --families flow,vae --out out`
+
+    `pyro-genmodels compare --data measurements.csv --columns height,weight --out out`
     """
     names = list(dict.fromkeys(name.strip() for name in families.split(",") if name.strip()))
-    for kind, found, known in (("family", names, FAMILIES), ("data set", [data], DATA)):
-        for name in found:
-            if name not in known:
-                _refuse(f"unknown {kind} {name!r}: known are {', '.join(known)}{_nearest(name, known)}.")
-    if not names:
-        _refuse(f"--families names none: known are {', '.join(FAMILIES)}.")
-    if seed < 0:
-        _refuse(f"--seed wants 0 or more, but found {seed}.")
-    _require("sklearn", "matplotlib", "safetensors", "h5netcdf")
-    _check_device(device)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        _refuse(f"cannot write to {out}: {error.strerror}.")
+    with plainly(context):
+        _known("family", names or [""], FAMILIES)
+        source = _source(data, columns, labels, levels, seed)
+        prepare(out, device, "matplotlib", "safetensors", "h5netcdf")
+        dataset = source.load()
+        from pyro_genmodels import recipes, reports
 
-    from pyro_genmodels.recipes import RECIPES, judge, learn, load, write
-
-    dataset = load(data, seed)
-    fits: dict[str, Fit] = {}
-    judged = {}
-    for name in names:
-        recipe: Recipe = RECIPES[data][name]
-        fits[name] = learn(recipe, dataset, name, out, seed=seed, device=device, epochs=epochs, progress=not quiet)
-        judged[name] = judge(recipe, fits[name], dataset, device=device)
-    arguments = {"data": data, "families": names, "seed": seed, "device": device, "epochs": epochs}
-    table = write(dataset, fits, judged, out, arguments)
-    _print(table, dataset.name, len(dataset.test))
-    if not quiet:
-        typer.echo(f"tables, pictures, ArviZ files and checkpoints: {out}")
+        fits: dict[str, Fit] = {}
+        for name in names:
+            try:
+                fits[name] = recipes.fit(name, source, dataset, out / name, device=device, epochs=epochs, progress=not quiet)
+            except FloatingPointError as error:  # nothing to keep; the others go on
+                warn(f"{name} could not be trained: {error}.")
+        if not fits:
+            raise FloatingPointError("none of the families could be trained")
+        test_labels = dataset.test_labels if labels else None
+        judged = {name: recipes.evaluate(fit, dataset.test, test_labels) for name, fit in fits.items()}
+        arguments = {"data": data, "columns": columns, "labels": labels, "levels": levels, "families": names}
+        arguments |= {"seed": seed, "device": device, "epochs": epochs}
+        table = reports.write(fits, judged, dataset, out, arguments, conditional=bool(labels))
+        print_table(table, dataset)
+        say(f"tables, pictures, ArviZ files and checkpoints: {out}", quiet=quiet)
 
 
-def _print(comparison: Comparison, name: str, rows: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
+@app.command()
+def fit(
+    context: typer.Context,
+    data: Data = "digits",
+    family: Annotated[
+        str, typer.Option(help=f"Family to fit: {', '.join(FAMILIES)}.", autocompletion=_completion(FAMILIES))
+    ] = "flow",
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint and pictures.")] = Path("out"),
+    columns: Columns = None,
+    labels: LabelColumn = None,
+    levels: Levels = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    epochs: Epochs = 300,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows per step; by default 64 of integers, 256 of reals.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Adam's; by default the family's own.")] = None,
+    patience: Annotated[int, typer.Option(min=1, help="Epochs without a better validation loss before training stops.")] = 25,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on from this checkpoint, with its data and settings; --epochs may be higher.")
+    ] = None,
+    quiet: Quiet = False,  # noqa: FBT002
+) -> None:
+    """Fit one family to one data set. Ctrl-C keeps what was reached.
 
-    table = Table(title=f"{name}: held-out log-likelihood of {rows} data", title_justify="left")
-    for column in ("family", "kind", "nats ± se", "bits/dim", "Δelpd ± dse", "weight"):
-        table.add_column(column, justify="left" if column in ("family", "kind") else "right")
-    n = rows
-    for family, row in comparison.table.iterrows():
-        kind = row.kind if row.num_samples == 1 else f"{row.kind} (k={row.num_samples})"
-        table.add_row(
-            str(family),
-            kind,
-            f"{row.nats:.2f} ± {row.se / n:.2f}",
-            f"{row.bits_per_dim:.3f}",
-            f"{row.elpd_diff:.0f} ± {row.dse:.0f}",
-            f"{row.weight:.2f}",
+    For example:
+
+    `pyro-genmodels fit --data moons --family flow --out out`
+
+    `pyro-genmodels fit --data measurements.csv --columns height,weight --labels species --family vae`
+
+    `pyro-genmodels fit --resume out/flow.safetensors --epochs 600`
+    """
+    with plainly(context):
+        if learning_rate is not None and not 0 < learning_rate < float("inf"):
+            raise ValueError(f"--learning-rate wants a positive number, but found {learning_rate}")
+        settings: dict[str, Any] = {"batch_size": batch_size, "learning_rate": learning_rate, "patience": patience}
+        if resume is None:
+            _known("family", [family], FAMILIES)
+            source, path = _source(data, columns, labels, levels, seed), out / family
+        else:
+            require("safetensors")
+            given = [name for name in ("family", "columns", "labels", "levels", "seed", *settings) if _is_given(context, name)]
+            if given:
+                options = ", ".join("--" + name.replace("_", "-") for name in given)
+                raise ValueError(f"--resume goes on with the checkpoint's own settings: leave {options} out")
+            family, source, settings, path = _run_of(resume, data if _is_given(context, "data") else None)
+            out = path.parent
+        prepare(out, device, "matplotlib", "safetensors")
+        dataset = source.load()
+        import pyro
+
+        from pyro_genmodels import plots, recipes, reports
+
+        fitted = recipes.fit(
+            family,
+            source,
+            dataset,
+            path,
+            device=device,
+            epochs=epochs,
+            progress=not quiet,
+            resume=resume is not None,
+            **settings,
         )
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    console.print(table)
-    if comparison.table["kind"].nunique() > 1:
-        console.print("Nats per datum, lower is better. Kinds differ: a lower bound on the likelihood understates its family.")
+        reports.pictures({family: fitted}, dataset, out, conditional=bool(source.labels), seed=source.seed)
+        reports.save_figure(plots.loss_curves({family: fitted.history}), out / "loss.png")
+        pyro.set_rng_seed(source.seed)
+        judged = recipes.evaluate(fitted, dataset.test, dataset.test_labels if source.labels else None)
+        typer.echo(f"{family} on {dataset.name} (test): {verdict(judged, dataset.levels, dataset.test)}")
+        say(
+            f"training ended at {fitted.stopped}, best epoch {fitted.best['epoch']}; checkpoint: {path}.safetensors",
+            quiet=quiet,
+        )
 
 
-def _require(*modules: str) -> None:
-    from importlib.util import find_spec
+@app.command()
+def sample(
+    context: typer.Context,
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="File for the draws: .npy, .npz, .csv or .parquet.")] = Path("draws.npz"),
+    num_samples: Annotated[int, typer.Option("--num-samples", "-n", min=1, help="Draws.")] = 1000,
+    label: Annotated[int | None, typer.Option(min=0, help="The class to draw; by default all in turn.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Picture of the draws (.png), of images or points in the plane.")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    quiet: Quiet = False,  # noqa: FBT002
+) -> None:
+    """Draw from a fitted family.
 
-    missing = [module for module in modules if find_spec(module) is None]
-    if missing:
-        _refuse(f"this command needs {', '.join(missing)}: pip install 'pyro-genmodels[cli]'.")
+    For example:
+
+    `pyro-genmodels sample out/flow.safetensors --num-samples 10000 --out draws.csv`
+
+    `pyro-genmodels sample out/vae.safetensors --label 3 --out threes.npz --picture threes.png`
+    """
+    with plainly(context):
+        require("safetensors", *(["matplotlib"] if picture else []))
+        usable(device)
+        import pyro
+        import torch
+
+        from pyro_genmodels import plots, recipes, reports
+        from pyro_genmodels.families import Labels
+
+        family, record = recipes.restored(checkpoint, device=device)
+        if picture is not None:
+            reports.check_picture(family, picture)
+        pyro.set_rng_seed(seed)
+        labels = None
+        if isinstance(family.context, Labels):
+            classes = family.context.num_classes
+            if label is not None and label >= classes:
+                raise ValueError(f"--label wants 0 to {classes - 1}, but found {label}")
+            labels = torch.arange(num_samples) % classes if label is None else torch.full((num_samples,), label)
+        elif family.context is not None:
+            raise ValueError(f"{checkpoint} wants a context of vectors, which only Python can give: checkpoints.load it")
+        elif label is not None:
+            raise ValueError(f"{checkpoint} was not fitted with labels: leave --label out")
+        draws = recipes.draw(family, num_samples, labels)
+        notes = record.get("notes") or {}
+        reports.save_rows(out, draws, labels, notes.get("columns"))
+        if picture is not None:
+            name = str(notes.get("family", type(family).__name__))
+            figure = plots.image_grids({name: draws[:100]}) if draws.dim() == 3 else plots.scatters({name: draws})
+            reports.save_figure(figure, picture)
+        say(f"{num_samples} draws: {out}" + (f"; picture: {picture}" if picture else ""), quiet=quiet)
 
 
-def _check_device(device: str) -> None:
-    import torch
+@app.command()
+def evaluate(
+    context: typer.Context,
+    checkpoint: Checkpoint,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Rows to judge by, by default the test rows of the data it was fitted to.", show_default=False),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help=f"Which rows: {', '.join(SPLITS)}; of another file by default all.", show_default=False)
+    ] = None,
+    columns: Columns = None,
+    labels: LabelColumn = None,
+    num_samples: Annotated[int, typer.Option("--num-samples", "-n", min=1, help="k, draws per row behind a bound.")] = 512,
+    out: Annotated[Path | None, typer.Option(help="File (.csv) for the log-likelihood of each row.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws behind a bound.")] = 0,
+    device: Device = "cpu",
+) -> None:
+    """Judge a fitted family by the log-likelihood of data.
 
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        _refuse(f"the device {device!r} cannot be used: {str(error).splitlines()[0]}")
+    For example:
+
+    `pyro-genmodels evaluate out/flow.safetensors`
+
+    `pyro-genmodels evaluate out/flow.safetensors --data new.csv --out values.csv`
+    """
+    with plainly(context):
+        if split is not None:
+            _known("split", [split], SPLITS)
+        if out is not None and out.suffix != ".csv":
+            raise ValueError(f"--out wants a .csv file, but found {out}")
+        require("safetensors")
+        usable(device)
+        from dataclasses import replace
+
+        import pandas as pd
+        import pyro
+
+        from pyro_genmodels import recipes
+        from pyro_genmodels.files import whole
+
+        family, record = recipes.restored(checkpoint, device=device)
+        notes = recipes.notes_of(record, checkpoint)
+        source = recipes.Source(**notes["source"])
+        changes: dict[str, Any] = {"data": data, "columns": _split(columns), "labels": labels}
+        source = replace(source, **{name: value for name, value in changes.items() if value is not None})
+        pyro.set_rng_seed(seed)
+        x, y, name = recipes.rows_of(source, notes, split)
+        judged = recipes.evaluate(family, x, y, num_samples=num_samples)
+        if out is not None:
+            table = pd.DataFrame({"log_likelihood": judged.values.cpu(), "std_error": judged.std_error.cpu()})
+            table.index.name = "row"
+            with whole(out) as part:
+                table.to_csv(part)
+        typer.echo(f"{notes['family']} on {name}: {verdict(judged, notes['levels'], x)}")
 
 
-def _nearest(name: str, known: tuple[str, ...]) -> str:
-    from difflib import get_close_matches
-
-    near = get_close_matches(name, known, n=1)
-    return f". Did you mean {near[0]}?" if near else ""
+# What is checked before work begins.
 
 
-def _refuse(message: str) -> Any:
-    typer.echo(f"pyro-genmodels: {message}", err=True)
-    raise typer.Exit(2)
+def _source(data: str, columns: str | None, labels: str | None, levels: int | None, seed: int) -> Source:
+    """Where data come from; a name that nobody knows is refused before anything heavy is imported."""
+    if data not in DATA and not Path(data).suffix and not Path(data).exists():
+        _known("data set", [data], DATA)
+    from pyro_genmodels.recipes import Source
+
+    return Source(data, _split(columns), labels, levels, seed)
+
+
+def _split(columns: str | None) -> list[str] | None:
+    return None if columns is None else [name.strip() for name in columns.split(",") if name.strip()]
+
+
+def _known(kind: str, found: list[str], known: tuple[str, ...]) -> None:
+    from pyro_genmodels.errors import unknown
+
+    for name in found:
+        if name not in known:
+            raise unknown(kind, name, known)
+
+
+def _run_of(checkpoint: Path, data: str | None) -> tuple[str, Source, dict[str, Any], Path]:
+    """Family, source and settings of the run to go on with, and its path without suffix."""
+    from dataclasses import replace
+
+    from pyro_genmodels import checkpoints
+    from pyro_genmodels.recipes import Source, notes_of
+
+    path = checkpoints.tensors_of(checkpoint)
+    _, record = checkpoints.read(path)
+    notes = notes_of(record, path)
+    source = Source(**notes["source"])
+    settings = {name: notes[name] for name in ("batch_size", "learning_rate", "patience")}
+    return notes["family"], source if data is None else replace(source, data=data), settings, path.with_suffix("")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def main() -> None:
     """The console script."""
     # Before torch is loaded: while its threads wait they otherwise hold the cores (shared cores: three times slower).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    signal.signal(signal.SIGTERM, terminate)
+    warnings.showwarning = warn
     app(prog_name="pyro-genmodels")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["image_grids", "loss_curves"]
+__all__ = ["densities", "frame", "image_grids", "lattice", "loss_curves", "scatters"]
 
 from collections.abc import Mapping, Sequence
 from math import ceil
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -41,6 +42,59 @@ def _tile(images: Tensor, columns: int) -> Tensor:
     padded = images.new_full((rows * columns, height + 2, width + 2), images.min().item())
     padded[:n, 1:-1, 1:-1] = images
     return padded.unflatten(0, (rows, columns)).transpose(1, 2).reshape(rows * (height + 2), columns * (width + 2))
+
+
+def scatters(panels: Mapping[str, Tensor]) -> Figure:
+    """Points in the plane, a panel for each title, all on the axes of the first.
+
+    Args:
+        panels: title -> points, (N, 2).
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 * len(panels), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    low, high = frame(next(iter(panels.values())))
+    for ax, (title, points) in zip(axes, panels.items(), strict=True):
+        x, y = points.cpu().T.numpy()
+        ax.scatter(x, y, s=1, alpha=0.5, linewidths=0)
+        ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), title=title)
+    return figure
+
+
+def densities(panels: Mapping[str, Tensor], low: Sequence[float], high: Sequence[float]) -> Figure:
+    """Densities in the plane, a panel for each title, on one scale of colours.
+
+    Args:
+        panels: title -> log density (nats) at `lattice(low, high, n)`, (n * n,).
+        low: corner of the picture.
+        high: the other corner.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 * len(panels), 3.2), layout="constrained")
+    top = max(log_p.max().item() for log_p in panels.values())
+    for ax, (title, log_p) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        n = round(len(log_p) ** 0.5)
+        image = log_p.reshape(n, n).clamp(min=top - 10).cpu().numpy()
+        extent = (low[0], high[0], low[1], high[1])
+        drawn = ax.imshow(image, origin="lower", extent=extent, vmin=top - 10, vmax=top, aspect="auto", cmap="magma")
+        ax.set_title(title)
+    figure.colorbar(drawn, ax=figure.axes, label="log density (nats)")
+    return figure
+
+
+def frame(points: Tensor) -> tuple[list[float], list[float]]:
+    """The corners of a picture of points, (N, 2), with a margin."""
+    low, high = points.min(0).values, points.max(0).values
+    margin = 0.1 * (high - low).clamp(min=1e-6)
+    return (low - margin).tolist(), (high + margin).tolist()
+
+
+def lattice(low: Sequence[float], high: Sequence[float], n: int) -> Tensor:
+    """The points (n * n, 2) of a picture of n rows and columns, the first coordinate running fastest."""
+    x, y = (torch.linspace(a, b, n) for a, b in zip(low, high, strict=True))
+    return torch.stack([x.repeat(n), y.repeat_interleave(n)], 1)
 
 
 def loss_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:

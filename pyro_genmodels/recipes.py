@@ -1,126 +1,211 @@
-"""What the command line runs: how each family is built, trained and judged on each data set, and what is written down."""
+"""What the command line runs: how each family is built, trained and judged on each kind of data."""
 
 from __future__ import annotations
 
-__all__ = ["RECIPES", "Recipe", "judge", "learn", "load", "write"]
+__all__ = ["FAMILIES", "Recipe", "Source", "draw", "evaluate", "fit", "notes_of", "restored", "rows_of"]
 
-import json
-import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
+from torch import Tensor
 
-from pyro_genmodels import plots
-from pyro_genmodels.datasets import DATASETS, Dataset
-from pyro_genmodels.evaluation import Comparison, LogLikelihood, compare, log_likelihood
-from pyro_genmodels.families import NSF, VAE, Autoregressive, DiscretizedLogistic, Family, Flow
-from pyro_genmodels.inference_data import to_arviz
+from pyro_genmodels import checkpoints
+from pyro_genmodels.datasets import DATASETS, Dataset, load, rows
+from pyro_genmodels.errors import unknown
+from pyro_genmodels.evaluation import LogLikelihood, log_likelihood
+from pyro_genmodels.families import NSF, VAE, Autoregressive, Bernoulli, DiscretizedLogistic, Family, Flow, Labels, Normal
 from pyro_genmodels.training import Fit, train
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A family for a data set.
+    """A family for a kind of data.
 
     Attributes:
-        build: data set -> family.
+        build: data set, context -> family.
         learning_rate: Adam's.
-        num_samples: k, the draws behind each held-out log-likelihood that is a bound.
     """
 
-    build: Callable[[Dataset], Family]
+    build: Callable[[Dataset, Any], Family]
     learning_rate: float = 1e-3
-    num_samples: int = 512
 
 
-def _flow(data: Dataset) -> Family:
-    transform = NSF(transforms=2, hidden=(256, 256), dropout=0.2, randperm=True)
-    return Flow(data.train.shape[1:], levels=data.levels, transform=transform)
+@dataclass(frozen=True)
+class Source:
+    """Where data come from, as a checkpoint remembers it.
+
+    Attributes:
+        data: name of a data set, or path of a file.
+        columns: of a file, that make x.
+        labels: of classes to condition on: a column or array of a file; "label" of a named data set.
+        levels: of the integers of a file.
+        seed: of the draws or the split.
+    """
+
+    data: str
+    columns: list[str] | None = None
+    labels: str | None = None
+    levels: int | None = None
+    seed: int = 0
+
+    def load(self) -> Dataset:
+        """The data set.
+
+        Raises:
+            ValueError: see `pyro_genmodels.datasets.load`.
+        """
+        named = self.data in DATASETS
+        if named and self.labels not in (None, "label"):
+            raise unknown(f"labels of {self.data}", str(self.labels), ["label"])
+        labels = None if named else self.labels
+        return load(self.data, seed=self.seed, columns=self.columns, labels=labels, levels=self.levels)
 
 
-def _vae(data: Dataset) -> Family:
-    likelihood = DiscretizedLogistic(data.levels, components=3)
-    return VAE(data.train.shape[1:], latent_dim=16, likelihood=likelihood, hidden=(256, 256), dropout=0.1)
+def _flow(data: Dataset, context: Any) -> Family:
+    event_shape = data.train.shape[1:]
+    if data.levels:
+        transform = NSF(transforms=2, hidden=(256, 256), dropout=0.2, randperm=True)
+        return Flow(event_shape, context=context, levels=data.levels, transform=transform)
+    return Flow(event_shape, context=context, transform=NSF(transforms=3, bins=16))
 
 
-def _autoregressive(data: Dataset) -> Family:
-    likelihood = DiscretizedLogistic(data.levels)
-    return Autoregressive(data.train.shape[1:], likelihood=likelihood, hidden=(1024,), dropout=0.5)
+def _vae(data: Dataset, context: Any) -> Family:
+    event_shape = data.train.shape[1:]
+    if data.levels:
+        likelihood = Bernoulli() if data.levels == 2 else DiscretizedLogistic(data.levels, components=3)
+        return VAE(event_shape, context=context, latent_dim=16, likelihood=likelihood, hidden=(256, 256), dropout=0.1)
+    latent_dim = min(16, max(2, event_shape.numel() // 2))
+    return VAE(event_shape, context=context, latent_dim=latent_dim, likelihood=Normal(), hidden=(256, 256))
 
 
-RECIPES: Mapping[str, Mapping[str, Recipe]] = {
-    "digits": {
-        "flow": Recipe(_flow, learning_rate=2e-3),
-        "vae": Recipe(_vae),
-        "autoregressive": Recipe(_autoregressive),
-    }
+def _autoregressive(data: Dataset, context: Any) -> Family:
+    event_shape = data.train.shape[1:]
+    if data.levels:
+        likelihood = Bernoulli() if data.levels == 2 else DiscretizedLogistic(data.levels)
+        return Autoregressive(event_shape, context=context, likelihood=likelihood, hidden=(1024,), dropout=0.5)
+    return Autoregressive(event_shape, context=context, likelihood=Normal(components=10), hidden=(256, 256))
+
+
+FAMILIES: Mapping[str, Recipe] = {
+    "flow": Recipe(_flow, learning_rate=2e-3),
+    "vae": Recipe(_vae),
+    "autoregressive": Recipe(_autoregressive),
 }
+"""What the command line knows by name."""
 
 
-def load(name: str, seed: int) -> Dataset:
-    """The data set of that name, split by that seed."""
-    return DATASETS[name](seed)
-
-
-def learn(recipe: Recipe, data: Dataset, name: str, out: Path, *, seed: int, device: str, epochs: int, progress: bool) -> Fit:
-    """Builds and trains a family, its best state kept in `out`."""
-    pyro.set_rng_seed(seed)
-    family = recipe.build(data)
+def fit(
+    name: str,
+    source: Source,
+    data: Dataset,
+    checkpoint: Path,
+    *,
+    device: str,
+    epochs: int,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    patience: int = 25,
+    progress: bool = True,
+    resume: bool = False,
+) -> Fit:
+    """Builds and trains the family of that name, its best state kept at `checkpoint`."""
+    recipe, discrete = FAMILIES[name], bool(data.levels)
+    settings: dict[str, Any] = {
+        "batch_size": batch_size or (64 if discrete else 256),
+        "learning_rate": learning_rate or recipe.learning_rate,
+        "patience": patience,
+    }
+    notes = {"family": name, "source": asdict(source), "columns": data.columns, "levels": data.levels, **settings}
+    pyro.set_rng_seed(source.seed)
+    context = Labels(data.num_classes or 1) if source.labels else 0
+    family = recipe.build(data, context)
     family.name = name
+    train_labels, valid_labels = (data.train_labels, data.valid_labels) if source.labels else (None, None)
     return train(
         family.to(device),
-        data.train,
-        valid=data.valid,
-        optim=partial(torch.optim.Adam, lr=recipe.learning_rate),
+        (data.train, train_labels),
+        valid=(data.valid, valid_labels),
+        optim=partial(torch.optim.Adam, lr=settings["learning_rate"]),
         epochs=epochs,
-        batch_size=64,
-        patience=25,
+        batch_size=settings["batch_size"],
+        patience=patience,
         average=0.99,
-        checkpoint=out / name,
-        seed=seed,
+        checkpoint=checkpoint,
+        resume=resume,
+        notes=notes,
+        seed=source.seed,
         progress=progress,
     )
 
 
-def judge(recipe: Recipe, fit: Fit, data: Dataset, *, device: str) -> LogLikelihood:
-    """The held-out log-likelihood."""
-    return log_likelihood(fit, data.test.to(device), num_samples=recipe.num_samples)
+def evaluate(family: Any, x: Tensor, labels: Tensor | None, *, num_samples: int = 512) -> LogLikelihood:
+    """The log-likelihood of rows, given their labels if the family wants them.
+
+    Raises:
+        ValueError: if the rows are not data of this family.
+    """
+    family = family.family if isinstance(family, Fit) else family
+    device = family.loc.device
+    family.check(x.to(device))
+    if family.context is not None and labels is None:
+        raise ValueError("the model was fitted with labels, but these rows have none: say --labels, the name of their column")
+    context = () if family.context is None or labels is None else (labels.to(device),)
+    return log_likelihood(family, x.to(device), *context, num_samples=num_samples)
 
 
-def write(
-    data: Dataset, fits: Mapping[str, Fit], judged: Mapping[str, LogLikelihood], out: Path, arguments: Mapping[str, Any]
-) -> Comparison:
-    """Writes table, pictures, ArviZ files and the record of the run, and returns the comparison."""
-    comparison = compare(judged, data.test)
-    table = comparison.table
-    table.index.name = "family"
-    table["seconds"] = [round(fits[name].history[-1]["seconds"], 1) for name in table.index]
-    table["se"] /= len(data.test)
-    columns = ["kind", "num_samples", "nats", "se", "bits_per_dim", "seconds", "elpd", "elpd_diff", "dse", "weight"]
-    table[columns].to_csv(out / "table.csv", float_format="%.6g")
-    picture: Any = comparison.plot().figure
-    picture.savefig(out / "compare.png", dpi=120)
-    plots.loss_curves({name: fit.history for name, fit in fits.items()}).savefig(out / "loss.png", dpi=120)
-    panels = {"held-out images": data.test[:40]}
-    for name, fit in fits.items():
-        draws = to_arviz(fit.family, num_samples=100)
-        draws.to_netcdf(str(out / f"{name}.nc"))
-        images = torch.as_tensor(draws["posterior_predictive"]["x"].to_numpy()[0])
-        plots.image_grids({name: images}).savefig(out / f"samples_{name}.png", dpi=120)
-        panels[name] = images[:40]
-    plots.image_grids(panels).savefig(out / "samples.png", dpi=120)
-    packages = ("pyro-genmodels", "pyro-ppl", "torch", "zuko", "arviz", "numpy", "scikit-learn")
-    record = {
-        "arguments": dict(arguments),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "threads": torch.get_num_threads(),
-        "fits": {name: {"best": fit.best, "stopped": fit.stopped} for name, fit in fits.items()},
-    }
-    (out / "run.json").write_text(json.dumps(record, indent=1) + "\n")
-    return comparison
+def rows_of(source: Source, notes: Mapping[str, Any], split: str | None) -> tuple[Tensor, Tensor | None, str]:
+    """Rows to judge a checkpoint by, their labels, and a name for them.
+
+    Args:
+        source: of the rows.
+        notes: of the checkpoint.
+        split: train, valid, test or all; by default test of the checkpoint's own data, and all of other data.
+
+    Raises:
+        ValueError: if the source cannot be read or is of other labels or levels.
+    """
+    own = source.data == notes["source"]["data"]
+    split = split or ("test" if own or source.data in DATASETS else "all")
+    name = f"{Path(source.data).name} ({split})"
+    if source.data not in DATASETS and split == "all":
+        x, y = rows(source.data, columns=source.columns, labels=source.labels, levels=notes["levels"])
+        return x, y, name
+    data = source.load()
+    parts = ("train", "valid", "test") if split == "all" else (split,)
+    x = torch.cat([getattr(data, part) for part in parts])
+    return x, torch.cat([getattr(data, f"{part}_labels") for part in parts]) if source.labels else None, name
+
+
+def draw(family: Any, n: int, labels: Tensor | None = None, *, at_once: int = 1000) -> Tensor:
+    """Draws, (n, *event_shape), given labels (n,) if the family wants them."""
+    family = family.family if isinstance(family, Fit) else family
+    parts = []
+    with torch.no_grad():
+        for start in range(0, n, at_once):
+            count = min(at_once, n - start)
+            context = None if labels is None else labels[start : start + count].to(family.loc.device)
+            parts.append(family().sample((count,)) if context is None else family(context).sample())
+    return torch.cat(parts).cpu()
+
+
+def notes_of(record: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """What `fit` wrote beside the parameters.
+
+    Raises:
+        ValueError: if the checkpoint is not of the command line.
+    """
+    notes = record.get("notes")
+    if not isinstance(notes, Mapping) or "source" not in notes:
+        raise ValueError(f"{path} was not written by the command line, so its data are not known. Say --data.")
+    return notes
+
+
+def restored(path: Path, *, device: str) -> tuple[Family, Mapping[str, Any]]:
+    """The family of a checkpoint on a device, and its record."""
+    _, record = checkpoints.read(path)
+    return checkpoints.load(path).to(device), record

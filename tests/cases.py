@@ -156,6 +156,7 @@ CASES = [
     Case("Flow, context", lambda: _flow(context=2), (3,), real(3), vectors, **ONE_PASS),
     Case("Flow, labels", lambda: _flow(context=Labels(CLASSES)), (3,), real(3), labels, **ONE_PASS),
     Case("Autoregressive, Normal", lambda: _made(likelihood=Normal()), (3,), real(3)),
+    Case("Autoregressive, mixture", lambda: _made(likelihood=Normal(components=3)), (3,), real(3), has_rsample=False),
     Case("Autoregressive, Bernoulli", lambda: _made(likelihood=Bernoulli()), (3,), zeros_and_ones(3), **DISCRETE),
     Case("Autoregressive, Categorical", lambda: _made(likelihood=Categorical(LEVELS)), (3,), integers(LEVELS, 3), **DISCRETE),
     Case(
@@ -192,6 +193,7 @@ CASES = [
         **DISCRETE,
         **IMPLICIT,
     ),
+    Case("VAE, mixture", lambda: _vae(likelihood=Normal(components=2)), (3,), real(3), has_rsample=False, **IMPLICIT),
     Case("VAE, flow prior", lambda: _vae(prior=_flow(event_shape=(2,))), (3,), real(3), **IMPLICIT),
     Case("VAE, labels", lambda: _vae(context=Labels(CLASSES)), (3,), real(3), labels, **IMPLICIT),
 ]

@@ -15,7 +15,7 @@ import torch
 from torch import Size, Tensor
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
-from pyro_genmodels.distributions.likelihoods import Likelihood, Normal
+from pyro_genmodels.distributions.likelihoods import Likelihood
 
 
 class Conditionals(Protocol):
@@ -59,7 +59,7 @@ class Autoregression(GenerativeDistribution):
 
     @property
     def has_rsample(self) -> bool:
-        return isinstance(self.likelihood, Normal)
+        return self.likelihood.has_rsample
 
     def _features(self, x: Tensor) -> Tensor:
         return self.likelihood.encode(x).to(self.conditionals.dtype)

@@ -29,6 +29,9 @@ class Likelihood(ABC):
     num_inputs: int = 1
     """Features that stand for one value."""
 
+    has_rsample: bool = False
+    """Whether draws carry gradients."""
+
     @property
     @abstractmethod
     def num_outputs(self) -> int:
@@ -164,23 +167,40 @@ class Normal(Likelihood):
         scale: "learned" (the network gives one per coordinate) or the standard deviation itself, in units of the
             standardised data where the family standardises.
         min_scale: lower bound of a learned scale, which keeps the density finite.
+        components: of a mixture whose weights the network gives too (Bishop, *Mixture Density Networks*, 1994); the draws of a
+            mixture carry no gradients.
     """
 
     scale: float | Literal["learned"] = "learned"
     min_scale: float = 1e-3
+    components: int = 1
 
     support = constraints.real
 
     def __post_init__(self) -> None:
+        if not isinstance(self.components, int) or self.components < 1:
+            raise ValueError(f"Normal needs at least one component, got {self.components!r}.")
         if self.scale != "learned" and not (isinstance(self.scale, (int, float)) and self.scale > 0):
             raise ValueError(f'Normal needs scale="learned" or a positive number, got {self.scale!r}.')
 
     @property
     def num_outputs(self) -> int:
-        return 2 if self.scale == "learned" else 1
+        return self.components * (1 + (self.scale == "learned") + (self.components > 1))
+
+    @property
+    def has_rsample(self) -> bool:
+        """Whether draws carry gradients."""
+        return self.components == 1
 
     def __call__(self, params: Tensor) -> dist.TorchDistribution:
-        if self.scale != "learned":
-            return dist.Normal(params.squeeze(-1), self.scale, validate_args=False)
-        loc, raw = params.unbind(-1)
-        return dist.Normal(loc, self.min_scale + F.softplus(raw + log(expm1(1.0))), validate_args=False)
+        loc, *others = params.split(self.components, -1)
+        scale: Any = self.scale
+        if self.scale == "learned":
+            scale = self.min_scale + F.softplus(others[0] + log(expm1(1.0)))
+        if self.components == 1:
+            scale = scale.squeeze(-1) if isinstance(scale, Tensor) else scale
+            return dist.Normal(loc.squeeze(-1), scale, validate_args=False)
+        # apart from each other from the start
+        loc = loc + torch.linspace(-1.5, 1.5, self.components, dtype=loc.dtype, device=loc.device)
+        weights = dist.Categorical(logits=others[-1], validate_args=False)
+        return dist.MixtureSameFamily(weights, dist.Normal(loc, scale, validate_args=False), validate_args=False)

@@ -103,7 +103,7 @@ class VAE(Family):
             self.event_shape,
             context=self.embed(context),
             support=self.support,
-            reparametrised=prior.has_rsample and not self.support.is_discrete,
+            reparametrised=prior.has_rsample and self.likelihood.has_rsample,
             advice="Train it by Trace_ELBO with vae.model and vae.guide; for its likelihood use log_likelihood(vae, x).",
         )
 

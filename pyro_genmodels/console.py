@@ -1,0 +1,127 @@
+"""The border of the command line: what is checked before work begins, and what is said when it ends, well or badly."""
+
+from __future__ import annotations
+
+__all__ = ["plainly", "prepare", "print_table", "require", "say", "terminate", "usable", "verdict", "warn"]
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from pyro_genmodels.datasets import Dataset
+    from pyro_genmodels.evaluation import Comparison, LogLikelihood
+
+
+def prepare(out: Path, device: str, *modules: str) -> None:
+    """Makes the folder that is written to, and refuses what training would fail for in the end."""
+    require(*modules)
+    usable(device)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".probe{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write to {out}: {error.strerror}") from error
+
+
+def require(*modules: str) -> None:
+    """Raises an ImportError with the line that installs them if modules are missing."""
+    from importlib.util import find_spec
+
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise ImportError(f"this command needs {', '.join(missing)}: pip install 'pyro-genmodels[cli]'")
+
+
+def usable(device: str) -> None:
+    """Raises a ValueError if there is no such device."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"the device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def plainly(context: typer.Context) -> Iterator[None]:
+    """Errors of input and output in a line, and exit code 2; a stopped run in a line, and the code of its signal."""
+    if context.obj:
+        yield
+        return
+    try:
+        yield
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else str(error)
+        typer.echo(f"pyro-genmodels: {text}" + ("" if text.endswith((".", "?", ")")) else "."), err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as interrupt:
+        notes = getattr(interrupt, "__notes__", [])
+        typer.echo("\n".join(["", f"pyro-genmodels: stopped by {ended_by(interrupt).name}.", *notes]), err=True)
+        raise typer.Exit(128 + ended_by(interrupt)) from interrupt
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Ctrl-C does."""
+
+
+def ended_by(interrupt: KeyboardInterrupt) -> signal.Signals:
+    return signal.SIGTERM if isinstance(interrupt, _Terminated) else signal.SIGINT
+
+
+def terminate(*_: Any) -> None:
+    """The handler of SIGTERM."""
+    raise _Terminated
+
+
+def warn(message: Any, *_: Any, **__: Any) -> None:
+    """Shows a warning in a line, in the place of `warnings.showwarning`."""
+    typer.echo(f"pyro-genmodels: warning: {message}", err=True)
+
+
+def say(text: str, *, quiet: bool) -> None:
+    """Prints a line, unless quiet."""
+    if not quiet:
+        typer.echo(text)
+
+
+def verdict(judged: LogLikelihood, levels: int | None, x: Any) -> str:
+    """A log-likelihood in words."""
+    kind = judged.kind if judged.num_samples == 1 else f"{judged.kind}, k={judged.num_samples}"
+    bits = f"; {judged.bits_per_dim(x[0].numel()):.3f} bits per dimension" if levels else ""
+    return f"{-judged.mean:.3f} ± {judged.mean_std_error:.3f} nats per datum, lower is better ({kind}, n={len(x)}){bits}"
+
+
+def print_table(comparison: Comparison, data: Dataset) -> None:
+    """Prints a comparison."""
+    from rich.console import Console
+    from rich.table import Table
+
+    n, digits = len(data.test), 2 if data.levels else 3
+    table = Table(title=f"{data.name}: held-out log-likelihood of {n} data", title_justify="left")
+    for column in ("family", "kind", "nats ± se", "bits/dim", "Δelpd ± dse", "weight"):
+        table.add_column(column, justify="left" if column in ("family", "kind") else "right")
+    for family, row in comparison.table.iterrows():
+        table.add_row(
+            str(family),
+            row.kind if row.num_samples == 1 else f"{row.kind} (k={row.num_samples})",
+            f"{row.nats:.{digits}f} ± {row.se / n:.{digits}f}",
+            f"{row.bits_per_dim:.3f}" if data.levels else "",
+            f"{row.elpd_diff:.0f} ± {row.dse:.0f}",
+            f"{row.weight:.2f}",
+        )
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    console.print(table)
+    if data.density is not None:
+        own = data.density.log_prob(data.test)
+        console.print(f"The density they were drawn from: {-own.mean():.3f} ± {own.std() / n**0.5:.3f}.", highlight=False)
+    if comparison.table["kind"].nunique() > 1:
+        console.print("Nats per datum, lower is better. Kinds differ: a lower bound on the likelihood understates its family.")

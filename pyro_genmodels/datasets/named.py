@@ -1,0 +1,44 @@
+"""The data sets that have a name."""
+
+from __future__ import annotations
+
+__all__ = ["DATASETS", "digits"]
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+
+from pyro_genmodels.datasets.dataset import Dataset
+from pyro_genmodels.datasets.plane import checkerboard, grid, moons, pinwheel, ring
+
+
+def digits(seed: int = 0) -> Dataset:
+    """Scikit-learn's bundled digits: 1797 images of 8 x 8 pixels, 17 levels, labels 0 to 9; 1437 / 180 / 180 rows.
+
+    Args:
+        seed: of the permutation that splits them.
+
+    Raises:
+        ImportError: without scikit-learn.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("The digits need scikit-learn: pip install 'pyro-genmodels[eval]'.") from error
+    bunch = load_digits()
+    order = np.random.default_rng(seed).permutation(len(bunch.images))
+    x, labels = (torch.as_tensor(a[order]).long() for a in (bunch.images, bunch.target))
+    sizes = [1437, 180, 180]
+    return Dataset("digits", *x.split(sizes), *labels.split(sizes), levels=17, num_classes=10)
+
+
+DATASETS: Mapping[str, Callable[[int], Dataset]] = {
+    "digits": digits,
+    "moons": moons,
+    "ring": ring,
+    "grid": grid,
+    "pinwheel": pinwheel,
+    "checkerboard": checkerboard,
+}
+"""What is known by name: seed -> data set."""

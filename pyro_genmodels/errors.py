@@ -1,0 +1,52 @@
+"""What is said of a name that nobody knows: the names that are known, and the nearest of them."""
+
+from __future__ import annotations
+
+__all__ = ["listed", "unknown"]
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def unknown(kind: str, found: str, known: Iterable[str]) -> ValueError:
+    """The error to raise for a name that is not known.
+
+    Args:
+        kind: of thing, such as "data set".
+        found: the name.
+        known: the names there are.
+
+    Returns:
+        An error that says what was found, what is known, and the nearest name if one is near, whatever its case.
+
+    Example:
+        >>> raise unknown("data set", "Mons", ["digits", "moons", "ring"])
+        Traceback (most recent call last):
+        ValueError: unknown data set 'Mons': known are digits, moons, ring. Did you mean moons?
+    """
+    known = list(known)
+    by_case = {name.casefold(): name for name in known}
+    near = get_close_matches(found.casefold(), by_case, n=1)
+    hint = f" Did you mean {_plain(by_case[near[0]])}?" if near else ""
+    return ValueError(f"unknown {kind} {_short(found)!r}: known are {listed(known)}.{hint}")
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in a line, the first 20 of them.
+
+    Example:
+        >>> listed("abc"), listed(map(str, range(22)))[-13:], listed([])
+        ('a, b, c', '19 and 2 more', 'none')
+    """
+    names = list(names)
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(map(_plain, names[:20])) + more or "none"
+
+
+def _plain(name: str) -> str:
+    """The name as it stands, or in quotes if it is empty or has characters that do not print."""
+    return _short(name) if name.strip() and name.isprintable() else repr(_short(name))
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 50 else name[:47] + "..."

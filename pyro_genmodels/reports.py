@@ -1,0 +1,149 @@
+"""What the command line writes down: draws, pictures, tables, and the record of a run. Every file is whole or not there."""
+
+from __future__ import annotations
+
+__all__ = ["check_picture", "pictures", "save_figure", "save_rows", "write"]
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_genmodels import plots
+from pyro_genmodels.datasets import Dataset
+from pyro_genmodels.errors import unknown
+from pyro_genmodels.evaluation import Comparison, LogLikelihood, compare
+from pyro_genmodels.families import Family
+from pyro_genmodels.files import whole
+from pyro_genmodels.inference_data import to_arviz
+from pyro_genmodels.recipes import draw, evaluate
+from pyro_genmodels.training import Fit
+
+
+def save_rows(path: Path, x: Tensor, labels: Tensor | None, columns: list[str] | None) -> None:
+    """Writes rows to a .npy, .npz, .csv or .parquet file.
+
+    Raises:
+        ValueError: if the suffix is none of these.
+        OSError: if it cannot be written.
+    """
+    import pandas as pd
+
+    if path.suffix not in (".npy", ".npz", ".csv", ".parquet"):
+        raise unknown("kind of file", path.suffix or path.name, [".npy", ".npz", ".csv", ".parquet"])
+    array = x.numpy()
+    with whole(path) as part:
+        if path.suffix == ".npy":
+            np.save(part, array)
+        elif path.suffix == ".npz":
+            arrays: Any = {"x": array} if labels is None else {"x": array, "label": labels.numpy()}
+            np.savez_compressed(part, **arrays)
+        else:
+            flat = array.reshape(len(array), -1)
+            table = pd.DataFrame(flat, columns=columns or [f"x{i}" for i in range(flat.shape[1])])
+            if labels is not None:
+                table["label"] = labels.numpy()
+            table.to_csv(part, index=False) if path.suffix == ".csv" else table.to_parquet(part, index=False)
+
+
+# Pictures.
+
+
+def pictures(families: Mapping[str, Any], data: Dataset, out: Path, *, conditional: bool, seed: int = 0) -> dict[str, Tensor]:
+    """Draws pictures of what can be pictured, images or points in the plane, and returns the draws.
+
+    Writes `samples.png`; for points in the plane also `density.png`.
+    """
+    pyro.set_rng_seed(seed)
+    plane = data.train.shape[1:] == (2,) and not data.levels
+    n = 2000 if plane else 100
+    labels = data.test_labels[torch.arange(n) % len(data.test)] if conditional and data.test_labels is not None else None
+    draws = {name: draw(family, n, labels) for name, family in families.items()}
+    if plane:
+        save_figure(plots.scatters({f"held-out {data.name}": data.test[:n], **draws}), out / "samples.png")
+        low, high = plots.frame(data.test)
+        points = plots.lattice(low, high, 100)
+        panels = {} if data.density is None else {f"{data.name} itself": data.density.log_prob(points)}
+        panels |= {name: _density(family, points, data, conditional=conditional) for name, family in families.items()}
+        save_figure(plots.densities(panels, low, high), out / "density.png")
+    elif data.train.dim() == 3:
+        for name, images in draws.items():
+            save_figure(plots.image_grids({name: images}), out / f"samples_{name}.png")
+        first = {name: images[:40] for name, images in draws.items()}
+        save_figure(plots.image_grids({"held-out images": data.test[:40], **first}), out / "samples.png")
+    return draws
+
+
+def check_picture(family: Family, path: Path) -> None:
+    """Raises a ValueError if what a family draws cannot be pictured, or not under that name."""
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise unknown("kind of picture", path.suffix or path.name, [".png", ".pdf", ".svg"])
+    shape = tuple(family.event_shape)
+    if len(shape) != 2 and shape != (2,):
+        raise ValueError(f"images and points in the plane can be pictured, but not data of shape {shape}: leave --picture out")
+
+
+def _density(family: Any, points: Tensor, data: Dataset, *, conditional: bool) -> Tensor:
+    """Log density at points, with labels as frequent as in the data."""
+    if not conditional or data.train_labels is None or data.num_classes is None:
+        return evaluate(family, points, None, num_samples=128).values.cpu()
+    share = torch.bincount(data.train_labels, minlength=data.num_classes) / len(data.train_labels)
+    parts = [
+        evaluate(family, points, torch.full((len(points),), label), num_samples=128).values.cpu() + share[label].log()
+        for label in share.nonzero().flatten().tolist()
+    ]
+    return torch.stack(parts).logsumexp(0)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a figure."""
+    with whole(path) as part:
+        figure.savefig(part, dpi=120)
+
+
+def write(
+    fits: Mapping[str, Fit],
+    judged: Mapping[str, LogLikelihood],
+    data: Dataset,
+    out: Path,
+    arguments: Mapping[str, Any],
+    *,
+    conditional: bool,
+) -> Comparison:
+    """Writes table, pictures, ArviZ files and the record of a comparison, and returns it."""
+    comparison = compare(judged, data.test)
+    table = comparison.table
+    table.index.name = "family"
+    table["seconds"] = [round(fits[name].history[-1]["seconds"], 1) for name in table.index]
+    table["se"] /= len(data.test)
+    columns = ["kind", "num_samples", "nats", "se", "bits_per_dim", "seconds", "elpd", "elpd_diff", "dse", "weight"]
+    with whole(out / "table.csv") as part:
+        table[columns].to_csv(part, float_format="%.6g")
+    picture: Any = comparison.plot().figure
+    save_figure(picture, out / "compare.png")
+    save_figure(plots.loss_curves({name: fit.history for name, fit in fits.items()}), out / "loss.png")
+    pictures(fits, data, out, conditional=conditional, seed=arguments["seed"])
+    for name, fit in fits.items():
+        context: dict[str, Any] = {"num_samples": 100}
+        if conditional and data.test_labels is not None:
+            context = {"num_samples": 10, "context": data.test_labels[:100]}
+        drawn = to_arviz(fit.family, progress=False, **context)
+        with whole(out / f"{name}.nc") as part:
+            drawn.to_netcdf(str(part), engine="h5netcdf")
+    packages = ("pyro-genmodels", "pyro-ppl", "torch", "zuko", "arviz", "numpy")
+    record = {
+        "arguments": dict(arguments),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "threads": torch.get_num_threads(),
+        "fits": {name: {"best": fit.best, "stopped": fit.stopped} for name, fit in fits.items()},
+    }
+    with whole(out / "run.json") as part:
+        part.write_text(json.dumps(record, indent=1) + "\n")
+    return comparison

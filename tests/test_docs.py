@@ -1,0 +1,264 @@
+"""The documentation builds without a warning, its code runs, and what it says and names is so."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import test_distributions as of_distributions
+import test_families as of_families
+import torch
+from cases import CASES
+from pyro.infer import Predictive, Trace_ELBO
+from teachers import Mixture, integral, perturb
+from torch.distributions import constraints
+
+import pyro_genmodels
+from pyro_genmodels import MaximumLikelihood, to_arviz
+
+ROOT = Path(__file__).parent.parent
+PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+ALONE = ("recipes",)  # pages whose sections run by themselves
+
+
+# Code.
+
+
+def blocks(page):
+    """The blocks of Python of a page: (section, code), each with its line numbers."""
+    text = PAGES[page]
+    headings = [(m.start(), m[1]) for m in re.finditer(r"^## (.+)$", text, flags=re.M)]
+    for found in re.finditer(r"^```python\n(.*?)^```$", text, flags=re.M | re.S):
+        section = next((title for start, title in reversed(headings) if start < found.start()), "")
+        lines = text.count("\n", 0, found.start(1))
+        yield section, compile("\n" * lines + found[1], f"docs/{page}.md", "exec")
+
+
+@cache
+def run(page, section=None):
+    """The module that a page, or one section of it, makes when its blocks run in order."""
+    name = f"docs_{page}"
+    sys.modules[name] = module = ModuleType(name)
+    for within, code in blocks(page):
+        if section in (None, within):
+            exec(code, vars(module))
+    return module
+
+
+def runs():
+    for page in PAGES:
+        sections = dict.fromkeys(section for section, _ in blocks(page))
+        yield from ((page, section) for section in (sections if page in ALONE else [None] * bool(sections)))
+
+
+@pytest.mark.parametrize(("page", "section"), [pytest.param(p, s, id=f"{p}, {s}" if s else p) for p, s in runs()])
+def test_code_runs(page, section):
+    run(page, section)
+
+
+# The page on adding a family.
+
+
+@pytest.mark.parametrize(
+    "contract",
+    [
+        of_families.test_svi_moves_every_trainable_tensor,
+        of_families.test_the_loss_as_a_module_moves_every_trainable_tensor,
+        of_families.test_two_families_in_one_model_both_move,
+        of_families.test_two_fits_in_one_param_store_do_not_meet,
+        of_families.test_a_deepcopy_is_trained_apart_under_a_name_of_its_own,
+        of_families.test_a_pickled_family_says_the_same_and_is_trained_apart,
+        of_families.test_a_state_dict_goes_into_a_fresh_instance,
+        of_families.test_the_model_draws,
+        of_families.test_a_minibatch_is_scaled_to_all_the_data,
+        of_families.test_data_of_another_shape_are_refused,
+        of_families.test_integers_into_a_continuous_family_are_refused,
+    ],
+    ids=lambda contract: contract.__name__,
+)
+def test_the_example_family_keeps_the_contract_of_families(contract):
+    page = run("adding_a_family")
+    for case in page.ROWS + page.ROWS_OF_ITS_OWN:
+        contract(case)
+
+
+@pytest.mark.parametrize(
+    "contract",
+    [
+        of_distributions.test_rows_without_rsample_say_so,
+        of_distributions.test_draws_lie_in_the_support_whose_events_are_whole,
+        of_distributions.test_expand_returns_its_own_type_and_agrees,
+        of_distributions.test_to_event_sums_batch_dimensions,
+        of_distributions.test_mask_drops_rows,
+        of_distributions.test_integers_and_nan_are_refused_by_a_density_over_the_reals,
+        of_distributions.test_nested_plates,
+        of_distributions.test_svi_with_autonormal_over_it_as_a_prior,
+        of_distributions.test_nuts_over_it_as_a_prior,
+        of_distributions.test_a_deepcopy_shares_modules_and_cuts_tensors,
+        of_distributions.test_a_pickled_distribution_scores_and_draws_the_same,
+        of_distributions.test_score_without_gradients_enabled_and_over_a_batch,
+        of_distributions.test_log_prob_follows_the_weights,
+    ],
+    ids=lambda contract: contract.__name__,
+)
+def test_the_example_distribution_keeps_the_contract_of_distributions(contract):
+    for case in run("adding_a_family").ROWS_OF_ITS_OWN:
+        contract(case)
+
+
+def test_the_example_distribution_broadcasts_its_context():
+    for case in run("adding_a_family").ROWS_OF_ITS_OWN:
+        if case.conditional:
+            of_distributions.test_every_context_shape_broadcasts_against_the_value_as_a_loop_says(case)
+
+
+@pytest.mark.parametrize("name", ["MixtureDensity", "MixtureDensityNetwork"])
+def test_the_example_density_is_that_of_the_mixture(name, float64):
+    family = perturb(getattr(run("adding_a_family"), name)((), components=3))
+    family.standardize(2 * torch.randn(50) - 5)
+    x, mixture = 10 * torch.randn(20) - 5, family.mixture(None)
+    loc, scale = mixture.component_distribution.loc, mixture.component_distribution.scale
+    truth = Mixture(mixture.mixture_distribution.probs, family.loc + family.scale * loc, family.scale * scale)
+    torch.testing.assert_close(family().log_prob(x), truth.log_prob(x))
+
+
+@pytest.mark.parametrize("name", ["MixtureDensity", "MixtureDensityNetwork"])
+@pytest.mark.parametrize("support", [constraints.real, constraints.interval(-1.0, 3.0)], ids=["reals", "interval"])
+def test_the_example_density_integrates_to_one(name, support, float64):
+    family = getattr(run("adding_a_family"), name)((2,), context=2, components=3, support=support)
+    family.standardize(4 * torch.distributions.Beta(2.0, 3.0).sample((200, 2)) - 1)
+    low, high = (-20.0, 22.0) if support is constraints.real else (-1.0, 3.0)
+    with torch.no_grad():
+        d = family(torch.randn(2))
+        assert abs(integral(lambda x: d.log_prob(x).exp(), low, high, n=300, dims=2) - 1) < 2e-3
+
+
+def test_the_example_family_goes_to_predictive_and_arviz():
+    for case in run("adding_a_family").ROWS:
+        family, context = case.build(), case.context(4)
+        assert Predictive(family.model, num_samples=3)(None, context, size=4)["x"].shape == (3, 4, *case.event_shape)
+        drawn = to_arviz(family, context=context, size=4, num_samples=5).posterior_predictive["x"]
+        assert drawn.shape == (1, 5, 4, *case.event_shape)
+
+
+# What the pages say.
+
+
+def table(page, first):
+    """The rows of the table whose first column has that title, without backquotes."""
+    lines = PAGES[page].partition(f"\n| {first} |")[2].splitlines()[2:]
+    rows = lines[: next(i for i, line in enumerate(lines) if not line.startswith("|"))]
+    return [[cell.strip().replace("`", "") for cell in row.strip("|").split("|")] for row in rows]
+
+
+def built(expression):
+    return eval(
+        expression, {**{name: getattr(pyro_genmodels, name) for name in pyro_genmodels.__all__}, "constraints": constraints}
+    )
+
+
+@pytest.mark.parametrize("row", table("choosing_a_family", "family"), ids=lambda row: row[0])
+def test_the_table_of_families_is_true(row):
+    expression, density, rsample, trained_by = row
+    family = built(expression)
+    assert family().density == density
+    assert family().has_rsample == {"yes": True, "no": False}[rsample]
+    loss = {"MaximumLikelihood": MaximumLikelihood, "Trace_ELBO": Trace_ELBO}[trained_by]()
+    assert torch.tensor(loss.loss(family.model, family.guide, family.model(size=4))).isfinite()
+    if trained_by == "Trace_ELBO":
+        with pytest.raises(ValueError, match="Trace_ELBO"):
+            MaximumLikelihood().loss(family.model, family.guide, family.model(size=4))
+
+
+def test_the_table_of_transforms_is_true():
+    rows = {name: (draw, rsample) for name, _, draw, rsample, _ in table("choosing_a_family", "transform")}
+    cases = {case.name: case for case in CASES if case.name in rows}
+    assert cases.keys() == rows.keys()
+    assert rows.keys() == {name for name in pyro_genmodels.__all__ if hasattr(getattr(pyro_genmodels, name), "tolerance")}
+    for name, (draw, rsample) in rows.items():
+        assert ("bisection" in draw) == cases[name].bisection
+        assert (rsample == "yes") == cases[name].has_rsample
+
+
+@pytest.mark.parametrize("row", table("choosing_a_family", "likelihood"), ids=lambda row: row[0])
+def test_the_table_of_likelihoods_is_true(row):
+    assert built(row[0]).num_outputs == int(row[2])
+
+
+def test_every_extra_is_named():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {row[0] for row in table("getting_started", "extra")} == extras.keys() - {"all"}
+
+
+def test_the_theory_names_every_test_of_it_under_its_number():
+    tests = [node.name for node in ast.parse((ROOT / "tests/test_theory.py").read_text()).body if hasattr(node, "name")]
+    numbered = [name for name in tests if name.startswith("test_T")]
+    statements = re.split(r"^### (T\d+)\. ", PAGES["theory"], flags=re.M)
+    parts = zip(statements[1::2], statements[2::2], strict=True)
+    named = {statement: re.findall(r"tests/test_theory\.py::(\w+)", text) for statement, text in parts}
+    assert sorted(name for names in named.values() for name in names) == sorted(numbered)
+    assert all(name.startswith(f"test_{statement}_") for statement, names in named.items() for name in names)
+    assert all(named.values())
+
+
+# What the pages name.
+
+
+def references():
+    for page, text in PAGES.items():
+        for role, target in re.findall(r"\{py:(\w+)\}`(?:[^`<]+<)?~?([\w.]+)>?`", text):
+            yield pytest.param(role, target, id=f"{page}, {target}")
+
+
+@pytest.mark.parametrize(("role", "target"), list(references()))
+def test_names_resolve(role, target):
+    found, parts = pyro_genmodels, target.split(".")
+    assert parts[0] == "pyro_genmodels"
+    assert role in ("class", "func", "meth", "mod", "attr")
+    module = import_module(".".join(parts[:2]))
+    assert f"\n   {module.__name__}\n" in PAGES["api"]
+    assert parts[2:] == [] or parts[2] in module.__all__
+    for part in parts[1:]:
+        found = getattr(found, part)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", PAGES[page]) + re.findall(r"^\[\w+\]: (\S+)$", PAGES[page], flags=re.M)
+    assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
+
+
+def test_every_page_is_in_the_table_of_contents():
+    trees = re.findall(r"^```\{toctree\}\n(.*?)^```$", PAGES["index"], flags=re.M | re.S)
+    entries = [line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")]
+    assert sorted(entries) == sorted([*PAGES.keys() - {"index"}, "tutorials/index"])
+    assert all(f"({page}.md)" in PAGES["index"] for page in PAGES.keys() - {"index"})
+
+
+def test_every_public_module_is_on_the_page_of_the_api():
+    listed = set(re.findall(r"^   pyro_genmodels\.(\w+)$", PAGES["api"], flags=re.M))
+    assert listed >= {name for name in pyro_genmodels.__all__ if isinstance(getattr(pyro_genmodels, name), ModuleType)}
+    assert all(import_module(f"pyro_genmodels.{name}").__all__ for name in listed)
+
+
+@pytest.mark.skipif(any(find_spec(name) is None for name in ("sphinx", "myst_nb", "furo")), reason="wants the extra docs")
+def test_it_builds_without_a_warning(tmp_path):
+    made = shutil.ignore_patterns("_build", "api", "tutorials")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=made)
+    for path in ROOT.iterdir():
+        if path.name != "docs":
+            (tmp_path / path.name).symlink_to(path)
+    command = [sys.executable, "-m", "sphinx", "-W", "-n", "--keep-going", "-q", "docs", "html"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    notebooks = [f"tutorials/{path.stem}" for path in (ROOT / "tutorials").glob("*.ipynb")]
+    for page in (*PAGES, "api/pyro_genmodels.families", "tutorials/index", *notebooks):
+        assert (tmp_path / "html" / f"{page}.html").exists()
