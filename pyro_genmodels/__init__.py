@@ -18,7 +18,7 @@ _homes = {
     "training": ["train"],
 }  # fmt: skip
 _home = {name: module for module, names in _homes.items() for name in names}
-_modules = ("datasets", "distributions", "divergences", "evaluation", "families", "infer", "training")
+_modules = ("checkpoints", "datasets", "distributions", "divergences", "evaluation", "families", "infer", "plots", "training")
 
 __version__ = "0.1.0"
 __all__ = sorted([*_home, "distributions", "divergences", "evaluation", "families", "infer"])

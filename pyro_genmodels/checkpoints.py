@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_genmodels import __version__, families
-from pyro_genmodels.errors import unknown
+from pyro_genmodels.errors import needed, unknown
 from pyro_genmodels.families import Family, Labels
 from pyro_genmodels.files import whole
 
@@ -110,17 +110,14 @@ def write(path: str | Path, state: Mapping[str, Tensor], record: Mapping[str, An
         ImportError: without safetensors.
         OSError: if they cannot be written.
     """
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError("A checkpoint needs safetensors: pip install 'pyro-genmodels[cli]'.") from error
+    safetensors = needed("safetensors.torch", extra="cli", by="A checkpoint")
     target = tensors_of(path)
     tensors = {name: t.contiguous().cpu() for name, t in state.items()}
     full = {"format": FORMAT, "pyro_genmodels": __version__, **record}
     text = json.dumps(full)
     with whole(target) as part:
         metadata = {"pyro_genmodels": text, "sha256": _digest(tensors, text)}
-        safetensors.torch.save_file(tensors, part, metadata=metadata)
+        safetensors.save_file(tensors, part, metadata=metadata)
     if readable:
         with whole(target.with_suffix(".json")) as part:
             part.write_text(json.dumps(full, indent=1) + "\n")
@@ -135,20 +132,18 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ValueError: if it is no checkpoint of this package, damaged, or of a newer version.
         ImportError: without safetensors.
     """
-    try:
-        import safetensors.torch
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise ImportError("A checkpoint needs safetensors: pip install 'pyro-genmodels[cli]'.") from error
-    path = tensors_of(path)
+    safetensors, torch_files = (needed(f"safetensors{part}", extra="cli", by="A checkpoint") for part in ("", ".torch"))
+    given, path = Path(path), tensors_of(path)
+    if not path.is_file() and given.is_file():
+        path = given
     if not path.is_file():
         near = ", ".join(sorted(p.name for p in path.parent.glob("*.safetensors") if ".training" not in p.name)[:5])
         raise FileNotFoundError(f"There is no checkpoint {path}." + (f" Its folder has {near}." if near else ""))
     try:
-        with safe_open(str(path), "pt") as file:
+        with safetensors.safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
-        state = safetensors.torch.load(path.read_bytes())
-    except SafetensorError as error:
+        state = torch_files.load(path.read_bytes())
+    except safetensors.SafetensorError as error:
         raise ValueError(
             f"{path} is no checkpoint, or is damaged: it cannot be read as safetensors ({_brief(error)})."
         ) from error

@@ -1,11 +1,13 @@
-"""What is said of a name that nobody knows: the names that are known, and the nearest of them."""
+"""What is said of a name that nobody knows, and of a library that is not there."""
 
 from __future__ import annotations
 
-__all__ = ["listed", "unknown"]
+__all__ = ["listed", "needed", "unknown"]
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
 
 
 def unknown(kind: str, found: str, known: Iterable[str]) -> ValueError:
@@ -50,3 +52,24 @@ def _plain(name: str) -> str:
 
 def _short(name: str) -> str:
     return name if len(name) <= 50 else name[:47] + "..."
+
+
+def needed(module: str, *, extra: str, by: str) -> Any:
+    """A module of one of the extras.
+
+    Args:
+        module: its full name.
+        extra: that brings it.
+        by: what needs it, as the error says.
+
+    Raises:
+        ImportError: with the line that installs it.
+
+    Example:
+        >>> needed("json", extra="cli", by="A checkpoint").loads("[1]")
+        [1]
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{by} needs {module.split('.')[0]}: pip install 'pyro-genmodels[{extra}]'.") from error

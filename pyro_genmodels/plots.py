@@ -6,10 +6,12 @@ __all__ = ["densities", "frame", "image_grids", "lattice", "loss_curves", "scatt
 
 from collections.abc import Mapping, Sequence
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from pyro_genmodels.errors import needed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,12 +24,10 @@ def image_grids(panels: Mapping[str, Tensor], *, columns: int = 10) -> Figure:
         panels: title -> images, (N, height, width), N at least 1.
         columns: images in a row of a panel.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     grids = [_tile(images, columns) for images in panels.values()]
     inches = 0.06 * max(grid.shape[1] for grid in grids), 0.06 * max(grid.shape[0] for grid in grids) + 0.4
-    figure = Figure(figsize=(inches[0] * len(grids), inches[1]), layout=ConstrainedLayoutEngine(wspace=0.06))
+    figure = _figure(figsize=(inches[0] * len(grids), inches[1]))
+    figure.get_layout_engine().set(wspace=0.06)
     for ax, title, grid in zip(figure.subplots(1, len(grids), squeeze=False)[0], panels, grids, strict=True):
         ax.imshow(grid.cpu().numpy(), cmap="gray_r", interpolation="nearest")
         ax.set_axis_off()
@@ -50,9 +50,7 @@ def scatters(panels: Mapping[str, Tensor]) -> Figure:
     Args:
         panels: title -> points, (N, 2).
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3 * len(panels), 3.2), layout="constrained")
+    figure = _figure(figsize=(3 * len(panels), 3.2))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     low, high = frame(next(iter(panels.values())))
     for ax, (title, points) in zip(axes, panels.items(), strict=True):
@@ -70,9 +68,7 @@ def densities(panels: Mapping[str, Tensor], low: Sequence[float], high: Sequence
         low: corner of the picture.
         high: the other corner.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3 * len(panels), 3.2), layout="constrained")
+    figure = _figure(figsize=(3 * len(panels), 3.2))
     top = max(log_p.max().item() for log_p in panels.values())
     for ax, (title, log_p) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         n = round(len(log_p) ** 0.5)
@@ -99,9 +95,7 @@ def lattice(low: Sequence[float], high: Sequence[float], n: int) -> Tensor:
 
 def loss_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     """Training loss (dotted) and validation loss (solid) of each fit, in nats per datum over epochs."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = _figure(figsize=(7, 4.5))
     ax = figure.subplots()
     for i, (name, history) in enumerate(histories.items()):
         epochs = [record["epoch"] for record in history]
@@ -116,3 +110,7 @@ def loss_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figur
     ax.set_ylabel("nats per datum (dotted: training)")
     ax.legend()
     return figure
+
+
+def _figure(*, figsize: tuple[float, float]) -> Any:
+    return needed("matplotlib.figure", extra="eval", by="A picture").Figure(figsize=figsize, layout="constrained")

@@ -219,7 +219,7 @@ def _parquet(raw: bytes, columns: Columns, labels: str | None) -> Table:
         from pyarrow import BufferReader
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise ImportError("A .parquet file needs pyarrow: pip install pyarrow.") from error
+        raise ImportError("A .parquet file needs pyarrow: pip install 'pyro-genmodels[parquet]'.") from error
     with _damage_told():
         frame = ParquetFile(BufferReader(raw)).read(use_threads=False).to_pandas(use_threads=False)
         frame.columns = pd.Index(map(str, frame.columns))

@@ -11,6 +11,7 @@ import torch
 
 from pyro_genmodels.datasets.dataset import Dataset
 from pyro_genmodels.datasets.plane import checkerboard, grid, moons, pinwheel, ring
+from pyro_genmodels.errors import needed
 
 
 def digits(seed: int = 0) -> Dataset:
@@ -22,10 +23,7 @@ def digits(seed: int = 0) -> Dataset:
     Raises:
         ImportError: without scikit-learn.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError("The digits need scikit-learn: pip install 'pyro-genmodels[eval]'.") from error
+    load_digits = needed("sklearn.datasets", extra="eval", by="The data set of digits").load_digits
     bunch = load_digits()
     order = np.random.default_rng(seed).permutation(len(bunch.images))
     x, labels = (torch.as_tensor(a[order]).long() for a in (bunch.images, bunch.target))

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyro_genmodels.errors import needed
 from pyro_genmodels.evaluation.log_likelihood import LogLikelihood, log_likelihood
 
 if TYPE_CHECKING:
@@ -73,8 +74,7 @@ class Comparison:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Held-out elpd with its standard error, and each difference to the best with its own, paired one."""
-        import matplotlib.pyplot as plt
-
+        plt = needed("matplotlib.pyplot", extra="eval", by="A picture")
         table = self.table
         ax = plt.subplots(figsize=(7, 1 + 0.6 * len(table)), layout="constrained")[1] if ax is None else ax
         y = -table["rank"].to_numpy()

@@ -1,0 +1,190 @@
+"""A file is written whole or not at all, whatever happens in between and whoever else writes it."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import save_file
+
+from pyro_genmodels.files import whole
+
+
+def pandas():
+    import pandas as pd
+
+    return pd.DataFrame({"a": [1.0]})
+
+
+def netcdf(path):
+    import xarray as xr
+
+    xr.Dataset({"a": ("x", [1.0])}).to_netcdf(path, engine="h5netcdf")
+
+
+WRITERS = {
+    "a.txt": lambda path: path.write_text("new"),
+    "a": lambda path: path.write_text("new"),
+    ".hidden": lambda path: path.write_text("new"),
+    "a.npz": lambda path: np.savez(path, x=np.ones(3)),
+    "a.png": lambda path: Figure().savefig(path),
+    "a.csv": lambda path: pandas().to_csv(path),
+    "a.safetensors": lambda path: save_file({"a": torch.ones(3)}, path),
+    "a.nc": netcdf,
+    "a b.v1.tar.gz": lambda path: path.write_bytes(b"new"),
+    "e" * 251 + ".txt": lambda path: path.write_text("new"),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS, ids=lambda name: name[-20:])
+def test_any_writer_may_write_it_and_only_it_is_left(name, tmp_path):
+    path = tmp_path / "made" / "now" / name
+    with whole(path) as part:
+        assert (part.parent, part.suffix) == (path.parent, path.suffix)
+        assert not path.exists()
+        WRITERS[name](part)
+    assert list(path.parent.iterdir()) == [path]
+    assert path.stat().st_size > 0
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002])
+@pytest.mark.parametrize("name", ["a.txt", "a.safetensors"])
+def test_it_has_the_permissions_of_any_new_file(name, umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        with whole(tmp_path / name) as part:
+            WRITERS[name](part)
+        (tmp_path / "other").touch()
+    finally:
+        os.umask(before)
+    assert (tmp_path / name).stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(1), GeneratorExit()])
+@pytest.mark.parametrize("old", [None, "old"])
+def test_a_failure_leaves_what_was_there(error, old, tmp_path):
+    path = tmp_path / "a.txt"
+    if old:
+        path.write_text(old)
+    with pytest.raises(type(error)), whole(path) as part:  # noqa: PT012 (what fails is the block)
+        part.write_text("half of it")
+        raise error
+    assert [p.read_text() for p in tmp_path.iterdir()] == ([old] if old else [])
+
+
+def test_it_takes_the_place_of_what_was_there(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old and longer")
+    with whole(str(path)) as part:
+        part.write_text("new")
+        assert path.read_text() == "old and longer"
+    assert path.read_text() == "new"
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "far").mkdir()
+    for name in ("there", "dangling"):
+        (tmp_path / name).symlink_to(tmp_path / "far" / f"{name}.txt")
+    (tmp_path / "far" / "there.txt").write_text("old")
+    for name in ("there", "dangling"):
+        with whole(tmp_path / name) as part:
+            assert part.suffix == ""
+            part.write_text("new")
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / "far" / f"{name}.txt").read_text() == "new"
+
+
+def test_nothing_written_is_an_error(tmp_path):
+    path = tmp_path / "a.txt"
+    with pytest.raises(FileNotFoundError, match=r"a\.txt'$"), whole(path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_and_devices_are_refused_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, "/dev/null", tmp_path / "pipe", tmp_path / "file" / "a.txt"):
+        with pytest.raises(OSError, match=r"folder or a device|file"), whole(path):
+            pytest.fail("it came to the work")
+    assert Path("/dev/null").is_char_device()
+
+
+def test_an_error_without_a_name_or_with_a_passing_one_gets_the_files(tmp_path):
+    path = tmp_path / "a.txt"
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.txt'$"), whole(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(FileNotFoundError, match=r"/a\.txt'$"), whole(path) as part:
+        part.read_text()
+    with pytest.raises(FileNotFoundError, match=r"other'$"), whole(path):
+        (tmp_path / "other").read_text()
+
+
+def run(code, *arguments, **options):
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    path = tmp_path / "a.npy"
+    path.write_bytes(b"old")
+    code = """
+        import resource, sys
+        import numpy as np
+        from pyro_genmodels.files import whole
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        try:
+            with whole(sys.argv[1]) as part:
+                np.save(part, np.zeros(100_000))
+        except OSError as error:
+            print(error)
+    """
+    out, err = run(code, path).communicate(timeout=60)
+    assert (out != "", err) == (True, "")
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
+
+
+def test_a_process_that_is_killed_leaves_what_was_there(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    code = """
+        import sys, time
+        from pyro_genmodels.files import whole
+        with whole(sys.argv[1]) as part:
+            part.write_text("half")
+            print("written", flush=True)
+            time.sleep(60)
+    """
+    process = run(code, path)
+    assert process.stdout.readline() == "written\n"
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert path.read_text() == "old"
+
+
+def test_several_processes_may_write_at_once_and_every_reader_sees_one_whole(tmp_path):
+    path, size = tmp_path / "a.txt", 200_000
+    code = """
+        import sys
+        from pyro_genmodels.files import whole
+        for _ in range(30):
+            with whole(sys.argv[1]) as part:
+                part.write_text(sys.argv[2] * int(sys.argv[3]))
+    """
+    processes = [run(code, path, letter, size) for letter in "abc"]
+    seen = set()
+    while any(process.poll() is None for process in processes):
+        if path.exists():
+            text = path.read_text()
+            assert text == text[0] * size
+            seen.add(text[0])
+    assert [process.communicate()[1] for process in processes] == [""] * 3
+    assert seen
+    assert list(tmp_path.iterdir()) == [path]
