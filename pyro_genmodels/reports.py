@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_genmodels import plots
 from pyro_genmodels.datasets import Dataset
-from pyro_genmodels.errors import unknown
+from pyro_genmodels.errors import needed, unknown
 from pyro_genmodels.evaluation import Comparison, LogLikelihood, compare
 from pyro_genmodels.families import Family
 from pyro_genmodels.files import whole
@@ -38,6 +38,8 @@ def save_rows(path: Path, x: Tensor, labels: Tensor | None, columns: list[str] |
 
     if path.suffix not in (".npy", ".npz", ".csv", ".parquet"):
         raise unknown("kind of file", path.suffix or path.name, [".npy", ".npz", ".csv", ".parquet"])
+    if path.suffix == ".parquet":
+        needed("pyarrow.parquet", extra="parquet", by="A .parquet file")
     array = x.numpy()
     with whole(path) as part:
         if path.suffix == ".npy":

@@ -20,7 +20,7 @@ from zipfile import ZipFile
 
 import numpy as np
 
-from pyro_genmodels.errors import listed, unknown
+from pyro_genmodels.errors import listed, needed, unknown
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -214,14 +214,11 @@ def _is_number(field: str) -> bool:
 
 
 def _parquet(raw: bytes, columns: Columns, labels: str | None) -> Table:
-    try:
-        import pandas as pd
-        from pyarrow import BufferReader
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise ImportError("A .parquet file needs pyarrow: pip install 'pyro-genmodels[parquet]'.") from error
+    import pandas as pd
+
+    parquet = needed("pyarrow.parquet", extra="parquet", by="A .parquet file")
     with _damage_told():
-        frame = ParquetFile(BufferReader(raw)).read(use_threads=False).to_pandas(use_threads=False)
+        frame = parquet.ParquetFile(BytesIO(raw)).read(use_threads=False).to_pandas(use_threads=False)
         frame.columns = pd.Index(map(str, frame.columns))
     return _of_frame(frame, columns, labels)
 

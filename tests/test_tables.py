@@ -346,8 +346,8 @@ def test_parquet_that_is_no_table_of_numbers_is_refused(tmp_path):
 
 
 def test_parquet_without_pyarrow_names_the_cure(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ImportError, match="pip install pyarrow"):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ImportError, match=r"pip install .*\[parquet\]"):
         read_table(write(tmp_path / "x.parquet", b"PAR1"))
 
 
