@@ -177,7 +177,7 @@ def fit(
         dataset = source.load()
         import pyro
 
-        from pyro_genmodels import plots, recipes, reports
+        from pyro_genmodels import recipes, reports
 
         fitted = recipes.fit(
             family,
@@ -190,8 +190,7 @@ def fit(
             resume=resume is not None,
             **settings,
         )
-        reports.pictures({family: fitted}, dataset, out, conditional=bool(source.labels), seed=source.seed)
-        reports.save_figure(plots.loss_curves({family: fitted.history}), out / "loss.png")
+        reports.pictures({family: fitted}, dataset, out, conditional=bool(source.labels), seed=source.seed, mark=f"_{family}")
         pyro.set_rng_seed(source.seed)
         judged = recipes.evaluate(fitted, dataset.test, dataset.test_labels if source.labels else None)
         typer.echo(f"{family} on {dataset.name} (test): {verdict(judged, dataset.levels, dataset.test)}")

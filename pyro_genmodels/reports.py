@@ -7,7 +7,7 @@ __all__ = ["check_picture", "pictures", "save_figure", "save_rows", "write"]
 import json
 import platform
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -58,29 +58,32 @@ def save_rows(path: Path, x: Tensor, labels: Tensor | None, columns: list[str] |
 # Pictures.
 
 
-def pictures(families: Mapping[str, Any], data: Dataset, out: Path, *, conditional: bool, seed: int = 0) -> dict[str, Tensor]:
-    """Draws pictures of what can be pictured, images or points in the plane, and returns the draws.
+def pictures(fits: Mapping[str, Fit], data: Dataset, out: Path, *, conditional: bool, seed: int = 0, mark: str = "") -> None:
+    """Draws pictures of training, and of what can be pictured of the data: images, or points in the plane.
 
-    Writes `samples.png`; for points in the plane also `density.png`.
+    Writes `loss.png`, `samples.png` and, for points in the plane, `density.png`, each with the mark before its suffix; of
+    images, without a mark, also each family's own.
     """
+    save_figure(plots.loss_curves({name: fit.history for name, fit in fits.items()}), out / f"loss{mark}.png")
     pyro.set_rng_seed(seed)
-    plane = data.train.shape[1:] == (2,) and not data.levels
+    plane, images = data.train.shape[1:] == (2,) and not data.levels, data.train.dim() == 3
+    if not (plane or images):
+        return
     n = 2000 if plane else 100
     labels = data.test_labels[torch.arange(n) % len(data.test)] if conditional and data.test_labels is not None else None
-    draws = {name: draw(family, n, labels) for name, family in families.items()}
+    draws = {name: draw(fit, n, labels) for name, fit in fits.items()}
+    panels = {f"held-out {data.name}": data.test[:n], **draws}
+    if images:
+        panels = {name: shown[:40] for name, shown in panels.items()}
+        for name in fits if not mark else ():
+            save_figure(plots.image_grids({name: draws[name]}), out / f"samples_{name}.png")
+    save_figure((plots.scatters if plane else plots.image_grids)(panels), out / f"samples{mark}.png")
     if plane:
-        save_figure(plots.scatters({f"held-out {data.name}": data.test[:n], **draws}), out / "samples.png")
         low, high = plots.frame(data.test)
         points = plots.lattice(low, high, 100)
-        panels = {} if data.density is None else {f"{data.name} itself": data.density.log_prob(points)}
-        panels |= {name: _density(family, points, data, conditional=conditional) for name, family in families.items()}
-        save_figure(plots.densities(panels, low, high), out / "density.png")
-    elif data.train.dim() == 3:
-        for name, images in draws.items():
-            save_figure(plots.image_grids({name: images}), out / f"samples_{name}.png")
-        first = {name: images[:40] for name, images in draws.items()}
-        save_figure(plots.image_grids({"held-out images": data.test[:40], **first}), out / "samples.png")
-    return draws
+        densities = {} if data.density is None else {f"{data.name} itself": data.density.log_prob(points)}
+        densities |= {name: _density(fit, points, data, conditional=conditional) for name, fit in fits.items()}
+        save_figure(plots.densities(densities, low, high), out / f"density{mark}.png")
 
 
 def check_picture(family: Family, path: Path) -> None:
@@ -130,7 +133,6 @@ def write(
         table[columns].to_csv(part, float_format="%.6g")
     picture: Any = comparison.plot().figure
     save_figure(picture, out / "compare.png")
-    save_figure(plots.loss_curves({name: fit.history for name, fit in fits.items()}), out / "loss.png")
     pictures(fits, data, out, conditional=conditional, seed=arguments["seed"])
     for name, fit in fits.items():
         context: dict[str, Any] = {"num_samples": 100}
@@ -139,10 +141,13 @@ def write(
         drawn = to_arviz(fit.family, progress=False, **context)
         with whole(out / f"{name}.nc") as part:
             drawn.to_netcdf(str(part), engine="h5netcdf")
-    packages = ("pyro-genmodels", "pyro-ppl", "torch", "zuko", "arviz", "numpy")
+    packages = ("pyro-genmodels", "pyro-ppl", "torch", "zuko", "arviz", "numpy", "scikit-learn")
     record = {
         "arguments": dict(arguments),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in packages if list(distributions(name=name))},
+        },
         "threads": torch.get_num_threads(),
         "fits": {name: {"best": fit.best, "stopped": fit.stopped} for name, fit in fits.items()},
     }
