@@ -6,15 +6,19 @@ OUT ?= out
 DEMO ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VENV_ARVIZ1 ?= .venv-arviz1
+BIN_ARVIZ1 := $(VENV_ARVIZ1)/bin
+READY_ARVIZ1 := $(VENV_ARVIZ1)/.ready
 
-.PHONY: demo test test-slow lint types docs clean help
+.PHONY: demo test test-slow test-arviz1 lint types docs tutorials clean help
 
 help:
 	@echo "make demo       fit three families to scikit-learn's digits, print one table, write $(OUT)/"
-	@echo "make test       run the tests (make test-slow: the slow ones too)"
+	@echo "make test       run the tests (make test-slow: the slow ones too; make test-arviz1: to_arviz under ArviZ 1.x)"
 	@echo "make lint       check style; make types: check types"
 	@echo "make docs       make the documentation in docs/_build/html/"
-	@echo "make clean      remove $(VENV)/, $(OUT)/ and caches"
+	@echo "make tutorials  execute the tutorials again, in about ten minutes, and keep what they print and draw"
+	@echo "make clean      remove $(VENV)/, $(VENV_ARVIZ1)/, $(OUT)/ and caches"
 
 $(READY): pyproject.toml constraints.txt
 	@echo "== virtual environment in $(VENV)/ (downloads PyTorch for the CPU and about 120 packages from PyPI, once)"
@@ -24,6 +28,16 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[eval,cli,dev,docs]'
 	@touch $(READY)
+
+# ArviZ 1.x asks for Python 3.12, and runs on 3.11 if its packages alone are put in.
+$(READY_ARVIZ1): pyproject.toml constraints.txt constraints-arviz1.txt
+	@echo "== virtual environment with ArviZ 1.x in $(VENV_ARVIZ1)/ (downloads PyTorch for the CPU and about 60 packages, once)"
+	$(PYTHON) -m venv $(VENV_ARVIZ1)
+	grep -v '^arviz==' constraints.txt > $(VENV_ARVIZ1)/others.txt
+	$(BIN_ARVIZ1)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN_ARVIZ1)/python -m pip install --quiet --ignore-requires-python --no-deps -r constraints-arviz1.txt
+	$(BIN_ARVIZ1)/python -m pip install --quiet -c $(VENV_ARVIZ1)/others.txt -c constraints-arviz1.txt -e '.[eval,cli,dev]'
+	@touch $(READY_ARVIZ1)
 
 demo: $(READY)
 	@echo "== fitting three families of deep generative model to scikit-learn's digits, judged on held-out images"
@@ -36,6 +50,11 @@ test: $(READY)
 test-slow: $(READY)
 	@echo "== tests, the slow ones too"
 	$(BIN)/python -m pytest -q -n 2 -m "not gpu"
+
+test-arviz1: $(READY_ARVIZ1)
+	@echo "== tests of to_arviz under ArviZ 1.x"
+	$(BIN_ARVIZ1)/python -m pytest -q -n 2 -m "not slow and not gpu" \
+	  tests/test_arviz.py tests/test_inference_data.py tests/test_draws_*.py pyro_genmodels/inference_data.py
 
 lint: $(READY)
 	@echo "== style"
@@ -50,6 +69,10 @@ docs: $(READY)
 	@echo "== documentation in docs/_build/html/"
 	$(BIN)/python -m sphinx -W -n --keep-going -q docs docs/_build/html
 
+tutorials: $(READY)
+	@echo "== tutorials, executed in full"
+	$(BIN)/python tutorials/execute.py tutorials/[0-9]*.py
+
 clean:
-	rm -rf $(VENV) $(OUT) build docs/_build docs/api docs/tutorials *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_ARVIZ1) $(OUT) build docs/_build docs/api docs/tutorials *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
