@@ -68,18 +68,36 @@ def looking_on() -> Iterator[None]:
             switched.append(module)
             module.training = False
 
-    store = pyro.get_param_store()
-    known = set(store.keys())
+    store, frozen = pyro.get_param_store(), _Frozen()
+    before = store.get_state()
     hook = register_module_forward_pre_hook(switch)
     try:
-        with torch.no_grad(), poutine.block():
+        with torch.no_grad(), poutine.block(), frozen:
             yield
     finally:
         hook.remove()
         for module in switched:
             module.training = True
-        for name in set(store.keys()) - known:
-            del store[name]
+        frozen.restore()
+        store.clear()
+        store.set_state(before)
+
+
+class _Frozen(Messenger):
+    """Remembers which parameters want no gradient, for Pyro's store makes every one want it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[int, Tensor] = {}
+
+    def _pyro_param(self, msg: Any) -> None:
+        for value in msg["args"]:
+            if isinstance(value, Tensor) and value.is_leaf and not value.requires_grad:
+                self.found[id(value)] = value
+
+    def restore(self) -> None:
+        for value in self.found.values():
+            value.requires_grad_(False)
 
 
 def run(
@@ -122,7 +140,8 @@ def vectorises(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], n
     """Whether particles in one run say the same as runs of their own.
 
     A model that indexes or reduces its latent variables from the left, ``z[0]`` or ``z.sum()``, takes particles for
-    coordinates, and need not raise an error. So a few particles are drawn together, and each is run again alone.
+    coordinates, and need not raise an error. So a few particles are drawn together, and each is run again alone: densities and
+    deterministic values must be the same.
     """
     if is_family(model):
         return True
@@ -133,13 +152,27 @@ def vectorises(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], n
         pair = run(model, guide, args, kwargs, particles(trials, nesting))
         together = [log_prob(trace, (dim,), scaled=True).expand(trials) for trace in pair]
         for i in range(trials):
-            alone = run(model, poutine.replay(guide, trace=_particle(pair[1], i, dim)), args, kwargs)
+            again = [poutine.replay(fn, trace=_particle(trace, i, dim)) for fn, trace in zip((model, guide), pair, strict=True)]
+            alone = run(again[0], again[1], args, kwargs)
+            for name, one in samples(alone[0]).items():
+                if is_deterministic(one):
+                    value = _of_particle(samples(pair[0])[name]["value"], one, i, dim)
+                    if not torch.allclose(value, one["value"], rtol=1e-3, atol=1e-3):
+                        return False
             for trace, values in zip(alone, together, strict=True):
                 if not torch.allclose(log_prob(trace, (dim,), scaled=True).squeeze(), values[i], rtol=1e-3, atol=1e-3):
                     return False
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError):  # of shapes; a true fault comes again, alone
         return False
     return True
+
+
+def _of_particle(value: Tensor, alone: Mapping[str, Any], i: int, dim: int) -> Tensor:
+    """A deterministic value of one particle, in the shape that it has alone."""
+    event_dim = max(alone["value"].dim() - depth(alone), 0)
+    value = value.reshape((1,) * (event_dim - dim - value.dim()) + value.shape)
+    value = value.select(dim - event_dim, i if value.shape[dim - event_dim] > 1 else 0)
+    return value.reshape(alone["value"].shape)
 
 
 def _particle(trace: Trace, i: int, dim: int) -> Trace:

@@ -496,7 +496,7 @@ def test_a_guide_without_density_is_reported_by_name(y):
 
 def test_everything_left_out_is_said_once():
     """However many blocks of draws and rows there are, and however many fits."""
-    vae, x = small_vae(context=2), torch.randn(7, 3)
+    vae, x = small_vae(context=2).requires_grad_(False).eval(), torch.randn(7, 3)
 
     def model(x):
         scale = pyro.sample("scale", dist.ImproperUniform(constraints.positive, (), ()))

@@ -11,7 +11,7 @@ from __future__ import annotations
 __all__ = ["GROUPS", "Groups", "collect", "in_chains"]
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,18 +61,21 @@ def in_chains(parts: Sequence[Groups]) -> Groups:
         ValueError: if their data or the shapes of their variables differ.
     """
     first = parts[0]
+    said = [{f"{group}.{name}" for group, names in part.variables.items() for name in names} for part in parts]
+    if odd := {what for some in said for what in some if any(what not in others for others in said)}:
+        raise ValueError(f"The fits do not go together: only some have {', '.join(sorted(odd))}. Choose groups= that all have.")
     joined: dict[str, Variables] = {}
     for group, variables in first.variables.items():
         for name, (array, names) in variables.items():
-            others: list[Any] = [part.variables.get(group, {}).get(name, (None, []))[0] for part in parts[1:]]
-            shapes = [None if other is None else other.shape[int("chain" in names) :] for other in others]
+            others = [part.variables[group][name][0] for part in parts[1:]]
+            shapes = [other.shape[int("chain" in names) :] for other in others]
             if any(shape != array.shape[int("chain" in names) :] for shape in shapes):
                 raise ValueError(
                     f"The fits do not go together: their {group} of {name!r} have shapes {array.shape} and {shapes}."
                 )
             if "chain" in names:
                 array = np.concatenate([array, *others])
-            elif not all(np.array_equal(array, other, equal_nan=array.dtype.kind == "f") for other in others):
+            elif not all(_same(array, other) for other in others):
                 raise ValueError(f"The fits do not go together: their {group} of {name!r} differ.")
             joined.setdefault(group, {})[name] = (array, names)
     return Groups(joined, first.coords, first.kinds)
@@ -97,6 +100,9 @@ class _Collection:
         self.arrays: dict[str, Variables] = {}
         self.kinds: dict[str, str] = {}
         self.coords: dict[str, Any] = {}
+        self.hidden: list[str] = []
+        self.predicted: list[str] = []
+        self.summed_out = ""
 
     def groups(self) -> Groups:
         source = self.source
@@ -104,7 +110,12 @@ class _Collection:
             self._put_draws(source.guide)
             self._put_stats(source.stats)
         else:
-            walk = Walk(source.model, source.guide, source.args, source.kwargs, parallel=self.parallel)
+            at_once = min(self.batch_size, source.total)
+            walk = Walk(source.model, source.guide, source.args, source.kwargs, parallel=self.parallel, at_once=at_once)
+            if taken := {"chain", "draw"} & set(walk.coords):
+                raise ValueError(
+                    f"A plate is called {taken.pop()!r}, which in ArviZ is a dimension of draws: call it otherwise."
+                )
             self.coords = walk.coords
             self._posterior(walk)
             if walk.latents and not source.alone and self.wanted & {"prior", "prior_predictive"}:
@@ -128,58 +139,67 @@ class _Collection:
     def _posterior(self, walk: Walk) -> None:
         source = self.source
         given = isinstance(source.guide, Mapping)
-        self._put_draws({n: v for n, v in source.guide.items() if n not in walk.latents} if given else {})
-        hidden, summed_out = self._hidden(walk, given=given)
+        derived = {n: v for n, v in source.guide.items() if n not in {*walk.latents, *walk.observed}} if given else {}
+        self._put_draws(derived)
+        self._sort_out(walk, given=given)
         why = "a sequential plate that the model subsamples cannot be walked through: log_p is an estimate"
         self.reports |= {f"most rows of {plate!r}": why for plate in walk.sequential}
         known = ["log_p"] if given or walk.point_mass else ["log_p", "log_q"]
-        if source.alone or not walk.latents or (hidden and not summed_out):
+        if source.alone or not walk.latents or (self.hidden and not self.summed_out):
             known = []
         stats = {stat: np.zeros(source.total) for stat in known}
         for draws in self._blocks(walk, source.total, "posterior"):
             for run in walk.runs(draws):
-                if summed_out in run.model:
-                    run.model[summed_out]["unscaled_log_prob"] = run.summed_out(hidden, summed_out)
-                self._take(run, hidden)
-                self._add(run, hidden, stats)
+                if self.summed_out in run.model:
+                    run.model[self.summed_out]["unscaled_log_prob"] = run.summed_out(self.hidden, self.summed_out)
+                self._take(run)
+                self._add(run, stats)
+        own = source.stats
+        if walk.sizes:  # then a run's own are estimates from a few rows
+            own = {stat: values for stat, values in own.items() if stat not in ("log_p", "log_weight")}
+        stats = {**stats, **own}
         if {"log_p", "log_q"} <= set(stats):
-            stats["log_weight"] = stats["log_p"] - stats["log_q"]
-        if "log_p" in stats and "log_weight" in source.stats:  # of Importance
-            stats["log_q"] = stats["log_p"] - source.stats["log_weight"]
-        self._put_stats({**stats, **source.stats})
+            stats.setdefault("log_weight", stats["log_p"] - stats["log_q"])
+        self._put_stats(stats)
 
-    def _hidden(self, walk: Walk, *, given: bool) -> tuple[list[str], str]:
-        """Latent variables without draws, and the observed variable in whose rows they can be summed out, or ''."""
-        hidden = [n for n, s in walk.unguided.items() if s["infer"].get("enumerate") or given]
-        continuous = [n for n in hidden if not walk.unguided[n]["fn"].has_enumerate_support]
-        if continuous:
+    def _sort_out(self, walk: Walk, *, given: bool) -> None:
+        """Finds out about variables without draws: those that are predicted, and those that inference has summed out."""
+        unguided = walk.unguided
+        discrete = [n for n, s in unguided.items() if s["fn"].has_enumerate_support]
+        if not walk.observed and not self.source.alone:
+            self.predicted = [n for n, s in unguided.items() if not s["infer"].get("enumerate")]
+        elif self.source.complete:
+            self.predicted = [n for n in unguided if n not in discrete]
+        self.hidden = [n for n, s in unguided.items() if n not in self.predicted and (s["infer"].get("enumerate") or given)]
+        if missing := [n for n in self.hidden if n not in discrete]:
             raise ValueError(
-                f"There are no draws of {', '.join(map(repr, continuous))}, which the model has. Give draws of all latent "
+                f"There are no draws of {', '.join(map(repr, missing))}, which the model has. Give draws of all latent "
                 "variables; of WeighedPredictive they are wanted by return_sites=."
             )
-        if not hidden:
-            return [], ""
+        if not self.hidden:
+            return
+        hidden = self.hidden
         plates = {n: {f.name for f in s["cond_indep_stack"]} for n, s in {**walk.unguided, **walk.observed}.items()}
         rows = {frozenset(plates[n]) for n in (*hidden, *walk.observed)}
         names = ", ".join(map(repr, hidden))
         self.reports |= {f"posterior[{n!r}]": "inference has summed it out, so there are no draws of it" for n in hidden}
         if len(walk.observed) == 1 and len(rows) == 1:
-            return hidden, next(iter(walk.observed))
+            self.summed_out = next(iter(walk.observed))
+            return
         why = f"{names} cannot be summed out row by row: they want to lie in the plates of the one observed variable"
         self.reports |= dict.fromkeys(["log_likelihood", "sample_stats.log_p"], why)
         self.wanted -= {"log_likelihood"}
-        return hidden, ""
 
-    def _take(self, run: Run, hidden: Collection[str]) -> None:
+    def _take(self, run: Run) -> None:
         """Puts the values of a run where they belong."""
         predicted = run.predict() if "posterior_predictive" in self.wanted and set(run.walk.observed) & set(run.model) else {}
         for name, site in run.model.items():
-            if isinstance(site["fn"], Unit) or name in hidden:  # pyro.factor: a term, not a variable
+            if isinstance(site["fn"], Unit) or name in self.hidden:  # pyro.factor: a term, not a variable
                 continue
             if name not in run.walk.observed:
-                alone = self.source.alone and name == "x"
-                self._put("posterior_predictive" if alone else "posterior", run, name, run.value(name, site))
-                if not self.source.alone and not traces.is_deterministic(site):
+                predicted_here = name in self.predicted or (self.source.alone and name == "x")
+                self._put("posterior_predictive" if predicted_here else "posterior", run, name, run.value(name, site))
+                if not (self.source.alone or predicted_here or traces.is_deterministic(site)):
                     self._put("log_prior", run, name, self._log_prob(run, "log_prior", name, site), event=False)
                 continue
             if predicted:
@@ -189,11 +209,12 @@ class _Collection:
             if run.draws.start == 0:
                 self._put("observed_data", run, name, run.value(name, site), drawn=False)
 
-    def _add(self, run: Run, hidden: Collection[str], stats: dict[str, np.ndarray]) -> None:
-        """Adds a run's terms to log p and log q."""
-        for stat, sites in (("log_p", run.model), ("log_q", run.guide)):
+    def _add(self, run: Run, stats: dict[str, np.ndarray]) -> None:
+        """Adds a run's terms to log p and log q; what the guide leaves to the model is drawn from its prior."""
+        drawn = {**run.guide, **{n: s for n, s in run.model.items() if n in run.walk.unguided}}
+        for stat, sites in (("log_p", run.model), ("log_q", drawn)):
             for name, site in sites.items() if stat in stats and "sample_stats" in self.wanted else ():
-                if name in hidden:
+                if name in self.hidden or name in self.predicted:
                     continue
                 shaped = self._log_prob(run, f"sample_stats.{stat}", name, site, scaled=True)
                 if shaped is None:
@@ -240,10 +261,10 @@ class _Collection:
         lengths = {plate: walk.sizes.get(plate, len(rows)) for plate, rows in walk.coords.items()}
         for name, value in _arguments(self.source).items():
             array = numpy(value) if isinstance(value, Tensor) else np.asarray(value)
-            if any(array.shape == x.shape and np.array_equal(array, x) for x in observed):
+            if any(_same(array, x) for x in observed):
                 continue
             plates = [plate for plate, length in lengths.items() if array.ndim and len(array) == length]
-            first = plates if len(plates) == 1 else []
+            first = plates if len(plates) == 1 and name not in plates else []  # a name is a variable's or a dimension's
             names = first + _names(self.dims, name, array.ndim - len(first))
             self.arrays.setdefault("constant_data", {})[name] = (array, names)
 
@@ -284,10 +305,11 @@ class _Collection:
 
 def _arguments(source: Source) -> dict[str, Any]:
     """The model's arguments that are tensors or arrays, by their names."""
-    bound = inspect.signature(source.model).bind(*source.args, **source.kwargs).arguments
+    model = getattr(source.model, "forward", source.model)  # of a module, whose own call takes anything
+    signature = inspect.signature(model)
     named: dict[str, Any] = {}
-    for name, value in bound.items():
-        kind = inspect.signature(source.model).parameters[name].kind
+    for name, value in signature.bind(*source.args, **source.kwargs).arguments.items():
+        kind = signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_POSITIONAL:
             named |= {f"{name}_{i}": v for i, v in enumerate(value)}
         elif kind is inspect.Parameter.VAR_KEYWORD:
@@ -295,6 +317,10 @@ def _arguments(source: Source) -> dict[str, Any]:
         else:
             named[name] = value
     return {n: v for n, v in named.items() if isinstance(v, (Tensor, np.ndarray))}
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and np.array_equal(a, b, equal_nan=a.dtype.kind == b.dtype.kind == "f")
 
 
 def _names(dims: Mapping[str, Sequence[str]], variable: str, count: int) -> list[str]:

@@ -32,6 +32,7 @@ class Source:
         kwargs: of the model.
         total: draws.
         chains: that these are of, one after another.
+        complete: whether draws stand for all latent variables there are, as those of MCMC.
         stats: what is known of each draw, (draws,).
         alone: whether this is a family called without data.
     """
@@ -42,6 +43,7 @@ class Source:
     kwargs: Mapping[str, Any]
     total: int
     chains: int = 1
+    complete: bool = False
     stats: Mapping[str, np.ndarray] = field(default_factory=dict)
     alone: bool = False
 
@@ -62,16 +64,20 @@ def source_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int
     """
     stats: dict[str, np.ndarray] = {}
     if hasattr(fit, "get_samples") and hasattr(fit, "kernel"):  # MCMC
-        model, draws = fit.kernel.model, fit.get_samples(group_by_chain=True)
+        model, draws = _one_model(fit, fit.kernel.model, model), fit.get_samples(group_by_chain=True)
         stats = _divergences(fit, *next(iter(draws.values())).shape[:2])
     elif isinstance(fit, Importance):
         if not fit.exec_traces:
             raise ValueError("This Importance has not been run. Call its .run(...) first.")
-        model, seen = fit.model, fit.exec_traces[0].nodes["_INPUT"]
+        model, seen = _one_model(fit, fit.model, model), fit.exec_traces[0].nodes["_INPUT"]
         args, kwargs = (args, kwargs) if args or kwargs else (seen["args"], seen["kwargs"])
         names = traces.latents(prune_subsample_sites(fit.exec_traces[0]))
         draws = {n: torch.stack([trace.nodes[n]["value"] for trace in fit.exec_traces])[None] for n in names}
-        stats = {"log_weight": numpy(torch.stack([torch.as_tensor(w) for w in fit.log_weights]))}
+        log_weight, log_p = (
+            torch.stack([torch.as_tensor(value) for value in values]).detach()
+            for values in (fit.log_weights, [trace.log_prob_sum() for trace in fit.exec_traces])
+        )
+        stats = {"log_q": numpy(log_p - log_weight), "log_weight": numpy(log_weight)}
     elif isinstance(fit, WeighedPredictiveResults):
         draws = {n: v[None] for n, v in dict(fit.samples).items() if isinstance(v, Tensor)}
         known = {"log_p": fit.model_log_prob, "log_q": fit.guide_log_prob, "log_weight": fit.log_weights}
@@ -79,13 +85,14 @@ def source_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int
     elif isinstance(fit, Mapping):
         draws = {n: v if isinstance(v, Tensor) else torch.as_tensor(np.asarray(v)) for n, v in fit.items()}
     else:
-        if model is not None:
-            raise ValueError(f"A {type(fit).__name__} has a model: leave model= out, or pass the pair (model, guide).")
         pair = traces.as_pair(fit)
+        _one_model(fit, pair[0], model)
         call = _own_call(pair[0], args, kwargs)
         return Source(*pair, *(call or (args, kwargs)), num_samples or 1000, alone=call is not None)
     if num_samples is not None:
         raise ValueError(f"A {type(fit).__name__} has draws of its own: leave num_samples out.")
+    if model is None and (args or kwargs):
+        raise ValueError("These draws bring no model, so that the arguments say nothing: pass the model of them as model=.")
     shapes = {tuple(v.shape[:2]) for v in draws.values()}
     if len(shapes) != 1 or len(next(iter(shapes))) != 2 or 0 in next(iter(shapes)):
         found = {n: tuple(v.shape) for n, v in draws.items()}
@@ -93,7 +100,16 @@ def source_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int
             f"Draws are wanted as (chain, draw, ...), of as many chains and draws each, but found {found or 'none'}."
         )
     chains, per_chain = next(iter(shapes))
-    return Source(model, {n: v.flatten(0, 1) for n, v in draws.items()}, args, kwargs, chains * per_chain, chains, stats)
+    complete = hasattr(fit, "kernel")
+    flat = {n: v.flatten(0, 1) for n, v in draws.items()}
+    return Source(model, flat, args, kwargs, chains * per_chain, chains, complete, stats)
+
+
+def _one_model(fit: Any, own: Any, given: Any) -> Any:
+    """The model a fit brings, or else the one that is given."""
+    if own is not None and given is not None:
+        raise ValueError(f"A {type(fit).__name__} has a model: leave model= out.")
+    return given if own is None else own
 
 
 def _divergences(mcmc: Any, chains: int, draws: int) -> dict[str, np.ndarray]:
@@ -119,14 +135,14 @@ def _own_call(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple
 
 
 def check_apart(sources: Sequence[Source]) -> None:
-    """Restarts whose guides hold the same parameters are one fit, the last, told several times."""
+    """Refuses restarts that hold the same parameters: they are one fit, the last, told several times."""
     owners: dict[int, int] = {}
     for i, source in enumerate(sources):
         if isinstance(source.guide, Mapping):
             continue
         modules = traces.owners(source.model, source.guide)
         with traces.looking_on(), naming.in_their_own_names(modules), poutine.trace(param_only=True) as capture:
-            source.guide(*source.args, **source.kwargs)
+            traces.run(source.model, source.guide, source.args, source.kwargs)
         for name, site in capture.trace.nodes.items():
             value: Any = site["value"]
             leaf = value.unconstrained() if hasattr(value, "unconstrained") else value

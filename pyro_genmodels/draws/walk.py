@@ -51,6 +51,7 @@ class Walk:
         args: of both.
         kwargs: of both.
         parallel: whether the draws of a block are made in one run; None tries out whether the model allows it.
+        at_once: draws that may be made together, also in trying.
 
     Attributes:
         sizes: of the plates that are walked through.
@@ -62,7 +63,9 @@ class Walk:
         point_mass: whether the guide draws nothing.
     """
 
-    def __init__(self, model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], *, parallel: bool | None = None) -> None:
+    def __init__(
+        self, model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], *, parallel: bool | None = None, at_once: int = 3
+    ) -> None:
         self.model = lambda: model(*args, **kwargs)
         given = isinstance(guide, Mapping)
         first = _given_trace(guide) if given else poutine.trace(lambda: guide(*args, **kwargs)).get_trace()
@@ -81,12 +84,14 @@ class Walk:
         self.observed = {n: sites[n] for n in traces.observed(model_trace) if not isinstance(sites[n]["fn"], Unit)}
         self._find_rows(sites)
         self._guide: Callable[[slice, bool], Callable] = lambda *_: lambda: guide(*args, **kwargs)
-        trials = 3
+        trials = min(3, at_once)
         if given:
             values = {n: v for n, v in guide.items() if n in self.latents}
             self._check_given(sites, values)
             self._guide = self._given(values)
             trials = min([trials, *map(len, values.values())])
+        if parallel is None and trials == 1:
+            parallel = False
         if parallel is None:
             pair = self._seeing(self.model), self._seeing(self._guide(slice(0, trials), True))
             parallel = traces.is_family(model) or traces.vectorises(*pair, (), {}, self.nesting, trials=trials)
