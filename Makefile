@@ -21,7 +21,7 @@ help:
 	@echo "make clean      remove $(VENV)/, $(VENV_ARVIZ1)/, $(OUT)/ and caches"
 
 $(READY): pyproject.toml constraints.txt
-	@echo "== virtual environment in $(VENV)/ (downloads PyTorch for the CPU and about 120 packages from PyPI, once)"
+	@echo "== virtual environment in $(VENV)/ (downloads PyTorch for the CPU and about 130 packages from PyPI, once)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)

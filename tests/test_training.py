@@ -1,11 +1,13 @@
 """`train` improves a fit, keeps the best it saw, says what it did, and stops in time."""
 
 import copy
+import itertools
 import json
 from contextlib import suppress
 from functools import partial
 from math import isfinite, log, pi
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyro
@@ -20,8 +22,22 @@ from torch import nn
 from torch.distributions import constraints
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_genmodels import MAF, VAE, Autoregressive, Bernoulli, Flow, Labels, MaximumLikelihood, Normal, train
+from pyro_genmodels import (
+    MAF,
+    VAE,
+    Autoregressive,
+    Bernoulli,
+    Flow,
+    Labels,
+    MaximumLikelihood,
+    Normal,
+    checkpoints,
+    snapshots,
+    train,
+    training,
+)
 from pyro_genmodels.training import Fit
+from pyro_genmodels.weights import Weights
 
 train = partial(train, progress=False)
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -457,13 +473,18 @@ def test_a_checkpoint_holds_the_kept_state(tmp_path):
     fit = train(
         flow, torch.randn(12, 2), valid=torch.randn(40, 2), epochs=25, patience=3, optim=ADAM, average=0.5, checkpoint=path
     )
-    assert sorted(p.name for p in path.parent.iterdir()) == ["flow.v1.json", "flow.v1.safetensors"]
+    assert sorted(p.name for p in path.parent.iterdir()) == [
+        "flow.v1.json",
+        "flow.v1.safetensors",
+        "flow.v1.training.safetensors",
+    ]
     saved = load_file(path.with_name("flow.v1.safetensors"))
     assert saved.keys() == flow.state_dict().keys()
     assert all(torch.equal(saved[name], value) for name, value in flow.state_dict().items())
     record = json.loads(path.with_name("flow.v1.json").read_text())
     assert record["best"] == fit.best
-    assert record["history"] == fit.history[: fit.best["epoch"]]
+    assert record["history"] == fit.history
+    assert record["stopped"] == fit.stopped
 
     twin = affine_flow().eval()
     twin.load_state_dict(saved)
@@ -518,6 +539,441 @@ def test_a_checkpoint_of_a_fit_is_that_of_its_family(tmp_path):
     fit = train(affine_flow(), torch.randn(20, 2), epochs=1)
     train(fit, torch.randn(20, 2), epochs=1, checkpoint=tmp_path / "again")
     assert load_file(tmp_path / "again.safetensors").keys() == fit.family.state_dict().keys()
+
+
+# Going on from a run.
+
+
+def functions_of_pyro():
+    """A pair of plain functions, with a constrained parameter in each."""
+
+    def model(x):
+        noise = pyro.param("noise", torch.tensor(1.5), constraint=constraints.interval(0.5, 3.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, noise), obs=x[:, 0])
+
+    def guide(x):
+        slope = pyro.param("slope", torch.tensor(0.0))
+        scale = pyro.param("scale", torch.tensor(1.0), constraint=constraints.positive)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(slope * x[:, 0], scale))
+
+    return model, guide
+
+
+FITS = {
+    "flow": affine_flow,
+    "double": lambda: affine_flow().double(),
+    "dropout": lambda: Autoregressive((2,), hidden=(8,), dropout=0.5),
+    "vae": small_vae,
+    "functions": functions_of_pyro,
+}
+ROWS, HELD_OUT = (torch.randn(n, 2, generator=torch.Generator().manual_seed(n)) for n in (40, 30))
+STEPS = 4  # an epoch, of batches of 10
+
+
+def run(make, checkpoint, epochs, *, data=ROWS, valid=HELD_OUT, optim=ADAM, resume=False, **options):
+    """Of a fit made afresh, in a store of its own; one that goes on is made from other random numbers."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(1 + resume)
+    options = {"batch_size": 10, "seed": 3, **options}
+    return train(make(), data, valid=valid, epochs=epochs, optim=optim, checkpoint=checkpoint, resume=resume, **options)
+
+
+def kept(fit):
+    return state(fit.family) if isinstance(fit.family, nn.Module) else dict(pyro.get_param_store().items())
+
+
+def files(path):
+    return {p.name: p.read_bytes() for p in sorted(path.parent.iterdir()) if p.is_file()}
+
+
+def without_seconds(record):
+    return {key: value for key, value in record.items() if key != "seconds"}
+
+
+def check_same(fit, params, path, whole, whole_params, whole_path):
+    """Bit for bit the same, but for the seconds: the history, the parameters, and what is on disk."""
+    assert losses(fit) == losses(whole)
+    assert without_seconds(fit.best) == without_seconds(whole.best)
+    assert fit.best in fit.history
+    assert fit.stopped == whole.stopped
+    assert params.keys() == whole_params.keys()
+    assert all(torch.equal(params[name], whole_params[name]) for name in params)
+    for suffix in (".safetensors", ".training.safetensors"):
+        a, b = (load_file(f"{p}{suffix}") for p in (path, whole_path))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    seconds = [record["seconds"] for record in fit.history]
+    assert seconds == sorted(seconds)
+
+
+OPTIMS = {
+    "Adam": ADAM,
+    "SGD": partial(torch.optim.SGD, lr=1e-2, momentum=0.9, nesterov=True),
+    "AdamW": partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1, amsgrad=True),
+}
+
+
+@pytest.mark.parametrize("make", FITS)
+@pytest.mark.parametrize("optim", OPTIMS)
+@pytest.mark.parametrize("average", [None, 0.9], ids=["as it is", "averaged"])
+@pytest.mark.parametrize("valid", [None, HELD_OUT], ids=["alone", "validated"])
+def test_a_run_that_goes_on_ends_as_if_it_had_never_stopped(make, optim, average, valid, tmp_path):
+    go = partial(run, FITS[make], optim=OPTIMS[optim], average=average, valid=valid, batch_size=20)
+    whole = go(tmp_path / "whole", 4)
+    whole_params = kept(whole)
+    go(tmp_path / "parts", 2)
+    fit = go(tmp_path / "parts", 4, resume=True)
+    assert len(fit.history) == 4
+    check_same(fit, kept(fit), tmp_path / "parts", whole, whole_params, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        partial(torch.optim.SGD, lr=1e-2),
+        partial(torch.optim.RMSprop, lr=1e-3, centered=True, momentum=0.5),
+        partial(torch.optim.NAdam, lr=1e-3),
+        partial(torch.optim.ASGD, lr=1e-3),
+        lambda parameters: torch.optim.Adam(parameters, lr=torch.tensor(1e-2), foreach=False),
+        lambda parameters: torch.optim.Adam([{"params": [p], "lr": 1e-2 / (1 + i)} for i, p in enumerate(parameters)]),
+        pyro.optim.ClippedAdam({"lr": 1e-2, "lrd": 0.99}),
+        pyro.optim.AdagradRMSProp({"eta": 0.1}),
+    ],
+    ids=["SGD", "RMSprop", "NAdam", "ASGD", "rate in a tensor", "groups", "ClippedAdam", "AdagradRMSProp"],
+)
+def test_a_run_goes_on_by_any_optimiser(optim, tmp_path):
+    whole = run(affine_flow, tmp_path / "whole", 5, optim=optim)
+    whole_params = kept(whole)
+    run(affine_flow, tmp_path / "parts", 2, optim=optim)
+    fit = run(affine_flow, tmp_path / "parts", 5, optim=optim, resume=True)
+    check_same(fit, kept(fit), tmp_path / "parts", whole, whole_params, tmp_path / "whole")
+
+
+def test_a_run_goes_on_more_than_once(tmp_path):
+    whole = run(affine_flow, tmp_path / "whole", 5)
+    for epochs in (1, 2, 4, 5):
+        fit = run(affine_flow, tmp_path / "parts", epochs, resume=epochs > 1)
+    check_same(fit, kept(fit), tmp_path / "parts", whole, kept(whole), tmp_path / "whole")
+
+
+def test_a_run_goes_on_from_a_loader(tmp_path):
+    loader = DataLoader(ROWS, batch_size=10, shuffle=True)
+    whole = run(affine_flow, tmp_path / "whole", 5, data=loader)
+    run(affine_flow, tmp_path / "parts", 3, data=loader)
+    fit = run(affine_flow, tmp_path / "parts", 5, data=loader, resume=True)
+    check_same(fit, kept(fit), tmp_path / "parts", whole, kept(whole), tmp_path / "whole")
+
+
+def test_a_run_goes_on_with_labels_and_without_a_seed(tmp_path):
+    labels = torch.arange(40) % 2
+    make = partial(affine_flow, context=Labels(2))
+    go = partial(run, make, data=(ROWS, labels), valid=(ROWS, labels), seed=None)
+    whole = go(tmp_path / "whole", 4)
+    go(tmp_path / "parts", 2)
+    fit = go(tmp_path / "parts", 4, resume=True)
+    check_same(fit, kept(fit), tmp_path / "parts", whole, kept(whole), tmp_path / "whole")
+
+
+OVERFITTING = {
+    "make": partial(Autoregressive, (2,), hidden=(64,)),
+    "data": ROWS[:12],
+    "batch_size": 12,
+    "patience": 5,
+    "optim": partial(torch.optim.Adam, lr=3e-2),
+}
+
+
+@pytest.mark.parametrize("after", [-1, 1, 3], ids=["before the best epoch", "after the best", "late"])
+def test_early_stopping_goes_on_counting(after, tmp_path):
+    whole = run(checkpoint=tmp_path / "whole", epochs=200, **OVERFITTING)
+    best = int(whole.best["epoch"])
+    assert best > 1
+    assert len(whole.history) == best + 5
+    run(checkpoint=tmp_path / "parts", epochs=best + after, **OVERFITTING)
+    fit = run(checkpoint=tmp_path / "parts", epochs=200, resume=True, **OVERFITTING)
+    check_same(fit, kept(fit), tmp_path / "parts", whole, kept(whole), tmp_path / "whole")
+
+
+@pytest.mark.parametrize("epochs", [3, 4, 200], ids=["fewer", "as many", "more"])
+def test_a_run_that_has_ended_stays_as_it_is(epochs, tmp_path):
+    """By its patience it has ended however many epochs are offered; else only if no more are."""
+    options = {"make": affine_flow} if epochs < 200 else OVERFITTING
+    whole = run(checkpoint=tmp_path / "run", epochs=4 if epochs < 200 else 200, **options)
+    before = {name: load_file(tmp_path / name) for name in ("run.safetensors", "run.training.safetensors")}
+    params = kept(whole)
+    fit = run(checkpoint=tmp_path / "run", epochs=epochs, resume=True, **options)
+    assert fit.history == whole.history
+    assert fit.best == whole.best
+    assert all(torch.equal(value, params[name]) for name, value in kept(fit).items())
+    for name, tensors in before.items():
+        again = load_file(tmp_path / name)
+        assert all(torch.equal(again[key], value) for key, value in tensors.items())
+
+
+def test_another_run_is_refused(tmp_path):
+    path = tmp_path / "run"
+    run(affine_flow, path, 2, average=0.9)
+    before = files(path)
+    for words, change in [
+        ("another model", {"make": small_vae}),
+        ("another model", {"make": partial(affine_flow, context=Labels(2)), "data": (ROWS, torch.arange(40) % 2)}),
+        ("another model", {"average": None}),
+        ("by Adam, but this one is by SGD", {"optim": SGD}),
+        ("by Adam, but this one is by AdamW", {"optim": partial(torch.optim.AdamW, lr=1e-2)}),
+        ("40 rows of data, but there are 39", {"data": ROWS[:39]}),
+    ]:
+        options = {"make": affine_flow, "average": 0.9, **change}
+        options["valid"] = options["data"] if isinstance(options.get("data"), tuple) else HELD_OUT
+        with pytest.raises(ValueError, match=words):
+            run(checkpoint=path, epochs=4, resume=True, **options)
+        assert files(path) == before
+
+
+def test_a_refused_run_leaves_the_parameters_as_they_came(tmp_path):
+    run(affine_flow, tmp_path / "run", 2)
+    flow = affine_flow()
+    before = [p.clone() for p in flow.parameters()]
+    with pytest.raises(ValueError, match="rows of data"):
+        train(flow, ROWS[:20], epochs=4, optim=ADAM, checkpoint=tmp_path / "run", resume=True)
+    assert all(torch.equal(p, q) for p, q in zip(flow.parameters(), before, strict=True))
+    assert not flow.training
+
+
+def test_where_there_is_no_run_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"run\.training\.safetensors"):
+        run(affine_flow, tmp_path / "run", 2, resume=True)
+    run(affine_flow, tmp_path / "run", 1)
+    (tmp_path / "run.training.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"run\.training\.safetensors"):
+        run(affine_flow, tmp_path / "run", 2, resume=True)
+    with pytest.raises(ValueError, match="checkpoint="):
+        run(affine_flow, None, 2, resume=True)
+
+
+def test_what_is_no_run_is_refused_by_the_name_of_its_file(tmp_path):
+    place = tmp_path / "run.training"
+    checkpoints.save(place, affine_flow())
+    with pytest.raises(ValueError, match=r"run\.training\.safetensors"):
+        run(affine_flow, tmp_path / "run", 2, resume=True)
+    checkpoints.save(place, affine_flow(), rows=len(ROWS))
+    with pytest.raises(ValueError, match=r"run\.training\.safetensors"):
+        run(affine_flow, tmp_path / "run", 2, resume=True)
+    run(affine_flow, tmp_path / "run", 1)
+    raw = bytearray(place.with_name("run.training.safetensors").read_bytes())
+    raw[-1] ^= 1
+    place.with_name("run.training.safetensors").write_bytes(raw)
+    with pytest.raises(ValueError, match=r"run\.training\.safetensors is damaged"):
+        run(affine_flow, tmp_path / "run", 2, resume=True)
+
+
+# Ctrl-C.
+
+
+class Terminated(KeyboardInterrupt):
+    """As the command line makes it of SIGTERM."""
+
+
+def stopping(at, *, error=KeyboardInterrupt, objective=MaximumLikelihood, held_out=False):
+    """An objective that at that step, or at that loss of held-out data, is stopped."""
+    objective, calls = objective(), []
+    name = "loss" if held_out else "loss_and_grads"
+    original = getattr(objective, name)
+
+    def stopped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == at + (not held_out):  # the first call looks for the parameters
+            raise error
+        return original(*args, **kwargs)
+
+    setattr(objective, name, stopped)
+    return objective
+
+
+MADE = []
+
+
+def remembering(make):
+    """Keeps what is made, and how it was."""
+
+    def made():
+        fit = make()
+        MADE.append((fit, state(fit)))
+        return fit
+
+    return made
+
+
+WHEN = {
+    "at the first step": (1, False),
+    "in the first epoch": (3, False),
+    "as the first epoch is judged": (1, True),
+    "as the second epoch begins": (STEPS + 1, False),
+    "in the third epoch": (2 * STEPS + 2, False),
+    "as the third epoch ends": (3 * STEPS, False),
+    "as the third epoch is judged": (3, True),
+}
+
+
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Terminated])
+@pytest.mark.parametrize("average", [None, 0.9], ids=["as it is", "averaged"])
+def test_a_run_that_is_stopped_can_be_gone_on_with(when, error, average, tmp_path):
+    at, held_out = WHEN[when]
+    done = at - 1 if held_out else (at - 1) // STEPS
+    whole = run(affine_flow, tmp_path / "whole", 5, average=average)
+    whole_params = kept(whole)
+    objective = stopping(at, error=error, held_out=held_out)
+    with pytest.raises(error) as caught:
+        run(remembering(affine_flow), tmp_path / "parts", 5, average=average, objective=objective)
+    flow, first = MADE[-1]
+    assert any(str(tmp_path / "parts.safetensors") in note for note in caught.value.__notes__)
+    assert not any(module.training for module in flow.modules())
+    saved = load_file(tmp_path / "parts.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in flow.state_dict().items())
+    if done:
+        assert nats(flow, HELD_OUT) == pytest.approx(checkpoints.read(tmp_path / "parts")[1]["best"]["valid"], abs=1e-6)
+    else:
+        assert all(torch.equal(p, first[name]) for name, p in flow.named_parameters())
+    assert len(checkpoints.read(tmp_path / "parts.training")[1]["history"]) == done
+
+    fit = run(affine_flow, tmp_path / "parts", 5, average=average, resume=True)
+    check_same(fit, kept(fit), tmp_path / "parts", whole, whole_params, tmp_path / "whole")
+
+
+BETWEEN = {
+    "as the best is kept": (Weights, "keep", 2),
+    "as the average is taken": (Weights, "update", 10),
+    "as the run is copied": (snapshots, "take", 4),
+    "as the best is written": (checkpoints, "write", 3),
+}
+
+
+@pytest.mark.parametrize("when", BETWEEN)
+def test_a_run_that_is_stopped_between_two_steps_can_be_gone_on_with(when, tmp_path, monkeypatch):
+    """Whatever Ctrl-C falls into: what is on disk belongs together."""
+    whole = run(affine_flow, tmp_path / "whole", 6, average=0.5)
+    params = kept(whole)
+    holder, function, at = BETWEEN[when]
+    original, calls = getattr(holder, function), []
+
+    def stopped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(holder, function, stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(affine_flow, tmp_path / "parts", 6, average=0.5)
+    record = checkpoints.read(tmp_path / "parts")[1]
+    assert nats(checkpoints.load(tmp_path / "parts"), HELD_OUT) == pytest.approx(record["best"]["valid"], abs=1e-6)
+    fit = run(affine_flow, tmp_path / "parts", 6, average=0.5, resume=True)
+    check_same(fit, kept(fit), tmp_path / "parts", whole, params, tmp_path / "whole")
+
+
+def test_a_run_without_a_checkpoint_that_is_stopped_leaves_the_best():
+    params = kept(run(affine_flow, None, 2))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(remembering(affine_flow), None, 5, objective=stopping(2 * STEPS + 2))
+    assert not getattr(caught.value, "__notes__", [])
+    flow, _ = MADE[-1]
+    assert not flow.training
+    assert all(torch.equal(value, params[name]) for name, value in flow.state_dict().items())
+
+
+def test_a_good_checkpoint_is_not_replaced_before_there_is_another(tmp_path):
+    """A second run by the same name that is stopped, or diverges, in its first epoch."""
+    run(affine_flow, tmp_path / "run", 3)
+    before = files(tmp_path / "run")
+    with pytest.raises(FloatingPointError):
+        run(affine_flow, tmp_path / "run", 3, objective=stopping(2, error=FloatingPointError("the loss is nan")))
+    assert files(tmp_path / "run") == before
+    with pytest.raises(KeyboardInterrupt):
+        run(affine_flow, tmp_path / "run", 3, objective=stopping(2))
+    assert files(tmp_path / "run")["run.safetensors"] == before["run.safetensors"]
+
+
+# Files.
+
+
+def test_the_run_is_written_about_twice_a_minute(tmp_path, monkeypatch):
+    clock, written = itertools.count(0.0, 2.0), []  # two seconds pass whenever the time is asked for
+    original = checkpoints.write
+
+    def write(path, *args, **kwargs):
+        written.append((Path(path).name, next(clock)))
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(checkpoints, "write", write)
+    fit = run(affine_flow, tmp_path / "run", 60, patience=60)
+    assert len(fit.history) == 60
+    times = [at for name, at in written if "training" in name]
+    total = fit.history[-1]["seconds"]
+    assert total / 60 < len(times) <= total / 30 + 1
+    assert all(b - a >= 30 for a, b in itertools.pairwise(times[:-1]))
+    assert max(b - a for a, b in itertools.pairwise(times)) < 45
+
+
+def test_a_run_that_is_killed_goes_on_from_what_was_written_last(tmp_path, monkeypatch):
+    """Every epoch is written here, and then the files of the third are put back."""
+    monkeypatch.setattr(training._Keeper, "SECONDS", 0.0)
+    whole = run(affine_flow, tmp_path / "whole", 6)
+    params, name = kept(whole), "run.training.safetensors"
+    original, copies = checkpoints.write, []
+
+    def write(path, *args, **kwargs):
+        written = original(path, *args, **kwargs)
+        if written.name == name:
+            copies.append(files(tmp_path / "run"))
+        return written
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "write", write)
+        run(affine_flow, tmp_path / "run", 6)
+    assert len(copies) == 8  # as it begins, after each epoch, and as it ends
+    for file, raw in copies[3].items():
+        (tmp_path / file).write_bytes(raw)
+    assert len(checkpoints.read(tmp_path / name)[1]["history"]) == 3
+    fit = run(affine_flow, tmp_path / "run", 6, resume=True)
+    check_same(fit, kept(fit), tmp_path / "run", whole, params, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("room", [1000, 8000], ids=["for nothing", "for the parameters alone"])
+def test_a_full_disk_is_an_error_and_leaves_what_was_there(room, tmp_path):
+    resource = pytest.importorskip("resource")
+    run(affine_flow, tmp_path / "run", 2)
+    before = files(tmp_path / "run")
+    sizes = {name: len(raw) for name, raw in before.items()}
+    assert sizes["run.safetensors"] < 8000 < sizes["run.training.safetensors"]
+    flow, limits = affine_flow(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"run(\.training)?\.safetensors"):
+            run(lambda: flow, tmp_path / "run", 3, seed=4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    after = files(tmp_path / "run")
+    assert after.keys() == before.keys()
+    assert after["run.training.safetensors"] == before["run.training.safetensors"]
+    assert (after["run.safetensors"] == before["run.safetensors"]) == (room == 1000)
+    assert not flow.training
+    checkpoints.load(tmp_path / "run")
+
+
+def test_what_notes_say_is_kept_over_a_run_that_goes_on(tmp_path):
+    note = {"source": "a.csv", "levels": None, "rate": 1e-3}
+    run(affine_flow, tmp_path / "run", 1, notes=note)
+    run(affine_flow, tmp_path / "run", 2, notes=note, resume=True)
+    for name in ("run", "run.training"):
+        record = checkpoints.read(tmp_path / name)[1]
+        assert record["notes"] == note
+        assert record["rows"] == 40
+        assert len(record["history"]) == 2
 
 
 # What it refuses.
@@ -678,6 +1134,30 @@ def test_a_diverging_loss_stops_training_and_keeps_the_best(bad, valid, tmp_path
     assert "loss is" in fit.stopped
     assert torch.equal(load_file(tmp_path / "c.safetensors")["loc"], model.loc.detach())
     assert not model.training
+
+
+@pyro_says_nan_too
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_diverging_loss_is_told_by_step_and_epoch_and_the_best_stays_on_disk(bad, tmp_path):
+    model, objective = Breaking(bad, after=1 + 3 * 3 + 1), Trace_ELBO()  # bad is the second of three steps in the fourth epoch
+    words = r"loss is -?(nan|inf) at step 2\b.*epoch 4\b.*epoch 3 is kept"
+    options = {"objective": objective, "optim": SGD, "batch_size": 3, "checkpoint": tmp_path / "c"}
+    with pyro.validation_enabled(False), pytest.warns(RuntimeWarning, match=words):
+        fit = train((model, no_guide), torch.ones(9), **options)
+    assert len(fit.history) == 3
+    loc = model.loc.detach().clone()
+    for name in ("c", "c.training"):
+        record = checkpoints.read(tmp_path / name)[1]
+        assert record["history"] == fit.history
+        assert record["best"] == fit.best
+    assert checkpoints.read(tmp_path / "c")[1]["stopped"] == fit.stopped
+    assert torch.equal(load_file(tmp_path / "c.safetensors")["loc"], loc)
+
+    pyro.clear_param_store()
+    cured = Breaking(0.0, after=0)
+    fit = train((cured, no_guide), torch.ones(9), epochs=5, resume=True, **options)
+    assert [record["epoch"] for record in fit.history] == [1, 2, 3, 4, 5]
+    assert abs(cured.loc - 1) < abs(loc - 1)
 
 
 @pyro_says_nan_too
