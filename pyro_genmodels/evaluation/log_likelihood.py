@@ -57,7 +57,7 @@ class LogLikelihood:
         return -self.mean / (dims * log(2))
 
     def __str__(self) -> str:
-        k = f", k={self.num_samples}" if self.num_samples > 1 else ""
+        k = "" if self.kind == "exact" else f", k={self.num_samples}"
         return f"{self.mean:.3f} ± {self.mean_std_error:.3f} nats per datum ({self.kind}{k}, n={len(self.values)})"
 
 
