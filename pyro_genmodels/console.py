@@ -95,7 +95,7 @@ def say(text: str, *, quiet: bool) -> None:
 
 def verdict(judged: LogLikelihood, levels: int | None, x: Any) -> str:
     """A log-likelihood in words."""
-    kind = judged.kind if judged.num_samples == 1 else f"{judged.kind}, k={judged.num_samples}"
+    kind = judged.kind if judged.kind == "exact" else f"{judged.kind}, k={judged.num_samples}"
     bits = f"; {judged.bits_per_dim(x[0].numel()):.3f} bits per dimension" if levels else ""
     return f"{-judged.mean:.3f} ± {judged.mean_std_error:.3f} nats per datum, lower is better ({kind}, n={len(x)}){bits}"
 
@@ -112,7 +112,7 @@ def print_table(comparison: Comparison, data: Dataset) -> None:
     for family, row in comparison.table.iterrows():
         table.add_row(
             str(family),
-            row.kind if row.num_samples == 1 else f"{row.kind} (k={row.num_samples})",
+            row.kind if row.kind == "exact" else f"{row.kind} (k={row.num_samples})",
             f"{row.nats:.{digits}f} ± {row.se / n:.{digits}f}",
             f"{row.bits_per_dim:.3f}" if data.levels else "",
             f"{row.elpd_diff:.0f} ± {row.dse:.0f}",
