@@ -470,6 +470,17 @@ def test_draws_given_labels_are_judged_as_they_are(labelled, images, data, tmp_p
     assert verdict(done("evaluate", images, "--data", tmp_path / "draws.npz"))["n"] == 50
 
 
+def test_labels_do_not_take_the_place_of_a_column_by_that_name(data, tmp_path):
+    frame = pd.read_csv(data / "measures.csv").rename(columns={"height": "label"})
+    frame.to_csv(tmp_path / "rows.csv", index=False)
+    args = ["--data", tmp_path / "rows.csv", "--columns", "label,width,depth", "--labels", "kind"]
+    path = fit(tmp_path / "out", *args, epochs=1)
+    done("sample", path, "-n", 30, "--out", tmp_path / "draws.csv")
+    draws = pd.read_csv(tmp_path / "draws.csv")
+    assert draws.shape == (30, 4)
+    assert (draws["label"] % 1 != 0).any()
+
+
 def test_draws_of_an_array_by_name_are_judged_as_they_are(data, tmp_path):
     args = ["--data", data / "named.npz", "--columns", "rows", "--labels", "kind"]
     path = fit(tmp_path / "out", *args, epochs=1)
@@ -545,6 +556,13 @@ def test_the_smallest_file_that_is_taken_is_fitted_without_a_warning(data, tmp_p
     result = invoke("fit", "--data", tmp_path / "ten.csv", "--epochs", 1, "--out", tmp_path, "--quiet")
     assert result.exit_code == 0, result.exception
     assert result.stderr == ""
+
+
+def test_one_draw_is_pictured_without_a_warning(data, tmp_path):
+    path = fit(tmp_path / "out", "--data", data / "plane.csv", epochs=1)
+    result = invoke("sample", path, "-n", 1, "--out", tmp_path / "one.npy", "--picture", tmp_path / "one.png")
+    assert result.exit_code == 0, result.exception
+    assert (tmp_path / "one.png").read_bytes().startswith(PNG)
 
 
 def test_a_seed_says_everything_and_the_same_folder_may_be_used_again(data, tmp_path):
