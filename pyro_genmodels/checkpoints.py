@@ -52,6 +52,7 @@ def save(path: str | Path, family: Family, **record: Any) -> Path:
         The path of the file.
 
     Raises:
+        ValueError: if the record has names that a checkpoint uses itself.
         ImportError: without safetensors.
         OSError: if it cannot be written; an older file then stays as it was.
 
@@ -63,6 +64,8 @@ def save(path: str | Path, family: Family, **record: Any) -> Path:
         ...     checkpoints.load(path)().sample((5,)).shape
         torch.Size([5, 2])
     """
+    if reserved := {"format", "pyro_genmodels", "class", "arguments", "own", "options"} & set(record):
+        raise ValueError(f"A record cannot have {', '.join(map(repr, sorted(reserved)))}, which a checkpoint says of itself.")
     return write(path, {name: t.detach().clone() for name, t in family.state_dict().items()}, {**record, **describe(family)})
 
 
@@ -110,14 +113,16 @@ def write(path: str | Path, state: Mapping[str, Tensor], record: Mapping[str, An
         ImportError: without safetensors.
         OSError: if they cannot be written.
     """
-    safetensors = needed("safetensors.torch", extra="cli", by="A checkpoint")
     target = tensors_of(path)
     tensors = {name: t.contiguous().cpu() for name, t in state.items()}
     full = {"format": FORMAT, "pyro_genmodels": __version__, **record}
     text = json.dumps(full)
     with whole(target) as part:
         metadata = {"pyro_genmodels": text, "sha256": _digest(tensors, text)}
-        safetensors.save_file(tensors, part, metadata=metadata)
+        try:
+            _safetensors(".torch").save_file(tensors, part, metadata=metadata)
+        except _safetensors().SafetensorError as error:
+            raise OSError(f"{target} cannot be written: {_brief(error)}") from error
     if readable:
         with whole(target.with_suffix(".json")) as part:
             part.write_text(json.dumps(full, indent=1) + "\n")
@@ -132,22 +137,22 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ValueError: if it is no checkpoint of this package, damaged, or of a newer version.
         ImportError: without safetensors.
     """
-    safetensors, torch_files = (needed(f"safetensors{part}", extra="cli", by="A checkpoint") for part in ("", ".torch"))
     given, path = Path(path), tensors_of(path)
     if not path.is_file() and given.is_file():
         path = given
     if not path.is_file():
         near = ", ".join(sorted(p.name for p in path.parent.glob("*.safetensors") if ".training" not in p.name)[:5])
         raise FileNotFoundError(f"There is no checkpoint {path}." + (f" Its folder has {near}." if near else ""))
+    raw = path.read_bytes()
     try:
-        with safetensors.safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
-        state = torch_files.load(path.read_bytes())
-    except safetensors.SafetensorError as error:
+        state = _safetensors(".torch").load(raw)
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        metadata = header.get("__metadata__") or {}
+    except _safetensors().SafetensorError as error:
         raise ValueError(
             f"{path} is no checkpoint, or is damaged: it cannot be read as safetensors ({_brief(error)})."
         ) from error
-    except (KeyError, TypeError, UnicodeDecodeError, RuntimeError, OverflowError) as error:  # of types torch does not know
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:  # of types torch does not know
         raise ValueError(f"{path} is damaged: its tensors cannot be read ({_brief(error)}).") from error
     if "pyro_genmodels" not in metadata:
         raise ValueError(
@@ -159,7 +164,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path} is damaged: its checksum is not that of its contents. Take another copy of it.")
     try:
         record = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: its record is no JSON.") from error
     if not isinstance(record, dict) or not isinstance(record.get("format", 0), int):
         raise ValueError(f"{path} is damaged: its record is not one of pyro_genmodels.")
@@ -175,7 +180,13 @@ def tensors_of(path: str | Path) -> Path:
     """The path of a checkpoint's tensors, given with or without a suffix of its own."""
     path = Path(path)
     name = path.name.removesuffix(".safetensors").removesuffix(".json")
+    if not name:
+        raise ValueError(f"A checkpoint wants the name of a file, but found {str(path)!r}.")
     return path.with_name(name + ".safetensors")
+
+
+def _safetensors(part: str = "") -> Any:
+    return needed(f"safetensors{part}", extra="cli", by="A checkpoint")
 
 
 def _digest(state: Mapping[str, Tensor], text: str) -> str:
@@ -214,22 +225,24 @@ def rebuild(record: Mapping[str, Any], path: str | Path) -> Family:
     if "options" in record:
         name = Path(path).name.removesuffix(".safetensors").removesuffix(".training")
         raise ValueError(f"{path} is what training goes on from; the parameters are in {name}.safetensors beside it.")
-    if record.get("own"):
+    kind = str(record.get("class", "model"))
+    if own := record.get("own"):
+        parts = ", ".join(map(str, own)) if isinstance(own, list) else str(own)
         raise ValueError(
-            f"{path} holds a {record.get('class')} with parts of your own ({', '.join(map(str, record['own']))}), which only "
-            "you can build. Build the family as it was and load by checkpoints.load(path, family)."
+            f"{path} holds a {kind} with parts of your own ({parts}), which only you can build. Build the family as it was and "
+            "load by checkpoints.load(path, family)."
         )
     if "arguments" not in record:
         raise ValueError(
-            f"{path} holds the parameters of a {record.get('class', 'model')} that is no family of pyro_genmodels: read them "
-            "by checkpoints.read and load_state_dict."
+            f"{path} holds the parameters of a {kind} that is no family of pyro_genmodels: read them by checkpoints.read and "
+            "load_state_dict."
         )
     try:
-        family = _decode({"class": record["class"], "arguments": record["arguments"]})
-    except (TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{path} describes a family that this version cannot build: {_brief(error)}.") from error
+        family = _decode({"class": kind, "arguments": record["arguments"]})
+    except Exception as error:  # whatever the parts say to arguments that are not theirs
+        raise ValueError(f"{path} describes a {kind} that this version cannot build: {_brief(error)}.") from error
     if not isinstance(family, Family):
-        raise ValueError(f"{path} holds a {record['class']}, which is no family.")
+        raise ValueError(f"{path} holds a {kind}, which is no family.")
     return family
 
 

@@ -49,7 +49,9 @@ def whole(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(part, target)
     except OSError as error:
-        if error.errno is not None and error.filename in (None, part, str(part)):
+        if error.errno is None and error.filename is None:  # of numpy, say
+            raise OSError(f"{path} cannot be written: {error}") from error
+        if error.filename in (None, part, str(part)):
             error.filename = str(path)
         raise
     finally:

@@ -64,7 +64,12 @@ class Fit:
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint says of it."""
-        return {**checkpoints.describe(self.family), "best": self.best, "history": self.history, "stopped": self.stopped}
+        return {
+            **checkpoints.describe(self.family),
+            "best": self.best,
+            "history": list(self.history),
+            "stopped": self.stopped,
+        }
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -162,18 +167,26 @@ def train(
     optimiser = _optimiser(optim, list(loop.parameters.values()))
     weights = Weights(loop.parameters, modules, average)
 
-    result = Fit(fit, stopped=f"{epochs} epochs")
+    result = Fit(fit)
     keeper = _Keeper(checkpoint, result, weights, optimiser, {"rows": batches.rows, "notes": dict(notes or {})})
-    if resume:
-        keeper.put_back()
-    keeper.take()
+    try:
+        if resume:
+            keeper.put_back()
+        keeper.take()
+    except BaseException:
+        for module in modules:
+            module.eval()
+        raise
     done, start = len(result.history), time.perf_counter() - (result.history[-1]["seconds"] if result.history else 0.0)
+    result.stopped = f"{max(epochs, done)} epochs"
     often = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file is not filled
     bar = tqdm(
         total=epochs, initial=done, desc=getattr(fit, "name", "fit"), unit="epoch", disable=not progress, mininterval=often
     )
     try:
         for epoch in range(done + 1, epochs + 1):
+            if epoch - 1 - result.best.get("epoch", 0) >= patience:
+                break
             record = {"epoch": epoch, "train": _epoch(loop, batches, optimiser, weights, clip_norm)}
             if held_out is not None:
                 with weights.averaged(), traces.looking_on(), _fixed_noise():
@@ -181,15 +194,14 @@ def train(
             record["seconds"] = time.perf_counter() - start
             result.history.append(record)
             if result.is_best(record):
-                result.best = record
                 weights.keep()
+                result.best = record
                 keeper.write_best()
             keeper.take()
             bar.set_postfix({k: f"{record[k]:.3f}" for k in ("train", "valid") if k in record}, refresh=False)
             bar.update()
-            if epoch - result.best.get("epoch", 0) >= patience:
-                result.stopped = f"no better validation loss in {patience} epochs"
-                break
+        if len(result.history) - result.best.get("epoch", 0) >= patience:
+            result.stopped = f"no better validation loss in {patience} epochs"
         if not result.best:
             raise FloatingPointError("no epoch has a finite validation loss: look for held-out data that the model rules out")
         keeper.write()
@@ -202,7 +214,7 @@ def train(
     except KeyboardInterrupt as interrupt:
         result.stopped = "interrupted"
         if path := keeper.write():
-            interrupt.add_note(f"The state after epoch {len(keeper.history)} is in {path}: go on from it by resume.")
+            interrupt.add_note(f"The state after epoch {keeper.epochs} is in {path}: go on from it by resume.")
         raise
     finally:
         bar.close()
@@ -222,7 +234,7 @@ class _Keeper:
     ) -> None:
         self.path = None if path is None else checkpoints.tensors_of(path)
         self.result, self.weights, self.optimiser, self.record = result, weights, optimiser, record
-        self.history: list[dict[str, float]] = []
+        self.epochs = 0
         self.written = time.perf_counter()
 
     @property
@@ -236,8 +248,9 @@ class _Keeper:
         """Copies the run as it is after an epoch, and writes it if that was long ago."""
         if self.path is None:
             return
-        self.history, self.best = list(self.result.history), self.result.best
-        self.tensors, self.options = snapshots.take(self.weights, self.optimiser)
+        tensors, options = snapshots.take(self.weights, self.optimiser)
+        taken = self.weights.best_state(), self.result.record(), tensors, options
+        self.taken, self.epochs = taken, len(self.result.history)  # at once, for Ctrl-C may come at any time
         if time.perf_counter() - self.written > self.SECONDS:
             self.write()
 
@@ -258,12 +271,17 @@ class _Keeper:
             checkpoints.write(self.path, self.weights.best_state(), {**self.result.record(), **self.record})
 
     def write(self) -> Path | None:
-        """Writes the best parameters and the run as it was when last taken; the path of the parameters."""
-        if self.path is None:
+        """Writes the best parameters and the run, as they were when last taken; returns the path of the parameters.
+
+        A run that has not got anywhere replaces nothing.
+        """
+        if self.path is None or (self.epochs == 0 and self.path.exists()):
             return None
-        self.write_best()
-        record = {"history": self.history, "best": self.best, "options": self.options, **self.record}
-        checkpoints.write(self.run, self.tensors, record, readable=False)
+        state, said, tensors, options = self.taken
+        said |= {"stopped": self.result.stopped}
+        checkpoints.write(self.path, state, {**said, **self.record})
+        run = {"history": said["history"], "best": said["best"], "options": options, **self.record}
+        checkpoints.write(self.run, tensors, run, readable=False)
         self.written = time.perf_counter()
         return self.path
 
