@@ -137,6 +137,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ValueError: if it is no checkpoint of this package, damaged, or of a newer version.
         ImportError: without safetensors.
     """
+    _safetensors()
     given, path = Path(path), tensors_of(path)
     if not path.is_file() and given.is_file():
         path = given

@@ -50,7 +50,7 @@ LabelColumn = Annotated[
     typer.Option("--labels", help="Condition on classes 0, 1, ...: a column (.npz: array) of a file; `label` of a data set."),
 ]
 Levels = Annotated[int | None, typer.Option(help="Of a file of integers: K, for values 0 to K - 1; 0 takes them for reals.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the split, of training and of drawing.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the split, of training and of drawing.")]
 Device = Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")]
 Epochs = Annotated[int, typer.Option(min=1, help="Passes over the data, at most.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar, and no words about files.")]
@@ -167,7 +167,9 @@ def fit(
             source, path = _source(data, columns, labels, levels, seed), out / family
         else:
             require("safetensors")
-            given = [name for name in ("family", "columns", "labels", "levels", "seed", *settings) if _is_given(context, name)]
+            given = [
+                name for name in ("family", "out", "columns", "labels", "levels", "seed", *settings) if _is_given(context, name)
+            ]
             if given:
                 options = ", ".join("--" + name.replace("_", "-") for name in given)
                 raise ValueError(f"--resume goes on with the checkpoint's own settings: leave {options} out")
@@ -229,7 +231,8 @@ def sample(
         from pyro_genmodels import plots, recipes, reports
         from pyro_genmodels.families import Labels
 
-        family, record = recipes.restored(checkpoint, device=device)
+        reports.check_rows(out)
+        family, notes = recipes.restored(checkpoint, device=device)
         if picture is not None:
             reports.check_picture(family, picture)
         pyro.set_rng_seed(seed)
@@ -244,10 +247,9 @@ def sample(
         elif label is not None:
             raise ValueError(f"{checkpoint} was not fitted with labels: leave --label out")
         draws = recipes.draw(family, num_samples, labels)
-        notes = record.get("notes") or {}
-        reports.save_rows(out, draws, labels, notes.get("columns"))
+        reports.save_rows(out, draws, labels, notes)
         if picture is not None:
-            name = str(notes.get("family", type(family).__name__))
+            name = notes.family
             figure = plots.image_grids({name: draws[:100]}) if draws.dim() == 3 else plots.scatters({name: draws})
             reports.save_figure(figure, picture)
         say(f"{num_samples} draws: {out}" + (f"; picture: {picture}" if picture else ""), quiet=quiet)
@@ -262,13 +264,18 @@ def evaluate(
         typer.Option(help="Rows to judge by, by default the test rows of the data it was fitted to.", show_default=False),
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help=f"Which rows: {', '.join(SPLITS)}; of another file by default all.", show_default=False)
+        str | None,
+        typer.Option(
+            help=f"Which rows: {', '.join(SPLITS)}; of another file by default all.",
+            show_default=False,
+            autocompletion=_completion(SPLITS),
+        ),
     ] = None,
     columns: Columns = None,
     labels: LabelColumn = None,
     num_samples: Annotated[int, typer.Option("--num-samples", "-n", min=1, help="k, draws per row behind a bound.")] = 512,
     out: Annotated[Path | None, typer.Option(help="File (.csv) for the log-likelihood of each row.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws behind a bound.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draws behind a bound.")] = 0,
     device: Device = "cpu",
 ) -> None:
     """Judge a fitted family by the log-likelihood of data.
@@ -284,30 +291,26 @@ def evaluate(
             _known("split", [split], SPLITS)
         if out is not None and out.suffix != ".csv":
             raise ValueError(f"--out wants a .csv file, but found {out}")
+        if data is not None:
+            _check_data(data)
         require("safetensors")
         usable(device)
-        from dataclasses import replace
-
         import pandas as pd
         import pyro
 
         from pyro_genmodels import recipes
         from pyro_genmodels.files import whole
 
-        family, record = recipes.restored(checkpoint, device=device)
-        notes = recipes.notes_of(record, checkpoint)
-        source = recipes.Source(**notes["source"])
-        changes: dict[str, Any] = {"data": data, "columns": _split(columns), "labels": labels}
-        source = replace(source, **{name: value for name, value in changes.items() if value is not None})
+        family, notes = recipes.restored(checkpoint, device=device)
+        x, y, name = recipes.rows_of(notes, data=data, columns=_split(columns), labels=labels, split=split)
         pyro.set_rng_seed(seed)
-        x, y, name = recipes.rows_of(source, notes, split)
         judged = recipes.evaluate(family, x, y, num_samples=num_samples)
         if out is not None:
             table = pd.DataFrame({"log_likelihood": judged.values.cpu(), "std_error": judged.std_error.cpu()})
             table.index.name = "row"
             with whole(out) as part:
                 table.to_csv(part)
-        typer.echo(f"{notes['family']} on {name}: {verdict(judged, notes['levels'], x)}")
+        typer.echo(f"{notes.family} on {name}: {verdict(judged, notes.levels, x)}")
 
 
 # What is checked before work begins.
@@ -315,11 +318,15 @@ def evaluate(
 
 def _source(data: str, columns: str | None, labels: str | None, levels: int | None, seed: int) -> Source:
     """Where data come from; a name that nobody knows is refused before anything heavy is imported."""
-    if data not in DATA and not Path(data).suffix and not Path(data).exists():
-        _known("data set", [data], DATA)
+    _check_data(data)
     from pyro_genmodels.recipes import Source
 
     return Source(data, _split(columns), labels, levels, seed)
+
+
+def _check_data(data: str) -> None:
+    if data not in DATA and not Path(data).suffix and not Path(data).exists():
+        _known("data set", [data], DATA)
 
 
 def _split(columns: str | None) -> list[str] | None:
@@ -339,14 +346,16 @@ def _run_of(checkpoint: Path, data: str | None) -> tuple[str, Source, dict[str, 
     from dataclasses import replace
 
     from pyro_genmodels import checkpoints
-    from pyro_genmodels.recipes import Source, notes_of
+    from pyro_genmodels.recipes import notes_of
 
     path = checkpoints.tensors_of(checkpoint)
-    _, record = checkpoints.read(path)
-    notes = notes_of(record, path)
-    source = Source(**notes["source"])
-    settings = {name: notes[name] for name in ("batch_size", "learning_rate", "patience")}
-    return notes["family"], source if data is None else replace(source, data=data), settings, path.with_suffix("")
+    path = path.with_name(path.name.removesuffix(".training.safetensors").removesuffix(".safetensors") + ".safetensors")
+    notes = notes_of(checkpoints.read(path)[1])
+    if notes is None or notes.source is None:
+        raise ValueError(f"{path} is not of the command line: go on in Python, by train(..., checkpoint=..., resume=True)")
+    settings = {"batch_size": notes.batch_size, "learning_rate": notes.learning_rate, "patience": notes.patience}
+    source = notes.source if data is None else replace(notes.source, data=data)
+    return notes.family, source, settings, path.with_suffix("")
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

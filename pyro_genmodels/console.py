@@ -54,13 +54,14 @@ def usable(device: str) -> None:
 @contextmanager
 def plainly(context: typer.Context) -> Iterator[None]:
     """Errors of input and output in a line, and exit code 2; a stopped run in a line, and the code of its signal."""
-    if context.obj:
-        yield
-        return
     try:
         yield
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else str(error)
+        if context.obj:
+            raise
+        text = str(error).split("\nTrace Shapes:")[0].split("\n  Trace Shapes:")[0].strip()  # Pyro's, for who wrote the model
+        if isinstance(error, OSError) and error.strerror:
+            text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         typer.echo(f"pyro-genmodels: {text}" + ("" if text.endswith((".", "?", ")")) else "."), err=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as interrupt:
@@ -97,7 +98,8 @@ def verdict(judged: LogLikelihood, levels: int | None, x: Any) -> str:
     """A log-likelihood in words."""
     kind = judged.kind if judged.kind == "exact" else f"{judged.kind}, k={judged.num_samples}"
     bits = f"; {judged.bits_per_dim(x[0].numel()):.3f} bits per dimension" if levels else ""
-    return f"{-judged.mean:.3f} ± {judged.mean_std_error:.3f} nats per datum, lower is better ({kind}, n={len(x)}){bits}"
+    error = f" ± {judged.mean_std_error:.3f}" if len(judged.values) > 1 else ""
+    return f"{-judged.mean:.3f}{error} nats per datum, lower is better ({kind}, n={len(x)}){bits}"
 
 
 def print_table(comparison: Comparison, data: Dataset) -> None:

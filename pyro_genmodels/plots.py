@@ -83,7 +83,7 @@ def densities(panels: Mapping[str, Tensor], low: Sequence[float], high: Sequence
 def frame(points: Tensor) -> tuple[list[float], list[float]]:
     """The corners of a picture of points, (N, 2), with a margin."""
     low, high = points.min(0).values, points.max(0).values
-    margin = 0.1 * (high - low).clamp(min=1e-6)
+    margin = 0.1 * torch.maximum(high - low, 1e-3 * (1 + low.abs()))
     return (low - margin).tolist(), (high + margin).tolist()
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["FAMILIES", "Recipe", "Source", "draw", "evaluate", "fit", "notes_of", "restored", "rows_of"]
+__all__ = ["FAMILIES", "Notes", "Recipe", "Source", "draw", "evaluate", "fit", "notes_of", "restored", "rows_of"]
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,29 @@ class Source:
         return load(self.data, seed=self.seed, columns=self.columns, labels=labels, levels=self.levels)
 
 
+@dataclass(frozen=True)
+class Notes:
+    """What the command line writes into a checkpoint.
+
+    Attributes:
+        family: its name on the command line.
+        source: of the data, or None of a checkpoint made in Python.
+        columns: names of the coordinates, if they have any.
+        levels: of integers; None of reals.
+        batch_size: rows per step.
+        learning_rate: Adam's.
+        patience: epochs without a better validation loss before training stopped.
+    """
+
+    family: str
+    source: Source | None
+    columns: list[str] | None
+    levels: int | None
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    patience: int = 25
+
+
 def _flow(data: Dataset, context: Any) -> Family:
     event_shape = data.train.shape[1:]
     if data.levels:
@@ -115,12 +138,15 @@ def fit(
 ) -> Fit:
     """Builds and trains the family of that name, its best state kept at `checkpoint`."""
     recipe, discrete = FAMILIES[name], bool(data.levels)
-    settings: dict[str, Any] = {
-        "batch_size": batch_size or (64 if discrete else 256),
-        "learning_rate": learning_rate or recipe.learning_rate,
-        "patience": patience,
-    }
-    notes = {"family": name, "source": asdict(source), "columns": data.columns, "levels": data.levels, **settings}
+    notes = Notes(
+        name,
+        source,
+        None if data.columns is None else list(data.columns),
+        data.levels,
+        batch_size or (64 if discrete else 256),
+        learning_rate or recipe.learning_rate,
+        patience,
+    )
     pyro.set_rng_seed(source.seed)
     context = Labels(data.num_classes or 1) if source.labels else 0
     family = recipe.build(data, context)
@@ -130,14 +156,14 @@ def fit(
         family.to(device),
         (data.train, train_labels),
         valid=(data.valid, valid_labels),
-        optim=partial(torch.optim.Adam, lr=settings["learning_rate"]),
+        optim=partial(torch.optim.Adam, lr=notes.learning_rate),
         epochs=epochs,
-        batch_size=settings["batch_size"],
+        batch_size=notes.batch_size,
         patience=patience,
         average=0.99,
         checkpoint=checkpoint,
         resume=resume,
-        notes=notes,
+        notes=asdict(notes),
         seed=source.seed,
         progress=progress,
     )
@@ -155,30 +181,53 @@ def evaluate(family: Any, x: Tensor, labels: Tensor | None, *, num_samples: int 
     if family.context is not None and labels is None:
         raise ValueError("the model was fitted with labels, but these rows have none: say --labels, the name of their column")
     context = () if family.context is None or labels is None else (labels.to(device),)
+    family.embed(*context or (None,))  # checks the labels
     return log_likelihood(family, x.to(device), *context, num_samples=num_samples)
 
 
-def rows_of(source: Source, notes: Mapping[str, Any], split: str | None) -> tuple[Tensor, Tensor | None, str]:
+def rows_of(
+    notes: Notes, *, data: str | None, columns: list[str] | None, labels: str | None, split: str | None
+) -> tuple[Tensor, Tensor | None, str]:
     """Rows to judge a checkpoint by, their labels, and a name for them.
 
     Args:
-        source: of the rows.
         notes: of the checkpoint.
-        split: train, valid, test or all; by default test of the checkpoint's own data, and all of other data.
+        data: name or file; by default the checkpoint's own.
+        columns: of a file; by default those the checkpoint was fitted to.
+        labels: likewise.
+        split: train, valid, test or all; by default test of the checkpoint's own data and of named data sets, else all.
 
     Raises:
-        ValueError: if the source cannot be read or is of other labels or levels.
+        ValueError: if the rows cannot be read, or have other columns, labels or levels.
     """
-    own = source.data == notes["source"]["data"]
-    split = split or ("test" if own or source.data in DATASETS else "all")
+    own, wants_labels = notes.source, labels or (notes.source and notes.source.labels)
+    if data is None and own is None:
+        raise ValueError("the checkpoint was made in Python, so its data are not known: say --data")
+    if own is not None and (data is None or _same_file(data, own.data)):
+        source = replace(own, columns=columns or own.columns, labels=labels or own.labels)
+        split = split or "test"
+    elif data in DATASETS:
+        source = Source(str(data), columns, "label" if wants_labels else None, seed=own.seed if own else 0)
+        split = split or "test"
+    else:
+        suffix = Path(str(data)).suffix
+        if columns is None and suffix in (".csv", ".parquet"):
+            columns = notes.columns
+        elif columns is None and own is not None and suffix == Path(own.data).suffix == ".npz":
+            columns = own.columns
+        source = Source(str(data), columns, wants_labels or None, notes.levels or 0, seed=own.seed if own else 0)
+        split = split or "all"
     name = f"{Path(source.data).name} ({split})"
     if source.data not in DATASETS and split == "all":
-        x, y = rows(source.data, columns=source.columns, labels=source.labels, levels=notes["levels"])
-        return x, y, name
-    data = source.load()
+        return *rows(source.data, columns=source.columns, labels=source.labels, levels=notes.levels), name
+    dataset = source.load()
     parts = ("train", "valid", "test") if split == "all" else (split,)
-    x = torch.cat([getattr(data, part) for part in parts])
-    return x, torch.cat([getattr(data, f"{part}_labels") for part in parts]) if source.labels else None, name
+    x = torch.cat([getattr(dataset, part) for part in parts])
+    return x, torch.cat([getattr(dataset, f"{part}_labels") for part in parts]) if source.labels else None, name
+
+
+def _same_file(a: str, b: str) -> bool:
+    return a == b or (Path(a).exists() and Path(a).resolve() == Path(b).resolve())
 
 
 def draw(family: Any, n: int, labels: Tensor | None = None, *, at_once: int = 1000) -> Tensor:
@@ -193,19 +242,25 @@ def draw(family: Any, n: int, labels: Tensor | None = None, *, at_once: int = 10
     return torch.cat(parts).cpu()
 
 
-def notes_of(record: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
-    """What `fit` wrote beside the parameters.
+def notes_of(record: Mapping[str, Any]) -> Notes | None:
+    """What `fit` wrote beside the parameters, if it did."""
+    try:
+        notes = dict(record["notes"])
+        found = Notes(**notes | {"source": Source(**notes["source"])})
+        texts = [found.family, found.source.data if found.source else "", *(found.columns or ())]
+    except (KeyError, TypeError, ValueError):  # a checkpoint made in Python, with notes of the user's own
+        return None
+    return found if all(isinstance(text, str) for text in texts) else None
 
-    Raises:
-        ValueError: if the checkpoint is not of the command line.
-    """
-    notes = record.get("notes")
-    if not isinstance(notes, Mapping) or "source" not in notes:
-        raise ValueError(f"{path} was not written by the command line, so its data are not known. Say --data.")
-    return notes
 
-
-def restored(path: Path, *, device: str) -> tuple[Family, Mapping[str, Any]]:
-    """The family of a checkpoint on a device, and its record."""
+def restored(path: Path, *, device: str) -> tuple[Family, Notes]:
+    """The family of a checkpoint on a device, and what is known of its data."""
     _, record = checkpoints.read(path)
-    return checkpoints.load(path).to(device), record
+    family = checkpoints.load(path)
+    notes = notes_of(record)
+    if notes is None:
+        support = family.data_support
+        levels = int(getattr(support, "upper_bound", 1)) + 1 if support.is_discrete else None
+        notes = Notes(type(family).__name__.lower(), None, None, levels)
+    family.name = notes.family
+    return family.to(device), notes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["check_picture", "pictures", "save_figure", "save_rows", "write"]
+__all__ = ["check_picture", "check_rows", "pictures", "save_figure", "save_rows", "write"]
 
 import json
 import platform
@@ -23,12 +23,20 @@ from pyro_genmodels.evaluation import Comparison, LogLikelihood, compare
 from pyro_genmodels.families import Family
 from pyro_genmodels.files import whole
 from pyro_genmodels.inference_data import to_arviz
-from pyro_genmodels.recipes import draw, evaluate
+from pyro_genmodels.recipes import Notes, draw, evaluate
 from pyro_genmodels.training import Fit
 
 
-def save_rows(path: Path, x: Tensor, labels: Tensor | None, columns: list[str] | None) -> None:
-    """Writes rows to a .npy, .npz, .csv or .parquet file.
+def check_rows(path: Path) -> None:
+    """Raises an error if `save_rows` cannot write a file of that name."""
+    if path.suffix not in (".npy", ".npz", ".csv", ".parquet"):
+        raise unknown("kind of file", path.suffix or path.name, [".npy", ".npz", ".csv", ".parquet"])
+    if path.suffix == ".parquet":
+        needed("pyarrow.parquet", extra="parquet", by="A .parquet file")
+
+
+def save_rows(path: Path, x: Tensor, labels: Tensor | None, notes: Notes) -> None:
+    """Writes rows to a .npy, .npz, .csv or .parquet file, under the names of the data the family was fitted to.
 
     Raises:
         ValueError: if the suffix is none of these.
@@ -36,23 +44,27 @@ def save_rows(path: Path, x: Tensor, labels: Tensor | None, columns: list[str] |
     """
     import pandas as pd
 
-    if path.suffix not in (".npy", ".npz", ".csv", ".parquet"):
-        raise unknown("kind of file", path.suffix or path.name, [".npy", ".npz", ".csv", ".parquet"])
-    if path.suffix == ".parquet":
-        needed("pyarrow.parquet", extra="parquet", by="A .parquet file")
+    check_rows(path)
+    source = notes.source
+    label = "label" if source is None or source.labels is None else source.labels
     array = x.numpy()
     with whole(path) as part:
         if path.suffix == ".npy":
             np.save(part, array)
         elif path.suffix == ".npz":
-            arrays: Any = {"x": array} if labels is None else {"x": array, "label": labels.numpy()}
+            own = source.columns if source is not None and Path(source.data).suffix == ".npz" else None
+            arrays: Any = {(own or ["x"])[0]: array} | ({} if labels is None else {label: labels.numpy()})
             np.savez_compressed(part, **arrays)
         else:
             flat = array.reshape(len(array), -1)
-            table = pd.DataFrame(flat, columns=columns or [f"x{i}" for i in range(flat.shape[1])])
+            named = notes.columns if notes.columns and len(notes.columns) == flat.shape[1] else None
+            table = pd.DataFrame(flat, columns=named or [f"x{i}" for i in range(flat.shape[1])])
             if labels is not None:
-                table["label"] = labels.numpy()
-            table.to_csv(part, index=False) if path.suffix == ".csv" else table.to_parquet(part, index=False)
+                table[label] = labels.numpy()
+            if path.suffix == ".csv":  # a header of numbers would be read as a row
+                table.to_csv(part, index=False, header=not all(str(name).isdecimal() for name in table.columns))
+            else:
+                table.to_parquet(part, index=False)
 
 
 # Pictures.
@@ -133,6 +145,7 @@ def write(
         table[columns].to_csv(part, float_format="%.6g")
     picture: Any = comparison.plot().figure
     save_figure(picture, out / "compare.png")
+    needed("matplotlib.pyplot", extra="eval", by="A picture").close(picture)
     pictures(fits, data, out, conditional=conditional, seed=arguments["seed"])
     for name, fit in fits.items():
         context: dict[str, Any] = {"num_samples": 100}

@@ -32,7 +32,7 @@ def take(weights: Weights, optimiser: Optimizer) -> tuple[dict[str, Tensor], dic
     tensors["random"] = torch.get_rng_state()
     if weights.live[0].is_cuda:
         tensors["random.cuda"] = torch.cuda.get_rng_state(weights.live[0].device)
-    groups = [{n: v.item() if isinstance(v, Tensor) else v for n, v in group.items()} for group in state["param_groups"]]
+    groups = [{n: _said(v) for n, v in group.items()} for group in state["param_groups"]]
     record = {"optimiser": type(optimiser).__name__, "param_groups": groups, "numbers": numbers}
     return {name: t.detach().clone() for name, t in tensors.items()}, record
 
@@ -61,10 +61,20 @@ def put(weights: Weights, optimiser: Optimizer, tensors: Mapping[str, Tensor], r
         kind, *rest = name.split(".", 2)
         if kind == "optimiser":
             state.setdefault(int(rest[0]), {})[rest[1]] = t
-    optimiser.load_state_dict({"state": state, "param_groups": record["param_groups"]})
+    groups = [{n: _unsaid(v) for n, v in group.items()} for group in record["param_groups"]]
+    optimiser.load_state_dict({"state": state, "param_groups": groups})
     torch.set_rng_state(tensors["random"])
     if "random.cuda" in tensors and weights.live[0].is_cuda:
         torch.cuda.set_rng_state(tensors["random.cuda"], weights.live[0].device)
+
+
+def _said(value: Any) -> Any:
+    """An option as JSON: a learning rate may be a tensor."""
+    return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")} if isinstance(value, Tensor) else value
+
+
+def _unsaid(value: Any) -> Any:
+    return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"])) if isinstance(value, dict) else value
 
 
 def _parts(weights: Weights) -> dict[str, list[Tensor]]:

@@ -60,9 +60,9 @@ class Comparison:
             {
                 "rank": range(len(fits)),
                 "elpd": values.sum(1),
-                "se": n**0.5 * values.std(1),
+                "se": n**0.5 * _deviation(values),
                 "elpd_diff": differences.sum(1),
-                "dse": n**0.5 * differences.std(1),
+                "dse": n**0.5 * _deviation(differences),
                 "weight": stacking_weights(values),
                 "kind": [fit.kind for fit in fits],
                 "num_samples": [fit.num_samples for fit in fits],
@@ -135,6 +135,11 @@ def compare(fits: Mapping[str, Any], x: Tensor | None = None, *args: Any, **kwar
         raise ValueError(f"compare wants the same data for all fits, but found rows {rows}.")
     best_first = sorted(judged, key=lambda name: -judged[name].mean)
     return Comparison({name: judged[name] for name in best_first}, None if x is None else prod(x.shape[1:]))
+
+
+def _deviation(values: Tensor) -> Tensor:
+    """Standard deviation over rows; of one row nobody knows."""
+    return values.std(1) if values.shape[1] > 1 else torch.full_like(values[:, 0], float("nan"))
 
 
 def stacking_weights(values: Tensor, *, max_steps: int = 10_000) -> Tensor:
