@@ -38,10 +38,11 @@ html_title = f"pyro_genmodels {release}"
 
 def tutorials() -> None:
     """Brings the notebooks below Sphinx's own folder, which is all it reads, their links mended, and a page that lists them."""
-    here = Path("tutorials")
+    docs = Path(__file__).resolve().parent
+    here = docs / "tutorials"
     shutil.rmtree(here, ignore_errors=True)
     here.mkdir()
-    notebooks = sorted(Path("../tutorials").glob("*.ipynb"))
+    notebooks = sorted((docs.parent / "tutorials").glob("*.ipynb"))
     for notebook in notebooks:
         mended = re.sub(r"\]\(\.\./(docs/)?", lambda m: "](../" if m[1] else "](../../", notebook.read_text())
         (here / notebook.name).write_text(mended)
@@ -58,6 +59,4 @@ def escape_shapes(app, what, name, obj, options, lines) -> None:  # noqa: D103
 
 def setup(app) -> None:  # noqa: D103
     app.connect("autodoc-process-docstring", escape_shapes)
-
-
-tutorials()
+    app.connect("config-inited", lambda app, config: tutorials())

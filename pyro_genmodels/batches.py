@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Batch", "Batches", "pair_of"]
 
 from collections.abc import Iterator
+from hashlib import sha256
 from math import ceil
 from typing import Any
 
@@ -57,6 +58,17 @@ class Batches:
     def to(self, t: Tensor) -> Tensor:
         """The tensor on the device, and if it is of floats in the precision, of `like`."""
         return t.to(self.device, self.dtype if t.is_floating_point() else t.dtype, non_blocking=True)
+
+    @property
+    def digest(self) -> str | None:
+        """A checksum of all rows, by which data are known again; None of a DataLoader."""
+        if self.loader is not None:
+            return None
+        parts = [self.x] if self.context is None else [self.x, self.context]
+        digest = sha256()
+        for t in parts:
+            digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def first(self) -> Batch:
         """The first batch in order."""

@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,12 @@ from pyro_genmodels.files import whole
 
 FORMAT = 1
 """Of the record. A reader refuses what is newer."""
+
+DTYPES = {
+    str(t).removeprefix("torch."): t
+    for t in (torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.bool)
+}
+"""Types of tensors that are told as lists."""
 
 _PARTS = {name: getattr(families, name) for name in families.__all__ if name != "Family"}
 _CONSTRAINTS: dict[str, Any] = {
@@ -251,6 +258,8 @@ def _encode(value: Any, where: str, own: list[str]) -> Any:
     """A value as JSON; what JSON cannot say goes to `own`."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, (Integral, Real)):  # of numpy
+        return int(value) if isinstance(value, Integral) else float(value)
     if isinstance(value, Sequence):
         return [_encode(v, where, own) for v in value]
     if isinstance(value, Tensor) and value.numel() <= 10_000:
@@ -283,7 +292,7 @@ def _decode(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     if "tensor" in value:
-        return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"]))
+        return torch.tensor(value["tensor"], dtype=DTYPES[value["dtype"]])
     if "constraint" in value:
         if value["constraint"] not in _CONSTRAINTS:
             raise unknown("constraint", str(value["constraint"]), _CONSTRAINTS)

@@ -174,7 +174,8 @@ def fit(
                 options = ", ".join("--" + name.replace("_", "-") for name in given)
                 raise ValueError(f"--resume goes on with the checkpoint's own settings: leave {options} out")
             family, source, settings, path = _run_of(resume, data if _is_given(context, "data") else None)
-            out = path.parent
+            out, reached = path.parent, settings.pop("epochs")
+            epochs = epochs if _is_given(context, "epochs") else reached
         prepare(out, device, "matplotlib", "safetensors")
         dataset = source.load()
         import pyro
@@ -321,6 +322,7 @@ def _source(data: str, columns: str | None, labels: str | None, levels: int | No
     _check_data(data)
     from pyro_genmodels.recipes import Source
 
+    data = data if data in DATA else str(Path(data).resolve())  # so that a checkpoint finds it from anywhere
     return Source(data, _split(columns), labels, levels, seed)
 
 
@@ -353,7 +355,7 @@ def _run_of(checkpoint: Path, data: str | None) -> tuple[str, Source, dict[str, 
     notes = notes_of(checkpoints.read(path)[1])
     if notes is None or notes.source is None:
         raise ValueError(f"{path} is not of the command line: go on in Python, by train(..., checkpoint=..., resume=True)")
-    settings = {"batch_size": notes.batch_size, "learning_rate": notes.learning_rate, "patience": notes.patience}
+    settings = {name: getattr(notes, name) for name in ("batch_size", "learning_rate", "patience", "epochs")}
     source = notes.source if data is None else replace(notes.source, data=data)
     return notes.family, source, settings, path.with_suffix("")
 

@@ -65,7 +65,7 @@ def plainly(context: typer.Context) -> Iterator[None]:
         typer.echo(f"pyro-genmodels: {text}" + ("" if text.endswith((".", "?", ")")) else "."), err=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as interrupt:
-        notes = getattr(interrupt, "__notes__", [])
+        notes = [note.replace("train(..., resume=True), or ", "") for note in getattr(interrupt, "__notes__", [])]
         typer.echo("\n".join(["", f"pyro-genmodels: stopped by {ended_by(interrupt).name}.", *notes]), err=True)
         raise typer.Exit(128 + ended_by(interrupt)) from interrupt
 

@@ -129,6 +129,7 @@ def _inference_data(groups: Groups, coords: Mapping[str, Sequence[Any]]) -> arvi
         variables = {}
         for name, (array, names) in groups.variables[group].items():
             kind = {"kind": groups.kinds[name]} if group == "log_likelihood" and name in groups.kinds else {}
+            name, names = name.replace("/", "."), [dim.replace("/", ".") for dim in names]  # xarray's trees have paths
             own = {dim: labels.get(dim, np.arange(size)) for dim, size in zip(names, array.shape, strict=True)}
             variables[name] = xr.DataArray(array, own, names, attrs=kind)
         datasets[group] = xr.Dataset(variables, attrs=attrs)

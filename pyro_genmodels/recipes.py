@@ -78,6 +78,7 @@ class Notes:
         batch_size: rows per step.
         learning_rate: Adam's.
         patience: epochs without a better validation loss before training stopped.
+        epochs: asked for.
     """
 
     family: str
@@ -87,6 +88,7 @@ class Notes:
     batch_size: int = 256
     learning_rate: float = 1e-3
     patience: int = 25
+    epochs: int = 300
 
 
 def _flow(data: Dataset, context: Any) -> Family:
@@ -146,6 +148,7 @@ def fit(
         batch_size or (64 if discrete else 256),
         learning_rate or recipe.learning_rate,
         patience,
+        epochs,
     )
     pyro.set_rng_seed(source.seed)
     context = Labels(data.num_classes or 1) if source.labels else 0

@@ -15,6 +15,7 @@ __all__ = [
     "unobserving", "vectorises",
 ]  # fmt: skip
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Delta
+from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
@@ -133,7 +135,8 @@ def particles(number: int, nesting: int) -> pyro.plate:
 def is_family(fn: Any) -> bool:
     """Whether a callable is a family's own method: it has an owner with an event shape, a model and a guide."""
     owner = getattr(fn, "__self__", None)
-    return all(hasattr(owner, name) for name in ("event_shape", "model", "guide"))
+    offers = all(hasattr(owner, name) for name in ("event_shape", "data_support", "model", "guide"))
+    return offers and "size" in inspect.signature(fn).parameters
 
 
 def vectorises(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], nesting: int, *, trials: int = 3) -> bool:
@@ -204,8 +207,10 @@ def observed(trace: Trace) -> list[str]:
 
 
 def is_deterministic(site: Mapping[str, Any]) -> bool:
-    """Whether a site is of `pyro.deterministic`."""
-    return bool(site["infer"].get("_deterministic"))
+    """Whether a site is of `pyro.deterministic`, or holds what a reparametrised variable is computed to be."""
+    fn = site["fn"]
+    computed = site["is_observed"] and isinstance(fn, MaskedDistribution) and fn._mask is False
+    return bool(site["infer"].get("_deterministic")) or (computed and isinstance(_innermost(fn), Delta))
 
 
 class unobserving(UnconditionMessenger):  # noqa: N801 (a handler, as Pyro names them)

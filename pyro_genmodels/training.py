@@ -168,7 +168,9 @@ def train(
     weights = Weights(loop.parameters, modules, average)
 
     result = Fit(fit)
-    keeper = _Keeper(checkpoint, result, weights, optimiser, {"rows": batches.rows, "notes": dict(notes or {})})
+    keeper = _Keeper(
+        checkpoint, result, weights, optimiser, {"rows": batches.rows, "data": batches.digest, "notes": dict(notes or {})}
+    )
     try:
         if resume:
             keeper.put_back()
@@ -214,7 +216,8 @@ def train(
     except KeyboardInterrupt as interrupt:
         result.stopped = "interrupted"
         if path := keeper.write():
-            interrupt.add_note(f"The state after epoch {keeper.epochs} is in {path}: go on from it by resume.")
+            where = f"The state after epoch {keeper.epochs} is in {path}"
+            interrupt.add_note(f"{where}; to go on: train(..., resume=True), or pyro-genmodels fit --resume {path}")
         raise
     finally:
         bar.close()
@@ -259,6 +262,8 @@ class _Keeper:
         tensors, record = checkpoints.read(self.run)
         if record.get("rows") != self.record["rows"]:
             raise ValueError(f"{self.run} is of {record.get('rows')} rows of data, but there are {self.record['rows']} here.")
+        if record.get("data") != self.record["data"]:
+            raise ValueError(f"{self.run} is of as many rows of data, but of others than these. Resume on the same data.")
         try:
             snapshots.put(self.weights, self.optimiser, tensors, record["options"])
             self.result.history, self.result.best = record["history"], record["best"]

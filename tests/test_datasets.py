@@ -339,7 +339,19 @@ def test_rows_are_all_of_a_file_as_they_stand(tmp_path):
 
 def test_labels_beyond_the_number_of_rows_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"x\.npz: the labels run to 20 in 20 rows"):
-        load(save(tmp_path / "x.npz", x=LINE, y=LINE + 1), labels="y")
+        load(save(tmp_path / "x.npz", x=LINE, y=np.where(LINE > 0, LINE + 1, 0)), labels="y")
+
+
+def test_labels_that_do_not_count_from_0_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"x\.npz: the labels run from 1 to 3, .* subtract 1"):
+        load(save(tmp_path / "x.npz", x=LINE, y=LINE % 3 + 1), labels="y")
+
+
+def test_a_column_of_one_value_is_refused_for_real_numbers(tmp_path):
+    (tmp_path / "x.csv").write_text("a,b\n" + "".join(f"{i}.5,2.5\n" for i in range(20)))
+    with pytest.raises(ValueError, match=r"x\.csv: of b all rows have one value"):
+        load(tmp_path / "x.csv")
+    assert load(tmp_path / "x.csv", columns="a").train.shape == (16, 1)
 
 
 @pytest.mark.parametrize(

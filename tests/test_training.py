@@ -719,7 +719,8 @@ def test_another_run_is_refused(tmp_path):
     before = files(path)
     for words, change in [
         ("another model", {"make": small_vae}),
-        ("another model", {"make": partial(affine_flow, context=Labels(2)), "data": (ROWS, torch.arange(40) % 2)}),
+        ("of others than these", {"data": ROWS + 1.0}),
+        ("of others than these", {"make": partial(affine_flow, context=Labels(2)), "data": (ROWS, torch.arange(40) % 2)}),
         ("another model", {"average": None}),
         ("by Adam, but this one is by SGD", {"optim": SGD}),
         ("by Adam, but this one is by AdamW", {"optim": partial(torch.optim.AdamW, lr=1e-2)}),

@@ -58,8 +58,13 @@ def load(
     classes = None if y is None else int(y.max()) + 1
     if len(x) < 10:
         raise ValueError(f"{path}: found {len(x)} rows, but at least 10 are wanted, to split them 8 to 1 to 1.")
+    if y is not None and y.min() > 0:
+        low = int(y.min())
+        raise ValueError(f"{path}: the labels run from {low} to {int(y.max())}, but classes count from 0: subtract {low}.")
     if classes is not None and classes > len(x):
         raise ValueError(f"{path}: the labels run to {classes - 1} in {len(x)} rows. Number the classes 0, 1, 2, ...")
+    if not levels and header is not None and (same := [n for n, c in zip(header, x.T, strict=True) if (c == c[0]).all()]):
+        raise ValueError(f"{path}: of {', '.join(same)} all rows have one value, where densities have no bound: leave it out.")
     order, tenth = torch.from_numpy(np.random.default_rng(seed).permutation(len(x))), len(x) // 10
     sizes = [len(x) - 2 * tenth, tenth, tenth]
     parts = (None, None, None) if y is None else y[order].split(sizes)

@@ -103,6 +103,9 @@ class _Collection:
         self.hidden: list[str] = []
         self.predicted: list[str] = []
         self.summed_out = ""
+        self.skipped: set[str] = set()
+        self.no_prior: set[str] = set()
+        self.filled: dict[tuple[str, str], int] = {}
 
     def groups(self) -> Groups:
         source = self.source
@@ -124,6 +127,10 @@ class _Collection:
                 self._constants(walk)
         if source.alone and source.kwargs.get("size") == 1:  # one row per draw: the plate says nothing
             self.arrays = {g: {n: _without_plate(*v) for n, v in group.items()} for g, group in self.arrays.items()}
+        for (group, name), count in self.filled.items():
+            array, names = self.arrays[group][name]
+            if "draw" in names and count != array.size:
+                raise ValueError(f"The model has the site {name!r} in some runs only, which ArviZ cannot hold.")
         chains = {
             group: {
                 name: (array.reshape(source.chains, -1, *array.shape[1:]), ["chain", *names])
@@ -139,6 +146,8 @@ class _Collection:
     def _posterior(self, walk: Walk) -> None:
         source = self.source
         given = isinstance(source.guide, Mapping)
+        if walk.factors and not walk.observed:
+            self.reports["log_likelihood"] = f"the model has it in pyro.factor {walk.factors[0]!r}, which has no rows"
         derived = {n: v for n, v in source.guide.items() if n not in {*walk.latents, *walk.observed}} if given else {}
         self._put_draws(derived)
         self._sort_out(walk, given=given)
@@ -178,28 +187,33 @@ class _Collection:
             )
         if not self.hidden:
             return
-        hidden = self.hidden
-        plates = {n: {f.name for f in s["cond_indep_stack"]} for n, s in {**walk.unguided, **walk.observed}.items()}
-        rows = {frozenset(plates[n]) for n in (*hidden, *walk.observed)}
-        names = ", ".join(map(repr, hidden))
-        self.reports |= {f"posterior[{n!r}]": "inference has summed it out, so there are no draws of it" for n in hidden}
-        if len(walk.observed) == 1 and len(rows) == 1:
-            self.summed_out = next(iter(walk.observed))
+        names = ", ".join(map(repr, self.hidden))
+        self.reports |= {f"posterior[{n!r}]": "inference has summed it out: there are no draws of it" for n in self.hidden}
+        hanging, chained = walk.hang_on(self.hidden)
+        computed = [n for n in hanging if traces.is_deterministic(walk.sites[n])]
+        self.reports |= {f"posterior[{n!r}]": f"it depends on {names}, of which there are no draws" for n in computed}
+        self.skipped = {*self.hidden, *computed}
+        others = [n for n in hanging if n not in computed]
+        plates = {frozenset(f.name for f in walk.sites[n]["cond_indep_stack"]) for n in (*self.hidden, *others)}
+        if len(others) == 1 and others[0] in walk.observed and len(plates) == 1 and not chained:
+            self.summed_out = others[0]
             return
-        why = f"{names} cannot be summed out row by row: they want to lie in the plates of the one observed variable"
+        why = f"{names} cannot be summed out row by row, as where one observed variable in their own plates depends on them"
         self.reports |= dict.fromkeys(["log_likelihood", "sample_stats.log_p"], why)
+        self.reports |= {f"log_prior[{n!r}]": f"it depends on {names}" for n in others if n not in walk.observed}
         self.wanted -= {"log_likelihood"}
+        self.no_prior = set(others)
 
     def _take(self, run: Run) -> None:
         """Puts the values of a run where they belong."""
         predicted = run.predict() if "posterior_predictive" in self.wanted and set(run.walk.observed) & set(run.model) else {}
         for name, site in run.model.items():
-            if isinstance(site["fn"], Unit) or name in self.hidden:  # pyro.factor: a term, not a variable
+            if isinstance(site["fn"], Unit) or name in self.skipped:  # pyro.factor: a term, not a variable
                 continue
             if name not in run.walk.observed:
                 predicted_here = name in self.predicted or (self.source.alone and name == "x")
                 self._put("posterior_predictive" if predicted_here else "posterior", run, name, run.value(name, site))
-                if not (self.source.alone or predicted_here or traces.is_deterministic(site)):
+                if not (self.source.alone or predicted_here or name in self.no_prior or traces.is_deterministic(site)):
                     self._put("log_prior", run, name, self._log_prob(run, "log_prior", name, site), event=False)
                 continue
             if predicted:
@@ -283,10 +297,12 @@ class _Collection:
         if name not in variables:
             sizes = [run.walk.sizes.get(frame.name, frame.size) for frame in plates]
             names = [frame.name for frame in plates]
-            names += _names(self.dims, name, array.ndim - 1 - len(plates)) if event else []
+            rest = array.ndim - 1 - len(plates)  # of a log density, what the model draws at once outside all plates
+            names += _names(self.dims, name, rest) if event else [*self.dims.get(name, _names({}, name, rest))][:rest]
             shape = [*([self.source.total] if drawn else []), *sizes, *array.shape[1 + len(plates) :]]
             variables[name] = (np.zeros(shape, array.dtype), ["draw", *names] if drawn else names)
         where = run.places(plates)
+        self.filled[group, name] = self.filled.get((group, name), 0) + (array.size if drawn else 0)
         if drawn:
             variables[name][0][(run.draws, *where)] = array
         else:

@@ -113,6 +113,8 @@ def _one_model(fit: Any, own: Any, given: Any) -> Any:
 
 
 def _divergences(mcmc: Any, chains: int, draws: int) -> dict[str, np.ndarray]:
+    if draws < 4:  # Pyro's diagnostics want more
+        return {}
     found = mcmc.diagnostics().get("divergences")
     if found is None:
         return {}

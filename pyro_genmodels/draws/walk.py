@@ -23,7 +23,9 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta, Unit
 from pyro.distributions.util import scale_and_mask
+from pyro.infer.autoguide import AutoContinuous, AutoGaussian, AutoStructured
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
@@ -59,6 +61,8 @@ class Walk:
         sequential: plates that are subsampled but cannot be walked through, of which one subsample is seen.
         latents: names of the model's latent variables.
         observed: the sites of what it observes.
+        sites: all of them, the guide's too.
+        factors: names of those of `pyro.factor`.
         unguided: the sites of those that the model draws by itself.
         point_mass: whether the guide draws nothing.
     """
@@ -68,21 +72,39 @@ class Walk:
     ) -> None:
         self.model = lambda: model(*args, **kwargs)
         given = isinstance(guide, Mapping)
-        first = _given_trace(guide) if given else poutine.trace(lambda: guide(*args, **kwargs)).get_trace()
+        self.wraps_model = not given and isinstance(poutine.unwrap(guide), Messenger)
+        first = _given_trace(guide) if given else self._own(poutine.trace(lambda: guide(*args, **kwargs)).get_trace())
         model_trace = poutine.trace(poutine.replay(self.model, trace=first)).get_trace()
         sites = ({} if given else traces.samples(first)) | traces.samples(model_trace)
         self.nesting = max(map(traces.depth, sites.values()), default=0)
+        # what a model draws at once outside all plates is, for us, one event
+        self.loose = {
+            n: len(s["fn"].batch_shape)
+            for n, s in sites.items()
+            if not (isinstance(s["fn"], (_Subsample, Unit)) or traces.is_deterministic(s) or traces.depth(s))
+        }
         # Pyro takes every dimension of a deterministic value for its event; those of its plates are not
         self.event_dims = {
-            n: max(s["value"].dim() - traces.depth(s), 0) if traces.is_deterministic(s) else s["fn"].event_dim
+            n: max(s["value"].dim() - traces.depth(s), 0)
+            if traces.is_deterministic(s)
+            else s["fn"].event_dim + self.loose.get(n, 0)
             for n, s in sites.items()
             if not isinstance(s["fn"], _Subsample)
         }
         self.latents = traces.latents(prune_subsample_sites(model_trace))
         self.unguided = {n: sites[n] for n in self.latents if n not in first.nodes}
         self.point_mass = not given and traces.is_point_mass(prune_subsample_sites(first))
+        self.sites = sites
         self.observed = {n: sites[n] for n in traces.observed(model_trace) if not isinstance(sites[n]["fn"], Unit)}
+        self.factors = [n for n, s in sites.items() if isinstance(s["fn"], Unit)]
         self._find_rows(sites)
+        if self.sizes and isinstance(poutine.unwrap(guide), (AutoContinuous, AutoGaussian, AutoStructured)):
+            within = [n for n in self.latents if any(f.name in self.sizes for f in sites[n]["cond_indep_stack"])]
+            if within:
+                raise ValueError(
+                    f"{type(guide).__name__} has one latent for the rows of a subsample, not one for each row, so that "
+                    f"{', '.join(map(repr, within))} of all rows cannot be drawn. Use AutoNormal, or no subsample_size."
+                )
         self._guide: Callable[[slice, bool], Callable] = lambda *_: lambda: guide(*args, **kwargs)
         trials = min(3, at_once)
         if given:
@@ -90,12 +112,26 @@ class Walk:
             self._check_given(sites, values)
             self._guide = self._given(values)
             trials = min([trials, *map(len, values.values())])
-        if parallel is None and trials == 1:
+        if any(self.loose.values()) or (parallel is None and trials == 1):
             parallel = False
         if parallel is None:
             pair = self._seeing(self.model), self._seeing(self._guide(slice(0, trials), True))
             parallel = traces.is_family(model) or traces.vectorises(*pair, (), {}, self.nesting, trials=trials)
         self.parallel = parallel
+
+    def hang_on(self, hidden: Collection[str]) -> tuple[list[str], bool]:
+        """What depends on discrete variables that are summed out, and whether these are a chain in `pyro.markov`."""
+        guide = traces.samples(self._own(self._trace(self._guide(slice(0, 1), False), {}, self.row_blocks[0])))
+        enumerated = _enumerating(self.model, hidden, self.nesting)
+        sites = traces.samples(self._trace(enumerated, guide, self.row_blocks[0]))
+
+        def hangs(name: str, site: Any) -> bool:
+            if traces.is_deterministic(site):
+                return site["value"].dim() - self.event_dims[name] > self.nesting + 1
+            return site["fn"].log_prob(site["value"]).dim() > self.nesting + 1
+
+        dims = [sites[n]["infer"].get("_enumerate_dim") for n in hidden]
+        return [n for n, s in sites.items() if n not in hidden and hangs(n, s)], len(set(dims)) < len(dims)
 
     def draw_blocks(self, total: int, batch_size: int) -> list[slice]:
         """The blocks of that many draws, which bound memory."""
@@ -118,7 +154,7 @@ class Walk:
             return (role, name, *((plate, block.to.start) for plate, block in rows.items() if plate in plates))
 
         known = {k[1]: s for k, s in latents.items() if all(rows[plate].to.start == start for plate, start in k[2:])}
-        sites = {"guide": traces.samples(self._trace(plate(guide), known, rows))}
+        sites = {"guide": traces.samples(self._own(self._trace(plate(guide), known, rows)))}
         known = known | {n: s for n, s in sites["guide"].items() if not s["is_observed"]}
         sites["model"] = traces.samples(self._trace(plate(self.model), known, rows))
         known = known | {n: s for n, s in sites["model"].items() if not s["is_observed"]}
@@ -131,6 +167,12 @@ class Walk:
             return traces.samples(self._trace(plate(handled), {n: s for n, s in known.items() if n not in but}, rows))
 
         return Run(self, draws, rows, new["model"], new["guide"], again)
+
+    def _own(self, trace: Trace) -> Trace:
+        """A guide's trace without what it observes, where the guide runs the model inside."""
+        for name in [n for n, s in traces.samples(trace).items() if s["is_observed"]] if self.wraps_model else ():
+            trace.remove_node(name)
+        return trace
 
     def _trace(self, fn: Callable, known: Mapping[str, Any], rows: Mapping[str, Rows]) -> Trace:
         return prune_subsample_sites(poutine.trace(self._seeing(fn, known, rows)).get_trace())
@@ -170,6 +212,11 @@ class Walk:
 
     def _check_given(self, sites: Mapping[str, Any], given: Mapping[str, Tensor]) -> None:
         for name in given:
+            fn = sites[name]["fn"]
+            wanted = fn.batch_shape + fn.event_shape
+            if given[name][0].numel() != wanted.numel():
+                found = tuple(given[name].shape[1:])
+                raise ValueError(f"Each draw of {name!r} is wanted as {tuple(wanted)}, but found {found}.")
             walked = [f.name for f in sites[name]["cond_indep_stack"] if f.name in self.sizes]
             if walked:
                 raise ValueError(
@@ -223,18 +270,17 @@ class Run:
 
     def summed_out(self, hidden: Collection[str], name: str) -> Tensor:
         """The log probability (nats) of an observed site with the discrete variables of its rows summed out."""
-
-        def choose(site: Any) -> Any:
-            return {"enumerate": "parallel" if site["name"] in hidden else None}
-
-        model = poutine.infer_config(self.walk.model, choose)
-        sites = self.again(poutine.enum(model, first_available_dim=-self.walk.nesting - 2), hidden)
+        sites = self.again(_enumerating(self.walk.model, hidden, self.walk.nesting), hidden)
         terms = [scale_and_mask(sites[n]["fn"].log_prob(sites[n]["value"]), mask=sites[n]["mask"]) for n in (*hidden, name)]
         log_p = sum(terms[1:], terms[0])
         return log_p.logsumexp(list(range(log_p.dim() - self.walk.nesting - 1)))
 
     def value(self, name: str, site: Mapping[str, Any]) -> Shaped:
         """A site's value for its new rows."""
+        if name not in self.walk.event_dims:
+            raise ValueError(
+                f"The model has the site {name!r} in some runs only, which ArviZ cannot hold: leave it out of groups."
+            )
         return self._shaped(site["value"], site, self.walk.event_dims[name])
 
     def log_prob(self, site: dict[str, Any], *, scaled: bool) -> Shaped:
@@ -250,7 +296,9 @@ class Run:
                 scale = scale * (frame.size / self.walk.sizes[frame.name])
         if "unscaled_log_prob" not in site:
             site["unscaled_log_prob"] = site["fn"].log_prob(site["value"])
-        return self._shaped(scale_and_mask(site["unscaled_log_prob"], scale, site["mask"]), site, 0)
+        return self._shaped(
+            scale_and_mask(site["unscaled_log_prob"], scale, site["mask"]), site, self.walk.loose.get(site["name"], 0)
+        )
 
     def _shaped(self, value: Tensor, site: Mapping[str, Any], event_dim: int) -> Shaped:
         n = self.draws.stop - self.draws.start
@@ -268,6 +316,15 @@ class Run:
     def places(self, plates: list[Any]) -> tuple[slice, ...]:
         """Where the new rows of these plates go among all."""
         return tuple(self.rows[frame.name].to if frame.name in self.rows else slice(None) for frame in plates)
+
+
+def _enumerating(model: Callable, hidden: Collection[str], nesting: int) -> Callable:
+    """The model with all values of discrete variables side by side, left of the particles."""
+
+    def choose(site: Any) -> Any:
+        return {"enumerate": "parallel" if site["name"] in hidden else None}
+
+    return poutine.enum(poutine.infer_config(model, choose), first_available_dim=-nesting - 2)
 
 
 def numpy(value: Tensor) -> np.ndarray:

@@ -121,7 +121,7 @@ class Family(PyroModule):
         try:
             bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
             bound.apply_defaults()
-            arguments = dict(bound.arguments)
+            arguments = {n: list(v) if isinstance(v, list) else v for n, v in bound.arguments.items()}
         except TypeError:  # __init__ will say so
             arguments = {}
         arguments.pop("self", None)
