@@ -1263,7 +1263,8 @@ def test_help_names_the_options_and_has_examples(command, monkeypatch):
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_the_shell_can_be_taught(shell):
+def test_the_shell_can_be_taught(shell, monkeypatch):
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")  # whatever runs the tests
     result = invoke("--show-completion", shell)
     assert result.exit_code == 0
     assert "complete" in result.stdout
