@@ -211,7 +211,7 @@ def sample(
     num_samples: Annotated[int, typer.Option("--num-samples", "-n", min=1, help="Draws.")] = 1000,
     label: Annotated[int | None, typer.Option(min=0, help="The class to draw; by default all in turn.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Picture of the draws (.png), of images or points in the plane.")] = None,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draws.")] = 0,
     device: Device = "cpu",
     quiet: Quiet = False,  # noqa: FBT002
 ) -> None:

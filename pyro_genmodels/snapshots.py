@@ -1,16 +1,19 @@
-"""A training run as tensors and data: taken between two epochs, and put back to go on as if nothing had been."""
+"""A training run as tensors and data: taken between two epochs, kept on disk, put back to go on as if nothing had been."""
 
 from __future__ import annotations
 
-__all__ = ["put", "take"]
+__all__ = ["Keeper", "put", "take"]
 
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pyro_genmodels import checkpoints
 from pyro_genmodels.weights import Weights
 
 
@@ -74,9 +77,74 @@ def _said(value: Any) -> Any:
 
 
 def _unsaid(value: Any) -> Any:
-    return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"])) if isinstance(value, dict) else value
+    return torch.tensor(value["tensor"], dtype=checkpoints.DTYPES[value["dtype"]]) if isinstance(value, dict) else value
 
 
 def _parts(weights: Weights) -> dict[str, list[Tensor]]:
     average = [] if weights.average is None else list(weights.average.state_dict().values())
     return {"live": list(weights.live), "buffer": weights.buffers, "best": weights.best, "average": average}
+
+
+class Keeper:
+    """Keeps a run on disk: the best parameters, and all that going on takes."""
+
+    SECONDS = 30.0
+    """Between two times that a run is written unasked."""
+
+    def __init__(
+        self, path: str | Path | None, result: Any, weights: Weights, optimiser: Optimizer, record: Mapping[str, Any]
+    ) -> None:
+        self.path = None if path is None else checkpoints.tensors_of(path)
+        self.result, self.weights, self.optimiser, self.record = result, weights, optimiser, record
+        self.epochs = 0
+        self.written = time.perf_counter()
+
+    @property
+    def run(self) -> Path:
+        """Where the run is."""
+        if self.path is None:
+            raise ValueError("resume goes on from a checkpoint: pass checkpoint=, the path it was written to.")
+        return self.path.with_name(self.path.stem + ".training.safetensors")
+
+    def take(self) -> None:
+        """Copies the run as it is after an epoch, and writes it if that was long ago."""
+        if self.path is None:
+            return
+        tensors, options = take(self.weights, self.optimiser)
+        taken = self.weights.best_state(), self.result.record(), tensors, options
+        self.taken, self.epochs = taken, len(self.result.history)  # at once, for Ctrl-C may come at any time
+        if time.perf_counter() - self.written > self.SECONDS:
+            self.write()
+
+    def put_back(self) -> None:
+        """Puts the run back."""
+        tensors, record = checkpoints.read(self.run)
+        if record.get("rows") != self.record["rows"]:
+            raise ValueError(f"{self.run} is of {record.get('rows')} rows of data, but there are {self.record['rows']} here.")
+        if record.get("data") != self.record["data"]:
+            raise ValueError(f"{self.run} is of as many rows of data, but of others than these. Resume on the same data.")
+        try:
+            put(self.weights, self.optimiser, tensors, record["options"])
+            self.result.history, self.result.best = record["history"], record["best"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self.run} holds no training run to go on from.") from error
+
+    def write_best(self) -> None:
+        """Writes the best parameters."""
+        if self.path is not None:
+            checkpoints.write(self.path, self.weights.best_state(), {**self.result.record(), **self.record})
+
+    def write(self) -> Path | None:
+        """Writes the best parameters and the run, as they were when last taken; returns the path of the parameters.
+
+        A run that has not got anywhere replaces nothing.
+        """
+        if self.path is None or (self.epochs == 0 and self.path.exists()):
+            return None
+        state, said, tensors, options = self.taken
+        said |= {"stopped": self.result.stopped}
+        checkpoints.write(self.path, state, {**said, **self.record})
+        run = {"history": said["history"], "best": said["best"], "options": options, **self.record}
+        checkpoints.write(self.run, tensors, run, readable=False)
+        self.written = time.perf_counter()
+        return self.path

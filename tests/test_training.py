@@ -909,7 +909,8 @@ def test_the_run_is_written_about_twice_a_minute(tmp_path, monkeypatch):
         written.append((Path(path).name, next(clock)))
         return original(path, *args, **kwargs)
 
-    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    for module in (training, snapshots):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr(checkpoints, "write", write)
     fit = run(affine_flow, tmp_path / "run", 60, patience=60)
     assert len(fit.history) == 60
@@ -922,7 +923,7 @@ def test_the_run_is_written_about_twice_a_minute(tmp_path, monkeypatch):
 
 def test_a_run_that_is_killed_goes_on_from_what_was_written_last(tmp_path, monkeypatch):
     """Every epoch is written here, and then the files of the third are put back."""
-    monkeypatch.setattr(training._Keeper, "SECONDS", 0.0)
+    monkeypatch.setattr(snapshots.Keeper, "SECONDS", 0.0)
     whole = run(affine_flow, tmp_path / "whole", 6)
     params, name = kept(whole), "run.training.safetensors"
     original, copies = checkpoints.write, []
