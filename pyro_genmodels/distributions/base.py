@@ -10,21 +10,26 @@ batch shape: the broadcasting, once and before any transform, is done here.
 
 from __future__ import annotations
 
-__all__ = ["GenerativeDistribution", "density_of", "drops_units", "is_real", "map_tensors", "sum_event", "unwrap"]
+__all__ = [
+    "Density", "GenerativeDistribution", "density_of", "drops_units", "is_real", "map_tensors", "over_events", "parts_of",
+    "sum_event",
+    "unchecked", "unwrap",
+]  # fmt: skip
 
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Size, Tensor, nn
-from torch.distributions import Distribution, Independent, Transform, constraints
+from torch.distributions import Distribution, Independent, IndependentTransform, Transform, constraints
 
-Density = Literal["exact", "lower bound", "unnormalized", "none"]
+Density = Literal["exact", "lower bound", "estimate", "unnormalized", "none"]
 
 
 class GenerativeDistribution(TorchDistribution):
@@ -43,6 +48,8 @@ class GenerativeDistribution(TorchDistribution):
     """What `log_prob` returns."""
     network: Any = None
     """What is passed through more than once for a draw, if anything."""
+    intractable: bool = False
+    """Whether the density has a constant that is out of reach, so that `log_prob` knows its gradient by draws only."""
     advice: str = ""
     """What to do instead, where something is missing."""
 
@@ -79,6 +86,15 @@ class GenerativeDistribution(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density (nats) of value, (sample..., *batch_shape, *event_shape) -> (sample..., *batch_shape)."""
+        y, context, log_det = self.aligned(value)
+        return self._log_prob(y, context) + log_det
+
+    def unnormalized_log_prob(self, value: Tensor) -> Tensor:
+        """`log_prob` up to a constant, where that is to be had for less."""
+        return self.log_prob(value)
+
+    def aligned(self, value: Tensor) -> tuple[Tensor, Tensor | None, Tensor | float]:
+        """The value in the space the network models and the context, of one batch shape, and the log volume between them."""
         if not (value.is_floating_point() or self.support.is_discrete):
             raise ValueError(
                 f"{type(self).__name__} has a density over real numbers, but the value holds {value.dtype}. Convert it "
@@ -88,11 +104,11 @@ class GenerativeDistribution(TorchDistribution):
             self._validate_sample(value)
         shape = torch.broadcast_shapes(value.shape[: value.dim() - self.event_dim], self.batch_shape)
         y = value.expand(shape + self.event_shape)
-        log_det = 0.0
+        log_det: Tensor | float = 0.0
         if self.pretransform is not None:
             x, y = y, self.pretransform(y)
             log_det = self.pretransform.log_abs_det_jacobian(x, y)
-        return self._log_prob(y, self._context_at(shape)) + log_det
+        return y, self._context_at(shape), log_det
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws without gradient, (*sample_shape, *batch_shape, *event_shape)."""
@@ -131,7 +147,7 @@ class GenerativeDistribution(TorchDistribution):
         with torch.enable_grad():
             x = value.expand(shape + self.event_shape)
             x = x if x.requires_grad else x.detach().clone().requires_grad_()
-            (score,) = torch.autograd.grad(self.log_prob(x).sum(), x, create_graph=create_graph)
+            (score,) = torch.autograd.grad(self.unnormalized_log_prob(x).sum(), x, create_graph=create_graph)
         return score
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> GenerativeDistribution:
@@ -220,11 +236,40 @@ def map_tensors(
     return value
 
 
+def over_events(transform: Transform, event_dim: int) -> Transform:
+    """A bijection of coordinates as one of whole events, of that many dimensions."""
+    missing = event_dim - transform.domain.event_dim
+    return IndependentTransform(transform, missing) if missing else transform
+
+
+def unchecked(fn: Distribution) -> Distribution:
+    """A copy of a distribution that does not look at its values, in all its parts."""
+    fn = map_tensors(fn, lambda t: t)
+    parts = [fn]
+    for part in parts:
+        part._validate_args = False
+        parts.extend(inner for inner in vars(part).values() if isinstance(inner, Distribution))
+    return fn
+
+
 def is_real(support: constraints.Constraint | None) -> bool:
     """Whether every coordinate may be any real number."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return isinstance(support, type(constraints.real))
+
+
+def parts_of(value: Any) -> tuple[list[nn.Module], list[Tensor]]:
+    """The modules, and the tensors outside of these, that distributions and what they are made of hold."""
+    modules: list[nn.Module] = []
+    tensors: list[Tensor] = []
+
+    def note(found: list, part: Any) -> Any:
+        found.append(part)
+        return part
+
+    map_tensors(value, partial(note, tensors), partial(note, modules))
+    return modules, tensors
 
 
 def density_of(fn: Distribution) -> tuple[Density, str]:

@@ -25,14 +25,13 @@ from torch import Size, Tensor, nn
 from torch.distributions import (
     AffineTransform,
     ComposeTransform,
-    IndependentTransform,
     Transform,
     biject_to,
     constraints,
 )
 
 from pyro_genmodels import naming
-from pyro_genmodels.distributions.base import is_real, map_tensors
+from pyro_genmodels.distributions.base import is_real, map_tensors, over_events
 
 Context = int | nn.Module
 
@@ -194,9 +193,7 @@ class Family(PyroModule):
         return ComposeTransform(parts) if parts else None
 
     def _to_reals(self) -> Transform:
-        to_reals = biject_to(self.support).inv
-        missing = len(self.event_shape) - to_reals.domain.event_dim
-        return IndependentTransform(to_reals, missing) if missing else to_reals
+        return over_events(biject_to(self.support).inv, len(self.event_shape))
 
     def standardize(self, x: Tensor) -> None:
         """Takes mean and standard deviation from data, (N, *event_shape), where the family standardises at all."""

@@ -19,6 +19,7 @@ class MLP(nn.Sequential):
         hidden: widths of the hidden layers.
         dropout: rate at which hidden units are dropped in training.
         activation: constructor of the nonlinearity.
+        last_bias: whether the output has a bias.
     """
 
     def __init__(
@@ -29,12 +30,13 @@ class MLP(nn.Sequential):
         *,
         dropout: float = 0.0,
         activation: Callable[[], nn.Module] = nn.SiLU,
+        last_bias: bool = True,
     ) -> None:
         layers: list[nn.Module] = []
         for before, after in zip((in_features, *hidden), hidden, strict=False):
             layers += [nn.Linear(before, after), activation()]
             layers += [nn.Dropout(dropout)] if dropout else []
-        super().__init__(*layers, nn.Linear((in_features, *hidden)[-1], out_features))
+        super().__init__(*layers, nn.Linear((in_features, *hidden)[-1], out_features, bias=last_bias))
 
 
 def call_batched(network: Callable[..., Any], batch: Size, x: Tensor, context: Tensor | None) -> Any:

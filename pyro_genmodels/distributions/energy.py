@@ -1,0 +1,206 @@
+r"""Energies: :math:`p(x \mid c) = p_0(x)\, e^{-E(x, c)} / Z(c)`. The constant is unknown; its gradient is a mean.
+
+.. math:: \nabla_\theta \log Z = -\mathbb{E}_{x \sim p}[\nabla_\theta E(x)], \qquad
+    \nabla_x \log p(x) = \nabla_x \log p_0(x) - \nabla_x E(x).
+
+:math:`p_0` is a flat measure, or a density that is *tilted*. `log_prob` carries the gradient of log Z by *negatives*, draws
+from the energy as it stands; the score knows nothing of Z. LeCun et al., *A Tutorial on Energy-Based Learning* (2006); Song
+and Kingma, *How to Train Your Energy-Based Models* (arXiv 2101.03288).
+"""
+
+from __future__ import annotations
+
+__all__ = ["Energy"]
+
+from collections.abc import Callable, Sequence
+from types import EllipsisType
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+from torch.distributions import Distribution, Transform, biject_to, constraints
+
+from pyro_genmodels.distributions.base import Density, GenerativeDistribution, drops_units, is_real, over_events, parts_of
+from pyro_genmodels.distributions.memory import LogPartition, Memory, fingerprint
+from pyro_genmodels.distributions.negatives import Annealed, Negatives, Persistent
+from pyro_genmodels.distributions.path import Path, kind_of, start_of
+from pyro_genmodels.samplers import GibbsWithGradients, Langevin, Sampler, Target, anneal, run
+from pyro_genmodels.samplers.annealing import schedule
+
+
+class Energy(GenerativeDistribution):
+    """The distribution of an energy.
+
+    Args:
+        energy: (x, context) -> energies (n,) in nats, with x (n, ...) as `features` says; called without context where there is
+            none. It may offer ``tempered(x, context, beta)``, a path of its own, and ``gibbs(x, context, beta, natural)``, a
+            sweep (see `RestrictedBoltzmannMachine`).
+        event_shape: shape of one datum.
+        context: (batch..., c) or None.
+        base: density of the data that is tilted; None is a flat measure, or with `tilted` the start.
+        support: where one coordinate lies: the reals, an interval or another set that the reals can be mapped to, `boolean`,
+            or integers 0 .. K - 1.
+        coordinates: bijection from positions of chains to data, over whole events; by default what the support asks for. Of
+            discrete data there is none: positions are zeros and ones, or one-hot in a last dimension.
+        features: positions -> what the energy is given; by default the data, or of discrete data the positions.
+        start: distribution of positions that paths start with; by default standard normal, uniform over the data of an
+            interval, even over discrete data.
+        tilted: whether without a base the start is tilted.
+        sampler: that moves chains; by default `Langevin` or `GibbsWithGradients`. None draws nothing.
+        negatives: where they come from; by default chains that go on, or with a context annealed ones.
+        memory: where chains go on and log Z is kept; None remembers nothing.
+        num_steps: of the sampler to a draw.
+        validate_args: as everywhere in torch.
+
+    Raises:
+        ValueError: on drawing, or on a gradient of log Z, without a sampler; on energies of another shape than (n,).
+        FloatingPointError: by `log_prob`, if chains run away or energies explode, saying what to change.
+
+    Example:
+        >>> double_well = Energy(lambda x: (x**2 - 1).square().sum(-1), (1,))
+        >>> double_well.density, double_well.score(torch.zeros(1)), double_well.sample((20,)).shape
+        ('unnormalized', tensor([0.]), torch.Size([20, 1]))
+    """
+
+    has_rsample = False
+    intractable = True
+    advice = (
+        "Train it by ContrastiveDivergence(), NoiseContrastive(noise=...) or score matching, or in a model by Pyro's losses; "
+        "log_likelihood(fit, x) estimates log Z, and so does log_partition(energy())."
+    )
+
+    def __init__(
+        self,
+        energy: Callable[..., Tensor],
+        event_shape: Sequence[int],
+        *,
+        context: Tensor | None = None,
+        base: Distribution | None = None,
+        support: constraints.Constraint = constraints.real,
+        coordinates: Transform | None = None,
+        features: Callable[[Tensor], Tensor] | None = None,
+        start: Distribution | None = None,
+        tilted: bool = False,
+        sampler: Sampler | EllipsisType | None = ...,
+        negatives: Negatives | None = None,
+        memory: Memory | None = None,
+        num_steps: int = 500,
+        validate_args: bool | None = None,
+    ) -> None:
+        super().__init__(event_shape, context=context, support=support, validate_args=validate_args)
+        kind, classes = kind_of(support)
+        if kind == "real" and coordinates is None and not is_real(support):
+            coordinates = over_events(biject_to(support), len(self.event_shape))
+        start = start_of(support, self.event_shape) if start is None else start
+        self.path = Path(energy, self.event_shape, kind, classes, start, base, tilted, coordinates, features)
+        self.network = energy
+        self.sampler = (Langevin() if kind == "real" else GibbsWithGradients()) if sampler is ... else sampler
+        self.negatives = negatives or (Persistent() if context is None else Annealed())
+        self.memory, self.num_steps = memory, num_steps
+        self._log_z: LogPartition | None = None
+        if self.sampler is not None:
+            self.sampler.check(self.path.target())
+
+    # Densities.
+
+    @property
+    def density(self) -> Density:
+        known = self.log_partition
+        return "unnormalized" if known is None else "exact" if known.kind == "exact" else "estimate"
+
+    @property
+    def log_partition(self) -> LogPartition | None:
+        """What is known of log Z with the parameters as they are; None where nothing is."""
+        if self._log_z is not None or self.memory is None or self.context is not None or self.memory.kind < 0:
+            return self._log_z
+        return self.memory.log_partition(self.fingerprint())
+
+    def normalized(self, log_partition: LogPartition) -> Energy:
+        """The same distribution with log Z given, () or of its batch shape, and kept whatever becomes of the parameters."""
+        return self.but(_log_z=log_partition)
+
+    def keep(self, log_partition: LogPartition) -> None:
+        """Has the family remember log Z until its parameters change, where there is a family and no context."""
+        if self.memory is not None and self.context is None:
+            self.memory.put_log_partition(log_partition, self.fingerprint())
+
+    def fingerprint(self) -> Tensor:
+        """Of all that log Z depends on."""
+        path = self.path
+        modules, tensors = parts_of((path.energy, path.base, path.start if path.tilted else None, path.coordinates))
+        return fingerprint([t for module in modules for t in module.state_dict().values()] + tensors)
+
+    def unnormalized_log_prob(self, value: Tensor) -> Tensor:
+        """The log density (nats) up to log Z, without negatives: (sample..., *batch_shape)."""
+        return self.path.log_density(*self.aligned(value)[:2])
+
+    def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
+        log_p, known = self.path.log_density(y, context), self.log_partition
+        if known is not None:
+            log_p = log_p - known.value.to(log_p)
+        if self.wants_negatives:
+            log_f = self.path.log_f(self.negatives.draw(self, y, context), context).mean(0)
+            log_p = log_p - (log_f - log_f.detach())
+        return log_p
+
+    @property
+    def wants_negatives(self) -> bool:
+        """Whether a gradient of log Z is asked for: where gradients are, of parameters or of the context."""
+        if not torch.is_grad_enabled():
+            return False
+        modules, tensors = parts_of((self.context, self.path.energy, self.path.base))
+        if any(t.requires_grad for t in [p for module in modules for p in module.parameters()] + tensors):
+            return True
+        if isinstance(self.path.energy, nn.Module):
+            return False
+        with torch.random.fork_rng():  # of a plain function nobody knows the parameters: one datum shows them
+            u, context = self.path.begin((1,)), self.context
+            one = None if context is None else context.reshape(-1, context.shape[-1])[:1].detach()
+            return self.path.energies(u, one).requires_grad
+
+    # Draws.
+
+    def draw_negatives(self, value: Tensor) -> Tensor:
+        """Positions of negatives for data: (m, *position); with a context (m, batch..., *position)."""
+        return self.negatives.draw(self, *self.aligned(value)[:2])
+
+    def chains(self, what: str) -> Sampler:
+        """The sampler.
+
+        Raises:
+            ValueError: if there is none, or if the energy drops units at random.
+        """
+        if self.sampler is None:
+            raise ValueError(
+                f"This energy has no sampler, and so no {what}. Build it with one such as Langevin(), or train it by "
+                "NoiseContrastive(noise=...), SlicedScoreMatching() or DenoisingScoreMatching(), which draw nothing from it."
+            )
+        if drops_units(self.network):
+            raise ValueError(
+                f"An energy whose dropout is active has no {what}, for it has no density. Build it without dropout."
+            )
+        return self.sampler
+
+    def _draw(self, shape: Size, context: Tensor | None) -> Tensor:
+        sampler, memory, n = self.chains("draws"), self.memory, shape.numel()
+        target = self.path.target(None if context is None else context.reshape(-1, context.shape[-1]))
+        step_size = None if memory is None else memory.step_size
+        if context is None and memory is not None and memory.has_begun:
+            u = memory.chains[torch.randint(len(memory.chains), (n,), device=memory.chains.device)]
+        else:
+            u = sampler.spread(self.path.begin((n,)))
+            betas = schedule(self.num_steps, u)
+            u, _ = anneal(target, sampler, u, betas, rate=0.1)
+        u = run(sampler, target, u, self.num_steps, step_size=step_size, rate=0.1).x
+        u = self.path.decode(sampler.settled(u))
+        return u.reshape(shape + self.event_shape)
+
+    def target(self) -> Target:
+        """The path to the density, as samplers want it; with a context, of one chain for each row."""
+        return self.path.target(None if self.context is None else self.context.reshape(-1, self.context.shape[-1]))
+
+    def but(self, **changes: Any) -> Energy:
+        """The same distribution with other attributes; nothing is copied."""
+        new = self.__class__.__new__(self.__class__)
+        new.__dict__.update(self.__dict__, **changes)
+        return new

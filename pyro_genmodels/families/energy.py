@@ -1,0 +1,207 @@
+r"""Energy-based models: :math:`p(x \mid c) \propto p_0(x)\, e^{-E(x, c)}`. The constant is unknown; the score is not.
+
+LeCun et al., *A Tutorial on Energy-Based Learning* (2006). Trained by `ContrastiveDivergence`, `NoiseContrastive`, score
+matching, or within a model by Pyro's own losses; drawn by the samplers of `pyro_genmodels.samplers`.
+"""
+
+from __future__ import annotations
+
+__all__ = ["EnergyModel"]
+
+from collections.abc import Callable, Sequence
+from types import EllipsisType
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Transform, constraints
+
+from pyro_genmodels.distributions.base import map_tensors, unchecked
+from pyro_genmodels.distributions.energy import Energy
+from pyro_genmodels.distributions.memory import Memory
+from pyro_genmodels.distributions.negatives import Annealed, Negatives, Persistent
+from pyro_genmodels.distributions.path import kind_of
+from pyro_genmodels.families.family import Context, Family
+from pyro_genmodels.nn.energies import DenseEnergy, EnergyChoice
+from pyro_genmodels.samplers import Gibbs, GibbsWithGradients, Langevin, Sampler
+
+
+class EnergyModel(Family):
+    r"""An energy-based model.
+
+    In a model of your own, under any of Pyro's losses, its `log_prob` carries the gradient of log Z by negatives from its
+    sampler; its value lacks log Z until that is known (`density` of the distribution says whether it is). So it may stand where
+    gradients matter alone. What weighs by its value (NUTS over the context, enumeration, the score function) wants an energy
+    without a context, or one that is frozen.
+
+    Args:
+        event_shape: shape of one datum.
+        context: see `Family`.
+        energy: a choice such as ``DenseEnergy((128, 128))``, the default, ``ConvolutionalEnergy()``,
+            ``RestrictedBoltzmannMachine(64)`` or ``BoltzmannMachine()``; or a module of your own, called as ``energy(x)`` or
+            ``energy(x, context)`` with one batch dimension, -> energies (n,) in nats. It sees the standardised data; on an
+            interval, [-1, 1]; of classes, one-hot vectors.
+        base: what is tilted: a Pyro distribution over one datum, or a family, which is trained along unless frozen. None is:
+            under the choices above a standard normal of the standardised data, without which exp(-E) need have no integral, on
+            an interval the uniform law, over discrete data their frequencies, coordinate by coordinate; under a module of your
+            own a flat measure.
+        support: where one coordinate lies: the reals, an interval, `constraints.boolean`, or
+            ``constraints.integer_interval(0, K - 1)``, whose order the energy does not know.
+        sampler: that moves chains: `Langevin` (the default over reals), `Hamiltonian`, `GibbsWithGradients` (the default over
+            discrete data), `Gibbs` (of Boltzmann machines), `ParallelTempering`. None: nothing can be drawn, and the objectives
+            that draw nothing remain.
+        negatives: where they come from: `Persistent` (the default), `Contrastive`, or `Annealed` (the default with a context).
+        num_steps: of the sampler to a draw.
+        standardize: see `Family`. Off, an energy of your own sees the data as they are.
+        name: see `Family`.
+
+    Raises:
+        ValueError: on a sampler, support and energy that do not go together.
+
+    Example:
+        >>> from pyro_genmodels import EnergyModel
+        >>> model = EnergyModel((2,))
+        >>> model().log_prob(torch.zeros(5, 2)).shape, model().density
+        (torch.Size([5]), 'unnormalized')
+    """
+
+    marginals: Tensor
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        *,
+        context: Context = 0,
+        energy: EnergyChoice | nn.Module | None = None,
+        base: Distribution | Family | None = None,
+        support: constraints.Constraint = constraints.real,
+        sampler: Sampler | EllipsisType | None = ...,
+        negatives: Negatives | None = None,
+        num_steps: int = 500,
+        standardize: bool = True,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(event_shape, context=context, support=support, standardize=standardize, name=name)
+        self._standardize = standardize  # discrete data too: their frequencies
+        kind, classes = kind_of(support)
+        position = torch.Size((*self.event_shape, classes)) if kind == "categorical" else self.event_shape
+        energy = DenseEnergy() if energy is None else energy
+        self.tilted = isinstance(energy, EnergyChoice)
+        self.energy = (
+            energy.build(position, kind, self.context_size) if isinstance(energy, EnergyChoice) else _checked_energy(energy)
+        )
+        self.base = _checked_base(base, self.event_shape)
+        self.register_buffer("marginals", torch.zeros(position if kind != "real" else (0,)))
+        if sampler is ...:
+            gibbs = base is None and hasattr(self.energy, "gibbs") and self.tilted
+            sampler = Gibbs() if gibbs else Langevin() if kind == "real" else GibbsWithGradients()
+        self.sampler, self.num_steps = sampler, num_steps
+        self.arguments["sampler"] = sampler
+        self.negatives = (Persistent() if self.context is None else Annealed()) if negatives is None else negatives
+        kept = self.negatives.kept if isinstance(self.negatives, Persistent) and sampler is not None else 0
+        like = torch.zeros(kept, *position)
+        self.memory = Memory(sampler, like)
+        self._energy(None)  # so that what does not go together is told here
+
+    def forward(self, context: Tensor | None = None) -> Energy:
+        base = self.base
+        if isinstance(base, Family):
+            base = base(context if base.context is not None else None)
+        return self._energy(base, self.embed(context))
+
+    def _energy(self, base: Distribution | None, context: Tensor | None = None) -> Energy:
+        bounded = self._bounded and not self.support.is_discrete
+        return Energy(
+            self.energy,
+            self.event_shape,
+            context=context,
+            base=None if base is None else unchecked(base),
+            support=self.support,
+            coordinates=None if self.pretransform is None else self.pretransform.inv,
+            features=None if not self.tilted and not self._standardize else _to_unit if bounded else _as_they_are,
+            start=self._start(),
+            tilted=self.tilted and self.base is None,
+            sampler=self.sampler,
+            negatives=self.negatives,
+            memory=self.memory,
+            num_steps=self.num_steps,
+        )
+
+    def _start(self) -> Distribution:
+        """Of positions: the frequencies of discrete data, uniform on an interval, else standard normal."""
+        if self.support.is_discrete:
+            kind = dist.Bernoulli if self.support is constraints.boolean else dist.OneHotCategorical
+            return kind(logits=self.marginals, validate_args=False)
+        zero, one = torch.zeros_like(self.loc), torch.ones_like(self.loc)
+        return (dist.Logistic if self._bounded else dist.Normal)(zero, one, validate_args=False)
+
+    @property
+    def _bounded(self) -> bool:
+        """Whether the data lie on an interval, with two ends."""
+        return all(hasattr(self.support, name) for name in ("lower_bound", "upper_bound"))
+
+    @property
+    def pretransform(self) -> Transform | None:
+        """To the positions of chains; on an interval and of discrete data nothing, for these need no standardisation."""
+        return None if self._bounded or self.support.is_discrete else super().pretransform
+
+    def standardize(self, x: Tensor) -> None:
+        """Takes mean and standard deviation from data, (N, *event_shape), or of discrete data their frequencies."""
+        if not self.support.is_discrete:
+            return super().standardize(x)
+        if self._standardize:
+            with torch.no_grad():
+                x = x.to(self.marginals.device)
+                if self.support is constraints.boolean:
+                    count = x.to(self.marginals.dtype).sum(0) + 0.5
+                    self.marginals.copy_((count / (len(x) + 1 - count)).log())
+                else:
+                    one_hot = torch.nn.functional.one_hot(x.long(), self.marginals.shape[-1])
+                    self.marginals.copy_(((one_hot.sum(0) + 0.5) / (len(x) + 0.5 * one_hot.shape[-1])).log())
+                self.standardized.fill_(True)
+            self._standardized = True
+        return None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EnergyModel:  # noqa: FBT001, FBT002
+        super()._apply(fn, recurse)
+        if isinstance(self.base, Distribution):
+            self.base = map_tensors(self.base, fn)
+        return self
+
+
+def _as_they_are(u: Tensor) -> Tensor:
+    return u
+
+
+def _to_unit(u: Tensor) -> Tensor:
+    """Positions of data on an interval -> the data, its ends at -1 and 1."""
+    return (u / 2).tanh()
+
+
+def _checked_energy(energy: Any) -> nn.Module:
+    if not isinstance(energy, nn.Module):
+        found = f"the class {energy.__name__}" if isinstance(energy, type) else type(energy).__name__
+        raise TypeError(
+            f"EnergyModel wants a choice such as DenseEnergy() or a torch.nn.Module as its energy, but found {found}. A plain "
+            "function can be an energy of pyro_genmodels.distributions.Energy."
+        )
+    return energy
+
+
+def _checked_base(base: Any, event_shape: torch.Size) -> Any:
+    if base is None:
+        return None
+    if not isinstance(base, (Distribution, Family)):
+        found = f"the class {base.__name__}" if isinstance(base, type) else type(base).__name__
+        raise TypeError(
+            f"EnergyModel wants a Pyro distribution or a family as its base, such as Flow((8,)), but found {found}."
+        )
+    if isinstance(base, Distribution) and base.batch_shape:
+        raise ValueError(
+            f"EnergyModel wants a base over one datum, but found a batch of shape {tuple(base.batch_shape)}. Use "
+            f"base.to_event({len(base.batch_shape)})."
+        )
+    if base.event_shape != event_shape:
+        raise ValueError(f"The base is over events {tuple(base.event_shape)}, but the energy over {tuple(event_shape)}.")
+    return base

@@ -1,0 +1,105 @@
+r"""Annealing: chains led along a path of densities, with the weights that make up for the haste.
+
+Chains begin with draws of :math:`f_0`, whose integral is known to be 1. At each of :math:`0 = \beta_0 < \dots < \beta_K = 1`
+
+.. math:: \log w \leftarrow \log w + \log f_{\beta_k}(x) - \log f_{\beta_{k-1}}(x), \qquad x \leftarrow T_{\beta_k}(x),
+
+where :math:`T_\beta` leaves :math:`f_\beta` invariant. Then :math:`\mathbb{E}\, w = Z`, the integral of :math:`f_1`, for any
+number of steps, so that :math:`\log \overline{w}` is too low in expectation (Jensen). Led backwards from draws of
+:math:`f_1 / Z`, moved before they are weighed, the same sum has :math:`\mathbb{E}\, w = 1 / Z`, and the estimate is too high.
+Led backwards from any :math:`x`, by kernels that are their own reversal, it says how likely the forward run is to end there:
+
+.. math:: \log p_{\mathrm{RAISE}}(x) \ge \mathbb{E}[\log f_1(x) + \log w] .
+
+Neal, *Annealed Importance Sampling* (1998); Burda, Grosse and Salakhutdinov, *Accurate and Conservative Estimates of MRF
+Log-likelihood using Reverse Annealing* (arXiv 1412.8566).
+"""
+
+from __future__ import annotations
+
+__all__ = ["anneal", "schedule", "tune"]
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_genmodels.samplers.sampler import Sampler, run
+from pyro_genmodels.samplers.target import Target
+
+
+def schedule(steps: int, like: Tensor, *, bend: float = 4.0) -> Tensor:
+    """Betas from 0 to 1, denser at both ends, (steps + 1,): a sigmoid, as Grosse et al. (arXiv 1511.02543) take."""
+    s = torch.sigmoid(bend * torch.linspace(-1.0, 1.0, steps + 1, dtype=torch.float64, device=like.device))
+    return ((s - s[0]) / (s[-1] - s[0])).to(like.dtype)
+
+
+def anneal(
+    target: Target,
+    sampler: Sampler,
+    x: Tensor,
+    betas: Tensor,
+    *,
+    step_sizes: Tensor | None = None,
+    rate: float = 0.0,
+    progress: bool = False,
+    label: str = "annealing",
+) -> tuple[Tensor, Tensor]:
+    """Leads chains along the path, at each beta by one step of the sampler.
+
+    Args:
+        target: the path.
+        sampler: whose steps leave each density invariant.
+        x: positions to begin with, (chains..., *event_shape).
+        betas: ascending: chains are weighed, then moved; descending: moved, then weighed. (K + 1,).
+        step_sizes: of the sampler at each beta, (K + 1,); None takes its own.
+        rate: without step_sizes, that of tuning on the way, which bends the weights.
+        progress: whether to show a progress bar.
+        label: beside it.
+
+    Returns:
+        Positions, (chains..., *event_shape), and log weights, (chains...).
+    """
+    ascending = bool(betas[0] < betas[-1])
+    chains = x.shape[: x.dim() - target.event_dim]
+    log_w, step_size = x.new_zeros(chains), sampler.first_step_size(x)
+
+    def move(k: int) -> None:
+        nonlocal x, step_size
+        step_size = step_size if step_sizes is None else step_sizes[k]
+        x, step_size, _ = run(sampler, target, x, 1, beta=betas[k], step_size=step_size, rate=rate)
+
+    for k in tqdm(range(1, len(betas)), desc=label, disable=not progress, mininterval=0.5, leave=False):
+        if not ascending:
+            move(k - 1)
+        with torch.no_grad():
+            before, after = target.log_prob(x, betas[k - 1 : k + 1].reshape(2, *(1 for _ in chains))).expand(2, *chains)
+        log_w = log_w + (after - before)
+        if ascending:
+            move(k)
+    return x, log_w
+
+
+def tune(target: Target, sampler: Sampler, x: Tensor, betas: Tensor, *, steps: int = 3, rate: float = 0.7) -> Tensor | None:
+    """Step sizes of a sampler along the path, (K + 1,), by a run whose chains are then thrown away; None where none is tuned.
+
+    Sizes that were tuned by the weighed chains themselves would bend their weights.
+
+    Args:
+        target: the path.
+        sampler: to be tuned.
+        x: draws of f_0, (chains, *event_shape).
+        betas: (K + 1,), ascending.
+        steps: of the sampler at each of some twenty betas.
+        rate: see `run`.
+    """
+    if sampler.target_acceptance is None:
+        return None
+    at = torch.linspace(0, len(betas) - 1, min(len(betas), 20)).round().long()
+    step_size, sizes = sampler.first_step_size(x), []
+    for i, k in enumerate(at):
+        x, step_size, _ = run(
+            sampler, target, x, 10 * steps if i == 0 else steps, beta=betas[k], step_size=step_size, rate=rate
+        )
+        sizes.append(step_size)
+    nearest = torch.linspace(0, len(at) - 1, len(betas)).round().long()
+    return torch.stack(sizes)[nearest.to(x.device)]

@@ -1,0 +1,152 @@
+r"""Chains as a user wants them: warmed up, drawn from, with what is known of each draw.
+
+After the warmup, in which step sizes are tuned by dual averaging, every draw follows the sampler's law: nothing is tuned any
+more. How far chains agree is ArviZ's to say: ``to_arviz(chains)``, then ``arviz.rhat`` and ``arviz.ess``.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Chains", "sample_chains"]
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_genmodels.samplers.gibbs import GibbsWithGradients
+from pyro_genmodels.samplers.langevin import Langevin
+from pyro_genmodels.samplers.sampler import DualAveraging, Sampler, over_chains
+from pyro_genmodels.samplers.target import check_target
+
+
+@dataclass(frozen=True)
+class Chains:
+    """Draws of Markov chains.
+
+    Attributes:
+        draws: (chain, draw, *event_shape).
+        stats: of each draw, (chain, draw): ``acceptance_rate``, the probability with which its last proposal was accepted, and
+            ``lp``, the unnormalised log density in nats, where the sampler knows it.
+        step_size: in use after the warmup.
+        name: of the variable, for `to_arviz`.
+    """
+
+    draws: Tensor
+    stats: Mapping[str, Tensor]
+    step_size: Tensor
+    name: str = "x"
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Mean over draws and chains."""
+        return self.stats["acceptance_rate"].mean().item()
+
+    def get_samples(self, *, group_by_chain: bool = True) -> dict[str, Tensor]:
+        """The draws by name, as Pyro's MCMC gives them: (chain, draw, ...), or all chains one after another."""
+        return {self.name: self.draws if group_by_chain else self.draws.flatten(0, 1)}
+
+
+def sample_chains(
+    target: Any,
+    initial: Tensor,
+    *,
+    sampler: Sampler | None = None,
+    num_samples: int = 1000,
+    warmup: int = 500,
+    thin: int = 1,
+    name: str = "x",
+    progress: bool = True,
+) -> Chains:
+    """Draws from an unnormalised density by many chains at once.
+
+    Args:
+        target: log density (nats), x (chains, *event_shape) -> (chains,); an energy distribution; or a `Target`.
+        initial: where chains begin, (chains, *event_shape).
+        sampler: by default `Langevin` with Metropolis' correction, or `GibbsWithGradients` of discrete data.
+        num_samples: draws of each chain.
+        warmup: steps before them, in which the step size is tuned.
+        thin: steps from one draw to the next.
+        name: of the variable.
+        progress: whether to show a progress bar.
+
+    Returns:
+        Draws in the units of the data, with acceptance and log density.
+
+    Raises:
+        ValueError: on counts that are not positive, starting points of zero density, or a sampler that cannot move the data.
+
+    Warns:
+        RuntimeWarning: if nearly nothing or nearly everything was accepted, saying which way to change the step size; or if
+            draws are not finite.
+
+    Example:
+        >>> from pyro_genmodels.samplers import sample_chains
+        >>> ring = lambda x: -50 * (x.norm(dim=-1) - 1) ** 2
+        >>> chains = sample_chains(ring, torch.randn(100, 2), num_samples=200, progress=False)
+        >>> 0.8 < chains.draws.norm(dim=-1).mean() < 1.2
+        tensor(True)
+    """
+    for option, value in (("num_samples", num_samples), ("thin", thin)):
+        if value < 1:
+            raise ValueError(f"{option} must be positive, but is {value}.")
+    if warmup < 0:
+        raise ValueError(f"warmup must not be negative, but is {warmup}.")
+    if not isinstance(initial, Tensor) or initial.dim() < 1 or not len(initial):
+        found = tuple(initial.shape) if isinstance(initial, Tensor) else type(initial).__name__
+        raise ValueError(f"initial wants a tensor of starting points, (chains, ...), but found {found}.")
+    target = check_target(target, initial.dim() - 1)
+    sampler = (Langevin() if target.kind == "real" else GibbsWithGradients()) if sampler is None else sampler
+    sampler.check(target)
+    x = sampler.spread(target.encode(initial))
+    with torch.no_grad():
+        finite = target.log_prob(x, 1.0).isfinite()
+    if not finite.all():
+        raise ValueError(
+            f"{int((~finite).sum())} of {finite.numel()} starting points have no finite log density. Begin within the support."
+        )
+
+    step_size = sampler.first_step_size(x)
+    tuning = DualAveraging(step_size, sampler.target_acceptance) if sampler.target_acceptance and warmup else None
+    state = sampler.init(x, target)
+    draws, accepted, log_prob = [], [], []
+    bar = tqdm(total=warmup + num_samples * thin, desc="chains", disable=not progress, mininterval=0.5, unit="step")
+    with bar:
+        for _ in range(warmup):
+            state, accept = sampler.step(state, target, tuning.step_size if tuning else step_size)
+            if tuning:
+                tuning.update(over_chains(accept, step_size))
+            bar.update()
+        step_size = tuning.settled if tuning else step_size
+        for _ in range(num_samples):
+            for _ in range(thin):
+                state, accept = sampler.step(state, target, step_size)
+                bar.update()
+            draws.append(target.decode(sampler.settled(state.x)))
+            accepted.append(sampler.settled(accept))
+            if state.log_prob is not None:
+                log_prob.append(sampler.settled(state.log_prob))
+    stats = {"acceptance_rate": torch.stack(accepted, 1)} | ({"lp": torch.stack(log_prob, 1)} if log_prob else {})
+    chains = Chains(torch.stack(draws, 1), stats, step_size, name)
+    _warn(chains, sampler)
+    return chains
+
+
+def _warn(chains: Chains, sampler: Sampler) -> None:
+    bad = ~chains.draws.flatten(2).isfinite().all(-1)
+    if bad.any():
+        message = (
+            f"{int(bad.any(1).sum())} of {len(bad)} chains left the real numbers. Lower the step size, or adjust the steps"
+        )
+    elif sampler.target_acceptance and chains.acceptance_rate < 0.05:
+        message = (
+            f"Only {chains.acceptance_rate:.1%} of the proposals were accepted: lower the step size, or warm up for longer"
+        )
+    elif sampler.target_acceptance and chains.acceptance_rate > 0.999:
+        message = "Every proposal was accepted, so that chains hardly move: raise the step size, or warm up for longer"
+    else:
+        return
+    warnings.warn(f"{message} ({type(sampler).__name__}).", RuntimeWarning, stacklevel=3)
