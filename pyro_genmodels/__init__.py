@@ -10,18 +10,34 @@ _homes = {
     "distributions": ["Dequantized"],
     "evaluation": ["compare", "log_likelihood"],
     "families": [
-        "BPF", "MAF", "NAF", "NCSF", "NICE", "NSF", "SOSPF", "UNAF", "VAE", "Autoregressive", "Bernoulli", "Categorical",
-        "DiscretizedLogistic", "Flow", "Labels", "Normal", "RealNVP",
+        "BPF", "MAF", "NAF", "NCSF", "NICE", "NSF", "SOSPF", "UNAF", "VAE", "Annealed", "Autoregressive", "Bernoulli",
+        "BoltzmannMachine", "Categorical", "Contrastive", "ConvolutionalEnergy", "DenseEnergy", "DiscretizedLogistic",
+        "EnergyModel", "Flow", "Gibbs", "GibbsWithGradients", "Hamiltonian", "Labels", "Langevin", "Normal",
+        "ParallelTempering", "Persistent", "RealNVP", "RestrictedBoltzmannMachine",
     ],
-    "infer": ["MaximumLikelihood"],
+    "infer": [
+        "ContrastiveDivergence", "DenoisingScoreMatching", "ImplicitScoreMatching", "MaximumLikelihood", "NoiseContrastive",
+        "SlicedScoreMatching",
+    ],
     "inference_data": ["to_arviz"],
     "training": ["train"],
 }  # fmt: skip
 _home = {name: module for module, names in _homes.items() for name in names}
-_modules = ("checkpoints", "datasets", "distributions", "divergences", "evaluation", "families", "infer", "plots", "training")
+_modules = (
+    "checkpoints",
+    "datasets",
+    "distributions",
+    "divergences",
+    "evaluation",
+    "families",
+    "infer",
+    "plots",
+    "samplers",
+    "training",
+)
 
 __version__ = "0.1.0"
-__all__ = sorted([*_home, "distributions", "divergences", "evaluation", "families", "infer"])
+__all__ = sorted([*_home, "distributions", "divergences", "evaluation", "families", "infer", "samplers"])
 
 
 def __getattr__(name: str) -> Any:

@@ -59,6 +59,7 @@ def put(weights: Weights, optimiser: Optimizer, tensors: Mapping[str, Tensor], r
     with torch.no_grad():
         for name, t in wanted.items():
             t.copy_(tensors[name])
+    weights.reread()
     state: dict[int, dict[str, Any]] = {int(i): dict(values) for i, values in record["numbers"].items()}
     for name, t in tensors.items():
         kind, *rest = name.split(".", 2)

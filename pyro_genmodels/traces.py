@@ -10,7 +10,7 @@ Several particles are one run inside an outermost plate.
 from __future__ import annotations
 
 __all__ = [
-    "PARTICLES", "Pair", "as_pair", "data_plates", "depth", "is_deterministic", "is_family", "is_point_mass", "latents",
+    "PARTICLES", "Pair", "as_pair", "data_plates", "depth", "is_deterministic", "is_family", "is_point_mass", "keep", "latents",
     "log_prob", "looking_on", "max_plate_nesting", "no_latents", "observed", "owners", "particles", "run", "samples",
     "unobserving", "vectorises",
 ]  # fmt: skip
@@ -277,11 +277,12 @@ def log_prob(trace: Trace, dims: tuple[int, ...], *, scaled: bool) -> Tensor:
     total: Tensor | float = 0.0
     for site in samples(trace).values():
         scale = site["scale"] if scaled else 1.0
-        total = total + _keep(scale_and_mask(site["fn"].log_prob(site["value"]), scale, site["mask"]), dims)
+        total = total + keep(scale_and_mask(site["fn"].log_prob(site["value"]), scale, site["mask"]), dims)
     return total if isinstance(total, Tensor) else torch.zeros((1,) * len(dims))
 
 
-def _keep(log_p: Tensor, dims: tuple[int, ...]) -> Tensor:
+def keep(log_p: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Values of cells, summed over all but the given batch dimensions, negative and ascending."""
     log_p = log_p.reshape((1,) * (-min(dims) - log_p.dim()) + log_p.shape)
     others = [d for d in range(-log_p.dim(), 0) if d not in dims]
     return log_p.sum(others) if others else log_p

@@ -33,7 +33,9 @@ from tqdm.auto import tqdm
 
 from pyro_genmodels import checkpoints, traces
 from pyro_genmodels.batches import Batch, Batches, pair_of
+from pyro_genmodels.distributions.base import unwrap
 from pyro_genmodels.families.family import Family
+from pyro_genmodels.infer.contrastive import ContrastiveDivergence
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
 from pyro_genmodels.snapshots import Keeper
 from pyro_genmodels.weights import Weights
@@ -110,7 +112,8 @@ def train(
         data: rows of x, (N, ...), or the pair (x, context), moved to the fit's device and precision; or a `DataLoader` of x or
             (x, context), of which the first 10,000 rows are checked and set a family's mean and deviation.
         context: one per row, (N, ...).
-        objective: a Pyro loss; by default `Trace_ELBO` for a fit with latent variables and `MaximumLikelihood` for one without.
+        objective: a Pyro loss; by default `Trace_ELBO` for a fit with latent variables, `ContrastiveDivergence` for one whose
+            density has a constant out of reach, and `MaximumLikelihood` else.
         optim: parameters -> torch optimiser, such as ``functools.partial(torch.optim.Adam, lr=1e-3)``, which is the default; or
             one of Pyro's.
         valid: held-out data in the form of data, or the pair (x, context), for early stopping; None keeps the last parameters.
@@ -166,7 +169,7 @@ def train(
     loop = _Loop(model, guide, objective or _default_objective(model, guide, batches.first()), batches.rows)
     loop.parameters = loop.find_parameters(batches.first())
     optimiser = _optimiser(optim, list(loop.parameters.values()))
-    weights = Weights(loop.parameters, modules, average)
+    weights = Weights(loop.parameters, modules, average, getattr(loop.objective, "own", ()))
 
     result = Fit(fit)
     keeper = Keeper(
@@ -313,7 +316,11 @@ def _default_objective(model: Callable[..., Any], guide: Callable[..., Any], bat
     args = (batch[0],) if batch[1] is None else batch
     with torch.no_grad(), poutine.block():
         model_trace, _ = traces.run(model, guide, args, {})
-    return Trace_ELBO() if traces.latents(model_trace) else MaximumLikelihood()
+    if traces.latents(model_trace):
+        return Trace_ELBO()
+    sites = traces.samples(model_trace)
+    intractable = any(getattr(unwrap(sites[name]["fn"]), "intractable", False) for name in traces.observed(model_trace))
+    return ContrastiveDivergence() if intractable else MaximumLikelihood()
 
 
 def _optimiser(optim: Any, parameters: list[nn.Parameter]) -> Optimizer:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 __all__ = ["Weights"]
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -23,10 +23,17 @@ class Weights:
         parameters: by name.
         modules: whose buffers are kept along.
         decay: of the average per step, or None for no average.
+        aside: names of parameters that are not the fit's, and are not told as its state.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], modules: list[nn.Module], decay: float | None) -> None:
-        self.names, self.modules = list(parameters), modules
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        modules: list[nn.Module],
+        decay: float | None,
+        aside: Collection[str] = (),
+    ) -> None:
+        self.names, self.modules, self.aside = list(parameters), modules, aside
         self.live = list(parameters.values())
         self.module = nn.ParameterList(self.live)  # of the same storage, also where a parameter is a plain tensor
         self.average = None if decay is None else AveragedModel(self.module, multi_avg_fn=get_ema_multi_avg_fn(decay))
@@ -68,11 +75,18 @@ class Weights:
         finally:
             _copy(targets, before)
 
+    def reread(self) -> None:
+        """Has modules that keep in Python what their buffers say read it again, after buffers have been changed here."""
+        for part in (part for module in self.modules for part in module.modules() if hasattr(part, "reread")):
+            part.reread()  # type: ignore[operator]
+
     def best_state(self) -> dict[str, Tensor]:
         """The best parameters and buffers, by their names in the fit's modules, or else in Pyro's param store."""
         with self._as(self.best):
             owned = {id(p) for m in self.modules for p in m.parameters()}
-            state = {name: p for name, p in zip(self.names, self.live, strict=True) if id(p) not in owned}
+            state = {
+                name: p for name, p in zip(self.names, self.live, strict=True) if id(p) not in owned and name not in self.aside
+            }
             for i, module in enumerate(self.modules):
                 prefix = f"{getattr(module, 'name', None) or i}." if len(self.modules) > 1 else ""
                 state |= {prefix + name: t for name, t in module.state_dict().items()}
@@ -81,6 +95,7 @@ class Weights:
     def restore(self) -> None:
         """Puts the best in the place of the parameters."""
         _copy([*(p.data for p in self.live), *self.buffers], self.best)
+        self.reread()
 
 
 def _copy(targets: list[Tensor], values: list[Tensor]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 __all__ = [
     "Density", "GenerativeDistribution", "density_of", "drops_units", "is_real", "map_tensors", "over_events", "parts_of",
     "sum_event",
-    "unchecked", "unwrap",
+    "unchecked", "unwrap", "within",
 ]  # fmt: skip
 
 import copy
@@ -296,3 +296,14 @@ def unwrap(fn: Distribution) -> Distribution:
     while isinstance(fn, (MaskedDistribution, Independent, ExpandedDistribution)):
         fn = fn.base_dist
     return fn
+
+
+def within(fn: Any, change: Callable[[Any], Distribution]) -> Any:
+    """A distribution with what `unwrap` finds in it changed, in the same wrappers."""
+    if isinstance(fn, MaskedDistribution):
+        return MaskedDistribution(within(fn.base_dist, change), fn._mask)
+    if isinstance(fn, Independent):
+        return within(fn.base_dist, change).to_event(fn.reinterpreted_batch_ndims)
+    if isinstance(fn, ExpandedDistribution):
+        return within(fn.base_dist, change).expand(fn.batch_shape)
+    return change(fn)

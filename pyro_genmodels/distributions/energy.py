@@ -13,6 +13,8 @@ from __future__ import annotations
 __all__ = ["Energy"]
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import log10
 from types import EllipsisType
 from typing import Any
 
@@ -23,9 +25,14 @@ from torch.distributions import Distribution, Transform, biject_to, constraints
 from pyro_genmodels.distributions.base import Density, GenerativeDistribution, drops_units, is_real, over_events, parts_of
 from pyro_genmodels.distributions.memory import LogPartition, Memory, fingerprint
 from pyro_genmodels.distributions.negatives import Annealed, Negatives, Persistent
+from pyro_genmodels.distributions.noisy import Noisy
 from pyro_genmodels.distributions.path import Path, kind_of, start_of
-from pyro_genmodels.samplers import GibbsWithGradients, Langevin, Sampler, Target, anneal, run
+from pyro_genmodels.samplers import GibbsWithGradients, Langevin, Sampler, Target, anneal, annealed_langevin, run
 from pyro_genmodels.samplers.annealing import schedule
+from pyro_genmodels.samplers.target import value_and_score
+
+LARGEST = 1e6
+"""Log densities (nats) beyond this are taken for an explosion: in single precision they are no longer told apart."""
 
 
 class Energy(GenerativeDistribution):
@@ -50,6 +57,8 @@ class Energy(GenerativeDistribution):
         negatives: where they come from; by default chains that go on, or with a context annealed ones.
         memory: where chains go on and log Z is kept; None remembers nothing.
         num_steps: of the sampler to a draw.
+        noise: lowest and highest level of noise that the energy is told, as the logarithm at the end of its context; it is then
+            the energy of the data with the lowest, unless `at_noise` says otherwise.
         validate_args: as everywhere in torch.
 
     Raises:
@@ -85,6 +94,7 @@ class Energy(GenerativeDistribution):
         negatives: Negatives | None = None,
         memory: Memory | None = None,
         num_steps: int = 500,
+        noise: tuple[float, float] | None = None,
         validate_args: bool | None = None,
     ) -> None:
         super().__init__(event_shape, context=context, support=support, validate_args=validate_args)
@@ -92,11 +102,13 @@ class Energy(GenerativeDistribution):
         if kind == "real" and coordinates is None and not is_real(support):
             coordinates = over_events(biject_to(support), len(self.event_shape))
         start = start_of(support, self.event_shape) if start is None else start
-        self.path = Path(energy, self.event_shape, kind, classes, start, base, tilted, coordinates, features)
         self.network = energy
+        if noise is not None:
+            energy = Noisy(energy, noise[0], scaled=tilted and base is None)
+        self.path = Path(energy, self.event_shape, kind, classes, start, base, tilted, coordinates, features)
         self.sampler = (Langevin() if kind == "real" else GibbsWithGradients()) if sampler is ... else sampler
         self.negatives = negatives or (Persistent() if context is None else Annealed())
-        self.memory, self.num_steps = memory, num_steps
+        self.memory, self.num_steps, self.noise = memory, num_steps, noise
         self._log_z: LogPartition | None = None
         if self.sampler is not None:
             self.sampler.check(self.path.target())
@@ -139,9 +151,22 @@ class Energy(GenerativeDistribution):
         if known is not None:
             log_p = log_p - known.value.to(log_p)
         if self.wants_negatives:
-            log_f = self.path.log_f(self.negatives.draw(self, y, context), context).mean(0)
+            log_f = self.checked(self.path.log_f(self.negatives.draw(self, y, context), context)).mean(0)
             log_p = log_p - (log_f - log_f.detach())
         return log_p
+
+    def checked(self, log_f: Tensor) -> Tensor:
+        """Log densities of negatives as they are.
+
+        Raises:
+            FloatingPointError: if energies explode, where arguments are validated.
+        """
+        if self._validate_args and not (log_f.abs() < LARGEST).all():
+            raise FloatingPointError(
+                f"energies explode: a negative has a log density of {log_f.flatten()[log_f.abs().argmax()]:.3g} nats. Lower "
+                "the learning rate, use ContrastiveDivergence(regularization=0.1), more steps of negatives, or a base to tilt"
+            )
+        return log_f
 
     @property
     def wants_negatives(self) -> bool:
@@ -183,6 +208,8 @@ class Energy(GenerativeDistribution):
 
     def _draw(self, shape: Size, context: Tensor | None) -> Tensor:
         sampler, memory, n = self.chains("draws"), self.memory, shape.numel()
+        if self.noise is not None:
+            return self._denoised_draw(shape)
         target = self.path.target(None if context is None else context.reshape(-1, context.shape[-1]))
         step_size = None if memory is None else memory.step_size
         if context is None and memory is not None and memory.has_begun:
@@ -198,6 +225,36 @@ class Energy(GenerativeDistribution):
     def target(self) -> Target:
         """The path to the density, as samplers want it; with a context, of one chain for each row."""
         return self.path.target(None if self.context is None else self.context.reshape(-1, self.context.shape[-1]))
+
+    def _denoised_draw(self, shape: Size) -> Tensor:
+        """Draws led down the levels of noise."""
+        low, high = self.noise
+        whole = self.expand(shape)
+
+        def score(u: Tensor, sigma: Tensor) -> Tensor:
+            at = whole.at_noise(sigma.expand(shape))
+            target = Target(lambda u, _: at.path.log_f(u, at.context), len(self.path.position_shape))
+            return value_and_score(target, u, 1.0)[1]
+
+        u = self.path.begin(shape)
+        levels = torch.logspace(log10(high), log10(low), 20, dtype=u.dtype, device=u.device)
+        u = u + high * torch.randn_like(u)
+        return self.path.decode(annealed_langevin(score, u, levels, steps=max(self.num_steps // 20, 1)))
+
+    def at_noise(self, sigma: Tensor) -> Energy:
+        """The distribution of the data with noise of deviation sigma (batch...) added, in the coordinates of chains.
+
+        Raises:
+            ValueError: if the energy is not told the level of noise.
+        """
+        if not isinstance(self.path.energy, Noisy):
+            raise ValueError("This energy is not told the level of noise. Build it with EnergyModel(..., noise=(low, high)).")
+        shape = torch.broadcast_shapes(sigma.shape, self.batch_shape)
+        level = sigma.log().expand(shape)[..., None]
+        own = None if self.context is None else self.context.expand(*shape, self.context.shape[-1])
+        context = level if own is None else torch.cat([own, level], -1)
+        path = replace(self.path, energy=replace(self.path.energy, told=True))
+        return self.but(path=path, context=context, noise=None, _batch_shape=shape, negatives=Annealed())
 
     def but(self, **changes: Any) -> Energy:
         """The same distribution with other attributes; nothing is copied."""

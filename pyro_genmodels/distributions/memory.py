@@ -6,7 +6,7 @@ it was made with and no others; it is known by their *fingerprint*, a sum over t
 
 from __future__ import annotations
 
-__all__ = ["LogPartition", "Memory", "fingerprint"]
+__all__ = ["Kind", "LogPartition", "Memory", "fingerprint"]
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -81,13 +81,12 @@ class Memory(nn.Module):
         self.register_buffer("log_z", torch.full((4,), torch.nan))  # value, error, chains, effective sample size
         self.register_buffer("log_z_kind", torch.tensor(-1))
         self.register_buffer("log_z_of", torch.tensor(0))
-        self._read(self, None)
-        self.register_load_state_dict_post_hook(self._read)
+        self.reread()
+        self.register_load_state_dict_post_hook(_reread)
 
-    @staticmethod
-    def _read(memory: Memory, _: Any) -> None:
-        """What Python branches on, so that nothing reads a tensor's value in the midst of a computation."""
-        memory.has_begun, memory.kind = bool(memory.begun), int(memory.log_z_kind)
+    def reread(self) -> None:
+        """Reads what Python branches on from the buffers, after others have changed these."""
+        self.has_begun, self.kind = bool(self.begun), int(self.log_z_kind)
 
     def put_chains(self, chains: Tensor, rows: Tensor | slice = slice(None)) -> None:
         """Puts chains at rows of those that are kept."""
@@ -124,6 +123,10 @@ class Memory(nn.Module):
         return LogPartition(
             value, error, _KINDS[self.kind], effective_sample_size=None if size.isnan() else size, num_chains=int(chains)
         )
+
+
+def _reread(memory: Memory, _: Any) -> None:
+    memory.reread()
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> Tensor:

@@ -1,6 +1,10 @@
 """Evaluation: what a fit is worth on data it has not seen."""
 
 from pyro_genmodels.evaluation.compare import Comparison, compare
+from pyro_genmodels.evaluation.conservative import conservative_log_likelihood
 from pyro_genmodels.evaluation.log_likelihood import LogLikelihood, log_likelihood
+from pyro_genmodels.partition import LogPartition, log_partition
 
-__all__ = ["Comparison", "LogLikelihood", "compare", "log_likelihood"]
+__all__ = [
+    "Comparison", "LogLikelihood", "LogPartition", "compare", "conservative_log_likelihood", "log_likelihood", "log_partition",
+]  # fmt: skip

@@ -7,6 +7,9 @@ is bounded from below, in expectation, by k draws from the guide,
 
 a bound that rises with k and meets the truth as k grows. The same holds for the noise of a dequantised density. Burda et al.,
 *Importance Weighted Autoencoders* (arXiv 1509.00519).
+
+Of an energy log Z is computed, or estimated by annealed importance sampling: too low in expectation, so that the likelihood
+seems too high. Annealing backwards from the data errs the other way (`conservative_log_likelihood`).
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from torch import Tensor
 
 from pyro_genmodels import traces
 from pyro_genmodels.distributions.base import density_of, unwrap
+from pyro_genmodels.distributions.memory import LogPartition
+from pyro_genmodels.evaluation.constants import Constants
 
 Kind = Literal["exact", "lower bound", "estimate", "unreliable"]
 
@@ -35,12 +40,14 @@ class LogLikelihood:
         std_error: standard error of each value from drawing, (N,); 0 where nothing was drawn, NaN where one draw cannot tell.
         kind: what the values are.
         num_samples: k, the draws behind each value; 1 where nothing was drawn.
+        log_partition: log Z that all values share, where they are of an energy; its error is in that of each.
     """
 
     values: Tensor
     std_error: Tensor
     kind: Kind
     num_samples: int
+    log_partition: LogPartition | None = None
 
     @property
     def mean(self) -> float:
@@ -50,7 +57,10 @@ class LogLikelihood:
     @property
     def mean_std_error(self) -> float:
         """Standard error of the mean over data of which these are a sample."""
-        return (self.values.std() / len(self.values) ** 0.5).item() if len(self.values) > 1 else float("nan")
+        if len(self.values) < 2:
+            return float("nan")
+        shared = 0.0 if self.log_partition is None else self.log_partition.std_error.item()
+        return (self.values.var() / len(self.values) + shared**2).sqrt().item()
 
     def bits_per_dim(self, dims: int) -> float:
         """Negative log-likelihood in bits per dimension, for data of that many dimensions."""
@@ -66,27 +76,33 @@ def log_likelihood(
     x: Tensor,
     *args: Any,
     num_samples: int = 1000,
+    num_steps: int = 1000,
     batch_size: int = 20_000,
     parallel: bool | None = None,
+    progress: bool = False,
     **kwargs: Any,
 ) -> LogLikelihood:
     """Log-likelihood (nats) of each row of x.
 
     Modules of the fit are put in evaluation mode (no dropout) and put back. Plates' scales and `poutine.scale` do not count;
-    masks do.
+    masks do. A family of energies remembers the log Z that was found.
 
     Args:
         fit: a family, an `SVI`, or a pair (model, guide), whose first argument is the data.
         x: data, (N, ...), in a plate of N rows.
         args: the model's other arguments; tensors of N rows are cut into batches along with x.
-        num_samples: k, the draws per row where anything is drawn.
+        num_samples: k, the draws per row where anything is drawn; chains behind log Z of an energy (of a conditional one, for
+            each row).
+        num_steps: betas of the path on which log Z of an energy is estimated, where it cannot be computed.
         batch_size: how many (draw, row) pairs to hold at once.
         parallel: whether draws are made together in one run, which a model must allow (no ``z[0]`` or ``z.sum()``); None tries
             out whether it does.
+        progress: whether to show a progress bar while log Z is estimated.
         kwargs: the model's keyword arguments, treated as args.
 
     Returns:
-        Values, standard errors (delta method) and kind.
+        Values, standard errors (delta method) and kind. Of energies it is "exact" where log Z is, "unreliable" where its
+        estimate is, else "estimate".
 
     Raises:
         ValueError: if latent variables lie outside the data's plate; if the guide is a point mass; if an observed site has no
@@ -105,8 +121,9 @@ def log_likelihood(
         raise ValueError(f"num_samples and batch_size must be positive, got {num_samples} and {batch_size}.")
     with traces.looking_on():
         first = _rows(slice(0, 1), len(x), (x, *args), kwargs)
-        kind, plates, nesting = _kind(model, guide, *first)
-        k = 1 if kind == "exact" else num_samples
+        constants = Constants(num_samples, num_steps, progress=progress)
+        kind, drawn, plates, nesting = _kind(model, guide, *first, constants)
+        k = num_samples if drawn else 1
         if parallel is None:
             trial = _rows(slice(0, max(1, min(5, batch_size // 3))), len(x), (x, *args), kwargs)
             parallel = k > 1 and traces.vectorises(model, guide, *trial, nesting)
@@ -116,14 +133,22 @@ def log_likelihood(
             stop = min(start + rows, len(x))
             call = _rows(slice(start, stop), len(x), (x, *args), kwargs)
             at_once = max(1, batch_size // (stop - start)) if parallel else None
-            parts.append(_weigh(model, guide, *call, stop - start, plates, nesting, k, at_once))
+            parts.append(_weigh(model, guide, *call, stop - start, plates, nesting, k, at_once, drawn, constants))
     values, std_error = (torch.cat(part) for part in zip(*parts, strict=True))
-    return LogLikelihood(values, torch.zeros_like(values) if kind == "exact" else std_error, kind, k)
+    std_error = (std_error.square() + constants.variance.to(std_error)).sqrt()
+    shared = next(iter(constants.shared.values())) if len(constants.shared) == 1 else None
+    if constants.unreliable:
+        kind = "unreliable"
+    return LogLikelihood(values, std_error, kind, k if drawn or kind == "exact" else num_samples, shared)
 
 
-def _kind(model: Any, guide: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Kind, list[str], int]:
-    """What a run on one row can say: the kind of the values, what may be the data's plate, and how deep plates go."""
+def _kind(
+    model: Any, guide: Any, args: tuple, kwargs: dict[str, Any], constants: Constants
+) -> tuple[Kind, bool, list[str], int]:
+    """What a run on one row can say: the kind of values, whether each is from draws, the data's plate, and the nesting."""
     model_trace, guide_trace = traces.run(model, guide, args, kwargs)
+    for trace in (model_trace, guide_trace):
+        constants.put(trace)
     unguided = [n for n in traces.latents(model_trace) if n not in guide_trace.nodes]
     if unguided:
         raise ValueError(
@@ -152,8 +177,9 @@ def _kind(model: Any, guide: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[
                 f"density is: {density}. {advice}"
             )
         densities.add(density)
-    exact = densities <= {"exact"} and not traces.latents(model_trace)
-    return "exact" if exact else "lower bound", plates, traces.max_plate_nesting(model, guide, args, kwargs)
+    drawn = bool(traces.latents(model_trace)) or "lower bound" in densities
+    kind: Kind = "estimate" if "estimate" in densities else "lower bound" if drawn else "exact"
+    return kind, drawn, plates, traces.max_plate_nesting(model, guide, args, kwargs)
 
 
 def _weigh(
@@ -166,6 +192,8 @@ def _weigh(
     nesting: int,
     k: int,
     at_once: int | None,
+    drawn: bool,  # noqa: FBT001
+    constants: Constants,
 ) -> tuple[Tensor, Tensor]:
     """Log mean weight of each row and its standard error, from k draws, so many at once or each in a run of its own."""
     log_w = []
@@ -173,14 +201,17 @@ def _weigh(
         draws = min(at_once or 1, k - start)
         plate = traces.particles(draws, nesting) if at_once else None
         pair = traces.run(model, guide, args, kwargs, plate)
+        of_rows = constants.put(pair[0])
+        constants.put(pair[1])
         dim = next(dim for name, dim in traces.data_plates(pair[0], rows).items() if name in plates)
         log_p, log_q = (traces.log_prob(trace, (-nesting - 1, dim), scaled=False) for trace in pair)
         log_w.append((log_p - log_q.to(log_p)).expand(draws, rows))
     log_w = torch.cat(log_w)
     values = log_w.logsumexp(0) - log(k)
-    if k == 1:
-        return values, torch.full_like(values, float("nan"))
-    return values, (log_w - values).exp().std(0) / k**0.5
+    if drawn:
+        return values, (log_w - values).exp().std(0) / k**0.5 if k > 1 else torch.full_like(values, float("nan"))
+    errors = [traces.keep(found.std_error.square(), (dim,)) for found in of_rows.values()]
+    return values, sum(errors, torch.zeros_like(values)).sqrt()
 
 
 def _rows(rows: slice, n: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

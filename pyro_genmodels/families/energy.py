@@ -53,6 +53,9 @@ class EnergyModel(Family):
             that draw nothing remain.
         negatives: where they come from: `Persistent` (the default), `Contrastive`, or `Annealed` (the default with a context).
         num_steps: of the sampler to a draw.
+        noise: lowest and highest level of noise, in units of the standardised data, that the energy is told as the logarithm at
+            the end of its context, for `DenoisingScoreMatching` at many levels. It is then the energy of the data with the
+            lowest, and draws are led down from the highest.
         standardize: see `Family`. Off, an energy of your own sees the data as they are.
         name: see `Family`.
 
@@ -79,6 +82,7 @@ class EnergyModel(Family):
         sampler: Sampler | EllipsisType | None = ...,
         negatives: Negatives | None = None,
         num_steps: int = 500,
+        noise: tuple[float, float] | None = None,
         standardize: bool = True,
         name: str | None = None,
     ) -> None:
@@ -87,10 +91,9 @@ class EnergyModel(Family):
         kind, classes = kind_of(support)
         position = torch.Size((*self.event_shape, classes)) if kind == "categorical" else self.event_shape
         energy = DenseEnergy() if energy is None else energy
-        self.tilted = isinstance(energy, EnergyChoice)
-        self.energy = (
-            energy.build(position, kind, self.context_size) if isinstance(energy, EnergyChoice) else _checked_energy(energy)
-        )
+        self.tilted, self.noise = isinstance(energy, EnergyChoice), _checked_noise(noise, kind)
+        size = self.context_size + (noise is not None)
+        self.energy = energy.build(position, kind, size) if isinstance(energy, EnergyChoice) else _checked_energy(energy)
         self.base = _checked_base(base, self.event_shape)
         self.register_buffer("marginals", torch.zeros(position if kind != "real" else (0,)))
         if sampler is ...:
@@ -126,6 +129,7 @@ class EnergyModel(Family):
             negatives=self.negatives,
             memory=self.memory,
             num_steps=self.num_steps,
+            noise=self.noise,
         )
 
     def _start(self) -> Distribution:
@@ -187,6 +191,17 @@ def _checked_energy(energy: Any) -> nn.Module:
             "function can be an energy of pyro_genmodels.distributions.Energy."
         )
     return energy
+
+
+def _checked_noise(noise: Any, kind: str) -> tuple[float, float] | None:
+    if noise is None:
+        return None
+    if kind != "real":
+        raise ValueError("Noise is added to real numbers: leave noise out, or give a support of real numbers.")
+    low, high = map(float, noise)
+    if not 0 < low < high < float("inf"):
+        raise ValueError(f"EnergyModel wants noise as (lowest, highest), both positive, but found {noise!r}.")
+    return low, high
 
 
 def _checked_base(base: Any, event_shape: torch.Size) -> Any:

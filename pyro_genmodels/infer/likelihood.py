@@ -37,6 +37,8 @@ class MaximumLikelihood(Objective):
 
     def check(self, name: str, dist: Distribution) -> None:
         density, advice = density_of(dist)
+        if getattr(dist, "intractable", False):
+            density = "unnormalized"  # of these parameters log Z may be known, of the next it is not
         if density not in ("exact", "lower bound"):
             found = "no density" if density == "none" else f"an {density} density"
             raise ValueError(

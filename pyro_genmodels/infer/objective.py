@@ -18,6 +18,7 @@ __all__ = ["Objective"]
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -44,6 +45,9 @@ class Objective(ELBO):
         vectorize_particles: whether these are one run in an outermost plate.
         max_plate_nesting: how many dimensions plates take, if that should not be found out by a run.
     """
+
+    own: Mapping[str, nn.Parameter] = MappingProxyType({})
+    """Parameters of the objective itself, by the names under which Pyro knows them."""
 
     @abstractmethod
     def per_datum(self, dist: Distribution, x: Tensor) -> Tensor:
@@ -175,3 +179,4 @@ class _ObjectiveModule(ELBOModule):
     def __init__(self, model: Any, guide: Any, elbo: ELBO) -> None:
         super().__init__(model, guide, elbo)
         self.owners = nn.ModuleList(traces.owners(model, guide))
+        self.own = nn.ParameterList(getattr(elbo, "own", {}).values())

@@ -130,11 +130,19 @@ class _Restricted(_Visible):
         h = (torch.rand_like(h) < h.sigmoid()).to(v)
         return self.draw(natural + beta * (self.bias(context) + h @ self.weight.T))
 
-    def log_sum_visible(self, h: Tensor, natural: Tensor) -> Tensor:
-        """Log of the sum over discrete v of exp(natural . v) times the joint weight of v and h: (n,) for h (n, H)."""
-        logits = natural + self.visible + h @ self.weight.T
-        logits = F.softplus(logits) if self.kind == "binary" else logits.unflatten(-1, (-1, self.classes)).logsumexp(-1)
-        return h @ self.hidden + logits.sum(-1)
+    def log_sum_visible(self, h: Tensor, context: Tensor | None, natural: Tensor | float) -> Tensor:
+        """Log of the sum over v of exp(natural . v) times the joint weight of v and h, (n,) for h (n, H).
+
+        Over real v it is the mean under a standard normal.
+        """
+        logits = natural + self.bias(context) + h @ self.weight.T
+        if self.kind == "real":
+            visible = 0.5 * logits.square()
+        elif self.kind == "binary":
+            visible = F.softplus(logits)
+        else:
+            visible = logits.unflatten(-1, (-1, self.classes)).logsumexp(-1)
+        return (h * self.activation(torch.zeros(1, self.units).to(h), context)).sum(-1) + visible.sum(-1)
 
 
 class _General(_Visible):

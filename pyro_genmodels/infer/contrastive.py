@@ -1,0 +1,183 @@
+r"""Objectives that tell data from other draws: from the model's own, or from noise.
+
+*Contrastive divergence* follows :math:`-\nabla \log p(x) = \nabla E(x) - \mathbb{E}_{x' \sim p}[\nabla E(x')]`, the mean
+taken over negatives: chains begun at the data, which bias it, or chains that go on from step to step. Hinton, *Training
+Products of Experts by Minimizing Contrastive Divergence* (2002); Tieleman (2008).
+
+*Noise-contrastive estimation* has the energy tell data from draws of a known density q, as a classifier with log odds
+
+.. math:: G(x) = \log p_0(x) - E(x) - \log Z - \log q(x) - \log \nu, \qquad
+    \ell(x) = -\log \sigma(G(x)) - \sum_{i=1}^{\nu} \log \sigma(-G(x_i)), \quad x_i \sim q,
+
+in which log Z is one more parameter. Gutmann and Hyvärinen (2010; JMLR 2012).
+"""
+
+from __future__ import annotations
+
+__all__ = ["ContrastiveDivergence", "NoiseContrastive"]
+
+import warnings
+from dataclasses import replace
+from itertools import count
+from math import log
+from typing import Any
+
+import pyro
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from pyro_genmodels.distributions.base import GenerativeDistribution, density_of
+from pyro_genmodels.distributions.energy import Energy
+from pyro_genmodels.distributions.memory import LogPartition
+from pyro_genmodels.distributions.negatives import Contrastive
+from pyro_genmodels.infer.objective import Objective
+from pyro_genmodels.partition import log_partition
+
+
+class ContrastiveDivergence(Objective):
+    r"""Contrastive divergence of the energies at the observed sites.
+
+    Its gradient is that of the negative log-likelihood, as far as the negatives follow the model. Its value under gradients is
+    the difference of the mean log densities of negatives and data; without gradients (`evaluate_loss`, validation) it is the
+    negative log-likelihood in nats, with log Z by a short run of annealed importance sampling, and no chain is moved.
+
+    Args:
+        steps: of the sampler, each time; by default as the energy's own negatives say, or 1 from the data.
+        persistent: whether negatives are the energy's own, by default chains that go on; else chains begin at the data (CD-k).
+        regularization: :math:`\alpha` of the penalty :math:`\alpha (E(x)^2 + \mathbb{E}_{x'} E(x')^2)`, which keeps energies
+            from running away (Du and Mordatch, arXiv 1903.08689).
+        kwargs: see `Objective`.
+
+    Raises:
+        ValueError: for a site that is not an energy, naming the objective to use.
+
+    Example:
+        >>> from pyro.infer import SVI
+        >>> from pyro_genmodels import ContrastiveDivergence, EnergyModel
+        >>> model, x = EnergyModel((2,)), torch.randn(100, 2)
+        >>> svi = SVI(model.model, model.guide, pyro.optim.Adam({"lr": 1e-3}), ContrastiveDivergence())
+        >>> loss = svi.step(x)
+    """
+
+    def __init__(
+        self, *, steps: int | None = None, persistent: bool = True, regularization: float = 0.0, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        if steps is not None and steps < 1:
+            raise ValueError(f"ContrastiveDivergence wants steps of 1 or more, but found {steps}.")
+        if not 0 <= regularization < float("inf"):
+            raise ValueError(f"ContrastiveDivergence wants a regularization of 0 or more, but found {regularization}.")
+        self.steps, self.persistent, self.regularization = steps, persistent, regularization
+
+    def check(self, name: str, dist: Distribution) -> None:
+        check_energy(type(self).__name__, name, dist)
+
+    def per_datum(self, dist: Any, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return -dist.normalized(_quick_log_partition(dist)).log_prob(x)
+        negatives: Any = dist.negatives if self.persistent else Contrastive(self.steps or 1)
+        if self.persistent and self.steps is not None:
+            negatives = replace(negatives, steps=self.steps)
+        path, (y, context, _) = dist.path, dist.aligned(x)
+        u = negatives.draw(dist, y, context)
+        log_f = dist.checked(path.log_f(u, context))
+        loss = log_f.mean(0) - path.log_density(y, context)
+        if self.regularization:
+            energies = path.energies(path.encode(y), context).square() + path.energies(u, context).square().mean(0)
+            loss = loss + self.regularization * energies
+        return loss
+
+
+def _quick_log_partition(dist: Energy) -> LogPartition:
+    """What is known of log Z, or else the estimate of a short run, which an energy's family then remembers."""
+    known = dist.log_partition
+    if known is None:
+        with warnings.catch_warnings():  # it is for telling epochs apart; who wants the likelihood estimates it at length
+            warnings.simplefilter("ignore", RuntimeWarning)
+            few = dist.context is not None
+            known = log_partition(dist, num_chains=8 if few else 256, num_steps=100 if few else 300, exact=False)
+    return known
+
+
+_numbers = count(1)
+
+
+class NoiseContrastive(Objective):
+    """Noise-contrastive estimation of the energies at the observed sites, which learns log Z along.
+
+    Args:
+        noise: density that can be drawn from, over one datum: a Pyro distribution or a family without a context, near the data
+            if possible, and nowhere zero where they lie. It is not trained.
+        ratio: draws of noise for each datum.
+        kwargs: see `Objective`.
+
+    Attributes:
+        log_partition: the parameter log Z, (); of a conditional energy the part that does not depend on the context: the rest
+            is for the energy itself to learn. Without gradients (`evaluate_loss`, validation) the family is told of it, and its
+            densities count it until its parameters change.
+
+    Raises:
+        TypeError: if the noise is no distribution.
+        ValueError: for a site that is not an energy, or noise over other events.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_genmodels import EnergyModel, NoiseContrastive
+        >>> model, x = EnergyModel((2,)), torch.randn(100, 2)
+        >>> objective = NoiseContrastive(dist.Normal(torch.zeros(2), 2.0).to_event(1))
+        >>> loss = objective(model)
+        >>> optimiser = torch.optim.Adam(loss.parameters(), lr=1e-3)
+        >>> loss(x).backward(); optimiser.step()
+    """
+
+    def __init__(self, noise: Any, *, ratio: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not isinstance(noise, Distribution) and callable(noise) and not isinstance(noise, type):
+            noise = noise()
+        if not isinstance(noise, Distribution):
+            found = f"the class {noise.__name__}" if isinstance(noise, type) else type(noise).__name__
+            raise TypeError(f"NoiseContrastive wants a Pyro distribution or a family as its noise, but found {found}.")
+        if noise.batch_shape:
+            raise ValueError(
+                f"NoiseContrastive wants noise over one datum, but found a batch of shape {tuple(noise.batch_shape)}. Use "
+                f".to_event({len(noise.batch_shape)})."
+            )
+        density, advice = density_of(noise)
+        if density != "exact":
+            raise ValueError(f"NoiseContrastive wants noise whose density is exact, but this one's is: {density}. {advice}")
+        if ratio < 1:
+            raise ValueError(f"NoiseContrastive wants a ratio of 1 or more, but found {ratio}.")
+        self.noise, self.ratio = noise, ratio
+        self.log_partition = nn.Parameter(torch.zeros(()))
+        self.own = {f"NoiseContrastive_{next(_numbers)}.log_partition": self.log_partition}
+
+    def check(self, name: str, dist: Distribution) -> None:
+        check_energy(type(self).__name__, name, dist)
+        if dist.event_shape != self.noise.event_shape:
+            raise ValueError(
+                f"Site {name!r} is over events {tuple(dist.event_shape)}, but the noise over {tuple(self.noise.event_shape)}."
+            )
+
+    def per_datum(self, dist: Any, x: Tensor) -> Tensor:
+        ((name, parameter),) = self.own.items()
+        log_z = pyro.param(name, parameter).to(x.device)
+        path, (y, context, _) = dist.path, dist.aligned(x)
+        with torch.no_grad():
+            noise = self.noise.sample((self.ratio, *y.shape[: y.dim() - dist.event_dim]))
+            log_q, log_q_noise = self.noise.log_prob(y), self.noise.log_prob(noise)
+        if not torch.is_grad_enabled():
+            dist.keep(LogPartition(log_z.detach(), torch.full_like(log_z, torch.nan), "estimate"))
+        odds = path.log_density(y, context) - log_z - log_q - log(self.ratio)
+        odds_of_noise = path.log_density(noise, context) - log_z - log_q_noise - log(self.ratio)
+        return -F.logsigmoid(odds) - F.logsigmoid(-odds_of_noise).sum(0)
+
+
+def check_energy(objective: str, name: str, dist: Distribution) -> None:
+    """Raises a ValueError if the distribution at a site is not an energy."""
+    if not isinstance(dist, Energy):
+        density = density_of(dist)[0]
+        cure = "MaximumLikelihood()" if density in ("exact", "lower bound") else "Trace_ELBO with a guide"
+        advice = dist.advice if isinstance(dist, GenerativeDistribution) and dist.advice else f"Use {cure}."
+        raise ValueError(f"{objective} needs an energy, but site {name!r} holds {type(dist).__name__}. {advice}")

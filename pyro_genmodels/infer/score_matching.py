@@ -1,0 +1,217 @@
+r"""Score matching: the score of the model is fitted to that of the data, and no constant of the density is ever needed.
+
+With :math:`s = \nabla_u \log p_\theta(u)`, per datum and up to a constant in the parameters,
+
+.. math:: \tfrac12 |s(u)|^2 + \operatorname{tr} \nabla s(u), \qquad
+    \tfrac12 |s(u)|^2 + v^\top \nabla s(u)\, v, \qquad
+    \tfrac12 \lambda(\sigma)\, \bigl| s(u + \sigma \epsilon) + \epsilon / \sigma \bigr|^2
+
+are half the Fisher divergence from the data (implicit: Hyvärinen, JMLR 2005), its estimate by random projections v (sliced:
+Song et al., arXiv 1905.07088), and half the divergence from the data with noise of deviation :math:`\sigma` (denoising:
+Vincent, 2011). Scores are taken in the distribution's own coordinates :math:`u`: without bounds, and standardised where it
+standardises, so that units of the data do not weigh.
+"""
+
+from __future__ import annotations
+
+__all__ = ["DenoisingScoreMatching", "ImplicitScoreMatching", "SlicedScoreMatching"]
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+from torch.distributions import biject_to
+
+from pyro_genmodels.distributions.base import GenerativeDistribution, density_of, is_real, over_events, sum_event
+from pyro_genmodels.distributions.energy import Energy
+from pyro_genmodels.infer.objective import Objective
+
+
+class _ScoreMatching(Objective):
+    """What the three share: a density that can be differentiated, in coordinates without bounds."""
+
+    def check(self, name: str, dist: Any) -> None:
+        density, advice = density_of(dist)
+        if density == "none":
+            raise ValueError(f"{type(self).__name__} needs a density, but site {name!r} has none. {advice}")
+        if dist.support is None or dist.support.is_discrete:
+            raise ValueError(
+                f"{type(self).__name__} needs a density over real numbers, but site {name!r} holds {type(dist).__name__} over "
+                f"{dist.support}, which has no score. Use ContrastiveDivergence() or NoiseContrastive(noise=...) for energies, "
+                "MaximumLikelihood() for densities."
+            )
+
+    def per_datum(self, dist: Any, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return self.of(dist, x)
+
+    @abstractmethod
+    def of(self, dist: Any, x: Tensor) -> Tensor:
+        """The loss of each datum, computed with gradients enabled."""
+
+
+class ImplicitScoreMatching(_ScoreMatching):
+    """Implicit score matching, with the trace of the score's Jacobian exact: as many backward passes as coordinates, in one.
+
+    Args:
+        kwargs: see `Objective`.
+
+    Raises:
+        ValueError: for a site without a density over real numbers, naming the objective to use.
+
+    Example:
+        >>> from pyro_genmodels import EnergyModel, ImplicitScoreMatching
+        >>> model, x = EnergyModel((2,), sampler=None), torch.randn(100, 2)
+        >>> ImplicitScoreMatching()(model)(x).backward()
+    """
+
+    def of(self, dist: Any, x: Tensor) -> Tensor:
+        log_density, u, event_dim = in_coordinates(dist, x)
+        score = _score(log_density, u)
+        flat = score.reshape(*score.shape[: score.dim() - event_dim], -1)
+        units = torch.eye(flat.shape[-1], dtype=u.dtype, device=u.device)
+        rows = _pull_back(flat, u, units.reshape(-1, *(1 for _ in flat.shape[:-1]), flat.shape[-1]).expand(-1, *flat.shape))
+        trace = rows.reshape(-1, *flat.shape).diagonal(dim1=0, dim2=-1).sum(-1)
+        return flat.square().sum(-1) / 2 + trace
+
+
+class SlicedScoreMatching(_ScoreMatching):
+    """Sliced score matching: the trace by random signs.
+
+    Args:
+        num_projections: for each datum.
+        variance_reduced: whether the square of the score is exact as well, instead of that of its projections.
+        kwargs: see `Objective`.
+
+    Raises:
+        ValueError: for a site without a density over real numbers, naming the objective to use.
+
+    Example:
+        >>> from pyro_genmodels import EnergyModel, SlicedScoreMatching
+        >>> model, x = EnergyModel((20,), sampler=None), torch.randn(100, 20)
+        >>> SlicedScoreMatching()(model)(x).backward()
+    """
+
+    def __init__(self, *, num_projections: int = 1, variance_reduced: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if num_projections < 1:
+            raise ValueError(f"SlicedScoreMatching wants num_projections of 1 or more, but found {num_projections}.")
+        self.num_projections, self.variance_reduced = num_projections, variance_reduced
+
+    def of(self, dist: Any, x: Tensor) -> Tensor:
+        log_density, u, event_dim = in_coordinates(dist, x)
+        score = _score(log_density, u)
+        v = torch.randint(2, (self.num_projections, *u.shape), device=u.device).to(u) * 2 - 1
+        curvature = sum_event(v * _pull_back(score, u, v), event_dim).mean(0)
+        if self.variance_reduced:
+            return sum_event(score.square(), event_dim) / 2 + curvature
+        return sum_event(v * score, event_dim).square().mean(0) / 2 + curvature
+
+
+class DenoisingScoreMatching(_ScoreMatching):
+    """Denoising score matching at one or several levels of noise.
+
+    At one level the model learns the data with that noise. At several it must be told at which it is asked, as an
+    `EnergyModel(..., noise=(low, high))` is.
+
+    Args:
+        noise: standard deviation of the noise in the distribution's own coordinates (of standardised data, in their units); or
+            several, of which each datum is given one at random. By default 0.1, or all that the model was built for, as likely
+            in each order of magnitude.
+        weighting: sigma (batch...) -> weight of the loss there; by default sigma squared, so that all levels count alike.
+        kwargs: see `Objective`.
+
+    Raises:
+        ValueError: for a site without a density over real numbers, or several levels with a model that is told none.
+
+    Example:
+        >>> from pyro_genmodels import DenoisingScoreMatching, EnergyModel
+        >>> model, x = EnergyModel((2,), noise=(0.01, 3.0)), torch.randn(100, 2)
+        >>> DenoisingScoreMatching()(model)(x).backward()
+    """
+
+    def __init__(
+        self,
+        noise: float | Sequence[float] | Tensor | None = None,
+        *,
+        weighting: Callable[[Tensor], Tensor] = torch.square,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        levels = None if noise is None else torch.as_tensor(noise, dtype=torch.get_default_dtype()).reshape(-1)
+        if levels is not None and not (len(levels) and (levels > 0).all() and levels.isfinite().all()):
+            raise ValueError(f"DenoisingScoreMatching wants positive standard deviations as noise, but found {noise!r}.")
+        self.noise, self.weighting = levels, weighting
+
+    def check(self, name: str, dist: Any) -> None:
+        super().check(name, dist)
+        if self.noise is not None and len(self.noise) > 1 and getattr(dist, "noise", None) is None:
+            raise ValueError(
+                f"DenoisingScoreMatching at {len(self.noise)} levels needs a model that is told the level, but site {name!r} "
+                f"holds a {type(dist).__name__} that is not. Build EnergyModel(..., noise=(low, high)), or give one level."
+            )
+
+    def of(self, dist: Any, x: Tensor) -> Tensor:
+        batch = torch.broadcast_shapes(x.shape[: x.dim() - dist.event_dim], dist.batch_shape)
+        sigma = self._levels(dist, batch, x)
+        if getattr(dist, "noise", None) is not None:
+            dist = dist.at_noise(sigma)
+        log_density, u, event_dim = in_coordinates(dist, x)
+        beside = sigma.reshape(*batch, *(1 for _ in range(event_dim)))
+        epsilon = torch.randn_like(u)
+        score = _score(log_density, (u + beside * epsilon).detach().requires_grad_())
+        return self.weighting(sigma) * sum_event((score + epsilon / beside).square(), event_dim) / 2
+
+    def _levels(self, dist: Any, batch: Size, x: Tensor) -> Tensor:
+        """A level for each datum, (batch...)."""
+        dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+        if self.noise is not None:
+            levels = self.noise.to(x.device, dtype)
+            return levels[torch.randint(len(levels), batch, device=x.device)]
+        known = getattr(dist, "noise", None)
+        if known is None:
+            return torch.full(batch, 0.1, dtype=dtype, device=x.device)
+        low, high = known
+        return low * (high / low) ** torch.rand(batch, dtype=dtype, device=x.device)
+
+
+def in_coordinates(dist: Any, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor, int]:
+    """The log density of a distribution's own coordinates, up to a constant; data there, a leaf; and their event dimensions."""
+    if isinstance(dist, Energy):
+        y, context, _ = dist.aligned(x)
+        return lambda u: dist.path.log_f(u, context), _leaf(dist.path.encode(y)), len(dist.event_shape)
+    batch = torch.broadcast_shapes(x.shape[: x.dim() - dist.event_dim], dist.batch_shape)
+    x = x.expand(batch + dist.event_shape)
+    if isinstance(dist, GenerativeDistribution) and dist.pretransform is not None:
+        to_data = dist.pretransform.inv
+    elif is_real(dist.support):
+        return dist.log_prob, _leaf(x), dist.event_dim
+    else:
+        to_data = over_events(biject_to(dist.support), dist.event_dim)
+
+    def log_density(u: Tensor) -> Tensor:
+        y = to_data(u)
+        return dist.log_prob(y) + to_data.log_abs_det_jacobian(u, y)
+
+    return log_density, _leaf(to_data.inv(x)), to_data.domain.event_dim
+
+
+def _leaf(u: Tensor) -> Tensor:
+    return u.detach().requires_grad_()
+
+
+def _score(log_density: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
+    (score,) = torch.autograd.grad(log_density(u).sum(), u, create_graph=True)
+    return score
+
+
+def _pull_back(score: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """V times the Jacobian of the score, (k, *shape of u), for k fields v (k, *shape of the score)."""
+    if not score.requires_grad:  # a score that is constant
+        return torch.zeros(len(v), *u.shape).to(u)
+    (rows,) = torch.autograd.grad(
+        score, u, v, create_graph=True, is_grads_batched=True, allow_unused=True, materialize_grads=True
+    )
+    return rows
