@@ -38,6 +38,7 @@ DTYPES = {
 _PARTS = {name: getattr(families, name) for name in families.__all__ if name != "Family"}
 _CONSTRAINTS: dict[str, Any] = {
     "real": lambda: constraints.real,
+    "boolean": lambda: constraints.boolean,
     "interval": constraints.interval,
     "half_open_interval": constraints.half_open_interval,
     "greater_than": constraints.greater_than,

@@ -21,15 +21,25 @@ from pyro_genmodels import (
     SOSPF,
     UNAF,
     VAE,
+    Annealed,
     Autoregressive,
     Bernoulli,
+    BoltzmannMachine,
     Categorical,
+    ContrastiveDivergence,
+    ConvolutionalEnergy,
+    DenseEnergy,
     DiscretizedLogistic,
+    EnergyModel,
     Flow,
+    Hamiltonian,
     Labels,
     MaximumLikelihood,
     Normal,
+    ParallelTempering,
+    Persistent,
     RealNVP,
+    RestrictedBoltzmannMachine,
 )
 from pyro_genmodels.families import Family
 
@@ -64,7 +74,7 @@ class Case:
     data: Callable[[int], Tensor]
     context: Callable[[int], Tensor | None] = nothing
     has_rsample: bool = True
-    density: Literal["exact", "lower bound", "none"] = "exact"
+    density: Literal["exact", "lower bound", "unnormalized", "none"] = "exact"
     discrete: bool = False
     bisection: bool = False
     tolerance: float | None = None
@@ -127,7 +137,16 @@ def _vae(*, event_shape=(3,), latent_dim=2, **options):
     return VAE(event_shape, hidden=(16, 16), latent_dim=latent_dim, **options)
 
 
+def _energy(*, event_shape=(3,), energy=None, **options):
+    """Few chains and few steps, so that tables of tests are quick: their draws need not have come far."""
+    conditional = "context" in options
+    negatives = Annealed(2, steps=3) if conditional else Persistent(8, steps=2)
+    return EnergyModel(event_shape, energy=energy or DenseEnergy((16, 16)), negatives=negatives, num_steps=5, **options)
+
+
 UNIT = constraints.interval(0.0, 1.0)
+THIRDS = constraints.integer_interval(0, CLASSES - 1)
+UNNORMALIZED = {"has_rsample": False, "density": "unnormalized", "objective": ContrastiveDivergence}
 ONE_PASS = {"tolerance": NSF.tolerance}
 
 CASES = [
@@ -196,6 +215,43 @@ CASES = [
     Case("VAE, mixture", lambda: _vae(likelihood=Normal(components=2)), (3,), real(3), has_rsample=False, **IMPLICIT),
     Case("VAE, flow prior", lambda: _vae(prior=_flow(event_shape=(2,))), (3,), real(3), **IMPLICIT),
     Case("VAE, labels", lambda: _vae(context=Labels(CLASSES)), (3,), real(3), labels, **IMPLICIT),
+    Case("VAE, energy prior", lambda: _vae(prior=_energy(event_shape=(2,))), (3,), real(3), has_rsample=False, **IMPLICIT),
+    Case("Energy", _energy, (3,), real(3), **UNNORMALIZED),
+    Case("Energy, scalar", lambda: _energy(event_shape=()), (), real(), **UNNORMALIZED),
+    Case("Energy, on an interval", lambda: _energy(support=UNIT), (3,), uniform(0.0, 1.0, 3), **UNNORMALIZED),
+    Case("Energy, Hamiltonian", lambda: _energy(sampler=Hamiltonian(num_leapfrog=2)), (3,), real(3), **UNNORMALIZED),
+    Case("Energy, tempered", lambda: _energy(sampler=ParallelTempering(temperatures=3)), (3,), real(3), **UNNORMALIZED),
+    Case("Energy, base", lambda: _energy(base=_flow()), (3,), real(3), **UNNORMALIZED),
+    Case("Energy, noise", lambda: _energy(noise=(0.1, 2.0)), (3,), real(3), **UNNORMALIZED),
+    Case(
+        "Energy, images",
+        lambda: _energy(event_shape=(4, 4), energy=ConvolutionalEnergy((4, 4))),
+        (4, 4),
+        real(4, 4),
+        **UNNORMALIZED,
+    ),
+    Case(
+        "Energy, binary", lambda: _energy(support=constraints.boolean), (3,), zeros_and_ones(3), discrete=True, **UNNORMALIZED
+    ),
+    Case("Energy, classes", lambda: _energy(support=THIRDS), (3,), integers(CLASSES, 3), discrete=True, **UNNORMALIZED),
+    Case(
+        "Energy, restricted Boltzmann machine",
+        lambda: _energy(event_shape=(2, 2), energy=RestrictedBoltzmannMachine(4), support=constraints.boolean),
+        (2, 2),
+        zeros_and_ones(2, 2),
+        discrete=True,
+        **UNNORMALIZED,
+    ),
+    Case(
+        "Energy, Boltzmann machine",
+        lambda: _energy(energy=BoltzmannMachine(2), support=THIRDS),
+        (3,),
+        integers(CLASSES, 3),
+        discrete=True,
+        **UNNORMALIZED,
+    ),
+    Case("Energy, context", lambda: _energy(context=2), (3,), real(3), vectors, **UNNORMALIZED),
+    Case("Energy, labels", lambda: _energy(context=Labels(CLASSES)), (3,), real(3), labels, **UNNORMALIZED),
 ]
 
 

@@ -67,8 +67,8 @@ class Energy(GenerativeDistribution):
 
     Example:
         >>> double_well = Energy(lambda x: (x**2 - 1).square().sum(-1), (1,))
-        >>> double_well.density, double_well.score(torch.zeros(1)), double_well.sample((20,)).shape
-        ('unnormalized', tensor([0.]), torch.Size([20, 1]))
+        >>> double_well.density, double_well.unnormalized_log_prob(torch.ones(1)), double_well.sample((20,)).shape
+        ('unnormalized', tensor(-0.), torch.Size([20, 1]))
     """
 
     has_rsample = False

@@ -77,8 +77,8 @@ class Memory(nn.Module):
         self.register_buffer("chains", like if sampler is None else sampler.spread(like))
         self.register_buffer("begun", torch.tensor(False))
         self.register_buffer("step_size", step_size)
-        self.register_buffer("acceptance", torch.full_like(step_size, torch.nan))
-        self.register_buffer("log_z", torch.full((4,), torch.nan))  # value, error, chains, effective sample size
+        self.register_buffer("acceptance", torch.zeros_like(step_size))
+        self.register_buffer("log_z", torch.zeros(4))  # value, error, chains, effective sample size
         self.register_buffer("log_z_kind", torch.tensor(-1))
         self.register_buffer("log_z_of", torch.tensor(0))
         self.reread()
@@ -103,7 +103,7 @@ class Memory(nn.Module):
 
     def put_log_partition(self, found: LogPartition, of: Tensor) -> None:
         """Keeps log Z for the parameters of that fingerprint."""
-        size = torch.nan if found.effective_sample_size is None else found.effective_sample_size
+        size = 0.0 if found.effective_sample_size is None else found.effective_sample_size
         with torch.no_grad():
             known = (found.value, found.std_error, found.num_chains, size)
             self.log_z.copy_(torch.stack([torch.as_tensor(v).to(self.log_z) for v in known]))
@@ -121,7 +121,7 @@ class Memory(nn.Module):
             return None
         value, error, chains, size = self.log_z.unbind()
         return LogPartition(
-            value, error, _KINDS[self.kind], effective_sample_size=None if size.isnan() else size, num_chains=int(chains)
+            value, error, _KINDS[self.kind], effective_sample_size=size if size else None, num_chains=int(chains)
         )
 
 

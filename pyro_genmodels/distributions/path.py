@@ -128,7 +128,7 @@ class Path:
                 f"An energy should return one number a row, {(n,)}, but returned {tuple(energies.shape)} for rows of shape "
                 f"{tuple(inputs[0].shape[1:])}. Sum over the event's dimensions, and keep the first."
             )
-        return energies.reshape(*left, *chains)
+        return energies.reshape(left + chains)
 
     def _chains(self, u: Tensor) -> Size:
         return u.shape[: u.dim() - len(self.position_shape)]
@@ -181,7 +181,7 @@ def kind_of(support: constraints.Constraint) -> tuple[Kind, int]:
     """
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    if support is constraints.boolean:
+    if isinstance(support, type(constraints.boolean)):
         return "binary", 0
     low, high = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
     if support.is_discrete and low == 0 and high is not None and high >= 1:

@@ -52,6 +52,7 @@ def conservative_log_likelihood(
         ValueError: if the model has latent variables or observes anything else.
 
     Example:
+        >>> import torch
         >>> from torch.distributions import constraints
         >>> from pyro_genmodels import EnergyModel, RestrictedBoltzmannMachine
         >>> from pyro_genmodels.evaluation import conservative_log_likelihood

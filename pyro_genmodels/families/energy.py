@@ -87,7 +87,8 @@ class EnergyModel(Family):
         name: str | None = None,
     ) -> None:
         super().__init__(event_shape, context=context, support=support, standardize=standardize, name=name)
-        self._standardize = standardize  # discrete data too: their frequencies
+        bounded = self._bounded and not support.is_discrete
+        self._standardize = standardize and not bounded  # discrete data too: their frequencies
         kind, classes = kind_of(support)
         position = torch.Size((*self.event_shape, classes)) if kind == "categorical" else self.event_shape
         energy = DenseEnergy() if energy is None else energy
@@ -100,6 +101,8 @@ class EnergyModel(Family):
             gibbs = base is None and hasattr(self.energy, "gibbs") and self.tilted
             sampler = Gibbs() if gibbs else Langevin() if kind == "real" else GibbsWithGradients()
         self.sampler, self.num_steps = sampler, num_steps
+        plain = not self.tilted and not standardize  # an energy of the user's own, of the data as they are
+        self.features = None if plain else _to_unit if bounded else _as_they_are
         self.arguments["sampler"] = sampler
         self.negatives = (Persistent() if self.context is None else Annealed()) if negatives is None else negatives
         kept = self.negatives.kept if isinstance(self.negatives, Persistent) and sampler is not None else 0
@@ -114,7 +117,6 @@ class EnergyModel(Family):
         return self._energy(base, self.embed(context))
 
     def _energy(self, base: Distribution | None, context: Tensor | None = None) -> Energy:
-        bounded = self._bounded and not self.support.is_discrete
         return Energy(
             self.energy,
             self.event_shape,
@@ -122,7 +124,7 @@ class EnergyModel(Family):
             base=None if base is None else unchecked(base),
             support=self.support,
             coordinates=None if self.pretransform is None else self.pretransform.inv,
-            features=None if not self.tilted and not self._standardize else _to_unit if bounded else _as_they_are,
+            features=self.features,
             start=self._start(),
             tilted=self.tilted and self.base is None,
             sampler=self.sampler,
@@ -135,8 +137,8 @@ class EnergyModel(Family):
     def _start(self) -> Distribution:
         """Of positions: the frequencies of discrete data, uniform on an interval, else standard normal."""
         if self.support.is_discrete:
-            kind = dist.Bernoulli if self.support is constraints.boolean else dist.OneHotCategorical
-            return kind(logits=self.marginals, validate_args=False)
+            law = dist.Bernoulli if kind_of(self.support)[0] == "binary" else dist.OneHotCategorical
+            return law(logits=self.marginals, validate_args=False)
         zero, one = torch.zeros_like(self.loc), torch.ones_like(self.loc)
         return (dist.Logistic if self._bounded else dist.Normal)(zero, one, validate_args=False)
 
@@ -157,12 +159,14 @@ class EnergyModel(Family):
         if self._standardize:
             with torch.no_grad():
                 x = x.to(self.marginals.device)
-                if self.support is constraints.boolean:
+                if kind_of(self.support)[0] == "binary":
                     count = x.to(self.marginals.dtype).sum(0) + 0.5
                     self.marginals.copy_((count / (len(x) + 1 - count)).log())
                 else:
                     one_hot = torch.nn.functional.one_hot(x.long(), self.marginals.shape[-1])
                     self.marginals.copy_(((one_hot.sum(0) + 0.5) / (len(x) + 0.5 * one_hot.shape[-1])).log())
+                if hasattr(self.energy, "centre"):
+                    self.energy.centre.copy_(self._start().mean.reshape(-1))
                 self.standardized.fill_(True)
             self._standardized = True
         return None

@@ -103,9 +103,9 @@ def annealed_langevin(
         ValueError: if the levels are not positive and descending.
 
     Example:
-        >>> noise = torch.logspace(0.5, -2, 8)
+        >>> noise = torch.logspace(0.5, -2, 10)
         >>> normal = lambda x, sigma: -x / (1 + sigma**2)
-        >>> draws = annealed_langevin(normal, 3 * torch.randn(1000, 1), noise, steps=20)
+        >>> draws = annealed_langevin(normal, 3 * torch.randn(1000, 1), noise)
         >>> bool((draws.std() - 1).abs() < 0.15)
         True
     """
