@@ -114,7 +114,13 @@ class EnergyModel(Family):
         base = self.base
         if isinstance(base, Family):
             base = base(context if base.context is not None else None)
-        return self._energy(base, self.embed(context))
+        embedded = self.embed(context)
+        if embedded is not None and traces.is_enumerated(embedded.dim() - 1):
+            raise ValueError(
+                f"{self.name} is given a variable that is enumerated, whose values are weighed by log Z of each, which is not "
+                "known. Draw it in the guide, or take a family with an exact density, such as Flow."
+            )
+        return self._energy(base, embedded)
 
     def _energy(self, base: Distribution | None, context: Tensor | None = None) -> Energy:
         return Energy(

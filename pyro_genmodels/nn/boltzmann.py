@@ -131,7 +131,7 @@ class _Restricted(_Visible):
         return -beta * own - _log_cosh(beta[..., None] * a).sum(-1) + (1 - beta) * self.num_hidden * log(2)
 
     def gibbs(self, v: Tensor, context: Tensor | None, beta: Tensor, natural: Tensor | float) -> Tensor:
-        """v (n, units) after a sweep at beta (n, 1), where the tilted start has the given natural parameters."""
+        """V (n, units) after a sweep at beta (n, 1), where the tilted start has the given natural parameters."""
         a = beta * self._terms(v, context)[1]
         h = (torch.rand_like(a) < a.sigmoid()).to(v)
         return self.draw(natural + beta * self._given(h, context))
