@@ -10,9 +10,9 @@ Several particles are one run inside an outermost plate.
 from __future__ import annotations
 
 __all__ = [
-    "PARTICLES", "Pair", "as_pair", "data_plates", "depth", "is_deterministic", "is_enumerated", "is_family", "is_point_mass", "keep", "latents",
-    "log_prob", "looking_on", "max_plate_nesting", "no_latents", "observed", "owners", "particles", "run", "samples",
-    "unobserving", "vectorises",
+    "PARTICLES", "Pair", "as_pair", "data_plates", "depth", "is_deterministic", "is_enumerated", "is_family",
+    "is_point_mass", "keep", "latents", "log_prob", "looking_on", "max_plate_nesting", "no_latents", "observed", "owners",
+    "particles", "run", "samples", "unobserving", "vectorises",
 ]  # fmt: skip
 
 import inspect
@@ -29,7 +29,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.runtime import _ENUM_ALLOCATOR, _PYRO_STACK
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
@@ -225,8 +225,8 @@ class unobserving(UnconditionMessenger):  # noqa: N801 (a handler, as Pyro names
 
 def is_enumerated(batch_dims: int) -> bool:
     """Whether a tensor of so many batch dimensions reaches into those over which Pyro enumerates in this run."""
-    firsts = [handler.first_available_dim for handler in _PYRO_STACK if isinstance(handler, EnumMessenger)]
-    return any(first is not None and batch_dims >= -first for first in firsts)
+    enumerates = any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK)
+    return enumerates and any(batch_dims >= -dim for dim in _ENUM_ALLOCATOR.dim_to_id)
 
 
 def depth(site: Mapping[str, Any]) -> int:

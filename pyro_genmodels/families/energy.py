@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
+from pyro_genmodels import traces
 from pyro_genmodels.distributions.base import map_tensors, unchecked
 from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.distributions.memory import Memory
@@ -171,8 +172,8 @@ class EnergyModel(Family):
                 else:
                     one_hot = torch.nn.functional.one_hot(x.long(), self.marginals.shape[-1])
                     self.marginals.copy_(((one_hot.sum(0) + 0.5) / (len(x) + 0.5 * one_hot.shape[-1])).log())
-                if hasattr(self.energy, "centre"):
-                    self.energy.centre.copy_(self._start().mean.reshape(-1))
+                if isinstance(centre := getattr(self.energy, "centre", None), Tensor):
+                    centre.copy_(self._start().mean.reshape(-1))
                 self.standardized.fill_(True)
             self._standardized = True
         return None
