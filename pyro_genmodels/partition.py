@@ -12,6 +12,7 @@ __all__ = ["check_energy", "conservative_bound", "log_partition"]
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from math import log
 from typing import Any
@@ -29,6 +30,8 @@ from pyro_genmodels.samplers.annealing import schedule, tune
 
 MOST_STATES = 2**20
 """Of a sum over all there is."""
+FEW_CONTEXTS = 100
+"""For each of which a conditional energy is summed or integrated unasked."""
 AT_ONCE = 2**16
 """Rows evaluated together."""
 
@@ -40,6 +43,7 @@ def log_partition(
     num_steps: int = 1000,
     draws: Tensor | None = None,
     exact: bool | None = None,
+    batch_size: int = 20_000,
     progress: bool = False,
 ) -> LogPartition:
     """The log of Z of an energy with its parameters as they are; a family remembers it until they change.
@@ -50,6 +54,7 @@ def log_partition(
         num_steps: betas of its path, with one step of the sampler each.
         draws: exact draws of the model, (n, *event_shape), if such can be had, from which to anneal backwards as well.
         exact: whether to sum or integrate over all there is; None does where it can.
+        batch_size: chains at once, where there are many contexts.
         progress: whether to show a progress bar.
 
     Returns:
@@ -72,16 +77,31 @@ def log_partition(
     dist = check_energy(energy)
     if num_chains < 2 or num_steps < 1:
         raise ValueError(f"num_chains wants 2 or more and num_steps 1 or more, but found {num_chains} and {num_steps}.")
+    distinct, place = _distinct(dist)
     with torch.no_grad():
-        found = None if exact is False else _exactly(dist)
+        found = None
+        if exact or (exact is None and (place is None or len(place.unique()) <= FEW_CONTEXTS)):
+            found = _exactly(distinct)
         if found is None and exact:
             raise ValueError(
                 f"log Z of this energy over events {tuple(dist.event_shape)} cannot be had exactly: that takes at most "
                 f"{MOST_STATES} outcomes, 20 hidden units of a Boltzmann machine, or two real dimensions. Leave exact out."
             )
-        found = found or _annealed(dist, num_chains, num_steps, draws, progress=progress)
+        found = found or _annealed(distinct, num_chains, num_steps, draws, batch_size, progress=progress)
+    if place is not None:
+        each = {name: getattr(found, name) for name in ("value", "std_error", "effective_sample_size")}
+        found = replace(found, **{n: v[place].reshape(dist.batch_shape) for n, v in each.items() if v is not None})
     dist.keep(found)
     return found
+
+
+def _distinct(dist: Energy) -> tuple[Energy, Tensor | None]:
+    """The distribution given each context once, (n, c), and where in these each of its own is: labels come again and again."""
+    if dist.context is None:
+        return dist, None
+    rows, place = dist.context.detach().reshape(-1, dist.context.shape[-1]).unique(dim=0, return_inverse=True)
+    place = place.reshape(dist.context.shape[:-1]).expand(dist.batch_shape)
+    return dist.but(context=rows, _batch_shape=rows.shape[:1]), place
 
 
 def check_energy(energy: Any) -> Energy:
@@ -98,8 +118,7 @@ def check_energy(energy: Any) -> Energy:
 
 def _exactly(dist: Energy) -> LogPartition | None:
     """By a sum or an integral, for each context in turn; None where there are too many terms."""
-    contexts = dist.context
-    rows = [None] if contexts is None else list(contexts.reshape(-1, 1, contexts.shape[-1]))
+    rows = [None] if dist.context is None else list(dist.context.split(1))
     values, errors, terms = [], [], 0
     for context in rows:
         found = _sum(dist, context) or _integral(dist, context)
@@ -108,8 +127,9 @@ def _exactly(dist: Energy) -> LogPartition | None:
         value, error, terms = found
         values.append(value)
         errors.append(error)
-    shape = Size() if contexts is None else contexts.shape[:-1]
-    return LogPartition(torch.stack(values).reshape(shape), torch.stack(errors).reshape(shape), "exact", num_steps=terms)
+    if dist.context is None:
+        return LogPartition(values[0], errors[0], "exact", num_steps=terms)
+    return LogPartition(torch.stack(values), torch.stack(errors), "exact", num_steps=terms)
 
 
 def _sum(dist: Energy, context: Tensor | None) -> tuple[Tensor, Tensor, int] | None:
@@ -201,27 +221,50 @@ def _device(dist: Energy) -> torch.device:
 # By annealing.
 
 
-def _annealed(dist: Energy, m: int, num_steps: int, draws: Tensor | None, *, progress: bool) -> LogPartition:
-    contexts = dist.context
-    shape = Size([m]) if contexts is None else Size([m]) + contexts.shape[:-1]
-    rows = None if contexts is None else contexts.expand(*shape, contexts.shape[-1]).reshape(-1, contexts.shape[-1])
+def _annealed(dist: Energy, m: int, num_steps: int, draws: Tensor | None, batch_size: int, *, progress: bool) -> LogPartition:
+    if dist.context is None:
+        return _judged(dist, m, num_steps, *_forwards(dist, None, m, num_steps, progress=progress), draws, progress=progress)
+    if draws is not None:
+        raise ValueError("Annealing backwards from draws is for energies without a context: leave draws out.")
+    parts = [_forwards(dist, part, m, num_steps, progress=progress)[:3] for part in dist.context.split(max(1, batch_size // m))]
+    value, error, size = (torch.cat(found) for found in zip(*parts, strict=True))
+    return _judged(dist, m, num_steps, value, error, size, None, None, progress=progress)
+
+
+def _forwards(
+    dist: Energy, contexts: Tensor | None, m: int, num_steps: int, *, progress: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Annealed importance sampling for each context (n, c): log Z, error and effective sample size, and step sizes."""
+    shape = Size([m]) if contexts is None else Size([m, len(contexts)])
+    rows = None if contexts is None else contexts.repeat(m, 1)
     sampler, target = _kernel(dist), dist.path.target(rows)
     betas, sizes = _path(dist, target, sampler, num_steps, shape.numel())
     _, log_w = anneal(target, sampler, dist.path.begin((shape.numel(),)), betas, step_sizes=sizes, progress=progress)
-    value, error, size = _mean_weight(log_w.reshape(shape))
+    return *_mean_weight(log_w.reshape(shape)), sizes
+
+
+def _judged(
+    dist: Energy,
+    m: int,
+    num_steps: int,
+    value: Tensor,
+    error: Tensor,
+    size: Tensor,
+    sizes: Tensor | None,
+    draws: Tensor | None,
+    *,
+    progress: bool,
+) -> LogPartition:
+    """What is said of an estimate, annealed backwards from exact draws too where there are any."""
     kind: Kind = "estimate"
-    message = ""
+    message, back, back_error = "", None, None
     if bool((size < max(5.0, 0.02 * m)).any()):
-        kind = "unreliable"
-        message = f"hardly any chain carries weight (effective sample size {size.min():.1f} of {m})"
-    back = back_error = None
+        kind, message = "unreliable", f"hardly any chain carries weight (effective sample size {size.min():.1f} of {m})"
     if draws is not None:
-        if contexts is not None:
-            raise ValueError("Annealing backwards from draws is for energies without a context: leave draws out.")
-        u = dist.path.encode(dist.aligned(draws)[0])
-        _, log_w = anneal(
-            target, sampler, u, betas.flip(0), step_sizes=None if sizes is None else sizes.flip(0), progress=progress
-        )
+        sampler, u = _kernel(dist), dist.path.encode(dist.aligned(draws)[0])
+        betas = schedule(num_steps, u).flip(0)
+        sizes = None if sizes is None else sizes.flip(0)
+        _, log_w = anneal(dist.path.target(), sampler, u, betas, step_sizes=sizes, progress=progress)
         back, back_error, _ = _mean_weight(log_w)
         back = -back
         if (back - value).abs() > 3 * (back_error**2 + error**2).sqrt():
@@ -231,7 +274,7 @@ def _annealed(dist: Energy, m: int, num_steps: int, draws: Tensor | None, *, pro
         warnings.warn(
             f"The estimate of log Z is unreliable: {message}. Raise num_steps ({num_steps}) or num_chains ({m}).",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return LogPartition(value, error, kind, back, back_error, size, m, num_steps)
 

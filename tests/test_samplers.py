@@ -581,6 +581,14 @@ def test_tempered_gibbs_draws_from_machines():
     assert_counts(index_among(chains.draws[:, 0], x), law_of(dist.target(), x, 1.0))
 
 
+def joints(energy):
+    """b, c, W and a constant k for hidden zeros and ones: E(v) = k - b . v - sum log(1 + exp(c + W^T v))."""
+    with torch.no_grad():
+        c = energy.hidden - energy.centre @ energy.weight
+        b = energy.visible - energy.weight.sum(-1) / 2
+        return b, c, energy.weight.detach(), energy.visible @ energy.centre + c.sum() / 2
+
+
 @dataclass(frozen=True)
 class RealMachine:
     """v | h ~ N(beta (b + W h), I) as a mixture over the states of h, of weights exp(beta c . h + |beta (b + W h)|^2 / 2)."""
@@ -588,6 +596,7 @@ class RealMachine:
     b: torch.Tensor
     c: torch.Tensor
     weight: torch.Tensor
+    constant: torch.Tensor
 
     def parts(self, beta):
         h = outcomes(2, len(self.c)).to(self.c)
@@ -598,7 +607,7 @@ class RealMachine:
         """Log f_beta, whose integral is 1 at beta = 0."""
         log_w, loc = self.parts(beta)
         of_parts = normal_log_prob(v[:, None], loc).sum(-1)
-        return (log_w + of_parts).logsumexp(-1) - (1 - beta) * len(self.c) * log(2)
+        return (log_w + of_parts).logsumexp(-1) - (1 - beta) * len(self.c) * log(2) - beta * self.constant
 
     def sample(self, n, beta):
         log_w, loc = self.parts(beta)
@@ -608,8 +617,7 @@ class RealMachine:
 
 def real_machine():
     model = perturb(EnergyModel((2,), energy=RestrictedBoltzmannMachine(2)), 0.8)
-    energy = model.energy
-    return model(), RealMachine(energy.visible.detach(), energy.hidden.detach(), energy.weight.detach())
+    return model(), RealMachine(*joints(model.energy))
 
 
 @BETAS
@@ -879,11 +887,10 @@ def gwg_ladder(betas):
 
 def sweeps_matrix(dist, x, beta):
     """Of one sweep of a restricted machine over zeros and ones, (S, S): the sum over h of p(v' | h) p(h | v)."""
-    energy, natural = dist.path.energy, dist.path.start.logits
-    h = outcomes(2, energy.num_hidden).double()
-    with torch.no_grad():
-        up = (beta * (energy.hidden + x @ energy.weight)).sigmoid()
-        down = (natural + beta * (energy.visible + h @ energy.weight.T)).sigmoid()
+    b, c, weight, _ = joints(dist.path.energy)
+    h = outcomes(2, len(c)).double()
+    up = (beta * (c + x @ weight)).sigmoid()
+    down = (dist.path.start.logits + beta * (b + h @ weight.T)).sigmoid()
     of_h = (up[:, None] * h + (1 - up[:, None]) * (1 - h)).prod(-1)
     of_v = (down[:, None] * x + (1 - down[:, None]) * (1 - x)).prod(-1)
     return of_h @ of_v

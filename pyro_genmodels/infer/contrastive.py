@@ -97,7 +97,7 @@ def _quick_log_partition(dist: Energy) -> LogPartition:
         with warnings.catch_warnings():  # it is for telling epochs apart; who wants the likelihood estimates it at length
             warnings.simplefilter("ignore", RuntimeWarning)
             few = dist.context is not None
-            known = log_partition(dist, num_chains=8 if few else 256, num_steps=100 if few else 300, exact=False)
+            known = log_partition(dist, num_chains=16 if few else 100, num_steps=100 if few else 200, exact=False)
     return known
 
 
