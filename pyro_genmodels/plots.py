@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["densities", "frame", "image_grids", "lattice", "loss_curves", "scatters"]
+__all__ = ["densities", "frame", "image_grids", "lattice", "loss_curves", "scatters", "surfaces"]
 
 from collections.abc import Mapping, Sequence
 from math import ceil
@@ -77,6 +77,26 @@ def densities(panels: Mapping[str, Tensor], low: Sequence[float], high: Sequence
         drawn = ax.imshow(image, origin="lower", extent=extent, vmin=top - 10, vmax=top, aspect="auto", cmap="magma")
         ax.set_title(title)
     figure.colorbar(drawn, ax=figure.axes, label="log density (nats)")
+    return figure
+
+
+def surfaces(panels: Mapping[str, Tensor], low: Sequence[float], high: Sequence[float]) -> Figure:
+    """Energies in the plane, a panel for each title, with level lines: the lowest is 0, and 20 nats above it all is white.
+
+    Args:
+        panels: title -> energies (nats) at `lattice(low, high, n)`, (n * n,).
+        low: corner of the picture.
+        high: the other corner.
+    """
+    figure = _figure(figsize=(3.4 * len(panels), 3.2))
+    for ax, (title, energies) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        n = round(len(energies) ** 0.5)
+        surface = (energies - energies.min()).reshape(n, n).clamp(max=20).cpu().numpy()
+        x, y = (torch.linspace(a, b, n).numpy() for a, b in zip(low, high, strict=True))
+        drawn = ax.contourf(x, y, surface, levels=20, cmap="magma")
+        ax.contour(x, y, surface, levels=10, colors="white", linewidths=0.4)
+        ax.set_title(title)
+    figure.colorbar(drawn, ax=figure.axes, label="energy above the lowest (nats)")
     return figure
 
 

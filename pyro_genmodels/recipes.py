@@ -11,14 +11,34 @@ from pathlib import Path
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
+from pyro.infer import ELBO
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_genmodels import checkpoints
 from pyro_genmodels.datasets import DATASETS, Dataset, load, rows
 from pyro_genmodels.errors import unknown
 from pyro_genmodels.evaluation import LogLikelihood, log_likelihood
-from pyro_genmodels.families import NSF, VAE, Autoregressive, Bernoulli, DiscretizedLogistic, Family, Flow, Labels, Normal
+from pyro_genmodels.families import (
+    NSF,
+    VAE,
+    Autoregressive,
+    Bernoulli,
+    Contrastive,
+    DiscretizedLogistic,
+    EnergyModel,
+    Family,
+    Flow,
+    Labels,
+    Langevin,
+    Normal,
+    ParallelTempering,
+    Persistent,
+    RestrictedBoltzmannMachine,
+)
+from pyro_genmodels.infer import NoiseContrastive
 from pyro_genmodels.training import Fit, train
 
 
@@ -29,10 +49,12 @@ class Recipe:
     Attributes:
         build: data set, context -> family.
         learning_rate: Adam's.
+        objective: data set -> what it is trained by; None is what the family asks for.
     """
 
     build: Callable[[Dataset, Any], Family]
     learning_rate: float = 1e-3
+    objective: Callable[[Dataset], ELBO | None] = lambda data: None
 
 
 @dataclass(frozen=True)
@@ -116,10 +138,31 @@ def _autoregressive(data: Dataset, context: Any) -> Family:
     return Autoregressive(event_shape, context=context, likelihood=Normal(components=10), hidden=(256, 256))
 
 
+def _energy(data: Dataset, context: Any) -> Family:
+    event_shape = data.train.shape[1:]
+    if data.levels:
+        support = constraints.boolean if data.levels == 2 else constraints.integer_interval(0, data.levels - 1)
+        negatives = Persistent(128, steps=2) if context == 0 else Contrastive(steps=5)
+        energy = RestrictedBoltzmannMachine(128)
+        return EnergyModel(event_shape, context=context, energy=energy, support=support, negatives=negatives)
+    sampler = ParallelTempering(Langevin(), temperatures=6, steps=2)
+    return EnergyModel(event_shape, context=context, sampler=sampler, num_steps=250)
+
+
+def _noise(data: Dataset) -> ELBO | None:
+    """Points in few dimensions are told from a normal law around them; in many that would be too easy to learn from."""
+    x = data.train.flatten(1)
+    if data.levels or x.shape[1] > 4:
+        return None
+    spread = torch.cov(x.T).reshape(x.shape[1], x.shape[1])
+    return NoiseContrastive(dist.MultivariateNormal(x.mean(0), spread), ratio=8)
+
+
 FAMILIES: Mapping[str, Recipe] = {
     "flow": Recipe(_flow, learning_rate=2e-3),
     "vae": Recipe(_vae),
     "autoregressive": Recipe(_autoregressive),
+    "energy": Recipe(_energy, learning_rate=2e-3, objective=_noise),
 }
 """What the command line knows by name."""
 
@@ -159,6 +202,7 @@ def fit(
         family.to(device),
         (data.train, train_labels),
         valid=(data.valid, valid_labels),
+        objective=recipe.objective(data),
         optim=partial(torch.optim.Adam, lr=notes.learning_rate),
         epochs=epochs,
         batch_size=notes.batch_size,

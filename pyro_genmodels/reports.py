@@ -73,8 +73,8 @@ def save_rows(path: Path, x: Tensor, labels: Tensor | None, notes: Notes) -> Non
 def pictures(fits: Mapping[str, Fit], data: Dataset, out: Path, *, conditional: bool, seed: int = 0, mark: str = "") -> None:
     """Draws pictures of training, and of what can be pictured of the data: images, or points in the plane.
 
-    Writes `loss.png`, `samples.png` and, for points in the plane, `density.png`, each with the mark before its suffix; of
-    images, without a mark, also each family's own.
+    Writes `loss.png`, `samples.png` and, for points in the plane, `density.png` and of energies `energy.png`, each with the
+    mark before its suffix; of images, without a mark, also each family's own.
     """
     save_figure(plots.loss_curves({name: fit.history for name, fit in fits.items()}), out / f"loss{mark}.png")
     pyro.set_rng_seed(seed)
@@ -96,6 +96,11 @@ def pictures(fits: Mapping[str, Fit], data: Dataset, out: Path, *, conditional: 
         densities = {} if data.density is None else {f"{data.name} itself": data.density.log_prob(points)}
         densities |= {name: _density(fit, points, data, conditional=conditional) for name, fit in fits.items()}
         save_figure(plots.densities(densities, low, high), out / f"density{mark}.png")
+        surfaces = {
+            name: energies for name, fit in fits.items() for name, energies in _surfaces(name, fit, points, data).items()
+        }
+        if surfaces:
+            save_figure(plots.surfaces(surfaces, low, high), out / f"energy{mark}.png")
 
 
 def check_picture(family: Family, path: Path) -> None:
@@ -117,6 +122,20 @@ def _density(family: Any, points: Tensor, data: Dataset, *, conditional: bool) -
         for label in share.nonzero().flatten().tolist()
     ]
     return torch.stack(parts).logsumexp(0)
+
+
+def _surfaces(name: str, fit: Any, points: Tensor, data: Dataset) -> dict[str, Tensor]:
+    """Title -> the energies of points, given each of the first few labels where there are labels; nothing of other families."""
+    family = getattr(fit, "family", fit)
+    labels = [None] if family.context is None else list(range(min(data.num_classes or 1, 5)))
+    points, found = points.to(family.loc.device), {}
+    with torch.no_grad():
+        for label in labels:
+            made = family() if label is None else family(torch.full((len(points),), label, device=points.device))
+            if made.intractable:
+                title = name if label is None else f"{name}, label {label}"
+                found[title] = -made.unnormalized_log_prob(points).cpu()
+    return found
 
 
 def save_figure(figure: Any, path: Path) -> None:
