@@ -218,7 +218,8 @@ def _parquet(raw: bytes, columns: Columns, labels: str | None) -> Table:
 
     parquet = needed("pyarrow.parquet", extra="parquet", by="A .parquet file")
     with _damage_told():
-        frame = parquet.ParquetFile(BytesIO(raw)).read(use_threads=False).to_pandas(use_threads=False)
+        # no thread may read on while an error of damaged bytes lets go of them: that is a fault of memory
+        frame = parquet.ParquetFile(BytesIO(raw), pre_buffer=False).read(use_threads=False).to_pandas(use_threads=False)
         frame.columns = pd.Index(map(str, frame.columns))
     return _of_frame(frame, columns, labels)
 

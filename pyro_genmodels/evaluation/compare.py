@@ -56,13 +56,14 @@ class Comparison:
         n = values.shape[1]
         differences = values[0] - values
         fits = list(self.log_likelihoods.values())
+        shared = torch.tensor([fit.shared_error for fit in fits]).square().double()  # of log Z, the same in every row
         return pd.DataFrame(
             {
                 "rank": range(len(fits)),
                 "elpd": values.sum(1),
-                "se": n**0.5 * _deviation(values),
+                "se": (n * _variance(values) + n**2 * shared).sqrt(),
                 "elpd_diff": differences.sum(1),
-                "dse": n**0.5 * _deviation(differences),
+                "dse": (n * _variance(differences) + n**2 * (shared + shared[0]) * (torch.arange(len(fits)) > 0)).sqrt(),
                 "weight": stacking_weights(values),
                 "kind": [fit.kind for fit in fits],
                 "num_samples": [fit.num_samples for fit in fits],
@@ -96,7 +97,7 @@ class Comparison:
         text = self.table.to_string(float_format=lambda v: f"{v:.3f}")
         kinds = {fit.kind for fit in self.log_likelihoods.values()}
         if len(kinds) > 1:
-            text += f"\nkinds differ ({', '.join(sorted(kinds))}): a bound understates its fit."
+            text += f"\nkinds differ ({', '.join(sorted(kinds))}): a bound understates its fit, an estimate may overstate it."
         return f"held-out log-likelihood of {self._values().shape[1]} data\n{text}"
 
 
@@ -137,9 +138,9 @@ def compare(fits: Mapping[str, Any], x: Tensor | None = None, *args: Any, **kwar
     return Comparison({name: judged[name] for name in best_first}, None if x is None else prod(x.shape[1:]))
 
 
-def _deviation(values: Tensor) -> Tensor:
-    """Standard deviation over rows; of one row nobody knows."""
-    return values.std(1) if values.shape[1] > 1 else torch.full_like(values[:, 0], float("nan"))
+def _variance(values: Tensor) -> Tensor:
+    """Variance over rows; of one row nobody knows."""
+    return values.var(1) if values.shape[1] > 1 else torch.full_like(values[:, 0], float("nan"))
 
 
 def stacking_weights(values: Tensor, *, max_steps: int = 10_000) -> Tensor:

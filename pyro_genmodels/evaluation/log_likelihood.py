@@ -59,8 +59,12 @@ class LogLikelihood:
         """Standard error of the mean over data of which these are a sample."""
         if len(self.values) < 2:
             return float("nan")
-        shared = 0.0 if self.log_partition is None else self.log_partition.std_error.item()
-        return (self.values.var() / len(self.values) + shared**2).sqrt().item()
+        return (self.values.var() / len(self.values) + self.shared_error**2).sqrt().item()
+
+    @property
+    def shared_error(self) -> float:
+        """Standard error of what all values share, log Z."""
+        return 0.0 if self.log_partition is None else self.log_partition.std_error.item()
 
     def bits_per_dim(self, dims: int) -> float:
         """Negative log-likelihood in bits per dimension, for data of that many dimensions."""
