@@ -156,6 +156,8 @@ def vectorises(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], n
     try:
         pair = run(model, guide, args, kwargs, particles(trials, nesting))
         together = [log_prob(trace, (dim,), scaled=True).expand(trials) for trace in pair]
+        if not any(map(latents, pair)):  # nothing to index; and noise of a dequantised density differs from call to call
+            return True
         for i in range(trials):
             again = [poutine.replay(fn, trace=_particle(trace, i, dim)) for fn, trace in zip((model, guide), pair, strict=True)]
             alone = run(again[0], again[1], args, kwargs)

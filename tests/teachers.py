@@ -5,6 +5,7 @@ from math import log, pi
 
 import pyro.distributions as dist
 import torch
+from scipy import stats
 from torch import nn
 
 
@@ -133,3 +134,22 @@ def perturb(module, scale=0.3):
         for p in module.parameters():
             p.add_(scale * torch.randn_like(p))
     return module
+
+
+def assert_means(values, truth, alarm=1e-7):
+    """Independent rows (n, ...) have these means: Student's t with Bonferroni's correction, a false alarm with this chance."""
+    values = values.reshape(len(values), -1).double()
+    truth = torch.as_tensor(truth, dtype=values.dtype).reshape(-1).expand(values.shape[1:])
+    error = values.std(0) / len(values) ** 0.5
+    bound = stats.t.isf(alarm / 2 / truth.numel(), len(values) - 1)
+    off = (values.mean(0) - truth).abs()
+    assert (off <= bound * error + 1e-10).all(), f"off by {(off / error).max():.1f} standard errors, of {bound:.1f} allowed"
+
+
+def energy_of_machine(v, visible, hidden, pairs):
+    """-log sum_h exp(s^T (visible, hidden) + s^T J s / 2) of s = (v, h), by a loop over h: v (n, V), J (V + H, V + H) symmetric."""
+    bias, terms = torch.cat([visible, hidden]), []
+    for h in outcomes(2, len(hidden)) if len(hidden) else torch.zeros(1, 0):
+        s = torch.cat([v, h.to(v).expand(len(v), -1)], 1)
+        terms.append(s @ bias + 0.5 * torch.einsum("ni,ij,nj->n", s, pairs, s))
+    return -torch.stack(terms).logsumexp(0)
