@@ -4,7 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
-from pyro_genmodels import __version__
+from pyro_genmodels import __version__, families
 
 project = "pyro_genmodels"
 author = "The pyro_genmodels authors"
@@ -21,7 +21,8 @@ extensions = [
 exclude_patterns = ["_build"]
 templates_path = ["_templates"]
 default_role = "py:obj"  # docstrings name things in single backquotes
-nitpick_ignore_regex = [("py:.*", r"(?!pyro_genmodels\.).*|.*\.(FlowTransform|Likelihood)")]  # our public names must resolve
+unlisted = "FlowTransform|Likelihood|EnergyChoice|Negatives|State|Run|_ScoreMatching"  # what choices and objectives derive from
+nitpick_ignore_regex = [("py:.*", rf"(?!pyro_genmodels\.).*|.*\.({unlisted})")]  # our public names must resolve
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
@@ -57,6 +58,13 @@ def escape_shapes(app, what, name, obj, options, lines) -> None:  # noqa: D103
             lines[i] = re.sub(r"``.*?``|(?<=[( ])\*(?=[a-z_]+[,)])", lambda m: m[0] if m[0] != "*" else r"\*", line)
 
 
+def skip_choices(app, what, name, obj, skip, options) -> bool | None:  # noqa: D103
+    # Samplers are choices of a family, and described there once.
+    on_samplers = app.env.docname == "api/pyro_genmodels.samplers"
+    return True if on_samplers and getattr(families, name, None) is obj else None
+
+
 def setup(app) -> None:  # noqa: D103
     app.connect("autodoc-process-docstring", escape_shapes)
+    app.connect("autodoc-skip-member", skip_choices)
     app.connect("config-inited", lambda app, config: tutorials())

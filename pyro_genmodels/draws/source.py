@@ -53,7 +53,7 @@ def source_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int
 
     Args:
         fit: what offers a model and a guide (a family, an `SVI`, a pair), or draws (`MCMC`, `Importance`, the result of
-            `WeighedPredictive`, or draws by name, (chain, draw, ...)).
+            `WeighedPredictive`, `Chains`, or draws by name, (chain, draw, ...)).
         args: the model's.
         kwargs: the model's.
         num_samples: draws to make, or None.
@@ -66,6 +66,9 @@ def source_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int
     if hasattr(fit, "get_samples") and hasattr(fit, "kernel"):  # MCMC
         model, draws = _one_model(fit, fit.kernel.model, model), fit.get_samples(group_by_chain=True)
         stats = _divergences(fit, *next(iter(draws.values())).shape[:2])
+    elif hasattr(fit, "get_samples") and hasattr(fit, "stats"):  # chains of our own samplers
+        draws = fit.get_samples(group_by_chain=True)
+        stats = {name: numpy(values.flatten()) for name, values in fit.stats.items()}
     elif isinstance(fit, Importance):
         if not fit.exec_traces:
             raise ValueError("This Importance has not been run. Call its .run(...) first.")

@@ -1,4 +1,8 @@
-"""Samplers: functions in, draws out. Every one is a pure step, and moves many chains at once."""
+"""Samplers: functions in, draws out. Every one is a pure step, and moves many chains at once.
+
+`Langevin`, `Hamiltonian`, `Gibbs`, `GibbsWithGradients` and `ParallelTempering` are choices of
+`pyro_genmodels.families.EnergyModel`, and are described among the families.
+"""
 
 from pyro_genmodels.samplers.annealing import anneal
 from pyro_genmodels.samplers.chains import Chains, sample_chains
