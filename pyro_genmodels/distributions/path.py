@@ -39,6 +39,7 @@ class Path:
         tilted: whether without a base the start is tilted; else the measure is flat.
         coordinates: positions -> data; None is the identity.
         features: positions -> what the energy is given; None is the data, or of discrete data the positions.
+        origin: density of the data that the path begins with instead; None begins with the start or what is tilted.
     """
 
     energy: Callable[..., Tensor]
@@ -50,6 +51,7 @@ class Path:
     tilted: bool = False
     coordinates: Transform | None = None
     features: Callable[[Tensor], Tensor] | None = None
+    origin: Distribution | None = None
 
     @property
     def position_shape(self) -> Size:
@@ -94,6 +96,9 @@ class Path:
     def log_f(self, u: Tensor, context: Tensor | None = None, beta: Beta = 1.0) -> Tensor:
         """Log f_beta of positions (chains..., *position): (chains...), on their left the further dimensions of beta."""
         at_end = isinstance(beta, float) and beta == 1.0
+        if self.origin is not None and not at_end:
+            log_q = self.origin.log_prob(self.decode(u)) + self.log_det(u)
+            return (1 - beta) * log_q + beta * self.log_f(u, context)
         energies = self.energies(u, context) if at_end else self._tempered(u, context, beta)
         if self.base is not None:
             return self.base.log_prob(self.decode(u)) + self.log_det(u) - energies
@@ -145,7 +150,8 @@ class Path:
             copies = len(self._chains(u)) - (context.dim() - 1)
             return context.reshape(*context.shape[:-1], *(1,) * copies, context.shape[-1])
 
-        sweep = getattr(self.energy, "gibbs", None) if self.base is None and self.tilted else None
+        simple = self.tilted and self.base is None and self.origin is None
+        sweep = getattr(self.energy, "gibbs", None) if simple else None
         return Target(
             lambda u, beta: self.log_f(u, at(u), beta),
             len(self.position_shape),
@@ -159,8 +165,9 @@ class Path:
     def begin(self, shape: Sequence[int]) -> Tensor:
         """Positions that follow the start of the path, (*shape, *position)."""
         with torch.no_grad():
-            if self.base is not None:
-                return self.encode(self.base.expand(Size(shape)).sample())
+            origin = self.base if self.origin is None else self.origin
+            if origin is not None:
+                return self.encode(origin.expand(Size(shape)).sample())
             return self.start.expand(Size(shape) + self.start.batch_shape).sample()
 
     def _sweep(self, sweep: Callable[..., Tensor], u: Tensor, context: Tensor | None, beta: Beta) -> Tensor:

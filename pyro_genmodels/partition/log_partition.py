@@ -1,0 +1,119 @@
+r"""The partition function of an energy, :math:`Z = \int p_0(x)\, e^{-E(x)}\, dx`, with what is known of its error."""
+
+from __future__ import annotations
+
+__all__ = ["log_partition"]
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_genmodels.distributions.base import density_of, unchecked, unwrap
+from pyro_genmodels.distributions.energy import Energy
+from pyro_genmodels.distributions.memory import LogPartition
+from pyro_genmodels.partition.annealed import Annealing
+from pyro_genmodels.partition.exact import MOST_STATES, exactly
+
+FEW_CONTEXTS = 100
+"""For each of which a conditional energy is summed or integrated unasked."""
+
+
+def log_partition(
+    energy: Any,
+    *,
+    num_chains: int = 256,
+    num_steps: int = 1000,
+    draws: Tensor | None = None,
+    start: Any = None,
+    exact: bool | None = None,
+    batch_size: int = 20_000,
+    progress: bool = False,
+) -> LogPartition:
+    """The log of Z of an energy with its parameters as they are; a family remembers it until they change.
+
+    Args:
+        energy: an energy's distribution, or a family without a context.
+        num_chains: of annealed importance sampling; of a conditional energy, for each context.
+        num_steps: betas of its path, with one step of the sampler each.
+        draws: exact draws of the model, (n, *event_shape), if such can be had, from which to anneal backwards as well.
+        start: density over one datum that the path begins with, in place of the energy's own: a Pyro distribution or a family
+            without a context, such as a flow that was trained on the data. The nearer, the better the estimate.
+        exact: whether to sum or integrate over all there is; None does where it can.
+        batch_size: chains at once, where there are many contexts.
+        progress: whether to show a progress bar.
+
+    Returns:
+        log Z, () or of the batch shape of a conditional energy.
+
+    Raises:
+        ValueError: if an exact value is asked for that cannot be had, or the energy has no sampler.
+
+    Warns:
+        RuntimeWarning: if the estimate is unreliable: if hardly any chain carries weight, or forwards and backwards disagree by
+            more than three standard errors.
+
+    Example:
+        >>> import torch
+        >>> from pyro_genmodels.distributions import Energy
+        >>> normal = Energy(lambda x: 0.5 * x.square().sum(-1), (2,))
+        >>> log_partition(normal)  # log(2 pi)
+        LogPartition(value=tensor(1.8379), std_error=tensor(0.), kind='exact', ...)
+    """
+    dist = _energy_of(energy)
+    if num_chains < 2 or num_steps < 1:
+        raise ValueError(f"num_chains wants 2 or more and num_steps 1 or more, but found {num_chains} and {num_steps}.")
+    distinct, place = _distinct(dist)
+    with torch.no_grad():
+        found = None
+        if start is not None:
+            distinct = distinct.but(path=dataclasses.replace(distinct.path, origin=_origin(start, dist)))
+        if exact or (exact is None and (place is None or len(place.unique()) <= FEW_CONTEXTS)):
+            found = exactly(distinct)
+        if found is None and exact:
+            raise ValueError(
+                f"log Z of this energy over events {tuple(dist.event_shape)} cannot be had exactly: that takes at most "
+                f"{MOST_STATES} outcomes, 20 hidden units of a Boltzmann machine, or two real dimensions. Leave exact out."
+            )
+        found = found or Annealing(distinct, num_chains, num_steps, progress).estimate(draws, batch_size)
+    if place is not None:
+        each = {name: getattr(found, name) for name in ("value", "std_error", "effective_sample_size")}
+        found = dataclasses.replace(found, **{n: v[place].reshape(dist.batch_shape) for n, v in each.items() if v is not None})
+    dist.keep(found)
+    return found
+
+
+def _origin(start: Any, dist: Energy) -> Distribution:
+    """A density that a path can begin with."""
+    made = start() if callable(start) and not isinstance(start, (Distribution, type)) else start
+    if not isinstance(made, Distribution) or made.batch_shape or made.event_shape != dist.event_shape:
+        found = (
+            f"{type(made).__name__} of shapes {tuple(made.batch_shape)} and {tuple(made.event_shape)}"
+            if isinstance(made, Distribution)
+            else repr(made)
+        )
+        raise ValueError(f"start wants a density over one event {tuple(dist.event_shape)}, but found {found}.")
+    density, advice = density_of(made)
+    if density != "exact":
+        raise ValueError(f"start wants an exact density, but this one's is: {density}. {advice}")
+    return unchecked(made)
+
+
+def _distinct(dist: Energy) -> tuple[Energy, Tensor | None]:
+    """The distribution given each context once, (n, c), and where in these each of its own is: labels come again and again."""
+    if dist.context is None:
+        return dist, None
+    rows, place = dist.context.detach().reshape(-1, dist.context.shape[-1]).unique(dim=0, return_inverse=True)
+    place = place.reshape(dist.context.shape[:-1]).expand(dist.batch_shape)
+    return dist.but(context=rows, _batch_shape=rows.shape[:1]), place
+
+
+def _energy_of(energy: Any) -> Energy:
+    """The energy's distribution, given that or what makes it."""
+    made = energy() if callable(energy) and not isinstance(energy, Distribution) else energy
+    dist = unwrap(made) if isinstance(made, Distribution) else made
+    if not isinstance(dist, Energy):
+        raise TypeError(f"Wanted an energy's distribution, such as EnergyModel((2,))(), but found {type(dist).__name__}.")
+    return dist
