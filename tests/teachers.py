@@ -147,7 +147,7 @@ def assert_means(values, truth, alarm=1e-7):
 
 
 def energy_of_machine(v, visible, hidden, pairs):
-    """-log sum_h exp(s^T (visible, hidden) + s^T J s / 2) of s = (v, h), by a loop over h: v (n, V), J (V + H, V + H) symmetric."""
+    """-log sum_h exp(s^T (visible, hidden) + s^T J s / 2) for s = (v, h): v (n, V), J symmetric, by a loop over h."""
     bias, terms = torch.cat([visible, hidden]), []
     for h in outcomes(2, len(hidden)) if len(hidden) else torch.zeros(1, 0):
         s = torch.cat([v, h.to(v).expand(len(v), -1)], 1)

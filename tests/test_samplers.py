@@ -205,11 +205,9 @@ def test_a_nan_density_is_as_good_as_none():
         assert_means(below, normal_cdf(torch.tensor([-1.0, 0.0, 0.5])) / normal_cdf(torch.tensor(1.0)))
 
 
-def test_a_copy_at_temperature_infinity_without_an_integral_does_no_harm():
-    tempered, law = ParallelTempering(temperatures=3, hottest=0.0, steps=1), correlated()
-    begin = law.begin(1500).float()  # where step sizes overflow first
-    draws = sample_chains(law.log_prob, begin, sampler=tempered, num_samples=20, warmup=500, progress=False).draws
-    assert_means(law.statistics(draws.double()).mean(1), law.means)
+def test_a_copy_at_temperature_infinity_without_an_integral_is_refused():
+    with pytest.raises(ValueError, match=r"beta = 0 has no integral.*hottest=0\.05"):
+        sample_chains(correlated().log_prob, torch.zeros(5, 2), sampler=ParallelTempering(), progress=False)
 
 
 # Langevin without adjustment: x' = (1 - eps / s^2) x + sqrt(2 eps) xi is autoregressive, of variance s^2 / (1 - eps / (2 s^2)).
@@ -398,7 +396,7 @@ class Table:
         return (values * (self.levels or 2) ** torch.arange(self.sites - 1, -1, -1)).sum(-1)
 
     def matrix(self, beta=1.0):
-        """Of one step, (S, S): a neighbour in proportion to exp(grad . (x' - x) / 2), accepted by Metropolis and Hastings."""
+        """Of one step, (S, S): a neighbour in proportion to exp(grad . (x' - x) / 2), accepted at 0.95 of Metropolis' rate."""
         x = self.states.flatten(1)
         score = beta * (self.b + x @ self.J)
         promise = 0.5 * (score @ x.T - (score * x).sum(-1, keepdim=True))
@@ -406,7 +404,7 @@ class Table:
         q = promise.masked_fill(apart != (2 if self.levels else 1), -torch.inf).softmax(-1)
         f = self.law(beta)
         forth = f[:, None] * q
-        p = q * (forth.T / forth).nan_to_num(0).clamp(max=1)
+        p = 0.95 * q * (forth.T / forth).nan_to_num(0).clamp(max=1)
         return p + torch.diag((1 - p.sum(-1)).clamp(min=0))
 
 
@@ -521,7 +519,7 @@ def test_a_sweep_leaves_the_law_as_it_is(case, beta):
 def test_a_sweep_is_its_own_reversal(case, beta):
     """Over calls, which share what chance they have beside that of chains: the order in which sites are visited."""
     dist, x = machine(case)
-    target, calls, chains = dist.target(), 400, 300
+    target, calls, chains = dist.target(), 250, 400
     law, states = law_of(target, x, beta), target.encode(x)
     before = torch.multinomial(law, calls * chains, replacement=True).reshape(calls, chains)
     after = torch.stack([index_among(target.gibbs(states[i], beta), states) for i in before])
@@ -721,7 +719,7 @@ def test_every_temperature_has_a_step_size_of_its_own():
     chains = sample_chains(law.log_prob, torch.randn(1000, 1), sampler=tempered, num_samples=50, warmup=600, progress=False)
     assert chains.step_size.shape == (4,)
     assert chains.stats["acceptance_rate"].shape == chains.draws.shape[:2] == (1000, 50)
-    scaled = chains.step_size * torch.linspace(1, 0.1, 4)
+    scaled = chains.step_size * torch.logspace(0, -1, 4)
     assert scaled.max() / scaled.min() < 1.2
     x = tempered.spread(torch.randn(1000, 1))
     ended = run(tempered, law.target(), x, 50, step_size=chains.step_size)
@@ -967,6 +965,13 @@ def test_dual_averaging_settles_under_noise_as_well():
     for _ in range(4000):
         tuning.update((torch.rand(()) < (-tuning.step_size).exp()).double())
     assert (-tuning.settled).exp() == pytest.approx(0.6, abs=0.05)
+
+
+def test_the_step_size_after_the_warmup_is_a_mean_over_many_tries():
+    """Of two chains, whose last try may be far off: over runs its logarithm varies by 0.03, that of the last try by 0.5."""
+    options = {"sampler": Langevin(), "num_samples": 20, "warmup": 300, "progress": False}
+    sizes = [sample_chains(gaussian(NORMAL, (1,)).log_prob, torch.randn(2, 1), **options).step_size for _ in range(6)]
+    assert torch.stack(sizes).log().std() < 0.15
 
 
 def test_before_any_step_the_step_size_is_that_given():
@@ -1274,12 +1279,9 @@ def test_gradients_that_are_switched_off_are_switched_off_for_the_caller_only():
     assert all(value.isfinite().all() for value in results.values())
 
 
-def test_draws_may_be_made_in_inference_mode():
-    with torch.inference_mode():
-        results = everything_drawn(Net(), torch.randn(8, 2))
-        x = table(0).start((10,))
-        assert run(GibbsWithGradients(), table(0).target(), x, 3).x.shape == x.shape
-    assert all(value.isfinite().all() for value in results.values())
+def test_inference_mode_is_refused_by_name():
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"inference_mode.*Use torch\.no_grad"):
+        sample_chains(lambda x: -x.square().sum(-1), torch.randn(8, 2), progress=False)
 
 
 def test_a_flat_density_is_drawn_uniformly():
@@ -1414,7 +1416,7 @@ def test_nuts_is_for_real_numbers():
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_starting_points_without_a_density_are_refused(value):
     log_prob = lambda x: torch.where(x.sum(-1) > 1, value, -x.square().sum(-1))  # noqa: E731
-    with pytest.raises(ValueError, match=r"1 of 3 starting points have no finite log density\. Begin within"):
+    with pytest.raises(ValueError, match=r"1 of 3 starting points have no finite log density or score\. Begin within"):
         sample_chains(log_prob, torch.tensor([[0.0], [2.0], [0.5]]), progress=False)
 
 

@@ -9,7 +9,7 @@ counted in the density, so that :math:`Z` is the same; those of classes are one-
 
 from __future__ import annotations
 
-__all__ = ["Path", "kind_of", "start_of"]
+__all__ = ["Path", "kind_of", "positions", "start_of"]
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,6 +57,13 @@ class Path:
     def position_shape(self) -> Size:
         """Of one chain's position."""
         return Size((*self.event_shape, self.classes)) if self.kind == "categorical" else self.event_shape
+
+    @property
+    def is_conjugate(self) -> bool:
+        """Whether the start is of the exponential family whose natural parameters Boltzmann machines add to, and is tilted."""
+        normal = isinstance(self.start, Normal) and (self.coordinates is None or self.features is positions)
+        plain = self.tilted and self.base is None and self.origin is None
+        return plain and (normal if self.kind == "real" else self.features in (None, positions))
 
     def encode(self, x: Tensor) -> Tensor:
         """Data -> positions."""
@@ -110,7 +117,8 @@ class Path:
     def _tempered(self, u: Tensor, context: Tensor | None, beta: Beta) -> Tensor:
         path = getattr(self.energy, "tempered", None)
         if path is None:
-            return beta * self.energies(u, context)
+            energies = beta * self.energies(u, context)
+            return energies if isinstance(beta, float) else energies.masked_fill(beta == 0, 0.0)  # also where E is infinite
         chains = self._chains(u)
         beta = torch.as_tensor(beta, dtype=u.dtype, device=u.device)
         beta = beta.expand(torch.broadcast_shapes(beta.shape, chains))
@@ -150,8 +158,7 @@ class Path:
             copies = len(self._chains(u)) - (context.dim() - 1)
             return context.reshape(*context.shape[:-1], *(1,) * copies, context.shape[-1])
 
-        simple = self.tilted and self.base is None and self.origin is None
-        sweep = getattr(self.energy, "gibbs", None) if simple else None
+        sweep = getattr(self.energy, "gibbs", None) if self.is_conjugate else None
         return Target(
             lambda u, beta: self.log_f(u, at(u), beta),
             len(self.position_shape),
@@ -160,6 +167,7 @@ class Path:
             self.begin,
             self.encode,
             self.decode,
+            self.event_shape,
         )
 
     def begin(self, shape: Sequence[int]) -> Tensor:
@@ -178,6 +186,11 @@ class Path:
         natural = self.start.logits.reshape(-1) if self.kind != "real" else 0.0
         new = sweep(u.reshape(chains.numel(), -1), context, beta, natural)
         return new.reshape(u.shape)
+
+
+def positions(u: Tensor) -> Tensor:
+    """The features of energies that see the positions as they are."""
+    return u
 
 
 def kind_of(support: constraints.Constraint) -> tuple[Kind, int]:

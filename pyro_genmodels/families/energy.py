@@ -22,7 +22,7 @@ from pyro_genmodels.distributions.base import map_tensors, unchecked
 from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.distributions.memory import Memory
 from pyro_genmodels.distributions.negatives import Annealed, Negatives, Persistent
-from pyro_genmodels.distributions.path import kind_of
+from pyro_genmodels.distributions.path import kind_of, positions
 from pyro_genmodels.families.family import Context, Family
 from pyro_genmodels.nn.energies import DenseEnergy, EnergyChoice
 from pyro_genmodels.samplers import Gibbs, GibbsWithGradients, Langevin, Sampler
@@ -99,11 +99,11 @@ class EnergyModel(Family):
         self.base = _checked_base(base, self.event_shape)
         self.register_buffer("marginals", torch.zeros(position if kind != "real" else (0,)))
         if sampler is ...:
-            gibbs = base is None and hasattr(self.energy, "gibbs") and self.tilted
+            gibbs = base is None and hasattr(self.energy, "gibbs") and self.tilted and not bounded
             sampler = Gibbs() if gibbs else Langevin() if kind == "real" else GibbsWithGradients()
         self.sampler, self.num_steps = sampler, num_steps
         plain = not self.tilted and not standardize  # an energy of the user's own, of the data as they are
-        self.features = None if plain else _to_unit if bounded else _as_they_are
+        self.features = None if plain else _to_unit if bounded else positions
         self.arguments["sampler"] = sampler
         self.negatives = (Persistent() if self.context is None else Annealed()) if negatives is None else negatives
         kept = self.negatives.kept if isinstance(self.negatives, Persistent) and sampler is not None else 0
@@ -183,10 +183,6 @@ class EnergyModel(Family):
         if isinstance(self.base, Distribution):
             self.base = map_tensors(self.base, fn)
         return self
-
-
-def _as_they_are(u: Tensor) -> Tensor:
-    return u
 
 
 def _to_unit(u: Tensor) -> Tensor:

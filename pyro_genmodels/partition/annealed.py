@@ -52,7 +52,7 @@ class Annealing:
         value, error, size = found[0] if contexts is None else (torch.cat(part) for part in zip(*found, strict=True))
         kind: Kind = "estimate"
         message, back, back_error = "", None, None
-        if bool((size < max(5.0, 0.02 * m)).any()):
+        if not bool((size >= max(5.0, 0.02 * m)).all()):  # also where it is NaN
             kind, message = "unreliable", f"hardly any chain carries weight (effective sample size {size.min():.1f} of {m})"
         if draws is not None:
             back, back_error = self._backwards(draws)

@@ -54,7 +54,7 @@ def _sum(dist: Energy, context: Tensor | None) -> tuple[Tensor, Tensor, int] | N
             x = _digits(states, levels, coordinates).reshape(-1, *path.event_shape)
             return path.log_f(path.encode(x), context)
 
-    elif path.tilted and hasattr(energy, "log_sum_visible") and energy.num_hidden <= 20:
+    elif path.is_conjugate and hasattr(energy, "log_sum_visible") and energy.num_hidden <= 20:
         count = 2**energy.num_hidden
         natural, constant = (0.0, 0.0) if path.kind == "real" else (path.start.logits.flatten(), _log_normalizer(path))
 

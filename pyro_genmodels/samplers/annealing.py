@@ -58,8 +58,14 @@ def anneal(
 
     Returns:
         Positions, (chains..., *event_shape), and log weights, (chains...).
+
+    Raises:
+        ValueError: with a sampler that tempers.
     """
+    if sampler.temperatures is not None:
+        raise ValueError(f"Annealing goes through temperatures itself: use the sampler inside {type(sampler).__name__}.")
     ascending = bool(betas[0] < betas[-1])
+    x = x.detach()
     chains = x.shape[: x.dim() - target.event_dim]
     log_w, step_size = x.new_zeros(chains), sampler.first_step_size(x)
 
@@ -73,7 +79,8 @@ def anneal(
             move(k - 1)
         with torch.no_grad():
             before, after = target.log_prob(x, betas[k - 1 : k + 1].reshape(2, *(1 for _ in chains))).expand(2, *chains)
-        log_w = log_w + (after - before)
+        step = (after - before).masked_fill(after.isnan(), -torch.inf)
+        log_w = torch.where(log_w == -torch.inf, log_w, log_w + step)  # what once weighs nothing stays so
         if ascending:
             move(k)
     return x, log_w

@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 from pyro_genmodels.samplers.gibbs import GibbsWithGradients
 from pyro_genmodels.samplers.langevin import Langevin
-from pyro_genmodels.samplers.sampler import DualAveraging, Sampler, over_chains
-from pyro_genmodels.samplers.target import check_target
+from pyro_genmodels.samplers.sampler import DualAveraging, Sampler, over_chains, per_chain
+from pyro_genmodels.samplers.target import Target, check_target, value_and_score
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Chains:
     Attributes:
         draws: (chain, draw, *event_shape).
         stats: of each draw, (chain, draw): ``acceptance_rate``, the probability with which its last proposal was accepted, and
-            ``lp``, the unnormalised log density in nats, where the sampler knows it.
+            ``lp``, the unnormalised log density (nats) of positions, where the sampler knows it.
         step_size: in use after the warmup.
         name: of the variable, for `to_arviz`.
     """
@@ -99,15 +99,15 @@ def sample_chains(
         found = tuple(initial.shape) if isinstance(initial, Tensor) else type(initial).__name__
         raise ValueError(f"initial wants a tensor of starting points, (chains, ...), but found {found}.")
     target = check_target(target, initial.dim() - 1)
+    if target.event_shape is not None and tuple(initial.shape[1:]) != tuple(target.event_shape):
+        raise ValueError(f"initial wants (chains, *{tuple(target.event_shape)}), but found {tuple(initial.shape)}.")
+    if not initial.is_floating_point() and target.event_shape is None:
+        initial = initial.to(torch.get_default_dtype())
     sampler = (Langevin() if target.kind == "real" else GibbsWithGradients()) if sampler is None else sampler
     sampler.check(target)
-    x = sampler.spread(target.encode(initial))
-    with torch.no_grad():
-        finite = target.log_prob(x, 1.0).isfinite()
-    if not finite.all():
-        raise ValueError(
-            f"{int((~finite).sum())} of {finite.numel()} starting points have no finite log density. Begin within the support."
-        )
+    x = target.encode(initial.detach())
+    _check_start(target, x)
+    x = sampler.spread(x)
 
     step_size = sampler.first_step_size(x)
     tuning = DualAveraging(step_size, sampler.target_acceptance) if sampler.target_acceptance and warmup else None
@@ -135,8 +135,28 @@ def sample_chains(
     return chains
 
 
+def _check_start(target: Target, x: Tensor) -> None:
+    """Raises a ValueError if chains cannot begin at positions x."""
+    if target.kind == "binary" and not ((x == 0) | (x == 1)).all():
+        raise ValueError(f"initial wants zeros and ones, but has values from {x.min():g} to {x.max():g}. Round them.")
+    with torch.no_grad():
+        log_prob = target.log_prob(x, 1.0)
+    if log_prob.shape != x.shape[:1]:
+        raise ValueError(
+            f"The log density should be of shape {(len(x),)}, one number a chain, but is of {tuple(log_prob.shape)} for "
+            f"positions {tuple(x.shape)}. Sum over the dimensions of an event, and keep the first."
+        )
+    finite = log_prob.isfinite()
+    if target.kind == "real" and target.gibbs is None:
+        finite &= per_chain(value_and_score(target, x, 1.0)[1], 1).isfinite().all(-1)
+    if not finite.all():
+        raise ValueError(
+            f"{int((~finite).sum())} of {len(x)} starting points have no finite log density or score. Begin within the support."
+        )
+
+
 def _warn(chains: Chains, sampler: Sampler) -> None:
-    bad = ~chains.draws.flatten(2).isfinite().all(-1)
+    bad = ~per_chain(chains.draws, 2).isfinite().all(-1)
     if bad.any():
         message = (
             f"{int(bad.any(1).sum())} of {len(bad)} chains left the real numbers. Lower the step size, or adjust the steps"

@@ -2,8 +2,8 @@ r"""Hamiltonian Monte Carlo: a momentum is drawn, and position and momentum foll
 
 .. math:: H(x, v) = -\log f(x) + \tfrac12 |v|^2, \qquad v \sim N(0, I)
 
-The leapfrog's error in H decides whether the end is accepted. The gradient at each end of a step is used twice. Neal, *MCMC
-using Hamiltonian Dynamics* (arXiv 1206.1901). NUTS, which chooses the length itself, is Pyro's: see `potential`.
+The leapfrog's error in H decides whether the end is accepted. Step sizes vary by a fifth from trajectory to trajectory. Neal,
+*MCMC using Hamiltonian Dynamics* (arXiv 1206.1901). NUTS, which chooses the length itself, is Pyro's: see `potential`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_genmodels.samplers.sampler import Sampler, State, beside_event, check_positive, metropolis, per_chain
+from pyro_genmodels.samplers.sampler import Sampler, State, beside_event, check_counts, check_positive, metropolis, per_chain
 from pyro_genmodels.samplers.target import Beta, Target, check_target, value_and_score
 
 
@@ -59,7 +59,8 @@ class Hamiltonian(Sampler):
     target_acceptance = 0.8
 
     def __post_init__(self) -> None:
-        check_positive(self, "step_size", "num_leapfrog")
+        check_positive(self, "step_size")
+        check_counts(self, "num_leapfrog")
 
     def init(self, x: Tensor, target: Target, beta: Beta = 1.0) -> State:
         return State(x, *value_and_score(target, x, beta))
@@ -67,13 +68,16 @@ class Hamiltonian(Sampler):
     def step(self, state: State, target: Target, step_size: Tensor, beta: Beta = 1.0) -> tuple[State, Tensor]:
         v = torch.randn_like(state.x)
         both = lambda x: value_and_score(target, x, beta)  # noqa: E731
-        new, w = leapfrog(state.x, v, state, both, beside_event(step_size, target.event_dim), self.num_leapfrog)
+        jitter = step_size * (0.8 + 0.4 * torch.rand_like(state.log_prob))  # or a trajectory may end where it began
+        new, w = leapfrog(state.x, v, state, both, beside_event(jitter, target.event_dim), self.num_leapfrog)
         kinetic = 0.5 * per_chain(v.square() - w.square(), new.log_prob.dim()).sum(-1)
         return metropolis(state, new, new.log_prob - state.log_prob + kinetic)
 
 
 def potential(target: Any, name: str = "x") -> Callable[[dict[str, Tensor]], Tensor]:
     """An energy as Pyro's `NUTS` and `HMC` want it, by the name of its one variable.
+
+    It is of positions, which for data with bounds are not the data: ``target.decode`` leads to these.
 
     Args:
         target: log density x (chains, ...) -> (chains,), an energy distribution, or a `Target`, of real numbers.

@@ -111,7 +111,7 @@ def annealed_langevin(
     """
     levels = torch.as_tensor(noise, dtype=x.dtype, device=x.device)
     values = levels.tolist()
-    if not values or min(values) <= 0 or sorted(values, reverse=True) != values:
+    if not values or not (levels > 0).all() or sorted(values, reverse=True) != values:
         raise ValueError(f"noise wants positive standard deviations, the largest first, but found {values}.")
     with torch.no_grad():
         for sigma, value in zip(tqdm(levels, desc="noise levels", disable=not progress), values, strict=True):

@@ -11,8 +11,8 @@ and in the warmup of `sample_chains` by dual averaging (Hoffman and Gelman, arXi
 from __future__ import annotations
 
 __all__ = [
-    "DualAveraging", "Run", "Sampler", "State", "beside", "beside_event", "check_positive", "metropolis", "over_chains",
-    "per_chain", "run",
+    "DualAveraging", "Run", "Sampler", "State", "beside", "beside_event", "check_counts", "check_positive", "metropolis",
+    "over_chains", "per_chain", "run",
 ]  # fmt: skip
 
 from abc import ABC, abstractmethod
@@ -115,7 +115,7 @@ def run(
     step_size = sampler.first_step_size(x) if step_size is None else step_size
     wanted = sampler.target_acceptance if rate else None
     total = torch.zeros_like(step_size)
-    state = sampler.init(x, target, beta)
+    state = sampler.init(x.detach(), target, beta)
     for _ in range(steps):
         state, accepted = sampler.step(state, target, step_size, beta)
         accepted = over_chains(accepted, step_size)
@@ -168,8 +168,9 @@ class DualAveraging:
 
 
 def metropolis(state: State, new: State, log_ratio: Tensor) -> tuple[State, Tensor]:
-    """Accepts the new state of each chain with probability min(1, exp(log_ratio)); a ratio that is NaN is refused."""
+    """Accepts the new state of each chain with probability min(1, exp(log_ratio)); an infinite or NaN density is refused."""
     log_ratio = log_ratio.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    log_ratio = log_ratio.masked_fill(new.log_prob == torch.inf, -torch.inf)
     accept = torch.rand_like(log_ratio).log() < log_ratio
     chosen = [None if a is None or b is None else torch.where(beside(accept, a), a, b) for a, b in zip(new, state, strict=True)]
     return State(*chosen), log_ratio.clamp(max=0).exp()  # type: ignore[arg-type]
@@ -188,6 +189,14 @@ def beside(values: Tensor, like: Tensor) -> Tensor:
 def beside_event(step_size: Tensor, event_dim: int) -> Tensor:
     """Step sizes of chains beside the dimensions of a position."""
     return step_size.reshape(step_size.shape + (1,) * event_dim) if step_size.dim() else step_size
+
+
+def check_counts(choice: Any, *names: str) -> None:
+    """Raises a ValueError if an option is not a whole number of 1 or more."""
+    for name in names:
+        value = getattr(choice, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{type(choice).__name__} wants a whole number of 1 or more as {name}, but found {value!r}.")
 
 
 def check_positive(choice: Any, *names: str) -> None:

@@ -33,6 +33,7 @@ class Target:
         start: chain shape -> draws (*chains, *event_shape) from f_0, which is then normalised; or None.
         encode: data -> positions, which differ where data are bounded or classes.
         decode: positions -> data.
+        event_shape: of one datum, where it is known.
     """
 
     log_prob: Callable[[Tensor, Beta], Tensor]
@@ -42,6 +43,7 @@ class Target:
     start: Callable[[Sequence[int]], Tensor] | None = None
     encode: Callable[[Tensor], Tensor] = field(default=lambda x: x, repr=False)
     decode: Callable[[Tensor], Tensor] = field(default=lambda x: x, repr=False)
+    event_shape: Sequence[int] | None = None
 
 
 def check_target(target: Any, event_dim: int) -> Target:
@@ -59,9 +61,17 @@ def check_target(target: Any, event_dim: int) -> Target:
 
 
 def value_and_score(target: Target, x: Tensor, beta: Beta) -> tuple[Tensor, Tensor]:
-    """Log density (chains...) and its gradient in x, both without graph."""
+    """Log density (chains...) and its gradient in x, both without graph.
+
+    Raises:
+        ValueError: in `torch.inference_mode`, which knows no gradients.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("Samplers follow gradients, which torch.inference_mode() rules out. Use torch.no_grad().")
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         log_prob = target.log_prob(x, beta)
+        if not log_prob.requires_grad:  # flat
+            return log_prob, torch.zeros_like(x)
         (score,) = torch.autograd.grad(log_prob.sum(), x)
     return log_prob.detach(), score

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_genmodels.samplers.langevin import Langevin
-from pyro_genmodels.samplers.sampler import Sampler, State, beside, check_positive
+from pyro_genmodels.samplers.sampler import Sampler, State, beside, check_counts
 from pyro_genmodels.samplers.target import Beta, Target
 
 
@@ -51,7 +51,7 @@ class ParallelTempering(Sampler):
     steps: int = 5
 
     def __post_init__(self) -> None:
-        check_positive(self, "steps")
+        check_counts(self, "steps", "temperatures")
         if self.temperatures < 2 or not 0 <= self.hottest < 1:
             raise ValueError(
                 f"ParallelTempering wants two or more temperatures and 0 <= hottest < 1, but found {self.temperatures} and "
@@ -64,6 +64,11 @@ class ParallelTempering(Sampler):
 
     def check(self, target: Target) -> None:
         self.sampler.check(target)
+        if target.start is None and not self.hottest:
+            raise ValueError(
+                "ParallelTempering of a plain log density has powers of it, of which that with beta = 0 has no integral. Give "
+                "the lowest beta, ParallelTempering(..., hottest=0.05), or a Target with a path."
+            )
 
     def first_step_size(self, like: Tensor) -> Tensor:
         return self.sampler.first_step_size(like).repeat(self.temperatures)
@@ -75,8 +80,9 @@ class ParallelTempering(Sampler):
         return x[:, 0]
 
     def betas(self, x: Tensor, beta: Beta) -> Tensor:
-        """(temperatures,), from the coldest, which is beta itself."""
-        return torch.linspace(1.0, self.hottest, self.temperatures, dtype=x.dtype, device=x.device) * beta
+        """(temperatures,), from the coldest, which is beta itself: evenly down to 0, or by equal factors to the hottest."""
+        ladder = torch.linspace(1.0, 0.0, self.temperatures, dtype=x.dtype, device=x.device)
+        return beta * (self.hottest ** (1 - ladder) if self.hottest else ladder)
 
     def init(self, x: Tensor, target: Target, beta: Beta = 1.0) -> State:
         return self.sampler.init(x, target, self.betas(x, beta))
