@@ -29,16 +29,27 @@ from pyro_genmodels import (
     VAE,
     Autoregressive,
     Bernoulli,
+    BoltzmannMachine,
     Categorical,
+    ContrastiveDivergence,
+    DenoisingScoreMatching,
+    DenseEnergy,
     DiscretizedLogistic,
+    EnergyModel,
     Flow,
+    ImplicitScoreMatching,
     Labels,
     MaximumLikelihood,
     Normal,
+    Persistent,
     RealNVP,
+    RestrictedBoltzmannMachine,
+    SlicedScoreMatching,
     log_likelihood,
 )
-from pyro_genmodels.divergences import kl, reverse_kl
+from pyro_genmodels.distributions import Energy
+from pyro_genmodels.divergences import fisher, kl, reverse_kl
+from pyro_genmodels.evaluation import log_partition
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -246,6 +257,295 @@ def test_T9_forward_kl_is_infinite_where_the_model_has_no_mass():
     assert abs(backward.value - truth) <= 5 * backward.std_error + 1e-12
 
 
+def fisher_of_gaussians(p, q):
+    """S1^-1 (x - m1) - S2^-1 (x - m2) is linear in x: the mean and the trace of its square."""
+    slope = p.cov.inverse() - q.cov.inverse()
+    return (slope @ p.cov @ slope).trace() + torch.linalg.solve(q.cov, p.loc - q.loc).square().sum()
+
+
+def score_of(p, x):
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(p.log_prob(x).sum(), x)[0]
+
+
+@pytest.mark.parametrize(("p", "q"), [(P, Q), (Q, P)], ids=["forwards", "backwards"])
+def test_T10_fisher_meets_the_closed_form_of_gaussians(p, q):
+    for law in (p.distribution(), p.without_closed_forms()):
+        estimate = fisher(law, q.distribution(), num_samples=20_000)
+        assert 0 < estimate.std_error < 0.05 * estimate.value
+        assert within(estimate, fisher_of_gaussians(p, q))
+
+
+def test_T10_fisher_meets_the_integral_of_mixtures():
+    def square(x):
+        return MODES.log_prob(x[:, 0]).exp() * (score_of(MODES, x[:, 0]) - score_of(BROAD, x[:, 0])).square()
+
+    assert within(fisher(MODES.distribution(), BROAD.distribution(), num_samples=20_000), integral(square, -15, 15))
+
+
+def smooth(event_shape=(), **options):
+    return perturb(EnergyModel(event_shape, energy=DenseEnergy((8,)), standardize=False, **options))
+
+
+def test_T10_fisher_is_zero_from_a_distribution_to_itself_and_positive_to_any_other():
+    laws = [P.distribution(), Q.distribution(), perturb(Flow((2,)))(), smooth((2,), num_steps=20)()]
+    for p in laws:
+        for q in laws:
+            value, error = fisher(p, q, num_samples=200)
+            assert (value == 0 == error) if p is q else value > 0
+
+
+def test_T11_a_constant_changes_no_fisher_divergence():
+    def far(x):
+        return smooth_energy(x) + 50.0
+
+    smooth_energy, p = perturb(nn.Sequential(nn.Linear(2, 8), nn.SiLU(), nn.Linear(8, 1))), P.distribution()
+    found = []
+    for energy in (smooth_energy, far):
+        pyro.set_rng_seed(1)
+        found.append(fisher(p, Energy(energy, (2,), base=Q.distribution()), num_samples=500))
+    torch.testing.assert_close(found[0].value, found[1].value, rtol=1e-12, atol=0)
+
+
+def test_T11_a_density_need_not_be_normalised():
+    unnormalised = Energy(lambda x: -3 * P.log_prob(x) - 7, (2,))  # N(m, S / 3)
+    q = Gaussian(P.loc, P.cov / 3)
+    assert within(fisher(Q.distribution(), unnormalised, num_samples=20_000), fisher_of_gaussians(Q, q))
+    assert fisher(q.distribution(), unnormalised, num_samples=100).value < 1e-20
+    for objective in (ImplicitScoreMatching, SlicedScoreMatching, DenoisingScoreMatching):
+        found = []
+        for d in (unnormalised, q.distribution()):
+            pyro.set_rng_seed(1)
+            found.append(objective().per_datum(d, P.loc + torch.randn(4, 2)))
+        torch.testing.assert_close(*found)
+
+
+INTERVAL = constraints.interval(-1.0, 3.0)
+
+
+def line():
+    """Points of the real line, (3000,), and the distance between them."""
+    points, distance = grid(-14, 14, 3000)
+    return points[:, 0], distance
+
+
+def expected(objective, family, p):
+    """The loss of data in proportion to the density p."""
+    x, volume = line()
+    model = poutine.scale(family.model, scale=p.log_prob(x).exp() * volume)
+    return objective.differentiable_loss(model, lambda *_, **__: None, x)
+
+
+def explicit(family, p):
+    """Half the Fisher divergence from p to the family."""
+    x, volume = line()
+    return (p.log_prob(x).exp() * volume * (family().score(x) - score_of(p, x)).square()).sum() / 2
+
+
+def with_noise(p, sigma):
+    return Mixture(p.weights, p.loc, (p.scale**2 + sigma**2).sqrt())
+
+
+def mean_is(estimates, truth, errors=6):
+    """Whether the mean over rows is the truth, within that many standard errors: 2e-9 for each number at six."""
+    return bool(((estimates.mean(0) - truth).abs() <= errors * estimates.std(0) / len(estimates) ** 0.5 + 1e-12).all())
+
+
+@pytest.mark.parametrize("objective", [ImplicitScoreMatching(), SlicedScoreMatching()], ids=["implicit", "sliced"])
+def test_T12_implicit_and_sliced_are_half_the_divergence_from_the_data_up_to_a_constant(objective):
+    """On the line, where a sign has no say."""
+    for _ in range(2):
+        family = smooth()
+        truth, loss = explicit(family, MODES), expected(objective, family, MODES)
+        x, volume = line()
+        constant = (MODES.log_prob(x).exp() * volume * score_of(MODES, x).square()).sum() / 2
+        torch.testing.assert_close(truth, loss + constant)
+        torch.testing.assert_close(
+            gradient(loss, family.parameters()), gradient(truth, family.parameters()), rtol=1e-7, atol=1e-9
+        )
+        estimate = fisher(MODES.distribution(), family(), num_samples=20_000)
+        assert within(estimate, 2 * (loss + constant))
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+def test_T12_the_gradient_of_sliced_is_that_of_implicit_in_expectation(reduced):
+    family, x = smooth((3,)), torch.randn(20, 3)
+
+    def slope(objective):
+        return gradient(objective.differentiable_loss(family.model, family.guide, x), family.parameters())
+
+    objective = SlicedScoreMatching(variance_reduced=reduced)
+    assert mean_is(torch.stack([slope(objective) for _ in range(200)]), slope(ImplicitScoreMatching()))
+
+
+def denoising_slopes(family, sigma, repeats=300, rows=1000):
+    objective = DenoisingScoreMatching(sigma, weighting=torch.ones_like)
+
+    def slope():
+        loss = objective.differentiable_loss(family.model, family.guide, MODES.distribution().sample((rows,)))
+        return gradient(loss / rows, family.parameters())
+
+    return torch.stack([slope() for _ in range(repeats)])
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0])
+def test_T12_denoising_follows_the_divergence_from_the_data_with_noise(sigma):
+    family = smooth()
+    found = denoising_slopes(family, sigma)
+    assert mean_is(found, gradient(explicit(family, with_noise(MODES, sigma)), family.parameters()))
+    assert not mean_is(found, gradient(explicit(family, MODES), family.parameters()))
+
+
+def test_T12_denoising_at_little_noise_follows_the_divergence_from_the_data():
+    family = smooth()
+    assert mean_is(denoising_slopes(family, 0.05), gradient(explicit(family, MODES), family.parameters()))
+
+
+class Gauss(nn.Module):
+    """E(x) = (x - m)^2 / (2 v) on the line."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc, self.log_variance = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return (x - self.loc).square() / (2 * self.log_variance.exp())
+
+
+def best_gaussian(loss_of):
+    """Location and variance at the minimum of a loss, which is the same function at every call."""
+    family = EnergyModel((), energy=Gauss(), standardize=False, sampler=None)
+    precise = {"tolerance_grad": 1e-12, "tolerance_change": 1e-14, "line_search_fn": "strong_wolfe"}
+    optimiser = torch.optim.LBFGS(family.parameters(), max_iter=100, **precise)
+
+    def closure():
+        optimiser.zero_grad()
+        pyro.set_rng_seed(1)
+        loss = loss_of(family)
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    return family.energy.loc.detach(), family.energy.log_variance.detach().exp()
+
+
+@pytest.mark.parametrize("objective", [ImplicitScoreMatching(), SlicedScoreMatching()], ids=["implicit", "sliced"])
+def test_T12_the_best_gaussian_has_the_moments_of_the_data(objective):
+    loc, variance = best_gaussian(lambda family: expected(objective, family, MODES))
+    torch.testing.assert_close(loc, MODES.mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(variance, MODES.variance, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0])
+def test_T12_the_best_gaussian_by_denoising_has_the_variance_of_the_data_with_noise(sigma):
+    """It regresses the noise on the noisy data: the coefficient, 1 / v, has the error of least squares."""
+    x = MODES.distribution().sample((100_000,))
+    objective = DenoisingScoreMatching(sigma)
+    _, found = best_gaussian(lambda f: objective.differentiable_loss(f.model, f.guide, x) / len(x))
+    variance = MODES.variance + sigma**2
+    error = ((1 / sigma**2 - 1 / variance) / (len(x) * variance)).sqrt()
+    assert abs(1 / found - 1 / variance) < 5 * error
+    assert abs(1 / found - 1 / MODES.variance) > 5 * error
+
+
+def machine(dims=4, energy=None, support=constraints.boolean, **options):
+    """Discrete data, and an energy of all of them that is a sum away from its log Z."""
+    return perturb(
+        EnergyModel((dims,), energy=energy or BoltzmannMachine(), support=support, standardize=False, **options), 0.7
+    )
+
+
+THIRDS = constraints.integer_interval(0, 2)
+SYSTEMS = {
+    "bits": machine,
+    "classes": lambda **options: machine(3, BoltzmannMachine(1), THIRDS, **options),
+    "line": lambda **options: smooth((1,), **options),
+    "plane": lambda **options: smooth((2,), **options),
+    "interval": lambda **options: smooth((1,), support=INTERVAL, **options),
+}
+
+
+def whole(family):
+    """All data there are, and the measure of each."""
+    if family.support.is_discrete:
+        levels, dims = (3 if family.support is THIRDS else 2), len(family.loc)
+        return outcomes(levels, dims).to(torch.int64 if levels == 3 else torch.float64), 1.0
+    low, high = (-1, 3) if family.support is INTERVAL else (-9, 9)
+    return grid(low, high, 400 if family.event_shape == (1,) else 100, len(family.loc))
+
+
+def exact_log_z(family):
+    x, volume = whole(family)
+    return (family().unnormalized_log_prob(x).exp() * volume).sum().log()
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_T18_the_estimate_of_log_z_covers_the_sum_or_the_integral(name):
+    family = SYSTEMS[name]()
+    truth = exact_log_z(family)
+    estimate = log_partition(family, num_chains=500, num_steps=100, exact=False)
+    assert estimate.kind == "estimate"
+    assert 0 < estimate.std_error < 0.1
+    assert within(estimate, truth)
+    computed = log_partition(family)
+    assert computed.kind == "exact"
+    torch.testing.assert_close(computed.value, truth.detach(), rtol=1e-4, atol=1e-4)
+
+
+def slopes(family, x):
+    """The gradient of -E in the parameters at each datum, (n, parameters)."""
+    return torch.stack([gradient(each, family.parameters()) for each in family().unnormalized_log_prob(x)])
+
+
+@pytest.mark.parametrize("name", ["bits", "classes", "line", "interval"])
+def test_T18_the_gradient_of_log_z_is_the_mean_of_that_of_the_energy_which_negatives_estimate(name):
+    """By 10,000 independent chains that have come to rest; Pyro's own losses see the gradient of `log_prob`."""
+    n = 10_000
+    family = SYSTEMS[name](negatives=Persistent(n, steps=20))
+    x, volume = whole(family)
+    p, g = (family().unnormalized_log_prob(x).detach() - exact_log_z(family).detach()).exp() * volume, slopes(family, x)
+    of_log_z = gradient(exact_log_z(family), family.parameters())
+    torch.testing.assert_close(of_log_z, p @ g, rtol=1e-8, atol=1e-10)
+    error = ((p @ g.square() - (p @ g).square()).clamp(min=0) / n).sqrt()
+    rows = x[torch.randint(len(x), (10,))]
+    for _ in range(2):
+        log_p = family().log_prob(rows).mean()
+    assert ((gradient(log_p, family.parameters()) - (slopes(family, rows).mean(0) - of_log_z)).abs() <= 5 * error + 1e-9).all()
+
+
+def sweep_of(machine, x):
+    """The probabilities (n, n) with which one sweep over the hidden and then the visible units leads from x to x."""
+    hidden = outcomes(2, machine.num_hidden).double()
+
+    def bits(log_odds, values):  # of each value, for each row of log odds
+        return torch.stack([dist.Bernoulli(logits=log_odds).log_prob(v).sum(-1) for v in values], -1).exp()
+
+    return bits(machine.hidden + x @ machine.weight, hidden) @ bits(machine.visible + (hidden - 0.5) @ machine.weight.T, x)
+
+
+def test_T18_the_bias_of_contrastive_divergence_is_that_of_its_chains_and_falls_with_length():
+    """20,000 data, and a chain of k sweeps from each."""
+    family, n = machine(3, RestrictedBoltzmannMachine(2)), 20_000
+    perturb(family, 3.0)  # its sweeps stay near
+    x, _ = whole(family)
+    with torch.no_grad():
+        sweep, model = sweep_of(family.energy, x), family().unnormalized_log_prob(x).softmax(0)
+    torch.testing.assert_close(model @ sweep, model)  # it is the sampler's: it leaves the model alone
+    rows = torch.multinomial(torch.randn(8).softmax(0), n, replacement=True)
+    start, g = rows.bincount(minlength=8) / n, slopes(family, x)
+    exact, biases = model @ g - start @ g, []
+    for k in (1, 2, 4, 100):
+        led = torch.linalg.matrix_power(sweep, k)
+        truth, error = start @ led @ g - start @ g, (start @ (led @ g.square() - (led @ g).square()) / n).clamp(min=0).sqrt()
+        objective = ContrastiveDivergence(persistent=False, steps=k)
+        found = gradient(objective.differentiable_loss(family.model, family.guide, x[rows]) / n, family.parameters())
+        assert ((found - truth).abs() <= 5 * error + 1e-9).all()
+        biases.append(((found - exact) / error).square().sum().sqrt())
+    assert biases == sorted(biases, reverse=True)
+    assert biases[0] > 50
+    torch.testing.assert_close(truth, exact)  # of 100 sweeps, within whose errors the gradient was found
+
+
 @pytest.mark.parametrize("order", [None, [2, 0, 3, 1], [3, 2, 1, 0]], ids=str)
 @pytest.mark.parametrize("context", [0, 2])
 @pytest.mark.parametrize("likelihood", [Bernoulli(), Categorical(3), DiscretizedLogistic(4, components=2)], ids=repr)
@@ -370,7 +670,6 @@ def test_T20_the_importance_weighted_bound_rises_to_the_log_likelihood():
 
 
 SMALL = {"transforms": 2, "hidden": (16,)}
-INTERVAL = constraints.interval(-1.0, 3.0)
 TRANSFORMS = [NICE, RealNVP, MAF, NSF, NCSF, NAF, UNAF, SOSPF, BPF]
 
 
