@@ -253,7 +253,7 @@ class GF(FlowTransform):
 
 
 def adopt(module: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
-    """The lazy transform of a zuko flow, or the module itself, and what `NormalizingFlow` must be told of its inverse.
+    """The lazy transform of a zuko flow, or the module itself, and what `NormalizingFlow` must be told of it.
 
     Raises:
         ValueError: for a transform that does not invert.
@@ -269,4 +269,12 @@ def adopt(module: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
             part.__class__ = _TrainableUMNN
     networks = zuko.flows.neural.MNN, zuko.flows.neural.UMNN
     bisected = any(isinstance(part, networks) for part in lazy.modules())
-    return lazy, {"has_rsample": False, "bound": 10.0} if bisected else {}
+    return lazy, {"smooth": _is_smooth(lazy)} | ({"has_rsample": False, "bound": 10.0} if bisected else {})
+
+
+def _is_smooth(lazy: nn.Module) -> bool:
+    """Whether the gradient of its log density is without jumps, as those of ReLU and of pieces put together are not."""
+    parts = [(part, getattr(part, "univariate", None)) for part in lazy.modules()]
+    names = [getattr(getattr(univariate, "func", univariate), "__name__", "") for _, univariate in parts]
+    pieces = any("RQS" in name or "Bernstein" in name for name in names)
+    return not pieces and not any(isinstance(part, (nn.ReLU, nn.LeakyReLU, nn.Hardtanh)) for part, _ in parts)

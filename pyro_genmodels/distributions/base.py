@@ -12,8 +12,7 @@ from __future__ import annotations
 
 __all__ = [
     "Density", "GenerativeDistribution", "density_of", "drops_units", "is_real", "map_tensors", "over_events", "parts_of",
-    "sum_event",
-    "unchecked", "unwrap", "within",
+    "sum_event", "unchecked", "unwrap", "within",
 ]  # fmt: skip
 
 import copy

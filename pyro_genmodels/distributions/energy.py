@@ -186,7 +186,7 @@ class Energy(GenerativeDistribution):
     # Draws.
 
     def draw_negatives(self, value: Tensor) -> Tensor:
-        """Positions of negatives for data: (m, *position); with a context (m, batch..., *position)."""
+        """Positions of negatives for data, (m, *position); where each datum has its own, (m, batch..., *position)."""
         return self.negatives.draw(self, *self.aligned(value)[:2])
 
     def chains(self, what: str) -> Sampler:

@@ -28,6 +28,7 @@ class NormalizingFlow(GenerativeDistribution):
         event_shape: shape of one datum, of d coordinates in all.
         has_rsample: whether the inverse carries the gradient of the transform's parameters.
         bound: where the inverse is a search, how far from 0 it looks; None if it is not.
+        smooth: whether the score has no jumps, as that of splines and of networks with ReLU has.
         kwargs: passed to `GenerativeDistribution`.
 
     Raises:
@@ -49,12 +50,13 @@ class NormalizingFlow(GenerativeDistribution):
         *,
         has_rsample: bool = True,
         bound: float | None = None,
+        smooth: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(event_shape, **kwargs)
         self.transform = self.network = transform
         self.base = base
-        self.has_rsample, self.bound = has_rsample, bound
+        self.has_rsample, self.bound, self.smooth = has_rsample, bound, smooth
 
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
         u, log_det = _call_with_log_det(self.transform(context), self.flat(y))

@@ -119,7 +119,7 @@ class Memory(nn.Module):
             self.log_z_kind.fill_(-1)
             self.kind = -1
             return None
-        value, error, chains, size = self.log_z.unbind()
+        value, error, chains, size = self.log_z.clone().unbind()
         return LogPartition(
             value, error, _KINDS[self.kind], effective_sample_size=size if size else None, num_chains=int(chains)
         )

@@ -32,7 +32,7 @@ class Negatives(ABC):
 
     @abstractmethod
     def draw(self, energy: Energy, y: Tensor, context: Tensor | None) -> Tensor:
-        """Positions (m, *position) for data (batch..., *event_shape); with contexts (batch..., c), (m, batch..., *position)."""
+        """Positions (m, *position) for data (batch..., *event_shape); of each datum its own, (m, batch..., *position)."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Contrastive(Negatives):
             u = path.encode(y)
         batch = u.shape[: u.dim() - len(path.position_shape)]
         u = _move(energy, u.reshape(-1, *path.position_shape), self.steps, context)
-        return u if context is None else u.reshape(1, *batch, *path.position_shape)
+        return u.reshape(1, *batch, *path.position_shape)  # each datum has its own, also where some are masked
 
 
 @dataclass(frozen=True)

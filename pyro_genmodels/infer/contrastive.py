@@ -25,6 +25,7 @@ from typing import Any
 import pyro
 import torch
 import torch.nn.functional as F
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
@@ -79,6 +80,8 @@ class ContrastiveDivergence(Objective):
             return -dist.normalized(_quick_log_partition(dist)).log_prob(x)
         negatives: Any = dist.negatives if self.persistent else Contrastive(self.steps or 1)
         if self.persistent and self.steps is not None:
+            if not hasattr(negatives, "steps"):
+                raise ValueError(f"ContrastiveDivergence(steps={self.steps}): {type(negatives).__name__} has no steps to set.")
             negatives = replace(negatives, steps=self.steps)
         path, (y, context, _) = dist.path, dist.aligned(x)
         u = negatives.draw(dist, y, context)
@@ -151,19 +154,47 @@ class NoiseContrastive(Objective):
             raise ValueError(f"NoiseContrastive wants a ratio of 1 or more, but found {ratio}.")
         self.noise, self.ratio = noise, ratio
         self.log_partition = nn.Parameter(torch.zeros(()))
+        self.network: Any = None
+        self._name()
+
+    def _name(self) -> None:
         self.own = {f"NoiseContrastive_{next(_numbers)}.log_partition": self.log_partition}
 
-    def check(self, name: str, dist: Distribution) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy learns a log Z of its own, under a name of its own."""
+        self.__dict__.update(state, network=None)
+        self._name()
+
+    def check(self, name: str, dist: Any) -> None:
         check_energy(type(self).__name__, name, dist)
+        if self.network is not None and dist.network is not self.network:
+            raise ValueError(
+                f"NoiseContrastive learns the log Z of one energy, but site {name!r} holds another. Take an objective for each "
+                "fit; two energies in one model are trained by ContrastiveDivergence()."
+            )
         if dist.event_shape != self.noise.event_shape:
             raise ValueError(
                 f"Site {name!r} is over events {tuple(dist.event_shape)}, but the noise over {tuple(self.noise.event_shape)}."
             )
+        if self.network is None and not self._inside(dist.support):
+            raise ValueError(
+                f"Site {name!r} is over {dist.support}, but draws of the noise, {type(self.noise).__name__}, lie outside. Take "
+                "noise over the support of the energy."
+            )
+        self.network = dist.network
+
+    def _inside(self, support: Any) -> bool:
+        """Whether noise lies in a support, as far as some draws tell, for which no random number is used up."""
+        with torch.random.fork_rng():
+            return bool(support.check(self.noise.sample((100,))).all())
 
     def per_datum(self, dist: Any, x: Tensor) -> Tensor:
         ((name, parameter),) = self.own.items()
         log_z = pyro.param(name, parameter).to(x.device)
         path, (y, context, _) = dist.path, dist.aligned(x)
+        support: Any = self.noise.support
+        if is_validation_enabled() and not support.check(y).all():
+            raise ValueError(f"NoiseContrastive wants noise wherever data are, but some lie outside its support {support}.")
         with torch.no_grad():
             noise = self.noise.sample((self.ratio, *y.shape[: y.dim() - dist.event_dim]))
             log_q, log_q_noise = self.noise.log_prob(y), self.noise.log_prob(noise)
@@ -178,6 +209,7 @@ def check_energy(objective: str, name: str, dist: Distribution) -> None:
     """Raises a ValueError if the distribution at a site is not an energy."""
     if not isinstance(dist, Energy):
         density = density_of(dist)[0]
-        cure = "MaximumLikelihood()" if density in ("exact", "lower bound") else "Trace_ELBO with a guide"
-        advice = dist.advice if isinstance(dist, GenerativeDistribution) and dist.advice else f"Use {cure}."
+        cure = "MaximumLikelihood(), or " if density in ("exact", "lower bound") else ""
+        cure = f"Use {cure}Trace_ELBO with a guide where there are latent variables."
+        advice = dist.advice if isinstance(dist, GenerativeDistribution) and dist.advice else cure
         raise ValueError(f"{objective} needs an energy, but site {name!r} holds {type(dist).__name__}. {advice}")

@@ -21,11 +21,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 from torch.distributions import biject_to
 
 from pyro_genmodels.distributions.base import GenerativeDistribution, density_of, is_real, over_events, sum_event
 from pyro_genmodels.distributions.energy import Energy
+from pyro_genmodels.distributions.flow import NormalizingFlow
 from pyro_genmodels.infer.objective import Objective
 
 
@@ -40,7 +41,7 @@ class _ScoreMatching(Objective):
             raise ValueError(
                 f"{type(self).__name__} needs a density over real numbers, but site {name!r} holds {type(dist).__name__} over "
                 f"{dist.support}, which has no score. Use ContrastiveDivergence() or NoiseContrastive(noise=...) for energies, "
-                "MaximumLikelihood() for densities."
+                "MaximumLikelihood() for densities, and Trace_ELBO with a guide where there are latent variables."
             )
 
     def per_datum(self, dist: Any, x: Tensor) -> Tensor:
@@ -52,14 +53,31 @@ class _ScoreMatching(Objective):
         """The loss of each datum, computed with gradients enabled."""
 
 
-class ImplicitScoreMatching(_ScoreMatching):
+class _ByParts(_ScoreMatching):
+    """What rests on integration by parts, and so on scores that do not jump."""
+
+    def check(self, name: str, dist: Any) -> None:
+        super().check(name, dist)
+        if isinstance(dist, NormalizingFlow) and not dist.smooth:
+            found, cure = "of splines or ReLU", "MaximumLikelihood()"
+        elif isinstance(dist, Energy) and _has_kinks(dist.network):
+            found, cure = "with ReLU in its network", "smooth units such as SiLU"
+        else:
+            return
+        raise ValueError(
+            f"{type(self).__name__} needs a score without jumps, which integration by parts would not see, but site {name!r} "
+            f"holds {type(dist).__name__} {found}. Use DenoisingScoreMatching(), or {cure}."
+        )
+
+
+class ImplicitScoreMatching(_ByParts):
     """Implicit score matching, with the trace of the score's Jacobian exact: as many backward passes as coordinates, in one.
 
     Args:
         kwargs: see `Objective`.
 
     Raises:
-        ValueError: for a site without a density over real numbers, naming the objective to use.
+        ValueError: for a site without a density over real numbers, or whose score jumps (splines, ReLU), naming what to use.
 
     Example:
         >>> from pyro_genmodels import EnergyModel, ImplicitScoreMatching
@@ -77,7 +95,7 @@ class ImplicitScoreMatching(_ScoreMatching):
         return flat.square().sum(-1) / 2 + trace
 
 
-class SlicedScoreMatching(_ScoreMatching):
+class SlicedScoreMatching(_ByParts):
     """Sliced score matching: the trace by random signs.
 
     Args:
@@ -86,7 +104,7 @@ class SlicedScoreMatching(_ScoreMatching):
         kwargs: see `Objective`.
 
     Raises:
-        ValueError: for a site without a density over real numbers, naming the objective to use.
+        ValueError: for a site without a density over real numbers, or whose score jumps (splines, ReLU), naming what to use.
 
     Example:
         >>> from pyro_genmodels import EnergyModel, SlicedScoreMatching
@@ -196,6 +214,12 @@ def in_coordinates(dist: Any, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Te
         return dist.log_prob(y) + to_data.log_abs_det_jacobian(u, y)
 
     return log_density, _leaf(to_data.inv(x)), to_data.domain.event_dim
+
+
+def _has_kinks(network: Any) -> bool:
+    """Whether a network's gradient jumps somewhere, as far as its layers tell."""
+    kinked = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ReLU6, nn.Hardtanh, nn.Threshold, nn.Hardswish, nn.MaxPool2d)
+    return isinstance(network, nn.Module) and any(isinstance(part, kinked) for part in network.modules())
 
 
 def _leaf(u: Tensor) -> Tensor:

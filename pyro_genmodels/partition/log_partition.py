@@ -35,7 +35,7 @@ def log_partition(
     """The log of Z of an energy with its parameters as they are; a family remembers it until they change.
 
     Args:
-        energy: an energy's distribution, or a family without a context.
+        energy: an energy's distribution, or a family without a context, or the `Fit` of one.
         num_chains: of annealed importance sampling; of a conditional energy, for each context.
         num_steps: betas of its path, with one step of the sampler each.
         draws: exact draws of the model, (n, *event_shape), if such can be had, from which to anneal backwards as well.
@@ -111,7 +111,8 @@ def _distinct(dist: Energy) -> tuple[Energy, Tensor | None]:
 
 
 def _energy_of(energy: Any) -> Energy:
-    """The energy's distribution, given that or what makes it."""
+    """The energy's distribution, given that or what makes it: a family, or the `Fit` of one."""
+    energy = getattr(energy, "family", energy)
     made = energy() if callable(energy) and not isinstance(energy, Distribution) else energy
     dist = unwrap(made) if isinstance(made, Distribution) else made
     if not isinstance(dist, Energy):
