@@ -98,6 +98,11 @@ class Energy(GenerativeDistribution):
         validate_args: bool | None = None,
     ) -> None:
         super().__init__(event_shape, context=context, support=support, validate_args=validate_args)
+        if base is not None and (base.batch_shape or base.event_shape != self.event_shape):
+            raise ValueError(
+                f"An energy tilts a density of one datum, of event shape {tuple(self.event_shape)}, but the base has batch "
+                f"shape {tuple(base.batch_shape)} and event shape {tuple(base.event_shape)}."
+            )
         kind, classes = kind_of(support)
         if kind == "real" and coordinates is None and not is_real(support):
             coordinates = over_events(biject_to(support), len(self.event_shape))

@@ -26,14 +26,14 @@ class Constants:
         num_steps: betas of its path.
         progress: whether to show a progress bar.
         shared: log Z of sites without a context, by name.
-        unreliable: whether any was.
+        kinds: of all that was found.
     """
 
     num_chains: int
     num_steps: int
     progress: bool = False
     shared: dict[str, LogPartition] = field(default_factory=dict)
-    unreliable: bool = False
+    kinds: set[str] = field(default_factory=set)
 
     def put(self, trace: Trace) -> dict[str, LogPartition]:
         """Has the energies of a trace count log Z, and returns those of rows, by name of the site."""
@@ -47,7 +47,7 @@ class Constants:
             else:
                 found = of_rows[name] = self._find(dist)
             site["fn"] = within(site["fn"], lambda dist, found=found: dist.normalized(found))
-            self.unreliable |= found.kind == "unreliable"
+            self.kinds.add(found.kind)
         return of_rows
 
     def _find(self, dist: Energy) -> LogPartition:

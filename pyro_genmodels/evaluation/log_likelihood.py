@@ -141,8 +141,7 @@ def log_likelihood(
     values, std_error = (torch.cat(part) for part in zip(*parts, strict=True))
     std_error = (std_error.square() + constants.variance.to(std_error)).sqrt()
     shared = next(iter(constants.shared.values())) if len(constants.shared) == 1 else None
-    if constants.unreliable:
-        kind = "unreliable"
+    kind = "unreliable" if "unreliable" in constants.kinds else "estimate" if "estimate" in constants.kinds else kind
     return LogLikelihood(values, std_error, kind, k if drawn or kind == "exact" else num_samples, shared)
 
 
@@ -212,10 +211,13 @@ def _weigh(
         log_w.append((log_p - log_q.to(log_p)).expand(draws, rows))
     log_w = torch.cat(log_w)
     values = log_w.logsumexp(0) - log(k)
-    if drawn:
-        return values, (log_w - values).exp().std(0) / k**0.5 if k > 1 else torch.full_like(values, float("nan"))
-    errors = [traces.keep(found.std_error.square(), (dim,)) for found in of_rows.values()]
-    return values, sum(errors, torch.zeros_like(values)).sqrt()
+    errors = [traces.keep(found.std_error.square(), (-nesting - 1, dim)).mean(0) for found in of_rows.values()]
+    variance = sum(errors, torch.zeros_like(values))  # of log Z of the row's contexts, which draws may share
+    if not drawn:
+        return values, variance.sqrt()
+    if k == 1:
+        return values, torch.full_like(values, float("nan"))
+    return values, ((log_w - values).exp().var(0) / k + variance).sqrt()
 
 
 def _rows(rows: slice, n: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

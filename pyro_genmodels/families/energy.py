@@ -43,7 +43,8 @@ class EnergyModel(Family):
             ``RestrictedBoltzmannMachine(64)`` or ``BoltzmannMachine()``; or a module of your own, called as ``energy(x)`` or
             ``energy(x, context)`` with one batch dimension, -> energies (n,) in nats. It sees the standardised data; on an
             interval, [-1, 1]; of classes, one-hot vectors.
-        base: what is tilted: a Pyro distribution over one datum, or a family, which is trained along unless frozen. None is:
+        base: what is tilted: a Pyro distribution over one datum, or a family without a context, which is trained along unless
+            frozen. None is:
             under the choices above a standard normal of the standardised data, without which exp(-E) need have no integral, on
             an interval the uniform law, over discrete data their frequencies, coordinate by coordinate; under a module of your
             own a flat measure.
@@ -112,9 +113,7 @@ class EnergyModel(Family):
         self._energy(None)  # so that what does not go together is told here
 
     def forward(self, context: Tensor | None = None) -> Energy:
-        base = self.base
-        if isinstance(base, Family):
-            base = base(context if base.context is not None else None)
+        base = self.base() if isinstance(self.base, Family) else self.base
         embedded = self.embed(context)
         if embedded is not None and traces.is_enumerated(embedded.dim() - 1):
             raise ValueError(
@@ -224,6 +223,8 @@ def _checked_base(base: Any, event_shape: torch.Size) -> Any:
             f"EnergyModel wants a base over one datum, but found a batch of shape {tuple(base.batch_shape)}. Use "
             f"base.to_event({len(base.batch_shape)})."
         )
+    if isinstance(base, Family) and base.context is not None:
+        raise ValueError("EnergyModel wants a base without a context: what depends on the context is for the energy to say.")
     if base.event_shape != event_shape:
         raise ValueError(f"The base is over events {tuple(base.event_shape)}, but the energy over {tuple(event_shape)}.")
     return base

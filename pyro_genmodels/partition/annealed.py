@@ -22,7 +22,7 @@ from torch import Size, Tensor
 
 from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.distributions.memory import Kind, LogPartition
-from pyro_genmodels.samplers import ParallelTempering, Sampler, Target, anneal
+from pyro_genmodels.samplers import Gibbs, GibbsWithGradients, Langevin, ParallelTempering, Sampler, Target, anneal
 from pyro_genmodels.samplers.annealing import schedule, tune
 
 
@@ -52,7 +52,7 @@ class Annealing:
         value, error, size = found[0] if contexts is None else (torch.cat(part) for part in zip(*found, strict=True))
         kind: Kind = "estimate"
         message, back, back_error = "", None, None
-        if not bool((size >= max(5.0, 0.02 * m)).all()):  # also where it is NaN
+        if not bool((size >= max(0.02 * m, min(5.0, 0.5 * m))).all()):  # also where it is NaN
             kind, message = "unreliable", f"hardly any chain carries weight (effective sample size {size.min():.1f} of {m})"
         if draws is not None:
             back, back_error = self._backwards(draws)
@@ -122,9 +122,12 @@ def conservative_bound(
 
 
 def kernel(dist: Energy) -> Sampler:
-    """What moves the chains at each beta: of tempered samplers, the one that is tempered."""
+    """What moves the chains at each beta: of tempered samplers, the one that is tempered; sweeps only where there are any."""
     sampler = dist.chains("estimate of log Z")
-    return sampler.sampler if isinstance(sampler, ParallelTempering) else sampler
+    sampler = sampler.sampler if isinstance(sampler, ParallelTempering) else sampler
+    if isinstance(sampler, Gibbs) and not dist.path.is_conjugate:  # a path with a beginning of its own
+        return Langevin() if dist.path.kind == "real" else GibbsWithGradients()
+    return sampler
 
 
 def tuned(dist: Energy, target: Target, sampler: Sampler, num_steps: int, chains: int) -> tuple[Tensor, Tensor | None]:
