@@ -220,9 +220,8 @@ class Energy(GenerativeDistribution):
         if context is None and memory is not None and memory.has_begun:
             u = memory.chains[torch.randint(len(memory.chains), (n,), device=memory.chains.device)]
         else:
-            u = sampler.spread(self.path.begin((n,)))
-            betas = schedule(self.num_steps, u)
-            u, _ = anneal(target, sampler, u, betas, rate=0.1)
+            u = self.path.begin((n,))
+            u = sampler.spread(anneal(target, sampler.single, u, schedule(self.num_steps, u), rate=0.1)[0])
         u = run(sampler, target, u, self.num_steps, step_size=step_size, rate=0.1).x
         u = self.path.decode(sampler.settled(u))
         return u.reshape(shape + self.event_shape)

@@ -150,9 +150,9 @@ def _move(energy: Energy, u: Tensor, steps: int, context: Tensor | None, *, sett
 def _anneal(energy: Energy, shape: Size, steps: int, context: Tensor | None, *, settle: bool = True) -> Tensor:
     """Chains (n, *position) led to the energy from the start of its path."""
     sampler, target = energy.chains("negatives"), energy.path.target(_rows(context, shape))
-    u = sampler.spread(energy.path.begin((shape.numel(),)))
-    u = _sound(energy, sampler, anneal(target, sampler, u, schedule(steps, u), rate=0.1)[0])
-    return sampler.settled(u) if settle else u
+    u = energy.path.begin((shape.numel(),))
+    u = _sound(energy, sampler.single, anneal(target, sampler.single, u, schedule(steps, u), rate=0.1)[0])
+    return u if settle else sampler.spread(u)
 
 
 def _rows(context: Tensor | None, shape: Size | None = None) -> Tensor | None:

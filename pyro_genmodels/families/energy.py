@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
 from pyro_genmodels import traces
-from pyro_genmodels.distributions.base import map_tensors, unchecked
+from pyro_genmodels.distributions.base import density_of, map_tensors, unchecked
 from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.distributions.memory import Memory
 from pyro_genmodels.distributions.negatives import Annealed, Negatives, Persistent
@@ -97,11 +97,18 @@ class EnergyModel(Family):
         self.tilted, self.noise = isinstance(energy, EnergyChoice), _checked_noise(noise, kind)
         size = self.context_size + (noise is not None)
         self.energy = energy.build(position, kind, size) if isinstance(energy, EnergyChoice) else _checked_energy(energy)
-        self.base = _checked_base(base, self.event_shape)
+        self.base = _checked_base(base, self.event_shape, support)
         self.register_buffer("marginals", torch.zeros(position if kind != "real" else (0,)))
         if sampler is ...:
-            gibbs = base is None and hasattr(self.energy, "gibbs") and self.tilted and not bounded
+            gibbs = base is None and noise is None and hasattr(self.energy, "gibbs") and self.tilted and not bounded
             sampler = Gibbs() if gibbs else Langevin() if kind == "real" else GibbsWithGradients()
+        for role, found, wanted in (("sampler", sampler, Sampler), ("negatives", negatives, Negatives)):
+            if not (found is None or isinstance(found, wanted)):
+                found = f"the class {found.__name__}" if isinstance(found, type) else repr(found)
+                example = "Langevin()" if role == "sampler" else "Persistent()"
+                raise TypeError(f"EnergyModel wants {role} such as {example}, but found {found}.")
+        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+            raise ValueError(f"EnergyModel wants num_steps of 1 or more to a draw, but found {num_steps!r}.")
         self.sampler, self.num_steps = sampler, num_steps
         plain = not self.tilted and not standardize  # an energy of the user's own, of the data as they are
         self.features = None if plain else _to_unit if bounded else positions
@@ -204,13 +211,13 @@ def _checked_noise(noise: Any, kind: str) -> tuple[float, float] | None:
         return None
     if kind != "real":
         raise ValueError("Noise is added to real numbers: leave noise out, or give a support of real numbers.")
-    low, high = map(float, noise)
+    low, high = map(float, noise) if isinstance(noise, Sequence) and len(noise) == 2 else (0.0, 0.0)
     if not 0 < low < high < float("inf"):
         raise ValueError(f"EnergyModel wants noise as (lowest, highest), both positive, but found {noise!r}.")
     return low, high
 
 
-def _checked_base(base: Any, event_shape: torch.Size) -> Any:
+def _checked_base(base: Any, event_shape: torch.Size, support: constraints.Constraint) -> Any:
     if base is None:
         return None
     if not isinstance(base, (Distribution, Family)):
@@ -227,4 +234,20 @@ def _checked_base(base: Any, event_shape: torch.Size) -> Any:
         raise ValueError("EnergyModel wants a base without a context: what depends on the context is for the energy to say.")
     if base.event_shape != event_shape:
         raise ValueError(f"The base is over events {tuple(base.event_shape)}, but the energy over {tuple(event_shape)}.")
+    found = base.data_support if isinstance(base, Family) else base.support
+    if found is None or _ends(found) != _ends(support):
+        raise ValueError(f"The base has the support {found}, but the energy {support}. Give the energy that of the base.")
+    density, advice = density_of(base() if isinstance(base, Family) else base)
+    if density != "exact":
+        raise ValueError(f"EnergyModel tilts an exact density, but that of the base is: {density}. {advice}")
     return base
+
+
+def _ends(support: Any) -> tuple[Any, ...]:
+    """Of what kind coordinates are, and where they end."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    ends = [getattr(support, name, None) for name in ("lower_bound", "upper_bound")]
+    if isinstance(support, type(constraints.boolean)):
+        return True, 0.0, 1.0
+    return support.is_discrete, *(None if end is None else float(end) for end in ends)

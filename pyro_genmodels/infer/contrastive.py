@@ -99,8 +99,8 @@ def _quick_log_partition(dist: Energy) -> LogPartition:
     if known is None:
         with warnings.catch_warnings():  # it is for telling epochs apart; who wants the likelihood estimates it at length
             warnings.simplefilter("ignore", RuntimeWarning)
-            few = dist.context is not None
-            known = log_partition(dist, num_chains=16 if few else 100, num_steps=100 if few else 200, exact=False)
+            chains, steps = (100, min(max(200, dist.event_shape.numel()), 1000)) if dist.context is None else (16, 100)
+            known = log_partition(dist, num_chains=chains, num_steps=steps, exact=False)
     return known
 
 

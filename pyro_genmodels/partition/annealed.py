@@ -22,7 +22,7 @@ from torch import Size, Tensor
 
 from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.distributions.memory import Kind, LogPartition
-from pyro_genmodels.samplers import Gibbs, GibbsWithGradients, Langevin, ParallelTempering, Sampler, Target, anneal
+from pyro_genmodels.samplers import Gibbs, GibbsWithGradients, Langevin, Sampler, Target, anneal
 from pyro_genmodels.samplers.annealing import schedule, tune
 
 
@@ -123,8 +123,7 @@ def conservative_bound(
 
 def kernel(dist: Energy) -> Sampler:
     """What moves the chains at each beta: of tempered samplers, the one that is tempered; sweeps only where there are any."""
-    sampler = dist.chains("estimate of log Z")
-    sampler = sampler.sampler if isinstance(sampler, ParallelTempering) else sampler
+    sampler = dist.chains("estimate of log Z").single
     if isinstance(sampler, Gibbs) and not dist.path.is_conjugate:  # a path with a beginning of its own
         return Langevin() if dist.path.kind == "real" else GibbsWithGradients()
     return sampler

@@ -63,6 +63,11 @@ class Sampler(ABC):
     temperatures: int | None = None
     """How many copies of a chain run beside each other, in a dimension after that of chains; None is a plain chain."""
 
+    @property
+    def single(self) -> Sampler:
+        """What moves one copy."""
+        return self
+
     @abstractmethod
     def init(self, x: Tensor, target: Target, beta: Beta = 1.0) -> State:
         """The state at positions x, (chains..., *event_shape)."""

@@ -59,6 +59,10 @@ class ParallelTempering(Sampler):
             )
 
     @property
+    def single(self) -> Sampler:
+        return self.sampler
+
+    @property
     def target_acceptance(self) -> float | None:
         return self.sampler.target_acceptance
 
