@@ -34,9 +34,11 @@ from tqdm.auto import tqdm
 from pyro_genmodels import checkpoints, traces
 from pyro_genmodels.batches import Batch, Batches, pair_of
 from pyro_genmodels.distributions.base import unwrap
+from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.families.family import Family
 from pyro_genmodels.infer.contrastive import ContrastiveDivergence
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
+from pyro_genmodels.partition import quick_log_partition
 from pyro_genmodels.snapshots import Keeper
 from pyro_genmodels.weights import Weights
 
@@ -196,6 +198,7 @@ def train(
             record = {"epoch": epoch, "train": _epoch(loop, batches, optimiser, weights, clip_norm)}
             if held_out is not None:
                 with weights.averaged(), traces.looking_on(), _fixed_noise():
+                    loop.know_constants(held_out.first())
                     record["valid"] = _mean([(loop.loss(batch, held_out.rows), len(batch[0])) for batch in held_out.in_order()])
             record["seconds"] = time.perf_counter() - start
             result.history.append(record)
@@ -279,6 +282,16 @@ class _Loop:
         """The loss of a batch out of so many rows."""
         with torch.no_grad():
             return self._guarded(self.objective.loss, batch, rows)
+
+    def know_constants(self, batch: Batch) -> None:
+        """Has the energies in the model know their log Z, or losses of different parameters could not be compared."""
+        args = (batch[0],) if batch[1] is None else batch
+        with pyro.validation_enabled(is_validate=False):  # what is not finite shows in the loss
+            for trace in traces.run(self.model, self.guide, args, {}):
+                for site in traces.samples(trace).values():
+                    dist = unwrap(site["fn"])
+                    if isinstance(dist, Energy) and dist.context is None and dist.sampler is not None:
+                        quick_log_partition(dist)
 
     def _guarded(self, loss: Callable[..., float], batch: Batch, rows: int) -> float:
         try:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 __all__ = ["ContrastiveDivergence", "NoiseContrastive"]
 
-import warnings
 from dataclasses import replace
 from itertools import count
 from math import log
@@ -34,7 +33,7 @@ from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.distributions.memory import LogPartition
 from pyro_genmodels.distributions.negatives import Contrastive
 from pyro_genmodels.infer.objective import Objective
-from pyro_genmodels.partition import log_partition
+from pyro_genmodels.partition import quick_log_partition
 
 
 class ContrastiveDivergence(Objective):
@@ -77,7 +76,7 @@ class ContrastiveDivergence(Objective):
 
     def per_datum(self, dist: Any, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return -dist.normalized(_quick_log_partition(dist)).log_prob(x)
+            return -dist.normalized(quick_log_partition(dist)).log_prob(x)
         negatives: Any = dist.negatives if self.persistent else Contrastive(self.steps or 1)
         if self.persistent and self.steps is not None:
             if not hasattr(negatives, "steps"):
@@ -91,17 +90,6 @@ class ContrastiveDivergence(Objective):
             energies = path.energies(path.encode(y), context).square() + path.energies(u, context).square().mean(0)
             loss = loss + self.regularization * energies
         return loss
-
-
-def _quick_log_partition(dist: Energy) -> LogPartition:
-    """What is known of log Z, or else the estimate of a short run, which an energy's family then remembers."""
-    known = dist.log_partition
-    if known is None:
-        with warnings.catch_warnings():  # it is for telling epochs apart; who wants the likelihood estimates it at length
-            warnings.simplefilter("ignore", RuntimeWarning)
-            chains, steps = (100, min(max(200, dist.event_shape.numel()), 1000)) if dist.context is None else (16, 100)
-            known = log_partition(dist, num_chains=chains, num_steps=steps, exact=False)
-    return known
 
 
 _numbers = count(1)
