@@ -1,0 +1,179 @@
+"""Networks of a point and a time, for scores and velocities: dense ones for vectors, U-Nets for images.
+
+The choice `DenseField` or `UNet` is built by a family for its event shape. Each is called as network(x, t, context), with x
+(N, ...), t (N,) and context (N, c) or None, and returns the shape of x. It begins at zero.
+
+Sinusoidal embedding of time: Vaswani et al. (arXiv 1706.03762); U-Nets of scores: Ho et al. (arXiv 2006.11239), Ronneberger et
+al. (arXiv 1505.04597).
+"""
+
+from __future__ import annotations
+
+__all__ = ["DenseField", "UNet"]
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log
+
+import torch
+from torch import Size, Tensor, nn
+from torch.nn import functional as F
+
+TIME_FEATURES = 64
+
+
+@dataclass(frozen=True)
+class DenseField:
+    """A dense network with residual blocks.
+
+    Attributes:
+        width: of each layer.
+        blocks: of two layers each.
+        dropout: rate at which units are dropped in training.
+    """
+
+    width: int = 256
+    blocks: int = 3
+    dropout: float = 0.0
+
+    def build(self, shape: Size, context: int) -> nn.Module:
+        """The network for events of that shape and contexts of that length."""
+        return _Dense(shape, context, self.width, self.blocks, self.dropout)
+
+
+@dataclass(frozen=True)
+class UNet:
+    """A U-Net for images (h, w) or (c, h, w).
+
+    Attributes:
+        channels: of each resolution, from fine to coarse; each halves the image.
+        attention: whether pixels attend to each other at the coarsest resolution.
+        dropout: rate at which units are dropped in training.
+
+    Raises:
+        ValueError: by `build`, of what is no image, or cannot be halved so often.
+    """
+
+    channels: Sequence[int] = (32, 64, 64)
+    attention: bool = True
+    dropout: float = 0.0
+
+    def build(self, shape: Size, context: int) -> nn.Module:
+        """The network for events of that shape and contexts of that length."""
+        times = 2 ** (len(self.channels) - 1)
+        if not self.channels or any(n < 8 or n % 8 for n in self.channels):
+            raise ValueError(f"UNet wants channels in multiples of 8, such as (32, 64, 64), but found {tuple(self.channels)}.")
+        if len(shape) not in (2, 3) or any(n % times for n in shape[-2:]):
+            raise ValueError(
+                f"UNet{tuple(self.channels)} wants images (h, w) or (c, h, w) whose sides {times} divides, but found "
+                f"{tuple(shape)}. Use DenseField, other channels, or pad the images."
+            )
+        return _UNet(shape, context, self.channels, attention=self.attention, dropout=self.dropout)
+
+
+class _Condition(nn.Module):
+    """One vector of time and context, on which every layer depends."""
+
+    def __init__(self, context: int, width: int) -> None:
+        super().__init__()
+        frequencies = torch.exp(torch.linspace(0, log(100.0), TIME_FEATURES // 2))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.layers = nn.Sequential(nn.Linear(TIME_FEATURES + context, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+
+    def forward(self, t: Tensor, context: Tensor | None) -> Tensor:
+        angles = t.unsqueeze(-1) * self.frequencies
+        parts = [angles.cos(), angles.sin()] + ([] if context is None else [context])
+        return self.layers(torch.cat(parts, -1))
+
+
+class _Dense(nn.Module):
+    def __init__(self, shape: Size, context: int, width: int, blocks: int, dropout: float) -> None:
+        super().__init__()
+        self.shape = Size(shape)
+        self.condition = _Condition(context, width)
+        self.first = nn.Linear(self.shape.numel(), width)
+        self.blocks = nn.ModuleList(_DenseBlock(width, dropout) for _ in range(blocks))
+        self.last = _zero(nn.Linear(width, self.shape.numel()))
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        condition = self.condition(t, context)
+        h = self.first(x.reshape(len(x), -1))
+        for block in self.blocks:
+            h = block(h, condition)
+        return self.last(F.silu(h)).reshape(x.shape)
+
+
+class _DenseBlock(nn.Module):
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.first, self.condition, self.second = (nn.Linear(width, width) for _ in range(3))
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def forward(self, h: Tensor, condition: Tensor) -> Tensor:
+        inner = F.silu(self.first(F.silu(h)) + self.condition(condition))
+        return h + self.second(self.dropout(inner))
+
+
+class _UNet(nn.Module):
+    def __init__(self, shape: Size, context: int, channels: Sequence[int], *, attention: bool, dropout: float) -> None:
+        super().__init__()
+        planes, width = (1 if len(shape) == 2 else shape[0]), 4 * channels[0]
+        self.condition = _Condition(context, width)
+        self.first = nn.Conv2d(planes, channels[0], 3, padding=1)
+        pairs = list(zip((channels[0], *channels), channels, strict=False))
+        self.down = nn.ModuleList(_ConvolutionalBlock(a, b, width, dropout) for a, b in pairs)
+        self.middle = _ConvolutionalBlock(channels[-1], channels[-1], width, dropout)
+        self.attention = _Attention(channels[-1]) if attention else None
+        back = zip(channels[::-1], (*channels[-2::-1], channels[0]), strict=True)
+        self.up = nn.ModuleList(_ConvolutionalBlock(2 * a, b, width, dropout) for a, b in back)
+        self.norm = nn.GroupNorm(8, channels[0])
+        self.last = _zero(nn.Conv2d(channels[0], planes, 3, padding=1))
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        condition = self.condition(t, context)
+        h, kept = self.first(x if x.dim() == 4 else x.unsqueeze(1)), []
+        for i, block in enumerate(self.down):
+            h = block(F.avg_pool2d(h, 2) if i else h, condition)
+            kept.append(h)
+        h = self.middle(h, condition)
+        if self.attention is not None:
+            h = self.attention(h)
+        for i, block in enumerate(self.up):
+            h = F.interpolate(h, scale_factor=2.0, mode="nearest") if i else h
+            h = block(torch.cat([h, kept.pop()], 1), condition)
+        return self.last(F.silu(self.norm(h))).reshape(x.shape)
+
+
+class _ConvolutionalBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.before = nn.Sequential(nn.GroupNorm(8, inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1))
+        self.condition = nn.Linear(width, outputs)
+        drop = nn.Dropout(dropout) if dropout else nn.Identity()
+        last = _zero(nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.after = nn.Sequential(nn.GroupNorm(8, outputs), nn.SiLU(), drop, last)
+        self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, h: Tensor, condition: Tensor) -> Tensor:
+        return self.skip(h) + self.after(self.before(h) + self.condition(condition)[..., None, None])
+
+
+class _Attention(nn.Module):
+    """Of every pixel to every other, by four heads."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(8, channels)
+        self.inputs, self.output = nn.Conv2d(channels, 3 * channels, 1), _zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, h: Tensor) -> Tensor:
+        n, c, height, width = h.shape
+        q, k, v = self.inputs(self.norm(h)).reshape(n, 3, 4, c // 4, height * width).transpose(-1, -2).unbind(1)
+        found = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(n, c, height, width)
+        return h + self.output(found)
+
+
+def _zero(layer: nn.Module) -> nn.Module:
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
