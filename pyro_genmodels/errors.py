@@ -72,5 +72,5 @@ def needed(module: str, *, extra: str, by: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        name = {"sklearn": "scikit-learn"}.get(top := module.split(".")[0], top)
+        name = {"ot": "POT", "sklearn": "scikit-learn"}.get(top := module.split(".")[0], top)
         raise ImportError(f"{by} needs {name}: pip install 'pyro-genmodels[{extra}]'.") from error

@@ -1,6 +1,7 @@
-"""Divergences between two distributions: a value and its standard error."""
+"""Divergences between two distributions, or two sets of draws: a value and its standard error."""
 
 from pyro_genmodels.divergences.fisher import fisher
 from pyro_genmodels.divergences.kl import Divergence, kl, reverse_kl
+from pyro_genmodels.divergences.transport import sliced_wasserstein
 
-__all__ = ["Divergence", "fisher", "kl", "reverse_kl"]
+__all__ = ["Divergence", "fisher", "kl", "reverse_kl", "sliced_wasserstein"]

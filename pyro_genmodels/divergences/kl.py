@@ -20,7 +20,10 @@ from pyro_genmodels.distributions.base import density_of
 
 
 class Divergence(NamedTuple):
-    """A divergence in nats and the standard error of its estimate (0 for a closed form), both (batch...)."""
+    """A divergence, in nats unless its function says otherwise, and the standard error of its estimate (0 for a closed form).
+
+    Both are of shape (batch...).
+    """
 
     value: Tensor
     std_error: Tensor
