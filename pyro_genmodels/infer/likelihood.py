@@ -9,15 +9,21 @@ from __future__ import annotations
 
 __all__ = ["MaximumLikelihood"]
 
+from typing import Any
+
 from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_genmodels.distributions.base import density_of
+from pyro_genmodels.distributions.dequantized import Dequantized
+from pyro_genmodels.distributions.ode import ContinuousFlow
 from pyro_genmodels.infer.objective import Objective
 
 
 class MaximumLikelihood(Objective):
     """The negative log-likelihood (nats) of the observed sites, scaled by the plates.
+
+    Of an `ODEFlow` in training with the penalties that it was built with.
 
     Raises:
         ValueError: for a model with latent variables, or a site whose density is missing or not normalised; it names the
@@ -32,14 +38,16 @@ class MaximumLikelihood(Objective):
         >>> loss(x).backward(); optimiser.step()
     """
 
-    def per_datum(self, dist: Distribution, x: Tensor) -> Tensor:
-        return -dist.log_prob(x)
+    def per_datum(self, dist: Any, x: Tensor) -> Tensor:
+        if isinstance(dist, Dequantized) and isinstance(dist.base, ContinuousFlow):
+            dist, x = dist.base, dist.noisy(x)
+        return -(dist.penalized_log_prob if isinstance(dist, ContinuousFlow) else dist.log_prob)(x)
 
     def check(self, name: str, dist: Distribution) -> None:
         density, advice = density_of(dist)
         if getattr(dist, "intractable", False):
             density = "unnormalized"  # of these parameters log Z may be known, of the next it is not
-        if density not in ("exact", "lower bound"):
+        if density not in ("exact", "lower bound") and not (density == "estimate" and _is_unbiased(dist)):
             found = "no density" if density == "none" else f"an {density} density"
             raise ValueError(
                 f"MaximumLikelihood needs a density, but site {name!r} holds {type(dist).__name__}, which has {found}. {advice}"
@@ -50,3 +58,8 @@ class MaximumLikelihood(Objective):
             f"MaximumLikelihood cannot integrate over latent variables, but the model has {', '.join(map(repr, names))}. Use "
             "pyro.infer.Trace_ELBO with a guide for them."
         )
+
+
+def _is_unbiased(dist: Any) -> bool:
+    """Whether estimates of a log density are right on average, and so are their gradients."""
+    return getattr(dist, "unbiased", False) or (isinstance(dist, Dequantized) and _is_unbiased(dist.base))
