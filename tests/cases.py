@@ -18,6 +18,7 @@ from pyro_genmodels import (
     NCSF,
     NICE,
     NSF,
+    RK4,
     SOSPF,
     UNAF,
     VAE,
@@ -29,13 +30,18 @@ from pyro_genmodels import (
     ContrastiveDivergence,
     ConvolutionalEnergy,
     DenseEnergy,
+    DenseField,
     DiscretizedLogistic,
+    Dopri5,
     EnergyModel,
     Flow,
+    FlowMatching,
     Hamiltonian,
+    Hutchinson,
     Labels,
     MaximumLikelihood,
     Normal,
+    ODEFlow,
     ParallelTempering,
     Persistent,
     RealNVP,
@@ -65,6 +71,7 @@ class Case:
         discrete: whether the data are integers, or zeros and ones.
         bisection: whether a draw takes a bisection (50-120 ms).
         tolerance: of a flow, the largest round-trip error per coordinate of standardised data; else None.
+        smooth: whether log_prob has no jumps, such as an adaptive solver makes within its tolerances.
         objective: makes the loss it is trained with.
     """
 
@@ -74,10 +81,11 @@ class Case:
     data: Callable[[int], Tensor]
     context: Callable[[int], Tensor | None] = nothing
     has_rsample: bool = True
-    density: Literal["exact", "lower bound", "unnormalized", "none"] = "exact"
+    density: Literal["exact", "lower bound", "estimate", "unnormalized", "none"] = "exact"
     discrete: bool = False
     bisection: bool = False
     tolerance: float | None = None
+    smooth: bool = True
     objective: Callable[[], ELBO] = MaximumLikelihood
 
     @property
@@ -142,6 +150,10 @@ def _energy(*, event_shape=(3,), energy=None, **options):
     conditional = "context" in options
     negatives = Annealed(2, steps=3) if conditional else Persistent(8, steps=2)
     return EnergyModel(event_shape, energy=energy or DenseEnergy((16, 16)), negatives=negatives, num_steps=5, **options)
+
+
+def _ode(*, event_shape=(3,), **options):
+    return ODEFlow(event_shape, **{"network": DenseField(16, blocks=1), "solver": RK4(2), **options})
 
 
 UNIT = constraints.interval(0.0, 1.0)
@@ -216,6 +228,17 @@ CASES = [
     Case("VAE, flow prior", lambda: _vae(prior=_flow(event_shape=(2,))), (3,), real(3), **IMPLICIT),
     Case("VAE, labels", lambda: _vae(context=Labels(CLASSES)), (3,), real(3), labels, **IMPLICIT),
     Case("VAE, energy prior", lambda: _vae(prior=_energy(event_shape=(2,))), (3,), real(3), has_rsample=False, **IMPLICIT),
+    Case("ODE flow", _ode, (3,), real(3)),
+    Case("ODE flow, adaptive", lambda: _ode(solver=Dopri5()), (3,), real(3), smooth=False),
+    Case("ODE flow, Hutchinson", lambda: _ode(trace=Hutchinson()), (3,), real(3), density="estimate"),
+    Case("ODE flow, flow matching", _ode, (3,), real(3), objective=FlowMatching),
+    Case("ODE flow, scalar", lambda: _ode(event_shape=()), (), real()),
+    Case("ODE flow, on an interval", lambda: _ode(support=UNIT), (3,), uniform(0.0, 1.0, 3)),
+    Case("ODE flow, 2-d events", lambda: _ode(event_shape=(2, 2)), (2, 2), real(2, 2)),
+    Case("ODE flow, dequantized", lambda: _ode(levels=LEVELS), (3,), integers(LEVELS, 3), density="lower bound", **DISCRETE),
+    Case("ODE flow, base", lambda: _ode(base=_flow()), (3,), real(3)),
+    Case("ODE flow, context", lambda: _ode(context=2), (3,), real(3), vectors),
+    Case("ODE flow, labels", lambda: _ode(context=Labels(CLASSES)), (3,), real(3), labels),
     Case("Energy", _energy, (3,), real(3), **UNNORMALIZED),
     Case("Energy, scalar", lambda: _energy(event_shape=()), (), real(), **UNNORMALIZED),
     Case("Energy, on an interval", lambda: _energy(support=UNIT), (3,), uniform(0.0, 1.0, 3), **UNNORMALIZED),

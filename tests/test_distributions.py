@@ -477,7 +477,7 @@ def test_no_cache_outlives_a_call(case):
     assert len(list(tensors(d))) == held
 
 
-@rows(scored)
+@rows(lambda case: scored(case) and case.smooth)
 @pytest.mark.parametrize("training", [True, False])
 def test_the_gradient_of_log_prob_in_the_parameters_by_finite_differences(case, training, float64):
     family, x, context = family_of(case).train(training), case.data(4), case.context(4)

@@ -234,6 +234,14 @@ class ContinuousFlow(GenerativeDistribution):
         penalty: Any = self.kinetic * path.kinetic + self.jacobian * path.jacobian  # type: ignore[operator]
         return log_prob + log_det - penalty.reshape(log_prob.shape)
 
+    def score(self, value: Tensor) -> Tensor:
+        """See `GenerativeDistribution.score`; without an adjoint, whose gradient has none."""
+        if not self.solver.adjoint:
+            return super().score(value)
+        new: Any = self.expand(self.batch_shape)
+        new.solver = self.solver.direct
+        return new.score(value)
+
     def log_prob_with_error(self, value: Tensor, *, num_probes: int = 8) -> Assessed:
         """`log_prob`, and how exact it is.
 

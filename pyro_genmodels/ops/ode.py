@@ -20,6 +20,7 @@ __all__ = [
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 from typing import Any, ClassVar
 
@@ -44,6 +45,11 @@ class Solver(ABC):
     adjoint: bool
     rtol: float = 0.0
     atol: float = 0.0
+
+    @property
+    def direct(self) -> Solver:
+        """The same without an adjoint."""
+        return replace(self, adjoint=False) if self.adjoint else self  # type: ignore[type-var]
 
     @property
     @abstractmethod
@@ -275,10 +281,15 @@ def _pull_back(v: Tensor, x: Tensor, vectors: Tensor, create_graph: bool) -> Ten
     """Vectors (k, N, ...) times the Jacobian of v, each row's own."""
     if not v.requires_grad:  # of a velocity that is constant
         return torch.zeros_like(vectors)
-    options: dict[str, Any] = {"create_graph": create_graph, "allow_unused": True, "materialize_grads": True}
-    if len(vectors) == 1:
-        return torch.autograd.grad(v, x, vectors[0], **options)[0].unsqueeze(0)
-    return torch.autograd.grad(v, x, vectors, is_grads_batched=True, **options)[0]
+    pull = partial(
+        torch.autograd.grad, v, x, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
+    if len(vectors) > 1:
+        try:
+            return pull(vectors, is_grads_batched=True)[0]
+        except RuntimeError:  # of layers whose second derivative torch cannot batch, such as GroupNorm
+            pass
+    return torch.stack([pull(vector)[0] for vector in vectors])
 
 
 def _solve(
