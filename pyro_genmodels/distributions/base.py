@@ -49,6 +49,9 @@ class GenerativeDistribution(TorchDistribution):
     """What is passed through more than once for a draw, if anything."""
     intractable: bool = False
     """Whether the density has a constant that is out of reach, so that `log_prob` knows its gradient by draws only."""
+    tightens: bool = True
+    """Whether, where `log_prob` is a lower bound by draws, the log of the mean over many is a tighter one; else only their mean
+    is one."""
     advice: str = ""
     """What to do instead, where something is missing."""
 

@@ -64,7 +64,11 @@ class Dequantized(GenerativeDistribution):
         return new
 
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
-        return self.base.log_prob(y + torch.rand_like(y, dtype=self.dtype))
+        return self.base.log_prob(self.noisy(y))
+
+    def noisy(self, x: Tensor) -> Tensor:
+        """Integers with uniform noise, which the base has a density of."""
+        return x + torch.rand_like(x, dtype=self.dtype)
 
     def _draw(self, shape: Size, context: Tensor | None) -> Tensor:
         sample_shape = shape[: len(shape) - len(self.batch_shape)]

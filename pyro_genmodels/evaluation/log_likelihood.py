@@ -126,7 +126,7 @@ def log_likelihood(
     with traces.looking_on():
         first = _rows(slice(0, 1), len(x), (x, *args), kwargs)
         constants = Constants(num_samples, num_steps, progress=progress)
-        kind, drawn, plates, nesting = _kind(model, guide, *first, constants)
+        kind, drawn, tightens, plates, nesting = _kind(model, guide, *first, constants)
         k = num_samples if drawn else 1
         if parallel is None:
             trial = _rows(slice(0, max(1, min(5, batch_size // 3))), len(x), (x, *args), kwargs)
@@ -137,7 +137,7 @@ def log_likelihood(
             stop = min(start + rows, len(x))
             call = _rows(slice(start, stop), len(x), (x, *args), kwargs)
             at_once = max(1, batch_size // (stop - start)) if parallel else None
-            parts.append(_weigh(model, guide, *call, stop - start, plates, nesting, k, at_once, drawn, constants))
+            parts.append(_weigh(model, guide, *call, stop - start, plates, nesting, k, at_once, drawn, tightens, constants))
     values, std_error = (torch.cat(part) for part in zip(*parts, strict=True))
     std_error = (std_error.square() + constants.variance.to(std_error)).sqrt()
     shared = next(iter(constants.shared.values())) if len(constants.shared) == 1 else None
@@ -147,8 +147,11 @@ def log_likelihood(
 
 def _kind(
     model: Any, guide: Any, args: tuple, kwargs: dict[str, Any], constants: Constants
-) -> tuple[Kind, bool, list[str], int]:
-    """What a run on one row can say: the kind of values, whether each is from draws, the data's plate, and the nesting."""
+) -> tuple[Kind, bool, bool, list[str], int]:
+    """What a run on one row can say.
+
+    It is the kind of values, whether each is from draws, and whether more draws tighten it; the data's plate, and the nesting.
+    """
     model_trace, guide_trace = traces.run(model, guide, args, kwargs)
     for trace in (model_trace, guide_trace):
         constants.put(trace)
@@ -182,7 +185,8 @@ def _kind(
         densities.add(density)
     drawn = bool(traces.latents(model_trace)) or "lower bound" in densities
     kind: Kind = "estimate" if "estimate" in densities else "lower bound" if drawn else "exact"
-    return kind, drawn, plates, traces.max_plate_nesting(model, guide, args, kwargs)
+    tightens = all(_tightens(site["fn"]) for site in sites.values())
+    return kind, drawn, tightens, plates, traces.max_plate_nesting(model, guide, args, kwargs)
 
 
 def _weigh(
@@ -196,9 +200,13 @@ def _weigh(
     k: int,
     at_once: int | None,
     drawn: bool,  # noqa: FBT001
+    tightens: bool,  # noqa: FBT001
     constants: Constants,
 ) -> tuple[Tensor, Tensor]:
-    """Log mean weight of each row and its standard error, from k draws, so many at once or each in a run of its own."""
+    """Log mean weight of each row and its standard error, from k draws, so many at once or each in a run of its own.
+
+    Where the log weights are themselves drawn, only their mean is a bound.
+    """
     log_w = []
     for start in range(0, k, at_once or 1):
         draws = min(at_once or 1, k - start)
@@ -210,14 +218,21 @@ def _weigh(
         log_p, log_q = (traces.log_prob(trace, (-nesting - 1, dim), scaled=False) for trace in pair)
         log_w.append((log_p - log_q.to(log_p)).expand(draws, rows))
     log_w = torch.cat(log_w)
-    values = log_w.logsumexp(0) - log(k)
+    values = log_w.logsumexp(0) - log(k) if tightens else log_w.mean(0)
     errors = [traces.keep(found.std_error.square(), (-nesting - 1, dim)).mean(0) for found in of_rows.values()]
     variance = sum(errors, torch.zeros_like(values))  # of log Z of the row's contexts, which draws may share
     if not drawn:
         return values, variance.sqrt()
     if k == 1:
         return values, torch.full_like(values, float("nan"))
-    return values, ((log_w - values).exp().var(0) / k + variance).sqrt()
+    spread = (log_w - values).exp() if tightens else log_w
+    return values, (spread.var(0) / k + variance).sqrt()
+
+
+def _tightens(fn: Any) -> bool:
+    """Whether a log of a mean over draws may be taken of a density, and of what it is made of."""
+    fn = unwrap(fn)
+    return getattr(fn, "tightens", True) and _tightens(fn.base) if hasattr(fn, "base") else getattr(fn, "tightens", True)
 
 
 def _rows(rows: slice, n: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -1,28 +1,63 @@
 """Families: modules that return Pyro distributions, with a model and a guide; and the choices they are built from."""
 
 from pyro_genmodels._zuko import BPF, GF, MAF, NAF, NCSF, NICE, NSF, SOSPF, UNAF, RealNVP
+from pyro_genmodels.distributions.denoiser import (
+    DataPrediction,
+    NoisePrediction,
+    Preconditioned,
+    ScorePrediction,
+    VelocityPrediction,
+)
+from pyro_genmodels.distributions.diffusion import FlowDensity, VariationalBound
 from pyro_genmodels.distributions.likelihoods import Bernoulli, Categorical, DiscretizedLogistic, Normal
 from pyro_genmodels.distributions.negatives import Annealed, Contrastive, Persistent
+from pyro_genmodels.distributions.ode import ExactTrace, GaussianProbes, Hutchinson, RademacherProbes
 from pyro_genmodels.families.autoregressive import Autoregressive
+from pyro_genmodels.families.diffusion import Diffusion
 from pyro_genmodels.families.energy import EnergyModel
 from pyro_genmodels.families.family import Family, Labels
 from pyro_genmodels.families.flow import Flow
+from pyro_genmodels.families.ode_flow import ODEFlow
 from pyro_genmodels.families.vae import VAE
 from pyro_genmodels.nn.boltzmann import BoltzmannMachine, RestrictedBoltzmannMachine
 from pyro_genmodels.nn.energies import ConvolutionalEnergy, DenseEnergy
+from pyro_genmodels.nn.time import DenseField, UNet
+from pyro_genmodels.ops.ode import RK4, Dopri5, Dopri8, Euler, Midpoint
+from pyro_genmodels.ops.processes import (
+    CosineVariancePreserving,
+    Karras,
+    SubVariancePreserving,
+    VarianceExploding,
+    VariancePreserving,
+)
 from pyro_genmodels.samplers import Gibbs, GibbsWithGradients, Hamiltonian, Langevin, ParallelTempering
+from pyro_genmodels.samplers.reverse import (
+    DDIM,
+    Ancestral,
+    DPMSolver,
+    EulerMaruyama,
+    Heun,
+    PredictorCorrector,
+    ProbabilityFlow,
+    UniformLogSNR,
+    UniformSigma,
+    UniformTime,
+)
 
 __all__ = [
     "BPF",
+    "DDIM",
     "GF",
     "MAF",
     "NAF",
     "NCSF",
     "NICE",
     "NSF",
+    "RK4",
     "SOSPF",
     "UNAF",
     "VAE",
+    "Ancestral",
     "Annealed",
     "Autoregressive",
     "Bernoulli",
@@ -30,19 +65,51 @@ __all__ = [
     "Categorical",
     "Contrastive",
     "ConvolutionalEnergy",
+    "CosineVariancePreserving",
+    "DPMSolver",
+    "DataPrediction",
     "DenseEnergy",
+    "DenseField",
+    "Diffusion",
     "DiscretizedLogistic",
+    "Dopri5",
+    "Dopri8",
     "EnergyModel",
+    "Euler",
+    "EulerMaruyama",
+    "ExactTrace",
     "Family",
     "Flow",
+    "FlowDensity",
+    "GaussianProbes",
     "Gibbs",
     "GibbsWithGradients",
     "Hamiltonian",
+    "Heun",
+    "Hutchinson",
+    "Karras",
     "Labels",
     "Langevin",
+    "Midpoint",
+    "NoisePrediction",
     "Normal",
+    "ODEFlow",
     "ParallelTempering",
     "Persistent",
+    "Preconditioned",
+    "PredictorCorrector",
+    "ProbabilityFlow",
+    "RademacherProbes",
     "RealNVP",
     "RestrictedBoltzmannMachine",
+    "ScorePrediction",
+    "SubVariancePreserving",
+    "UNet",
+    "UniformLogSNR",
+    "UniformSigma",
+    "UniformTime",
+    "VarianceExploding",
+    "VariancePreserving",
+    "VariationalBound",
+    "VelocityPrediction",
 ]  # fmt: skip

@@ -1,11 +1,19 @@
 """Objectives: Pyro losses that train a model and its guide."""
 
 from pyro_genmodels.infer.contrastive import ContrastiveDivergence, NoiseContrastive
+from pyro_genmodels.infer.denoising import (
+    DenoisingScoreMatching,
+    LikelihoodWeighting,
+    LogNormalWeighting,
+    UniformWeighting,
+)
+from pyro_genmodels.infer.flow_matching import FlowMatching, Independent, OptimalTransport, Straight, Target, Trigonometric
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
 from pyro_genmodels.infer.objective import Objective
-from pyro_genmodels.infer.score_matching import DenoisingScoreMatching, ImplicitScoreMatching, SlicedScoreMatching
+from pyro_genmodels.infer.score_matching import ImplicitScoreMatching, SlicedScoreMatching
 
 __all__ = [
-    "ContrastiveDivergence", "DenoisingScoreMatching", "ImplicitScoreMatching", "MaximumLikelihood", "NoiseContrastive",
-    "Objective", "SlicedScoreMatching",
+    "ContrastiveDivergence", "DenoisingScoreMatching", "FlowMatching", "ImplicitScoreMatching", "Independent",
+    "LikelihoodWeighting", "LogNormalWeighting", "MaximumLikelihood", "NoiseContrastive", "Objective", "OptimalTransport",
+    "SlicedScoreMatching", "Straight", "Target", "Trigonometric", "UniformWeighting",
 ]  # fmt: skip

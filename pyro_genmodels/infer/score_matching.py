@@ -3,25 +3,23 @@ r"""Score matching: the score of the model is fitted to that of the data, and no
 With :math:`s = \nabla_u \log p_\theta(u)`, per datum and up to a constant in the parameters,
 
 .. math:: \tfrac12 |s(u)|^2 + \operatorname{tr} \nabla s(u), \qquad
-    \tfrac12 |s(u)|^2 + v^\top \nabla s(u)\, v, \qquad
-    \tfrac12 \lambda(\sigma)\, \bigl| s(u + \sigma \epsilon) + \epsilon / \sigma \bigr|^2
+    \tfrac12 |s(u)|^2 + v^\top \nabla s(u)\, v
 
-are half the Fisher divergence from the data (implicit: Hyvärinen, JMLR 2005), its estimate by random projections v (sliced:
-Song et al., arXiv 1905.07088), and half the divergence from the data with noise of deviation :math:`\sigma` (denoising:
-Vincent, 2011). Scores are taken in the distribution's own coordinates :math:`u`: without bounds, and standardised where it
-standardises, so that units of the data do not weigh.
+are half the Fisher divergence from the data (implicit: Hyvärinen, JMLR 2005), and its estimate by random projections v (sliced:
+Song et al., arXiv 1905.07088). Denoising score matching is in `denoising.py`. Scores are taken in the distribution's own
+coordinates :math:`u`: without bounds, and standardised where it standardises, so that units of the data do not weigh.
 """
 
 from __future__ import annotations
 
-__all__ = ["DenoisingScoreMatching", "ImplicitScoreMatching", "SlicedScoreMatching"]
+__all__ = ["ImplicitScoreMatching", "SlicedScoreMatching"]
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from pyro_genmodels.distributions.base import GenerativeDistribution, density_of, is_real, over_events, sum_event
@@ -30,7 +28,7 @@ from pyro_genmodels.distributions.flow import NormalizingFlow
 from pyro_genmodels.infer.objective import Objective
 
 
-class _ScoreMatching(Objective):
+class ScoreMatching(Objective):
     """What the three share: a density that can be differentiated, in coordinates without bounds."""
 
     def check(self, name: str, dist: Any) -> None:
@@ -53,7 +51,7 @@ class _ScoreMatching(Objective):
         """The loss of each datum, computed with gradients enabled."""
 
 
-class _ByParts(_ScoreMatching):
+class _ByParts(ScoreMatching):
     """What rests on integration by parts, and so on scores that do not jump."""
 
     def check(self, name: str, dist: Any) -> None:
@@ -87,7 +85,7 @@ class ImplicitScoreMatching(_ByParts):
 
     def of(self, dist: Any, x: Tensor) -> Tensor:
         log_density, u, event_dim = in_coordinates(dist, x)
-        score = _score(log_density, u)
+        score = score_of(log_density, u)
         flat = score.reshape(*score.shape[: score.dim() - event_dim], -1)
         units = torch.eye(flat.shape[-1], dtype=u.dtype, device=u.device)
         rows = _pull_back(flat, u, units.reshape(-1, *(1 for _ in flat.shape[:-1]), flat.shape[-1]).expand(-1, *flat.shape))
@@ -120,79 +118,12 @@ class SlicedScoreMatching(_ByParts):
 
     def of(self, dist: Any, x: Tensor) -> Tensor:
         log_density, u, event_dim = in_coordinates(dist, x)
-        score = _score(log_density, u)
+        score = score_of(log_density, u)
         v = torch.randint(2, (self.num_projections, *u.shape), device=u.device).to(u) * 2 - 1
         curvature = sum_event(v * _pull_back(score, u, v), event_dim).mean(0)
         if self.variance_reduced:
             return sum_event(score.square(), event_dim) / 2 + curvature
         return sum_event(v * score, event_dim).square().mean(0) / 2 + curvature
-
-
-class DenoisingScoreMatching(_ScoreMatching):
-    """Denoising score matching at one or several levels of noise.
-
-    At one level the model learns the data with that noise. At several it must be told at which it is asked, as an
-    `EnergyModel(..., noise=(low, high))` is.
-
-    Args:
-        noise: standard deviation of the noise in the distribution's own coordinates (of standardised data, in their units); or
-            several, of which each datum is given one at random. By default 0.1, or all that the model was built for, as likely
-            in each order of magnitude.
-        weighting: sigma (batch...) -> weight of the loss there; by default sigma squared, so that all levels count alike.
-        kwargs: see `Objective`.
-
-    Raises:
-        ValueError: for a site without a density over real numbers, or several levels with a model that is told none.
-
-    Example:
-        >>> from pyro_genmodels import DenoisingScoreMatching, EnergyModel
-        >>> model, x = EnergyModel((2,), noise=(0.01, 3.0)), torch.randn(100, 2)
-        >>> DenoisingScoreMatching()(model)(x).backward()
-    """
-
-    def __init__(
-        self,
-        noise: float | Sequence[float] | Tensor | None = None,
-        *,
-        weighting: Callable[[Tensor], Tensor] = torch.square,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        levels = None if noise is None else torch.as_tensor(noise, dtype=torch.get_default_dtype()).reshape(-1)
-        if levels is not None and not (len(levels) and (levels > 0).all() and levels.isfinite().all()):
-            raise ValueError(f"DenoisingScoreMatching wants positive standard deviations as noise, but found {noise!r}.")
-        self.noise, self.weighting = levels, weighting
-
-    def check(self, name: str, dist: Any) -> None:
-        super().check(name, dist)
-        if self.noise is not None and len(self.noise) > 1 and getattr(dist, "noise", None) is None:
-            raise ValueError(
-                f"DenoisingScoreMatching at {len(self.noise)} levels needs a model that is told the level, but site {name!r} "
-                f"holds a {type(dist).__name__} that is not. Build EnergyModel(..., noise=(low, high)), or give one level."
-            )
-
-    def of(self, dist: Any, x: Tensor) -> Tensor:
-        batch = torch.broadcast_shapes(x.shape[: x.dim() - dist.event_dim], dist.batch_shape)
-        sigma = self._levels(dist, batch, x)
-        if getattr(dist, "noise", None) is not None:
-            dist = dist.at_noise(sigma)
-        log_density, u, event_dim = in_coordinates(dist, x)
-        beside = sigma.reshape(*batch, *(1 for _ in range(event_dim)))
-        epsilon = torch.randn_like(u)
-        score = _score(log_density, (u + beside * epsilon).detach().requires_grad_())
-        return self.weighting(sigma) * sum_event((score + epsilon / beside).square(), event_dim) / 2
-
-    def _levels(self, dist: Any, batch: Size, x: Tensor) -> Tensor:
-        """A level for each datum, (batch...)."""
-        dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
-        if self.noise is not None:
-            levels = self.noise.to(x.device, dtype)
-            return levels[torch.randint(len(levels), batch, device=x.device)]
-        known = getattr(dist, "noise", None)
-        if known is None:
-            return torch.full(batch, 0.1, dtype=dtype, device=x.device)
-        low, high = known
-        return low * (high / low) ** torch.rand(batch, dtype=dtype, device=x.device)
 
 
 def in_coordinates(dist: Any, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor, int]:
@@ -226,7 +157,7 @@ def _leaf(u: Tensor) -> Tensor:
     return u.detach().requires_grad_()
 
 
-def _score(log_density: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
+def score_of(log_density: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
     (score,) = torch.autograd.grad(log_density(u).sum(), u, create_graph=True)
     return score
 

@@ -74,6 +74,8 @@ class UNet:
 class _Condition(nn.Module):
     """One vector of time and context, on which every layer depends."""
 
+    frequencies: Tensor
+
     def __init__(self, context: int, width: int) -> None:
         super().__init__()
         frequencies = torch.exp(torch.linspace(0, log(100.0), TIME_FEATURES // 2))

@@ -1,0 +1,270 @@
+r"""Diffusions: data by way back from noise.
+
+A process adds noise to data, :math:`x_t = \alpha x_0 + \sigma \varepsilon`; a *denoiser* estimates the data behind it, and so
+knows the score at every level of noise. Draws follow a reverse process (`pyro_genmodels.samplers.reverse`). There are two
+densities, equal if the score is exact, and not for one that is learned:
+
+- of the probability flow, an ODE on the clock :math:`\lambda = \log(\alpha / \sigma)`, by change of variables: `FlowDensity`;
+- of the reverse SDE, from below: with :math:`\tilde\sigma_0 = e^{-\lambda_{\max}}`, the noise that is left at the start,
+
+.. math:: \log p(x) \ge -\tfrac{d}{2} \log(2 \pi e \tilde\sigma_0^2) - \mathrm{KL}\bigl(q(x_1 \mid x) \,\|\, N(0, r^2)\bigr)
+    - \int_{\lambda_{\min}}^{\lambda_{\max}} \mathbb{E}\,|\hat\varepsilon - \varepsilon|^2\, d\lambda : \quad
+
+`VariationalBound`, of which each call is an unbiased estimate. Both are of data with the least noise of the process.
+
+Song et al. (arXiv 2011.13456); Kingma et al., *Variational Diffusion Models* (arXiv 2107.00630).
+"""
+
+from __future__ import annotations
+
+__all__ = ["FlowDensity", "ReverseDiffusion", "VariationalBound"]
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from math import exp, log, pi
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Size, Tensor
+from torch.distributions import AffineTransform, ComposeTransform
+
+from pyro_genmodels.distributions.base import Density, GenerativeDistribution, parts_of, sum_event
+from pyro_genmodels.distributions.denoiser import Denoiser
+from pyro_genmodels.distributions.ode import ContinuousFlow, Trace
+from pyro_genmodels.ops.ode import Dopri5, Solver
+from pyro_genmodels.ops.processes import along, stratified
+from pyro_genmodels.samplers.reverse import DPMSolver, Reversed, ReverseSampler, flow_velocity, reverse
+
+
+@dataclass(frozen=True)
+class FlowDensity:
+    """`log_prob` of a diffusion is that of its probability flow.
+
+    Attributes:
+        solver: of the ODE, with its tolerances.
+        trace: of the Jacobian: `ExactTrace`, or `Hutchinson`, whose density is an estimate; None is exact up to 16 coordinates.
+    """
+
+    solver: Solver = field(default_factory=Dopri5)
+    trace: Trace | None = None
+
+
+@dataclass(frozen=True)
+class VariationalBound:
+    """`log_prob` of a diffusion is an unbiased estimate of a lower bound, that of its reverse SDE.
+
+    Attributes:
+        num_times: levels of noise that each call asks about, for each value.
+    """
+
+    num_times: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.num_times, int) or self.num_times < 1:
+            raise ValueError(f"VariationalBound wants num_times of 1 or more, but found {self.num_times!r}.")
+
+
+class ReverseDiffusion(GenerativeDistribution):
+    """The distribution of what a diffusion makes of noise.
+
+    Args:
+        denoiser: the network and its process.
+        event_shape: shape of one datum.
+        sampler: how it is drawn; `rsample` follows the probability flow.
+        likelihood: what `log_prob` is.
+        kwargs: passed to `GenerativeDistribution`.
+
+    Example:
+        >>> from pyro_genmodels.distributions.denoiser import DataPrediction
+        >>> from pyro_genmodels.ops.processes import VariancePreserving
+        >>> process = VariancePreserving()
+        >>> normal = lambda x, t, context: process.alpha(t)[:, None] * x  # the denoiser of standard normal data
+        >>> d = ReverseDiffusion(Denoiser(normal, process, DataPrediction(), clock=False), (2,))
+        >>> d.log_prob(torch.zeros(2))
+        tensor(-1.8379)
+    """
+
+    has_rsample = True
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        event_shape: Sequence[int],
+        *,
+        sampler: ReverseSampler | None = None,
+        likelihood: FlowDensity | VariationalBound | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(event_shape, **kwargs)
+        self.denoiser, self.network = denoiser, denoiser.network
+        self.sampler = DPMSolver() if sampler is None else sampler
+        self.likelihood = FlowDensity() if likelihood is None else likelihood
+
+    @property
+    def density(self) -> Density:
+        """What `log_prob` returns."""
+        return "lower bound" if isinstance(self.likelihood, VariationalBound) else self.flow.density
+
+    @property
+    def tightens(self) -> bool:
+        return not isinstance(self.likelihood, VariationalBound) and self.flow.tightens
+
+    # The same with other choices.
+
+    def drawn_by(self, sampler: ReverseSampler) -> ReverseDiffusion:
+        """The same, drawn in another way."""
+        return self._with(sampler=sampler)
+
+    def judged_by(self, likelihood: FlowDensity | VariationalBound) -> ReverseDiffusion:
+        """The same, with another density as `log_prob`."""
+        return self._with(likelihood=likelihood)
+
+    def guided(self, weight: float) -> ReverseDiffusion:
+        """The same, with its context taken that many times; see `Denoiser.guided`."""
+        return self._with(denoiser=self.denoiser.guided(weight))
+
+    def _with(self, **changes: Any) -> ReverseDiffusion:
+        new = self.expand(self.batch_shape)
+        new.__dict__.update(changes)
+        return new
+
+    # Draws.
+
+    def _draw(self, shape: Size, context: Tensor | None) -> Tensor:
+        return self._reverse(shape, context).x.reshape(shape + self.event_shape)
+
+    def _like(self) -> Tensor:
+        """A tensor of the precision and device of the network."""
+        modules, tensors = parts_of(self)
+        return next((t for t in (*(p for module in modules for p in module.parameters()), *tensors)), torch.empty(0))
+
+    def _reverse(self, shape: Size, context: Tensor | None, **kwargs: Any) -> Reversed:
+        like = self._like()
+        noise = torch.randn(shape.numel(), *self.event_shape, dtype=like.dtype, device=like.device)
+        rows = None if context is None else context.reshape(len(noise), -1)
+        return reverse(self.sampler, lambda x, t: self.denoiser(x, t, rows), self.denoiser.process, noise, **kwargs)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws by the probability flow, with its solver, that carry the gradient of the parameters."""
+        return self.flow.rsample(sample_shape)
+
+    def walk(self, sample_shape: Sequence[int] = (), *, num_frames: int = 20, progress: bool | None = None) -> Reversed:
+        """Draws, with what happened on the way.
+
+        Args:
+            sample_shape: of the draws.
+            num_frames: positions to keep on the way.
+            progress: whether to show a progress bar; None where it takes long.
+
+        Returns:
+            x (*sample_shape, *batch_shape, *event_shape), the evaluations of the network, and frames in the scale of the
+            process, of standardised data: (frames, *sample_shape, *batch_shape, *event_shape).
+        """
+        shape = Size(sample_shape) + self.batch_shape
+        with torch.no_grad():
+            found = self._reverse(shape, self._context_at(shape), num_frames=num_frames, progress=progress)
+        x = found.x.reshape(shape + self.event_shape)
+        frames = found.frames.reshape(len(found.frames), *shape, *self.event_shape)
+        return replace(found, x=x if self.pretransform is None else self.pretransform.inv(x), frames=frames)
+
+    # Densities and scores.
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if isinstance(self.likelihood, VariationalBound):
+            return super().log_prob(value)
+        return self.flow.log_prob(value)
+
+    def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
+        return self._bound(y, context, self.likelihood.num_times if isinstance(self.likelihood, VariationalBound) else 1)
+
+    @property
+    def flow(self) -> ContinuousFlow:
+        """The probability flow as a distribution by itself, noise at time 0 and data at time 1: see `log_prob_with_error`."""
+        process, denoiser, network = self.denoiser.process, self.denoiser, self.network
+        likelihood = self.likelihood if isinstance(self.likelihood, FlowDensity) else FlowDensity()
+        low, high = process.log_snr_range
+
+        def velocity(x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
+            slope = flow_velocity(lambda x, t: denoiser(x, t, context), process)
+            return (high - low) * slope(low + (high - low) * t, x)
+
+        zero, kept = self._like().new_zeros(self.event_shape), (1 + exp(-2 * high)) ** -0.5  # alpha at the start, over its r
+        own = [] if self.pretransform is None else [self.pretransform]
+        return ContinuousFlow(
+            velocity,
+            dist.Normal(zero, zero + 1, validate_args=False).to_event(self.event_dim),
+            self.event_shape,
+            solver=likelihood.solver,
+            trace=likelihood.trace,
+            network=network,
+            context=self.context,
+            batch_shape=self.batch_shape,
+            support=self.support,
+            pretransform=ComposeTransform([*own, AffineTransform(0.0, kept, event_dim=self.event_dim)]),
+            validate_args=self._validate_args,
+        )
+
+    def _bound(self, y: Tensor, context: Tensor | None, num_times: int) -> Tensor:
+        (low, high), d = self.denoiser.process.log_snr_range, self.event_shape.numel()
+        kept = torch.sigmoid(torch.tensor(2 * low, dtype=torch.float64)).item()  # of the data's variance, at the end
+        end = 0.5 * (kept * sum_event(y.square(), self.event_dim) - d * (kept + log(1 - kept)))
+        start = 0.5 * d * (log(2 * pi) + 1 - 2 * high)
+        many = y.expand(num_times, *y.shape)
+        log_snr = low + (high - low) * stratified(many.shape[: many.dim() - self.event_dim], y)
+        t = self.denoiser.process.time(log_snr)
+        return -start - end - (high - low) * self.noise_error(many, t, context).mean(0)
+
+    def noise_error(self, y: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
+        r"""The squared error of the estimate of noise that is added to data, :math:`|\hat\varepsilon - \varepsilon|^2`.
+
+        Less :math:`\bar\alpha^4 (|\varepsilon|^2 - d)`, of mean 0, which takes away most of its chance where there is little noise.
+
+        Args:
+            y: data in the space of the network, (batch..., *event_shape).
+            t: times of the process, (batch...).
+            context: (batch..., c) or None.
+
+        Returns:
+            (batch...).
+        """
+        rows, t = y.reshape(-1, *self.event_shape), t.reshape(-1)
+        context = None if context is None else context.expand(*y.shape[: y.dim() - self.event_dim], -1).flatten(0, -2)
+        noise = torch.randn_like(rows)
+        process = self.denoiser.process
+        error = (self.denoiser.noise(process.noised(rows, t, noise), t, context) - noise).square().flatten(1).sum(1)
+        known = torch.sigmoid(2 * process.log_snr(t)).square() * (noise.square().flatten(1).sum(1) - noise[0].numel())
+        return (error - known).reshape(y.shape[: y.dim() - self.event_dim])
+
+    def noisy_score(self, value: Tensor, t: Tensor) -> Tensor:
+        """The score of noisy data at times t of the process, by the network alone.
+
+        Args:
+            value: in the scale of the process, of standardised data, (batch..., *event_shape).
+            t: () or (batch...).
+
+        Returns:
+            The gradient of the log density of x_t, of the shape of the value broadcast with the batch shape.
+        """
+        shape = torch.broadcast_shapes(value.shape[: value.dim() - self.event_dim], self.batch_shape)
+        x, t, context = value.expand(shape + self.event_shape), t.expand(shape).reshape(-1), self._context_at(shape)
+        rows = None if context is None else context.reshape(-1, context.shape[-1])
+        flat = x.reshape(-1, *self.event_shape)
+        noise = self.denoiser.noise(flat, t, rows)
+        return (-noise / along(self.denoiser.process.sigma(t), flat)).reshape(x.shape)
+
+    def score(self, value: Tensor) -> Tensor:
+        """The score of data with the least noise of the process, by the network alone, without integrating any density."""
+        process, create_graph = self.denoiser.process, torch.is_grad_enabled()
+        with torch.enable_grad():
+            x = value if value.requires_grad else value.detach().clone().requires_grad_()
+            x = x.expand(
+                torch.broadcast_shapes(value.shape[: value.dim() - self.event_dim], self.batch_shape) + self.event_shape
+            )
+            y, _, log_det = self.aligned(x)
+            with torch.set_grad_enabled(create_graph):
+                start = y.new_tensor(process.start)
+                score = process.alpha(start) * self.noisy_score(process.alpha(start) * y, start)
+            outputs = [(y, score)] + ([(log_det.sum(), None)] if isinstance(log_det, Tensor) and log_det.requires_grad else [])
+            ys, grads = zip(*outputs, strict=True)
+            return torch.autograd.grad(ys, x, grads, create_graph=create_graph)[0]

@@ -1,0 +1,133 @@
+r"""Diffusion models as a family: a network that finds the data behind noise, and a way back.
+
+.. math:: x_t = \alpha(t)\, x_0 + \sigma(t)\, \varepsilon, \qquad D(x_t, t, c) \approx \mathbb{E}[x_0 \mid x_t, c]
+
+Trained by `DenoisingScoreMatching`. Song et al., *Score-Based Generative Modeling through SDEs* (arXiv 2011.13456); Ho et al.
+(arXiv 2006.11239); Karras et al. (arXiv 2206.00364).
+"""
+
+from __future__ import annotations
+
+__all__ = ["Diffusion"]
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pyro_genmodels.distributions.base import GenerativeDistribution
+from pyro_genmodels.distributions.denoiser import Denoiser, Prediction, VelocityPrediction
+from pyro_genmodels.distributions.dequantized import Dequantized
+from pyro_genmodels.distributions.diffusion import FlowDensity, ReverseDiffusion, VariationalBound
+from pyro_genmodels.families.family import Context, Family
+from pyro_genmodels.nn.time import DenseField, UNet
+from pyro_genmodels.ops.processes import Process, VariancePreserving
+from pyro_genmodels.samplers.reverse import DPMSolver, ReverseSampler
+
+
+class Diffusion(Family):
+    """A diffusion model.
+
+    Args:
+        event_shape: shape of one datum.
+        context: see `Family`.
+        network: a choice, `DenseField()` or `UNet()`; or a module of your own, called as ``network(x, t, context)`` with x (n,
+            *event_shape) of deviation 1, the time t (n,) of the process and the embedded context (n, c) or None.
+        process: how data become noise, such as ``VariancePreserving()``, `CosineVariancePreserving`, `SubVariancePreserving`,
+            `VarianceExploding` or `Karras`.
+        prediction: what the network says: `VelocityPrediction`, `NoisePrediction`, `DataPrediction`, `ScorePrediction`, or
+            `Preconditioned`, EDM's.
+        sampler: how it is drawn: `DPMSolver`, `DDIM`, `Ancestral`, `EulerMaruyama`, `Heun`, `PredictorCorrector` or
+            `ProbabilityFlow`; ``diffusion().drawn_by(...)`` takes another.
+        likelihood: what `log_prob` is: `FlowDensity` or `VariationalBound`; ``diffusion().judged_by(...)`` takes another.
+        drop_context: how often training goes without the context, so that draws can exaggerate it.
+        guidance: weight of the context in draws: 1 takes it as it is, more exaggerates it, 0 goes without; it can be set, and
+            ``diffusion(context).guided(...)`` takes another.
+        support: where one coordinate lies; see `Family`.
+        levels: with K given, data are integers 0 .. K - 1, and the diffusion is a `Dequantized` density.
+        standardize: see `Family`.
+        name: see `Family`.
+
+    Raises:
+        ValueError: on options that do not go together.
+
+    Example:
+        >>> from pyro_genmodels import Diffusion
+        >>> Diffusion((2,))().sample((5,)).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        *,
+        context: Context = 0,
+        network: DenseField | UNet | nn.Module | None = None,
+        process: Process | None = None,
+        prediction: Prediction | None = None,
+        sampler: ReverseSampler | None = None,
+        likelihood: FlowDensity | VariationalBound | None = None,
+        drop_context: float = 0.0,
+        guidance: float = 1.0,
+        support: constraints.Constraint = constraints.real,
+        levels: int | None = None,
+        standardize: bool = True,
+        name: str | None = None,
+    ) -> None:
+        if levels is not None and levels < 2:
+            raise ValueError(f"Diffusion wants at least 2 levels, got {levels}.")
+        super().__init__(event_shape, context=context, support=support, standardize=standardize, name=name)
+        self.levels = levels
+        network = DenseField() if network is None else network
+        self.clock = not isinstance(network, nn.Module)
+        self.network = network if isinstance(network, nn.Module) else network.build(self.event_shape, self.context_size)
+        self.process = _checked("process", process, VariancePreserving(), Process)
+        self.prediction = _checked("prediction", prediction, VelocityPrediction(), Prediction)
+        self.sampler = _checked("sampler", sampler, DPMSolver(), ReverseSampler)
+        self.likelihood = _checked("likelihood", likelihood, FlowDensity(), FlowDensity | VariationalBound)
+        if not 0 <= drop_context < 1 or (drop_context and not self.context_size):
+            raise ValueError(
+                f"Diffusion wants drop_context of at least 0 and less than 1, and only with a context, but found "
+                f"{drop_context} and a context of length {self.context_size}."
+            )
+        self.drop_context = drop_context
+        self.null = nn.Parameter(torch.zeros(self.context_size)) if drop_context else None
+        self.guidance = guidance
+        self._denoiser()  # so that what does not go together is told here
+
+    def forward(self, context: Tensor | None = None) -> GenerativeDistribution:
+        embedded = self.embed(context)
+        if self.null is not None and embedded is not None and self.training and torch.is_grad_enabled():
+            dropped = torch.rand(embedded.shape[:-1], device=embedded.device) < self.drop_context
+            embedded = torch.where(dropped.unsqueeze(-1), self.null, embedded)
+        diffusion = ReverseDiffusion(
+            self._denoiser(),
+            self.event_shape,
+            context=embedded,
+            sampler=self.sampler,
+            likelihood=self.likelihood,
+            support=self.support,
+            pretransform=self.pretransform,
+        )
+        return diffusion if self.levels is None else Dequantized(diffusion, self.levels, dtype=self.loc.dtype)
+
+    def _denoiser(self) -> Denoiser:
+        denoiser = Denoiser(self.network, self.process, self.prediction, self.clock, self.null)
+        return denoiser if self.guidance == 1.0 else denoiser.guided(self.guidance)
+
+    @property
+    def data_support(self) -> constraints.Constraint:
+        return self.support if self.levels is None else constraints.integer_interval(0, self.levels - 1)
+
+    def _continuous(self, x: Tensor) -> Tensor:
+        return x if self.levels is None else x + torch.rand_like(x, dtype=self.loc.dtype)
+
+
+def _checked(role: str, found: Any, default: Any, wanted: Any) -> Any:
+    found = default if found is None else found
+    if not isinstance(found, wanted):
+        given = f"the class {found.__name__}; call it" if isinstance(found, type) else repr(found)
+        raise TypeError(f"Diffusion wants a {role} such as {default!r}, but found {given}.")
+    return found
