@@ -24,6 +24,7 @@ from pyro_genmodels import (
     NCSF,
     NICE,
     NSF,
+    RK4,
     SOSPF,
     UNAF,
     VAE,
@@ -35,6 +36,7 @@ from pyro_genmodels import (
     DenoisingScoreMatching,
     DenseEnergy,
     DiscretizedLogistic,
+    Dopri5,
     EnergyModel,
     Flow,
     ImplicitScoreMatching,
@@ -48,8 +50,10 @@ from pyro_genmodels import (
     log_likelihood,
 )
 from pyro_genmodels.distributions import Energy
+from pyro_genmodels.distributions.ode import ContinuousFlow, Hutchinson
 from pyro_genmodels.divergences import fisher, kl, reverse_kl
 from pyro_genmodels.evaluation import log_partition
+from pyro_genmodels.ops.ode import integrate
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -735,3 +739,79 @@ def test_T22_the_integral_is_one_in_one_dimension(transform):
 def test_T22_the_integral_is_one_on_an_interval_and_with_context(transform):
     d = flow(transform, 2, context=1, size=0.03, support=INTERVAL)(torch.tensor([[0.5], [-1.0]]))
     assert ((total_mass(d, -1.0, 3.0, 150, 2) - 1).abs() < 2e-3).all()
+
+
+# T23. What flows along a velocity.
+
+
+def swirl(d):
+    """A nonlinear velocity that depends on the time."""
+    module = perturb(nn.Sequential(nn.Linear(d + 1, 8), nn.Tanh(), nn.Linear(8, d)))
+    return lambda x, t, context=None: module(torch.cat([x, t.unsqueeze(1)], 1))
+
+
+def continuous(d, **options):
+    base = dist.Normal(torch.zeros(d), 1.0).to_event(1)
+    return ContinuousFlow(swirl(d), base, (d,), **{"solver": Dopri5(1e-10, 1e-10), **options})
+
+
+def back_to_base(flow, x):
+    """By a solver written here: the classical Runge-Kutta method, in 100 steps."""
+    h, f = -1 / 100, lambda x, t: flow.velocity(x, torch.full((len(x),), t))
+    for i in range(100):
+        t = 1 + i * h
+        a = f(x, t)
+        b = f(x + h / 2 * a, t + h / 2)
+        c = f(x + h / 2 * b, t + h / 2)
+        x = x + h / 6 * (a + 2 * b + 2 * c + f(x + h * c, t + h))
+    return x
+
+
+def test_T23_the_log_determinant_is_the_integral_of_the_trace():
+    flow, x = continuous(3), torch.randn(4, 3)
+    for row, log_prob in zip(x, flow.log_prob(x), strict=True):
+        jacobian = torch.autograd.functional.jacobian(lambda v: back_to_base(flow, v[None])[0], row)
+        wanted = flow.base.log_prob(back_to_base(flow, row[None])[0]) + jacobian.slogdet().logabsdet
+        torch.testing.assert_close(log_prob, wanted, rtol=1e-7, atol=1e-7)
+
+
+def test_T23_of_a_linear_velocity_the_density_is_gaussian():
+    a = torch.randn(3, 3)
+    flow = ContinuousFlow(
+        lambda x, t, c: x @ a.T, dist.Normal(torch.zeros(3), 1.0).to_event(1), (3,), solver=Dopri5(1e-10, 1e-10)
+    )
+    factor, x = torch.matrix_exp(a), torch.randn(5, 3)
+    wanted = dist.Normal(torch.zeros(3), 1.0).to_event(1).log_prob(x @ torch.matrix_exp(-a).T) - a.trace()
+    torch.testing.assert_close(flow.log_prob(x), wanted)
+    torch.testing.assert_close(wanted, Gaussian(torch.zeros(3), factor @ factor.T).log_prob(x))
+
+
+def test_T23_hutchinsons_estimate_is_unbiased():
+    flow, x = continuous(3, solver=RK4(8)), torch.randn(1, 3).expand(20_000, 3)
+    exact = flow.log_prob(x[:1])
+    flow.trace = Hutchinson()
+    with torch.no_grad():
+        estimates = flow.log_prob(x)
+    error = estimates.std() / len(estimates) ** 0.5
+    assert estimates.std() > 0.01
+    assert (estimates.mean() - exact).abs() < 5 * error
+
+
+def test_T23_forward_then_backward_returns():
+    flow = continuous(3)
+    pyro.set_rng_seed(7)
+    start = flow.base.sample((20,))
+    pyro.set_rng_seed(7)
+    x = flow.sample((20,))
+    assert (x - start).abs().max() > 0.1
+    torch.testing.assert_close(back_to_base(flow, x), start, rtol=1e-7, atol=1e-7)
+    with torch.no_grad():
+        there = integrate(lambda t, x: flow.velocity(x, t.expand(len(x))), start, 0.0, 1.0, flow.solver).x
+        again = integrate(lambda t, x: flow.velocity(x, t.expand(len(x))), there, 1.0, 0.0, flow.solver).x
+    torch.testing.assert_close(there, x)
+    torch.testing.assert_close(again, start, rtol=1e-8, atol=1e-8)
+
+
+def test_T23_the_integral_is_one():
+    flow = continuous(2, solver=RK4(10))
+    assert abs(total_mass(flow, -10.0, 10.0, 110, 2) - 1) < 1e-3

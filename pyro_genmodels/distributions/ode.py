@@ -112,7 +112,8 @@ class Assessed:
     Attributes:
         values: nats, (batch...).
         probe_error: standard error by the probes of the trace, 0 where it is exact.
-        solver_error: difference to a solution with ten times the tolerances, or half the steps: rather more than the error.
+        solver_error: difference to a solution with ten times the tolerances, or half the steps. The error itself is less, where
+            steps are small enough for the velocity to look smooth.
         evaluations: of the velocity, for all rows at once, in both.
     """
 

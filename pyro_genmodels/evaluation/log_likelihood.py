@@ -183,9 +183,9 @@ def _kind(
                 f"density is: {density}. {advice}"
             )
         densities.add(density)
-    drawn = bool(traces.latents(model_trace)) or "lower bound" in densities
-    kind: Kind = "estimate" if "estimate" in densities else "lower bound" if drawn else "exact"
     tightens = all(_tightens(site["fn"]) for site in sites.values())
+    drawn = bool(traces.latents(model_trace)) or "lower bound" in densities or not tightens
+    kind: Kind = "estimate" if "estimate" in densities else "lower bound" if drawn else "exact"
     return kind, drawn, tightens, plates, traces.max_plate_nesting(model, guide, args, kwargs)
 
 

@@ -146,7 +146,10 @@ def _checked_base(base: Any, event_shape: torch.Size) -> Any:
             f"ODEFlow wants a base over events {tuple(event_shape)}, but found batch shape {tuple(law.batch_shape)} and event "
             f"shape {tuple(law.event_shape)}. See base.expand({tuple(event_shape)}).to_event({len(event_shape)})."
         )
-    if not is_real(law.support):
+    support = law.support
+    while hasattr(support, "base_constraint"):  # of mixtures too
+        support = support.base_constraint
+    if not is_real(support):
         raise ValueError(f"ODEFlow wants a base over all reals, but this one has the support {law.support}.")
     density, advice = density_of(law)
     if density != "exact":

@@ -249,7 +249,8 @@ def integrate_with_divergence(
     def rates(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            at = state[0] if state[0].requires_grad else state[0].detach().requires_grad_()  # the start may be plain data
+            kept = create_graph and state[0].requires_grad  # the start may be plain data
+            at = state[0] if kept else state[0].detach().requires_grad_()
             v = velocity(t, at)
             rows = _pull_back(v, at, vectors, create_graph)
         if not create_graph:
@@ -281,15 +282,14 @@ def _pull_back(v: Tensor, x: Tensor, vectors: Tensor, create_graph: bool) -> Ten
     """Vectors (k, N, ...) times the Jacobian of v, each row's own."""
     if not v.requires_grad:  # of a velocity that is constant
         return torch.zeros_like(vectors)
-    pull = partial(
-        torch.autograd.grad, v, x, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
-    )
+    pull = partial(torch.autograd.grad, v, x, retain_graph=True, create_graph=create_graph, allow_unused=True)
     if len(vectors) > 1:
         try:
-            return pull(vectors, is_grads_batched=True)[0]
+            (rows,) = pull(vectors, is_grads_batched=True)
+            return torch.zeros_like(vectors) if rows is None else rows
         except RuntimeError:  # of layers whose second derivative torch cannot batch, such as GroupNorm
             pass
-    return torch.stack([pull(vector)[0] for vector in vectors])
+    return torch.stack([torch.zeros_like(vector) if (row := pull(vector)[0]) is None else row for vector in vectors])
 
 
 def _solve(
