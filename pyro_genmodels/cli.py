@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
-FAMILIES = ("flow", "vae", "autoregressive", "energy")
+FAMILIES = ("flow", "vae", "autoregressive", "energy", "ode_flow")
 DATA = ("digits", "moons", "ring", "grid", "pinwheel", "checkerboard")
 SPLITS = ("train", "valid", "test", "all")
 
@@ -274,7 +274,12 @@ def evaluate(
     ] = None,
     columns: Columns = None,
     labels: LabelColumn = None,
-    num_samples: Annotated[int, typer.Option("--num-samples", "-n", min=1, help="k, draws per row behind a bound.")] = 512,
+    num_samples: Annotated[
+        int | None,
+        typer.Option(
+            "--num-samples", "-n", min=1, help="k, draws per row behind a bound: 512, or 8 of an estimate by its mean."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="File (.csv) for the log-likelihood of each row.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draws behind a bound.")] = 0,
     device: Device = "cpu",

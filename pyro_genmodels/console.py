@@ -126,5 +126,5 @@ def print_table(comparison: Comparison, data: Dataset) -> None:
         own = data.density.log_prob(data.test)
         console.print(f"The density they were drawn from: {-own.mean():.3f} ± {own.std() / n**0.5:.3f}.", highlight=False)
     if comparison.table["kind"].nunique() > 1:
-        kinds = "a lower bound on the likelihood understates its family, an estimate (of log Z) may overstate it."
+        kinds = "a lower bound on the likelihood understates its family, an estimate (of log Z, of a trace) may overstate it."
         console.print(f"Nats per datum, lower is better. Kinds differ: {kinds}")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def image_grids(panels: Mapping[str, Tensor], *, columns: int = 10) -> Figure:
-    """Images in rows, dark on light, a panel for each title.
+    """Images in rows, dark on light, a panel for each title, four side by side.
 
     Args:
         panels: title -> images, (N, height, width), N at least 1.
@@ -26,11 +26,15 @@ def image_grids(panels: Mapping[str, Tensor], *, columns: int = 10) -> Figure:
     """
     grids = [_tile(images, columns) for images in panels.values()]
     inches = 0.06 * max(grid.shape[1] for grid in grids), 0.06 * max(grid.shape[0] for grid in grids) + 0.4
-    figure = _figure(figsize=(inches[0] * len(grids), inches[1]))
+    across = min(4, len(grids))
+    down = ceil(len(grids) / across)
+    figure = _figure(figsize=(inches[0] * across, inches[1] * down))
     figure.get_layout_engine().set(wspace=0.06)
-    for ax, title, grid in zip(figure.subplots(1, len(grids), squeeze=False)[0], panels, grids, strict=True):
-        ax.imshow(grid.cpu().numpy(), cmap="gray_r", interpolation="nearest")
+    axes = figure.subplots(down, across, squeeze=False).ravel()
+    for ax in axes:
         ax.set_axis_off()
+    for ax, title, grid in zip(axes, panels, grids, strict=False):
+        ax.imshow(grid.cpu().numpy(), cmap="gray_r", interpolation="nearest")
         ax.set_title(title)
     return figure
 

@@ -14,7 +14,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import ELBO
-from torch import Tensor
+from torch import Size, Tensor
 from torch.distributions import constraints
 
 from pyro_genmodels import checkpoints
@@ -27,18 +27,23 @@ from pyro_genmodels.families import (
     Autoregressive,
     Bernoulli,
     Contrastive,
+    DenseField,
     DiscretizedLogistic,
+    Dopri5,
     EnergyModel,
     Family,
     Flow,
+    Hutchinson,
     Labels,
     Langevin,
     Normal,
+    ODEFlow,
     ParallelTempering,
     Persistent,
     RestrictedBoltzmannMachine,
+    UNet,
 )
-from pyro_genmodels.infer import NoiseContrastive
+from pyro_genmodels.infer import FlowMatching, NoiseContrastive
 from pyro_genmodels.training import Fit, train
 
 
@@ -149,6 +154,18 @@ def _energy(data: Dataset, context: Any) -> Family:
     return EnergyModel(event_shape, context=context, sampler=sampler, num_steps=250)
 
 
+def _ode_flow(data: Dataset, context: Any) -> Family:
+    event_shape = data.train.shape[1:]
+    network = UNet((16, 32)) if _is_image(event_shape) else DenseField(128, blocks=2)
+    options: dict[str, Any] = {"solver": Dopri5(1e-3, 1e-3), "trace": Hutchinson()} if data.levels else {}
+    return ODEFlow(event_shape, context=context, levels=data.levels, network=network, **options)
+
+
+def _is_image(event_shape: Size) -> bool:
+    """Whether a U-Net of two resolutions can see it."""
+    return len(event_shape) in (2, 3) and all(n % 2 == 0 for n in event_shape[-2:])
+
+
 def _noise(data: Dataset) -> ELBO | None:
     """Points in few dimensions are told from a normal law around them; in many that would be too easy to learn from."""
     x = data.train.flatten(1)
@@ -163,6 +180,7 @@ FAMILIES: Mapping[str, Recipe] = {
     "vae": Recipe(_vae),
     "autoregressive": Recipe(_autoregressive),
     "energy": Recipe(_energy, learning_rate=2e-3, objective=_noise),
+    "ode_flow": Recipe(_ode_flow, objective=lambda data: FlowMatching()),
 }
 """What the command line knows by name."""
 
@@ -216,8 +234,14 @@ def fit(
     )
 
 
-def evaluate(family: Any, x: Tensor, labels: Tensor | None, *, num_samples: int = 512) -> LogLikelihood:
+def evaluate(family: Any, x: Tensor, labels: Tensor | None, *, num_samples: int | None = None) -> LogLikelihood:
     """The log-likelihood of rows, given their labels if the family wants them.
+
+    Args:
+        family: or a fit.
+        x: rows.
+        labels: of them.
+        num_samples: draws per row behind a bound; by default 512, or 8 of an estimate whose mean is taken.
 
     Raises:
         ValueError: if the rows are not data of this family.
@@ -229,6 +253,9 @@ def evaluate(family: Any, x: Tensor, labels: Tensor | None, *, num_samples: int 
         raise ValueError("the model was fitted with labels, but these rows have none: say --labels, the name of their column")
     context = () if family.context is None or labels is None else (labels.to(device),)
     family.embed(*context or (None,))  # checks the labels
+    if num_samples is None:
+        law = family(*(labels[:1] for labels in context))
+        num_samples = 512 if getattr(getattr(law, "base", law), "tightens", True) else 8  # of what is averaged, few do
     return log_likelihood(family, x.to(device), *context, num_samples=num_samples)
 
 

@@ -27,7 +27,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torchdiffeq import odeint, odeint_adjoint
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(time (), x (N, ...)) -> the shape of x."""
@@ -311,6 +310,8 @@ def _solve(
         raise ValueError(f"An ODE wants a solver such as Dopri5() and two times, but found {solver!r}, {start} and {end}.")
     if not state[0].numel():
         return state, 0
+    from torchdiffeq import odeint, odeint_adjoint  # which loads scipy
+
     evaluations, arrived, (low, high) = 0, False, sorted((start, end))
 
     def counted(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
