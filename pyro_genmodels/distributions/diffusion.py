@@ -218,7 +218,7 @@ class ReverseDiffusion(GenerativeDistribution):
     def noise_error(self, y: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
         r"""The squared error of the estimate of noise that is added to data, :math:`|\hat\varepsilon - \varepsilon|^2`.
 
-        Less :math:`\bar\alpha^4 (|\varepsilon|^2 - d)`, of mean 0, which takes away most of its chance where there is little noise.
+        Less :math:`\bar\alpha^4 (|\varepsilon|^2 - d)`, of mean 0, which takes away most of its chance at little noise.
 
         Args:
             y: data in the space of the network, (batch..., *event_shape).

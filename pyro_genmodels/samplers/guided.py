@@ -9,8 +9,8 @@ takes it for a proposal of particles, ancestral steps from t to s, and weighs th
 
 with :math:`\ell(x)` itself at the end. The power makes up for what the estimate leaves open, a variance
 :math:`c_t^2 = \sigma^2 / (\alpha^2 + \sigma^2)` where the log-likelihood has the curvature :math:`h_t` along its gradient; any
-power is exact, as the factors cancel. So weighed draws follow :math:`p(x)\,\ell(x) / p(y)`, with p the law of the ancestral walk,
-as their number grows; and the mean weight estimates :math:`p(y)` without bias (Wu et al., arXiv 2306.17775).
+power is exact, as the factors cancel. So weighed draws follow :math:`p(x)\,\ell(x) / p(y)`, with p the law of the ancestral
+walk, as their number grows; and the mean weight estimates :math:`p(y)` without bias (Wu et al., arXiv 2306.17775).
 """
 
 from __future__ import annotations

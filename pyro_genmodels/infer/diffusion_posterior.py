@@ -1,0 +1,232 @@
+r"""The posterior under a diffusion as prior, :math:`p(x \mid y) \propto p(x)\, p(y \mid x)`, by guided reverse diffusion.
+
+The likelihood is whatever the model observes given x, any Pyro distribution that can be differentiated; its density is all that
+is asked of it, and of the prior nothing but its denoiser. See `pyro_genmodels.samplers.guided` for the two methods.
+
+Chung et al., *Diffusion Posterior Sampling* (arXiv 2209.14687); Wu et al., *Practical and Asymptotically Exact Conditional
+Sampling in Diffusion Models* (arXiv 2306.17775).
+"""
+
+from __future__ import annotations
+
+__all__ = ["GuidedDiffusion", "TwistedDiffusion", "WeightedDraws", "diffusion_posterior", "inpaint"]
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+
+from pyro_genmodels import traces
+from pyro_genmodels.distributions.base import unwrap
+from pyro_genmodels.distributions.diffusion import ReverseDiffusion
+from pyro_genmodels.samplers.guided import Particles, effective_size, guided, twisted
+
+
+@dataclass(frozen=True)
+class TwistedDiffusion:
+    """Particles that are weighed and resampled: exact as their number and that of steps grow (arXiv 2306.17775).
+
+    Attributes:
+        num_steps: of the ancestral walk.
+        resample_below: effective sample size, as a part of all particles, below which they are resampled.
+    """
+
+    num_steps: int = 500
+    resample_below: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1 or not 0 <= self.resample_below <= 1:
+            raise ValueError(
+                f"TwistedDiffusion wants num_steps of 1 or more and resample_below from 0 to 1, but found {self.num_steps} and "
+                f"{self.resample_below}."
+            )
+
+    def __call__(self, *args: Any, progress: bool | None) -> Particles:
+        """See `twisted`."""
+        return twisted(*args, num_steps=self.num_steps, resample_below=self.resample_below, progress=progress)
+
+
+@dataclass(frozen=True)
+class GuidedDiffusion:
+    """Draws by a guided score, DPS: fast, and biased by an amount that no weight tells (arXiv 2209.14687).
+
+    Attributes:
+        num_steps: of the ancestral walk.
+        scale: of the guidance.
+    """
+
+    num_steps: int = 500
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1 or self.scale < 0:
+            raise ValueError(
+                f"GuidedDiffusion wants num_steps of 1 or more and a scale of 0 or more, but found {self.num_steps} "
+                f"and {self.scale}."
+            )
+
+    def __call__(self, *args: Any, progress: bool | None) -> Particles:
+        """See `guided`."""
+        return guided(*args, num_steps=self.num_steps, scale=self.scale, progress=progress)
+
+
+@dataclass(frozen=True)
+class WeightedDraws:
+    """Draws of a posterior with weights, which ``to_arviz(draws, *args, model=model)`` takes.
+
+    Attributes:
+        name: of the variable.
+        draws: (n, *event_shape).
+        log_weight: (n,), of mean weight 1.
+        log_evidence: estimate of log p(y) in nats, (); NaN where none is made.
+        evaluations: of the network, for all draws at once.
+    """
+
+    name: str
+    draws: Tensor
+    log_weight: Tensor
+    log_evidence: Tensor
+    evaluations: int
+
+    @property
+    def effective_sample_size(self) -> float:
+        """Of the weights: as many equal ones would tell as much."""
+        return effective_size(self.log_weight).item()
+
+    @property
+    def stats(self) -> Mapping[str, Tensor]:
+        """Of each draw, (chain, draw)."""
+        return {"log_weight": self.log_weight[None]}
+
+    def get_samples(self, *, group_by_chain: bool = False) -> dict[str, Tensor]:
+        """The draws by name, as Pyro's MCMC gives them, without their weights."""
+        return {self.name: self.draws[None] if group_by_chain else self.draws}
+
+    def resampled(self, num_draws: int) -> Tensor:
+        """Draws without weights, with repetitions, (num_draws, *event_shape)."""
+        return self.draws[torch.multinomial(self.log_weight.softmax(0), num_draws, replacement=True)]
+
+
+def diffusion_posterior(
+    model: Callable[..., Any],
+    *args: Any,
+    method: TwistedDiffusion | GuidedDiffusion | None = None,
+    num_draws: int = 1000,
+    progress: bool | None = None,
+    **kwargs: Any,
+) -> WeightedDraws:
+    """Draws from the posterior of a model that has one latent variable, whose prior is a diffusion.
+
+    Args:
+        model: with one site ``pyro.sample("x", diffusion())`` that is not observed, outside of plates, and others that are.
+        args: of the model.
+        method: `TwistedDiffusion`, the default, or `GuidedDiffusion`.
+        num_draws: all of which go through the network together.
+        progress: whether to show a progress bar; None where it takes longer than five seconds.
+        kwargs: of the model.
+
+    Returns:
+        Draws with weights; those of `GuidedDiffusion` are equal, and biased.
+
+    Raises:
+        ValueError: for a model that is not of this kind, naming what to use.
+        FloatingPointError: if no particle has a finite likelihood.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_genmodels import Diffusion
+        >>> diffusion = Diffusion((2,)).eval()
+        >>> def model(y):
+        ...     x = pyro.sample("x", diffusion())
+        ...     pyro.sample("y", dist.Normal(x.sum(), 0.5), obs=y)
+        >>> found = diffusion_posterior(model, torch.tensor(1.0), method=TwistedDiffusion(50), num_draws=100)
+        >>> found.draws.shape, 1 <= found.effective_sample_size <= 100
+        (torch.Size([100, 2]), True)
+    """
+    if num_draws < 1:
+        raise ValueError(f"num_draws wants 1 or more, but found {num_draws}.")
+    with torch.no_grad():
+        trace = prune_subsample_sites(poutine.trace(model).get_trace(*args, **kwargs))
+    name, prior = _prior(trace)
+    to_data = (lambda y: y) if prior.pretransform is None else prior.pretransform.inv
+
+    def log_likelihood(y: Tensor) -> Tensor:
+        with pyro.validation_enabled(is_validate=False):
+            return torch.vmap(of_one)(to_data(y))
+
+    def of_one(x: Tensor) -> Tensor:
+        found = poutine.trace(poutine.condition(model, {name: x})).get_trace(*args, **kwargs)
+        found.remove_node(name)
+        return found.log_prob_sum()
+
+    noise = torch.randn(num_draws, *prior.event_shape).to(prior._like())
+    context = None if prior.context is None else prior.context.expand(num_draws, -1)
+    with torch.no_grad():
+        method = TwistedDiffusion() if method is None else method
+        denoiser = prior.denoiser
+        found = method(lambda x, t: denoiser(x, t, context), denoiser.process, log_likelihood, noise, progress=progress)
+        return WeightedDraws(name, to_data(found.x), found.log_weights, found.log_evidence, found.evaluations)
+
+
+def inpaint(
+    diffusion: ReverseDiffusion,
+    values: Tensor,
+    known: Tensor,
+    *,
+    tolerance: float = 0.02,
+    **kwargs: Any,
+) -> WeightedDraws:
+    """Draws of a diffusion with some coordinates given.
+
+    Args:
+        diffusion: over one event, ``family()`` or ``family(context)``.
+        values: (*event_shape), of which only those known matter.
+        known: which are, of the same shape, boolean.
+        tolerance: standard deviation within which these are met, in the units of the data.
+        kwargs: of `diffusion_posterior`.
+
+    Raises:
+        ValueError: on other shapes.
+
+    Example:
+        >>> from pyro_genmodels import Diffusion
+        >>> known = torch.tensor([True, False])
+        >>> inpaint(Diffusion((2,)).eval()(), torch.ones(2), known, method=TwistedDiffusion(50), num_draws=20).draws.shape
+        torch.Size([20, 2])
+    """
+    if values.shape != diffusion.event_shape or known.shape != diffusion.event_shape or known.dtype != torch.bool:
+        raise ValueError(
+            f"inpaint wants values and a boolean mask of shape {tuple(diffusion.event_shape)}, but found "
+            f"{tuple(values.shape)} and {tuple(known.shape)} of {known.dtype}."
+        )
+
+    def model() -> None:
+        x = pyro.sample("x", diffusion)
+        pyro.sample("known", dist.Normal(x[known], tolerance).to_event(1), obs=values[known])
+
+    return diffusion_posterior(model, **kwargs)
+
+
+def _prior(trace: Trace) -> tuple[str, Any]:
+    """The latent site and its diffusion."""
+    latents, observed = traces.latents(trace), traces.observed(trace)
+    if len(latents) != 1 or not observed:
+        raise ValueError(
+            f"diffusion_posterior wants a model with one latent variable and at least one that is observed, but found "
+            f"{', '.join(map(repr, latents)) or 'none'} and {', '.join(map(repr, observed)) or 'none'}. For other latent "
+            "variables take SVI or NUTS."
+        )
+    prior: Any = unwrap(trace.nodes[latents[0]]["fn"])
+    if not isinstance(prior, ReverseDiffusion) or prior.batch_shape:
+        raise ValueError(
+            f"diffusion_posterior wants a diffusion over one event at site {latents[0]!r}, outside of plates, but found "
+            f"{prior!r}. Under another prior take NUTS or SVI."
+        )
+    return latents[0], prior
