@@ -33,8 +33,9 @@ class Diffusion(Family):
     Args:
         event_shape: shape of one datum.
         context: see `Family`.
-        network: a choice, `DenseField()` or `UNet()`; or a module of your own, called as ``network(x, t, context)`` with x (n,
-            *event_shape) of deviation 1, the time t (n,) of the process and the embedded context (n, c) or None.
+        network: a choice, `DenseField()`, the default, with five octaves of sines up to four coordinates, or `UNet()`;
+            or a module of your own, called as ``network(x, t, context)`` with x (n, *event_shape) of deviation 1, the time t (n,)
+            of the process and the embedded context (n, c) or None.
         process: how data become noise, such as ``VariancePreserving()``, `CosineVariancePreserving`, `SubVariancePreserving`,
             `VarianceExploding` or `Karras`.
         prediction: what the network says: `VelocityPrediction`, `NoisePrediction`, `DataPrediction`, `ScorePrediction`, or
@@ -80,7 +81,8 @@ class Diffusion(Family):
             raise ValueError(f"Diffusion wants at least 2 levels, got {levels}.")
         super().__init__(event_shape, context=context, support=support, standardize=standardize, name=name)
         self.levels = levels
-        network = DenseField() if network is None else network
+        few = self.event_shape.numel() <= 4
+        network = DenseField(octaves=5 if few else 0) if network is None else network
         self.clock = not isinstance(network, nn.Module)
         self.network = network if isinstance(network, nn.Module) else network.build(self.event_shape, self.context_size)
         self.process = _checked("process", process, VariancePreserving(), Process)

@@ -3,8 +3,8 @@
 The choice `DenseField` or `UNet` is built by a family for its event shape. Each is called as network(x, t, context), with x
 (N, ...), t (N,) and context (N, c) or None, and returns the shape of x. It begins at zero.
 
-Sinusoidal embedding of time: Vaswani et al. (arXiv 1706.03762); U-Nets of scores: Ho et al. (arXiv 2006.11239), Ronneberger et
-al. (arXiv 1505.04597).
+Sinusoidal embedding of time: Vaswani et al. (arXiv 1706.03762), of coordinates: Tancik et al. (arXiv 2006.10739); U-Nets
+of scores: Ho et al. (arXiv 2006.11239), Ronneberger et al. (arXiv 1505.04597).
 """
 
 from __future__ import annotations
@@ -30,15 +30,18 @@ class DenseField:
         width: of each layer.
         blocks: of two layers each.
         dropout: rate at which units are dropped in training.
+        octaves: of sines and cosines of each coordinate, at frequencies 1, 2, 4, ..., that the network is given too, by which it
+            sees what is fine in few dimensions.
     """
 
     width: int = 256
     blocks: int = 3
     dropout: float = 0.0
+    octaves: int = 0
 
     def build(self, shape: Size, context: int) -> nn.Module:
         """The network for events of that shape and contexts of that length."""
-        return _Dense(shape, context, self.width, self.blocks, self.dropout)
+        return _Dense(shape, context, self.width, self.blocks, self.dropout, self.octaves)
 
 
 @dataclass(frozen=True)
@@ -89,17 +92,21 @@ class _Condition(nn.Module):
 
 
 class _Dense(nn.Module):
-    def __init__(self, shape: Size, context: int, width: int, blocks: int, dropout: float) -> None:
+    frequencies: Tensor
+
+    def __init__(self, shape: Size, context: int, width: int, blocks: int, dropout: float, octaves: int) -> None:
         super().__init__()
         self.shape = Size(shape)
+        self.register_buffer("frequencies", 2.0 ** torch.arange(octaves), persistent=False)
         self.condition = _Condition(context, width)
-        self.first = nn.Linear(self.shape.numel(), width)
+        self.first = nn.Linear(self.shape.numel() * (1 + 2 * octaves), width)
         self.blocks = nn.ModuleList(_DenseBlock(width, dropout) for _ in range(blocks))
         self.last = _zero(nn.Linear(width, self.shape.numel()))
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         condition = self.condition(t, context)
-        h = self.first(x.reshape(len(x), -1))
+        angles = (x.reshape(len(x), -1, 1) * self.frequencies).flatten(1)
+        h = self.first(torch.cat([x.reshape(len(x), -1), angles.sin(), angles.cos()], -1))
         for block in self.blocks:
             h = block(h, condition)
         return self.last(F.silu(h)).reshape(x.shape)
