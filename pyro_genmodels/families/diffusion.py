@@ -33,9 +33,9 @@ class Diffusion(Family):
     Args:
         event_shape: shape of one datum.
         context: see `Family`.
-        network: a choice, `DenseField()`, the default, with five octaves of sines up to four coordinates, or `UNet()`;
-            or a module of your own, called as ``network(x, t, context)`` with x (n, *event_shape) of deviation 1, the time t (n,)
-            of the process and the embedded context (n, c) or None.
+        network: a choice, `DenseField()`, the default, with five octaves of sines up to four coordinates, or `UNet()`; or a
+            module of your own, called as ``network(x, t, context)`` with x (n, *event_shape) of deviation 1, the time t (n,) of
+            the process and the embedded context (n, c) or None.
         process: how data become noise, such as ``VariancePreserving()``, `CosineVariancePreserving`, `SubVariancePreserving`,
             `VarianceExploding` or `Karras`.
         prediction: what the network says: `VelocityPrediction`, `NoisePrediction`, `DataPrediction`, `ScorePrediction`, or

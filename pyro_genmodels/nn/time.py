@@ -30,8 +30,8 @@ class DenseField:
         width: of each layer.
         blocks: of two layers each.
         dropout: rate at which units are dropped in training.
-        octaves: of sines and cosines of each coordinate, at frequencies 1, 2, 4, ..., that the network is given too, by which it
-            sees what is fine in few dimensions.
+        octaves: of sines and cosines of each coordinate, at frequencies 1, 2, 4, ..., that the network is given too, by which
+            it sees what is fine in few dimensions.
     """
 
     width: int = 256
