@@ -134,7 +134,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
     total = torch.tensor(0)
     for i, t in enumerate(tensors):
         bits = t.detach().contiguous().reshape(-1).view(_BITS[t.element_size()]).to(torch.int64)
-        places = torch.arange(1, 2 * len(bits), 2, device=bits.device)
+        places = torch.arange(len(bits), device=bits.device) * 2 + 1
         mixed = (bits ^ (bits >> 29)) * 0x9E3779B97F4A7C1 + places  # or the sign bits of two numbers would cancel
         mixed = (mixed ^ (mixed >> 31)) * places * (2 * i + 1)
         total = total + (mixed ^ (mixed >> 30)).sum().to(total.device)

@@ -144,7 +144,7 @@ class Path:
         return energies.reshape(left + chains)
 
     def _chains(self, u: Tensor) -> Size:
-        return u.shape[: u.dim() - len(self.position_shape)]
+        return Size(u.shape[: u.dim() - len(self.position_shape)])  # a tensor that Pyro tracks has a plain tuple
 
     # For samplers.
 

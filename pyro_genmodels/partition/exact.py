@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.distributions.memory import LogPartition
@@ -28,11 +29,13 @@ AT_ONCE = 2**16
 """Rows evaluated together."""
 
 
-def exactly(dist: Energy) -> LogPartition | None:
-    """By a sum or an integral, for each context in turn; None where there are too many terms."""
+def exactly(dist: Energy, most: int | None = None, *, progress: bool = False) -> LogPartition | None:
+    """By a sum or an integral, for each context in turn; None where one takes too many terms, or all more than `most`."""
     rows = [None] if dist.context is None else list(dist.context.split(1))
+    if most is not None and len(rows) * _terms(dist) > most:
+        return None
     values, errors, terms = [], [], 0
-    for context in rows:
+    for context in tqdm(rows, desc="log Z", unit="context", disable=not progress or len(rows) == 1, leave=False):
         found = _sum(dist, context) or _integral(dist, context)
         if found is None:
             return None
@@ -42,6 +45,14 @@ def exactly(dist: Energy) -> LogPartition | None:
     if dist.context is None:
         return LogPartition(values[0], errors[0], "exact", num_steps=terms)
     return LogPartition(torch.stack(values), torch.stack(errors), "exact", num_steps=terms)
+
+
+def _terms(dist: Energy) -> int:
+    """About how many evaluations one context takes."""
+    path: Any = dist.path
+    if path.kind == "real":
+        return 2**18 if path.event_shape.numel() == 1 else 2**23
+    return min(MOST_STATES, {"binary": 2, "categorical": path.classes}[path.kind] ** path.event_shape.numel())
 
 
 def _sum(dist: Energy, context: Tensor | None) -> tuple[Tensor, Tensor, int] | None:

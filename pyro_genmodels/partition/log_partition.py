@@ -18,8 +18,8 @@ from pyro_genmodels.distributions.memory import LogPartition
 from pyro_genmodels.partition.annealed import Annealing
 from pyro_genmodels.partition.exact import MOST_STATES, exactly
 
-FEW_CONTEXTS = 100
-"""For each of which a conditional energy is summed or integrated unasked."""
+MOST_UNASKED = 2**25
+"""Evaluations of a conditional energy, over all its contexts, by which it is summed or integrated unasked."""
 
 
 def log_partition(
@@ -71,8 +71,8 @@ def log_partition(
         found = None
         if start is not None:
             distinct = distinct.but(path=dataclasses.replace(distinct.path, origin=_origin(start, dist)))
-        if exact or (exact is None and (place is None or len(place.unique()) <= FEW_CONTEXTS)):
-            found = exactly(distinct)
+        if exact is not False:
+            found = exactly(distinct, None if exact or place is None else MOST_UNASKED, progress=progress)
         if found is None and exact:
             raise ValueError(
                 f"log Z of this energy over events {tuple(dist.event_shape)} cannot be had exactly: that takes at most "
