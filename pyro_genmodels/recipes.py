@@ -155,6 +155,7 @@ def _noise(data: Dataset) -> ELBO | None:
     if data.levels or x.shape[1] > 4:
         return None
     spread = torch.cov(x.T).reshape(x.shape[1], x.shape[1])
+    spread = spread + 1e-3 * spread.diagonal().clamp(min=1e-12).diag()  # also where columns depend on each other
     return NoiseContrastive(dist.MultivariateNormal(x.mean(0), spread), ratio=8)
 
 
@@ -216,7 +217,7 @@ def fit(
     )
 
 
-def evaluate(family: Any, x: Tensor, labels: Tensor | None, *, num_samples: int = 512) -> LogLikelihood:
+def evaluate(family: Any, x: Tensor, labels: Tensor | None, *, num_samples: int = 512, progress: bool = False) -> LogLikelihood:
     """The log-likelihood of rows, given their labels if the family wants them.
 
     Raises:
@@ -229,7 +230,7 @@ def evaluate(family: Any, x: Tensor, labels: Tensor | None, *, num_samples: int 
         raise ValueError("the model was fitted with labels, but these rows have none: say --labels, the name of their column")
     context = () if family.context is None or labels is None else (labels.to(device),)
     family.embed(*context or (None,))  # checks the labels
-    return log_likelihood(family, x.to(device), *context, num_samples=num_samples)
+    return log_likelihood(family, x.to(device), *context, num_samples=num_samples, progress=progress)
 
 
 def rows_of(

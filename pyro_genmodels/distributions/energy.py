@@ -156,7 +156,11 @@ class Energy(GenerativeDistribution):
         return self.but(_log_z=log_partition)
 
     def keep(self, log_partition: LogPartition) -> None:
-        """Has the family remember log Z until its parameters change, where there is a family and no context."""
+        """Has the family, where there is one and no context, remember the best log Z until its parameters change."""
+        known = self.log_partition
+        worse = known is not None and known.kind != "unreliable" and log_partition.kind != "exact"
+        if worse and (known.kind == "exact" or known.std_error <= log_partition.std_error):  # type: ignore[union-attr]
+            return
         if self.memory is not None and self.context is None:
             self.memory.put_log_partition(log_partition, self.fingerprint())
 
@@ -247,13 +251,14 @@ class Energy(GenerativeDistribution):
         else:
             u = self.path.begin((n,))
             u = sampler.spread(anneal(target, sampler.single, u, schedule(self.num_steps, u), rate=0.1)[0])
-        u = run(sampler, target, u, self.num_steps, step_size=step_size, rate=0.1).x
-        u = self.path.decode(sampler.settled(u))
+        u = sampler.settled(run(sampler, target, u, self.num_steps, step_size=step_size, rate=0.1).x)
+        u = self.path.decode(self.sound(u))
         return u.reshape(shape + self.event_shape)
 
     def target(self) -> Target:
         """The path to the density, as samplers want it; with a context, of one chain for each row."""
-        return self.path.target(None if self.context is None else self.context.reshape(-1, self.context.shape[-1]))
+        context = None if self.context is None else self.context.reshape(-1, self.context.shape[-1])
+        return replace(self.path.target(context), support=self.support, chains=None if context is None else len(context))
 
     def _denoised_draw(self, shape: Size) -> Tensor:
         """Draws led down the levels of noise."""
@@ -268,7 +273,21 @@ class Energy(GenerativeDistribution):
         u = self.path.begin(shape)
         levels = torch.logspace(log10(high), log10(low), 20, dtype=u.dtype, device=u.device)
         u = u + high * torch.randn_like(u)
-        return self.path.decode(annealed_langevin(score, u, levels, steps=max(self.num_steps // 20, 1)))
+        return self.path.decode(self.sound(annealed_langevin(score, u, levels, steps=max(self.num_steps // 20, 1))))
+
+    def sound(self, u: Tensor) -> Tensor:
+        """Positions of draws as they are.
+
+        Raises:
+            FloatingPointError: if a chain ran away, where arguments are validated.
+        """
+        lost = ~u.reshape(-1, self.path.position_shape.numel()).isfinite().all(1)
+        if self._validate_args and lost.any():
+            raise FloatingPointError(
+                f"{int(lost.sum())} of {len(lost)} chains ran away to infinity: the energy does not rise far from the data, or "
+                "steps are too large. Use Langevin(adjusted=True), a smaller step_size, or a base to be tilted"
+            )
+        return u
 
     def at_noise(self, sigma: Tensor) -> Energy:
         """The distribution of the data with noise of deviation sigma (batch...) added, in the coordinates of chains.
