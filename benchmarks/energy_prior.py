@@ -16,29 +16,32 @@ import time
 
 import pyro
 import torch
+from torch import Tensor
 
 from pyro_genmodels import VAE, DenseEnergy, DiscretizedLogistic, EnergyModel, Persistent, log_likelihood, train
 from pyro_genmodels.datasets import load
 
 
-def fit(name: str, prior: EnergyModel | None) -> None:
-    """Trains, judges and prints a row."""
+def fit(name: str, prior: EnergyModel | None) -> Tensor:
+    """Trains, judges and prints a row; returns the log-likelihoods of the held-out images."""
     start = time.perf_counter()
     digits = load("digits")
     pyro.set_rng_seed(0)
     likelihood = DiscretizedLogistic(17, components=3)
     vae = VAE((8, 8), latent_dim=16, likelihood=likelihood, hidden=(256, 256), dropout=0.1, prior=prior)
-    options = {"epochs": 300, "batch_size": 64, "patience": 25, "average": 0.99, "seed": 0}
+    options = {"epochs": 300, "batch_size": 64, "patience": 60, "average": 0.99, "seed": 0}
     train(vae, digits.train, valid=digits.valid, **options)
     pyro.set_rng_seed(0)
     found = log_likelihood(vae, digits.test, num_samples=512)
     log_z = "" if found.log_partition is None else f"; {found.log_partition}"
     seconds = time.perf_counter() - start
     print(f"{name:14} {-found.mean:6.2f} ± {found.mean_std_error:.2f} nats ({found.kind}){log_z} {seconds:4.0f} s")
+    return found.values
 
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    fit("normal prior", None)
+    normal = fit("normal prior", None)
     tilt = EnergyModel((16,), energy=DenseEnergy((128,)), negatives=Persistent(128, steps=5), standardize=False)
-    fit("energy prior", tilt)
+    gain = fit("energy prior", tilt) - normal
+    print(f"gained by the energy: {gain.mean():.2f} ± {gain.std() / len(gain) ** 0.5:.2f} nats an image")

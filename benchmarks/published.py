@@ -55,7 +55,7 @@ def binary(data_dir: Path | None, file: str, prefix: str = "") -> dict[str, Tens
         typer.echo(f"skipped: there is no {path or file}; say --data-dir or PYRO_GENMODELS_DATA", err=True)
         raise typer.Exit
     z = np.load(path)
-    columns = int(z[f"{prefix}d"]) if f"{prefix}d" in z else 784
+    columns = int(z[f"{prefix}d"].item()) if f"{prefix}d" in z else 784
     parts = ("train", "valid", "test")
     return {part: torch.from_numpy(np.unpackbits(z[prefix + part], axis=1)[:, :columns]).float() for part in parts}
 

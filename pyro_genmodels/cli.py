@@ -116,7 +116,7 @@ def compare(
         if not fits:
             raise FloatingPointError("none of the families could be trained")
         test_labels = dataset.test_labels if labels else None
-        judged = {name: recipes.evaluate(fit, dataset.test, test_labels) for name, fit in fits.items()}
+        judged = {name: recipes.evaluate(fit, dataset.test, test_labels, progress=not quiet) for name, fit in fits.items()}
         arguments = {"data": data, "columns": columns, "labels": labels, "levels": levels, "families": names}
         arguments |= {"seed": seed, "device": device, "epochs": epochs}
         table = reports.write(fits, judged, dataset, out, arguments, conditional=bool(labels))
@@ -195,7 +195,8 @@ def fit(
         )
         reports.pictures({family: fitted}, dataset, out, conditional=bool(source.labels), seed=source.seed, mark=f"_{family}")
         pyro.set_rng_seed(source.seed)
-        judged = recipes.evaluate(fitted, dataset.test, dataset.test_labels if source.labels else None)
+        test_labels = dataset.test_labels if source.labels else None
+        judged = recipes.evaluate(fitted, dataset.test, test_labels, progress=not quiet)
         typer.echo(f"{family} on {dataset.name} (test): {verdict(judged, dataset.levels, dataset.test)}")
         say(
             f"training ended at {fitted.stopped}, best epoch {fitted.best['epoch']}; checkpoint: {path}.safetensors",

@@ -172,6 +172,7 @@ def _noise(data: Dataset) -> ELBO | None:
     if data.levels or x.shape[1] > 4:
         return None
     spread = torch.cov(x.T).reshape(x.shape[1], x.shape[1])
+    spread = spread + 1e-3 * spread.diagonal().clamp(min=1e-12).diag()  # also where columns depend on each other
     return NoiseContrastive(dist.MultivariateNormal(x.mean(0), spread), ratio=8)
 
 
@@ -234,7 +235,9 @@ def fit(
     )
 
 
-def evaluate(family: Any, x: Tensor, labels: Tensor | None, *, num_samples: int | None = None) -> LogLikelihood:
+def evaluate(
+    family: Any, x: Tensor, labels: Tensor | None, *, num_samples: int | None = None, progress: bool = False
+) -> LogLikelihood:
     """The log-likelihood of rows, given their labels if the family wants them.
 
     Args:
@@ -242,6 +245,7 @@ def evaluate(family: Any, x: Tensor, labels: Tensor | None, *, num_samples: int 
         x: rows.
         labels: of them.
         num_samples: draws per row behind a bound; by default 512, or 8 of an estimate whose mean is taken.
+        progress: whether to show a progress bar where it takes long.
 
     Raises:
         ValueError: if the rows are not data of this family.
@@ -256,7 +260,7 @@ def evaluate(family: Any, x: Tensor, labels: Tensor | None, *, num_samples: int 
     if num_samples is None:
         law = family(*(labels[:1] for labels in context))
         num_samples = 512 if getattr(getattr(law, "base", law), "tightens", True) else 8  # of what is averaged, few do
-    return log_likelihood(family, x.to(device), *context, num_samples=num_samples)
+    return log_likelihood(family, x.to(device), *context, num_samples=num_samples, progress=progress)
 
 
 def rows_of(

@@ -30,8 +30,9 @@ from pyro.poutine import Trace
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _ENUM_ALLOCATOR, _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -223,6 +224,17 @@ class unobserving(UnconditionMessenger):  # noqa: N801 (a handler, as Pyro names
     def _pyro_sample(self, msg: Any) -> None:
         if not is_deterministic(msg):
             super()._pyro_sample(msg)
+
+
+def drawn_without_gradient() -> list[str]:
+    """The latent variables of this run so far whose draws carry no gradient, and so are weighed by what depends on them."""
+    return [
+        name
+        for handler in _PYRO_STACK
+        if isinstance(handler, TraceMessenger)
+        for name, site in samples(handler.trace).items()
+        if not (site["is_observed"] or site_is_subsample(site) or site["fn"].has_rsample)
+    ]
 
 
 def is_enumerated(batch_dims: int) -> bool:

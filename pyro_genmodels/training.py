@@ -36,7 +36,7 @@ from pyro_genmodels.batches import Batch, Batches, pair_of
 from pyro_genmodels.distributions.base import unwrap
 from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.families.family import Family
-from pyro_genmodels.infer.contrastive import ContrastiveDivergence
+from pyro_genmodels.infer.contrastive import ContrastiveDivergence, NoiseContrastive
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
 from pyro_genmodels.partition import quick_log_partition
 from pyro_genmodels.snapshots import Keeper
@@ -114,8 +114,8 @@ def train(
         data: rows of x, (N, ...), or the pair (x, context), moved to the fit's device and precision; or a `DataLoader` of x or
             (x, context), of which the first 10,000 rows are checked and set a family's mean and deviation.
         context: one per row, (N, ...).
-        objective: a Pyro loss; by default `Trace_ELBO` for a fit with latent variables, `ContrastiveDivergence` for one whose
-            density has a constant out of reach, and `MaximumLikelihood` else.
+        objective: a Pyro loss; by default `ContrastiveDivergence` for a fit that observes what has a constant out of reach,
+            `Trace_ELBO` for another with latent variables, and `MaximumLikelihood` else.
         optim: parameters -> torch optimiser, such as ``functools.partial(torch.optim.Adam, lr=1e-3)``, which is the default; or
             one of Pyro's.
         valid: held-out data in the form of data, or the pair (x, context), for early stopping; None keeps the last parameters.
@@ -266,6 +266,7 @@ class _Loop:
         self.model, self.guide, self.objective, self.rows = model, guide, objective, rows
         self.sized = "size" in inspect.signature(model).parameters
         self.parameters: dict[str, nn.Parameter] = {}
+        self.warned = False
 
     def step(self, batch: Batch) -> float:
         """The loss, its gradient left in the parameters; infinite or NaN where a distribution refused what it was given."""
@@ -287,11 +288,23 @@ class _Loop:
         """Has the energies in the model know their log Z, or losses of different parameters could not be compared."""
         args = (batch[0],) if batch[1] is None else batch
         with pyro.validation_enabled(is_validate=False):  # what is not finite shows in the loss
-            for trace in traces.run(self.model, self.guide, args, {}):
-                for site in traces.samples(trace).values():
-                    dist = unwrap(site["fn"])
-                    if isinstance(dist, Energy) and dist.context is None and dist.sampler is not None:
-                        quick_log_partition(dist)
+            dists = [
+                unwrap(site["fn"])
+                for trace in traces.run(self.model, self.guide, args, {})
+                for site in traces.samples(trace).values()
+            ]
+            for dist in dists:
+                if isinstance(dist, Energy) and dist.context is None and dist.sampler is not None:
+                    quick_log_partition(dist)
+        known = isinstance(self.objective, (ContrastiveDivergence, NoiseContrastive))
+        if not (known or self.warned) and any(isinstance(d, Energy) and d.context is not None for d in dists):
+            self.warned = True
+            warnings.warn(
+                "The validation losses of energies with a context lack log Z of each, which changes with the parameters, so "
+                "that early stopping cannot rely on them. Use ContrastiveDivergence(), or leave valid out.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def _guarded(self, loss: Callable[..., float], batch: Batch, rows: int) -> float:
         try:
@@ -325,15 +338,14 @@ class _Loop:
 
 
 def _default_objective(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> ELBO:
-    """What the fit offers decides: latent variables ask for an ELBO, a density alone for its likelihood."""
+    """What the fit offers decides: energies ask for negatives, latent variables for an ELBO, a density for its likelihood."""
     args = (batch[0],) if batch[1] is None else batch
     with torch.no_grad(), poutine.block():
         model_trace, _ = traces.run(model, guide, args, {})
-    if traces.latents(model_trace):
-        return Trace_ELBO()
     sites = traces.samples(model_trace)
-    intractable = any(getattr(unwrap(sites[name]["fn"]), "intractable", False) for name in traces.observed(model_trace))
-    return ContrastiveDivergence() if intractable else MaximumLikelihood()
+    if any(getattr(unwrap(sites[name]["fn"]), "intractable", False) for name in traces.observed(model_trace)):
+        return ContrastiveDivergence()
+    return Trace_ELBO() if traces.latents(model_trace) else MaximumLikelihood()
 
 
 def _optimiser(optim: Any, parameters: list[nn.Parameter]) -> Optimizer:

@@ -1376,3 +1376,10 @@ def test_a_missing_parquet_is_told_in_a_line(flow, tmp_path, monkeypatch):
     check_refusal(invoke("fit", "--data", tmp_path / "rows.parquet", "--out", tmp_path / "out"), *words)
     check_refusal(invoke("evaluate", flow, "--data", tmp_path / "rows.parquet"), *words)
     assert not (tmp_path / "draws.parquet").exists()
+
+
+def test_an_energy_is_fitted_where_columns_depend_on_each_other(tmp_path):
+    a, c = torch.randn(2, 60)
+    np.savetxt(tmp_path / "d.csv", torch.stack([a, 2 * a, c], 1), delimiter=",", header="a,b,c", comments="")
+    result = invoke("fit", "--data", tmp_path / "d.csv", "--family", "energy", "--epochs", 1, "--out", tmp_path, "--quiet")
+    assert result.exit_code == 0, result.output

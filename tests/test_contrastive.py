@@ -451,7 +451,9 @@ def test_without_gradients_the_family_is_told_log_z_until_its_parameters_change(
     family, objective, x = smooth(sampler=None), standard(), torch.randn(6, 2)
     objective.log_partition.data.fill_(0.7)
     svi = SVI(family.model, family.guide, SGD({"lr": 1e-3}), objective)
-    assert family().density == "unnormalized"
+    svi.evaluate_loss(x)
+    assert family().density == "unnormalized"  # nothing has been learned yet
+    loss_of(objective, family.model, x)
     pyro.set_rng_seed(3)
     value = svi.evaluate_loss(x)
     assert value == pytest.approx(loss_of(objective, family.model, x, seed=3).item())
@@ -623,3 +625,54 @@ def test_train_takes_contrastive_divergence_for_an_energy_and_stops_early_by_nat
     assert fit.best["valid"] < fit.history[0]["valid"]
     still = trained(None, epochs=8, patience=2, optim=partial(torch.optim.SGD, lr=1e-30))
     assert still.stopped == "no better validation loss in 2 epochs"
+
+
+# Beside others.
+
+
+def test_other_sites_count_by_their_density_and_train_chooses_it_for_them():
+    energy = EnergyModel((1,), negatives=Persistent(16, steps=1))
+
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", energy(), obs=x)
+            pyro.sample("y", dist.Normal(pyro.param("loc", torch.zeros(())), 1.0), obs=x[:, 0])
+
+    def guide(x):
+        pass
+
+    x = torch.randn(20, 1)
+    with torch.no_grad():
+        both, alone = (ContrastiveDivergence().loss(m, guide, x) for m in (model, energy.model))
+    # log Z is estimated in the one and remembered in the other
+    assert both - alone == pytest.approx(-dist.Normal(0.0, 1.0).log_prob(x).sum().item(), rel=1e-4)
+    assert len(train((model, guide), x, epochs=1, progress=False).history) == 1
+
+
+def test_its_value_does_not_hang_on_the_units_of_the_data():
+    losses = []
+    for scale in (1.0, 1000.0):
+        pyro.set_rng_seed(0)
+        energy, x = EnergyModel((2,), energy=DenseEnergy((8,)), negatives=Annealed(64, steps=5)), scale * torch.randn(50, 2)
+        energy.standardize(x)
+        losses.append(ContrastiveDivergence()(energy)(x).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_noise_contrastive_refuses_a_machine_that_cannot_learn_log_z_of_each_context():
+    energy = EnergyModel((2,), context=Labels(2), support=constraints.boolean, energy=BoltzmannMachine())
+    objective = NoiseContrastive(dist.Bernoulli(torch.full((2,), 0.5)).to_event(1))
+    with pytest.raises(ValueError, match=r"no term of the Boltzmann machine .* Use ContrastiveDivergence"):
+        objective(energy)(torch.ones(3, 2), torch.tensor([0, 1, 0]))
+
+
+def test_noise_contrastive_does_not_overwrite_what_is_exact_or_speak_before_it_has_learned():
+    energy, x = EnergyModel((1,), energy=DenseEnergy((8,))), torch.randn(20, 1)
+    energy.standardize(x)
+    objective = NoiseContrastive(dist.Normal(torch.zeros(1), 2.0).to_event(1))
+    objective.loss(energy.model, energy.guide, x)
+    assert energy().log_partition is None
+    log_partition(energy)
+    objective(energy)(x)
+    objective.loss(energy.model, energy.guide, x)
+    assert energy().log_partition.kind == "exact"

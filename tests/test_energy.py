@@ -6,6 +6,7 @@ otherwise it says so.
 """
 
 import copy
+import math
 import pickle
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import HMC, MCMC, NUTS, SVI, Predictive, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import HMC, MCMC, NUTS, SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
+from pyro.nn import PyroModule, PyroSample
 from teachers import Mixture, assert_means, energy_of_machine, grid, integral, outcomes, perturb
 from torch import nn
 from torch.distributions import constraints
@@ -31,6 +33,7 @@ from pyro_genmodels import (
     ConvolutionalEnergy,
     DenseEnergy,
     EnergyModel,
+    Flow,
     Gibbs,
     GibbsWithGradients,
     Hamiltonian,
@@ -39,11 +42,13 @@ from pyro_genmodels import (
     MaximumLikelihood,
     ParallelTempering,
     Persistent,
+    RealNVP,
     RestrictedBoltzmannMachine,
     checkpoints,
     train,
 )
 from pyro_genmodels.distributions import Energy
+from pyro_genmodels.distributions.memory import LogPartition
 from pyro_genmodels.evaluation import log_partition
 from pyro_genmodels.samplers import Sampler
 from pyro_genmodels.samplers.sampler import State
@@ -565,9 +570,126 @@ def test_a_distribution_by_itself_keeps_no_chains():
 
 
 def test_chains_cannot_go_on_where_every_row_has_a_context():
-    family = EnergyModel((1,), context=2, negatives=Persistent(4))
     with pytest.raises(ValueError, match=r"Use negatives=Annealed\(\) or Contrastive"):
-        family(torch.zeros(3, 2)).log_prob(torch.zeros(3, 1))
+        EnergyModel((1,), context=2, negatives=Persistent(4))
+    energy = Energy(Bowl(), (1,), context=torch.zeros(3, 2), negatives=Persistent(4))
+    with pytest.raises(ValueError, match=r"Use negatives=Annealed\(\) or Contrastive"):
+        energy.log_prob(torch.zeros(3, 1))
+
+
+class Bowl(nn.Module):
+    """A normal density whose height, but not its shape, depends on the context."""
+
+    def __init__(self):
+        super().__init__()
+        self.rise = nn.Parameter(torch.ones(()))
+
+    def forward(self, x, context=None):
+        square = x.square().sum(-1) / 2
+        return square if context is None else square - self.rise * context[:, 0]
+
+
+def labelled(energy, how=None, *, energy_first=False):
+    """A label in the context of an energy, and a guide for it, weighed by what is observed."""
+
+    def model(x):
+        z = None if energy_first else pyro.sample("z", dist.Categorical(torch.ones(2)))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", energy(torch.zeros(len(x)).long() if z is None else z.expand(len(x))), obs=x)
+        if energy_first:
+            pyro.sample("z", dist.Categorical(torch.ones(2)))
+
+    def guide(x):
+        pyro.sample("z", dist.Categorical(logits=pyro.param("logits", torch.zeros(2))), infer={"enumerate": how})
+
+    return model, guide
+
+
+@pytest.mark.parametrize(("elbo", "how"), [(Trace_ELBO, None), (TraceEnum_ELBO, "sequential")])
+def test_what_would_be_weighed_without_log_z_of_each_context_is_refused(elbo, how):
+    energy, x = EnergyModel((1,), context=Labels(2), energy=Bowl(), negatives=Annealed(4, steps=5)), torch.randn(4, 1)
+    svi = SVI(*labelled(energy, how), pyro.optim.Adam({"lr": 1e-2}), elbo(max_plate_nesting=1))
+    with pytest.raises(ValueError, match=r"'z', drawn without a gradient, would be weighed .* Draw it after"):
+        svi.step(x)
+    svi = SVI(*labelled(energy, how, energy_first=True), pyro.optim.Adam({"lr": 1e-2}), elbo(max_plate_nesting=1))
+    assert math.isfinite(svi.step(x))
+    assert Predictive(labelled(energy)[0], num_samples=3)(x)["z"].shape[0] == 3  # draws are not weighed
+
+
+def test_an_energy_trains_where_pyro_tracks_what_depends_on_what():
+    energy = EnergyModel((2,), negatives=Persistent(8, steps=2))
+
+    def model(y):
+        pyro.sample("y", dist.Normal(pyro.sample("z", energy()).sum(), 1.0), obs=y)
+
+    def guide(y):
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(2)), 1.0).to_event(1))
+
+    assert math.isfinite(SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), TraceGraph_ELBO()).step(torch.tensor(0.3)))
+
+
+class Scaled(nn.Module):
+    """An energy that a buffer outside of the state dict takes part in."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("t", torch.ones(()), persistent=False)
+
+    def forward(self, x):
+        return self.t * x.square().sum(-1) / 2
+
+
+def test_log_z_is_dropped_with_a_change_of_any_buffer():
+    family = EnergyModel((1,), energy=Scaled(), standardize=False)
+    log_partition(family)
+    assert family().density == "exact"
+    family.energy.t.fill_(100.0)
+    assert family().density == "unnormalized"
+
+
+def test_another_level_of_noise_has_another_log_z():
+    d = EnergyModel((1,), noise=(0.1, 1.0))()
+    known = d.normalized(LogPartition(torch.tensor(7.0), torch.tensor(0.0), "exact"))
+    assert known.at_noise(torch.tensor(0.5)).density == "unnormalized"
+
+
+def test_a_family_that_is_tilted_is_standardised_with_the_energy():
+    x = 100 + 10 * torch.randn(200, 2)
+    energy = EnergyModel((2,), base=Flow((2,), transform=RealNVP()), negatives=Persistent(8, steps=1))
+    energy.standardize(x)
+    assert torch.allclose(energy.base.loc, x.mean(0))
+    assert torch.allclose(energy.base.scale, x.std(0))
+    learned = Flow((2,), transform=RealNVP())
+    learned.standardize(torch.randn(50, 2))
+    before = learned.loc.clone()
+    EnergyModel((2,), base=learned).standardize(x)
+    assert torch.equal(learned.loc, before)
+
+
+def test_energies_that_are_no_function_of_one_datum_are_refused():
+    with pytest.raises(ValueError, match="BatchNorm, by which the energy of one datum depends on others"):
+        EnergyModel((2,), energy=nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))
+    random = PyroModule[nn.Linear](2, 1)
+    random.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 2]).to_event(2))
+    with pytest.raises(ValueError, match="weights of PyroLinear are random"):
+        EnergyModel((2,), energy=random)
+    dropping = EnergyModel((2, 2), energy=nn.Sequential(nn.Dropout1d(0.5), nn.Flatten(), nn.Linear(4, 1)))
+    with pytest.raises(ValueError, match="dropout is active"):
+        dropping().sample()
+
+
+def test_samplers_that_noise_would_ignore_are_refused():
+    with pytest.raises(ValueError, match="led down by annealed Langevin, not by Hamiltonian"):
+        EnergyModel((2,), noise=(0.1, 1.0), sampler=Hamiltonian())
+
+
+def test_a_plain_energy_checks_its_options_and_draws_in_its_own_precision():
+    with pytest.raises(TypeError, match="wants a sampler such as"):
+        Energy(Bowl(), (1,), sampler=Langevin)
+    with pytest.raises(ValueError, match="num_steps of 1 or more"):
+        Energy(Bowl(), (1,), num_steps=0)
+    d = Energy(nn.Sequential(nn.Linear(2, 4), nn.SiLU(), nn.Linear(4, 1)).double(), (2,), num_steps=3)
+    assert d.sample((4,)).dtype == torch.float64
 
 
 # What is tilted, in the units of the data.

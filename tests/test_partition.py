@@ -399,9 +399,9 @@ def test_a_density_is_unnormalized_until_log_z_is_known_and_then_sums_to_one(nam
     assert found.kind == family().density == "exact"
     with torch.no_grad():
         torch.testing.assert_close(family().log_prob(states).exp().sum() * volume, torch.ones(()), rtol=1e-4, atol=0)
-        log_partition(family, exact=False, num_chains=200, num_steps=20)
+        assert log_partition(family, exact=False, num_chains=200, num_steps=20).kind == "estimate"
         fn = family()
-        assert fn.density == "estimate"
+        assert fn.density == "exact"  # what is better known is kept
         torch.testing.assert_close(fn.log_prob(states), fn.unnormalized_log_prob(states) - fn.log_partition.value)
 
 
@@ -701,7 +701,7 @@ def test_as_the_prior_of_a_latent_variable_its_log_z_is_in_the_likelihood(exact,
             pyro.sample("z", dist.Normal(y, 1.0).to_event(1))
 
     if not exact:
-        monkeypatch.setattr(import_module("pyro_genmodels.partition.log_partition"), "exactly", lambda _: None)
+        monkeypatch.setattr(import_module("pyro_genmodels.partition.log_partition"), "exactly", lambda *_, **__: None)
     found = log_likelihood((lambda y: latent(family, y), lambda y: guide(family, y)), y, num_samples=4000, num_steps=50)
     with torch.no_grad():
         joint = exact_log_prob(family(), z, z, volume)[:, None] + dist.Normal(y.T, 0.7).log_prob(z)
@@ -731,3 +731,137 @@ def test_compare_takes_energies_and_says_of_which_kind_they_are():
     assert dict(table["kind"]) == {"machine": "exact", "below": "lower bound", "dense": "exact"}
     wanted = exact_log_prob(family(), x, states).sum().item()
     assert table["elpd"]["machine"] == pytest.approx(wanted, abs=1e-6)
+
+
+# What an estimate is made by, and what it is made of.
+
+
+def test_uncorrected_langevin_is_corrected_where_weights_rest_on_it():
+    d = Energy(lambda x: 12.5 * x.square().sum(-1), (5,), sampler=Langevin(0.05, adjusted=False))
+    truth = 2.5 * log(2 * pi / 25)
+    estimates = [log_partition(d, exact=False, num_chains=200, num_steps=200) for _ in range(4)]
+    assert all(abs(z.value - truth) < 6 * z.std_error for z in estimates)  # false alarms: 1e-8
+    x = torch.randn(400, 5) / 5
+    below = conservative_log_likelihood(observing(d), x, num_steps=200).values
+    gap = below - dist.Normal(0.0, 0.2).log_prob(x).sum(-1)
+    assert gap.mean() < 5 * gap.std() / 20  # false alarms: 3e-7
+
+
+def test_directions_that_say_nothing_do_not_agree():
+    d = Energy(lambda x: 0.5 * x.square().sum(-1), (3,))
+    start = dist.Uniform(-torch.ones(3), torch.ones(3)).to_event(1)
+    with pytest.warns(RuntimeWarning, match="backwards"):
+        found = log_partition(d, start=start, draws=torch.randn(100, 3), num_steps=50)
+    assert found.kind == "unreliable"
+    for draws in (torch.randn(1, 3), [[0.0, 0.0, 0.0]]):
+        with pytest.raises(ValueError, match="two or more draws"):
+            log_partition(d, draws=draws)
+
+
+def test_walls_weigh_nothing_from_whatever_start():
+    box = Energy(lambda x: torch.where(x.abs().amax(-1) > 1, torch.inf, 0.0), (3,))
+    start = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+    found = log_partition(box, start=start, num_chains=2000, num_steps=100)
+    assert abs(found.value - 3 * log(2)) < 6 * found.std_error  # false alarms: 2e-9
+
+
+def test_a_start_does_not_stand_in_the_way_of_a_sum():
+    machine = perturb(EnergyModel((30,), energy=RestrictedBoltzmannMachine(3), support=BINARY))
+    start = dist.Bernoulli(torch.full((30,), 0.5)).to_event(1)
+    assert log_partition(machine, start=start).kind == "exact"
+
+
+def test_an_integral_that_does_not_stand_still_is_an_estimate_with_its_difference_as_error():
+    step = Energy(lambda x: torch.where(x.abs().amax(-1) > 0.7654, torch.inf, 0.0), (2,))
+    found = log_partition(step, exact=True)
+    assert found.kind == "estimate"
+    assert 0 < found.std_error < 0.1
+    assert abs(found.value - 2 * log(2 * 0.7654)) < 3 * found.std_error
+
+
+# Errors of log Z in likelihoods.
+
+
+def four(**options):
+    """A family over four numbers, whose log Z is out of reach."""
+    return perturb(EnergyModel((4,), energy=DenseEnergy((4,)), **options))
+
+
+def test_a_careful_estimate_is_used_and_not_displaced():
+    family = four()
+    careful = log_partition(family, exact=False, num_chains=64, num_steps=50)
+    found = log_likelihood(family, torch.randn(5, 4), num_samples=10, num_steps=10)
+    assert found.log_partition.value == careful.value
+    log_partition(family, exact=False, num_chains=4, num_steps=5)
+    assert family().log_partition.value == careful.value
+
+
+@of_few_chains
+def test_a_row_in_which_an_energy_stands_often_has_its_error_as_often():
+    family, times = four(), 10
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-2), pyro.plate("times", times, dim=-1):
+            pyro.sample("x", family(), obs=x)
+
+    found = log_likelihood((model, lambda x: None), torch.randn(6, times, 4), num_samples=8, num_steps=20)
+    error = times * found.log_partition.std_error
+    torch.testing.assert_close(found.std_error, error.expand(6))
+    assert found.shared_error == pytest.approx(error.item())
+
+
+@of_few_chains
+def test_rows_of_one_label_share_its_error_and_each_label_is_estimated_once(monkeypatch):
+    family = four(context=Labels(2))
+    calls = []
+    module = import_module("pyro_genmodels.evaluation.constants")
+    monkeypatch.setattr(module, "log_partition", lambda d, **kw: calls.append(len(d.context)) or log_partition(d, **kw))
+    labels = (torch.arange(40) >= 30).long()
+    found = log_likelihood(family, torch.randn(40, 4), labels, num_samples=8, num_steps=20, batch_size=7)
+    assert sum(calls) == 2
+    zero, one = found.std_error[0], found.std_error[-1]
+    torch.testing.assert_close(found.std_error, torch.where(labels == 0, zero, one))
+    assert found.shared_error == pytest.approx(((0.75 * zero).square() + (0.25 * one).square()).sqrt().item())
+
+
+@of_few_chains
+def test_two_energies_have_both_errors():
+    a, b = four(), four()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", a(), obs=x)
+            pyro.sample("y", b(), obs=x)
+
+    found = log_likelihood((model, lambda x: None), torch.randn(6, 4), num_samples=8, num_steps=20)
+    both = (a().log_partition.std_error.square() + b().log_partition.std_error.square()).sqrt()
+    assert found.log_partition is None
+    assert found.shared_error == pytest.approx(both.item())
+    torch.testing.assert_close(found.std_error, both.expand(6))
+
+
+def test_an_energy_in_the_guide_has_a_constant_of_its_own():
+    prior, posterior = (EnergyModel((1,), energy=Square(scale), standardize=False) for scale in (1.0, 5.0))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior())
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", posterior())
+
+    x = torch.tensor([[0.1], [0.4]])
+    found = log_likelihood((model, guide), x, num_samples=4000)
+    truth = dist.Normal(0.0, 2**0.5).log_prob(x[:, 0])
+    assert ((found.values - truth).abs() < 6 * found.std_error + 1e-3).all()  # false alarms: 4e-9
+
+
+class Square(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, x):
+        return 0.5 * self.scale * x.square().sum(-1)

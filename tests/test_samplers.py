@@ -1603,3 +1603,67 @@ def test_nuts_draws_from_it(shape):
     draws = mcmc.get_samples()["x"]
     assert draws.shape == (4000, *shape)
     assert_means(law.statistics(draws).unflatten(0, (40, 100)).mean(1), law.means)
+
+
+# What goes wrong is told.
+
+
+def test_chains_that_run_away_are_told():
+    quartic = Energy(lambda x: x.pow(4).sum(-1), (1,), sampler=Langevin(1.0, adjusted=False))
+    with pytest.raises(FloatingPointError, match=r"chains ran away to infinity.* Use Langevin\(adjusted=True\)"):
+        quartic.sample((3,))
+    with pytest.warns(RuntimeWarning, match="chains ran away, to log densities of .* Lower the step size"):
+        sample_chains(
+            lambda x: -x.square().sum(-1) / 2, torch.randn(5, 1), sampler=Langevin(2.1, adjusted=False), progress=False
+        )
+
+
+def test_a_chain_that_accepts_nothing_among_others_that_do_is_told():
+    """One begins on a spike so high that it never leaves it."""
+
+    def spike(x):
+        return torch.where((x - 5).abs().sum(-1) < 1e-6, 1e3 - 0 * x.sum(-1), -x.square().sum(-1) / 2)
+
+    initial = torch.cat([torch.zeros(9, 1), torch.full((1, 1), 5.0)])
+    with pytest.warns(RuntimeWarning, match="1 of 10 chains accepted nearly nothing"):
+        sample_chains(spike, initial, num_samples=200, warmup=50, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "found"),
+    [
+        ({"sampler": Langevin}, TypeError, "but found the class Langevin"),
+        ({"sampler": "langevin"}, TypeError, "wants a sampler such as"),
+        ({"num_samples": 10.5}, ValueError, "num_samples wants a whole number, but is 10.5"),
+        ({"target": lambda x: 0.0}, TypeError, "should be a tensor, one number a chain, but is float"),
+        (
+            {"target": Energy(lambda x, c: x.square().sum(-1), (1,), context=torch.zeros(5, 2))},
+            ValueError,
+            "each of 5 contexts",
+        ),
+        ({"target": Energy(lambda x: x.sum(-1), (1,), support=constraints.interval(0.0, 0.5))}, ValueError, "within .*outside"),
+        ({"target": Energy(lambda x: x.sum(-1), (1,), support=constraints.integer_interval(0, 1))}, ValueError, "outside"),
+    ],
+)
+def test_what_chains_cannot_use_is_refused(options, error, found):
+    options = {"target": lambda x: -x.square().sum(-1), "num_samples": 3, "warmup": 0} | options
+    with pytest.raises(error, match=found):
+        sample_chains(options.pop("target"), torch.full((4, 1), 2.0), progress=False, **options)
+
+
+def test_tempering_wants_a_plain_sampler():
+    for sampler in ("x", ParallelTempering(Langevin())):
+        with pytest.raises(TypeError, match="wants a plain sampler"):
+            ParallelTempering(sampler)
+
+
+def test_nuts_wants_the_energy_of_one_context():
+    energy = Energy(lambda x, c: x.square().sum(-1), (1,), context=torch.zeros(5, 2))
+    with pytest.raises(ValueError, match="energy of one context, but found 5"):
+        potential(energy)
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"step_size": -1.0}])
+def test_annealed_langevin_refuses_steps_that_make_no_sense(options):
+    with pytest.raises(ValueError, match="steps wants 1 or more and step_size a positive number"):
+        annealed_langevin(lambda x, sigma: -x, torch.zeros(3, 1), [1.0, 0.1], **options)

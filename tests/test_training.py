@@ -25,8 +25,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyro_genmodels import (
     MAF,
     VAE,
+    Annealed,
     Autoregressive,
     Bernoulli,
+    EnergyModel,
     Flow,
     Labels,
     MaximumLikelihood,
@@ -1243,3 +1245,12 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="file"):
         train(affine_flow(), torch.randn(9, 2), epochs=1, checkpoint=Path(tmp_path / "file" / "c"))
+
+
+def test_validation_that_lacks_log_z_of_each_context_is_warned_of():
+    energy = EnergyModel((1,), context=2, negatives=Annealed(4, steps=2))
+    x, context = torch.randn(8, 1), torch.randn(8, 2)
+    with pytest.warns(RuntimeWarning, match="lack log Z of each") as found:
+        train(energy, (x, context), valid=(x, context), objective=Trace_ELBO(), epochs=2, progress=False)
+    assert len([w for w in found if "lack log Z" in str(w.message)]) == 1
+    train(energy, (x, context), valid=(x, context), epochs=1, progress=False)  # by ContrastiveDivergence, which knows them

@@ -27,6 +27,7 @@ from pyro.distributions import TorchDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Independent, IndependentTransform, Transform, constraints
+from torch.nn.modules.dropout import _DropoutNd
 
 Density = Literal["exact", "lower bound", "estimate", "unnormalized", "none"]
 
@@ -283,9 +284,10 @@ def density_of(fn: Distribution) -> tuple[Density, str]:
     return max([own, *within], key=lambda found: get_args(Density).index(found[0]))
 
 
-def drops_units(module: Any) -> bool:
-    """Whether a network drops units at random as it stands, so that no two passes are of one function."""
-    return isinstance(module, nn.Module) and any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in module.modules())
+def drops_units(*parts: Any) -> bool:
+    """Whether a network, also inside a distribution, drops units at random, so that no two passes are of one function."""
+    layers = (m for module in parts_of(parts)[0] for m in module.modules())
+    return any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in layers)
 
 
 def sum_event(values: Tensor, event_dim: int) -> Tensor:

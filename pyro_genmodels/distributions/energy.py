@@ -22,7 +22,15 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, biject_to, constraints
 
-from pyro_genmodels.distributions.base import Density, GenerativeDistribution, drops_units, is_real, over_events, parts_of
+from pyro_genmodels.distributions.base import (
+    Density,
+    GenerativeDistribution,
+    drops_units,
+    is_real,
+    map_tensors,
+    over_events,
+    parts_of,
+)
 from pyro_genmodels.distributions.memory import LogPartition, Memory, fingerprint
 from pyro_genmodels.distributions.negatives import Annealed, Negatives, Persistent
 from pyro_genmodels.distributions.noisy import Noisy
@@ -59,6 +67,7 @@ class Energy(GenerativeDistribution):
         num_steps: of the sampler to a draw.
         noise: lowest and highest level of noise that the energy is told, as the logarithm at the end of its context; it is then
             the energy of the data with the lowest, unless `at_noise` says otherwise.
+        weighs: names of latent variables that log Z of each context may weigh, as far as is known where this was made.
         validate_args: as everywhere in torch.
 
     Raises:
@@ -95,9 +104,14 @@ class Energy(GenerativeDistribution):
         memory: Memory | None = None,
         num_steps: int = 500,
         noise: tuple[float, float] | None = None,
+        weighs: Sequence[str] = (),
         validate_args: bool | None = None,
     ) -> None:
         super().__init__(event_shape, context=context, support=support, validate_args=validate_args)
+        if not (sampler is None or sampler is ... or isinstance(sampler, Sampler)):
+            raise TypeError(f"Energy wants a sampler such as Langevin(), but found {sampler!r}.")
+        if not isinstance(num_steps, int) or num_steps < 1:
+            raise ValueError(f"Energy wants num_steps of 1 or more to a draw, but found {num_steps!r}.")
         if base is not None and (base.batch_shape or base.event_shape != self.event_shape):
             raise ValueError(
                 f"An energy tilts a density of one datum, of event shape {tuple(self.event_shape)}, but the base has batch "
@@ -106,14 +120,19 @@ class Energy(GenerativeDistribution):
         kind, classes = kind_of(support)
         if kind == "real" and coordinates is None and not is_real(support):
             coordinates = over_events(biject_to(support), len(self.event_shape))
-        start = start_of(support, self.event_shape) if start is None else start
+        if start is None:
+            modules, tensors = parts_of((energy, context))
+            tensors += [t for module in modules for t in (*module.parameters(), *module.buffers())]
+            start = start_of(support, self.event_shape)
+            if like := [t for t in tensors if t.is_floating_point()]:
+                start = map_tensors(start, lambda t: t.to(like[0]))
         self.network = energy
         if noise is not None:
             energy = Noisy(energy, noise[0], scaled=tilted and base is None)
         self.path = Path(energy, self.event_shape, kind, classes, start, base, tilted, coordinates, features)
         self.sampler = (Langevin() if kind == "real" else GibbsWithGradients()) if sampler is ... else sampler
         self.negatives = negatives or (Persistent() if context is None else Annealed())
-        self.memory, self.num_steps, self.noise = memory, num_steps, noise
+        self.memory, self.num_steps, self.noise, self.weighs = memory, num_steps, noise, weighs
         self._log_z: LogPartition | None = None
         if self.sampler is not None:
             self.sampler.check(self.path.target())
@@ -137,7 +156,11 @@ class Energy(GenerativeDistribution):
         return self.but(_log_z=log_partition)
 
     def keep(self, log_partition: LogPartition) -> None:
-        """Has the family remember log Z until its parameters change, where there is a family and no context."""
+        """Has the family, where there is one and no context, remember the best log Z until its parameters change."""
+        known = self.log_partition
+        worse = known is not None and known.kind != "unreliable" and log_partition.kind != "exact"
+        if worse and (known.kind == "exact" or known.std_error <= log_partition.std_error):  # type: ignore[union-attr]
+            return
         if self.memory is not None and self.context is None:
             self.memory.put_log_partition(log_partition, self.fingerprint())
 
@@ -145,7 +168,7 @@ class Energy(GenerativeDistribution):
         """Of all that log Z depends on."""
         path = self.path
         modules, tensors = parts_of((path.energy, path.base, path.start if path.tilted else None, path.coordinates))
-        return fingerprint([t for module in modules for t in module.state_dict().values()] + tensors)
+        return fingerprint([t for module in modules for t in (*module.parameters(), *module.buffers())] + tensors)
 
     def unnormalized_log_prob(self, value: Tensor) -> Tensor:
         """The log density (nats) up to log Z, without negatives: (sample..., *batch_shape)."""
@@ -153,6 +176,12 @@ class Energy(GenerativeDistribution):
 
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
         log_p, known = self.path.log_density(y, context), self.log_partition
+        if known is None and self.weighs and torch.is_grad_enabled():
+            raise ValueError(
+                f"The variable {self.weighs[0]!r}, drawn without a gradient, would be weighed by the energy of each of its "
+                "values without log Z of each, which is not known. Draw it after the energy's site if it is not in the "
+                "context; else relax it, or take a family with an exact density, such as Flow."
+            )
         if known is not None:
             log_p = log_p - known.value.to(log_p)
         if self.wants_negatives:
@@ -205,7 +234,7 @@ class Energy(GenerativeDistribution):
                 f"This energy has no sampler, and so no {what}. Build it with one such as Langevin(), or train it by "
                 "NoiseContrastive(noise=...), SlicedScoreMatching() or DenoisingScoreMatching(), which draw nothing from it."
             )
-        if drops_units(self.network):
+        if drops_units(self.network, self.path.base):
             raise ValueError(
                 f"An energy whose dropout is active has no {what}, for it has no density. Build it without dropout."
             )
@@ -222,13 +251,14 @@ class Energy(GenerativeDistribution):
         else:
             u = self.path.begin((n,))
             u = sampler.spread(anneal(target, sampler.single, u, schedule(self.num_steps, u), rate=0.1)[0])
-        u = run(sampler, target, u, self.num_steps, step_size=step_size, rate=0.1).x
-        u = self.path.decode(sampler.settled(u))
+        u = sampler.settled(run(sampler, target, u, self.num_steps, step_size=step_size, rate=0.1).x)
+        u = self.path.decode(self.sound(u))
         return u.reshape(shape + self.event_shape)
 
     def target(self) -> Target:
         """The path to the density, as samplers want it; with a context, of one chain for each row."""
-        return self.path.target(None if self.context is None else self.context.reshape(-1, self.context.shape[-1]))
+        context = None if self.context is None else self.context.reshape(-1, self.context.shape[-1])
+        return replace(self.path.target(context), support=self.support, chains=None if context is None else len(context))
 
     def _denoised_draw(self, shape: Size) -> Tensor:
         """Draws led down the levels of noise."""
@@ -243,7 +273,21 @@ class Energy(GenerativeDistribution):
         u = self.path.begin(shape)
         levels = torch.logspace(log10(high), log10(low), 20, dtype=u.dtype, device=u.device)
         u = u + high * torch.randn_like(u)
-        return self.path.decode(annealed_langevin(score, u, levels, steps=max(self.num_steps // 20, 1)))
+        return self.path.decode(self.sound(annealed_langevin(score, u, levels, steps=max(self.num_steps // 20, 1))))
+
+    def sound(self, u: Tensor) -> Tensor:
+        """Positions of draws as they are.
+
+        Raises:
+            FloatingPointError: if a chain ran away, where arguments are validated.
+        """
+        lost = ~u.reshape(-1, self.path.position_shape.numel()).isfinite().all(1)
+        if self._validate_args and lost.any():
+            raise FloatingPointError(
+                f"{int(lost.sum())} of {len(lost)} chains ran away to infinity: the energy does not rise far from the data, or "
+                "steps are too large. Use Langevin(adjusted=True), a smaller step_size, or a base to be tilted"
+            )
+        return u
 
     def at_noise(self, sigma: Tensor) -> Energy:
         """The distribution of the data with noise of deviation sigma (batch...) added, in the coordinates of chains.
@@ -258,7 +302,7 @@ class Energy(GenerativeDistribution):
         own = None if self.context is None else self.context.expand(*shape, self.context.shape[-1])
         context = level if own is None else torch.cat([own, level], -1)
         path = replace(self.path, energy=replace(self.path.energy, told=True))
-        return self.but(path=path, context=context, noise=None, _batch_shape=shape, negatives=Annealed())
+        return self.but(path=path, context=context, noise=None, _batch_shape=shape, negatives=Annealed(), _log_z=None)
 
     def but(self, **changes: Any) -> Energy:
         """The same distribution with other attributes; nothing is copied."""

@@ -78,7 +78,7 @@ class Memory(nn.Module):
         self.register_buffer("begun", torch.tensor(False))
         self.register_buffer("step_size", step_size)
         self.register_buffer("acceptance", torch.zeros_like(step_size))
-        self.register_buffer("log_z", torch.zeros(4))  # value, error, chains, effective sample size
+        self.register_buffer("log_z", torch.zeros(5))  # value, error, chains, steps, effective size
         self.register_buffer("log_z_kind", torch.tensor(-1))
         self.register_buffer("log_z_of", torch.tensor(0))
         self.reread()
@@ -105,7 +105,7 @@ class Memory(nn.Module):
         """Keeps log Z for the parameters of that fingerprint."""
         size = 0.0 if found.effective_sample_size is None else found.effective_sample_size
         with torch.no_grad():
-            known = (found.value, found.std_error, found.num_chains, size)
+            known = (found.value, found.std_error, found.num_chains, found.num_steps, size)
             self.log_z.copy_(torch.stack([torch.as_tensor(v).to(self.log_z) for v in known]))
             self.log_z_kind.fill_(_KINDS.index(found.kind))
             self.log_z_of.copy_(of)
@@ -119,9 +119,14 @@ class Memory(nn.Module):
             self.log_z_kind.fill_(-1)
             self.kind = -1
             return None
-        value, error, chains, size = self.log_z.clone().unbind()
+        value, error, chains, steps, size = self.log_z.clone().unbind()
         return LogPartition(
-            value, error, _KINDS[self.kind], effective_sample_size=size if size else None, num_chains=int(chains)
+            value,
+            error,
+            _KINDS[self.kind],
+            effective_sample_size=size if size else None,
+            num_chains=int(chains),
+            num_steps=int(steps),
         )
 
 
@@ -134,7 +139,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
     total = torch.tensor(0)
     for i, t in enumerate(tensors):
         bits = t.detach().contiguous().reshape(-1).view(_BITS[t.element_size()]).to(torch.int64)
-        places = torch.arange(1, 2 * len(bits), 2, device=bits.device)
+        places = torch.arange(len(bits), device=bits.device) * 2 + 1
         mixed = (bits ^ (bits >> 29)) * 0x9E3779B97F4A7C1 + places  # or the sign bits of two numbers would cancel
         mixed = (mixed ^ (mixed >> 31)) * places * (2 * i + 1)
         total = total + (mixed ^ (mixed >> 30)).sum().to(total.device)

@@ -105,7 +105,10 @@ class Path:
         at_end = isinstance(beta, float) and beta == 1.0
         if self.origin is not None and not at_end:
             log_q = self.origin.log_prob(self.decode(u)) + self.log_det(u)
-            return (1 - beta) * log_q + beta * self.log_f(u, context)
+            log_f = beta * self.log_f(u, context)
+            if not isinstance(beta, float):
+                log_q, log_f = log_q.masked_fill(beta == 1, 0.0), log_f.masked_fill(beta == 0, 0.0)  # also where infinite
+            return (1 - beta) * log_q + log_f
         energies = self.energies(u, context) if at_end else self._tempered(u, context, beta)
         if self.base is not None:
             return self.base.log_prob(self.decode(u)) + self.log_det(u) - energies
@@ -144,7 +147,7 @@ class Path:
         return energies.reshape(left + chains)
 
     def _chains(self, u: Tensor) -> Size:
-        return u.shape[: u.dim() - len(self.position_shape)]
+        return Size(u.shape[: u.dim() - len(self.position_shape)])  # a tensor that Pyro tracks has a plain tuple
 
     # For samplers.
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 __all__ = ["fisher"]
 
 import torch
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent
 
 from pyro_genmodels.distributions.base import density_of, sum_event
 from pyro_genmodels.divergences.kl import Divergence
@@ -69,12 +70,20 @@ def fisher(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Di
 
 def score_of(dist: Distribution, x: Tensor) -> Tensor:
     """The gradient of the log density in x, of the shape of x; with a graph to the parameters where gradients are enabled."""
-    log_prob = getattr(dist, "unnormalized_log_prob", dist.log_prob)
-    create_graph = torch.is_grad_enabled() and log_prob(x).requires_grad
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        log_p = log_prob(x).sum()
+        log_p = _unnormalized(dist, x).sum()
         if not log_p.requires_grad:  # a density that is flat
             return torch.zeros_like(x)
         (score,) = torch.autograd.grad(log_p, x, create_graph=create_graph, allow_unused=True, materialize_grads=True)
     return score
+
+
+def _unnormalized(dist: Distribution, x: Tensor) -> Tensor:
+    """Log densities but for constants, also of an energy inside Pyro's wrappers: (draws..., *batch_shape)."""
+    if isinstance(dist, Independent):
+        return sum_event(_unnormalized(dist.base_dist, x), dist.reinterpreted_batch_ndims)
+    if isinstance(dist, ExpandedDistribution):
+        return _unnormalized(dist.base_dist, x)
+    return getattr(dist, "unnormalized_log_prob", dist.log_prob)(x)

@@ -41,6 +41,7 @@ class LogLikelihood:
         kind: what the values are.
         num_samples: k, the draws behind each value; 1 where nothing was drawn.
         log_partition: log Z that all values share, where they are of an energy; its error is in that of each.
+        shared_error: standard error that the mean has of log Z, shared by all values or by those of one context.
     """
 
     values: Tensor
@@ -48,6 +49,7 @@ class LogLikelihood:
     kind: Kind
     num_samples: int
     log_partition: LogPartition | None = None
+    shared_error: float = 0.0
 
     @property
     def mean(self) -> float:
@@ -60,11 +62,6 @@ class LogLikelihood:
         if len(self.values) < 2:
             return float("nan")
         return (self.values.var() / len(self.values) + self.shared_error**2).sqrt().item()
-
-    @property
-    def shared_error(self) -> float:
-        """Standard error of what all values share, log Z."""
-        return 0.0 if self.log_partition is None else self.log_partition.std_error.item()
 
     def bits_per_dim(self, dims: int) -> float:
         """Negative log-likelihood in bits per dimension, for data of that many dimensions."""
@@ -139,10 +136,9 @@ def log_likelihood(
             at_once = max(1, batch_size // (stop - start)) if parallel else None
             parts.append(_weigh(model, guide, *call, stop - start, plates, nesting, k, at_once, drawn, tightens, constants))
     values, std_error = (torch.cat(part) for part in zip(*parts, strict=True))
-    std_error = (std_error.square() + constants.variance.to(std_error)).sqrt()
-    shared = next(iter(constants.shared.values())) if len(constants.shared) == 1 else None
     kind = "unreliable" if "unreliable" in constants.kinds else "estimate" if "estimate" in constants.kinds else kind
-    return LogLikelihood(values, std_error, kind, k if drawn or kind == "exact" else num_samples, shared)
+    k = k if drawn or kind == "exact" else num_samples
+    return LogLikelihood(values, std_error, kind, k, constants.single, constants.shared_error(len(x)))
 
 
 def _kind(
@@ -153,8 +149,8 @@ def _kind(
     It is the kind of values, whether each is from draws, and whether more draws tighten it; the data's plate, and the nesting.
     """
     model_trace, guide_trace = traces.run(model, guide, args, kwargs)
-    for trace in (model_trace, guide_trace):
-        constants.put(trace)
+    for role, trace in (("model", model_trace), ("guide", guide_trace)):
+        constants.put(trace, role)
     unguided = [n for n in traces.latents(model_trace) if n not in guide_trace.nodes]
     if unguided:
         raise ValueError(
@@ -207,20 +203,19 @@ def _weigh(
 
     Where the log weights are themselves drawn, only their mean is a bound.
     """
-    log_w = []
+    log_w, variances = [], []
     for start in range(0, k, at_once or 1):
         draws = min(at_once or 1, k - start)
         plate = traces.particles(draws, nesting) if at_once else None
         pair = traces.run(model, guide, args, kwargs, plate)
-        of_rows = constants.put(pair[0])
-        constants.put(pair[1])
+        places = constants.put(pair[0], "model") + constants.put(pair[1], "guide")
         dim = next(dim for name, dim in traces.data_plates(pair[0], rows).items() if name in plates)
         log_p, log_q = (traces.log_prob(trace, (-nesting - 1, dim), scaled=False) for trace in pair)
         log_w.append((log_p - log_q.to(log_p)).expand(draws, rows))
+        variances.append(constants.variance(places, nesting, dim, draws / k))
     log_w = torch.cat(log_w)
     values = log_w.logsumexp(0) - log(k) if tightens else log_w.mean(0)
-    errors = [traces.keep(found.std_error.square(), (-nesting - 1, dim)).mean(0) for found in of_rows.values()]
-    variance = sum(errors, torch.zeros_like(values))  # of log Z of the row's contexts, which draws may share
+    variance = torch.stack(variances).mean(0).to(values).expand_as(values)
     if not drawn:
         return values, variance.sqrt()
     if k == 1:

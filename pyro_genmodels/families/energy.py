@@ -16,6 +16,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_genmodels import traces
 from pyro_genmodels.distributions.base import density_of, map_tensors, unchecked
@@ -114,6 +115,16 @@ class EnergyModel(Family):
         self.features = None if plain else _to_unit if bounded else positions
         self.arguments["sampler"] = sampler
         self.negatives = (Persistent() if self.context is None else Annealed()) if negatives is None else negatives
+        if self.context is not None and isinstance(self.negatives, Persistent):
+            raise ValueError(
+                "Persistent chains cannot go on where every row has a context of its own. Use negatives=Annealed() or "
+                "Contrastive()."
+            )
+        if noise is not None and sampler not in (None, Langevin()):
+            raise ValueError(
+                f"Draws of an energy at several levels of noise are led down by annealed Langevin, not by {sampler}. Leave the "
+                "sampler out, or the noise."
+            )
         kept = self.negatives.kept if isinstance(self.negatives, Persistent) and sampler is not None else 0
         like = torch.zeros(kept, *position)
         self.memory = Memory(sampler, like)
@@ -145,6 +156,7 @@ class EnergyModel(Family):
             memory=self.memory,
             num_steps=self.num_steps,
             noise=self.noise,
+            weighs=() if context is None else traces.drawn_without_gradient(),
         )
 
     def _start(self) -> Distribution:
@@ -167,6 +179,8 @@ class EnergyModel(Family):
 
     def standardize(self, x: Tensor) -> None:
         """Takes mean and standard deviation from data, (N, *event_shape), or of discrete data their frequencies."""
+        if isinstance(self.base, Family) and not self.base._standardized:
+            self.base.standardize(x)
         if not self.support.is_discrete:
             return super().standardize(x)
         if self._standardize:
@@ -202,6 +216,16 @@ def _checked_energy(energy: Any) -> nn.Module:
         raise TypeError(
             f"EnergyModel wants a choice such as DenseEnergy() or a torch.nn.Module as its energy, but found {found}. A plain "
             "function can be an energy of pyro_genmodels.distributions.Energy."
+        )
+    if any(getattr(part, "_pyro_samples", ()) for part in energy.modules()):
+        raise ValueError(
+            f"The weights of {type(energy).__name__} are random (PyroSample), and log Z of every draw of them is out of reach. "
+            "Give it weights that are parameters."
+        )
+    if any(isinstance(part, _BatchNorm) for part in energy.modules()):
+        raise ValueError(
+            f"{type(energy).__name__} has BatchNorm, by which the energy of one datum depends on others. Use GroupNorm or "
+            "LayerNorm."
         )
     return energy
 

@@ -25,10 +25,12 @@ import pyro
 import torch
 import torch.nn.functional as F
 from pyro.infer.util import is_validation_enabled
+from pyro.poutine import Trace
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_genmodels.distributions.base import GenerativeDistribution, density_of
+from pyro_genmodels import traces
+from pyro_genmodels.distributions.base import GenerativeDistribution, density_of, unwrap
 from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.distributions.memory import LogPartition
 from pyro_genmodels.distributions.negatives import Contrastive
@@ -37,11 +39,12 @@ from pyro_genmodels.partition import quick_log_partition
 
 
 class ContrastiveDivergence(Objective):
-    r"""Contrastive divergence of the energies at the observed sites.
+    r"""Contrastive divergence of the energies at the observed sites; other observed sites count by their density.
 
     Its gradient is that of the negative log-likelihood, as far as the negatives follow the model. Its value under gradients is
-    the difference of the mean log densities of negatives and data; without gradients (`evaluate_loss`, validation) it is the
-    negative log-likelihood in nats, with log Z by a short run of annealed importance sampling, and no chain is moved.
+    the difference of the mean log densities of negatives and data, in the coordinates of the chains; without gradients
+    (`evaluate_loss`, validation) it is the negative log-likelihood in nats, with log Z by a short run of annealed importance
+    sampling, and no chain is moved.
 
     Args:
         steps: of the sampler, each time; by default as the energy's own negatives say, or 1 from the data.
@@ -51,7 +54,7 @@ class ContrastiveDivergence(Objective):
         kwargs: see `Objective`.
 
     Raises:
-        ValueError: for a site that is not an energy, naming the objective to use.
+        ValueError: for a model without an energy, or a site without a density, naming the objective to use.
 
     Example:
         >>> from pyro.infer import SVI
@@ -65,16 +68,25 @@ class ContrastiveDivergence(Objective):
         self, *, steps: int | None = None, persistent: bool = True, regularization: float = 0.0, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        if steps is not None and steps < 1:
-            raise ValueError(f"ContrastiveDivergence wants steps of 1 or more, but found {steps}.")
+        if steps is not None and not (isinstance(steps, int) and steps >= 1):
+            raise ValueError(f"ContrastiveDivergence wants steps of 1 or more, but found {steps!r}.")
         if not 0 <= regularization < float("inf"):
             raise ValueError(f"ContrastiveDivergence wants a regularization of 0 or more, but found {regularization}.")
         self.steps, self.persistent, self.regularization = steps, persistent, regularization
 
     def check(self, name: str, dist: Distribution) -> None:
-        check_energy(type(self).__name__, name, dist)
+        if density_of(dist)[0] not in ("exact", "lower bound"):
+            check_energy(type(self).__name__, name, dist)
+
+    def _score(self, model_trace: Trace, guide_trace: Trace) -> None:
+        found = {name: unwrap(site["fn"]) for name, site in traces.samples(model_trace).items() if site["is_observed"]}
+        if found and not any(isinstance(dist, Energy) for dist in found.values()):
+            check_energy(type(self).__name__, *next(iter(found.items())))
+        super()._score(model_trace, guide_trace)
 
     def per_datum(self, dist: Any, x: Tensor) -> Tensor:
+        if not isinstance(dist, Energy):
+            return -dist.log_prob(x)
         if not torch.is_grad_enabled():
             return -dist.normalized(quick_log_partition(dist)).log_prob(x)
         negatives: Any = dist.negatives if self.persistent else Contrastive(self.steps or 1)
@@ -85,7 +97,7 @@ class ContrastiveDivergence(Objective):
         path, (y, context, _) = dist.path, dist.aligned(x)
         u = negatives.draw(dist, y, context)
         log_f = dist.checked(path.log_f(u, context))
-        loss = log_f.mean(0) - path.log_density(y, context)
+        loss = log_f.mean(0) - path.log_f(path.encode(y), context)
         if self.regularization:
             energies = path.energies(path.encode(y), context).square() + path.energies(u, context).square().mean(0)
             loss = loss + self.regularization * energies
@@ -106,12 +118,12 @@ class NoiseContrastive(Objective):
 
     Attributes:
         log_partition: the parameter log Z, (); of a conditional energy the part that does not depend on the context: the rest
-            is for the energy itself to learn. Without gradients (`evaluate_loss`, validation) the family is told of it, and its
-            densities count it until its parameters change.
+            is for the energy itself to learn, which a network of both can and a Boltzmann machine cannot. Without gradients
+            (`evaluate_loss`, validation) the family is told of it, and its densities count it until its parameters change.
 
     Raises:
         TypeError: if the noise is no distribution.
-        ValueError: for a site that is not an energy, or noise over other events.
+        ValueError: for a site that is not an energy, or a Boltzmann machine with a context, or noise over other events.
 
     Example:
         >>> import pyro.distributions as dist
@@ -143,6 +155,7 @@ class NoiseContrastive(Objective):
         self.noise, self.ratio = noise, ratio
         self.log_partition = nn.Parameter(torch.zeros(()))
         self.network: Any = None
+        self.learning = False  # before it has begun log Z is anyone's guess
         self._name()
 
     def _name(self) -> None:
@@ -169,6 +182,11 @@ class NoiseContrastive(Objective):
                 f"Site {name!r} is over {dist.support}, but draws of the noise, {type(self.noise).__name__}, lie outside. Take "
                 "noise over the support of the energy."
             )
+        if dist.context is not None and hasattr(dist.network, "gibbs"):
+            raise ValueError(
+                f"NoiseContrastive cannot learn log Z of every context, and no term of the Boltzmann machine at site {name!r} "
+                "depends on its context alone to do so. Use ContrastiveDivergence()."
+            )
         self.network = dist.network
 
     def _inside(self, support: Any) -> bool:
@@ -186,7 +204,8 @@ class NoiseContrastive(Objective):
         with torch.no_grad():
             noise = self.noise.sample((self.ratio, *y.shape[: y.dim() - dist.event_dim]))
             log_q, log_q_noise = self.noise.log_prob(y), self.noise.log_prob(noise)
-        if not torch.is_grad_enabled():
+        self.learning = self.learning or torch.is_grad_enabled()
+        if not torch.is_grad_enabled() and self.learning and dist.density != "exact":
             dist.keep(LogPartition(log_z.detach(), torch.full_like(log_z, torch.nan), "estimate"))
         odds = path.log_density(y, context) - log_z - log_q - log(self.ratio)
         odds_of_noise = path.log_density(noise, context) - log_z - log_q_noise - log(self.ratio)

@@ -13,7 +13,7 @@ from __future__ import annotations
 __all__ = ["Annealing", "conservative_bound"]
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import log
 
@@ -56,7 +56,7 @@ class Annealing:
             kind, message = "unreliable", f"hardly any chain carries weight (effective sample size {size.min():.1f} of {m})"
         if draws is not None:
             back, back_error = self._backwards(draws)
-            if (back - value).abs() > 3 * (back_error**2 + error**2).sqrt():
+            if not bool((back - value).abs() <= 3 * (back_error**2 + error**2).sqrt()):  # also where it is NaN
                 kind = "unreliable"
                 message = f"forwards it is {value:.2f} ± {error:.2f}, backwards {back:.2f} ± {back_error:.2f}"
         if message:
@@ -122,8 +122,13 @@ def conservative_bound(
 
 
 def kernel(dist: Energy) -> Sampler:
-    """What moves the chains at each beta: of tempered samplers, the one that is tempered; sweeps only where there are any."""
+    """What moves the chains at each beta, leaving the density there as it is.
+
+    It is, of tempered samplers, the one that is tempered; Langevin with its correction; sweeps only where there are any.
+    """
     sampler = dist.chains("estimate of log Z").single
+    if isinstance(sampler, Langevin):
+        return replace(sampler, adjusted=True)
     if isinstance(sampler, Gibbs) and not dist.path.is_conjugate:  # a path with a beginning of its own
         return Langevin() if dist.path.kind == "real" else GibbsWithGradients()
     return sampler

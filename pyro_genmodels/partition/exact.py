@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.distributions.memory import LogPartition
@@ -28,20 +29,30 @@ AT_ONCE = 2**16
 """Rows evaluated together."""
 
 
-def exactly(dist: Energy) -> LogPartition | None:
-    """By a sum or an integral, for each context in turn; None where there are too many terms."""
+def exactly(dist: Energy, most: int | None = None, *, progress: bool = False) -> LogPartition | None:
+    """By a sum or an integral, for each context in turn; None where one takes too many terms, or all more than `most`."""
     rows = [None] if dist.context is None else list(dist.context.split(1))
+    if most is not None and len(rows) * _terms(dist) > most:
+        return None
     values, errors, terms = [], [], 0
-    for context in rows:
+    for context in tqdm(rows, desc="log Z", unit="context", disable=not progress or len(rows) == 1, leave=False):
         found = _sum(dist, context) or _integral(dist, context)
         if found is None:
             return None
         value, error, terms = found
         values.append(value)
         errors.append(error)
-    if dist.context is None:
-        return LogPartition(values[0], errors[0], "exact", num_steps=terms)
-    return LogPartition(torch.stack(values), torch.stack(errors), "exact", num_steps=terms)
+    value, error = torch.stack(values), torch.stack(errors)
+    value, error = (value[0], error[0]) if dist.context is None else (value, error)
+    return LogPartition(value, error, "exact" if not error.any() else "estimate", num_steps=terms)
+
+
+def _terms(dist: Energy) -> int:
+    """About how many evaluations one context takes."""
+    path: Any = dist.path
+    if path.kind == "real":
+        return 2**18 if path.event_shape.numel() == 1 else 2**23
+    return min(MOST_STATES, {"binary": 2, "categorical": path.classes}[path.kind] ** path.event_shape.numel())
 
 
 def _sum(dist: Energy, context: Tensor | None) -> tuple[Tensor, Tensor, int] | None:
@@ -79,6 +90,7 @@ def _log_normalizer(path: Any) -> Tensor:
 def _integral(dist: Energy, context: Tensor | None) -> tuple[Tensor, Tensor, int] | None:
     """By the trapezoidal rule on a square that holds all but e^-30 of the largest value, refined until two agree to 1e-5.
 
+    Where the last two do not, but to 0.1, their difference is the error; else there is no value.
     What is narrower than a thousandth of the square's side, or a hundredth of its distance, may be missed.
     """
     path = dist.path
@@ -109,8 +121,8 @@ def _integral(dist: Energy, context: Tensor | None) -> tuple[Tensor, Tensor, int
         total = _log_total(lambda rows, axis=axis: log_f(axis[rows]), points) + dims * log(2 * half / (n - 1))
         if before is not None and (total - before).abs() < 1e-5:
             return total, torch.zeros_like(total), n**dims
-        before = total
-    return None
+        before, error = total, torch.full_like(total, torch.inf) if before is None else (total - before).abs()
+    return (total, error, n**dims) if error < 0.1 else None
 
 
 def _axis(half: float, n: int, like: Tensor) -> Tensor:

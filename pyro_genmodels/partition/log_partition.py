@@ -18,8 +18,8 @@ from pyro_genmodels.distributions.memory import LogPartition
 from pyro_genmodels.partition.annealed import Annealing
 from pyro_genmodels.partition.exact import MOST_STATES, exactly
 
-FEW_CONTEXTS = 100
-"""For each of which a conditional energy is summed or integrated unasked."""
+MOST_UNASKED = 2**25
+"""Evaluations of a conditional energy, over all its contexts, by which it is summed or integrated unasked."""
 
 
 def log_partition(
@@ -42,7 +42,8 @@ def log_partition(
         draws: exact draws of the model, (n, *event_shape), if such can be had, from which to anneal backwards as well.
         start: density over one datum that the path begins with, in place of the energy's own: a Pyro distribution or a family
             without a context, such as a flow that was trained on the data. The nearer, the better the estimate.
-        exact: whether to sum or integrate over all there is; None does where it can.
+        exact: whether to sum or integrate over all there is; None does where it can. An integral whose last two grids differ by
+            more than 1e-5 is an estimate, and that difference its error.
         batch_size: chains at once, where there are many contexts.
         progress: whether to show a progress bar.
 
@@ -64,15 +65,19 @@ def log_partition(
         LogPartition(value=tensor(1.8379), std_error=tensor(0.), kind='exact', ...)
     """
     dist = _energy_of(energy)
-    if num_chains < 2 or num_steps < 1:
+    if not (isinstance(num_chains, int) and isinstance(num_steps, int) and num_chains >= 2 and num_steps >= 1):
         raise ValueError(f"num_chains wants 2 or more and num_steps 1 or more, but found {num_chains} and {num_steps}.")
+    if draws is not None and not (isinstance(draws, Tensor) and draws.shape[1:] == dist.event_shape and len(draws) >= 2):
+        found = tuple(draws.shape) if isinstance(draws, Tensor) else type(draws).__name__
+        raise ValueError(f"draws wants a tensor of two or more draws, (n, *{tuple(dist.event_shape)}), but found {found}.")
     distinct, place = _distinct(dist)
     with torch.no_grad():
         found = None
-        if start is not None:
-            distinct = distinct.but(path=dataclasses.replace(distinct.path, origin=_origin(start, dist)))
-        if exact or (exact is None and (place is None or len(place.unique()) <= FEW_CONTEXTS)):
-            found = exactly(distinct)
+        origin = None if start is None else _origin(start, dist)
+        if exact is not False:
+            found = exactly(distinct, None if exact or place is None else MOST_UNASKED, progress=progress)
+        if origin is not None:
+            distinct = distinct.but(path=dataclasses.replace(distinct.path, origin=origin))
         if found is None and exact:
             raise ValueError(
                 f"log Z of this energy over events {tuple(dist.event_shape)} cannot be had exactly: that takes at most "

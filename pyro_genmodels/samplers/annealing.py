@@ -79,7 +79,7 @@ def anneal(
             move(k - 1)
         with torch.no_grad():
             before, after = target.log_prob(x, betas[k - 1 : k + 1].reshape(2, *(1 for _ in chains))).expand(2, *chains)
-        step = (after - before).masked_fill(after.isnan(), -torch.inf)
+        step = (after - before).masked_fill(after.isnan() | before.isnan() | (before == -torch.inf), -torch.inf)
         log_w = torch.where(log_w == -torch.inf, log_w, log_w + step)  # what once weighs nothing stays so
         if ascending:
             move(k)

@@ -22,6 +22,13 @@ from pyro_genmodels.samplers.langevin import Langevin
 from pyro_genmodels.samplers.sampler import DualAveraging, Sampler, over_chains, per_chain
 from pyro_genmodels.samplers.target import Target, check_target, value_and_score
 
+RUNAWAY = 1e6
+"""Nats below the best draw, at which a chain is not where the density is."""
+
+
+FEW_DRAWS = 100
+"""By fewer the acceptance of a single chain is not judged."""
+
 
 @dataclass(frozen=True)
 class Chains:
@@ -90,21 +97,27 @@ def sample_chains(
         >>> 0.8 < chains.draws.norm(dim=-1).mean() < 1.2
         tensor(True)
     """
-    for option, value in (("num_samples", num_samples), ("thin", thin)):
-        if value < 1:
-            raise ValueError(f"{option} must be positive, but is {value}.")
-    if warmup < 0:
-        raise ValueError(f"warmup must not be negative, but is {warmup}.")
+    for option, value, least in (("num_samples", num_samples, 1), ("thin", thin, 1), ("warmup", warmup, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            wanted = "must be positive" if least else "must not be negative"
+            raise ValueError(f"{option} {wanted if isinstance(value, int) else 'wants a whole number'}, but is {value!r}.")
+    if not (sampler is None or isinstance(sampler, Sampler)):
+        found = f"the class {sampler.__name__}" if isinstance(sampler, type) else repr(sampler)
+        raise TypeError(f"sample_chains wants a sampler such as Langevin() or Hamiltonian(), but found {found}.")
     if not isinstance(initial, Tensor) or initial.dim() < 1 or not len(initial):
         found = tuple(initial.shape) if isinstance(initial, Tensor) else type(initial).__name__
         raise ValueError(f"initial wants a tensor of starting points, (chains, ...), but found {found}.")
     target = check_target(target, initial.dim() - 1)
     if target.event_shape is not None and tuple(initial.shape[1:]) != tuple(target.event_shape):
         raise ValueError(f"initial wants (chains, *{tuple(target.event_shape)}), but found {tuple(initial.shape)}.")
+    if target.chains not in (None, len(initial)):
+        raise ValueError(f"initial wants a starting point for each of {target.chains} contexts, but found {len(initial)}.")
     if not initial.is_floating_point() and target.event_shape is None:
         initial = initial.to(torch.get_default_dtype())
     sampler = (Langevin() if target.kind == "real" else GibbsWithGradients()) if sampler is None else sampler
     sampler.check(target)
+    if target.support is not None and not target.support.check(initial).all():
+        raise ValueError(f"initial wants starting points within {target.support}, but some lie outside.")
     x = target.encode(initial.detach())
     _check_start(target, x)
     x = sampler.spread(x)
@@ -141,13 +154,15 @@ def _check_start(target: Target, x: Tensor) -> None:
         raise ValueError(f"initial wants zeros and ones, but has values from {x.min():g} to {x.max():g}. Round them.")
     with torch.no_grad():
         log_prob = target.log_prob(x, 1.0)
+    if not isinstance(log_prob, Tensor):
+        raise TypeError(f"The log density should be a tensor, one number a chain, but is {type(log_prob).__name__}.")
     if log_prob.shape != x.shape[:1]:
         raise ValueError(
             f"The log density should be of shape {(len(x),)}, one number a chain, but is of {tuple(log_prob.shape)} for "
             f"positions {tuple(x.shape)}. Sum over the dimensions of an event, and keep the first."
         )
     finite = log_prob.isfinite()
-    if target.kind == "real" and target.gibbs is None:
+    if target.gibbs is None:
         finite &= per_chain(value_and_score(target, x, 1.0)[1], 1).isfinite().all(-1)
     if not finite.all():
         raise ValueError(
@@ -156,16 +171,25 @@ def _check_start(target: Target, x: Tensor) -> None:
 
 
 def _warn(chains: Chains, sampler: Sampler) -> None:
-    bad = ~per_chain(chains.draws, 2).isfinite().all(-1)
+    draws, metropolis = per_chain(chains.draws, 2), sampler.target_acceptance is not None
+    bad, rates, lp = ~draws.isfinite().all(-1), chains.stats["acceptance_rate"].mean(1), chains.stats.get("lp")
+    stuck = (rates < 0.01) & metropolis & (draws.shape[1] >= FEW_DRAWS)
     if bad.any():
         message = (
             f"{int(bad.any(1).sum())} of {len(bad)} chains left the real numbers. Lower the step size, or adjust the steps"
         )
-    elif sampler.target_acceptance and chains.acceptance_rate < 0.05:
+    elif lp is not None and (lost := (lp < lp.max() - RUNAWAY).any(1)).any():
+        message = (
+            f"{int(lost.sum())} of {len(lost)} chains ran away, to log densities of {lp.min():.3g}. Lower the step size, or "
+            "adjust the steps"
+        )
+    elif metropolis and chains.acceptance_rate < 0.05:
         message = (
             f"Only {chains.acceptance_rate:.1%} of the proposals were accepted: lower the step size, or warm up for longer"
         )
-    elif sampler.target_acceptance and chains.acceptance_rate > 0.999:
+    elif stuck.any():
+        message = f"{int(stuck.sum())} of {len(stuck)} chains accepted nearly nothing: lower the step size, or begin elsewhere"
+    elif metropolis and chains.acceptance_rate > 0.999:
         message = "Every proposal was accepted, so that chains hardly move: raise the step size, or warm up for longer"
     else:
         return

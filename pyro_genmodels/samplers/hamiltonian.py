@@ -87,7 +87,7 @@ def potential(target: Any, name: str = "x") -> Callable[[dict[str, Tensor]], Ten
         {name: x (*event_shape)} -> potential energy (), for ``NUTS(potential_fn=...)``.
 
     Raises:
-        ValueError: if the target is not of real numbers.
+        ValueError: if the target is not of real numbers, or an energy of many contexts.
 
     Example:
         >>> from pyro.infer import MCMC, NUTS
@@ -97,5 +97,9 @@ def potential(target: Any, name: str = "x") -> Callable[[dict[str, Tensor]], Ten
         torch.Size([10, 3])
     """
     checked = check_target(target, 1)
+    if checked.chains not in (None, 1):
+        raise ValueError(
+            f"potential wants the energy of one context, but found {checked.chains}. Give it one: energy(context[:1])."
+        )
     Hamiltonian().check(checked)
     return lambda values: -checked.log_prob(values[name][None], 1.0)[0]

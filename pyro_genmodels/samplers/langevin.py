@@ -100,7 +100,7 @@ def annealed_langevin(
         Draws of the shape of x.
 
     Raises:
-        ValueError: if the levels are not positive and descending.
+        ValueError: if the levels are not positive and descending, or steps or the step size not positive.
 
     Example:
         >>> noise = torch.logspace(0.5, -2, 10)
@@ -113,6 +113,8 @@ def annealed_langevin(
     values = levels.tolist()
     if not values or not (levels > 0).all() or sorted(values, reverse=True) != values:
         raise ValueError(f"noise wants positive standard deviations, the largest first, but found {values}.")
+    if not (isinstance(steps, int) and steps >= 1 and 0 < step_size < float("inf")):
+        raise ValueError(f"steps wants 1 or more and step_size a positive number, but found {steps!r} and {step_size!r}.")
     with torch.no_grad():
         for sigma, value in zip(tqdm(levels, desc="noise levels", disable=not progress), values, strict=True):
             for _ in range(steps):

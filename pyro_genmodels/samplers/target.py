@@ -34,6 +34,8 @@ class Target:
         encode: data -> positions, which differ where data are bounded or classes.
         decode: positions -> data.
         event_shape: of one datum, where it is known.
+        support: of data, where it is known.
+        chains: how many it is of, where each has a context of its own.
     """
 
     log_prob: Callable[[Tensor, Beta], Tensor]
@@ -44,6 +46,8 @@ class Target:
     encode: Callable[[Tensor], Tensor] = field(default=lambda x: x, repr=False)
     decode: Callable[[Tensor], Tensor] = field(default=lambda x: x, repr=False)
     event_shape: Sequence[int] | None = None
+    support: Any = None
+    chains: int | None = None
 
 
 def check_target(target: Any, event_dim: int) -> Target:

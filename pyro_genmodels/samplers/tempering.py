@@ -52,6 +52,8 @@ class ParallelTempering(Sampler):
 
     def __post_init__(self) -> None:
         check_counts(self, "steps", "temperatures")
+        if not isinstance(self.sampler, Sampler) or self.sampler.temperatures is not None:
+            raise TypeError(f"ParallelTempering wants a plain sampler such as Langevin(), but found {self.sampler!r}.")
         if self.temperatures < 2 or not 0 <= self.hottest < 1:
             raise ValueError(
                 f"ParallelTempering wants two or more temperatures and 0 <= hottest < 1, but found {self.temperatures} and "
