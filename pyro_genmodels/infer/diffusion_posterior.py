@@ -164,7 +164,8 @@ def diffusion_posterior(
     def of_one(x: Tensor) -> Tensor:
         found = poutine.trace(poutine.condition(model, {name: x})).get_trace(*args, **kwargs)
         found.remove_node(name)
-        return found.log_prob_sum()
+        log_p: Any = found.log_prob_sum()
+        return log_p
 
     noise = torch.randn(num_draws, *prior.event_shape).to(prior._like())
     context = None if prior.context is None else prior.context.expand(num_draws, -1)
@@ -223,7 +224,8 @@ def _prior(trace: Trace) -> tuple[str, Any]:
             f"{', '.join(map(repr, latents)) or 'none'} and {', '.join(map(repr, observed)) or 'none'}. For other latent "
             "variables take SVI or NUTS."
         )
-    prior: Any = unwrap(trace.nodes[latents[0]]["fn"])
+    fn: Any = trace.nodes[latents[0]]["fn"]
+    prior: Any = unwrap(fn)
     if not isinstance(prior, ReverseDiffusion) or prior.batch_shape:
         raise ValueError(
             f"diffusion_posterior wants a diffusion over one event at site {latents[0]!r}, outside of plates, but found "
