@@ -28,11 +28,13 @@ from pyro_genmodels.families import (
     Bernoulli,
     Contrastive,
     DenseField,
+    Diffusion,
     DiscretizedLogistic,
     Dopri5,
     EnergyModel,
     Family,
     Flow,
+    FlowDensity,
     Hutchinson,
     Labels,
     Langevin,
@@ -42,8 +44,9 @@ from pyro_genmodels.families import (
     Persistent,
     RestrictedBoltzmannMachine,
     UNet,
+    VariationalBound,
 )
-from pyro_genmodels.infer import FlowMatching, NoiseContrastive
+from pyro_genmodels.infer import DenoisingScoreMatching, FlowMatching, LikelihoodWeighting, NoiseContrastive
 from pyro_genmodels.training import Fit, train
 
 
@@ -55,11 +58,13 @@ class Recipe:
         build: data set, context -> family.
         learning_rate: Adam's.
         objective: data set -> what it is trained by; None is what the family asks for.
+        average: decay of the average of the weights.
     """
 
     build: Callable[[Dataset, Any], Family]
     learning_rate: float = 1e-3
     objective: Callable[[Dataset], ELBO | None] = lambda data: None
+    average: float = 0.99
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,13 @@ def _ode_flow(data: Dataset, context: Any) -> Family:
     return ODEFlow(event_shape, context=context, levels=data.levels, network=network, **options)
 
 
+def _diffusion(data: Dataset, context: Any) -> Family:
+    event_shape = data.train.shape[1:]
+    network = UNet((32, 64), dropout=0.1) if _is_image(event_shape) else None
+    likelihood = VariationalBound() if data.levels else FlowDensity()
+    return Diffusion(event_shape, context=context, levels=data.levels, network=network, likelihood=likelihood)
+
+
 def _is_image(event_shape: Size) -> bool:
     """Whether a U-Net of two resolutions can see it."""
     return len(event_shape) in (2, 3) and all(n % 2 == 0 for n in event_shape[-2:])
@@ -176,12 +188,18 @@ def _noise(data: Dataset) -> ELBO | None:
     return NoiseContrastive(dist.MultivariateNormal(x.mean(0), spread), ratio=8)
 
 
+def _weighted(data: Dataset) -> ELBO:
+    """By what counts in the likelihood, that the families are compared by."""
+    return DenoisingScoreMatching(weighting=LikelihoodWeighting())
+
+
 FAMILIES: Mapping[str, Recipe] = {
     "flow": Recipe(_flow, learning_rate=2e-3),
     "vae": Recipe(_vae),
     "autoregressive": Recipe(_autoregressive),
     "energy": Recipe(_energy, learning_rate=2e-3, objective=_noise),
-    "ode_flow": Recipe(_ode_flow, objective=lambda data: FlowMatching()),
+    "ode_flow": Recipe(_ode_flow, objective=lambda data: FlowMatching(), average=0.999),
+    "diffusion": Recipe(_diffusion, learning_rate=2e-3, objective=_weighted, average=0.999),
 }
 """What the command line knows by name."""
 
@@ -226,7 +244,7 @@ def fit(
         epochs=epochs,
         batch_size=notes.batch_size,
         patience=patience,
-        average=0.99,
+        average=recipe.average,
         checkpoint=checkpoint,
         resume=resume,
         notes=asdict(notes),

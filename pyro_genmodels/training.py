@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf, isfinite
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import pyro
@@ -37,6 +38,8 @@ from pyro_genmodels.distributions.base import unwrap
 from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.families.family import Family
 from pyro_genmodels.infer.contrastive import ContrastiveDivergence, NoiseContrastive
+from pyro_genmodels.infer.denoising import DenoisingScoreMatching, is_diffusion
+from pyro_genmodels.infer.flow_matching import FlowMatching
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
 from pyro_genmodels.partition import quick_log_partition
 from pyro_genmodels.snapshots import Keeper
@@ -98,7 +101,7 @@ def train(
     epochs: int = 100,
     batch_size: int = 128,
     patience: int = 20,
-    average: float | None = None,
+    average: float | EllipsisType | None = ...,
     clip_norm: float | None = 10.0,
     checkpoint: str | Path | None = None,
     resume: bool = False,
@@ -114,8 +117,9 @@ def train(
         data: rows of x, (N, ...), or the pair (x, context), moved to the fit's device and precision; or a `DataLoader` of x or
             (x, context), of which the first 10,000 rows are checked and set a family's mean and deviation.
         context: one per row, (N, ...).
-        objective: a Pyro loss; by default `ContrastiveDivergence` for a fit that observes what has a constant out of reach,
-            `Trace_ELBO` for another with latent variables, and `MaximumLikelihood` else.
+        objective: a Pyro loss; by default `DenoisingScoreMatching` for a fit with a diffusion, `ContrastiveDivergence` for one
+            that observes what has a constant out of reach, `Trace_ELBO` for another with latent variables, and
+            `MaximumLikelihood` else.
         optim: parameters -> torch optimiser, such as ``functools.partial(torch.optim.Adam, lr=1e-3)``, which is the default; or
             one of Pyro's.
         valid: held-out data in the form of data, or the pair (x, context), for early stopping; None keeps the last parameters.
@@ -123,7 +127,8 @@ def train(
         batch_size: rows per step.
         patience: epochs without a better validation loss before training stops.
         average: decay per step of an exponential moving average of the parameters, such as 0.99, which is then what is
-            validated and kept; None keeps the parameters themselves.
+            validated and kept; None keeps the parameters themselves. By default 0.999 for diffusions and
+            `FlowMatching`, and none for others.
         clip_norm: largest norm of the gradient (per datum); None does not clip.
         checkpoint: path without suffix. At each best epoch the parameters go to ``.safetensors``, with the history, which
             ``.json`` has in readable form; twice a minute and at the end, also by Ctrl-C, the run goes to
@@ -169,6 +174,8 @@ def train(
         module.train()
     _check_data(model, batches, held_out)
     loop = _Loop(model, guide, objective or _default_objective(model, guide, batches.first()), batches.rows)
+    if average is ...:
+        average = 0.999 if loop.needs_average(batches.first()) else None
     loop.parameters = loop.find_parameters(batches.first())
     optimiser = _optimiser(optim, list(loop.parameters.values()))
     weights = Weights(loop.parameters, modules, average, getattr(loop.objective, "own", ()))
@@ -322,6 +329,17 @@ class _Loop:
         kwargs = {"size": rows} if self.sized else {}
         return loss(self.model, self.guide, *args, **kwargs) / (rows if self.sized else len(x))
 
+    def needs_average(self, batch: Batch) -> bool:
+        """Whether the loss is of networks that are drawn from by many steps, which last weights alone serve badly."""
+        if not isinstance(self.objective, DenoisingScoreMatching):
+            return isinstance(self.objective, FlowMatching)
+        args = (batch[0],) if batch[1] is None else batch
+        with torch.no_grad(), poutine.block():
+            found = [
+                site["fn"] for trace in traces.run(self.model, self.guide, args, {}) for site in traces.samples(trace).values()
+            ]
+        return any(is_diffusion(fn) for fn in found)
+
     def find_parameters(self, batch: Batch) -> dict[str, nn.Parameter]:
         """What a step trains: the parameters Pyro sees in one, by its names."""
         with poutine.trace(param_only=True) as capture:
@@ -338,11 +356,13 @@ class _Loop:
 
 
 def _default_objective(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> ELBO:
-    """What the fit offers decides: energies ask for negatives, latent variables for an ELBO, a density for its likelihood."""
+    """What the fit offers decides: energies, diffusions, latent variables, or a density alone."""
     args = (batch[0],) if batch[1] is None else batch
     with torch.no_grad(), poutine.block():
         model_trace, _ = traces.run(model, guide, args, {})
-    sites = traces.samples(model_trace)
+    sites: Any = traces.samples(model_trace)
+    if any(is_diffusion(site["fn"]) for site in sites.values()):
+        return DenoisingScoreMatching()
     if any(getattr(unwrap(sites[name]["fn"]), "intractable", False) for name in traces.observed(model_trace)):
         return ContrastiveDivergence()
     return Trace_ELBO() if traces.latents(model_trace) else MaximumLikelihood()

@@ -189,11 +189,11 @@ class ReverseDiffusion(GenerativeDistribution):
             slope = flow_velocity(lambda x, t: denoiser(x, t, context), process)
             return (high - low) * slope(low + (high - low) * t, x)
 
-        zero, kept = self._like().new_zeros(self.event_shape), (1 + exp(-2 * high)) ** -0.5  # alpha at the start, over its r
+        kept = (1 + exp(-2 * high)) ** -0.5  # alpha at the start, over its r
         own = [] if self.pretransform is None else [self.pretransform]
         return ContinuousFlow(
             velocity,
-            dist.Normal(zero, zero + 1, validate_args=False).to_event(self.event_dim),
+            self.base,
             self.event_shape,
             solver=likelihood.solver,
             trace=likelihood.trace,
@@ -204,6 +204,22 @@ class ReverseDiffusion(GenerativeDistribution):
             pretransform=ComposeTransform([*own, AffineTransform(0.0, kept, event_dim=self.event_dim)]),
             validate_args=self._validate_args,
         )
+
+    # As a flow along straight lines, for `FlowMatching`.
+
+    @property
+    def base(self) -> dist.Independent:
+        """Standard normal, of one event."""
+        zero = self._like().new_zeros(self.event_shape)
+        return dist.Normal(zero, zero + 1, validate_args=False).to_event(self.event_dim)
+
+    def velocity(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        """The mean of data less noise at (1 - t) noise + t data, x (n, *event_shape), for t (n,) and context (n, c) or None."""
+        process = self.denoiser.process
+        log_snr = torch.logit(t, eps=1e-6).clamp(*process.log_snr_range)
+        time, t = process.time(log_snr), torch.sigmoid(log_snr)
+        scale = torch.hypot(process.alpha(time), process.sigma(time)) / torch.hypot(t, 1 - t)
+        return (self.denoiser(along(scale, x) * x, time, context) - x) / along(1 - t, x)
 
     def _bound(self, y: Tensor, context: Tensor | None, num_times: int) -> Tensor:
         (low, high), d = self.denoiser.process.log_snr_range, self.event_shape.numel()

@@ -16,7 +16,14 @@ Score-Based Diffusion Models* (arXiv 2101.09258); Kingma et al. (arXiv 2107.0063
 
 from __future__ import annotations
 
-__all__ = ["DenoisingScoreMatching", "LikelihoodWeighting", "LogNormalWeighting", "TimeWeighting", "UniformWeighting"]
+__all__ = [
+    "DenoisingScoreMatching",
+    "LikelihoodWeighting",
+    "LogNormalWeighting",
+    "TimeWeighting",
+    "UniformWeighting",
+    "is_diffusion",
+]
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -128,7 +135,7 @@ class DenoisingScoreMatching(ScoreMatching):
         self.noise, self.weighting = levels, weighting
 
     def check(self, name: str, dist: Any) -> None:
-        diffusion = isinstance(_continuous(dist), ReverseDiffusion)
+        diffusion = is_diffusion(dist)
         if self.weighting is not None and isinstance(self.weighting, TimeWeighting) != diffusion:
             wanted = "UniformWeighting()" if diffusion else "torch.square"
             raise ValueError(
@@ -193,6 +200,7 @@ class DenoisingScoreMatching(ScoreMatching):
         return low * (high / low) ** torch.rand(batch, dtype=dtype, device=x.device)
 
 
-def _continuous(dist: Any) -> Any:
-    """The density behind integers."""
-    return dist.base if isinstance(dist, Dequantized) else dist
+def is_diffusion(dist: Any) -> bool:
+    """Whether a distribution is a diffusion, also of integers and in Pyro's wrappers."""
+    dist = unwrap(dist)
+    return isinstance(unwrap(dist.base) if isinstance(dist, Dequantized) else dist, ReverseDiffusion)

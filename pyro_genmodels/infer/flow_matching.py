@@ -27,6 +27,7 @@ from torch.distributions import Distribution
 
 from pyro_genmodels.distributions.base import unwrap
 from pyro_genmodels.distributions.dequantized import Dequantized
+from pyro_genmodels.distributions.diffusion import ReverseDiffusion
 from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.errors import needed
 from pyro_genmodels.infer.objective import Objective
@@ -133,7 +134,7 @@ class FlowMatching(Objective):
     """Flow matching of the velocities at the observed sites.
 
     It asks a distribution for its `velocity(x, t, context)`, from a `base` at time 0 to the data at time 1, as those of
-    `ODEFlow` have it. The base itself is not trained.
+    `ODEFlow` have it, and those of `Diffusion` along straight paths. The base itself is not trained.
 
     Args:
         coupling: `Independent`, `OptimalTransport` or `Target`.
@@ -170,6 +171,8 @@ class FlowMatching(Objective):
 
     def check(self, name: str, dist: Distribution) -> None:
         inner: Any = unwrap(dist.base) if isinstance(dist, Dequantized) else dist
+        if isinstance(inner, ReverseDiffusion) and not isinstance(self.path, Straight):
+            raise ValueError(f"A diffusion, at site {name!r}, has its velocity along straight lines: use path=Straight().")
         if not (callable(getattr(inner, "velocity", None)) and isinstance(getattr(inner, "base", None), Distribution)):
             density = "energy" if isinstance(inner, Energy) else getattr(dist, "density", "exact")
             cures = {"energy": "ContrastiveDivergence() or NoiseContrastive(noise=...)", "none": "Trace_ELBO() with a guide"}
