@@ -248,8 +248,9 @@ class ReverseDiffusion(GenerativeDistribution):
         context = None if context is None else context.expand(*y.shape[: y.dim() - self.event_dim], -1).flatten(0, -2)
         noise = torch.randn_like(rows)
         process = self.denoiser.process
-        error = (self.denoiser.noise(process.noised(rows, t, noise), t, context) - noise).square().flatten(1).sum(1)
-        known = torch.sigmoid(2 * process.log_snr(t)).square() * (noise.square().flatten(1).sum(1) - noise[0].numel())
+        error = sum_event((self.denoiser.noise(process.noised(rows, t, noise), t, context) - noise).square(), self.event_dim)
+        excess = sum_event(noise.square(), self.event_dim) - self.event_shape.numel()
+        known = torch.sigmoid(2 * process.log_snr(t)).square() * excess
         return (error - known).reshape(y.shape[: y.dim() - self.event_dim])
 
     def noisy_score(self, value: Tensor, t: Tensor) -> Tensor:

@@ -101,8 +101,8 @@ class DenoisingScoreMatching(ScoreMatching):
 
     At one level the model learns the data with that noise. At several it must be told at which it is asked, as an
     `EnergyModel(..., noise=(low, high))` is. A `Diffusion` that is observed learns at the times of its process; one that is
-    the prior of a latent variable counts there by its variational bound, so that model, guide and prior are trained by one
-    loss, the negative of a bound on the log-likelihood (up to the observed terms).
+    the prior of a latent variable counts there by its variational bound, and what else is observed then counts by its
+    likelihood, so that model, guide and prior are trained by one loss, the negative of a bound on the log-likelihood.
 
     Args:
         noise: standard deviation of the noise in the distribution's own coordinates (of standardised data, in their units); or
@@ -176,11 +176,12 @@ class DenoisingScoreMatching(ScoreMatching):
         return weighting(sigma) * sum_event((score + epsilon / beside).square(), event_dim) / 2
 
     def _score(self, model_trace: Trace, guide_trace: Trace) -> None:
-        for name in traces.latents(model_trace):
-            site = model_trace.nodes[name]
-            fn: Any = site["fn"]
-            if isinstance(unwrap(fn), ReverseDiffusion):
-                site["fn"] = within(fn, lambda prior: prior.judged_by(VariationalBound()))
+        sites = traces.samples(model_trace)
+        priors: list[Any] = [sites[name] for name in traces.latents(model_trace) if is_diffusion(sites[name]["fn"])]
+        for site in priors:
+            site["fn"] = within(site["fn"], lambda prior: prior.judged_by(VariationalBound()))
+        if priors:  # then what is observed is seen through them, and counts as in any ELBO
+            model_trace.compute_log_prob(site_filter=lambda _, site: site["is_observed"] and not is_diffusion(site["fn"]))
         super()._score(model_trace, guide_trace)
 
     def _times(self, process: Process, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -144,7 +144,7 @@ class Objective(ELBO):
         if names:
             self.check_latents(names)
         for name, site in traces.samples(model_trace).items():
-            if site["is_observed"]:
+            if site["is_observed"] and "log_prob_sum" not in site:
                 self._score_observed(name, site)
         model_trace.compute_log_prob(site_filter=lambda name, site: not site["is_observed"])
         guide_trace.compute_score_parts()

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_genmodels.ops.processes import Process
+from pyro_genmodels.ops.processes import Process, along
 from pyro_genmodels.samplers.reverse import SHOWN_AFTER, UniformLogSNR, prior_scale
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -115,13 +115,8 @@ def twisted(
     data, gradient, log_w = walk.look(x, walk.times[0])
     twist = log_w
     for t, s in walk.pairs("twisted", progress=progress):
-        size = effective_size(log_w)
-        sizes.append(size)
-        if not size.isfinite():
-            raise FloatingPointError(
-                "No particle has a finite likelihood: look for observations that the model rules out, or take more particles."
-            )
-        if size < resample_below * n:
+        sizes.append(_effective(log_w))
+        if sizes[-1] < resample_below * n:
             evidence = evidence + log_w.logsumexp(0) - torch.tensor(float(n)).log()
             chosen = _systematic(log_w)
             x, data, gradient, twist, log_w = x[chosen], data[chosen], gradient[chosen], twist[chosen], torch.zeros_like(log_w)
@@ -132,14 +127,23 @@ def twisted(
             after = log_likelihood(x / process.alpha(s))
         else:
             data, gradient, after = walk.look(x, s)
-        log_ratio = (z.square() - (z + shift).square()).flatten(1).sum(1) / 2  # of the walk's law to the proposal's
+        log_ratio = (z.square() - (z + shift).square()).reshape(n, -1).sum(1) / 2  # of the walk's law to the proposal's
         log_w, twist = log_w + log_ratio + after - twist, after
         log_w = log_w.masked_fill(log_w.isnan(), -torch.inf)
+    sizes.append(_effective(log_w))
     total = log_w.logsumexp(0) - torch.tensor(float(n)).log()
-    sizes.append(effective_size(log_w))
     return Particles(
         x / process.alpha(walk.times[-1]), log_w - total, evidence + total, torch.stack(sizes[1:]), walk.evaluations
     )
+
+
+def _effective(log_weights: Tensor) -> Tensor:
+    size = effective_size(log_weights)
+    if not size.isfinite():
+        raise FloatingPointError(
+            "No particle has a finite likelihood: look for observations that the model rules out, or take more particles."
+        )
+    return size
 
 
 class _Walk:
@@ -170,8 +174,9 @@ class _Walk:
 
     def _power(self, slope: Tensor, at: Tensor, t: Tensor) -> Tensor:
         """1 / (1 + c^2 h), h averaged over the particles."""
-        along = slope.detach() / slope.detach().flatten(1).norm(dim=1).clamp(min=1e-30).reshape(-1, *(1 for _ in at.shape[1:]))
-        curvature = -(along * _gradient((slope * along).sum(), at)).flatten(1).sum(1)
+        size = slope.detach().reshape(len(at), -1).norm(dim=1).clamp(min=1e-30)
+        direction = slope.detach() / along(size, at)
+        curvature = -(direction * _gradient((slope * direction).sum(), at)).reshape(len(at), -1).sum(1)
         curvature = curvature.masked_fill(~curvature.isfinite(), 0.0).clamp(min=0).mean()
         return 1 / (1 + torch.sigmoid(-2 * self.process.log_snr(t)) * curvature)
 
