@@ -8,6 +8,9 @@ import torch
 from scipy import stats
 from torch import nn
 
+from pyro_genmodels.distributions.denoiser import DataPrediction, Denoiser
+from pyro_genmodels.distributions.diffusion import ReverseDiffusion
+
 
 @dataclass(frozen=True)
 class Gaussian:
@@ -153,3 +156,59 @@ def energy_of_machine(v, visible, hidden, pairs):
         s = torch.cat([v, h.to(v).expand(len(v), -1)], 1)
         terms.append(s @ bias + 0.5 * torch.einsum("ni,ij,nj->n", s, pairs, s))
     return -torch.stack(terms).logsumexp(0)
+
+
+class Noised:
+    """What is known of data under noise x = alpha x_0 + sigma e: `data(x, alpha, sigma)`, the mean of x_0 given x (n, ...)."""
+
+    def denoise(self, process):
+        """As samplers ask it: (x (n, ...), t ()) -> estimates of the data."""
+        return lambda x, t: self.data(x, process.alpha(t), process.sigma(t))
+
+    def diffusion(self, process, event_shape, **options):
+        """The diffusion whose network knows it, told the time of the process."""
+
+        def network(x, t, context):
+            alpha, sigma = (part.reshape(-1, *(1 for _ in x.shape[1:])) for part in (process.alpha(t), process.sigma(t)))
+            return self.data(x * torch.hypot(alpha, sigma), alpha, sigma)
+
+        return ReverseDiffusion(Denoiser(network, process, DataPrediction(), clock=False), event_shape, **options)
+
+
+@dataclass(frozen=True)
+class NoisedMixture(Noised):
+    """Coordinates, each for itself of a mixture of Gaussians on the line."""
+
+    law: Mixture
+
+    def data(self, x, alpha, sigma):
+        alpha, sigma, x = torch.as_tensor(alpha).unsqueeze(-1), torch.as_tensor(sigma).unsqueeze(-1), x.unsqueeze(-1)
+        loc, variance = self.law.loc.to(x), self.law.scale.to(x) ** 2
+        total, off = alpha**2 * variance + sigma**2, x - alpha * loc
+        weights = (self.law.weights.to(x).log() - 0.5 * total.log() - 0.5 * off**2 / total).softmax(-1)
+        return (weights * (loc + alpha * variance / total * off)).sum(-1)
+
+
+@dataclass(frozen=True)
+class NoisedGaussian(Noised):
+    """Vectors (d,) of a Gaussian."""
+
+    law: Gaussian
+
+    def data(self, x, alpha, sigma):
+        loc, (variance, axes) = self.law.loc.to(x), torch.linalg.eigh(self.law.cov.to(x))
+        gain = alpha * variance / (alpha**2 * variance + sigma**2)
+        return loc + (gain * ((x - alpha * loc) @ axes)) @ axes.T
+
+
+@dataclass(frozen=True)
+class NoisedPoints(Noised):
+    """The ideal denoiser of a finite data set, all of it as likely: points (m, *event_shape)."""
+
+    points: torch.Tensor
+
+    def data(self, x, alpha, sigma):
+        points, rows = self.points.to(x).flatten(1), x.flatten(1)
+        alpha, sigma = (torch.as_tensor(part).reshape(-1, 1) for part in (alpha, sigma))
+        off = torch.cdist(rows / alpha, points).square() * (alpha / sigma) ** 2
+        return ((-0.5 * off).softmax(1) @ points).reshape(x.shape)

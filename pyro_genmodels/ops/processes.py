@@ -205,9 +205,12 @@ class CosineVariancePreserving(Process):
         return -0.5 * pi / (1 + self.offset) * self._angle(t).tan()
 
     def time(self, log_snr: Tensor) -> Tensor:
-        cosine = self._first * torch.sigmoid(2 * log_snr).sqrt()
-        sine = (self._first**2 * torch.sigmoid(-2 * log_snr) + 1 - self._first**2).sqrt()
-        return torch.atan2(sine, cosine) * 2 * (1 + self.offset) / pi - self.offset
+        first = self._angle(torch.zeros_like(log_snr))
+        gone = self._first**2 * torch.sigmoid(-2 * log_snr)  # sin^2 b - sin^2 a, of the angles a at time 0 and b
+        sine = (gone + first.sin().square()).sqrt()
+        middle = (torch.atan2(sine, self._first * torch.sigmoid(2 * log_snr).sqrt()) + first) / 2
+        half = torch.asin(gone / (sine + first.sin()) / (2 * middle.cos()))  # sin b - sin a = 2 cos((b + a)/2) sin((b - a)/2)
+        return half * 4 * (1 + self.offset) / pi
 
 
 @dataclass(frozen=True)
