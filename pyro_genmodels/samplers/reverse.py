@@ -110,6 +110,10 @@ class UniformSigma:
 
     rho: float = 7.0
 
+    def __post_init__(self) -> None:
+        if not 0 < self.rho < float("inf"):
+            raise ValueError(f"UniformSigma wants a positive rho, but found {self.rho}.")
+
     def __call__(self, process: Process, steps: int) -> Tensor:
         """(steps + 1,), descending, float64."""
         low, high = (-torch.tensor(process.log_snr_range, dtype=torch.float64) / self.rho).exp()
@@ -144,7 +148,7 @@ class _OnGrid(ReverseSampler):
     spacing: Spacing = field(default_factory=UniformLogSNR)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_steps, int) or self.num_steps < 1:
+        if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
             raise ValueError(f"{type(self).__name__} wants num_steps of 1 or more, but found {self.num_steps!r}.")
         if not isinstance(self.spacing, Spacing):
             raise TypeError(f"{type(self).__name__} wants a spacing such as UniformLogSNR(), but found {self.spacing!r}.")
@@ -237,7 +241,7 @@ class Heun(_OnGrid):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.churn < 0 or self.churn_scale <= 0:
+        if not (self.churn >= 0 and self.churn_scale > 0):
             raise ValueError(f"Heun wants churn >= 0 and churn_scale > 0, but found {self.churn} and {self.churn_scale}.")
 
     def step(self, denoised: Denoised, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -301,7 +305,7 @@ class PredictorCorrector(_OnGrid):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_corrections < 0 or self.signal_to_noise <= 0:
+        if not (self.num_corrections >= 0 and self.signal_to_noise > 0):
             raise ValueError(
                 "PredictorCorrector wants num_corrections >= 0 and signal_to_noise > 0, but found "
                 f"{self.num_corrections} and {self.signal_to_noise}."
