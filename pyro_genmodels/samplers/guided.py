@@ -9,8 +9,9 @@ takes it for a proposal of particles, ancestral steps from t to s, and weighs th
 
 with :math:`\ell(x)` itself at the end. The power makes up for what the estimate leaves open, a variance
 :math:`c_t^2 = \sigma^2 / (\alpha^2 + \sigma^2)` where the log-likelihood has the curvature :math:`h_t` along its gradient; any
-power is exact, as the factors cancel. So weighed draws follow :math:`p(x)\,\ell(x) / p(y)`, with p the law of the ancestral
-walk, as their number grows; and the mean weight estimates :math:`p(y)` without bias (Wu et al., arXiv 2306.17775).
+power is exact, as the factors cancel, and so is any number in its place where the likelihood of the estimate is 0. So weighed
+draws follow :math:`p(x)\,\ell(x) / p(y)`, with p the law of the ancestral walk, as their number grows; and the mean weight
+estimates :math:`p(y)` without bias (Wu et al., arXiv 2306.17775).
 """
 
 from __future__ import annotations
@@ -137,6 +138,13 @@ def twisted(
     )
 
 
+def _kept_alive(log_twist: Tensor) -> Tensor:
+    """Where the estimate is ruled out, the twist of the least likely other: the data behind it may yet be ruled in."""
+    out = ~log_twist.isfinite()
+    least = log_twist.masked_fill(out, torch.inf).min()
+    return torch.where(out, least.nan_to_num(posinf=0.0), log_twist)
+
+
 def _effective(log_weights: Tensor) -> Tensor:
     size = effective_size(log_weights)
     if not size.isfinite():
@@ -170,7 +178,7 @@ class _Walk:
             slope = _gradient(found, at, create_graph=curved)
             power = self._power(slope, at, t) if curved else 1.0
             (gradient,) = torch.autograd.grad(data, x, power * slope.detach().nan_to_num(0.0, 0.0, 0.0))
-        return data.detach(), gradient, power * found.detach()
+        return data.detach(), gradient, _kept_alive(power * found.detach()) if curved else found.detach()
 
     def _power(self, slope: Tensor, at: Tensor, t: Tensor) -> Tensor:
         """1 / (1 + c^2 h), h averaged over the particles."""
