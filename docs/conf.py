@@ -21,7 +21,7 @@ extensions = [
 exclude_patterns = ["_build"]
 templates_path = ["_templates"]
 default_role = "py:obj"  # docstrings name things in single backquotes
-unlisted = "FlowTransform|Likelihood|EnergyChoice|Negatives|State|Run|_ScoreMatching"  # what choices and objectives derive from
+unlisted = "FlowTransform|Likelihood|EnergyChoice|Negatives|State|Run|_ScoreMatching|_ByParts"  # what public ones derive from
 nitpick_ignore_regex = [("py:.*", rf"(?!pyro_genmodels\.).*|.*\.({unlisted})")]  # our public names must resolve
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]

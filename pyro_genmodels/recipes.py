@@ -335,7 +335,8 @@ def draw(family: Any, n: int, labels: Tensor | None = None, *, at_once: int = 10
             count = min(at_once, n - start)
             context = None if labels is None else labels[start : start + count].to(family.loc.device)
             parts.append(family().sample((count,)) if context is None else family(context).sample())
-    return torch.cat(parts).cpu()
+    rows = torch.cat(parts).cpu()
+    return rows.long() if family.data_support.is_discrete else rows
 
 
 def notes_of(record: Mapping[str, Any]) -> Notes | None:

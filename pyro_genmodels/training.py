@@ -162,7 +162,7 @@ def train(
     fit = fit.family if isinstance(fit, Fit) else fit
     if objective is not None and not isinstance(objective, ELBO):
         found = f"the class {objective.__name__}" if isinstance(objective, type) else type(objective).__name__
-        raise TypeError(f"objective wants a Pyro loss such as MaximumLikelihood(), but found {found}.")
+        raise TypeError(f"objective wants a Pyro loss, an object such as MaximumLikelihood(), but found {found}.")
     if context is None:
         data, context = pair_of(data)
     model, guide = traces.as_pair(fit)

@@ -70,7 +70,7 @@ def fisher(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Di
 
 def score_of(dist: Distribution, x: Tensor) -> Tensor:
     """The gradient of the log density in x, of the shape of x; with a graph to the parameters where gradients are enabled."""
-    create_graph = torch.is_grad_enabled()
+    create_graph = torch.is_grad_enabled() and _unnormalized(dist, x[:1]).requires_grad
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         log_p = _unnormalized(dist, x).sum()

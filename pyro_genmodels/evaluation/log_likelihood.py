@@ -31,7 +31,7 @@ from pyro_genmodels.evaluation.constants import Constants
 Kind = Literal["exact", "lower bound", "estimate", "unreliable"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LogLikelihood:
     """Log-likelihoods (nats), one per datum, with what is known of them.
 
@@ -66,6 +66,9 @@ class LogLikelihood:
     def bits_per_dim(self, dims: int) -> float:
         """Negative log-likelihood in bits per dimension, for data of that many dimensions."""
         return -self.mean / (dims * log(2))
+
+    def __repr__(self) -> str:
+        return f"LogLikelihood({self})"
 
     def __str__(self) -> str:
         k = "" if self.kind == "exact" else f", k={self.num_samples}"

@@ -38,6 +38,10 @@ class DenseEnergy(EnergyChoice):
 
     hidden: Sequence[int] = (128, 128)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.hidden, Sequence):
+            raise TypeError(f"DenseEnergy wants widths of its hidden layers, such as (128, 128), but found {self.hidden!r}.")
+
     def build(self, shape: Size, kind: str, context: int) -> nn.Module:
         return _Dense(shape.numel() + context, self.hidden, centred=kind == "binary")
 

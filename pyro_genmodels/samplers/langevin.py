@@ -43,7 +43,7 @@ class Langevin(Sampler):
     Example:
         >>> from pyro_genmodels.samplers import Langevin, sample_chains
         >>> double_well = lambda x: -(x**2 - 1).square().sum(-1)
-        >>> chains = sample_chains(double_well, torch.randn(50, 1), sampler=Langevin(0.1), num_samples=100, progress=False)
+        >>> chains = sample_chains(double_well, torch.ones(50, 1), sampler=Langevin(0.1), num_samples=100, progress=False)
         >>> chains.draws.shape
         torch.Size([50, 100, 1])
     """
