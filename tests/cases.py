@@ -8,6 +8,7 @@ from typing import Literal
 import pytest
 import torch
 from pyro.infer import ELBO, Trace_ELBO
+from teachers import perturb
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -29,12 +30,16 @@ from pyro_genmodels import (
     Categorical,
     ContrastiveDivergence,
     ConvolutionalEnergy,
+    DenoisingScoreMatching,
     DenseEnergy,
     DenseField,
+    Diffusion,
     DiscretizedLogistic,
     Dopri5,
+    DPMSolver,
     EnergyModel,
     Flow,
+    FlowDensity,
     FlowMatching,
     Hamiltonian,
     Hutchinson,
@@ -46,6 +51,8 @@ from pyro_genmodels import (
     Persistent,
     RealNVP,
     RestrictedBoltzmannMachine,
+    UNet,
+    VariationalBound,
 )
 from pyro_genmodels.families import Family
 
@@ -72,6 +79,7 @@ class Case:
         bisection: whether a draw takes a bisection (50-120 ms).
         tolerance: of a flow, the largest round-trip error per coordinate of standardised data; else None.
         smooth: whether log_prob has no jumps, such as an adaptive solver makes within its tolerances.
+        learned_score: whether the score is the network's own, and not the gradient of log_prob.
         objective: makes the loss it is trained with.
     """
 
@@ -86,6 +94,7 @@ class Case:
     bisection: bool = False
     tolerance: float | None = None
     smooth: bool = True
+    learned_score: bool = False
     objective: Callable[[], ELBO] = MaximumLikelihood
 
     @property
@@ -156,9 +165,15 @@ def _ode(*, event_shape=(3,), **options):
     return ODEFlow(event_shape, **{"network": DenseField(16, blocks=1), "solver": RK4(2), **options})
 
 
+def _diffusion(*, event_shape=(3,), **options):
+    defaults = {"network": DenseField(16, blocks=1), "likelihood": FlowDensity(RK4(2)), "sampler": DPMSolver(3)}
+    return Diffusion(event_shape, **{**defaults, **options})
+
+
 UNIT = constraints.interval(0.0, 1.0)
 THIRDS = constraints.integer_interval(0, CLASSES - 1)
 UNNORMALIZED = {"has_rsample": False, "density": "unnormalized", "objective": ContrastiveDivergence}
+LEARNED_SCORE = {"learned_score": True, "objective": DenoisingScoreMatching}
 ONE_PASS = {"tolerance": NSF.tolerance}
 
 CASES = [
@@ -228,6 +243,14 @@ CASES = [
     Case("VAE, flow prior", lambda: _vae(prior=_flow(event_shape=(2,))), (3,), real(3), **IMPLICIT),
     Case("VAE, labels", lambda: _vae(context=Labels(CLASSES)), (3,), real(3), labels, **IMPLICIT),
     Case("VAE, energy prior", lambda: _vae(prior=_energy(event_shape=(2,))), (3,), real(3), has_rsample=False, **IMPLICIT),
+    Case(
+        "VAE, diffusion prior",
+        lambda: _vae(prior=_diffusion(event_shape=(2,), likelihood=VariationalBound())),
+        (3,),
+        real(3),
+        density="none",
+        objective=DenoisingScoreMatching,
+    ),
     Case("ODE flow", _ode, (3,), real(3)),
     Case("ODE flow, adaptive", lambda: _ode(solver=Dopri5()), (3,), real(3), smooth=False),
     Case("ODE flow, Hutchinson", lambda: _ode(trace=Hutchinson()), (3,), real(3), density="estimate"),
@@ -239,6 +262,37 @@ CASES = [
     Case("ODE flow, base", lambda: _ode(base=_flow()), (3,), real(3)),
     Case("ODE flow, context", lambda: _ode(context=2), (3,), real(3), vectors),
     Case("ODE flow, labels", lambda: _ode(context=Labels(CLASSES)), (3,), real(3), labels),
+    Case("Diffusion", _diffusion, (3,), real(3), **LEARNED_SCORE),
+    Case(
+        "Diffusion, bound",
+        lambda: _diffusion(likelihood=VariationalBound(2)),
+        (3,),
+        real(3),
+        density="lower bound",
+        **LEARNED_SCORE,
+    ),
+    Case("Diffusion, scalar", lambda: _diffusion(event_shape=()), (), real(), **LEARNED_SCORE),
+    Case("Diffusion, on an interval", lambda: _diffusion(support=UNIT), (3,), uniform(0.0, 1.0, 3), **LEARNED_SCORE),
+    Case(
+        "Diffusion, levels",
+        lambda: _diffusion(levels=LEVELS),
+        (3,),
+        integers(LEVELS, 3),
+        density="lower bound",
+        **DISCRETE,
+        **LEARNED_SCORE,
+    ),
+    Case("Diffusion, flow matching", _diffusion, (3,), real(3), learned_score=True, objective=FlowMatching),
+    Case("Diffusion, context", lambda: _diffusion(context=2), (3,), real(3), vectors, **LEARNED_SCORE),
+    Case("Diffusion, labels", lambda: _diffusion(context=Labels(CLASSES)), (3,), real(3), labels, **LEARNED_SCORE),
+    Case(
+        "Diffusion, images",
+        lambda: perturb(_diffusion(event_shape=(8, 8), network=UNet((8, 8)), likelihood=VariationalBound()), 0.1),
+        (8, 8),
+        real(8, 8),
+        density="lower bound",
+        **LEARNED_SCORE,
+    ),
     Case("Energy", _energy, (3,), real(3), **UNNORMALIZED),
     Case("Energy, scalar", lambda: _energy(event_shape=()), (), real(), **UNNORMALIZED),
     Case("Energy, on an interval", lambda: _energy(support=UNIT), (3,), uniform(0.0, 1.0, 3), **UNNORMALIZED),

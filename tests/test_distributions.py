@@ -420,7 +420,7 @@ def test_a_pickled_copy_can_be_pickled_and_copied_again(case):
 # The density and its gradients.
 
 
-@rows(continuous)
+@rows(lambda case: continuous(case) and not case.learned_score)
 def test_score_is_the_gradient_by_finite_differences(case, float64):
     d, x = family_of(case)(case.context(3)), case.data(3)
     score = d.score(x)

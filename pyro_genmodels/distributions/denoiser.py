@@ -112,6 +112,10 @@ class Preconditioned(Prediction):
 
     deviation: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not 0 < self.deviation < float("inf"):
+            raise ValueError(f"Preconditioned wants a positive deviation, but found {self.deviation}.")
+
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         spread = self._spread(alpha, sigma)
         return alpha * (self.deviation / spread).square(), sigma * self.deviation / spread

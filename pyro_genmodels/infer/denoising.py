@@ -90,6 +90,10 @@ class LogNormalWeighting(TimeWeighting):
     loc: float = -1.2
     scale: float = 1.2
 
+    def __post_init__(self) -> None:
+        if not 0 < self.scale < float("inf"):
+            raise ValueError(f"LogNormalWeighting wants a positive scale, but found {self.scale}.")
+
     def __call__(self, process: Process, u: Tensor) -> tuple[Tensor, Tensor]:
         log_snr = -self.loc - self.scale * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
         t = process.time(log_snr.clamp(*process.log_snr_range))
