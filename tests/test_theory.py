@@ -12,8 +12,20 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from scipy.integrate import solve_ivp
 from scipy.stats import chi2
-from teachers import Gaussian, LinearGaussian, Mixture, grid, integral, orthogonal_linear_gaussian, outcomes, perturb
+from teachers import (
+    Gaussian,
+    LinearGaussian,
+    Mixture,
+    NoisedGaussian,
+    NoisedMixture,
+    grid,
+    integral,
+    orthogonal_linear_gaussian,
+    outcomes,
+    perturb,
+)
 from torch import nn
 from torch.distributions import constraints
 
@@ -35,18 +47,30 @@ from pyro_genmodels import (
     ContrastiveDivergence,
     DenoisingScoreMatching,
     DenseEnergy,
+    DenseField,
+    Diffusion,
     DiscretizedLogistic,
     Dopri5,
     EnergyModel,
+    EulerMaruyama,
     Flow,
+    FlowDensity,
     ImplicitScoreMatching,
+    Karras,
     Labels,
+    Langevin,
+    LikelihoodWeighting,
     MaximumLikelihood,
     Normal,
     Persistent,
+    ProbabilityFlow,
     RealNVP,
     RestrictedBoltzmannMachine,
     SlicedScoreMatching,
+    UniformWeighting,
+    VarianceExploding,
+    VariancePreserving,
+    VariationalBound,
     log_likelihood,
 )
 from pyro_genmodels.distributions import Energy
@@ -54,6 +78,7 @@ from pyro_genmodels.distributions.ode import ContinuousFlow, Hutchinson
 from pyro_genmodels.divergences import fisher, kl, reverse_kl
 from pyro_genmodels.evaluation import log_partition
 from pyro_genmodels.ops.ode import integrate
+from pyro_genmodels.samplers import sample_chains
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -452,6 +477,62 @@ def test_T12_the_best_gaussian_by_denoising_has_the_variance_of_the_data_with_no
     assert abs(1 / found - 1 / MODES.variance) > 5 * error
 
 
+FEW_LEVELS = VarianceExploding(0.3, 5.0)
+
+
+@pytest.mark.parametrize("weighting", [UniformWeighting(), LikelihoodWeighting()], ids=["uniform", "likelihood"])
+def test_T12_a_diffusion_follows_the_divergences_from_the_data_with_noise_at_all_its_levels(weighting):
+    """The gradient of denoising is that of the explicit objective, by quadrature over points and times."""
+    family = perturb(Diffusion((1,), network=DenseField(8, 1), process=FEW_LEVELS, standardize=False), 0.2)
+    times, weights = weighting(FEW_LEVELS, (torch.arange(60) + 0.5) / 60)
+    x, volume = grid(-25, 25, 500)
+    explicit = 0.0
+    for t, weight in zip(times, weights, strict=True):
+        sigma = FEW_LEVELS.sigma(t)
+        p = with_noise(MODES, sigma)
+        off = family().noisy_score(x, t)[:, 0] - score_of(p, x[:, 0])
+        explicit = explicit + weight * sigma**2 * (p.log_prob(x[:, 0]).exp() * off.square()).sum() * volume / len(times)
+    wanted = gradient(explicit, family.parameters())
+    loss = DenoisingScoreMatching(weighting=weighting)
+    drawn = []
+    for _ in range(100):
+        x = MODES.distribution().sample((300, 1))
+        value = loss.differentiable_loss(family.model, lambda *_, **__: None, x) / len(x)
+        drawn.append(gradient(value, family.parameters()))
+    assert wanted.abs().max() > 0.1
+    assert mean_is(torch.stack(drawn), wanted)
+
+
+# T13. Draws with a score.
+
+
+def follows(draws, law, alarm=1e-6):
+    """By Kolmogorov's distance and the inequality of Dvoretzky, Kiefer and Wolfowitz."""
+    x = draws.flatten().sort().values
+    cdf = torch.distributions.Normal(law.loc, law.scale).cdf(x.unsqueeze(1)) @ law.weights
+    steps = torch.arange(len(x) + 1) / len(x)
+    distance = torch.maximum((steps[1:] - cdf).abs(), (steps[:-1] - cdf).abs()).max()
+    return bool(distance < (torch.tensor(2 / alarm).log() / 2 / len(x)).sqrt())
+
+
+def test_T13_langevin_chains_follow_the_density_of_the_score():
+    begin = 4 * torch.randn(3000, 1)
+    chains = sample_chains(
+        lambda x: BROAD.log_prob(x[:, 0]), begin, sampler=Langevin(), num_samples=1, warmup=300, progress=False
+    )
+    assert follows(chains.draws[:, -1], BROAD)
+    assert not follows(begin, BROAD)
+
+
+@pytest.mark.parametrize("process", [VariancePreserving(), Karras()], ids=["variance preserving", "Karras"])
+@pytest.mark.parametrize("sampler", [EulerMaruyama(400), ProbabilityFlow(Dopri5(1e-5, 1e-5))], ids=["SDE", "ODE"])
+def test_T13_reverse_sde_and_probability_flow_follow_the_density_of_the_score(process, sampler):
+    law = Mixture(MODES.weights, (MODES.loc - MODES.mean) / MODES.variance.sqrt(), MODES.scale / MODES.variance.sqrt())
+    x = NoisedMixture(law).diffusion(process, (1,), sampler=sampler).sample((3000,))
+    assert follows(x, law)
+    assert not follows(x.neg(), law)
+
+
 def machine(dims=4, energy=None, support=constraints.boolean, **options):
     """Discrete data, and an energy of all of them that is a sum away from its log Z."""
     return perturb(
@@ -815,3 +896,75 @@ def test_T23_forward_then_backward_returns():
 def test_T23_the_integral_is_one():
     flow = continuous(2, solver=RK4(10))
     assert abs(total_mass(flow, -10.0, 10.0, 110, 2) - 1) < 1e-3
+
+
+# T25. Two densities of a diffusion.
+
+
+def least_noise(process):
+    """Its variance, in the scale of the data."""
+    return torch.tensor(-2 * process.log_snr_range[1]).exp()
+
+
+@pytest.mark.parametrize("process", [VariancePreserving(), Karras()], ids=["variance preserving", "Karras"])
+def test_T25_with_the_exact_score_bound_and_flow_meet_the_closed_form(process):
+    """Up to what draws begin from instead of the true end of the process, which is exactly known."""
+    least, most = (torch.tensor(-2 * at).exp() for at in process.log_snr_range[::-1])
+    p, end = (Gaussian(P.loc, P.cov + noise * torch.eye(2)) for noise in (least, most))
+    start, x, exact = Gaussian(0 * P.loc, (1 + most) * torch.eye(2)), P.loc + torch.randn(3, 2), NoisedGaussian(P)
+    variances, axes = torch.linalg.eigh(P.cov)
+    there = P.loc + (((variances + most) / (variances + least)).sqrt() * ((x - P.loc) @ axes)) @ axes.T
+    flow = exact.diffusion(process, (2,), likelihood=FlowDensity(Dopri5(1e-9, 1e-9))).log_prob(x)
+    torch.testing.assert_close(flow, p.log_prob(x) + start.log_prob(there) - end.log_prob(there), rtol=1e-6, atol=1e-6)
+    assert (flow - p.log_prob(x)).abs().max() < 0.05
+
+    noised = [Gaussian(row, most * torch.eye(2)) for row in x]
+    instead = torch.stack([q.cross_entropy(end) - q.cross_entropy(start) for q in noised])
+    bound = exact.diffusion(process, (2,), likelihood=VariationalBound(8)).log_prob(x.expand(3000, 3, 2))
+    assert mean_is(bound, p.log_prob(x) - 0.5 * least * p.cov.inverse().trace() + instead)  # of x with the least noise
+    assert instead.abs().max() < 0.05
+
+
+class Shrunk(NoisedMixture):
+    """Says 0.8 of the estimate for standard normal data: no score of any data, and yet everything stays Gaussian."""
+
+    def data(self, x, alpha, sigma):
+        return 0.8 * alpha * x / (alpha**2 + sigma**2)
+
+
+def variances(process):
+    """Of the draws by the reverse SDE and by the flow, in y = x / alpha with the variance tau of the noise there as clock."""
+    low, high = process.log_snr_range
+    first, last = (torch.tensor(-2 * at).exp().item() for at in (low, high))
+    pull = lambda tau: (1 - 0.8 / (1 + tau)) / tau  # noqa: E731 (the score is -pull y)
+    options = {"rtol": 1e-10, "atol": 1e-12, "method": "LSODA"}
+    sde = solve_ivp(lambda tau, v: 2 * pull(tau) * v - 1, (first, last), [1 + first], **options).y[0, -1]
+    ode = solve_ivp(lambda tau, v: pull(tau) * v, (first, last), [1 + first], **options).y[0, -1]
+    return sde, ode
+
+
+def test_T25_the_bound_lies_below_the_density_of_the_reverse_sde():
+    process, x = VariancePreserving(), torch.tensor([[-2.0], [0.0], [0.5], [1.5]])
+    sde, _ = variances(process)
+    law = NoisedMixture(Mixture(*torch.ones(3, 1)))
+    d = Shrunk(law.law).diffusion(process, (1,), likelihood=VariationalBound(16), sampler=EulerMaruyama(500))
+    bound = d.log_prob(x.expand(4000, 4, 1))
+    log_density = dist.Normal(0.0, sde**0.5).log_prob(x[:, 0]) - 0.5 * least_noise(process) / sde
+    gap, error = log_density - bound.mean(0), bound.std(0) / 4000**0.5
+    assert (gap > -5 * error).all()
+    assert (gap > 5 * error).any()
+    assert mean_is(d.sample((3000,)).square(), torch.tensor([sde]))
+
+
+def test_T25_for_another_score_the_two_densities_differ_and_kind_says_which():
+    process, x = VariancePreserving(), torch.linspace(-2, 2, 5).unsqueeze(1)
+    sde, ode = variances(process)
+    d = Shrunk(Mixture(*torch.ones(3, 1))).diffusion(process, (1,), likelihood=FlowDensity(Dopri5(1e-8, 1e-8)))
+    torch.testing.assert_close(d.log_prob(x), dist.Normal(0.0, ode**0.5).log_prob(x[:, 0]), rtol=1e-5, atol=1e-5)
+    assert abs(sde / ode - 1) > 0.1
+    assert mean_is(d.drawn_by(ProbabilityFlow(Dopri5(1e-6, 1e-6))).sample((3000,)).square(), torch.tensor([ode]))
+    family, kinds = Diffusion((1,), network=DenseField(8, 1)), {}
+    for likelihood in (FlowDensity(), VariationalBound()):
+        family.likelihood = likelihood
+        kinds[type(likelihood)] = log_likelihood(family, x, num_samples=3).kind
+    assert kinds == {FlowDensity: "exact", VariationalBound: "lower bound"}
