@@ -445,14 +445,14 @@ def seen(prior, y, scale=0.5):
 
 
 def test_nuts_over_a_frozen_diffusion_finds_the_posterior():
-    """Of the exact score of a Gaussian; the error of NUTS is taken as that of 20 independent draws, and 5 of them."""
-    prior, y = gaussian(VariancePreserving(), likelihood=FlowDensity(RK4(6))), torch.tensor([1.0, -1.0])
-    mcmc = MCMC(NUTS(lambda: seen(lambda: prior, y), max_tree_depth=2), num_samples=60, warmup_steps=30, disable_progbar=True)
+    """Of the exact score of a Gaussian; the error of NUTS is taken as that of 15 independent draws, and 5 of them."""
+    prior, y = gaussian(VariancePreserving(), likelihood=FlowDensity(RK4(5))), torch.tensor([1.0, -1.0])
+    mcmc = MCMC(NUTS(lambda: seen(lambda: prior, y), max_tree_depth=2), num_samples=40, warmup_steps=20, disable_progbar=True)
     mcmc.run()
     draws = mcmc.get_samples()["z"]
     gain = COV.float() @ (COV.float() + 0.25 * torch.eye(2)).inverse()
     mean, var = LOC.float() + gain @ (y - LOC.float()), (COV.float() - gain @ COV.float()).diag()
-    assert ((draws.mean(0) - mean).abs() < 5 * (var / 20).sqrt()).all()
+    assert ((draws.mean(0) - mean).abs() < 5 * (var / 15).sqrt()).all()
 
 
 def test_svi_over_a_frozen_diffusion_leaves_it_alone_and_finds_the_posterior():
