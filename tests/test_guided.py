@@ -461,6 +461,7 @@ def test_models_of_another_kind_are_refused_with_what_to_use(model, found):
     [
         lambda: TwistedDiffusion(0), lambda: TwistedDiffusion(resample_below=1.5),
         lambda: TwistedDiffusion(resample_below=-0.1),
+        lambda: TwistedDiffusion(1.5), lambda: GuidedDiffusion(1.5), lambda: GuidedDiffusion(scale=float("nan")),
         lambda: GuidedDiffusion(0), lambda: GuidedDiffusion(scale=-1.0),
         lambda: diffusion_posterior(linear(exact()), torch.tensor(SEEN), num_draws=0),
     ],

@@ -42,7 +42,7 @@ class TwistedDiffusion:
     resample_below: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1 or not 0 <= self.resample_below <= 1:
+        if not (isinstance(self.num_steps, int) and self.num_steps >= 1 and 0 <= self.resample_below <= 1):
             raise ValueError(
                 f"TwistedDiffusion wants num_steps of 1 or more and resample_below from 0 to 1, but found {self.num_steps} and "
                 f"{self.resample_below}."
@@ -69,7 +69,7 @@ class GuidedDiffusion:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1 or self.scale < 0:
+        if not (isinstance(self.num_steps, int) and self.num_steps >= 1 and self.scale >= 0):
             raise ValueError(
                 f"GuidedDiffusion wants num_steps of 1 or more and a scale of 0 or more, but found {self.num_steps} "
                 f"and {self.scale}."
