@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= out
-DEMO ?=
+DEMO ?= --families flow,vae,autoregressive,energy
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VENV_ARVIZ1 ?= .venv-arviz1
