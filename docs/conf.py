@@ -21,7 +21,10 @@ extensions = [
 exclude_patterns = ["_build"]
 templates_path = ["_templates"]
 default_role = "py:obj"  # docstrings name things in single backquotes
-unlisted = "FlowTransform|Likelihood|EnergyChoice|Negatives|State|Run|_ScoreMatching|_ByParts"  # what public ones derive from
+unlisted = (  # what public ones derive from
+    "FlowTransform|Likelihood|EnergyChoice|Negatives|State|Run|_ScoreMatching|ScoreMatching|_ByParts|Process|Prediction|Trace|"
+    "Solver|_Adaptive|_Fixed|_OnGrid|ReverseSampler|TimeWeighting|Coupling|Interpolant|_Linear|Denoiser|Evaluations|Assessed|Reversed|Particles"
+)
 nitpick_ignore_regex = [("py:.*", rf"(?!pyro_genmodels\.).*|.*\.({unlisted})")]  # our public names must resolve
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]

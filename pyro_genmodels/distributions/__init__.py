@@ -3,12 +3,22 @@
 from pyro_genmodels.distributions.autoregressive import Autoregression
 from pyro_genmodels.distributions.base import GenerativeDistribution, unwrap
 from pyro_genmodels.distributions.dequantized import Dequantized
+from pyro_genmodels.distributions.diffusion import ReverseDiffusion
 from pyro_genmodels.distributions.discretized import DiscretizedLogisticMixture
 from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.distributions.flow import NormalizingFlow
 from pyro_genmodels.distributions.implicit import Implicit
+from pyro_genmodels.distributions.ode import ContinuousFlow
 
 __all__ = [
-    "Autoregression", "Dequantized", "DiscretizedLogisticMixture", "Energy", "GenerativeDistribution", "Implicit",
-    "NormalizingFlow", "unwrap",
-]  # fmt: skip
+    "Autoregression",
+    "ContinuousFlow",
+    "Dequantized",
+    "DiscretizedLogisticMixture",
+    "Energy",
+    "GenerativeDistribution",
+    "Implicit",
+    "NormalizingFlow",
+    "ReverseDiffusion",
+    "unwrap",
+]
