@@ -1,8 +1,8 @@
-"""What is said of a name that nobody knows, and of a library that is not there."""
+"""What is said of a name that nobody knows, of a choice that is none, and of a library that is not there."""
 
 from __future__ import annotations
 
-__all__ = ["listed", "needed", "unknown"]
+__all__ = ["chosen", "listed", "needed", "unknown"]
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -74,3 +74,16 @@ def needed(module: str, *, extra: str, by: str) -> Any:
     except ImportError as error:
         name = {"ot": "POT", "sklearn": "scikit-learn"}.get(top := module.split(".")[0], top)
         raise ImportError(f"{by} needs {name}: pip install 'pyro-genmodels[{extra}]'.") from error
+
+
+def chosen(owner: str, role: str, found: Any, default: Any, wanted: Any) -> Any:
+    """A choice, or the default in place of None.
+
+    Raises:
+        TypeError: if it is none of those wanted.
+    """
+    found = default if found is None else found
+    if not isinstance(found, wanted):
+        given = f"the class {found.__name__}; call it" if isinstance(found, type) else repr(found)
+        raise TypeError(f"{owner} wants a {role} such as {default!r}, but found {given}.")
+    return found

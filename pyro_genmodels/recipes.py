@@ -19,6 +19,7 @@ from torch.distributions import constraints
 
 from pyro_genmodels import checkpoints
 from pyro_genmodels.datasets import DATASETS, Dataset, load, rows
+from pyro_genmodels.distributions.base import tightens
 from pyro_genmodels.errors import unknown
 from pyro_genmodels.evaluation import LogLikelihood, log_likelihood
 from pyro_genmodels.families import (
@@ -277,7 +278,7 @@ def evaluate(
     family.embed(*context or (None,))  # checks the labels
     if num_samples is None:
         law = family(*(labels[:1] for labels in context))
-        num_samples = 512 if getattr(getattr(law, "base", law), "tightens", True) else 8  # of what is averaged, few do
+        num_samples = 512 if tightens(law) else 8  # of what is averaged, few do
     return log_likelihood(family, x.to(device), *context, num_samples=num_samples, progress=progress)
 
 

@@ -293,13 +293,8 @@ class _Loop:
 
     def know_constants(self, batch: Batch) -> None:
         """Has the energies in the model know their log Z, or losses of different parameters could not be compared."""
-        args = (batch[0],) if batch[1] is None else batch
         with pyro.validation_enabled(is_validate=False):  # what is not finite shows in the loss
-            dists = [
-                unwrap(site["fn"])
-                for trace in traces.run(self.model, self.guide, args, {})
-                for site in traces.samples(trace).values()
-            ]
+            dists = _distributions(self.model, self.guide, batch)
             for dist in dists:
                 if isinstance(dist, Energy) and dist.context is None and dist.sampler is not None:
                     quick_log_partition(dist)
@@ -333,12 +328,7 @@ class _Loop:
         """Whether the loss is of networks that are drawn from by many steps, which last weights alone serve badly."""
         if not isinstance(self.objective, DenoisingScoreMatching):
             return isinstance(self.objective, FlowMatching)
-        args = (batch[0],) if batch[1] is None else batch
-        with torch.no_grad(), poutine.block():
-            found = [
-                site["fn"] for trace in traces.run(self.model, self.guide, args, {}) for site in traces.samples(trace).values()
-            ]
-        return any(is_diffusion(fn) for fn in found)
+        return any(map(is_diffusion, _distributions(self.model, self.guide, batch)))
 
     def find_parameters(self, batch: Batch) -> dict[str, nn.Parameter]:
         """What a step trains: the parameters Pyro sees in one, by its names."""
@@ -353,6 +343,14 @@ class _Loop:
                 "The fit has nothing to train: no parameter that requires a gradient is met in its model and guide."
             )
         return found
+
+
+def _distributions(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> list[Any]:
+    """Out of Pyro's wrappers, those at the sites of model and guide."""
+    args = (batch[0],) if batch[1] is None else batch
+    with torch.no_grad(), poutine.block():
+        pair: Any = traces.run(model, guide, args, {})
+    return [unwrap(site["fn"]) for trace in pair for site in traces.samples(trace).values()]
 
 
 def _default_objective(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> ELBO:

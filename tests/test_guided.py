@@ -22,7 +22,7 @@ from pyro_genmodels import DenseField, Diffusion, Flow, Karras, SubVariancePrese
 from pyro_genmodels.distributions import GenerativeDistribution
 from pyro_genmodels.infer.diffusion_posterior import GuidedDiffusion, TwistedDiffusion, diffusion_posterior, inpaint
 from pyro_genmodels.samplers.guided import effective_size, guided, twisted
-from pyro_genmodels.samplers.reverse import UniformLogSNR
+from pyro_genmodels.samplers.spacing import UniformLogSNR
 
 PROCESSES = [VariancePreserving(), SubVariancePreserving(), Karras()]
 COV = torch.tensor([[1.2, 0.7], [0.7, 0.9]], dtype=torch.float64)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 __all__ = [
     "Density", "GenerativeDistribution", "density_of", "drops_units", "is_real", "map_tensors", "over_events", "parts_of",
-    "sum_event", "unchecked", "unwrap", "within",
+    "sum_event", "tightens", "unchecked", "unwrap", "within",
 ]  # fmt: skip
 
 import copy
@@ -282,6 +282,13 @@ def density_of(fn: Distribution) -> tuple[Density, str]:
     within = [density_of(part) for part in parts if isinstance(part, Distribution)]
     own: tuple[Density, str] = getattr(fn, "density", "exact"), getattr(fn, "advice", "")
     return max([own, *within], key=lambda found: get_args(Density).index(found[0]))
+
+
+def tightens(fn: Distribution) -> bool:
+    """Whether the log of a mean over draws may be taken of a density, and of what it is made of."""
+    fn = unwrap(fn)
+    base = getattr(fn, "base", None)
+    return getattr(fn, "tightens", True) and (not isinstance(base, Distribution) or tightens(base))
 
 
 def drops_units(*parts: Any) -> bool:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pyro_genmodels import traces
-from pyro_genmodels.distributions.base import density_of, unwrap
+from pyro_genmodels.distributions.base import density_of, tightens, unwrap
 from pyro_genmodels.distributions.memory import LogPartition
 from pyro_genmodels.evaluation.constants import Constants
 
@@ -126,7 +126,7 @@ def log_likelihood(
     with traces.looking_on():
         first = _rows(slice(0, 1), len(x), (x, *args), kwargs)
         constants = Constants(num_samples, num_steps, progress=progress)
-        kind, drawn, tightens, plates, nesting = _kind(model, guide, *first, constants)
+        kind, drawn, tighter, plates, nesting = _kind(model, guide, *first, constants)
         k = num_samples if drawn else 1
         if parallel is None:
             trial = _rows(slice(0, max(1, min(5, batch_size // 3))), len(x), (x, *args), kwargs)
@@ -137,7 +137,7 @@ def log_likelihood(
             stop = min(start + rows, len(x))
             call = _rows(slice(start, stop), len(x), (x, *args), kwargs)
             at_once = max(1, batch_size // (stop - start)) if parallel else None
-            parts.append(_weigh(model, guide, *call, stop - start, plates, nesting, k, at_once, drawn, tightens, constants))
+            parts.append(_weigh(model, guide, *call, stop - start, plates, nesting, k, at_once, drawn, tighter, constants))
     values, std_error = (torch.cat(part) for part in zip(*parts, strict=True))
     kind = "unreliable" if "unreliable" in constants.kinds else "estimate" if "estimate" in constants.kinds else kind
     k = k if drawn or kind == "exact" else num_samples
@@ -182,10 +182,10 @@ def _kind(
                 f"density is: {density}. {advice}"
             )
         densities.add(density)
-    tightens = all(_tightens(site["fn"]) for site in sites.values())
-    drawn = bool(traces.latents(model_trace)) or "lower bound" in densities or not tightens
+    tighter = all(tightens(site["fn"]) for site in sites.values())
+    drawn = bool(traces.latents(model_trace)) or "lower bound" in densities or not tighter
     kind: Kind = "estimate" if "estimate" in densities else "lower bound" if drawn else "exact"
-    return kind, drawn, tightens, plates, traces.max_plate_nesting(model, guide, args, kwargs)
+    return kind, drawn, tighter, plates, traces.max_plate_nesting(model, guide, args, kwargs)
 
 
 def _weigh(
@@ -199,7 +199,7 @@ def _weigh(
     k: int,
     at_once: int | None,
     drawn: bool,  # noqa: FBT001
-    tightens: bool,  # noqa: FBT001
+    tighter: bool,  # noqa: FBT001
     constants: Constants,
 ) -> tuple[Tensor, Tensor]:
     """Log mean weight of each row and its standard error, from k draws, so many at once or each in a run of its own.
@@ -217,20 +217,14 @@ def _weigh(
         log_w.append((log_p - log_q.to(log_p)).expand(draws, rows))
         variances.append(constants.variance(places, nesting, dim, draws / k))
     log_w = torch.cat(log_w)
-    values = log_w.logsumexp(0) - log(k) if tightens else log_w.mean(0)
+    values = log_w.logsumexp(0) - log(k) if tighter else log_w.mean(0)
     variance = torch.stack(variances).mean(0).to(values).expand_as(values)
     if not drawn:
         return values, variance.sqrt()
     if k == 1:
         return values, torch.full_like(values, float("nan"))
-    spread = (log_w - values).exp() if tightens else log_w
+    spread = (log_w - values).exp() if tighter else log_w
     return values, (spread.var(0) / k + variance).sqrt()
-
-
-def _tightens(fn: Any) -> bool:
-    """Whether a log of a mean over draws may be taken of a density, and of what it is made of."""
-    fn = unwrap(fn)
-    return getattr(fn, "tightens", True) and _tightens(fn.base) if hasattr(fn, "base") else getattr(fn, "tightens", True)
 
 
 def _rows(rows: slice, n: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -39,10 +39,8 @@ from pyro_genmodels.samplers.reverse import (
     Heun,
     PredictorCorrector,
     ProbabilityFlow,
-    UniformLogSNR,
-    UniformSigma,
-    UniformTime,
 )
+from pyro_genmodels.samplers.spacing import UniformLogSNR, UniformSigma, UniformTime
 
 __all__ = [
     "BPF",

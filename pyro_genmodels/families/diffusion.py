@@ -11,7 +11,6 @@ from __future__ import annotations
 __all__ = ["Diffusion"]
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.denoiser import Denoiser, Prediction, VelocityPrediction
 from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.distributions.diffusion import FlowDensity, ReverseDiffusion, VariationalBound
+from pyro_genmodels.errors import chosen
 from pyro_genmodels.families.family import Context, Family
 from pyro_genmodels.nn.time import DenseField, UNet
 from pyro_genmodels.ops.processes import Process, VariancePreserving
@@ -85,10 +85,10 @@ class Diffusion(Family):
         network = DenseField(octaves=5 if few else 0) if network is None else network
         self.clock = not isinstance(network, nn.Module)
         self.network = network if isinstance(network, nn.Module) else network.build(self.event_shape, self.context_size)
-        self.process = _checked("process", process, VariancePreserving(), Process)
-        self.prediction = _checked("prediction", prediction, VelocityPrediction(), Prediction)
-        self.sampler = _checked("sampler", sampler, DPMSolver(), ReverseSampler)
-        self.likelihood = _checked("likelihood", likelihood, FlowDensity(), FlowDensity | VariationalBound)
+        self.process = chosen("Diffusion", "process", process, VariancePreserving(), Process)
+        self.prediction = chosen("Diffusion", "prediction", prediction, VelocityPrediction(), Prediction)
+        self.sampler = chosen("Diffusion", "sampler", sampler, DPMSolver(), ReverseSampler)
+        self.likelihood = chosen("Diffusion", "likelihood", likelihood, FlowDensity(), FlowDensity | VariationalBound)
         if not 0 <= drop_context < 1 or (drop_context and not self.context_size):
             raise ValueError(
                 f"Diffusion wants drop_context of at least 0 and less than 1, and only with a context, but found "
@@ -125,11 +125,3 @@ class Diffusion(Family):
 
     def _continuous(self, x: Tensor) -> Tensor:
         return x if self.levels is None else x + torch.rand_like(x, dtype=self.loc.dtype)
-
-
-def _checked(role: str, found: Any, default: Any, wanted: Any) -> Any:
-    found = default if found is None else found
-    if not isinstance(found, wanted):
-        given = f"the class {found.__name__}; call it" if isinstance(found, type) else repr(found)
-        raise TypeError(f"Diffusion wants a {role} such as {default!r}, but found {given}.")
-    return found

@@ -29,7 +29,7 @@ from pyro_genmodels.distributions.base import unwrap
 from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.distributions.diffusion import ReverseDiffusion
 from pyro_genmodels.distributions.energy import Energy
-from pyro_genmodels.errors import needed
+from pyro_genmodels.errors import chosen, needed
 from pyro_genmodels.infer.objective import Objective
 from pyro_genmodels.ops.processes import stratified
 
@@ -154,8 +154,8 @@ class FlowMatching(Objective):
 
     def __init__(self, coupling: Coupling | None = None, path: Interpolant | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.coupling: Coupling = _checked("coupling", coupling, Independent(), Coupling)
-        self.path: Interpolant = _checked("path", path, Straight(), Interpolant)
+        self.coupling: Coupling = chosen("FlowMatching", "coupling", coupling, Independent(), Coupling)
+        self.path: Interpolant = chosen("FlowMatching", "path", path, Straight(), Interpolant)
 
     def per_datum(self, dist: Any, x: Tensor) -> Tensor:
         flow: Any = dist.base if isinstance(dist, Dequantized) else dist
@@ -187,11 +187,3 @@ class FlowMatching(Objective):
             f"FlowMatching's loss is no density that latent variables could be weighed by, but the model has "
             f"{', '.join(map(repr, names))}. Use pyro.infer.Trace_ELBO with a guide for them."
         )
-
-
-def _checked(role: str, found: Any, default: Any, wanted: type) -> Any:
-    found = default if found is None else found
-    if not isinstance(found, wanted):
-        given = f"the class {found.__name__}; call it" if isinstance(found, type) else repr(found)
-        raise TypeError(f"FlowMatching wants a {role} such as {default!r}, but found {given}.")
-    return found

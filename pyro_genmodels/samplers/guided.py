@@ -27,7 +27,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_genmodels.ops.processes import Process, along
-from pyro_genmodels.samplers.reverse import SHOWN_AFTER, UniformLogSNR, prior_scale
+from pyro_genmodels.samplers.reverse import SHOWN_AFTER, prior_scale
+from pyro_genmodels.samplers.spacing import UniformLogSNR
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 

@@ -17,8 +17,8 @@ Ho et al. (arXiv 2006.11239); Song et al. (arXiv 2010.02502, 2011.13456); Karras
 from __future__ import annotations
 
 __all__ = [
-    "DDIM", "Ancestral", "DPMSolver", "EulerMaruyama", "Heun", "PredictorCorrector", "ProbabilityFlow", "ReverseSampler",
-    "Reversed", "UniformLogSNR", "UniformSigma", "UniformTime", "reverse",
+    "DDIM", "Ancestral", "DPMSolver", "Denoised", "EulerMaruyama", "Heun", "PredictorCorrector", "ProbabilityFlow",
+    "ReverseSampler", "Reversed", "flow_velocity", "prior_scale", "reverse",
 ]  # fmt: skip
 
 from abc import ABC, abstractmethod
@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 
 from pyro_genmodels.ops.ode import Dopri5, Solver, integrate
 from pyro_genmodels.ops.processes import Process, along
+from pyro_genmodels.samplers.spacing import Spacing, UniformLogSNR, UniformSigma
 
 SHOWN_AFTER = 5.0
 """Seconds after which a walk shows its progress, where there is a terminal."""
@@ -79,54 +80,6 @@ class Denoised:
         return -self.noise(x, t) / self.process.sigma(t)
 
 
-# Times to step on.
-
-
-@dataclass(frozen=True)
-class UniformTime:
-    """Equal steps of the process's own time."""
-
-    def __call__(self, process: Process, steps: int) -> Tensor:
-        """(steps + 1,), descending, float64."""
-        return torch.linspace(process.end, process.start, steps + 1, dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class UniformLogSNR:
-    """Equal steps of the log of the signal-to-noise ratio."""
-
-    def __call__(self, process: Process, steps: int) -> Tensor:
-        """(steps + 1,), descending, float64."""
-        return process.time(torch.linspace(*process.log_snr_range, steps + 1, dtype=torch.float64))
-
-
-@dataclass(frozen=True)
-class UniformSigma:
-    """Equal steps of a root of sigma / alpha, as in EDM (arXiv 2206.00364).
-
-    Attributes:
-        rho: which root; large ones dwell near the data.
-    """
-
-    rho: float = 7.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.rho < float("inf"):
-            raise ValueError(f"UniformSigma wants a positive rho, but found {self.rho}.")
-
-    def __call__(self, process: Process, steps: int) -> Tensor:
-        """(steps + 1,), descending, float64."""
-        low, high = (-torch.tensor(process.log_snr_range, dtype=torch.float64) / self.rho).exp()
-        sigmas = torch.lerp(low, high, torch.linspace(0, 1, steps + 1, dtype=torch.float64)) ** self.rho
-        return process.time(-sigmas.log())
-
-
-Spacing = UniformTime | UniformLogSNR | UniformSigma
-
-
-# Samplers.
-
-
 class ReverseSampler(ABC):
     """Base of what walks from noise to data."""
 
@@ -153,6 +106,11 @@ class _OnGrid(ReverseSampler):
         if not isinstance(self.spacing, Spacing):
             raise TypeError(f"{type(self).__name__} wants a spacing such as UniformLogSNR(), but found {self.spacing!r}.")
 
+
+@dataclass(frozen=True)
+class _OneStep(_OnGrid):
+    """Steps that know nothing of those before."""
+
     def walk(self, denoised: Denoised, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         times = self.spacing(denoised.process, self.num_steps).to(x)
         for t, s in pairwise(times):
@@ -165,7 +123,7 @@ class _OnGrid(ReverseSampler):
 
 
 @dataclass(frozen=True)
-class EulerMaruyama(_OnGrid):
+class EulerMaruyama(_OneStep):
     """The reverse SDE by Euler-Maruyama: of first order in distribution.
 
     Attributes:
@@ -182,7 +140,7 @@ class EulerMaruyama(_OnGrid):
 
 
 @dataclass(frozen=True)
-class DDIM(_OnGrid):
+class DDIM(_OneStep):
     """Denoising diffusion implicit steps (arXiv 2010.02502).
 
     Attributes:
@@ -222,7 +180,7 @@ class Ancestral(DDIM):
 
 
 @dataclass(frozen=True)
-class Heun(_OnGrid):
+class Heun(_OneStep):
     """The probability flow by Heun's method, of second order, with noise thrown in on the way (EDM, arXiv 2206.00364).
 
     Attributes:
@@ -284,12 +242,9 @@ class DPMSolver(_OnGrid):
             before = data
             yield s, x
 
-    def step(self, denoised: Denoised, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        raise NotImplementedError("A step of DPMSolver needs the one before: see walk.")
-
 
 @dataclass(frozen=True)
-class PredictorCorrector(_OnGrid):
+class PredictorCorrector(_OneStep):
     """Ancestral steps, each followed by Langevin steps at the new level of noise (arXiv 2011.13456).
 
     Attributes:
