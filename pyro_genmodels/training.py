@@ -127,7 +127,7 @@ def train(
         batch_size: rows per step.
         patience: epochs without a better validation loss before training stops.
         average: decay per step of an exponential moving average of the parameters, such as 0.99, which is then what is
-            validated and kept; None keeps the parameters themselves. By default 0.999 for diffusions and
+            validated and kept (see `moving_average`); None keeps the parameters themselves. By default 0.999 for diffusions and
             `FlowMatching`, and none for others.
         clip_norm: largest norm of the gradient (per datum); None does not clip.
         checkpoint: path without suffix. At each best epoch the parameters go to ``.safetensors``, with the history, which

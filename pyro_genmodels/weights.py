@@ -1,19 +1,24 @@
 r"""The weights of a training run: as they are, averaged, and the best so far.
 
-The average is :math:`\bar\theta_t = d\,\bar\theta_{t-1} + (1 - d)\,\theta_t`, kept by torch's `AveragedModel`. Polyak and
-Juditsky, *Acceleration of Stochastic Approximation by Averaging* (1992).
+The average after t + 1 steps is
+
+.. math:: \bar\theta_t = d_t\,\bar\theta_{t-1} + (1 - d_t)\,\theta_t, \qquad
+    d_t = \min\Bigl(d, \frac{1 + t}{10 + t}\Bigr), \qquad \bar\theta_0 = \theta_0,
+
+so that early on it is of the last tenth of the steps, and does not hold on to the beginning. It is kept by torch's
+`AveragedModel`. Polyak and Juditsky, *Acceleration of Stochastic Approximation by Averaging* (1992).
 """
 
 from __future__ import annotations
 
-__all__ = ["Weights"]
+__all__ = ["Weights", "moving_average"]
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 
 class Weights:
@@ -36,7 +41,7 @@ class Weights:
         self.names, self.modules, self.aside = list(parameters), modules, aside
         self.live = list(parameters.values())
         self.module = nn.ParameterList(self.live)  # of the same storage, also where a parameter is a plain tensor
-        self.average = None if decay is None else AveragedModel(self.module, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.average = None if decay is None else AveragedModel(self.module, multi_avg_fn=moving_average(decay))
         self.buffers = [b for m in modules for b in m.buffers()]
         self.best = [t.detach().clone() for t in (*self.live, *self.buffers)]
 
@@ -96,6 +101,32 @@ class Weights:
         """Puts the best in the place of the parameters."""
         _copy([*(p.data for p in self.live), *self.buffers], self.best)
         self.reread()
+
+
+def moving_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
+    """How `AveragedModel(network, multi_avg_fn=moving_average(0.999))` averages, from the first step on.
+
+    Args:
+        decay: of the average per step, once it is under way.
+
+    Raises:
+        ValueError: for a decay that is not at least 0 and less than 1.
+
+    Example:
+        >>> average = [torch.tensor([0.0])]
+        >>> moving_average(0.9)(average, [torch.tensor([1.0])], 1)  # the second step: 2/11 of the old
+        >>> average
+        [tensor([0.8182])]
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"An average of weights wants a decay such as 0.999, at least 0 and less than 1, but found {decay!r}.")
+
+    @torch.no_grad()
+    def average(averages: Sequence[Tensor], parameters: Sequence[Tensor], steps: Tensor | int) -> None:
+        t = int(steps)
+        torch._foreach_lerp_(list(averages), list(parameters), 1 - min(decay, (1 + t) / (10 + t)))
+
+    return average
 
 
 def _copy(targets: list[Tensor], values: list[Tensor]) -> None:
