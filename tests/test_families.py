@@ -29,12 +29,16 @@ from pyro_genmodels import (
     Autoregressive,
     Bernoulli,
     Categorical,
+    DenseField,
+    Diffusion,
     DiscretizedLogistic,
     Flow,
     Labels,
     MaximumLikelihood,
     Normal,
+    ODEFlow,
     RealNVP,
+    UNet,
 )
 from pyro_genmodels.families import GF
 
@@ -747,6 +751,22 @@ def test_maximum_likelihood_refuses_a_vae_and_names_the_objective():
 
 
 # Constant and degenerate data.
+
+
+def test_standardising_jointly_keeps_what_pixels_are_to_each_other(float64):
+    """One mean and deviation of all coordinates; by default of U-Nets, whose filters see every pixel alike."""
+    x = 3 + torch.arange(16.0) * torch.randn(100, 16)
+    family = Flow((4, 4), transform=MAF(**SMALL), standardize="jointly").double()
+    family.standardize(x.reshape(-1, 4, 4))
+    assert_close(family.loc, x.mean().expand(4, 4))
+    assert_close(family.scale, x.std().expand(4, 4))
+    for build in (Diffusion, ODEFlow):
+        assert build((4, 4), network=UNet((8, 8)))._jointly
+        assert not build((4, 4), network=UNet((8, 8)), standardize=True)._jointly
+        assert not build((4, 4), network=DenseField(8, 1))._jointly
+        assert not build((4, 4), network=UNet((8, 8)), standardize=False)._standardize
+    with pytest.raises(ValueError, match=r"True, False or .jointly., but found 'each'"):
+        Flow((2,), standardize="each")
 
 
 @rows(lambda case: case.build()._standardize and not case.discrete)

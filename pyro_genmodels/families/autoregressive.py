@@ -17,7 +17,7 @@ from torch.distributions import constraints
 
 from pyro_genmodels.distributions.autoregressive import Autoregression
 from pyro_genmodels.distributions.likelihoods import Likelihood, check_likelihood
-from pyro_genmodels.families.family import Context, Family
+from pyro_genmodels.families.family import Context, Family, Standardize
 from pyro_genmodels.nn.masked import MADE
 
 
@@ -56,7 +56,7 @@ class Autoregressive(Family):
         hidden: Sequence[int] = (256, 256),
         dropout: float = 0.0,
         support: constraints.Constraint = constraints.real,
-        standardize: bool = True,
+        standardize: Standardize = True,
         name: str | None = None,
     ) -> None:
         likelihood = check_likelihood(likelihood)

@@ -21,7 +21,7 @@ from pyro_genmodels.distributions.denoiser import Denoiser, Prediction, Velocity
 from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.distributions.diffusion import FlowDensity, ReverseDiffusion, VariationalBound
 from pyro_genmodels.errors import chosen
-from pyro_genmodels.families.family import Context, Family
+from pyro_genmodels.families.family import Context, Family, Standardize
 from pyro_genmodels.nn.time import DenseField, UNet
 from pyro_genmodels.ops.processes import Process, VariancePreserving
 from pyro_genmodels.samplers.reverse import DPMSolver, ReverseSampler
@@ -48,7 +48,7 @@ class Diffusion(Family):
             ``diffusion(context).guided(...)`` takes another.
         support: where one coordinate lies; see `Family`.
         levels: with K given, data are integers 0 .. K - 1, and the diffusion is a `Dequantized` density.
-        standardize: see `Family`.
+        standardize: see `Family`; by default jointly for a `UNet`, and in each coordinate else.
         name: see `Family`.
 
     Raises:
@@ -74,11 +74,12 @@ class Diffusion(Family):
         guidance: float = 1.0,
         support: constraints.Constraint = constraints.real,
         levels: int | None = None,
-        standardize: bool = True,
+        standardize: Standardize | None = None,
         name: str | None = None,
     ) -> None:
         if levels is not None and levels < 2:
             raise ValueError(f"Diffusion wants at least 2 levels, got {levels}.")
+        standardize = ("jointly" if isinstance(network, UNet) else True) if standardize is None else standardize
         super().__init__(event_shape, context=context, support=support, standardize=standardize, name=name)
         self.levels = levels
         few = self.event_shape.numel() <= 4

@@ -24,7 +24,7 @@ from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.distributions.memory import Memory
 from pyro_genmodels.distributions.negatives import Annealed, Negatives, Persistent
 from pyro_genmodels.distributions.path import kind_of, positions
-from pyro_genmodels.families.family import Context, Family
+from pyro_genmodels.families.family import Context, Family, Standardize
 from pyro_genmodels.nn.energies import DenseEnergy, EnergyChoice
 from pyro_genmodels.samplers import Gibbs, GibbsWithGradients, Langevin, Sampler
 
@@ -86,12 +86,12 @@ class EnergyModel(Family):
         negatives: Negatives | None = None,
         num_steps: int = 500,
         noise: tuple[float, float] | None = None,
-        standardize: bool = True,
+        standardize: Standardize = True,
         name: str | None = None,
     ) -> None:
         super().__init__(event_shape, context=context, support=support, standardize=standardize, name=name)
         bounded = self._bounded and not support.is_discrete
-        self._standardize = standardize and not bounded  # discrete data too: their frequencies
+        self._standardize = bool(standardize) and not bounded  # discrete data too: their frequencies
         kind, classes = kind_of(support)
         position = torch.Size((*self.event_shape, classes)) if kind == "categorical" else self.event_shape
         energy = DenseEnergy() if energy is None else energy

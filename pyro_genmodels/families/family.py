@@ -8,13 +8,13 @@ estimate of the whole data's.
 
 from __future__ import annotations
 
-__all__ = ["Context", "Family", "Labels"]
+__all__ = ["Context", "Family", "Labels", "Standardize"]
 
 import copy
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -34,6 +34,7 @@ from pyro_genmodels import naming
 from pyro_genmodels.distributions.base import is_real, map_tensors, over_events
 
 Context = int | nn.Module
+Standardize = bool | Literal["jointly"]
 
 
 class Labels(nn.Module):
@@ -105,9 +106,10 @@ class Family(PyroModule):
         support: where one coordinate of the data lies. An interval is mapped to the real line, the map counted in the density,
             so that values at its ends, which would be infinite, are refused; of integers nothing is mapped.
         standardize: whether the networks see data of mean 0 and standard deviation 1 in each coordinate (after the map
-            above). `train` sets them by all its data and `model` by the first data it sees in training; in a model of your own,
-            ``pyro.sample("x", family(), obs=x)``, call ``family.standardize(x)`` first. They are saved with the parameters and
-            counted in the density.
+            above); "jointly" takes one mean and deviation of all coordinates, as is best where they are of one kind, such as
+            pixels that a convolution sees. `train` sets them by all its data and `model` by the first data it sees in
+            training; in a model of your own, ``pyro.sample("x", family(), obs=x)``, call ``family.standardize(x)`` first. They
+            are saved with the parameters and counted in the density.
         name: the name under which Pyro knows the parameters; by default the class and a number no other has. A family that had
             it before gets a new one. Save a family by its `state_dict`: nothing is read from Pyro's param store.
     """
@@ -133,7 +135,7 @@ class Family(PyroModule):
         *,
         context: Context = 0,
         support: constraints.Constraint = constraints.real,
-        standardize: bool = False,
+        standardize: Standardize = False,
         name: str | None = None,
     ) -> None:
         super().__init__(name or naming.fresh_name(self))
@@ -147,9 +149,12 @@ class Family(PyroModule):
                 f"{type(self).__name__} cannot map the support {support} of events {tuple(self.event_shape)} to as many real "
                 "numbers. Use an interval, or transform the data beforehand."
             )
+        if not (isinstance(standardize, bool) or standardize == "jointly"):
+            raise ValueError(f'standardize wants True, False or "jointly", but found {standardize!r}.')
         self.context = _context_module(context)
         self.support = support
-        self._standardize, self._standardized = standardize and not support.is_discrete, False
+        self._standardize, self._standardized = bool(standardize) and not support.is_discrete, False
+        self._jointly = standardize == "jointly"
         self.register_buffer("loc", torch.zeros(self.event_shape))
         self.register_buffer("scale", torch.ones(self.event_shape))
         self.register_buffer("standardized", torch.tensor(False))
@@ -203,9 +208,9 @@ class Family(PyroModule):
             y = self._continuous(x.to(self.loc.device)).to(self.loc.dtype)
             if not is_real(self.support):
                 y = self._to_reals()(y)
-            self.loc.copy_(y.mean(0))
+            self.loc.copy_(y.mean() if self._jointly else y.mean(0))
             if len(y) > 1:
-                scale = y.std(0)
+                scale = (y.std() if self._jointly else y.std(0)).expand_as(self.scale)
                 self.scale.copy_(torch.where(scale > 1e-6 * (1 + self.loc.abs()), scale, torch.ones_like(scale)))
             self.standardized.fill_(True)
         self._standardized = True

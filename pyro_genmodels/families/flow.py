@@ -21,7 +21,7 @@ from pyro_genmodels._zuko import NCSF, NSF, FlowTransform, adopt
 from pyro_genmodels.distributions.base import GenerativeDistribution, is_real
 from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.distributions.flow import NormalizingFlow
-from pyro_genmodels.families.family import Context, Family
+from pyro_genmodels.families.family import Context, Family, Standardize
 
 
 class Flow(Family):
@@ -56,7 +56,7 @@ class Flow(Family):
         transform: FlowTransform | nn.Module | None = None,
         support: constraints.Constraint = constraints.real,
         levels: int | None = None,
-        standardize: bool = True,
+        standardize: Standardize = True,
         name: str | None = None,
     ) -> None:
         transform = NSF() if transform is None else transform
@@ -65,7 +65,9 @@ class Flow(Family):
             raise ValueError("NCSF models angles in [-pi, pi): give neither support nor levels with it.")
         if levels is not None and levels < 2:
             raise ValueError(f"Flow wants at least 2 levels, got {levels}.")
-        super().__init__(event_shape, context=context, support=support, standardize=standardize and not circular, name=name)
+        super().__init__(
+            event_shape, context=context, support=support, standardize=False if circular else standardize, name=name
+        )
         self.levels, self.circular = levels, circular
         self.transform, self.inverse = adopt(_build(transform, self.event_shape.numel(), self.context_size))
 

@@ -23,7 +23,7 @@ from torch.distributions import Distribution, constraints
 from pyro_genmodels.distributions.base import GenerativeDistribution, density_of, is_real, map_tensors, unchecked
 from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.distributions.ode import ContinuousFlow, Evaluations, Trace
-from pyro_genmodels.families.family import Context, Family
+from pyro_genmodels.families.family import Context, Family, Standardize
 from pyro_genmodels.nn.time import DenseField, UNet
 from pyro_genmodels.ops.ode import Dopri5, Solver
 
@@ -50,7 +50,7 @@ class ODEFlow(Family):
         jacobian: weight of the squared size of the Jacobian; likewise.
         support: where one coordinate lies; see `Family`.
         levels: with K given, data are integers 0 .. K - 1, and the flow is a `Dequantized` density.
-        standardize: see `Family`.
+        standardize: see `Family`; by default jointly for a `UNet`, and in each coordinate else.
         name: see `Family`.
 
     Raises:
@@ -76,7 +76,7 @@ class ODEFlow(Family):
         jacobian: float = 0.0,
         support: constraints.Constraint = constraints.real,
         levels: int | None = None,
-        standardize: bool = True,
+        standardize: Standardize | None = None,
         name: str | None = None,
     ) -> None:
         if levels is not None and levels < 2:
@@ -87,6 +87,7 @@ class ODEFlow(Family):
             if not (found is None or isinstance(found, wanted)):
                 example = "Dopri5()" if role == "solver" else "Hutchinson()"
                 raise TypeError(f"ODEFlow wants a {role} such as {example}, but found {_told(found)}.")
+        standardize = ("jointly" if isinstance(network, UNet) else True) if standardize is None else standardize
         super().__init__(event_shape, context=context, support=support, standardize=standardize, name=name)
         network = DenseField() if network is None else network
         if not isinstance(network, (DenseField, UNet, nn.Module)):

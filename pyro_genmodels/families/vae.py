@@ -25,7 +25,7 @@ from torch.distributions import Distribution, Transform, constraints
 from pyro_genmodels.distributions.base import GenerativeDistribution, is_real, map_tensors
 from pyro_genmodels.distributions.implicit import Implicit
 from pyro_genmodels.distributions.likelihoods import Likelihood, check_likelihood
-from pyro_genmodels.families.family import Context, Family
+from pyro_genmodels.families.family import Context, Family, Standardize
 from pyro_genmodels.nn.mlp import MLP, call_batched
 
 
@@ -74,7 +74,7 @@ class VAE(Family):
         hidden: Sequence[int] = (256, 256),
         dropout: float = 0.0,
         support: constraints.Constraint = constraints.real,
-        standardize: bool = True,
+        standardize: Standardize = True,
         name: str | None = None,
     ) -> None:
         likelihood = check_likelihood(likelihood)
