@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
-FAMILIES = ("flow", "vae", "autoregressive", "energy", "ode_flow")
+FAMILIES = ("flow", "vae", "autoregressive", "energy", "ode_flow", "diffusion")
 DATA = ("digits", "moons", "ring", "grid", "pinwheel", "checkerboard")
 SPLITS = ("train", "valid", "test", "all")
 

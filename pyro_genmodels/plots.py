@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["densities", "frame", "image_grids", "lattice", "loss_curves", "scatters", "surfaces"]
+__all__ = ["Way", "densities", "frame", "image_grids", "lattice", "loss_curves", "scatters", "surfaces", "ways"]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +102,46 @@ def surfaces(panels: Mapping[str, Tensor], low: Sequence[float], high: Sequence[
         ax.contour(x, y, surface, levels=10, colors="white", linewidths=0.4)
         ax.set_title(title)
     figure.colorbar(drawn, ax=figure.axes, label="energy above the lowest (nats)")
+    return figure
+
+
+@dataclass(frozen=True)
+class Way:
+    """How points in the plane come from noise to data.
+
+    Attributes:
+        times: of the frames, from 0 to 1, (T,).
+        frames: points at these times, (T, N, 2).
+        velocity: (points (m, 2), times (m,)) -> the learned velocity there.
+    """
+
+    times: Tensor
+    frames: Tensor
+    velocity: Callable[[Tensor, Tensor], Tensor]
+
+
+def ways(panels: Mapping[str, Way], *, arrows: int = 15) -> Figure:
+    """Ways from noise to data in the plane, a row for each title: points on the way, and arrows of the velocity at that time.
+
+    The arrows of a row are of one scale, its longest as long as two lie apart.
+
+    Args:
+        panels: title -> way, all of as many frames.
+        arrows: along each side of a panel.
+    """
+    columns = len(next(iter(panels.values())).times)
+    figure = _figure(figsize=(2.4 * columns, 2.6 * len(panels)))
+    for axes, (title, way) in zip(figure.subplots(len(panels), columns, squeeze=False), panels.items(), strict=True):
+        low, high = frame(way.frames.flatten(0, 1))
+        points = lattice(low, high, arrows).to(way.frames)
+        moves = torch.stack([way.velocity(points, t.expand(len(points))) for t in way.times])
+        fastest = moves.norm(dim=-1).max().item() or 1.0
+        scale = {"angles": "xy", "scale_units": "xy", "scale": arrows / 2 * fastest / (high[0] - low[0])}  # two fields long
+        for ax, t, there, move in zip(axes, way.times, way.frames, moves, strict=True):
+            ax.quiver(*points.cpu().T.numpy(), *move.cpu().T.numpy(), color="0.6", width=0.004, **scale)
+            ax.scatter(*there.cpu().T.numpy(), s=2, alpha=0.5, linewidths=0)
+            ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xticks=[], yticks=[], title=f"t = {t:.2f}")
+        axes[0].set_ylabel(title)
     return figure
 
 

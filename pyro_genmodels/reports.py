@@ -18,13 +18,20 @@ from torch import Tensor
 
 from pyro_genmodels import plots
 from pyro_genmodels.datasets import Dataset
+from pyro_genmodels.distributions.dequantized import Dequantized
+from pyro_genmodels.distributions.diffusion import ReverseDiffusion
+from pyro_genmodels.distributions.ode import ContinuousFlow
 from pyro_genmodels.errors import needed, unknown
 from pyro_genmodels.evaluation import Comparison, LogLikelihood, compare
 from pyro_genmodels.families import EnergyModel, Family
 from pyro_genmodels.files import whole
 from pyro_genmodels.inference_data import to_arviz
+from pyro_genmodels.ops.processes import along
 from pyro_genmodels.recipes import Notes, draw, evaluate
 from pyro_genmodels.training import Fit
+
+FRAMES = 6
+"""Of a way from noise to data."""
 
 
 def check_rows(path: Path) -> None:
@@ -73,8 +80,9 @@ def save_rows(path: Path, x: Tensor, labels: Tensor | None, notes: Notes) -> Non
 def pictures(fits: Mapping[str, Fit], data: Dataset, out: Path, *, conditional: bool, seed: int = 0, mark: str = "") -> None:
     """Draws pictures of training, and of what can be pictured of the data: images, or points in the plane.
 
-    Writes `loss.png`, `samples.png` and, for points in the plane, `density.png` and of energies `energy.png`, each with the
-    mark before its suffix; of images, without a mark, also each family's own.
+    Writes `loss.png`, `samples.png` and, for points in the plane, `density.png` and of energies `energy.png`; of diffusions and
+    ODE flows `way.png`, from noise to data; each with the mark before its suffix. Of images, without a mark, also each family's
+    own draws.
     """
     save_figure(plots.loss_curves({name: fit.history for name, fit in fits.items()}), out / f"loss{mark}.png")
     pyro.set_rng_seed(seed)
@@ -91,6 +99,14 @@ def pictures(fits: Mapping[str, Fit], data: Dataset, out: Path, *, conditional: 
         for name in fits if not mark else ():
             save_figure(plots.image_grids({name: draws[name]}), out / f"samples_{name}.png")
     save_figure((plots.scatters if plane else plots.image_grids)(panels), out / f"samples{mark}.png")
+    ways = {name: _way(fit, 500 if plane else 8, conditional=conditional) for name, fit in fits.items()}
+    walked = {name: way for name, way in ways.items() if way is not None}
+    if walked and images:
+        low, high = data.test.min().item(), data.test.max().item()
+        strips = {name: frames.clamp(low, high).transpose(0, 1).flatten(0, 1) for name, (frames, _) in walked.items()}
+        save_figure(plots.image_grids(strips, columns=FRAMES), out / f"way{mark}.png")
+    elif walked:
+        save_figure(plots.ways({name: way for name, (_, way) in walked.items()}), out / f"way{mark}.png")
     if plane:
         low, high = plots.frame(data.test)
         points = plots.lattice(low, high, 100)
@@ -137,6 +153,31 @@ def _surfaces(name: str, fit: Any, points: Tensor, data: Dataset) -> dict[str, T
                 title = name if label is None else f"{name}, label {label}"
                 found[title] = -made.unnormalized_log_prob(points).cpu()
     return found
+
+
+def _way(fit: Any, n: int, *, conditional: bool) -> tuple[Tensor, plots.Way] | None:
+    """Of a family that carries noise to data: frames in the units of data, and the way in those of the network.
+
+    A diffusion's is that of its sampler, as it looks on straight lines from noise to data.
+    """
+    family = getattr(fit, "family", fit)
+    labels = torch.zeros(n, dtype=torch.long, device=family.loc.device) if conditional else None
+    made = family(labels)
+    made = made.base if isinstance(made, Dequantized) else made
+    if not isinstance(made, (ContinuousFlow, ReverseDiffusion)):
+        return None
+    walked = made.walk(() if conditional else (n,), num_frames=FRAMES)
+    times, frames = walked.times, walked.frames
+    if isinstance(made, ReverseDiffusion):
+        alpha, sigma = made.denoiser.process.alpha(times), made.denoiser.process.sigma(times)
+        times, frames = alpha / (alpha + sigma), frames / along(alpha + sigma, frames)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        told = None if made.context is None else made.context[:1].expand(len(x), -1)
+        with torch.no_grad():
+            return made.velocity(x, t, told)
+
+    return made.pretransform.inv(frames) if made.pretransform else frames, plots.Way(times, frames, velocity)
 
 
 def save_figure(figure: Any, path: Path) -> None:

@@ -27,8 +27,28 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import pyro_genmodels
-from pyro_genmodels import MAF, Flow, checkpoints, recipes, train, training
+from pyro_genmodels import (
+    DDIM,
+    MAF,
+    RK4,
+    Autoregressive,
+    DenseField,
+    Diffusion,
+    DiscretizedLogistic,
+    Flow,
+    FlowDensity,
+    Labels,
+    ODEFlow,
+    UNet,
+    checkpoints,
+    recipes,
+    reports,
+    train,
+    training,
+)
 from pyro_genmodels.cli import DATA, FAMILIES, app
+from pyro_genmodels.datasets import load
+from pyro_genmodels.training import Fit
 
 PNG = b"\x89PNG"
 QUICK = ["compare", "--data", "digits", "--epochs", "1", "--families", "autoregressive"]
@@ -517,6 +537,27 @@ def test_a_family_of_labels_pictures_its_draws_and_density(data, tmp_path):
     fit(tmp_path / "out", "--data", tmp_path / "plane.csv", "--labels", "kind", epochs=1)
     check_png(tmp_path / "out" / "density_flow.png")
     check_png(tmp_path / "out" / "samples_flow.png", shape="wide")
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+@pytest.mark.parametrize("name", ["moons", "digits"])
+def test_ways_from_noise_to_data_are_pictured(name, conditional, tmp_path):
+    data, context = load(name), Labels(10) if conditional else 0
+    shape, network = data.train.shape[1:], UNet((8, 8)) if name == "digits" else DenseField(8, 1)
+    solver, options = RK4(1), {"context": context, "levels": data.levels, "network": network}
+    families = {
+        "ode_flow": ODEFlow(shape, solver=solver, **options),
+        "diffusion": Diffusion(shape, sampler=DDIM(5), likelihood=FlowDensity(solver), **options),
+        "autoregressive": Autoregressive(
+            shape, context=context, hidden=(4,), likelihood=DiscretizedLogistic(17) if data.levels else None
+        ),
+    }
+    history = [{"epoch": 1, "train": 1.0, "valid": 1.0}]
+    fits = {key: Fit(family.eval(), history) for key, family in families.items()}
+    reports.pictures(fits, data, tmp_path, conditional=conditional, mark="_all")
+    check_png(tmp_path / "way_all.png", shape="wide")
+    reports.pictures({"autoregressive": fits["autoregressive"]}, data, tmp_path, conditional=conditional, mark="_one")
+    assert not (tmp_path / "way_one.png").exists()
 
 
 @pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])

@@ -551,6 +551,24 @@ def test_many_coordinates_are_estimated_and_few_are_exact():
     assert isinstance(small((17,), trace=ExactTrace())().trace, ExactTrace)
 
 
+def test_a_walk_tells_what_happened_on_the_way():
+    """The frames are those of the same ODE, and the last are the draws."""
+    flow = small((2,), context=2, solver=RK4(4))
+    flow.standardize(5 + 3 * torch.randn(50, 2))
+    d = flow.eval()(torch.randn(3, 2))
+    pyro.set_rng_seed(2)
+    found = d.walk((4,), num_frames=3)
+    pyro.set_rng_seed(2)
+    whole = ContinuousFlow(d.field, d.base, (2,), solver=RK4(8), context=d.context, network=flow, pretransform=d.pretransform)
+    assert_close(found.x, whole.sample((4,)))  # four steps to each frame
+    assert_close(d.pretransform.inv(found.frames[-1]), found.x)
+    assert found.frames.shape == (3, 4, 3, 2)
+    assert found.times.tolist() == [0.0, 0.5, 1.0]
+    assert found.evaluations == flow.evaluations.last == 32
+    with pytest.raises(ValueError, match="num_frames of 2 or more"):
+        d.walk(num_frames=1)
+
+
 def test_the_family_counts_evaluations():
     flow = small(solver=RK4(5)).eval()
     flow().sample((3,))

@@ -34,7 +34,7 @@ from pyro_genmodels.distributions.denoiser import Denoiser
 from pyro_genmodels.distributions.ode import ContinuousFlow, Trace
 from pyro_genmodels.ops.ode import Dopri5, Solver
 from pyro_genmodels.ops.processes import along, stratified
-from pyro_genmodels.samplers.reverse import DPMSolver, Reversed, ReverseSampler, flow_velocity, reverse
+from pyro_genmodels.samplers.reverse import DPMSolver, ReverseSampler, Walked, flow_velocity, reverse
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class ReverseDiffusion(GenerativeDistribution):
         modules, tensors = parts_of(self)
         return next((t for t in (*(p for module in modules for p in module.parameters()), *tensors)), torch.empty(0))
 
-    def _reverse(self, shape: Size, context: Tensor | None, **kwargs: Any) -> Reversed:
+    def _reverse(self, shape: Size, context: Tensor | None, **kwargs: Any) -> Walked:
         like = self._like()
         noise = torch.randn(shape.numel(), *self.event_shape, dtype=like.dtype, device=like.device)
         rows = None if context is None else context.reshape(len(noise), -1)
@@ -149,7 +149,7 @@ class ReverseDiffusion(GenerativeDistribution):
         """Draws by the probability flow, with its solver, that carry the gradient of the parameters."""
         return self.flow.rsample(sample_shape)
 
-    def walk(self, sample_shape: Sequence[int] = (), *, num_frames: int = 20, progress: bool | None = None) -> Reversed:
+    def walk(self, sample_shape: Sequence[int] = (), *, num_frames: int = 20, progress: bool | None = None) -> Walked:
         """Draws, with what happened on the way.
 
         Args:

@@ -17,6 +17,7 @@ __all__ = [
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from math import sqrt
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch.distributions import Distribution
 
 from pyro_genmodels.distributions.base import Density, GenerativeDistribution, drops_units, parts_of
 from pyro_genmodels.ops.ode import Dopri5, Path, Solver, integrate, integrate_with_divergence
+from pyro_genmodels.samplers.reverse import Walked
 
 EXACT_UP_TO = 16
 """Coordinates, up to which the trace is exact unless asked otherwise."""
@@ -289,6 +291,36 @@ class ContinuousFlow(GenerativeDistribution):
         path = integrate(velocity, rows, 0.0, 1.0, self.solver, parameters=parameters)
         self.evaluations.add(path.evaluations)
         return path.x.reshape(y.shape)
+
+    def walk(self, sample_shape: Sequence[int] = (), *, num_frames: int = 20) -> Walked:
+        """Draws, with what happened on the way.
+
+        Args:
+            sample_shape: of the draws.
+            num_frames: positions to keep, at even times from 0 to 1, at least 2; the solver starts anew at each.
+
+        Returns:
+            x (*sample_shape, *batch_shape, *event_shape), the evaluations of the velocity, and frames in the space of the
+            network, of standardised data: (frames, *sample_shape, *batch_shape, *event_shape).
+
+        Raises:
+            ValueError: for fewer frames.
+        """
+        if num_frames < 2:
+            raise ValueError(f"A walk wants num_frames of 2 or more, its start and its end, but found {num_frames}.")
+        shape = Size(sample_shape) + self.batch_shape
+        with torch.no_grad():
+            start = self.base.sample(shape)
+            rows, velocity, _ = self._start(start, self._context_at(shape))
+            times, frames, evaluations = torch.linspace(0.0, 1.0, num_frames).to(rows), [rows], 0
+            for begin, end in pairwise(times.tolist()):
+                path = integrate(velocity, frames[-1], begin, end, self.solver)
+                frames.append(path.x)
+                evaluations += path.evaluations
+        self.evaluations.add(evaluations)
+        positions = torch.stack(frames).reshape(num_frames, *start.shape)
+        x = positions[-1] if self.pretransform is None else self.pretransform.inv(positions[-1])
+        return Walked(x, evaluations, times, positions)
 
     def _start(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor], list[Tensor]]:
         """Points as rows (N, d), the velocity of rows, and what it depends on."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 __all__ = [
     "DDIM", "Ancestral", "DPMSolver", "Denoised", "EulerMaruyama", "Heun", "PredictorCorrector", "ProbabilityFlow",
-    "ReverseSampler", "Reversed", "flow_velocity", "prior_scale", "reverse",
+    "ReverseSampler", "Walked", "flow_velocity", "prior_scale", "reverse",
 ]  # fmt: skip
 
 from abc import ABC, abstractmethod
@@ -40,12 +40,12 @@ SHOWN_AFTER = 5.0
 
 
 @dataclass(frozen=True)
-class Reversed:
-    """Where a walk came out.
+class Walked:
+    """Where a walk from noise to data came out.
 
     Attributes:
-        x: positions at the start of the process, (n, *event_shape), in the scale of data.
-        evaluations: how often the denoiser was asked, for all rows at once.
+        x: positions at its end, (n, *event_shape), in the scale of data.
+        evaluations: how often the network was asked, for all rows at once.
         times: of the frames, (frames,).
         frames: positions on the way, in the scale of the process, (frames, n, *event_shape); empty unless asked for.
     """
@@ -326,7 +326,7 @@ def reverse(
     *,
     num_frames: int = 0,
     progress: bool | None = None,
-) -> Reversed:
+) -> Walked:
     """Walks from noise to data.
 
     Args:
@@ -365,7 +365,7 @@ def reverse(
         if i in kept:
             frames.append((t, x))
     times, positions = zip(*frames, strict=True) if frames else ((), ())
-    return Reversed(
+    return Walked(
         x / process.alpha(x.new_tensor(process.start)),
         denoised.evaluations,
         torch.stack(times) if frames else x.new_zeros(0),
