@@ -22,7 +22,7 @@ from teachers import Mixture, integral, perturb
 from torch.distributions import constraints
 
 import pyro_genmodels
-from pyro_genmodels import ContrastiveDivergence, MaximumLikelihood, to_arviz
+from pyro_genmodels import ContrastiveDivergence, DenoisingScoreMatching, MaximumLikelihood, to_arviz
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -171,10 +171,10 @@ def test_the_table_of_families_is_true(row):
     family = built(expression)
     assert family().density == density
     assert family().has_rsample == {"yes": True, "no": False}[rsample]
-    losses = {"MaximumLikelihood": MaximumLikelihood, "Trace_ELBO": Trace_ELBO, "ContrastiveDivergence": ContrastiveDivergence}
-    loss = losses[trained_by]()
+    losses = (MaximumLikelihood, Trace_ELBO, ContrastiveDivergence, DenoisingScoreMatching)
+    loss = {loss.__name__: loss for loss in losses}[trained_by]()
     assert torch.tensor(loss.loss(family.model, family.guide, family.model(size=4))).isfinite()
-    if trained_by != "MaximumLikelihood":
+    if trained_by in ("Trace_ELBO", "ContrastiveDivergence"):
         with pytest.raises(ValueError, match=trained_by):
             MaximumLikelihood().loss(family.model, family.guide, family.model(size=4))
 

@@ -3,7 +3,8 @@ r"""Continuous flows: :math:`x = x(1)`, where :math:`\dot x = v(x, t, c)` from a
 .. math:: \log p(x \mid c) = \log p_0(x(0)) - \int_0^1 \operatorname{tr} \frac{\partial v}{\partial x}\, dt,
 
 along the way back from the data at time 1. The trace is exact, or Hutchinson's estimate, and then `log_prob` is an unbiased
-estimate, whose probes are fresh in training and the same at every other call, so that it is a function one can walk on.
+estimate, whose probes are fresh in training and the same at every other call, so that it is a function one can walk on; but
+for `fresh_probes`.
 
 Chen et al. (arXiv 1806.07366); Grathwohl et al., *FFJORD* (arXiv 1810.01367); Finlay et al. (arXiv 2002.02798).
 """
@@ -12,10 +13,13 @@ from __future__ import annotations
 
 __all__ = [
     "Assessed", "ContinuousFlow", "Evaluations", "ExactTrace", "GaussianProbes", "Hutchinson", "RademacherProbes", "Trace",
+    "fresh_probes",
 ]  # fmt: skip
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import sqrt
@@ -31,6 +35,19 @@ from pyro_genmodels.samplers.reverse import Walked
 
 EXACT_UP_TO = 16
 """Coordinates, up to which the trace is exact unless asked otherwise."""
+
+
+_FRESH = ContextVar("fresh", default=False)
+
+
+@contextmanager
+def fresh_probes() -> Iterator[None]:
+    """Has every estimate of a trace draw probes of its own, so that a mean over calls comes nearer."""
+    token = _FRESH.set(True)
+    try:
+        yield
+    finally:
+        _FRESH.reset(token)
 
 
 class Trace(ABC):
@@ -275,7 +292,8 @@ class ContinuousFlow(GenerativeDistribution):
         """Log densities in the space of the network, and the way to the base."""
         rows, velocity, parameters = self._start(y, context)
         training = torch.is_grad_enabled() and getattr(self.network, "training", True)
-        probes = trace.probes(rows, fresh=training and any(p.requires_grad for p in parameters))
+        fresh = _FRESH.get() or (training and any(p.requires_grad for p in parameters))
+        probes = trace.probes(rows, fresh=fresh)
         path = integrate_with_divergence(
             velocity, rows, 1.0, 0.0, solver, probes=probes, regularize=regularize, parameters=parameters
         )

@@ -26,6 +26,7 @@ from torch import Tensor
 from pyro_genmodels import traces
 from pyro_genmodels.distributions.base import density_of, tightens, unwrap
 from pyro_genmodels.distributions.memory import LogPartition
+from pyro_genmodels.distributions.ode import fresh_probes
 from pyro_genmodels.evaluation.constants import Constants
 
 Kind = Literal["exact", "lower bound", "estimate", "unreliable"]
@@ -123,7 +124,7 @@ def log_likelihood(
         raise ValueError(f"log_likelihood wants a torch.Tensor of one or more rows, but found {found}: see torch.as_tensor.")
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples and batch_size must be positive, got {num_samples} and {batch_size}.")
-    with traces.looking_on():
+    with traces.looking_on(), fresh_probes():
         first = _rows(slice(0, 1), len(x), (x, *args), kwargs)
         constants = Constants(num_samples, num_steps, progress=progress)
         kind, drawn, tighter, plates, nesting = _kind(model, guide, *first, constants)

@@ -18,16 +18,16 @@ from torch.distributions import constraints
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.denoiser import Denoiser, Prediction, VelocityPrediction
-from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.distributions.diffusion import FlowDensity, ReverseDiffusion, VariationalBound
 from pyro_genmodels.errors import chosen
-from pyro_genmodels.families.family import Context, Family, Standardize
+from pyro_genmodels.families.continuous import ContinuousFamily
+from pyro_genmodels.families.family import Context, Standardize
 from pyro_genmodels.nn.time import DenseField, UNet
 from pyro_genmodels.ops.processes import Process, VariancePreserving
 from pyro_genmodels.samplers.reverse import DPMSolver, ReverseSampler
 
 
-class Diffusion(Family):
+class Diffusion(ContinuousFamily):
     """A diffusion model.
 
     Args:
@@ -77,13 +77,10 @@ class Diffusion(Family):
         standardize: Standardize | None = None,
         name: str | None = None,
     ) -> None:
-        if levels is not None and levels < 2:
-            raise ValueError(f"Diffusion wants at least 2 levels, got {levels}.")
         standardize = ("jointly" if isinstance(network, UNet) else True) if standardize is None else standardize
-        super().__init__(event_shape, context=context, support=support, standardize=standardize, name=name)
-        self.levels = levels
+        super().__init__(event_shape, context=context, support=support, levels=levels, standardize=standardize, name=name)
         few = self.event_shape.numel() <= 4
-        network = DenseField(octaves=5 if few else 0) if network is None else network
+        network = chosen("Diffusion", "network", network, DenseField(octaves=5 if few else 0), DenseField | UNet | nn.Module)
         self.clock = not isinstance(network, nn.Module)
         self.network = network if isinstance(network, nn.Module) else network.build(self.event_shape, self.context_size)
         self.process = chosen("Diffusion", "process", process, VariancePreserving(), Process)
@@ -114,15 +111,8 @@ class Diffusion(Family):
             support=self.support,
             pretransform=self.pretransform,
         )
-        return diffusion if self.levels is None else Dequantized(diffusion, self.levels, dtype=self.loc.dtype)
+        return self._of_data(diffusion)
 
     def _denoiser(self) -> Denoiser:
         denoiser = Denoiser(self.network, self.process, self.prediction, self.clock, self.null)
         return denoiser if self.guidance == 1.0 else denoiser.guided(self.guidance)
-
-    @property
-    def data_support(self) -> constraints.Constraint:
-        return self.support if self.levels is None else constraints.integer_interval(0, self.levels - 1)
-
-    def _continuous(self, x: Tensor) -> Tensor:
-        return x if self.levels is None else x + torch.rand_like(x, dtype=self.loc.dtype)

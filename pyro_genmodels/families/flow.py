@@ -13,18 +13,17 @@ from collections.abc import Sequence
 from math import pi
 
 import pyro.distributions as dist
-import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_genmodels._zuko import NCSF, NSF, FlowTransform, adopt
 from pyro_genmodels.distributions.base import GenerativeDistribution, is_real
-from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.distributions.flow import NormalizingFlow
-from pyro_genmodels.families.family import Context, Family, Standardize
+from pyro_genmodels.families.continuous import ContinuousFamily
+from pyro_genmodels.families.family import Context, Standardize
 
 
-class Flow(Family):
+class Flow(ContinuousFamily):
     """A normalizing flow.
 
     Args:
@@ -63,12 +62,9 @@ class Flow(Family):
         circular = isinstance(transform, NCSF)
         if circular and not (is_real(support) and levels is None):
             raise ValueError("NCSF models angles in [-pi, pi): give neither support nor levels with it.")
-        if levels is not None and levels < 2:
-            raise ValueError(f"Flow wants at least 2 levels, got {levels}.")
-        super().__init__(
-            event_shape, context=context, support=support, standardize=False if circular else standardize, name=name
-        )
-        self.levels, self.circular = levels, circular
+        standardize = False if circular else standardize
+        super().__init__(event_shape, context=context, support=support, levels=levels, standardize=standardize, name=name)
+        self.circular = circular
         self.transform, self.inverse = adopt(_build(transform, self.event_shape.numel(), self.context_size))
 
     def forward(self, context: Tensor | None = None) -> GenerativeDistribution:
@@ -83,21 +79,11 @@ class Flow(Family):
             pretransform=self.pretransform,
             **self.inverse,
         )
-        return flow if self.levels is None else Dequantized(flow, self.levels, dtype=self.loc.dtype)
-
-    @property
-    def data_support(self) -> constraints.Constraint:
-        if self.levels is not None:
-            return constraints.integer_interval(0, self.levels - 1)
-        return self._continuous_support
+        return self._of_data(flow)
 
     @property
     def _continuous_support(self) -> constraints.Constraint:
-        """Of the flow itself, before any rounding to levels."""
         return NCSF.support if self.circular else self.support
-
-    def _continuous(self, x: Tensor) -> Tensor:
-        return x if self.levels is None else x + torch.rand_like(x, dtype=self.loc.dtype)
 
 
 def _build(transform: FlowTransform | nn.Module, features: int, context: int) -> nn.Module:

@@ -21,14 +21,15 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyro_genmodels.distributions.base import GenerativeDistribution, density_of, is_real, map_tensors, unchecked
-from pyro_genmodels.distributions.dequantized import Dequantized
-from pyro_genmodels.distributions.ode import ContinuousFlow, Evaluations, Trace
+from pyro_genmodels.distributions.ode import ContinuousFlow, Evaluations, Hutchinson, Trace
+from pyro_genmodels.errors import chosen
+from pyro_genmodels.families.continuous import ContinuousFamily
 from pyro_genmodels.families.family import Context, Family, Standardize
 from pyro_genmodels.nn.time import DenseField, UNet
 from pyro_genmodels.ops.ode import Dopri5, Solver
 
 
-class ODEFlow(Family):
+class ODEFlow(ContinuousFamily):
     """A flow by an ordinary differential equation.
 
     ``family.evaluations.last`` says how often the network was asked in the last solution, and ``.total`` in all.
@@ -79,23 +80,16 @@ class ODEFlow(Family):
         standardize: Standardize | None = None,
         name: str | None = None,
     ) -> None:
-        if levels is not None and levels < 2:
-            raise ValueError(f"ODEFlow wants at least 2 levels, got {levels}.")
         if not (0 <= kinetic < inf and 0 <= jacobian < inf):
             raise ValueError(f"ODEFlow wants weights of 0 or more, but found kinetic={kinetic}, jacobian={jacobian}.")
-        for role, found, wanted in (("solver", solver, Solver), ("trace", trace, Trace)):
-            if not (found is None or isinstance(found, wanted)):
-                example = "Dopri5()" if role == "solver" else "Hutchinson()"
-                raise TypeError(f"ODEFlow wants a {role} such as {example}, but found {_told(found)}.")
         standardize = ("jointly" if isinstance(network, UNet) else True) if standardize is None else standardize
-        super().__init__(event_shape, context=context, support=support, standardize=standardize, name=name)
-        network = DenseField() if network is None else network
-        if not isinstance(network, (DenseField, UNet, nn.Module)):
-            raise TypeError(f"ODEFlow wants a network such as DenseField(), or a torch.nn.Module, but found {_told(network)}.")
+        super().__init__(event_shape, context=context, support=support, levels=levels, standardize=standardize, name=name)
+        network = chosen("ODEFlow", "network", network, DenseField(), DenseField | UNet | nn.Module)
         self.network = network if isinstance(network, nn.Module) else network.build(self.event_shape, self.context_size)
-        self.solver, self.trace = Dopri5() if solver is None else solver, trace
+        self.solver = chosen("ODEFlow", "solver", solver, Dopri5(), Solver)
+        self.trace = None if trace is None else chosen("ODEFlow", "trace", trace, Hutchinson(), Trace)
         self.base = _checked_base(base, self.event_shape)
-        self.kinetic, self.jacobian, self.levels = kinetic, jacobian, levels
+        self.kinetic, self.jacobian = kinetic, jacobian
         self.evaluations = Evaluations()
 
     def forward(self, context: Tensor | None = None) -> GenerativeDistribution:
@@ -112,20 +106,13 @@ class ODEFlow(Family):
             support=self.support,
             pretransform=self.pretransform,
         )
-        return flow if self.levels is None else Dequantized(flow, self.levels, dtype=self.loc.dtype)
+        return self._of_data(flow)
 
     def _start(self) -> Distribution:
         if self.base is None:
             zero, one = torch.zeros_like(self.loc), torch.ones_like(self.loc)
             return dist.Normal(zero, one, validate_args=False).to_event(self.loc.dim())
         return unchecked(self.base() if isinstance(self.base, Family) else self.base)
-
-    @property
-    def data_support(self) -> constraints.Constraint:
-        return self.support if self.levels is None else constraints.integer_interval(0, self.levels - 1)
-
-    def _continuous(self, x: Tensor) -> Tensor:
-        return x if self.levels is None else x + torch.rand_like(x, dtype=self.loc.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ODEFlow:  # noqa: FBT001, FBT002
         super()._apply(fn, recurse)
@@ -138,7 +125,8 @@ def _checked_base(base: Any, event_shape: torch.Size) -> Any:
     if base is None:
         return None
     if not isinstance(base, (Distribution, Family)):
-        raise TypeError(f"ODEFlow wants a Pyro distribution or a family as its base, but found {_told(base)}.")
+        given = f"the class {base.__name__}; call it" if isinstance(base, type) else repr(base)
+        raise TypeError(f"ODEFlow wants a Pyro distribution or a family as its base, but found {given}.")
     if isinstance(base, Family) and base.context is not None:
         raise ValueError("ODEFlow wants a base without a context: what depends on the context is for the velocity to say.")
     law: Any = base() if isinstance(base, Family) else base
@@ -156,7 +144,3 @@ def _checked_base(base: Any, event_shape: torch.Size) -> Any:
     if density != "exact":
         raise ValueError(f"ODEFlow starts from an exact density, but that of the base is: {density}. {advice}")
     return base
-
-
-def _told(found: Any) -> str:
-    return f"the class {found.__name__}; call it" if isinstance(found, type) else repr(found)

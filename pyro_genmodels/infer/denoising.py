@@ -64,7 +64,7 @@ class LikelihoodWeighting(TimeWeighting):
 
     Attributes:
         importance: whether times are drawn as often as they count, so that all weights are one number, of less variance; else
-            they are uniform.
+            they are uniform, and few of them, near the data, count for nearly all: the loss then jumps.
     """
 
     importance: bool = True

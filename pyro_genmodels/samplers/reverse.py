@@ -172,11 +172,11 @@ class Ancestral(DDIM):
     Attributes:
         num_steps: evaluations of the network.
         spacing: of the times.
-        eta: 1.
+        eta: 1, and cannot be set.
     """
 
     num_steps: int = 1000
-    eta: float = 1.0
+    eta: float = field(default=1.0, init=False)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,51 @@
+"""What families of densities over the reals share: that they take integers too, by dequantisation."""
+
+from __future__ import annotations
+
+__all__ = ["ContinuousFamily"]
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_genmodels.distributions.base import GenerativeDistribution
+from pyro_genmodels.distributions.dequantized import Dequantized
+from pyro_genmodels.families.family import Family
+
+
+class ContinuousFamily(Family):
+    """Base of families of densities over the reals.
+
+    Args:
+        event_shape: shape of one datum.
+        levels: with K given, data are integers 0 .. K - 1, and the distribution is a `Dequantized` density.
+        kwargs: see `Family`.
+
+    Raises:
+        ValueError: for fewer than 2 levels.
+    """
+
+    def __init__(self, event_shape: Sequence[int], *, levels: int | None, **kwargs: Any) -> None:
+        if levels is not None and levels < 2:
+            raise ValueError(f"{type(self).__name__} wants at least 2 levels, got {levels}.")
+        super().__init__(event_shape, **kwargs)
+        self.levels = levels
+
+    def _of_data(self, density: GenerativeDistribution) -> GenerativeDistribution:
+        """The density itself, or that of integers."""
+        return density if self.levels is None else Dequantized(density, self.levels, dtype=self.loc.dtype)
+
+    @property
+    def data_support(self) -> constraints.Constraint:
+        return self._continuous_support if self.levels is None else constraints.integer_interval(0, self.levels - 1)
+
+    @property
+    def _continuous_support(self) -> constraints.Constraint:
+        """Of the density, before any rounding to levels."""
+        return self.support
+
+    def _continuous(self, x: Tensor) -> Tensor:
+        return x if self.levels is None else x + torch.rand_like(x, dtype=self.loc.dtype)
