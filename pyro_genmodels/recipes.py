@@ -47,7 +47,7 @@ from pyro_genmodels.families import (
     UNet,
     VariationalBound,
 )
-from pyro_genmodels.infer import DenoisingScoreMatching, FlowMatching, LikelihoodWeighting, NoiseContrastive
+from pyro_genmodels.infer import DenoisingScoreMatching, FlowMatching, LikelihoodWeighting, LogNormalWeighting, NoiseContrastive
 from pyro_genmodels.training import Fit, train
 
 
@@ -169,7 +169,8 @@ def _ode_flow(data: Dataset, context: Any) -> Family:
 
 def _diffusion(data: Dataset, context: Any) -> Family:
     event_shape = data.train.shape[1:]
-    network = UNet((32, 64), dropout=0.1) if _is_image(event_shape) else None
+    dense = DenseField(128, blocks=2, octaves=5 if event_shape.numel() <= 4 else 0)
+    network = UNet((16, 32), dropout=0.05) if _is_image(event_shape) else dense
     likelihood = VariationalBound() if data.levels else FlowDensity()
     return Diffusion(event_shape, context=context, levels=data.levels, network=network, likelihood=likelihood)
 
@@ -190,8 +191,8 @@ def _noise(data: Dataset) -> ELBO | None:
 
 
 def _weighted(data: Dataset) -> ELBO:
-    """By what counts in the likelihood, that the families are compared by."""
-    return DenoisingScoreMatching(weighting=LikelihoodWeighting())
+    """Of integers by what counts in their bound; of reals with more weight on the noise that smooths their finest features."""
+    return DenoisingScoreMatching(weighting=LikelihoodWeighting() if data.levels else LogNormalWeighting(-2.0, 1.5))
 
 
 FAMILIES: Mapping[str, Recipe] = {
@@ -199,7 +200,7 @@ FAMILIES: Mapping[str, Recipe] = {
     "vae": Recipe(_vae),
     "autoregressive": Recipe(_autoregressive),
     "energy": Recipe(_energy, learning_rate=2e-3, objective=_noise),
-    "ode_flow": Recipe(_ode_flow, objective=lambda data: FlowMatching(), average=0.999),
+    "ode_flow": Recipe(_ode_flow, learning_rate=2e-3, objective=lambda data: FlowMatching(), average=0.999),
     "diffusion": Recipe(_diffusion, learning_rate=2e-3, objective=_weighted, average=0.999),
 }
 """What the command line knows by name."""

@@ -1,6 +1,7 @@
 """Held-out log-likelihood: what its values, errors and kinds say, what it leaves alone, and the table that compares fits."""
 
 import copy
+import importlib
 import re
 
 import numpy as np
@@ -634,3 +635,14 @@ def test_a_model_that_does_not_vectorise_is_weighed_draw_by_draw(rows):
     x = torch.randn(rows)
     exact = dist.Normal(0.0, 2**0.5).log_prob(x)
     torch.testing.assert_close(log_likelihood((model, guide), x, num_samples=20).values, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_long_judgements_show_their_progress(capsys, monkeypatch):
+    module = importlib.import_module("pyro_genmodels.evaluation.log_likelihood")
+    monkeypatch.setattr(module, "SHOWN_AFTER", 0.0)
+    vae, x = linear_vae().eval(), torch.randn(6, 3)
+    log_likelihood(vae, x, num_samples=7)
+    assert capsys.readouterr().err == ""
+    log_likelihood(vae, x, num_samples=7, progress=True, batch_size=4)
+    assert "log-likelihood:" in (shown := capsys.readouterr().err)
+    assert "/42" in shown

@@ -22,12 +22,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyro_genmodels import traces
 from pyro_genmodels.distributions.base import density_of, tightens, unwrap
 from pyro_genmodels.distributions.memory import LogPartition
 from pyro_genmodels.distributions.ode import fresh_probes
 from pyro_genmodels.evaluation.constants import Constants
+from pyro_genmodels.samplers.reverse import SHOWN_AFTER
 
 Kind = Literal["exact", "lower bound", "estimate", "unreliable"]
 
@@ -102,7 +104,7 @@ def log_likelihood(
         batch_size: how many (draw, row) pairs to hold at once.
         parallel: whether draws are made together in one run, which a model must allow (no ``z[0]`` or ``z.sum()``); None tries
             out whether it does.
-        progress: whether to show a progress bar while log Z is estimated.
+        progress: whether to show a progress bar, after five seconds and while log Z is estimated.
         kwargs: the model's keyword arguments, treated as args.
 
     Returns:
@@ -134,11 +136,15 @@ def log_likelihood(
             parallel = k > 1 and traces.vectorises(model, guide, *trial, nesting)
         rows = max(1, batch_size // k) if parallel else batch_size
         parts = []
-        for start in range(0, len(x), rows):
-            stop = min(start + rows, len(x))
-            call = _rows(slice(start, stop), len(x), (x, *args), kwargs)
-            at_once = max(1, batch_size // (stop - start)) if parallel else None
-            parts.append(_weigh(model, guide, *call, stop - start, plates, nesting, k, at_once, drawn, tighter, constants))
+        with tqdm(
+            total=len(x) * k, desc="log-likelihood", unit="draw", delay=SHOWN_AFTER, disable=not progress, leave=False
+        ) as bar:
+            for start in range(0, len(x), rows):
+                stop = min(start + rows, len(x))
+                call = _rows(slice(start, stop), len(x), (x, *args), kwargs)
+                at_once = max(1, batch_size // (stop - start)) if parallel else None
+                found = _weigh(model, guide, *call, stop - start, plates, nesting, k, at_once, drawn, tighter, constants, bar)
+                parts.append(found)
     values, std_error = (torch.cat(part) for part in zip(*parts, strict=True))
     kind = "unreliable" if "unreliable" in constants.kinds else "estimate" if "estimate" in constants.kinds else kind
     k = k if drawn or kind == "exact" else num_samples
@@ -202,6 +208,7 @@ def _weigh(
     drawn: bool,  # noqa: FBT001
     tighter: bool,  # noqa: FBT001
     constants: Constants,
+    bar: tqdm,
 ) -> tuple[Tensor, Tensor]:
     """Log mean weight of each row and its standard error, from k draws, so many at once or each in a run of its own.
 
@@ -217,6 +224,7 @@ def _weigh(
         log_p, log_q = (traces.log_prob(trace, (-nesting - 1, dim), scaled=False) for trace in pair)
         log_w.append((log_p - log_q.to(log_p)).expand(draws, rows))
         variances.append(constants.variance(places, nesting, dim, draws / k))
+        bar.update(draws * rows)
     log_w = torch.cat(log_w)
     values = log_w.logsumexp(0) - log(k) if tighter else log_w.mean(0)
     variance = torch.stack(variances).mean(0).to(values).expand_as(values)
