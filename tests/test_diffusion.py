@@ -38,6 +38,7 @@ from pyro_genmodels import (
     Flow,
     FlowDensity,
     FlowMatching,
+    Heun,
     Hutchinson,
     ImplicitScoreMatching,
     Karras,
@@ -83,6 +84,18 @@ every_process = pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type
 
 def small(event_shape=(2,), **options):
     return perturb(Diffusion(event_shape, **{"network": DenseField(16, 1), "sampler": DPMSolver(4), **options}), 0.2)
+
+
+class Seen(nn.Module):
+    """A network that keeps the contexts it was asked with."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.contexts = nn.Parameter(torch.tensor(0.5)), []
+
+    def forward(self, x, t, context=None):
+        self.contexts.append(context)
+        return self.scale * x
 
 
 def gaussian(process, **options):
@@ -220,12 +233,54 @@ def test_guided_scores_lie_on_the_line_through_both(weight, float64):
 
 
 def test_contexts_are_dropped_in_training_as_often_as_told():
-    diffusion, c = small(context=2, drop_context=0.25), torch.randn(20_000, 2)
-    dropped = (diffusion(c).context == diffusion.null).all(1)
-    assert_means(dropped.double().unsqueeze(1), 0.25)
-    assert diffusion.eval()(c).context.equal(c)
+    diffusion, c, x = small(context=2, drop_context=0.25, network=Seen()), torch.randn(20_000, 2), torch.randn(20_000, 2)
+    seen, null = diffusion.network.contexts, diffusion.null
+    for objective in (DenoisingScoreMatching(), FlowMatching()):
+        objective.loss(diffusion.eval().model, diffusion.guide, x, c)  # as in validation
+        assert seen[-1].equal(c)
+        diffusion.train()
+        objective.differentiable_loss(diffusion.model, diffusion.guide, x, c)
+        assert_means((seen[-1] == null).all(1).double().unsqueeze(1), 0.25)
     with torch.no_grad():
-        assert diffusion.train()(c).context.equal(c)
+        diffusion(c).sample()
+    assert not (torch.cat(seen[4:]) == null).any()  # draws go by what they are told, in training mode too
+
+
+def test_training_goes_without_guidance():
+    """Or the network would learn to take back what guidance adds."""
+    losses = []
+    for guidance in (1.0, 3.0):
+        torch.manual_seed(0)
+        diffusion = perturb(small(context=2, drop_context=0.2, guidance=guidance, likelihood=VariationalBound()))
+        x, c = torch.randn(8, 2), torch.randn(8, 2)
+        for objective in (DenoisingScoreMatching(), FlowMatching(), MaximumLikelihood()):
+            pyro.set_rng_seed(1)
+            losses.append(objective.differentiable_loss(diffusion.model, diffusion.guide, x, c))
+    assert_close(losses[:3], losses[3:])
+    assert diffusion.eval()(c).denoiser.guidance == 3.0
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_pyro_draws_by_the_sampler_where_no_gradient_is_wanted(wrapped):
+    diffusion = small(sampler=DDIM(7), network=Seen()).eval()
+    asked = diffusion.network.contexts
+
+    def model():
+        return pyro.sample("x", diffusion().mask(True) if wrapped else diffusion())
+
+    def calls(run):
+        before = len(asked)
+        run()
+        return len(asked) - before
+
+    with torch.no_grad():
+        assert calls(model) == 7
+    assert calls(lambda: Predictive(model, num_samples=3)()) <= 5 * 7
+    assert calls(model) > 7  # of parameters that learn, by the ODE
+    assert model().requires_grad
+    diffusion.requires_grad_(False)
+    assert calls(model) == 7
+    assert not model().requires_grad
 
 
 def test_a_null_context_is_learned():
@@ -428,6 +483,55 @@ def test_a_walk_tells_what_happened_on_the_way(capsys):
     assert_close(d.pretransform.inv(found.frames[-1] / diffusion.process.alpha(found.times[-1])), found.x)
 
 
+@pytest.mark.parametrize("sampler", [ProbabilityFlow(Dopri5(1e-6, 1e-6)), DPMSolver(3), Ancestral(30)], ids=repr)
+def test_a_walk_has_as_many_frames_as_asked_for(sampler):
+    d = small(sampler=sampler).eval()()
+    pyro.set_rng_seed(2)
+    found = d.walk((4,), num_frames=6)
+    assert found.frames.shape == (6, 4, 2)
+    assert (found.times.diff() <= 0).all()
+    assert_close(found.times[[0, -1]], torch.tensor([1.0, 1e-5]))
+    pyro.set_rng_seed(2)
+    assert_close(found.x, d.sample((4,)), rtol=1e-3, atol=1e-3)
+    for bad in (1, -1):
+        with pytest.raises(ValueError, match="num_frames of 2 or more"):
+            d.walk((4,), num_frames=bad)
+    with pytest.raises(ValueError, match=r"\.eval\(\)"):
+        small(network=DenseField(8, 1, dropout=0.5)).train()().walk((4,))
+
+
+def test_draws_of_nothing_have_a_shape():
+    for draw in ("sample", "rsample"):
+        assert getattr(small(context=2)(torch.randn(3, 2)), draw)((0,)).shape == (0, 3, 2)
+
+
+def test_integers_keep_the_choices_of_a_diffusion():
+    diffusion = small((2,), levels=4, context=2, drop_context=0.1, standardize=False).eval()
+    d, x = diffusion(torch.randn(3, 2)), torch.randint(4, (3, 2))
+    assert d.drawn_by(DDIM(3)).walk(num_frames=2).evaluations == 3
+    walked = d.walk(num_frames=2).x
+    assert walked.dtype == torch.long
+    assert d.support.check(walked).all()
+    flow, bound = (d.judged_by(likelihood).expand((5, 3)) for likelihood in (FlowDensity(RK4(2)), VariationalBound()))
+    assert flow.log_prob(x).shape == bound.log_prob(x).shape == (5, 3)
+    assert isinstance(bound.base.likelihood, VariationalBound)
+    assert d.guided(2.0).base.denoiser.guidance == 2.0
+
+
+def test_the_probability_flow_is_pickled_and_its_adjoint_knows_all_that_learns(float64):
+    gradients = []
+    for adjoint in (False, True):
+        torch.manual_seed(0)
+        likelihood = FlowDensity(Dopri5(1e-9, 1e-9, adjoint=adjoint))
+        diffusion = small(context=2, drop_context=0.2, guidance=2.0, likelihood=likelihood).eval()
+        d, x = diffusion(torch.randn(3, 2)), torch.randn(3, 2)
+        assert_close(pickle.loads(pickle.dumps(d.flow)).log_prob(x), d.log_prob(x))
+        d.log_prob(x).sum().backward()
+        gradients.append(diffusion.null.grad)
+    assert gradients[0].abs().min() > 1e-4
+    assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
 def test_precision_is_that_of_the_network():
     diffusion = small().double()
     for d in (diffusion(), diffusion().judged_by(VariationalBound())):
@@ -446,13 +550,15 @@ def seen(prior, y, scale=0.5):
 
 def test_nuts_over_a_frozen_diffusion_finds_the_posterior():
     """Of the exact score of a Gaussian; the error of NUTS is taken as that of 15 independent draws, and 5 of them."""
-    prior, y = gaussian(VariancePreserving(), likelihood=FlowDensity(RK4(5))), torch.tensor([1.0, -1.0])
+    prior, y = gaussian(VariancePreserving(), likelihood=FlowDensity(RK4(5))), torch.tensor([3.0, -3.0])
     mcmc = MCMC(NUTS(lambda: seen(lambda: prior, y), max_tree_depth=2), num_samples=40, warmup_steps=20, disable_progbar=True)
     mcmc.run()
     draws = mcmc.get_samples()["z"]
     gain = COV.float() @ (COV.float() + 0.25 * torch.eye(2)).inverse()
     mean, var = LOC.float() + gain @ (y - LOC.float()), (COV.float() - gain @ COV.float()).diag()
-    assert ((draws.mean(0) - mean).abs() < 5 * (var / 15).sqrt()).all()
+    error = 5 * (var / 15).sqrt()
+    assert ((draws.mean(0) - mean).abs() < error).all()
+    assert ((LOC - mean).abs() > 2 * error).all()  # the prior would not do
 
 
 def test_svi_over_a_frozen_diffusion_leaves_it_alone_and_finds_the_posterior():
@@ -530,6 +636,16 @@ def test_each_weighting_draws_and_counts_times_as_its_integral_says(process, wei
     t, weight = weighting(process, v**4)
     found = (weight * error_of_shrunk(process.log_snr(t)) * 4 * v**3).mean()
     assert_close(found, integral_of_errors(weighting, process), rtol=1e-4, atol=0)
+
+
+def test_a_process_of_mostly_noise_is_weighted_by_default_where_the_data_are(float64):
+    """Of uniform times on the clock of `Karras` less than one in a hundred have less noise than half of the data."""
+    x = torch.randn(500, 1)
+    losses = []
+    for weighting in (None, LogNormalWeighting()):
+        pyro.set_rng_seed(1)
+        losses.append(DenoisingScoreMatching(weighting=weighting).per_datum(shrunk(Karras()), x))
+    assert_close(*losses)
 
 
 BRIEF = VarianceExploding(0.3, 5.0)  # of few levels, so that no weighting has rare terms that count for much
@@ -682,6 +798,8 @@ def test_what_is_no_choice_is_refused(options, role):
     "build",
     [
         lambda: small(levels=1), lambda: VariationalBound(0), lambda: VariationalBound(1.5),
+        lambda: small(levels=2.5), lambda: Heun(churn_range=(2.0, 1.0)), lambda: Heun(churn_range=None),
+        lambda: ProbabilityFlow(num_steps=0), lambda: small(context=2, drop_context=0.1, guidance=None),
         lambda: small(context=2, drop_context=-0.1), lambda: Preconditioned(0.0), lambda: LogNormalWeighting(scale=0.0),
     ],
 )  # fmt: skip

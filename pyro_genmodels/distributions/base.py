@@ -127,12 +127,15 @@ class GenerativeDistribution(TorchDistribution):
             )
         return self._transformed_draw(sample_shape)
 
-    def _transformed_draw(self, sample_shape: Sequence[int]) -> Tensor:
+    def _check_draws(self) -> None:
         if drops_units(self.network):
             raise ValueError(
                 f"{type(self).__name__} was asked for draws while its dropout is active, which would be draws of another "
                 "distribution. Call .eval() on the family first, or build it with dropout=0."
             )
+
+    def _transformed_draw(self, sample_shape: Sequence[int]) -> Tensor:
+        self._check_draws()
         shape = Size(sample_shape) + self.batch_shape
         y = self._draw(shape, self._context_at(shape))
         return y if self.pretransform is None else self.pretransform.inv(y)

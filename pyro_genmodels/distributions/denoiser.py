@@ -172,6 +172,11 @@ class Denoiser:
             )
         return replace(self, guidance=float(weight))
 
+    @property
+    def plain(self) -> Denoiser:
+        """The same, its context taken as it is: what is trained."""
+        return replace(self, guidance=1.0)
+
     def _estimate(self, x: Tensor, t: Tensor, context: Tensor | None, coefficients: Callable[..., Any]) -> Tensor:
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         ours, theirs = (along(c, x) for c in coefficients(alpha, sigma))

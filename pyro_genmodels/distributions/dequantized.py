@@ -72,4 +72,8 @@ class Dequantized(GenerativeDistribution):
 
     def _draw(self, shape: Size, context: Tensor | None) -> Tensor:
         sample_shape = shape[: len(shape) - len(self.batch_shape)]
-        return self.base.sample(sample_shape).floor().clamp(0, self.levels - 1).long()
+        return self.rounded(self.base.sample(sample_shape))
+
+    def rounded(self, y: Tensor) -> Tensor:
+        """The levels that values of the base lie in, or are nearest to."""
+        return y.floor().clamp(0, self.levels - 1).long()

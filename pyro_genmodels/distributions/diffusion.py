@@ -17,7 +17,7 @@ Song et al. (arXiv 2011.13456); Kingma et al., *Variational Diffusion Models* (a
 
 from __future__ import annotations
 
-__all__ = ["FlowDensity", "ReverseDiffusion", "VariationalBound"]
+__all__ = ["DequantizedDiffusion", "FlowDensity", "ReverseDiffusion", "VariationalBound"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +31,7 @@ from torch.distributions import AffineTransform, ComposeTransform
 
 from pyro_genmodels.distributions.base import Density, GenerativeDistribution, parts_of, sum_event
 from pyro_genmodels.distributions.denoiser import Denoiser
+from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.distributions.ode import ContinuousFlow, Trace
 from pyro_genmodels.ops.ode import Dopri5, Solver
 from pyro_genmodels.ops.processes import along, stratified
@@ -71,8 +72,9 @@ class ReverseDiffusion(GenerativeDistribution):
     Args:
         denoiser: the network and its process.
         event_shape: shape of one datum.
-        sampler: how it is drawn; `rsample` follows the probability flow.
+        sampler: how it is drawn; where draws can carry gradients, `rsample` follows the probability flow.
         likelihood: what `log_prob` is.
+        drop_context: how often training goes without the context.
         kwargs: passed to `GenerativeDistribution`.
 
     Example:
@@ -94,9 +96,11 @@ class ReverseDiffusion(GenerativeDistribution):
         *,
         sampler: ReverseSampler | None = None,
         likelihood: FlowDensity | VariationalBound | None = None,
+        drop_context: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(event_shape, **kwargs)
+        self.drop_context = drop_context
         self.denoiser, self.network = denoiser, denoiser.network
         self.sampler = DPMSolver() if sampler is None else sampler
         self.likelihood = FlowDensity() if likelihood is None else likelihood
@@ -124,6 +128,11 @@ class ReverseDiffusion(GenerativeDistribution):
         """The same, with its context taken that many times; see `Denoiser.guided`."""
         return self._with(denoiser=self.denoiser.guided(weight))
 
+    @property
+    def plain(self) -> ReverseDiffusion:
+        """The same, its context taken as it is: what objectives train."""
+        return self._with(denoiser=self.denoiser.plain)
+
     def _with(self, **changes: Any) -> ReverseDiffusion:
         new = self.expand(self.batch_shape)
         new.__dict__.update(changes)
@@ -142,25 +151,34 @@ class ReverseDiffusion(GenerativeDistribution):
     def _reverse(self, shape: Size, context: Tensor | None, **kwargs: Any) -> Walked:
         like = self._like()
         noise = torch.randn(shape.numel(), *self.event_shape, dtype=like.dtype, device=like.device)
-        rows = None if context is None else context.reshape(len(noise), -1)
+        rows = None if context is None else context.reshape(len(noise), context.shape[-1])
         return reverse(self.sampler, lambda x, t: self.denoiser(x, t, rows), self.denoiser.process, noise, **kwargs)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draws by the probability flow, with its solver, that carry the gradient of the parameters."""
-        return self.flow.rsample(sample_shape)
+        """Draws by the probability flow, with its solver, that carry the gradient of the parameters.
+
+        Where nothing wants a gradient, of frozen families and under ``torch.no_grad()``, they are those of `sample`.
+        """
+        modules, tensors = parts_of(self)
+        learned = any(t.requires_grad for t in (*tensors, *(p for module in modules for p in module.parameters())))
+        return self.flow.rsample(sample_shape) if learned and torch.is_grad_enabled() else self.sample(sample_shape)
 
     def walk(self, sample_shape: Sequence[int] = (), *, num_frames: int = 20, progress: bool | None = None) -> Walked:
         """Draws, with what happened on the way.
 
         Args:
             sample_shape: of the draws.
-            num_frames: positions to keep on the way.
+            num_frames: positions to keep on the way, at least 2: its start and its end.
             progress: whether to show a progress bar; None where it takes long.
+
+        Raises:
+            ValueError: for fewer than 2 frames; while the network drops units at random.
 
         Returns:
             x (*sample_shape, *batch_shape, *event_shape), the evaluations of the network, and frames in the scale of the
             process, of standardised data: (frames, *sample_shape, *batch_shape, *event_shape).
         """
+        self._check_draws()
         shape = Size(sample_shape) + self.batch_shape
         with torch.no_grad():
             found = self._reverse(shape, self._context_at(shape), num_frames=num_frames, progress=progress)
@@ -181,23 +199,16 @@ class ReverseDiffusion(GenerativeDistribution):
     @property
     def flow(self) -> ContinuousFlow:
         """The probability flow as a distribution by itself, noise at time 0 and data at time 1: see `log_prob_with_error`."""
-        process, denoiser, network = self.denoiser.process, self.denoiser, self.network
         likelihood = self.likelihood if isinstance(self.likelihood, FlowDensity) else FlowDensity()
-        low, high = process.log_snr_range
-
-        def velocity(x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
-            slope = flow_velocity(lambda x, t: denoiser(x, t, context), process)
-            return (high - low) * slope(low + (high - low) * t, x)
-
-        kept = (1 + exp(-2 * high)) ** -0.5  # alpha at the start, over its r
+        kept = (1 + exp(-2 * self.denoiser.process.log_snr_range[1])) ** -0.5  # alpha at the start, over its r
         own = [] if self.pretransform is None else [self.pretransform]
         return ContinuousFlow(
-            velocity,
+            _Velocity(self.denoiser),
             self.base,
             self.event_shape,
             solver=likelihood.solver,
             trace=likelihood.trace,
-            network=network,
+            network=self.network,
             context=self.context,
             batch_shape=self.batch_shape,
             support=self.support,
@@ -215,7 +226,7 @@ class ReverseDiffusion(GenerativeDistribution):
 
     def velocity(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         """The mean of data less noise at (1 - t) noise + t data, x (n, *event_shape), for t (n,) and context (n, c) or None."""
-        process = self.denoiser.process
+        process, context = self.denoiser.process, self._seen_in_training(context)
         log_snr = torch.logit(t, eps=1e-6).clamp(*process.log_snr_range)
         time, t = process.time(log_snr), torch.sigmoid(log_snr)
         scale = torch.hypot(process.alpha(time), process.sigma(time)) / torch.hypot(t, 1 - t)
@@ -244,7 +255,7 @@ class ReverseDiffusion(GenerativeDistribution):
         Returns:
             (batch...).
         """
-        rows, t = y.reshape(-1, *self.event_shape), t.reshape(-1)
+        rows, t, context = y.reshape(-1, *self.event_shape), t.reshape(-1), self._seen_in_training(context)
         context = None if context is None else context.expand(*y.shape[: y.dim() - self.event_dim], -1).flatten(0, -2)
         noise = torch.randn_like(rows)
         process = self.denoiser.process
@@ -252,6 +263,14 @@ class ReverseDiffusion(GenerativeDistribution):
         excess = sum_event(noise.square(), self.event_dim) - self.event_shape.numel()
         known = torch.sigmoid(2 * process.log_snr(t)).square() * excess
         return (error - known).reshape(y.shape[: y.dim() - self.event_dim])
+
+    def _seen_in_training(self, context: Tensor | None) -> Tensor | None:
+        """Contexts (..., c), of which now and then one is taken away while gradients train the network."""
+        null = self.denoiser.null
+        if context is None or null is None or not (self.drop_context and self.network.training and torch.is_grad_enabled()):
+            return context
+        dropped = torch.rand(context.shape[:-1], device=context.device) < self.drop_context
+        return torch.where(dropped.unsqueeze(-1), null, context)
 
     def noisy_score(self, value: Tensor, t: Tensor) -> Tensor:
         """The score of noisy data at times t of the process, by the network alone.
@@ -285,3 +304,54 @@ class ReverseDiffusion(GenerativeDistribution):
             outputs = [(y, score)] + ([(log_det.sum(), None)] if isinstance(log_det, Tensor) and log_det.requires_grad else [])
             ys, grads = zip(*outputs, strict=True)
             return torch.autograd.grad(ys, x, grads, create_graph=create_graph)[0]
+
+
+@dataclass(frozen=True)
+class _Velocity:
+    """Of the probability flow, from noise at time 0 to data at time 1, on an even clock of the log signal-to-noise ratio."""
+
+    denoiser: Denoiser
+
+    def __call__(self, x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
+        low, high = self.denoiser.process.log_snr_range
+        slope = flow_velocity(lambda x, t: self.denoiser(x, t, context), self.denoiser.process)
+        return (high - low) * slope(low + (high - low) * t, x)
+
+
+class DequantizedDiffusion(Dequantized):
+    """Integers by way back from noise, with the choices of a diffusion.
+
+    Args:
+        base: the diffusion.
+        levels: see `Dequantized`.
+        kwargs: see `Dequantized`.
+
+    Example:
+        >>> from pyro_genmodels import DDIM, Diffusion
+        >>> Diffusion((2,), levels=5)().drawn_by(DDIM(10)).sample((3,)).shape
+        torch.Size([3, 2])
+    """
+
+    base: ReverseDiffusion
+
+    def drawn_by(self, sampler: ReverseSampler) -> DequantizedDiffusion:
+        """See `ReverseDiffusion.drawn_by`."""
+        return self._over(self.base.drawn_by(sampler))
+
+    def judged_by(self, likelihood: FlowDensity | VariationalBound) -> DequantizedDiffusion:
+        """See `ReverseDiffusion.judged_by`."""
+        return self._over(self.base.judged_by(likelihood))
+
+    def guided(self, weight: float) -> DequantizedDiffusion:
+        """See `ReverseDiffusion.guided`."""
+        return self._over(self.base.guided(weight))
+
+    def walk(self, sample_shape: Sequence[int] = (), **kwargs: Any) -> Walked:
+        """See `ReverseDiffusion.walk`."""
+        found = self.base.walk(sample_shape, **kwargs)
+        return replace(found, x=self.rounded(found.x))
+
+    def _over(self, base: ReverseDiffusion) -> DequantizedDiffusion:
+        new = self.expand(self.batch_shape)
+        new.base = base
+        return new

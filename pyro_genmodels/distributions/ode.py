@@ -26,7 +26,7 @@ from math import sqrt
 from typing import Any
 
 import torch
-from torch import Generator, Size, Tensor, nn
+from torch import Generator, Size, Tensor
 from torch.distributions import Distribution
 
 from pyro_genmodels.distributions.base import Density, GenerativeDistribution, drops_units, parts_of
@@ -348,10 +348,11 @@ class ContinuousFlow(GenerativeDistribution):
                 "another velocity. Call .eval() on the family first, train it by FlowMatching(), or build it with dropout=0."
             )
         rows = y.reshape(-1, self.event_shape.numel())
-        told = None if context is None else context.reshape(len(rows), -1)
+        told = None if context is None else context.reshape(len(rows), context.shape[-1])
 
         def velocity(t: Tensor, x: Tensor) -> Tensor:
             return self.velocity(x.reshape(-1, *self.event_shape), t.expand(len(x)), told).reshape(x.shape)
 
-        parameters = list(self.network.parameters()) if isinstance(self.network, nn.Module) else []
-        return rows, velocity, [*parameters, *([] if told is None else [told])]
+        modules, tensors = parts_of((self.network, self.field))
+        found = (*(p for module in modules for p in module.parameters()), *tensors, *([] if told is None else [told]))
+        return rows, velocity, list({id(p): p for p in found}.values())

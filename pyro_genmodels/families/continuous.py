@@ -29,8 +29,8 @@ class ContinuousFamily(Family):
     """
 
     def __init__(self, event_shape: Sequence[int], *, levels: int | None, **kwargs: Any) -> None:
-        if levels is not None and levels < 2:
-            raise ValueError(f"{type(self).__name__} wants at least 2 levels, got {levels}.")
+        if levels is not None and (isinstance(levels, bool) or not isinstance(levels, int) or levels < 2):
+            raise ValueError(f"{type(self).__name__} wants levels as an integer of at least 2, got {levels!r}.")
         super().__init__(event_shape, **kwargs)
         self.levels = levels
 

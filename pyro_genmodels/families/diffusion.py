@@ -11,6 +11,7 @@ from __future__ import annotations
 __all__ = ["Diffusion"]
 
 from collections.abc import Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.distributions import constraints
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.denoiser import Denoiser, Prediction, VelocityPrediction
-from pyro_genmodels.distributions.diffusion import FlowDensity, ReverseDiffusion, VariationalBound
+from pyro_genmodels.distributions.diffusion import DequantizedDiffusion, FlowDensity, ReverseDiffusion, VariationalBound
 from pyro_genmodels.errors import chosen
 from pyro_genmodels.families.continuous import ContinuousFamily
 from pyro_genmodels.families.family import Context, Standardize
@@ -41,11 +42,12 @@ class Diffusion(ContinuousFamily):
         prediction: what the network says: `VelocityPrediction`, `NoisePrediction`, `DataPrediction`, `ScorePrediction`, or
             `Preconditioned`, EDM's.
         sampler: how it is drawn: `DPMSolver`, `DDIM`, `Ancestral`, `EulerMaruyama`, `Heun`, `PredictorCorrector` or
-            `ProbabilityFlow`; ``diffusion().drawn_by(...)`` takes another.
+            `ProbabilityFlow`; ``diffusion().drawn_by(...)`` takes another. Draws that carry gradients, as Pyro asks for while
+            the family is not frozen, are by the ODE of the likelihood.
         likelihood: what `log_prob` is: `FlowDensity` or `VariationalBound`; ``diffusion().judged_by(...)`` takes another.
         drop_context: how often training goes without the context, so that draws can exaggerate it.
-        guidance: weight of the context in draws: 1 takes it as it is, more exaggerates it, 0 goes without; it can be set, and
-            ``diffusion(context).guided(...)`` takes another.
+        guidance: weight of the context in draws and their density: 1 takes it as it is, more exaggerates it, 0 goes without.
+            Training goes without guidance. It can be set, and ``diffusion(context).guided(...)`` takes another.
         support: where one coordinate lies; see `Family`.
         levels: with K given, data are integers 0 .. K - 1, and the diffusion is a `Dequantized` density.
         standardize: see `Family`; by default jointly for a `UNet`, and in each coordinate else.
@@ -94,25 +96,26 @@ class Diffusion(ContinuousFamily):
             )
         self.drop_context = drop_context
         self.null = nn.Parameter(torch.zeros(self.context_size)) if drop_context else None
+        if isinstance(guidance, bool) or not isinstance(guidance, (int, float)) or not isfinite(guidance):
+            raise ValueError(f"Diffusion wants guidance as a number, 1 for none, but found {guidance!r}.")
         self.guidance = guidance
-        self._denoiser()  # so that what does not go together is told here
+        with torch.no_grad():
+            self._denoiser()  # so that what does not go together is told here
 
     def forward(self, context: Tensor | None = None) -> GenerativeDistribution:
-        embedded = self.embed(context)
-        if self.null is not None and embedded is not None and self.training and torch.is_grad_enabled():
-            dropped = torch.rand(embedded.shape[:-1], device=embedded.device) < self.drop_context
-            embedded = torch.where(dropped.unsqueeze(-1), self.null, embedded)
         diffusion = ReverseDiffusion(
             self._denoiser(),
             self.event_shape,
-            context=embedded,
+            context=self.embed(context),
             sampler=self.sampler,
             likelihood=self.likelihood,
+            drop_context=self.drop_context,
             support=self.support,
             pretransform=self.pretransform,
         )
-        return self._of_data(diffusion)
+        return diffusion if self.levels is None else DequantizedDiffusion(diffusion, self.levels, dtype=self.loc.dtype)
 
     def _denoiser(self) -> Denoiser:
         denoiser = Denoiser(self.network, self.process, self.prediction, self.clock, self.null)
-        return denoiser if self.guidance == 1.0 else denoiser.guided(self.guidance)
+        trained = self.training and torch.is_grad_enabled()
+        return denoiser if trained or self.guidance == 1.0 else denoiser.guided(self.guidance)

@@ -39,7 +39,7 @@ from pyro_genmodels.distributions.base import sum_event, unwrap, within
 from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.distributions.diffusion import ReverseDiffusion, VariationalBound
 from pyro_genmodels.infer.score_matching import ScoreMatching, in_coordinates, score_of
-from pyro_genmodels.ops.processes import Process, stratified
+from pyro_genmodels.ops.processes import Karras, Process, stratified
 
 
 class TimeWeighting(ABC):
@@ -112,8 +112,9 @@ class DenoisingScoreMatching(ScoreMatching):
         noise: standard deviation of the noise in the distribution's own coordinates (of standardised data, in their units); or
             several, of which each datum is given one at random. By default 0.1, or all that the model was built for, as likely
             in each order of magnitude.
-        weighting: of a diffusion `UniformWeighting`, `LikelihoodWeighting` or `LogNormalWeighting`; by default the first. Of
-            other models sigma (batch...) -> weight of the loss there; by default sigma squared, so that all levels count alike.
+        weighting: of a diffusion `UniformWeighting`, `LikelihoodWeighting` or `LogNormalWeighting`; by default the first, but
+            the last for a `Karras` process, most of whose times see nothing but noise. Of other models sigma (batch...) ->
+            weight of the loss there; by default sigma squared, so that all levels count alike.
         kwargs: see `Objective`.
 
     Raises:
@@ -167,7 +168,7 @@ class DenoisingScoreMatching(ScoreMatching):
             y, context, _ = dist.aligned(x)
             u = stratified(y.shape[: y.dim() - dist.event_dim], y)
             t, weight = self._times(dist.denoiser.process, u)
-            return weight * dist.noise_error(y, t, context)
+            return weight * dist.plain.noise_error(y, t, context)
         batch = torch.broadcast_shapes(x.shape[: x.dim() - dist.event_dim], dist.batch_shape)
         sigma = self._levels(dist, batch, x)
         if getattr(dist, "noise", None) is not None:
@@ -189,8 +190,8 @@ class DenoisingScoreMatching(ScoreMatching):
         super()._score(model_trace, guide_trace)
 
     def _times(self, process: Process, u: Tensor) -> tuple[Tensor, Tensor]:
-        weighting = self.weighting if isinstance(self.weighting, TimeWeighting) else UniformWeighting()
-        return weighting(process, u)
+        usual: TimeWeighting = LogNormalWeighting() if isinstance(process, Karras) else UniformWeighting()
+        return (self.weighting if isinstance(self.weighting, TimeWeighting) else usual)(process, u)
 
     def _levels(self, dist: Any, batch: Size, x: Tensor) -> Tensor:
         """A level for each datum, (batch...)."""

@@ -159,6 +159,7 @@ class FlowMatching(Objective):
 
     def per_datum(self, dist: Any, x: Tensor) -> Tensor:
         flow: Any = dist.base if isinstance(dist, Dequantized) else dist
+        flow = flow.plain if isinstance(flow, ReverseDiffusion) else flow
         y, context, _ = flow.aligned(dist.noisy(x) if isinstance(dist, Dequantized) else x)
         x1 = y.reshape(-1, *flow.event_shape)
         told = None if context is None else context.reshape(len(x1), -1)

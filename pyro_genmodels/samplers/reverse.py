@@ -23,9 +23,10 @@ __all__ = [
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +89,12 @@ class ReverseSampler(ABC):
         """Times and positions after each step, the last of them at the start of the process."""
 
 
+def _check_steps(sampler: Any) -> None:
+    steps = sampler.num_steps
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"{type(sampler).__name__} wants num_steps of 1 or more, but found {steps!r}.")
+
+
 @dataclass(frozen=True)
 class _OnGrid(ReverseSampler):
     """Steps along given times.
@@ -101,8 +108,7 @@ class _OnGrid(ReverseSampler):
     spacing: Spacing = field(default_factory=UniformLogSNR)
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
-            raise ValueError(f"{type(self).__name__} wants num_steps of 1 or more, but found {self.num_steps!r}.")
+        _check_steps(self)
         if not isinstance(self.spacing, Spacing):
             raise TypeError(f"{type(self).__name__} wants a spacing such as UniformLogSNR(), but found {self.spacing!r}.")
 
@@ -201,6 +207,9 @@ class Heun(_OneStep):
         super().__post_init__()
         if not (self.churn >= 0 and self.churn_scale > 0):
             raise ValueError(f"Heun wants churn >= 0 and churn_scale > 0, but found {self.churn} and {self.churn_scale}.")
+        pair = isinstance(self.churn_range, tuple) and len(self.churn_range) == 2
+        if not (pair and 0 <= self.churn_range[0] < self.churn_range[1]):
+            raise ValueError(f"Heun wants a churn_range such as (0.05, 50.0), but found {self.churn_range!r}.")
 
     def step(self, denoised: Denoised, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         process = denoised.process
@@ -280,15 +289,23 @@ class ProbabilityFlow(ReverseSampler):
 
     Attributes:
         solver: with its tolerances.
+        num_steps: parts of the way, each solved by itself; frames want as many.
     """
 
     solver: Solver = field(default_factory=Dopri5)
+    num_steps: int = 1
+
+    def __post_init__(self) -> None:
+        _check_steps(self)
 
     def walk(self, denoised: Denoised, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        low, high = denoised.process.log_snr_range
-        scale, t = _scale(denoised.process, x.new_tensor([low, high]))
-        path = integrate(flow_velocity(denoised, denoised.process), x / scale[0], low, high, self.solver)
-        yield t[1], path.x * scale[1]
+        velocity = flow_velocity(denoised, denoised.process)
+        clock = torch.linspace(*denoised.process.log_snr_range, self.num_steps + 1, dtype=torch.float64)
+        scales, times = _scale(denoised.process, clock.to(x))
+        at = x / scales[0]
+        for i, (low, high) in enumerate(pairwise(clock.tolist()), 1):
+            at = integrate(velocity, at, low, high, self.solver).x
+            yield times[i], at * scales[i]
 
 
 def flow_velocity(denoise: Callable[[Tensor, Tensor], Tensor], process: Process) -> Callable[[Tensor, Tensor], Tensor]:
@@ -334,7 +351,8 @@ def reverse(
         denoise: (x (n, *event_shape), t ()) -> estimates of the data in x.
         process: that made noise of data.
         noise: standard normal, (n, *event_shape).
-        num_frames: positions to keep on the way, evenly among the steps, the first and the last included; 0 keeps none.
+        num_frames: positions to keep on the way, evenly among the steps, the first and the last included, one several times
+            where steps are fewer; 0 keeps none.
         progress: whether to show a progress bar; None where it takes longer than five seconds.
 
     Returns:
@@ -342,6 +360,7 @@ def reverse(
 
     Raises:
         TypeError: of what is no sampler.
+        ValueError: for one frame, or less than none.
 
     Example:
         >>> from pyro_genmodels.ops.processes import VariancePreserving
@@ -351,11 +370,17 @@ def reverse(
     """
     if not isinstance(sampler, ReverseSampler):
         raise TypeError(f"A diffusion is drawn by a choice such as DPMSolver(20) or Ancestral(1000), but found {sampler!r}.")
+    if num_frames < 0 or num_frames == 1:
+        raise ValueError(f"A walk wants num_frames of 2 or more, its start and its end, but found {num_frames}.")
+    if isinstance(sampler, ProbabilityFlow) and sampler.num_steps < num_frames - 1:
+        sampler = replace(sampler, num_steps=num_frames - 1)
+    if not len(noise):  # which not every network takes
+        return Walked(noise, 0, noise.new_zeros(num_frames), noise.new_zeros(num_frames, *noise.shape))
     denoised = Denoised(denoise, process)
     x = noise * prior_scale(process)
     steps = getattr(sampler, "num_steps", 1)
-    kept = set(torch.linspace(0, steps, num_frames).round().long().tolist()) if num_frames else set()
-    frames = [(x.new_tensor(process.end), x)] if 0 in kept else []
+    kept = torch.linspace(0, steps, num_frames).round().long().tolist()
+    frames = {0: (x.new_tensor(process.end), x)}
     bar = tqdm(
         sampler.walk(denoised, x), total=steps, desc=type(sampler).__name__, unit="step", leave=False,
         delay=0 if progress else SHOWN_AFTER, disable=None if progress is None else not progress,
@@ -363,11 +388,11 @@ def reverse(
     for i, (t, position) in enumerate(bar, 1):
         x = position
         if i in kept:
-            frames.append((t, x))
-    times, positions = zip(*frames, strict=True) if frames else ((), ())
+            frames[i] = (t, x)
+    times, positions = zip(*(frames[i] for i in kept), strict=True) if kept else ((), ())
     return Walked(
         x / process.alpha(x.new_tensor(process.start)),
         denoised.evaluations,
-        torch.stack(times) if frames else x.new_zeros(0),
-        torch.stack(positions) if frames else x.new_zeros(0, *x.shape),
+        torch.stack(times) if kept else x.new_zeros(0),
+        torch.stack(positions) if kept else x.new_zeros(0, *x.shape),
     )
