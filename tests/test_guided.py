@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from scipy.stats import chi2, norm, t
 from teachers import Gaussian, Mixture, NoisedGaussian, NoisedMixture, assert_means, integral
 from torch import nn
@@ -212,7 +213,8 @@ def law_of_guided(process, steps, scale):
     for i in range(steps):
         kept = a[i] ** 2 / v[i] * v[i + 1] / a[i + 1] ** 2
         gain, noise = a[i] / (a[i] ** 2 + v[i]), v[i + 1] * (1 - kept)
-        pull = scale * noise * gain / SCALE**2
+        size = scale * noise / SCALE**2
+        pull = gain * size / (1 + size / a[i] ** 2)
         rate = a[i + 1] * (1 - kept) * gain + kept * a[i + 1] / a[i] - pull * gain
         mean, var = rate * mean + pull * SEEN, rate**2 * var + noise
     return mean / a[-1], var / a[-1] ** 2
@@ -238,9 +240,22 @@ def test_a_guided_score_is_biased_by_what_its_law_says(process, float64):
 def test_the_bias_of_a_guided_score_does_not_go_away_with_its_steps(float64):
     """Of a standard normal prior seen with noise of deviation 0.4: told in the documentation of `GuidedDiffusion`."""
     true_mean, true_var = SEEN / (1 + SCALE**2), SCALE**2 / (1 + SCALE**2)
-    coarse, fine = (law_of_guided(VariancePreserving(), steps, 1.0) for steps in (1000, 4000))
+    coarse, fine = (law_of_guided(VariancePreserving(), steps, 1.0) for steps in (4000, 16_000))
     assert abs(coarse[1] / fine[1] - 1) < 0.01
     assert [round(float(part), 2) for part in (*fine, true_mean, true_var)] == [1.5, 0.08, 1.29, 0.14]
+
+
+@pytest.mark.parametrize("deviation", [0.05, 0.02, 0.001])
+def test_sharp_likelihoods_do_not_blow_a_guided_walk_up(deviation):
+    """What is known is met to within a few of its deviations."""
+    process, noise = VariancePreserving(), torch.randn(500, 1)
+    found = guided(ONE.denoise(process), process, lambda x: -((x[:, 0] - 1) ** 2) / (2 * deviation**2), noise)
+    assert (found.x - 1).abs().max() < 10 * deviation
+
+
+def test_a_guided_walk_that_is_lost_is_told():
+    with pytest.raises(FloatingPointError, match="guided walk came to NaN or infinity"):
+        guided(lambda x, t: x / 0, VariancePreserving(), lambda x: -x[:, 0].square(), torch.randn(5, 1), num_steps=5)
 
 
 def test_a_guided_score_has_no_weights_and_no_evidence():
@@ -387,6 +402,12 @@ def test_progress_is_shown_where_it_is_asked_for(capsys):
         assert capsys.readouterr().err == ""
 
 
+def test_draws_tell_how_few_were_the_parents_of_all(float64):
+    found = diffusion_posterior(linear(exact()), torch.tensor(SEEN), method=TwistedDiffusion(20), num_draws=50)
+    assert found.effective_sizes.shape == (20,)
+    assert_close(found.effective_sizes[-1].item(), found.effective_sample_size)
+
+
 def test_draws_go_to_arviz_with_their_weights():
     y = torch.tensor(SEEN)
     found = diffusion_posterior(linear(exact()), y, method=TwistedDiffusion(20), num_draws=30)
@@ -438,9 +459,48 @@ def of_integers(y):
     pyro.sample("y", dist.Normal(x.sum().float(), 1.0), obs=y)
 
 
+def on_some_rows(y):
+    x = pyro.sample("x", exact())
+    with pyro.plate("rows", 10, subsample_size=5):
+        pyro.sample("y", dist.Normal(x.sum(), 1.0), obs=y.expand(5))
+
+
+def with_an_if(y):
+    x = pyro.sample("x", exact())
+    pyro.sample("y", dist.Normal(x.sum() if x[0] > 0 else -x.sum(), 1.0), obs=y)
+
+
+def at_random(y):
+    x = pyro.sample("x", exact())
+    pyro.sample("y", dist.Normal(x.sum() + torch.randn(()), 1.0), obs=y)
+
+
+def masked(y):
+    x = pyro.sample("x", exact().mask(False))
+    pyro.sample("y", dist.Normal(x.sum(), 1.0), obs=y)
+
+
+def tempered(y):
+    with poutine.scale(scale=0.5):
+        x = pyro.sample("x", exact())
+    pyro.sample("y", dist.Normal(x.sum(), 1.0), obs=y)
+
+
+def hidden(y):
+    with poutine.mask(mask=False):
+        x = pyro.sample("x", exact())
+    pyro.sample("y", dist.Normal(x.sum(), 1.0), obs=y)
+
+
 @pytest.mark.parametrize(
     ("model", "found"),
     [
+        (on_some_rows, "all the data, but plate 'rows' takes 5 of 10 rows"),
+        (with_an_if, "torch.where in place of if"),
+        (at_random, "no random numbers outside of pyro.sample"),
+        (masked, "'x' is masked or scaled"),
+        (hidden, "'x' is masked or scaled"),
+        (tempered, "'x' is masked or scaled"),
         (nothing_latent, "one latent variable and at least one that is observed, but found none and 'y'"),
         (nothing_observed, "found 'x' and none"),
         (two_latents, "found 'x', 'z' and 'y'.*SVI or NUTS"),
@@ -464,11 +524,19 @@ def test_models_of_another_kind_are_refused_with_what_to_use(model, found):
         lambda: TwistedDiffusion(1.5), lambda: GuidedDiffusion(1.5), lambda: GuidedDiffusion(scale=float("nan")),
         lambda: GuidedDiffusion(0), lambda: GuidedDiffusion(scale=-1.0),
         lambda: diffusion_posterior(linear(exact()), torch.tensor(SEEN), num_draws=0),
+        lambda: diffusion_posterior(linear(exact()), torch.tensor(SEEN), num_draws=2.5),
     ],
 )  # fmt: skip
 def test_choices_that_make_no_sense_are_refused(build):
     with pytest.raises(ValueError, match="wants"):
         build()
+
+
+def test_what_is_no_choice_and_no_distribution_is_told_so():
+    with pytest.raises(TypeError, match="class TwistedDiffusion; call it"):
+        diffusion_posterior(linear(exact()), torch.tensor(SEEN), method=TwistedDiffusion)
+    with pytest.raises(TypeError, match=r"family\(\), but found a Diffusion"):
+        inpaint(Diffusion((2,)), torch.zeros(2), torch.tensor([True, False]))
 
 
 # Inpainting.

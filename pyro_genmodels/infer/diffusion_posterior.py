@@ -19,13 +19,15 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions import MaskedDistribution
 from pyro.poutine import Trace
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
 from pyro_genmodels import traces
 from pyro_genmodels.distributions.base import unwrap
 from pyro_genmodels.distributions.diffusion import ReverseDiffusion
+from pyro_genmodels.errors import chosen
 from pyro_genmodels.samplers.guided import Particles, effective_size, guided, twisted
 
 
@@ -89,6 +91,8 @@ class WeightedDraws:
         draws: (n, *event_shape).
         log_weight: (n,), of mean weight 1.
         log_evidence: estimate of log p(y) in nats, (); NaN where none is made.
+        effective_sizes: effective sample size after each step, before any resampling, (steps,): where its least is small, few
+            particles were the parents of all, whatever the weights say in the end.
         evaluations: of the network, for all draws at once.
     """
 
@@ -96,6 +100,7 @@ class WeightedDraws:
     draws: Tensor
     log_weight: Tensor
     log_evidence: Tensor
+    effective_sizes: Tensor
     evaluations: int
 
     @property
@@ -138,9 +143,13 @@ def diffusion_posterior(
     Returns:
         Draws with weights; those of `GuidedDiffusion` are equal, and biased.
 
+    The model is run for all draws at once, by `torch.vmap`: it cannot branch on values, nor draw random numbers outside of
+    `pyro.sample`.
+
     Raises:
         ValueError: for a model that is not of this kind, naming what to use.
-        FloatingPointError: if no particle has a finite likelihood.
+        TypeError: for a method that is none.
+        FloatingPointError: if no particle has a finite likelihood, or a guided walk leaves what is finite.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -153,16 +162,26 @@ def diffusion_posterior(
         >>> found.draws.shape, 1 <= found.effective_sample_size <= 100
         (torch.Size([100, 2]), True)
     """
-    if num_draws < 1:
-        raise ValueError(f"num_draws wants 1 or more, but found {num_draws}.")
+    if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < 1:
+        raise ValueError(f"num_draws wants an integer of 1 or more, but found {num_draws!r}.")
+    method = chosen("diffusion_posterior", "method", method, TwistedDiffusion(), TwistedDiffusion | GuidedDiffusion)
     with torch.no_grad():
-        trace = prune_subsample_sites(poutine.trace(model).get_trace(*args, **kwargs))
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
     name, prior = _prior(trace)
     to_data = (lambda y: y) if prior.pretransform is None else prior.pretransform.inv
 
     def log_likelihood(y: Tensor) -> Tensor:
-        with pyro.validation_enabled(is_validate=False):
-            return torch.vmap(of_one)(to_data(y))
+        try:
+            with pyro.validation_enabled(is_validate=False):
+                return torch.vmap(of_one)(to_data(y))
+        except RuntimeError as error:
+            if "vmap" not in str(error):
+                raise
+            raise ValueError(
+                "diffusion_posterior runs the model for all draws at once, by torch.vmap, which this model does not allow: "
+                f"{str(error).splitlines()[0]} Choose by torch.where in place of if, and draw no random numbers outside of "
+                "pyro.sample; or take NUTS."
+            ) from error
 
     def of_one(x: Tensor) -> Tensor:
         found = poutine.trace(poutine.condition(model, {name: x})).get_trace(*args, **kwargs)
@@ -173,10 +192,10 @@ def diffusion_posterior(
     noise = torch.randn(num_draws, *prior.event_shape).to(prior._like())
     context = None if prior.context is None else prior.context.expand(num_draws, -1)
     with torch.no_grad():
-        method = TwistedDiffusion() if method is None else method
         denoiser = prior.denoiser
         found = method(lambda x, t: denoiser(x, t, context), denoiser.process, log_likelihood, noise, progress=progress)
-        return WeightedDraws(name, to_data(found.x), found.log_weights, found.log_evidence, found.evaluations)
+        draws = to_data(found.x)
+        return WeightedDraws(name, draws, found.log_weights, found.log_evidence, found.effective_sizes, found.evaluations)
 
 
 def inpaint(
@@ -198,6 +217,7 @@ def inpaint(
 
     Raises:
         ValueError: on other shapes.
+        TypeError: for what is no diffusion, such as a family that was not called.
 
     Example:
         >>> from pyro_genmodels import Diffusion
@@ -205,6 +225,8 @@ def inpaint(
         >>> inpaint(Diffusion((2,)).eval()(), torch.ones(2), known, method=TwistedDiffusion(50), num_draws=20).draws.shape
         torch.Size([20, 2])
     """
+    if not isinstance(diffusion, ReverseDiffusion):
+        raise TypeError(f"inpaint wants the distribution of a diffusion, family(), but found a {type(diffusion).__name__}.")
     if values.shape != diffusion.event_shape or known.shape != diffusion.event_shape or known.dtype != torch.bool:
         raise ValueError(
             f"inpaint wants values and a boolean mask of shape {tuple(diffusion.event_shape)}, but found "
@@ -220,6 +242,14 @@ def inpaint(
 
 def _prior(trace: Trace) -> tuple[str, Any]:
     """The latent site and its diffusion."""
+    for plate, site in trace.nodes.items():
+        rows: Any = site["fn"] if site_is_subsample(site) else None
+        if rows is not None and (rows.subsample_size or rows.size) < rows.size:
+            raise ValueError(
+                f"diffusion_posterior wants all the data, but plate {plate!r} takes {rows.subsample_size} of {rows.size} rows. "
+                "Leave subsample_size out."
+            )
+    trace = prune_subsample_sites(trace)
     latents, observed = traces.latents(trace), traces.observed(trace)
     if len(latents) != 1 or not observed:
         raise ValueError(
@@ -233,5 +263,12 @@ def _prior(trace: Trace) -> tuple[str, Any]:
         raise ValueError(
             f"diffusion_posterior wants a diffusion over one event at site {latents[0]!r}, outside of plates, but found "
             f"{prior!r}. Under another prior take NUTS or SVI."
+        )
+    site = trace.nodes[latents[0]]
+    masked = site["mask"] is not None or isinstance(fn, MaskedDistribution)
+    if masked or not (isinstance(site["scale"], (int, float)) and site["scale"] == 1):
+        raise ValueError(
+            f"diffusion_posterior counts the prior in full, but site {latents[0]!r} is masked or scaled. Leave mask and scale "
+            "to what is observed."
         )
     return latents[0], prior

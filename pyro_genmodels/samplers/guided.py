@@ -1,8 +1,10 @@
 r"""Posterior draws by guided reverse diffusion: the prior is a diffusion, the likelihood :math:`\ell(x) = p(y \mid x)` any.
 
 Under noise the likelihood is not known. Both methods take it at the estimate of the data, :math:`\ell(D(x_t, t))`,
-and add its gradient to the score. `guided` leaves it at that (DPS: Chung et al., arXiv 2209.14687), which is biased. `twisted`
-takes it for a proposal of particles, ancestral steps from t to s, and weighs these,
+and add its gradient to the score. `guided` leaves it at that (DPS: Chung et al., arXiv 2209.14687), which is biased; its steps
+:math:`\delta^2 \nabla \log \ell` are divided by :math:`1 + \delta^2 h_t / \alpha^2`, about as implicit ones would be, so that
+sharp likelihoods do not blow them up, and small steps are what they were. `twisted` takes the gradient for a proposal of
+particles, ancestral steps from t to s, and weighs these,
 
 .. math:: w \leftarrow w\; \frac{p(x_s \mid x_t)}{q(x_s \mid x_t)}\; \frac{\psi_s(x_s)}{\psi_t(x_t)} , \qquad
     \psi_t = \ell(D(x_t, t))^{\gamma_t}, \quad \gamma_t = \frac{1}{1 + c_t^2 h_t} ,
@@ -21,6 +23,7 @@ __all__ = ["Particles", "guided", "twisted"]
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,13 +80,22 @@ def guided(
         num_steps: of the walk.
         scale: of the guidance.
         progress: whether to show a progress bar; None where it takes long.
+
+    Raises:
+        FloatingPointError: where the walk leaves what is finite.
     """
     x, walk = noise * prior_scale(process), _Walk(denoise, process, log_likelihood, num_steps, noise)
     for t, s in walk.pairs("guided", progress=progress):
-        data, gradient, _ = walk.look(x, t, curved=False)
+        data, gradient, _, curvature = walk.look(x, t, tempered=False)
         mean, deviation = walk.kernel(x, data, t, s)
-        x = mean + scale * deviation.square() * gradient + deviation * torch.randn_like(x)
+        size = scale * deviation.square()
+        size = size / (1 + size * along(curvature, x) / process.alpha(t).square())
+        x = mean + size * gradient + deviation * torch.randn_like(x)
     x = x / process.alpha(walk.times[-1])
+    if not x.isfinite().all():
+        raise FloatingPointError(
+            "The guided walk came to NaN or infinity: lower the scale, take more steps, or TwistedDiffusion."
+        )
     size = x.new_full((num_steps,), len(x))
     return Particles(x, x.new_zeros(len(x)), x.new_tensor(float("nan")), size, walk.evaluations)
 
@@ -114,7 +126,7 @@ def twisted(
     """
     x, walk = noise * prior_scale(process), _Walk(denoise, process, log_likelihood, num_steps, noise)
     n, sizes, evidence = len(x), [], x.new_zeros(())
-    data, gradient, log_w = walk.look(x, walk.times[0])
+    data, gradient, log_w, _ = walk.look(x, walk.times[0])
     twist = log_w
     for t, s in walk.pairs("twisted", progress=progress):
         sizes.append(_effective(log_w))
@@ -128,7 +140,7 @@ def twisted(
         if s == walk.times[-1]:
             after = log_likelihood(x / process.alpha(s))
         else:
-            data, gradient, after = walk.look(x, s)
+            data, gradient, after, _ = walk.look(x, s)
         log_ratio = (z.square() - (z + shift).square()).reshape(n, -1).sum(1) / 2  # of the walk's law to the proposal's
         log_w, twist = log_w + log_ratio + after - twist, after
         log_w = log_w.masked_fill(log_w.isnan(), -torch.inf)
@@ -168,26 +180,26 @@ class _Walk:
             delay=0 if progress else SHOWN_AFTER, disable=None if progress is None else not progress,
         )  # fmt: skip
 
-    def look(self, x: Tensor, t: Tensor, *, curved: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """The estimate of the data, the gradient in x of the twist, and this, (n,); not curved, its power is 1."""
+    def look(self, x: Tensor, t: Tensor, *, tempered: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The estimate of the data, the gradient in x of the twist, the twist, and the curvature, (n,).
+
+        Not tempered, the twist is the likelihood itself.
+        """
         self.evaluations += 1
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             data = self.denoise(x, t)
             at = data.detach().requires_grad_()
             found = self.log_likelihood(at)
-            slope = _gradient(found, at, create_graph=curved)
-            power = self._power(slope, at, t) if curved else 1.0
+            slope = _gradient(found, at, create_graph=True)
+            curvature = _curvature(slope, at)
+            power: Any = self._power(curvature, t) if tempered else 1.0
             (gradient,) = torch.autograd.grad(data, x, power * slope.detach().nan_to_num(0.0, 0.0, 0.0))
-        return data.detach(), gradient, _kept_alive(power * found.detach()) if curved else found.detach()
+        return data.detach(), gradient, _kept_alive(power * found.detach()), curvature
 
-    def _power(self, slope: Tensor, at: Tensor, t: Tensor) -> Tensor:
+    def _power(self, curvature: Tensor, t: Tensor) -> Tensor:
         """1 / (1 + c^2 h), h averaged over the particles."""
-        size = slope.detach().reshape(len(at), -1).norm(dim=1).clamp(min=1e-30)
-        direction = slope.detach() / along(size, at)
-        curvature = -(direction * _gradient((slope * direction).sum(), at)).reshape(len(at), -1).sum(1)
-        curvature = curvature.masked_fill(~curvature.isfinite(), 0.0).clamp(min=0).mean()
-        return 1 / (1 + torch.sigmoid(-2 * self.process.log_snr(t)) * curvature)
+        return 1 / (1 + torch.sigmoid(-2 * self.process.log_snr(t)) * curvature.mean())
 
     def kernel(self, x: Tensor, data: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of x at s, from x at t and the estimate of the data."""
@@ -195,6 +207,14 @@ class _Walk:
         kept = (2 * (p.log_snr(t) - p.log_snr(s))).exp()
         mean = p.alpha(s) * (1 - kept) * data + kept * p.alpha(s) / p.alpha(t) * x
         return mean, p.sigma(s) * (1 - kept).sqrt()
+
+
+def _curvature(slope: Tensor, at: Tensor) -> Tensor:
+    """Less the second derivative of the log-likelihood along its gradient, (n,), and 0 where it is convex."""
+    size = slope.detach().reshape(len(at), -1).norm(dim=1).clamp(min=1e-30)
+    direction = slope.detach() / along(size, at)
+    curvature = -(direction * _gradient((slope * direction).sum(), at)).reshape(len(at), -1).sum(1)
+    return curvature.masked_fill(~curvature.isfinite(), 0.0).clamp(min=0)
 
 
 def _gradient(value: Tensor, x: Tensor, *, create_graph: bool = False) -> Tensor:
