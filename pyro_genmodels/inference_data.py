@@ -61,9 +61,10 @@ def to_arviz(
 
     Args:
         fit: a family, an `SVI` or a pair (model, guide); an `MCMC` run; a run of `Importance` or the result of
-            `WeighedPredictive`, whose draws stand with their weights, not resampled; `Chains`; draws by name, (chain, draw,
-            ...); or a list of these, whose chains are put together. The fits of a list must have parameters of their own; that
-            their chains agree says little unless they started apart (`init_to_sample`).
+            `WeighedPredictive`, whose draws stand with their weights, not resampled; `Chains`; `WeightedDraws`, whose weights
+            are in ``sample_stats``; draws by name, (chain, draw, ...); or a list of these, whose chains are put together. The
+            fits of a list must have parameters of their own; that their chains agree says little unless they started apart
+            (`init_to_sample`).
         args: the model's own arguments. A family called without data gives draws of x, and of its latent variables
             from their prior, as ``posterior_predictive`` and ``posterior``.
         num_samples: draws, 1000 by default; of a run that has its own draws, all of them.

@@ -465,6 +465,17 @@ def on_some_rows(y):
         pyro.sample("y", dist.Normal(x.sum(), 1.0), obs=y.expand(5))
 
 
+def on_chosen_rows(y):
+    x = pyro.sample("x", exact())
+    with pyro.plate("rows", 10, subsample=torch.arange(3)):
+        pyro.sample("y", dist.Normal(x.sum(), 1.0), obs=y.expand(3))
+
+
+def by_numpy(y):
+    x = pyro.sample("x", exact())
+    pyro.sample("y", dist.Normal(float(x.numpy().sum()), 1.0), obs=y)
+
+
 def with_an_if(y):
     x = pyro.sample("x", exact())
     pyro.sample("y", dist.Normal(x.sum() if x[0] > 0 else -x.sum(), 1.0), obs=y)
@@ -496,6 +507,8 @@ def hidden(y):
     ("model", "found"),
     [
         (on_some_rows, "all the data, but plate 'rows' takes 5 of 10 rows"),
+        (on_chosen_rows, "all the data, but plate 'rows' takes 3 of 10 rows"),
+        (by_numpy, "by torch.vmap, which this model does not allow"),
         (with_an_if, "torch.where in place of if"),
         (at_random, "no random numbers outside of pyro.sample"),
         (masked, "'x' is masked or scaled"),

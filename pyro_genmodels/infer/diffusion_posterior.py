@@ -59,8 +59,9 @@ class TwistedDiffusion:
 class GuidedDiffusion:
     """Draws by a guided score, DPS: fast, and biased by an amount that no weight tells (arXiv 2209.14687).
 
-    Of a standard normal prior, seen at 1.5 with noise of deviation 0.4, the draws have mean 1.50 and variance 0.08, and the
-    posterior 1.29 and 0.14, with however many steps.
+    Of a standard normal prior, seen at 1.5 with noise of deviation 0.4, the draws have mean 1.48 and variance 0.08 with 500
+    steps, 1.50 and 0.08 with ever more, and the posterior 1.29 and 0.14. Few steps, and likelihoods that are steep where they
+    are not curved, lead it astray.
 
     Attributes:
         num_steps: of the ancestral walk.
@@ -86,6 +87,9 @@ class GuidedDiffusion:
 class WeightedDraws:
     """Draws of a posterior with weights, which ``to_arviz(draws, *args, model=model)`` takes.
 
+    In ArviZ the group ``posterior`` holds them without their weights, which are ``sample_stats.log_weight``: summaries there
+    are not of the posterior unless all weigh the same. `resampled` gives draws that need none.
+
     Attributes:
         name: of the variable.
         draws: (n, *event_shape).
@@ -105,7 +109,7 @@ class WeightedDraws:
 
     @property
     def effective_sample_size(self) -> float:
-        """Of the weights: as many equal ones would tell as much."""
+        """Of the weights: as many equal ones would tell as much. See `effective_sizes` for what went before."""
         return effective_size(self.log_weight).item()
 
     @property
@@ -118,7 +122,7 @@ class WeightedDraws:
         return {self.name: self.draws[None] if group_by_chain else self.draws}
 
     def resampled(self, num_draws: int) -> Tensor:
-        """Draws without weights, with repetitions, (num_draws, *event_shape)."""
+        """Draws that need no weights, with repetitions, (num_draws, *event_shape)."""
         return self.draws[torch.multinomial(self.log_weight.softmax(0), num_draws, replacement=True)]
 
 
@@ -175,7 +179,7 @@ def diffusion_posterior(
             with pyro.validation_enabled(is_validate=False):
                 return torch.vmap(of_one)(to_data(y))
         except RuntimeError as error:
-            if "vmap" not in str(error):
+            if "vmap" not in str(error) and "storage" not in str(error):  # as of .numpy()
                 raise
             raise ValueError(
                 "diffusion_posterior runs the model for all draws at once, by torch.vmap, which this model does not allow: "
@@ -244,10 +248,10 @@ def _prior(trace: Trace) -> tuple[str, Any]:
     """The latent site and its diffusion."""
     for plate, site in trace.nodes.items():
         rows: Any = site["fn"] if site_is_subsample(site) else None
-        if rows is not None and (rows.subsample_size or rows.size) < rows.size:
+        if rows is not None and len(site["value"]) < rows.size:
             raise ValueError(
-                f"diffusion_posterior wants all the data, but plate {plate!r} takes {rows.subsample_size} of {rows.size} rows. "
-                "Leave subsample_size out."
+                f"diffusion_posterior wants all the data, but plate {plate!r} takes {len(site['value'])} of {rows.size} rows. "
+                "Leave subsample out."
             )
     trace = prune_subsample_sites(trace)
     latents, observed = traces.latents(trace), traces.observed(trace)
