@@ -172,9 +172,9 @@ def matching(
         pyro.set_rng_seed(seed)
         flow, data = ODEFlow((2,), network=DenseField(128, blocks=2)), load(name)
         twin = deepcopy(flow)
-        likelihood = list(curve(flow, MaximumLikelihood(), data, seconds, every=seconds / 30))
+        likelihood = list(curve(flow, MaximumLikelihood(), data, seconds, every=seconds / 20))
         target = min(likelihood, key=lambda record: record[1])[2]  # of the best on the rows for validation
-        matched = list(curve(twin, FlowMatching(), data, seconds / 5, every=seconds / 300))
+        matched = list(curve(twin, FlowMatching(), data, seconds / 5, every=seconds / 150))
         reached = next((spent for spent, _, nats in matched if nats <= target), float("inf"))
         best = min(matched, key=lambda record: record[1])
         print(
@@ -186,7 +186,7 @@ def matching(
 
 def curve(family: Family, objective: ELBO, data: Dataset, seconds: float, every: float) -> Iterator[tuple[float, float, float]]:
     """Seconds of training, and then nats per point of the averaged network, on rows for validation and on test rows."""
-    judged, due, rows = deepcopy(family), every, 2000
+    judged, due, rows = deepcopy(family), every, 1000
     bar = tqdm(steps(family, objective, data.train, seconds, fall=False), desc=type(objective).__name__, mininterval=10)
     for spent, averaged in bar:
         if spent >= due:
