@@ -187,7 +187,8 @@ def matching(
 def curve(family: Family, objective: ELBO, data: Dataset, seconds: float, every: float) -> Iterator[tuple[float, float, float]]:
     """Seconds of training, and then nats per point of the averaged network, on rows for validation and on test rows."""
     judged, due, rows = deepcopy(family), every, 1000
-    bar = tqdm(steps(family, objective, data.train, seconds, fall=False), desc=type(objective).__name__, mininterval=10)
+    taken = steps(family, objective, data.train, seconds, batch_size=256, fall=False)
+    bar = tqdm(taken, desc=type(objective).__name__, mininterval=10)
     for spent, averaged in bar:
         if spent >= due:
             judged.load_state_dict(family.state_dict())

@@ -277,9 +277,7 @@ def evaluate(
     labels: LabelColumn = None,
     num_samples: Annotated[
         int | None,
-        typer.Option(
-            "--num-samples", "-n", min=1, help="k, draws per row behind a bound: 512, or 8 of an estimate by its mean."
-        ),
+        typer.Option("--num-samples", "-n", min=1, help="k, draws per row behind a bound: 512, or 8 of estimates by an ODE."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File (.csv) for the log-likelihood of each row.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draws behind a bound.")] = 0,

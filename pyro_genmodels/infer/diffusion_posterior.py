@@ -248,9 +248,10 @@ def _prior(trace: Trace) -> tuple[str, Any]:
     """The latent site and its diffusion."""
     for plate, site in trace.nodes.items():
         rows: Any = site["fn"] if site_is_subsample(site) else None
-        if rows is not None and len(site["value"]) < rows.size:
+        taken: Any = site.get("value")
+        if rows is not None and len(taken) < rows.size:
             raise ValueError(
-                f"diffusion_posterior wants all the data, but plate {plate!r} takes {len(site['value'])} of {rows.size} rows. "
+                f"diffusion_posterior wants all the data, but plate {plate!r} takes {len(taken)} of {rows.size} rows. "
                 "Leave subsample out."
             )
     trace = prune_subsample_sites(trace)
