@@ -515,6 +515,12 @@ def test_integers_keep_the_choices_of_a_diffusion():
     assert flow.log_prob(x).shape == bound.log_prob(x).shape == (5, 3)
     assert isinstance(bound.base.likelihood, VariationalBound)
     assert d.guided(2.0).base.denoiser.guidance == 2.0
+    assert (d.density, small((5, 5), levels=4)().density) == ("lower bound", "estimate")
+    for made in (d, d.base):
+        with pytest.raises(TypeError, match="class VariationalBound; call it"):
+            made.judged_by(VariationalBound)
+        with pytest.raises(TypeError, match="wants a sampler such as"):
+            made.drawn_by(VariationalBound())
 
 
 def test_the_probability_flow_is_pickled_and_its_adjoint_knows_all_that_learns(float64):

@@ -406,6 +406,8 @@ def test_draws_tell_how_few_were_the_parents_of_all(float64):
     found = diffusion_posterior(linear(exact()), torch.tensor(SEEN), method=TwistedDiffusion(20), num_draws=50)
     assert found.effective_sizes.shape == (20,)
     assert_close(found.effective_sizes[-1].item(), found.effective_sample_size)
+    assert repr(found).startswith("WeightedDraws('x', 50 draws, effective sample size ")
+    assert len(repr(found)) < 100
 
 
 def test_draws_go_to_arviz_with_their_weights():
@@ -548,7 +550,7 @@ def test_choices_that_make_no_sense_are_refused(build):
 def test_what_is_no_choice_and_no_distribution_is_told_so():
     with pytest.raises(TypeError, match="class TwistedDiffusion; call it"):
         diffusion_posterior(linear(exact()), torch.tensor(SEEN), method=TwistedDiffusion)
-    with pytest.raises(TypeError, match=r"family\(\), but found a Diffusion"):
+    with pytest.raises(TypeError, match=r"family\(\), but found a Diffusion\. Images"):
         inpaint(Diffusion((2,)), torch.zeros(2), torch.tensor([True, False]))
 
 

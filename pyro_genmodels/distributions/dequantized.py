@@ -20,7 +20,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
-from pyro_genmodels.distributions.base import GenerativeDistribution
+from pyro_genmodels.distributions.base import Density, GenerativeDistribution, density_of
 
 
 class Dequantized(GenerativeDistribution):
@@ -41,8 +41,6 @@ class Dequantized(GenerativeDistribution):
         tensor(0.0625)
     """
 
-    density = "lower bound"
-
     def __init__(
         self, base: Distribution, levels: int, *, dtype: torch.dtype | None = None, validate_args: bool | None = None
     ) -> None:
@@ -57,6 +55,11 @@ class Dequantized(GenerativeDistribution):
             support=constraints.integer_interval(0, levels - 1),
             validate_args=validate_args,
         )
+
+    @property
+    def density(self) -> Density:
+        """A lower bound, or an estimate of it where the base has only that."""
+        return "estimate" if density_of(self.base)[0] == "estimate" else "lower bound"
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Dequantized:
         new = super().expand(batch_shape)

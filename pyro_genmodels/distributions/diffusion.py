@@ -33,6 +33,7 @@ from pyro_genmodels.distributions.base import Density, GenerativeDistribution, p
 from pyro_genmodels.distributions.denoiser import Denoiser
 from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.distributions.ode import ContinuousFlow, Trace
+from pyro_genmodels.errors import chosen
 from pyro_genmodels.ops.ode import Dopri5, Solver
 from pyro_genmodels.ops.processes import along, stratified
 from pyro_genmodels.samplers.reverse import DPMSolver, ReverseSampler, Walked, flow_velocity, reverse
@@ -102,8 +103,8 @@ class ReverseDiffusion(GenerativeDistribution):
         super().__init__(event_shape, **kwargs)
         self.drop_context = drop_context
         self.denoiser, self.network = denoiser, denoiser.network
-        self.sampler = DPMSolver() if sampler is None else sampler
-        self.likelihood = FlowDensity() if likelihood is None else likelihood
+        self.sampler = _sampler(sampler)
+        self.likelihood = _likelihood(likelihood)
 
     @property
     def density(self) -> Density:
@@ -118,11 +119,11 @@ class ReverseDiffusion(GenerativeDistribution):
 
     def drawn_by(self, sampler: ReverseSampler) -> ReverseDiffusion:
         """The same, drawn in another way."""
-        return self._with(sampler=sampler)
+        return self._with(sampler=_sampler(sampler))
 
     def judged_by(self, likelihood: FlowDensity | VariationalBound) -> ReverseDiffusion:
         """The same, with another density as `log_prob`."""
-        return self._with(likelihood=likelihood)
+        return self._with(likelihood=_likelihood(likelihood))
 
     def guided(self, weight: float) -> ReverseDiffusion:
         """The same, with its context taken that many times; see `Denoiser.guided`."""
@@ -304,6 +305,14 @@ class ReverseDiffusion(GenerativeDistribution):
             outputs = [(y, score)] + ([(log_det.sum(), None)] if isinstance(log_det, Tensor) and log_det.requires_grad else [])
             ys, grads = zip(*outputs, strict=True)
             return torch.autograd.grad(ys, x, grads, create_graph=create_graph)[0]
+
+
+def _sampler(found: Any) -> ReverseSampler:
+    return chosen("A diffusion", "sampler", found, DPMSolver(), ReverseSampler)
+
+
+def _likelihood(found: Any) -> FlowDensity | VariationalBound:
+    return chosen("A diffusion", "likelihood", found, FlowDensity(), FlowDensity | VariationalBound)
 
 
 @dataclass(frozen=True)

@@ -307,7 +307,8 @@ class Family(PyroModule):
         if not support.is_discrete and not x.is_floating_point():
             raise ValueError(
                 f"{self.name} models real numbers, but was given {x.dtype}. Convert with .float(), or model integers: "
-                "Flow(..., levels=K), a discrete likelihood, or EnergyModel(..., support=integer_interval(0, K - 1))."
+                "levels=K for Flow, ODEFlow and Diffusion, a discrete likelihood, or EnergyModel(..., "
+                "support=integer_interval(0, K - 1))."
             )
         ends = [getattr(support, name, None) for name in ("lower_bound", "upper_bound")]
         at_end = [x == end for end in ends if end is not None and not support.is_discrete and not is_real(support)]

@@ -83,7 +83,7 @@ class GuidedDiffusion:
         return guided(*args, num_steps=self.num_steps, scale=self.scale, progress=progress)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WeightedDraws:
     """Draws of a posterior with weights, which ``to_arviz(draws, *args, model=model)`` takes.
 
@@ -116,6 +116,12 @@ class WeightedDraws:
     def stats(self) -> Mapping[str, Tensor]:
         """Of each draw, (chain, draw)."""
         return {"log_weight": self.log_weight[None]}
+
+    def __repr__(self) -> str:
+        return (
+            f"WeightedDraws({self.name!r}, {len(self.draws)} draws, effective sample size {self.effective_sample_size:.1f}, "
+            f"log evidence {self.log_evidence:.3f})"
+        )
 
     def get_samples(self, *, group_by_chain: bool = False) -> dict[str, Tensor]:
         """The draws by name, as Pyro's MCMC gives them, without their weights."""
@@ -230,7 +236,10 @@ def inpaint(
         torch.Size([20, 2])
     """
     if not isinstance(diffusion, ReverseDiffusion):
-        raise TypeError(f"inpaint wants the distribution of a diffusion, family(), but found a {type(diffusion).__name__}.")
+        raise TypeError(
+            f"inpaint wants the distribution of a diffusion over reals, family(), but found a {type(diffusion).__name__}. "
+            "Images of integers: fit a Diffusion without levels to x.float(), and round."
+        )
     if values.shape != diffusion.event_shape or known.shape != diffusion.event_shape or known.dtype != torch.bool:
         raise ValueError(
             f"inpaint wants values and a boolean mask of shape {tuple(diffusion.event_shape)}, but found "
@@ -267,7 +276,7 @@ def _prior(trace: Trace) -> tuple[str, Any]:
     if not isinstance(prior, ReverseDiffusion) or prior.batch_shape:
         raise ValueError(
             f"diffusion_posterior wants a diffusion over one event at site {latents[0]!r}, outside of plates, but found "
-            f"{prior!r}. Under another prior take NUTS or SVI."
+            f"{prior!r}. Fit a Diffusion without levels to integers as floats; under another prior take NUTS or SVI."
         )
     site = trace.nodes[latents[0]]
     masked = site["mask"] is not None or isinstance(fn, MaskedDistribution)
