@@ -202,7 +202,7 @@ def test_compare_says_what_it_knows_and_of_what_kind(run):
         assert any(f"{float(row['nats']) + off:.2f}" in result.stdout for off in (-1e-4, 1e-4))  # the table has six digits
     kinds = {row["family"]: row["kind"] for row in rows(out)}
     wanted = {"flow": "lower bound", "vae": "lower bound", "autoregressive": "exact", "energy": "estimate"}
-    assert kinds == wanted | {"ode_flow": "estimate"}
+    assert kinds == wanted | {"ode_flow": "estimate", "diffusion": "lower bound"}
     assert "lower bound" in result.stdout
     assert "exact" in result.stdout
     assert "held-out" in result.stdout

@@ -44,7 +44,7 @@ def complaints(path, source):
             continue
         target = parts[0] if parts else ""
         if target == room:
-            if room == "families" and path != "families/__init__.py" and parts[1] != "family":
+            if room == "families" and path != "families/__init__.py" and parts[1] not in ("family", "continuous"):
                 yield f"{path} knows a sibling: {name}"
         elif FLOORS.get(target, 99) >= FLOORS[room]:
             yield f"{path} (floor {FLOORS[room]}) imports {name} (floor {FLOORS.get(target)}), which does not lie below"
