@@ -10,7 +10,7 @@ Several particles are one run inside an outermost plate.
 from __future__ import annotations
 
 __all__ = [
-    "PARTICLES", "Pair", "as_pair", "data_plates", "depth", "is_deterministic", "is_enumerated", "is_family",
+    "PARTICLES", "Pair", "alone", "as_pair", "data_plates", "depth", "is_deterministic", "is_enumerated", "is_family",
     "is_point_mass", "keep", "latents", "log_prob", "looking_on", "max_plate_nesting", "no_latents", "observed", "owners",
     "particles", "run", "samples", "unobserving", "vectorises",
 ]  # fmt: skip
@@ -128,6 +128,11 @@ def run(
         guide_trace = poutine.trace(bound_guide).get_trace()
         model_trace = poutine.trace(poutine.replay(bound_model, trace=guide_trace)).get_trace()
     return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+
+
+def alone(fn: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Trace:
+    """The trace of one function, without log probabilities."""
+    return prune_subsample_sites(poutine.trace(lambda: fn(*args, **kwargs)).get_trace())
 
 
 def particles(number: int, nesting: int) -> pyro.plate:

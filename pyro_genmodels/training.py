@@ -26,10 +26,10 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
-from pyro.optim import PyroLRScheduler, PyroOptim
+from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from pyro_genmodels import checkpoints, traces
@@ -41,6 +41,7 @@ from pyro_genmodels.infer.contrastive import ContrastiveDivergence, NoiseContras
 from pyro_genmodels.infer.denoising import DenoisingScoreMatching, is_diffusion
 from pyro_genmodels.infer.flow_matching import FlowMatching
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
+from pyro_genmodels.optimisers import make
 from pyro_genmodels.partition import quick_log_partition
 from pyro_genmodels.snapshots import Keeper
 from pyro_genmodels.weights import Weights
@@ -177,7 +178,7 @@ def train(
     if average is ...:
         average = 0.999 if loop.needs_average(batches.first()) else None
     loop.parameters = loop.find_parameters(batches.first())
-    optimiser = _optimiser(optim, list(loop.parameters.values()))
+    optimiser = make(optim, list(loop.parameters.values()))
     weights = Weights(loop.parameters, modules, average, getattr(loop.objective, "own", ()))
 
     result = Fit(fit)
@@ -364,24 +365,6 @@ def _default_objective(model: Callable[..., Any], guide: Callable[..., Any], bat
     if any(getattr(unwrap(sites[name]["fn"]), "intractable", False) for name in traces.observed(model_trace)):
         return ContrastiveDivergence()
     return Trace_ELBO() if traces.latents(model_trace) else MaximumLikelihood()
-
-
-def _optimiser(optim: Any, parameters: list[nn.Parameter]) -> Optimizer:
-    if optim is None:
-        return Adam(parameters, lr=1e-3)
-    if isinstance(optim, PyroOptim):
-        if isinstance(optim, PyroLRScheduler) or callable(optim.pt_optim_args) or optim.pt_clip_args:
-            raise TypeError(
-                "train takes of Pyro's optimisers those with one set of options, without schedule or clipping (see clip_norm). "
-                "Use SVI with this one, or pass a function of the parameters."
-            )
-        return optim.pt_optim_constructor(parameters, **optim.pt_optim_args)  # type: ignore[operator]
-    if not callable(optim) or isinstance(optim, Optimizer):
-        raise TypeError(
-            f"optim wants a function of the parameters, such as functools.partial(torch.optim.Adam, lr=1e-3), but found a "
-            f"{type(optim).__name__}."
-        )
-    return optim(parameters)
 
 
 @contextmanager

@@ -17,8 +17,10 @@ from pyro_genmodels.families.diffusion import Diffusion
 from pyro_genmodels.families.energy import EnergyModel
 from pyro_genmodels.families.family import Family, Labels
 from pyro_genmodels.families.flow import Flow
+from pyro_genmodels.families.gan import GAN
 from pyro_genmodels.families.ode_flow import ODEFlow
 from pyro_genmodels.families.vae import VAE
+from pyro_genmodels.nn.adversaries import ConvolutionalCritic, ConvolutionalGenerator, DenseCritic, DenseGenerator
 from pyro_genmodels.nn.boltzmann import BoltzmannMachine, RestrictedBoltzmannMachine
 from pyro_genmodels.nn.energies import ConvolutionalEnergy, DenseEnergy
 from pyro_genmodels.nn.time import DenseField, UNet
@@ -45,6 +47,7 @@ from pyro_genmodels.samplers.spacing import UniformLogSNR, UniformSigma, Uniform
 __all__ = [
     "BPF",
     "DDIM",
+    "GAN",
     "GF",
     "MAF",
     "NAF",
@@ -62,12 +65,16 @@ __all__ = [
     "BoltzmannMachine",
     "Categorical",
     "Contrastive",
+    "ConvolutionalCritic",
     "ConvolutionalEnergy",
+    "ConvolutionalGenerator",
     "CosineVariancePreserving",
     "DPMSolver",
     "DataPrediction",
+    "DenseCritic",
     "DenseEnergy",
     "DenseField",
+    "DenseGenerator",
     "Diffusion",
     "DiscretizedLogistic",
     "Dopri5",

@@ -1,5 +1,6 @@
 """Objectives: Pyro losses that train a model and its guide."""
 
+from pyro_genmodels.infer.adversarial import Adversarial, GameOver
 from pyro_genmodels.infer.contrastive import ContrastiveDivergence, NoiseContrastive
 from pyro_genmodels.infer.denoising import (
     DenoisingScoreMatching,
@@ -15,13 +16,11 @@ from pyro_genmodels.infer.diffusion_posterior import (
     inpaint,
 )
 from pyro_genmodels.infer.flow_matching import FlowMatching, Independent, OptimalTransport, Straight, Target, Trigonometric
+from pyro_genmodels.infer.games import FGAN, Game, Hinge, LeastSquares, Minimax, NonSaturating, Relativistic, Wasserstein
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
+from pyro_genmodels.infer.matching import Aggregate, Joint, Matching, Observations, Posterior
 from pyro_genmodels.infer.objective import Objective
+from pyro_genmodels.infer.penalties import R1, R2, GradientPenalty, Penalty, WeightClipping, spectral_normalized
 from pyro_genmodels.infer.score_matching import ImplicitScoreMatching, SlicedScoreMatching
 
-__all__ = [
-    "ContrastiveDivergence", "DenoisingScoreMatching", "FlowMatching", "GuidedDiffusion", "ImplicitScoreMatching",
-    "Independent", "LikelihoodWeighting", "LogNormalWeighting", "MaximumLikelihood", "NoiseContrastive", "Objective",
-    "OptimalTransport", "SlicedScoreMatching", "Straight", "Target", "Trigonometric", "TwistedDiffusion",
-    "UniformWeighting", "WeightedDraws", "diffusion_posterior", "inpaint",
-]  # fmt: skip
+__all__ = ["FGAN", "R1", "R2", "Adversarial", "Aggregate", "ContrastiveDivergence", "DenoisingScoreMatching", "FlowMatching", "Game", "GameOver", "GradientPenalty", "GuidedDiffusion", "Hinge", "ImplicitScoreMatching", "Independent", "Joint", "LeastSquares", "LikelihoodWeighting", "LogNormalWeighting", "Matching", "MaximumLikelihood", "Minimax", "NoiseContrastive", "NonSaturating", "Objective", "Observations", "OptimalTransport", "Penalty", "Posterior", "Relativistic", "SlicedScoreMatching", "Straight", "Target", "Trigonometric", "TwistedDiffusion", "UniformWeighting", "Wasserstein", "WeightClipping", "WeightedDraws", "diffusion_posterior", "inpaint", "spectral_normalized"]  # fmt: skip

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
 from pyro_genmodels.nn.mlp import MLP
+from pyro_genmodels.nn.residual import Residual
 
 
 class EnergyChoice(ABC):
@@ -88,7 +89,7 @@ class _Convolutional(nn.Module):
         planes = (1 if self.images else shape[0]) * (shape[-1] if kind == "categorical" else 1)
         self.first = nn.Conv2d(planes, channels[0], 3, padding=1)
         self.context = nn.Linear(context, channels[0], bias=False) if context else None
-        self.stages = nn.ModuleList(_Residual(a, b) for a, b in zip((channels[0], *channels), channels, strict=False))
+        self.stages = nn.ModuleList(Residual(a, b) for a, b in zip((channels[0], *channels), channels, strict=False))
         self.last = nn.Linear(channels[-1], 1, bias=False)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -102,15 +103,3 @@ class _Convolutional(nn.Module):
         for i, stage in enumerate(self.stages):
             h = stage(F.avg_pool2d(h, 2) if i else h)
         return self.last(F.silu(h).sum((-1, -2))).squeeze(-1)
-
-
-class _Residual(nn.Module):
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1), nn.SiLU(), nn.Conv2d(outputs, outputs, 3, padding=1)
-        )
-        self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1, bias=False)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.skip(h) + self.layers(h)

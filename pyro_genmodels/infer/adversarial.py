@@ -1,0 +1,341 @@
+r"""Adversarial training: a model and a critic who tells its draws from data, in turn.
+
+.. math:: \theta \leftarrow \theta - \eta\, \nabla_\theta L_{\text{model}}(v_\phi), \qquad
+    \phi \leftarrow \phi - \eta'\, \nabla_\phi \bigl(L_{\text{critic}}(v_\phi) + R(v_\phi)\bigr)
+
+Gradients flow to nothing but the player whose turn it is. Which losses: `games`; what the critic sees: `matching`; what keeps
+it smooth: `penalties`. Goodfellow et al. (arXiv 1406.2661); packing: Lin et al., *PacGAN* (arXiv 1712.04086).
+"""
+
+from __future__ import annotations
+
+__all__ = ["Adversarial", "GameOver"]
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from math import isfinite
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pyro_genmodels import traces
+from pyro_genmodels.divergences import Divergence
+from pyro_genmodels.errors import chosen
+from pyro_genmodels.infer.games import Game, Relativistic
+from pyro_genmodels.infer.matching import Joint, Matching, Observations, Sides
+from pyro_genmodels.infer.penalties import Penalty
+from pyro_genmodels.optimisers import Optim, make
+from pyro_genmodels.weights import Weights
+
+KEEP_EVERY = 100
+"""Steps between two copies of the last good state."""
+DECIDED = 1e-3
+"""The share of an indifferent critic's loss below which a game is lost, if it stays there for `KEEP_EVERY` steps."""
+
+
+class GameOver(FloatingPointError):
+    """A game that exploded, or that the critic has won for good. The players are back in their last good state."""
+
+
+class Adversarial:
+    """Trains a Pyro model, and a guide, against a critic. Its verbs are those of `SVI`.
+
+    Args:
+        model: any model that observes data in a `pyro.plate`, called as ``model(x)`` or ``model(x, context)``. It is run without
+            its observations; where its draws carry no gradient, the score function does.
+        critic: a module (rows, ...) -> (rows,) of what it is shown, by default ``critic(x)`` or ``critic(x, context)``; such as a
+            `GAN`'s ``.critic``.
+        objective: the game, by default `Relativistic` with its penalties (R3GAN).
+        optim: parameters -> torch optimiser, such as ``functools.partial(torch.optim.Adam, lr=1e-4)``, or one of Pyro's; or a pair
+            of these, for the model and for the critic. By default Adam at a step of 1e-3 without momentum (betas 0 and 0.99).
+        guide: of the model's latent variables; see `Joint`, `Aggregate` and `Posterior`.
+        matching: what the critic is to tell apart: `Observations`, or with a guide and nothing beside by default `Joint`.
+        penalties: on the critic; by default the game's own.
+        num_critic_steps: steps of the critic for one of the model, on the same data and fresh draws.
+        pack: rows that the critic sees at once, as (rows / pack, pack, ...); by default what the critic's attribute `pack` says,
+            or 1.
+        beside: another Pyro loss of model and guide, which the game is added to, in nats per row: the ELBO makes a VAE-GAN.
+        weight: of the game beside it.
+        average: decay per step of a moving average of model and guide, for `averaged`; None keeps none.
+
+    Raises:
+        TypeError: for a choice that is none.
+        ValueError: for numbers that are not positive.
+
+    Example:
+        >>> from pyro_genmodels import GAN, Adversarial
+        >>> gan, x = GAN((2,)), torch.randn(64, 2)
+        >>> game = Adversarial(gan.model, gan.critic)
+        >>> sorted(game.step(x))
+        ['critic', 'generator']
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        critic: nn.Module,
+        objective: Game | None = None,
+        optim: Optim | tuple[Optim, Optim] = None,
+        *,
+        guide: Callable[..., Any] | None = None,
+        matching: Matching | None = None,
+        penalties: Sequence[Penalty] | None = None,
+        num_critic_steps: int = 1,
+        pack: int | None = None,
+        beside: ELBO | None = None,
+        weight: float = 1.0,
+        average: float | None = None,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"Adversarial wants a model, such as gan.model, but found {type(model).__name__}.")
+        default = Joint() if guide is not None and beside is None else Observations()
+        self.model, self.guide, self.critic = (
+            model,
+            guide or traces.no_latents,
+            chosen("Adversarial", "critic", critic, None, nn.Module),
+        )
+        self.objective: Game = chosen("Adversarial", "objective", objective, Relativistic(), Game)
+        self.matching: Matching = chosen("Adversarial", "matching", matching, default, Matching)
+        self.penalties = self.objective.penalties if penalties is None else tuple(penalties)
+        for penalty in self.penalties:
+            chosen("Adversarial", "penalty", penalty, None, Penalty)
+        self.beside = None if beside is None else chosen("Adversarial", "loss beside", beside, None, ELBO)
+        self.pack = getattr(critic, "pack", 1) if pack is None else pack
+        for name, value in (("num_critic_steps", num_critic_steps), ("pack", self.pack)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"Adversarial wants {name} as a positive integer, but found {value!r}.")
+        if not (isfinite(weight) and weight > 0):
+            raise ValueError(f"Adversarial wants a positive weight of the game, but found {weight!r}.")
+        self.num_critic_steps, self.weight, self.average = num_critic_steps, weight, average
+        self.optims = optim if isinstance(optim, tuple) else (optim, optim)
+        self.steps, self._lost = 0, 0
+        self._ready = False
+
+    # SVI's verbs.
+
+    def step(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """One step of each player, as many of the critic as were asked for.
+
+        Args:
+            args: of the model and guide; the first is a batch of data.
+            kwargs: likewise.
+
+        Returns:
+            What each player lost by the game before its step, per row; of the model with what stands beside.
+
+        Raises:
+            GameOver: if a loss or gradient is not finite, or the critic's loss has been as good as zero for 100 steps.
+        """
+        self.prepare(*args, **kwargs)
+        for _ in range(self.num_critic_steps - 1):
+            with torch.no_grad():
+                sides = self.matching.sides(self.model, self.guide, args, kwargs)
+            self._critic_step(sides)
+        sides = self.matching.sides(self.model, self.guide, args, kwargs)
+        critic = self._critic_step(sides)
+        loss = self._model_loss(sides, args, kwargs)
+        self._update("model", loss, self.players["model"])
+        self.weights.update()
+        self.steps += 1
+        self._watch(critic)
+        return {"generator": loss.item(), "critic": critic}
+
+    @torch.no_grad()
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """What `step` would say, without a step."""
+        sides = self.matching.sides(self.model, self.guide, args, kwargs)
+        real, fake = self._outputs(sides)
+        loss = self._model_loss(sides, args, kwargs)
+        return {"generator": loss.item(), "critic": self.objective.critic_loss(real, fake).mean().item()}
+
+    # What is known of the game.
+
+    @torch.no_grad()
+    def outputs(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What the critic says of data and of fresh draws, (rows,) each."""
+        with traces.looking_on(), _evaluating(self.critic):
+            return self._outputs(self.matching.sides(self.model, self.guide, args, kwargs))
+
+    def divergence(self, *args: Any, **kwargs: Any) -> Divergence:
+        """The lower bound of the game's divergence that the critic proves on data, best held out, and as many fresh draws.
+
+        Raises:
+            ValueError: in a game that bounds none.
+        """
+        return self.objective.divergence(*self.outputs(*args, **kwargs))
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The moving average in the place of the parameters of model and guide.
+
+        Raises:
+            ValueError: if none is kept.
+        """
+        if self.average is None or not self._ready:
+            raise ValueError("Adversarial keeps no moving average yet: build it with average=0.999, and take a step.")
+        return self.weights.averaged()
+
+    # Coming and going.
+
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Finds what there is to train, by a run without a step; `step` calls it."""
+        if self._ready:
+            return
+        with poutine.trace(param_only=True) as capture:
+            sides = self.matching.sides(self.model, self.guide, args, kwargs)
+            self._model_loss(sides, args, kwargs)
+        own = {id(p) for p in self.critic.parameters()}
+        values: dict[str, Any] = {name: site["value"] for name, site in capture.trace.nodes.items()}
+        found = {name: v.unconstrained() if hasattr(v, "unconstrained") else v for name, v in values.items()}
+        found = {name: p for name, p in found.items() if p.requires_grad and id(p) not in own}
+        critic = {f"critic.{name}": p for name, p in self.critic.named_parameters() if p.requires_grad}
+        for player, parameters in (("model", found), ("critic", critic)):
+            if not parameters:
+                raise ValueError(f"The {player} has nothing to train: no parameter that requires a gradient was met in a step.")
+        self.names = {"model": found, "critic": critic}
+        self.players = {player: list(parameters.values()) for player, parameters in self.names.items()}
+        self.optimisers: dict[str, Optimizer] = {
+            player: make(optim, self.players[player], betas=(0.0, 0.99))
+            for player, optim in zip(self.players, self.optims, strict=True)
+        }
+        modules = traces.owners(self.model, self.guide)
+        self.weights = Weights(found, modules, self.average)
+        self._good = Weights(found | critic, [*modules, self.critic], None)
+        self._ready = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both players, their optimisers, the average and torch's random state: all that going on takes, once it has begun.
+
+        Buffers of the model's modules are saved with these.
+        """
+        if not self._ready:
+            raise ValueError("Adversarial has no state before its first step. See prepare.")
+        average = self.weights.average
+        return {
+            "players": {player: {n: p.detach().clone() for n, p in found.items()} for player, found in self.names.items()},
+            "buffers": [b.clone() for b in self._good.buffers],
+            "optimisers": {player: optimiser.state_dict() for player, optimiser in self.optimisers.items()},
+            "average": None if average is None else average.state_dict(),
+            "steps": self.steps,
+            "random": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there; `prepare` must have been called.
+
+        Raises:
+            ValueError: before `prepare`, and if it is of another game.
+        """
+        if not self._ready:
+            raise ValueError("Adversarial must know its players first: call prepare(x) with a batch of data.")
+        for player, found in self.names.items():
+            shapes = {name: tuple(p.shape) for name, p in found.items()}
+            saved = {name: tuple(p.shape) for name, p in state["players"][player].items()}
+            if shapes != saved:
+                raise ValueError(
+                    f"The saved {player} has {len(saved)} parameters, or of other shapes than the {len(shapes)} here."
+                )
+        with torch.no_grad():
+            for player, found in self.names.items():
+                for name, p in found.items():
+                    p.copy_(state["players"][player][name])
+                self.optimisers[player].load_state_dict(state["optimisers"][player])
+            for buffer, value in zip(self._good.buffers, state["buffers"], strict=True):
+                buffer.copy_(value)
+        self._good.reread()
+        if self.weights.average is not None and state["average"] is not None:
+            self.weights.average.load_state_dict(state["average"])
+        self.steps = state["steps"]
+        self._good.keep()
+        torch.set_rng_state(state["random"])
+
+    # The players' losses.
+
+    def _critic_step(self, sides: Sides) -> float:
+        real, fake = (tuple(self._packed(t.detach()) for t in side) for side in (sides.real, sides.fake))
+        loss = self.objective.critic_loss(self._says(*real), self._says(*fake)).mean()
+        penalty = sum((penalty(self._says, real, fake) for penalty in self.penalties), torch.zeros(()))
+        self._update("critic", loss + penalty, self.players["critic"])
+        for bound in self.penalties:
+            bound.constrain(self.players["critic"])
+        return loss.item()
+
+    def _model_loss(self, sides: Sides, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+        real, fake = self._outputs(sides)
+        values = self.matching.loss(self.objective, real, fake)
+        loss = values.mean()
+        if sides.log_q is not None:
+            log_q = self._packed(sides.log_q).reshape(len(values), -1).sum(1)
+            surrogate = ((values.detach() - values.detach().mean()) * log_q).mean() * len(values) / max(len(values) - 1, 1)
+            loss = loss + surrogate - surrogate.detach()
+        if self.beside is None:
+            return loss + sides.rest
+        rows = kwargs.get("size") or len(sides.real[0])
+        return (
+            self.weight * (loss + sides.rest) + self.beside.differentiable_loss(self.model, self.guide, *args, **kwargs) / rows
+        )
+
+    def _outputs(self, sides: Sides) -> tuple[Tensor, Tensor]:
+        real, fake = (self._says(*map(self._packed, side)) for side in (sides.real, sides.fake))
+        return real, fake
+
+    def _says(self, *seen: Tensor) -> Tensor:
+        values = self.critic(*seen)
+        rows = len(seen[0])
+        if values.shape not in ((rows,), (rows, 1)):
+            raise ValueError(f"The critic should return {(rows,)}, a number for each row, but returned {tuple(values.shape)}.")
+        return values.reshape(rows)
+
+    def _packed(self, seen: Tensor) -> Tensor:
+        if self.pack == 1:
+            return seen
+        if len(seen) < self.pack:
+            raise ValueError(f"The critic sees {self.pack} rows at once, but there are {len(seen)}. Pass larger batches.")
+        return seen[: len(seen) // self.pack * self.pack].unflatten(0, (-1, self.pack))
+
+    # What ends a game.
+
+    def _update(self, player: str, loss: Tensor, parameters: list[nn.Parameter]) -> None:
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        found = [grad for grad in grads if grad is not None]
+        size = torch.stack(torch._foreach_norm(found)).sum() if found else torch.zeros(())
+        if not (loss + size).isfinite():
+            self._end(
+                f"the {player}'s loss is {loss.item():g} and the norm of its gradient {size.item():g} at step {self.steps + 1}"
+            )
+        for p, grad in zip(parameters, grads, strict=True):
+            p.grad = grad
+        self.optimisers[player].step()
+        for p in parameters:
+            p.grad = None
+
+    def _watch(self, critic: float) -> None:
+        zero = torch.zeros(1)
+        lost = self.objective.decided and critic < DECIDED * self.objective.critic_loss(zero, zero).item()
+        self._lost = self._lost + 1 if lost else 0
+        if self._lost >= KEEP_EVERY:
+            self._end(f"the critic's loss has been below {critic:.1e} for {self._lost} steps, at step {self.steps}: it has won")
+        if self.steps % KEEP_EVERY == 0 and not self._lost and self._good.finite:
+            self._good.keep()
+            self._kept = self.steps
+
+    def _end(self, why: str) -> None:
+        self._good.restore()
+        self._lost = 0
+        raise GameOver(
+            f"{why}. The players are back as they were at step {getattr(self, '_kept', 0)}. Lower the critic's learning rate, or "
+            "restrain it: penalties=(R1(1.0), R2(1.0)), spectral_normalized(critic), or noise on the data."
+        )
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Any:
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)

@@ -1,0 +1,300 @@
+r"""What a critic is to tell apart: the two sides that a model, and its guide, put before it.
+
+=============  ==========================================  =====================================================
+choice         the critic sees                             the model and its guide are led by
+=============  ==========================================  =====================================================
+`Observations` x of the data, x of the model               the game
+`Joint`        (x, z of the guide), (x, z of the model)    the game: ALI, BiGAN
+`Aggregate`    z of the prior, z of the guide              the game, and :math:`-\log p(x \mid z)`: AAE
+`Posterior`    (x, z of the guide), (x, z of a reference)  the ELBO, the critic standing for the log ratio: AVB
+=============  ==========================================  =====================================================
+
+The model runs without its observations, so that any program with `pyro.sample` statements is a model. Where a draw carries no
+gradient, the score function does instead, :math:`\nabla \mathbb{E}_q[\ell(x)] = \mathbb{E}_q[\ell(x) \nabla \log q(x)]`.
+
+Dumoulin et al., *Adversarially Learned Inference* (arXiv 1606.00704); Donahue et al. (arXiv 1605.09782); Makhzani et al.,
+*Adversarial Autoencoders* (arXiv 1511.05644); Mescheder et al., *Adversarial Variational Bayes* (arXiv 1701.04722).
+"""
+
+from __future__ import annotations
+
+__all__ = ["Aggregate", "Joint", "Matching", "Observations", "Posterior", "Sides"]
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_genmodels import traces
+from pyro_genmodels.distributions.base import density_of, unwrap
+from pyro_genmodels.distributions.dequantized import Dequantized
+from pyro_genmodels.errors import listed
+from pyro_genmodels.infer.games import Game
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What one run puts before the critic.
+
+    Attributes:
+        real: what it sees of one side, (rows, ...) each: the one that stands for p in the game.
+        fake: likewise of the other, q.
+        log_q: log probability (nats) of what was drawn without gradient on that other side, (rows,); None if nothing was.
+        rest: what the model and its guide minimise besides (nats per row).
+    """
+
+    real: tuple[Tensor, ...]
+    fake: tuple[Tensor, ...]
+    log_q: Tensor | None = None
+    rest: Tensor | float = 0.0
+
+
+class Matching(ABC):
+    """Base of the choices."""
+
+    @abstractmethod
+    def sides(self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Sides:
+        """One run."""
+
+    def loss(self, game: Game, real: Tensor, fake: Tensor) -> Tensor:
+        """What model and guide minimise of the critic's outputs, (rows,)."""
+        return game.model_loss(real, fake)
+
+
+@dataclass(frozen=True)
+class Observations(Matching):
+    """What the model observes, against what it draws in its place: the matching of a GAN.
+
+    Several observed sites are flattened and joined. A context, the model's second argument, is shown to the critic beside them.
+    Our own distributions show themselves as their networks see them: standardised where they standardise, and integers with
+    noise (`Dequantized`).
+    """
+
+    def sides(self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Sides:
+        trace, plate, real, fake = _observations(model, args, kwargs)
+        context = _context(args, kwargs, len(real))
+        return Sides((real, *context), (fake, *context), _score(trace, plate))
+
+
+@dataclass(frozen=True)
+class Joint(Matching):
+    """Data with the guide's latent variables against the model's draws with theirs: bidirectional GANs.
+
+    The guide needs reparametrised draws, but no density. The critic is called as ``critic(x, z)``, or with a context as a third.
+    """
+
+    def sides(self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Sides:
+        trace, plate, real, fake = _observations(model, args, kwargs)
+        guided = _guided(traces.alone(guide, args, kwargs), plate, "Joint")
+        z_real, z_fake = _latents(guided, plate), _latents(_counterparts(guided, trace), plate)
+        context = _context(args, kwargs, len(real))
+        return Sides((real, z_real, *context), (fake, z_fake, *context), _score(trace, plate))
+
+
+@dataclass(frozen=True)
+class Aggregate(Matching):
+    """The guide's latent variables over all data against the prior's, beside the model's reconstruction of the data.
+
+    The guide needs reparametrised draws, but no density. The critic is called as ``critic(z)``.
+    """
+
+    def sides(self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Sides:
+        model_trace, guide_trace = traces.run(model, guide, args, kwargs)
+        observed = traces.observed(model_trace)
+        plate = _row_plate(model_trace, observed, args)
+        guided = _guided(guide_trace, plate, "Aggregate")
+        prior = _counterparts(guided, traces.alone(traces.unobserving()(_bound(model, args, kwargs)), (), {}))
+        sites = traces.samples(model_trace)
+        log_p = sum(traces.keep(sites[name]["fn"].log_prob(sites[name]["value"]), (plate,)) for name in observed)
+        return Sides((_latents(prior, plate).detach(),), (_latents(guided, plate),), rest=-torch.as_tensor(log_p).mean())
+
+
+@dataclass(frozen=True)
+class Posterior(Matching):
+    r"""An implicit guide by the ELBO: the critic stands for the log ratio of guide and reference that the guide's density lacks.
+
+    .. math:: \mathrm{ELBO} = \mathbb{E}_{q(z \mid x)}\Bigl[\log p(x, z) - \log r(z) - v(x, z)\Bigr], \qquad
+        v \to \log \frac{q(z \mid x)}{r(z)} .
+
+    The reference r is a normal distribution with the mean and covariance of the guide's draws, moved to mean 0 and covariance 1
+    before the critic sees them (adaptive contrast, section 3.3 of the paper), so that the critic learns only what is not normal
+    about the guide. The game's critic must estimate a log ratio. A guide inside the data's plate is judged beside its x,
+    ``critic(x, z)``; one of latent variables that all data share by its draws alone, ``critic(z)``.
+
+    Args:
+        num_particles: draws from the guide in a step, for each row if it is inside the data's plate.
+
+    Raises:
+        ValueError: for a number of particles that is not positive.
+    """
+
+    num_particles: int = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.num_particles, bool) or not isinstance(self.num_particles, int) or self.num_particles < 1:
+            raise ValueError(f"Posterior wants num_particles as a positive integer, but found {self.num_particles!r}.")
+
+    def sides(self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Sides:
+        nesting = traces.max_plate_nesting(model, guide, args, kwargs)
+        model_trace, guide_trace = traces.run(model, guide, args, kwargs, traces.particles(self.num_particles, nesting))
+        implicit = {name: site for name, site in traces.samples(guide_trace).items() if density_of(site["fn"])[0] == "none"}
+        if not implicit:
+            raise ValueError(
+                "Posterior is for a guide without a density, but every site of this one has one. Use SVI with Trace_ELBO."
+            )
+        local = all(traces.depth(site) for site in implicit.values())
+        if local:
+            plate = _row_plate(model_trace, traces.observed(model_trace), args)
+            rows = next(f for f in _frames(traces.samples(model_trace)[traces.observed(model_trace)[0]]) if f.dim == plate)
+            size = rows.full_size or rows.size
+            _guided(guide_trace, plate, "Posterior")
+        dims = (-nesting - 1, plate) if local else (-nesting - 1,)
+        u = torch.cat([_cells(site, dims) for site in implicit.values()], -1)
+        if len(u) <= u.shape[1]:
+            raise ValueError(
+                f"Posterior wants more draws from the guide than its {u.shape[1]} coordinates, for their covariance, but found "
+                f"{len(u)}. Raise num_particles."
+            )
+        for name in implicit:
+            guide_trace.remove_node(name)
+        log_p, log_q = (traces.log_prob(t, (-nesting - 1,), scaled=True).mean() for t in (model_trace, guide_trace))
+        reference = _normal_of(u)
+        y = torch.linalg.solve_triangular(reference.scale_tril, (u - reference.loc).T, upper=False).T
+        rest = (log_q - log_p) / (size if local else 1) + reference.log_prob(u).mean()
+        seen = (args[0].expand(self.num_particles, *args[0].shape).flatten(0, 1),) if local else ()
+        return Sides((*seen, y), (*seen, torch.randn_like(y)), rest=rest)
+
+    def loss(self, game: Game, real: Tensor, fake: Tensor) -> Tensor:
+        return game.log_ratio(real)
+
+
+# What is read from traces.
+
+
+def _bound(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Callable[[], Any]:
+    return lambda: model(*args, **kwargs)
+
+
+def _observations(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> tuple[Trace, int, Tensor, Tensor]:
+    """A run that draws what it observes: its trace, the data's plate, what was observed and what was drawn, rows first."""
+    trace = traces.alone(traces.unobserving()(_bound(model, args, kwargs)), (), {})
+    sites = traces.samples(trace)
+    names = [name for name, site in sites.items() if site["infer"].get("was_observed")]
+    if not names:
+        raise ValueError(
+            "Adversarial wants a model that observes something, pyro.sample(..., obs=x), but found no such site. Pass the data "
+            "as the model's argument, as in SVI."
+        )
+    plate = _row_plate(trace, names, args)
+    sides = []
+    for side in zip(*(_both(sites[name]) for name in names), strict=True):
+        parts = [_rows_first(value, plate, sites[name]["fn"].event_dim) for value, name in zip(side, names, strict=True)]
+        sides.append(parts[0] if len(parts) == 1 else torch.cat([part.flatten(1) for part in parts], 1))
+    return trace, plate, sides[0], sides[1]
+
+
+def _both(site: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """What was observed and what was drawn, as a network sees them."""
+    fn: Any = unwrap(site["fn"])
+    real, fake = site["infer"]["obs"], site["value"]
+    if isinstance(fn, Dequantized) and fn.base.has_rsample:
+        real, fake, fn = fn.noisy(real), fn.base.rsample(), fn.base
+    pretransform = getattr(fn, "pretransform", None)
+    return (real, fake) if pretransform is None else (pretransform(real), pretransform(fake))
+
+
+def _frames(site: Mapping[str, Any]) -> list[Any]:
+    return [f for f in site["cond_indep_stack"] if f.vectorized and f.name != traces.PARTICLES]
+
+
+def _row_plate(trace: Trace, names: list[str], args: tuple) -> int:
+    """The dimension of the plate of the data's rows: around all of these sites, and as long as the first argument if it can."""
+    stacks = [{f.name: f for f in _frames(traces.samples(trace)[name])} for name in names]
+    shared = [f for f in stacks[0].values() if all(f.name in stack for stack in stacks)]
+    rows = len(args[0]) if args and isinstance(args[0], Tensor) and args[0].dim() else None
+    shared = [f for f in shared if f.size == rows] or shared
+    if not shared:
+        raise ValueError(
+            f"Adversarial compares rows, but the observed sites {listed(names)} share no pyro.plate. Put the data in one."
+        )
+    return min(f.dim for f in shared)
+
+
+def _rows_first(value: Tensor, plate: int, event_dim: int) -> Tensor:
+    """(batch..., *event_shape), with the rows of that dimension in front."""
+    return value.movedim(plate - event_dim, 0)
+
+
+def _context(args: tuple, kwargs: Mapping[str, Any], rows: int) -> tuple[Tensor, ...]:
+    """The model's second argument, if it has a row for each of x."""
+    found = args[1] if len(args) > 1 else kwargs.get("context")
+    return (found,) if isinstance(found, Tensor) and found.dim() and len(found) == rows else ()
+
+
+def _score(trace: Trace, plate: int) -> Tensor | None:
+    """Log probability of all that was drawn without a gradient, of each row, or None if nothing was."""
+    log_q = None
+    for name, site in traces.samples(trace).items():
+        fn: Any = unwrap(site["fn"])
+        drawn_again = isinstance(fn, Dequantized) and fn.base.has_rsample and site["infer"].get("was_observed")
+        if site["is_observed"] or site["fn"].has_rsample or drawn_again:
+            continue
+        if density_of(site["fn"])[0] != "exact":
+            raise ValueError(
+                f"Adversarial trains by draws with gradients, or by the score function of a density, but site {name!r} holds "
+                f"{type(fn).__name__}, which has neither. Its own objective is another."
+            )
+        part = traces.keep(site["fn"].log_prob(site["value"]), (plate,))
+        log_q = part if log_q is None else log_q + part
+    return log_q if log_q is None or log_q.requires_grad else None
+
+
+def _guided(guide_trace: Trace, plate: int, by: str) -> dict[str, Any]:
+    """The guide's sites, once it is known that each is of single rows and drawn with gradients."""
+    found = {name: site for name, site in traces.samples(guide_trace).items() if not site["is_observed"]}
+    if not found:
+        raise ValueError(f"{by} wants a guide that draws latent variables, but this one draws none. Pass guide=.")
+    for name, site in found.items():
+        if all(f.dim != plate for f in _frames(site)):
+            raise ValueError(
+                f"{by} matches latent variables of single rows, but {name!r} lies outside the data's plate. Use Posterior()."
+            )
+        if not site["fn"].has_rsample:
+            raise ValueError(
+                f"{by} wants a guide whose draws carry gradients, but site {name!r} holds a {type(unwrap(site['fn'])).__name__}."
+            )
+    return found
+
+
+def _counterparts(guided: Mapping[str, Any], trace: Trace) -> dict[str, Any]:
+    """The model's sites of the guide's names."""
+    sites = traces.samples(trace)
+    if missing := [name for name in guided if name not in sites]:
+        raise ValueError(f"The guide draws {listed(missing)}, which the model does not have.")
+    return {name: sites[name] for name in guided}
+
+
+def _latents(sites: Mapping[str, Any], plate: int) -> Tensor:
+    """Their values, rows first; of several, flattened and joined."""
+    parts = [_rows_first(site["value"], plate, site["fn"].event_dim) for site in sites.values()]
+    return parts[0] if len(parts) == 1 else torch.cat([part.flatten(1) for part in parts], 1)
+
+
+def _cells(site: Mapping[str, Any], dims: tuple[int, ...]) -> Tensor:
+    """A value as a matrix, a row for each cell of the given batch dimensions, the first of which is the outermost."""
+    value, event_dim = site["value"], site["fn"].event_dim
+    value = value.reshape((1,) * (event_dim - dims[0] - value.dim()) + value.shape)
+    return value.movedim([d - event_dim for d in dims], list(range(len(dims)))).flatten(len(dims)).flatten(0, len(dims) - 1)
+
+
+@torch.no_grad()
+def _normal_of(u: Tensor) -> dist.MultivariateNormal:
+    """The normal distribution with mean and covariance of draws, (n, d); of what hardly varies it is not singular."""
+    covariance = torch.cov(u.T).reshape(u.shape[1], u.shape[1])
+    covariance = covariance + 1e-6 * covariance.diagonal().mean().clamp(min=1e-12) * torch.eye(len(covariance)).to(u)
+    return dist.MultivariateNormal(u.mean(0), covariance)

@@ -1,0 +1,173 @@
+r"""Both players of an adversarial game as networks: generators, from noise to an event, and critics, from events to one number.
+
+Each is a *choice*, an immutable record of options whose `build` makes a module: of a generator (z, context) -> events (n, *shape),
+z (n, latent); of a critic (x, context) -> (n,), for x (n, *shape) or, of several rows seen at once, (n, pack, *shape).
+"""
+
+from __future__ import annotations
+
+__all__ = ["ConvolutionalCritic", "ConvolutionalGenerator", "CriticChoice", "DenseCritic", "DenseGenerator", "GeneratorChoice"]
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Size, Tensor, nn
+
+from pyro_genmodels.nn.mlp import MLP
+from pyro_genmodels.nn.residual import Residual
+
+
+class GeneratorChoice(ABC):
+    """A generator, to be built for events of a shape."""
+
+    @abstractmethod
+    def build(self, shape: Size, latent: int, context: int) -> nn.Module:
+        """The module for that many coordinates of noise and contexts of that length, or none if that is 0."""
+
+
+class CriticChoice(ABC):
+    """A critic, to be built for events of a shape."""
+
+    @abstractmethod
+    def build(self, shape: Size, pack: int, context: int) -> nn.Module:
+        """The module for so many events at once and contexts of that length in all, or none if that is 0."""
+
+
+@dataclass(frozen=True)
+class DenseGenerator(GeneratorChoice):
+    """A multilayer perceptron.
+
+    Args:
+        hidden: widths of the hidden layers.
+    """
+
+    hidden: Sequence[int] = (128, 128, 128)
+
+    def build(self, shape: Size, latent: int, context: int) -> nn.Module:
+        return _DenseGenerator(shape, latent + context, self.hidden)
+
+
+class _DenseGenerator(nn.Module):
+    def __init__(self, shape: Size, inputs: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = shape
+        self.mlp = MLP(inputs, shape.numel(), hidden)
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.mlp(z if context is None else torch.cat([z, context], -1)).reshape(len(z), *self.shape)
+
+
+@dataclass(frozen=True)
+class DenseCritic(CriticChoice):
+    """A multilayer perceptron over the flattened event.
+
+    Args:
+        hidden: widths of the hidden layers.
+        octaves: sines and cosines of 1, 2, 4, ... radians per unit of each coordinate that it sees beside it: for fine features
+            in few dimensions.
+    """
+
+    hidden: Sequence[int] = (128, 128, 128)
+    octaves: int = 0
+
+    def build(self, shape: Size, pack: int, context: int) -> nn.Module:
+        return _DenseCritic(pack * shape.numel(), context, self.hidden, self.octaves)
+
+
+class _DenseCritic(nn.Module):
+    frequencies: Tensor
+
+    def __init__(self, inputs: int, context: int, hidden: Sequence[int], octaves: int) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", 2.0 ** torch.arange(octaves), persistent=False)
+        self.mlp = MLP(inputs * (1 + 2 * octaves) + context, 1, hidden)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        x = x.reshape(len(x), -1)
+        angles = (x.unsqueeze(-1) * self.frequencies).flatten(1)
+        parts = [x, angles.sin(), angles.cos()] + ([] if context is None else [context])
+        return self.mlp(torch.cat(parts, -1)).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class ConvolutionalGenerator(GeneratorChoice):
+    """A residual network from a coarse image to a fine one, each stage at twice the resolution of the one before.
+
+    Args:
+        channels: of each stage, from coarse to fine.
+
+    Raises:
+        ValueError: by `build`, of what is no image, or cannot be halved so often.
+    """
+
+    channels: Sequence[int] = (64, 64, 32)
+
+    def build(self, shape: Size, latent: int, context: int) -> nn.Module:
+        _check_image("ConvolutionalGenerator", shape, self.channels)
+        return _ConvolutionalGenerator(shape, latent + context, self.channels)
+
+
+class _ConvolutionalGenerator(nn.Module):
+    def __init__(self, shape: Size, inputs: int, channels: Sequence[int]) -> None:
+        super().__init__()
+        times = 2 ** (len(channels) - 1)
+        self.shape = shape
+        self.coarse = (channels[0], shape[-2] // times, shape[-1] // times)
+        self.first = nn.Linear(inputs, Size(self.coarse).numel())
+        self.stages = nn.ModuleList(Residual(a, b) for a, b in zip((channels[0], *channels), channels, strict=False))
+        self.last = nn.Conv2d(channels[-1], 1 if len(shape) == 2 else shape[0], 3, padding=1)
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        h = self.first(z if context is None else torch.cat([z, context], -1)).reshape(len(z), *self.coarse)
+        for i, stage in enumerate(self.stages):
+            h = stage(F.interpolate(h, scale_factor=2.0, mode="nearest") if i else h)
+        return self.last(F.silu(h)).reshape(len(z), *self.shape)
+
+
+@dataclass(frozen=True)
+class ConvolutionalCritic(CriticChoice):
+    """A residual network over images (h, w) or (c, h, w), each stage at half the resolution of the one before.
+
+    Args:
+        channels: of each stage, from fine to coarse.
+
+    Raises:
+        ValueError: by `build`, of what is no image, or cannot be halved so often.
+    """
+
+    channels: Sequence[int] = (32, 64, 64)
+
+    def build(self, shape: Size, pack: int, context: int) -> nn.Module:
+        _check_image("ConvolutionalCritic", shape, self.channels)
+        return _ConvolutionalCritic(shape, pack, context, self.channels)
+
+
+class _ConvolutionalCritic(nn.Module):
+    def __init__(self, shape: Size, pack: int, context: int, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.planes, self.sides = pack * (1 if len(shape) == 2 else shape[0]), shape[-2:]
+        self.first = nn.Conv2d(self.planes, channels[0], 3, padding=1)
+        self.context = nn.Linear(context, channels[0], bias=False) if context else None
+        self.stages = nn.ModuleList(Residual(a, b) for a, b in zip((channels[0], *channels), channels, strict=False))
+        times = 2 ** (len(channels) - 1)
+        self.last = nn.Linear(channels[-1] * (shape[-2] // times) * (shape[-1] // times), 1)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        h = self.first(x.reshape(len(x), self.planes, *self.sides))
+        if self.context is not None:
+            h = h + self.context(context)[..., None, None]
+        for i, stage in enumerate(self.stages):
+            h = stage(F.avg_pool2d(h, 2) if i else h)
+        return self.last(F.silu(h).flatten(1)).squeeze(-1)
+
+
+def _check_image(owner: str, shape: Size, channels: Sequence[int]) -> None:
+    times = 2 ** (len(channels) - 1)
+    if not channels or len(shape) not in (2, 3) or any(n % times for n in shape[-2:]):
+        raise ValueError(
+            f"{owner}{tuple(channels)} wants images (h, w) or (c, h, w) whose sides {times} divides, but found {tuple(shape)}. Use "
+            f"{owner.replace('Convolutional', 'Dense')}, fewer stages, or pad the images."
+        )
