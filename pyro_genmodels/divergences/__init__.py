@@ -1,7 +1,24 @@
 """Divergences between two distributions, or two sets of draws: a value and its standard error."""
 
+from pyro_genmodels.divergences.convex import (
+    Alpha,
+    Convex,
+    ConvexFunction,
+    Jeffreys,
+    JensenShannon,
+    KullbackLeibler,
+    NeymanChiSquared,
+    PearsonChiSquared,
+    ReverseKullbackLeibler,
+    SquaredHellinger,
+    TotalVariation,
+)
 from pyro_genmodels.divergences.fisher import fisher
 from pyro_genmodels.divergences.kl import Divergence, kl, reverse_kl
 from pyro_genmodels.divergences.transport import sliced_wasserstein
 
-__all__ = ["Divergence", "fisher", "kl", "reverse_kl", "sliced_wasserstein"]
+__all__ = [
+    "Alpha", "Convex", "ConvexFunction", "Divergence", "Jeffreys", "JensenShannon", "KullbackLeibler", "NeymanChiSquared",
+    "PearsonChiSquared", "ReverseKullbackLeibler", "SquaredHellinger", "TotalVariation", "fisher", "kl", "reverse_kl",
+    "sliced_wasserstein",
+]  # fmt: skip
