@@ -1,7 +1,18 @@
 """Divergences between two distributions, or two sets of draws: a value and its standard error."""
 
 from pyro_genmodels.divergences.fisher import fisher
+from pyro_genmodels.divergences.kernels import (
+    EnergyKernel,
+    GaussianKernel,
+    Kernel,
+    LaplaceKernel,
+    RationalQuadraticKernel,
+)
 from pyro_genmodels.divergences.kl import Divergence, kl, reverse_kl
+from pyro_genmodels.divergences.mmd import mmd
 from pyro_genmodels.divergences.transport import sliced_wasserstein
 
-__all__ = ["Divergence", "fisher", "kl", "reverse_kl", "sliced_wasserstein"]
+__all__ = [
+    "Divergence", "EnergyKernel", "GaussianKernel", "Kernel", "LaplaceKernel", "RationalQuadraticKernel", "fisher", "kl", "mmd",
+    "reverse_kl", "sliced_wasserstein",
+]  # fmt: skip
