@@ -1,5 +1,18 @@
 """Divergences between two distributions, or two sets of draws: a value and its standard error."""
 
+from pyro_genmodels.divergences.convex import (
+    Alpha,
+    Convex,
+    ConvexFunction,
+    Jeffreys,
+    JensenShannon,
+    KullbackLeibler,
+    NeymanChiSquared,
+    PearsonChiSquared,
+    ReverseKullbackLeibler,
+    SquaredHellinger,
+    TotalVariation,
+)
 from pyro_genmodels.divergences.fisher import fisher
 from pyro_genmodels.divergences.kernels import (
     EnergyKernel,
@@ -13,6 +26,7 @@ from pyro_genmodels.divergences.mmd import mmd
 from pyro_genmodels.divergences.transport import sliced_wasserstein
 
 __all__ = [
-    "Divergence", "EnergyKernel", "GaussianKernel", "Kernel", "LaplaceKernel", "RationalQuadraticKernel", "fisher", "kl", "mmd",
-    "reverse_kl", "sliced_wasserstein",
+    "Alpha", "Convex", "ConvexFunction", "Divergence", "EnergyKernel", "GaussianKernel", "Jeffreys", "JensenShannon", "Kernel",
+    "KullbackLeibler", "LaplaceKernel", "NeymanChiSquared", "PearsonChiSquared", "RationalQuadraticKernel",
+    "ReverseKullbackLeibler", "SquaredHellinger", "TotalVariation", "fisher", "kl", "mmd", "reverse_kl", "sliced_wasserstein",
 ]  # fmt: skip

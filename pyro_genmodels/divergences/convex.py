@@ -1,0 +1,345 @@
+r"""The convex functions f of the divergences that have a name, and of all in the family of powers.
+
+.. math:: D_f(p \| q) = \mathbb{E}_q\, f(p / q) + f'(\infty)\, P_p(q = 0)
+
+Each knows its limits, its conjugate and its critic in closed form (Nowozin et al., *f-GAN*, arXiv 1606.00709, table 6,
+which does not restrict the conjugate to u >= 0). The mean term of each is written so that no ratio
+overflows, with r = log p - log q. What an f is, and one of the user's own: `convexity`.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "Alpha", "Convex", "ConvexFunction", "Jeffreys", "JensenShannon", "KullbackLeibler", "NeymanChiSquared",
+    "PearsonChiSquared", "ReverseKullbackLeibler", "SquaredHellinger", "TotalVariation",
+]  # fmt: skip
+
+from dataclasses import dataclass
+from math import inf, isfinite, log
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from pyro_genmodels.divergences.convexity import Convex, ConvexFunction
+
+
+@dataclass(frozen=True)
+class KullbackLeibler(ConvexFunction):
+    r""":math:`f(u) = u \log u`: KL(p || q). :math:`f^*(t) = e^{t - 1}`.
+
+    Example:
+        >>> KullbackLeibler().conjugate(torch.tensor([1.0]))
+        tensor([1.])
+    """
+
+    at_zero: ClassVar[float] = 0.0
+    slope_at_infinity: ClassVar[float] = inf
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return u * u.log()
+
+    def derivative(self, u: Tensor) -> Tensor:
+        return u.log() + 1
+
+    def conjugate(self, t: Tensor) -> Tensor:
+        return (t - 1).exp()
+
+    def critic(self, v: Tensor) -> Tensor:
+        return v + 1
+
+    def conjugate_of_critic(self, v: Tensor) -> Tensor:
+        return v.exp()
+
+    def _mean_term(self, r: Tensor) -> Tensor:
+        return 2 * r * r.sigmoid()
+
+
+@dataclass(frozen=True)
+class ReverseKullbackLeibler(ConvexFunction):
+    r""":math:`f(u) = -\log u`: KL(q || p). :math:`f^*(t) = -1 - \log(-t)` for t < 0."""
+
+    at_zero: ClassVar[float] = inf
+    slope_at_infinity: ClassVar[float] = 0.0
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return -u.log()
+
+    def derivative(self, u: Tensor) -> Tensor:
+        return -1 / u
+
+    def conjugate(self, t: Tensor) -> Tensor:
+        return _up_to(0.0, t, -1 - (-_below(0.0, t)).log())
+
+    def critic(self, v: Tensor) -> Tensor:
+        return -(-v).exp()
+
+    def conjugate_of_critic(self, v: Tensor) -> Tensor:
+        return v - 1
+
+    def _mean_term(self, r: Tensor) -> Tensor:
+        return -2 * r * (-r).sigmoid()
+
+
+@dataclass(frozen=True)
+class Jeffreys(ConvexFunction):
+    r""":math:`f(u) = (u - 1) \log u`: the sum of both KL.
+
+    :math:`f^*(t) = u - 1 + \log u` where :math:`\log u + 1 - 1/u = t`, which is Lambert's function, u = 1 / W(exp(1 - t)),
+    found by Newton's iteration.
+    """
+
+    at_zero: ClassVar[float] = inf
+    slope_at_infinity: ClassVar[float] = inf
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return (u - 1) * u.log()
+
+    def derivative(self, u: Tensor) -> Tensor:
+        return u.log() + 1 - 1 / u
+
+    def conjugate(self, t: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = torch.where(
+                t > 0, (t - 1).clamp(min=0), -(-t.clamp(max=0)).log1p()
+            )  # left of the root, so that steps go up to it
+            for _ in range(10):
+                y = y - (y - (-y).expm1() - t) / (1 + (-y).exp())
+        y = y - (y - (-y).expm1() - t) / (1 + (-y).exp())  # the last step carries the gradient
+        return y + y.expm1()
+
+    def critic(self, v: Tensor) -> Tensor:
+        return v - (-v).expm1()
+
+    def conjugate_of_critic(self, v: Tensor) -> Tensor:
+        return v + v.expm1()
+
+    def _mean_term(self, r: Tensor) -> Tensor:
+        return 2 * r * (r / 2).tanh()
+
+
+@dataclass(frozen=True)
+class JensenShannon(ConvexFunction):
+    r""":math:`f(u) = \tfrac12 [u \log u - (u + 1) \log \tfrac{u + 1}{2}]`: (KL(p || m) + KL(q || m)) / 2 for m = (p + q) / 2.
+
+    At most log 2. :math:`f^*(t) = -\tfrac12 \log(2 - e^{2t})`, t < log(2) / 2.
+    """
+
+    at_zero: ClassVar[float] = log(2) / 2
+    slope_at_infinity: ClassVar[float] = log(2) / 2
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return (u * u.log() - (u + 1) * ((u + 1) / 2).log()) / 2
+
+    def derivative(self, u: Tensor) -> Tensor:
+        return (2 * u / (u + 1)).log() / 2
+
+    def conjugate(self, t: Tensor) -> Tensor:
+        return _up_to(log(2) / 2, t, -(2 - (2 * _below(log(2) / 2, t)).exp()).log() / 2)
+
+    def critic(self, v: Tensor) -> Tensor:
+        return (log(2) + logsigmoid(v)) / 2
+
+    def conjugate_of_critic(self, v: Tensor) -> Tensor:
+        return -(log(2) + logsigmoid(-v)) / 2
+
+    def _mean_term(self, r: Tensor) -> Tensor:
+        return log(2) + r.sigmoid() * logsigmoid(r) + (-r).sigmoid() * logsigmoid(-r)
+
+
+@dataclass(frozen=True)
+class TotalVariation(ConvexFunction):
+    r""":math:`f(u) = |u - 1| / 2`: the most that the probability of any event differs; at most 1.
+
+    :math:`f^*(t) = \max(t, -\tfrac12)` for :math:`t \le \tfrac12`. The critic, tanh(v) / 2, is at best the sign of p - q,
+    and so says nothing of their ratio.
+    """
+
+    at_zero: ClassVar[float] = 0.5
+    slope_at_infinity: ClassVar[float] = 0.5
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return (u - 1).abs() / 2
+
+    def derivative(self, u: Tensor) -> Tensor:
+        return (u - 1).sign() / 2
+
+    def conjugate(self, t: Tensor) -> Tensor:
+        return _up_to(0.5, t, t.clamp(min=-0.5))
+
+    def critic(self, v: Tensor) -> Tensor:
+        return v.tanh() / 2
+
+    def conjugate_of_critic(self, v: Tensor) -> Tensor:
+        return v.tanh() / 2
+
+    def log_ratio(self, v: Tensor) -> Tensor:
+        raise ValueError(
+            "TotalVariation wants its critic to be the sign of p - q, from which no ratio of the two is to be had. Use "
+            "JensenShannon, SquaredHellinger or KullbackLeibler."
+        )
+
+    def _mean_term(self, r: Tensor) -> Tensor:
+        return (r / 2).tanh().abs()
+
+
+@dataclass(frozen=True)
+class SquaredHellinger(ConvexFunction):
+    r""":math:`f(u) = (\sqrt u - 1)^2 / 2`: half the integral of :math:`(\sqrt p - \sqrt q)^2`; at most 1.
+
+    :math:`f^*(t) = t / (1 - 2t)`, t < 1/2.
+    """
+
+    at_zero: ClassVar[float] = 0.5
+    slope_at_infinity: ClassVar[float] = 0.5
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return (u.sqrt() - 1).square() / 2
+
+    def derivative(self, u: Tensor) -> Tensor:
+        return (1 - u.rsqrt()) / 2
+
+    def conjugate(self, t: Tensor) -> Tensor:
+        below = _below(0.5, t)
+        return _up_to(0.5, t, below / (1 - 2 * below))
+
+    def critic(self, v: Tensor) -> Tensor:
+        return -(-v / 2).expm1() / 2
+
+    def conjugate_of_critic(self, v: Tensor) -> Tensor:
+        return (v / 2).expm1() / 2
+
+    def _mean_term(self, r: Tensor) -> Tensor:
+        return (r / 2).tanh() * (r / 4).tanh()
+
+
+@dataclass(frozen=True)
+class PearsonChiSquared(ConvexFunction):
+    r""":math:`f(u) = (u - 1)^2`: the integral of :math:`(p - q)^2 / q`. :math:`f^*(t) = t + t^2 / 4` for t > -2, else -1.
+
+    The critic is v itself, at best 2 (p/q - 1), so that its loss is a square: 2 (e^v - 1) would have e^{2v} in it, which few
+    draws estimate and large steps follow. The log ratio it stands for is log(1 + v / 2), and at least that of the dtype's rounding.
+    """
+
+    at_zero: ClassVar[float] = 1.0
+    slope_at_infinity: ClassVar[float] = inf
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return (u - 1).square()
+
+    def derivative(self, u: Tensor) -> Tensor:
+        return 2 * (u - 1)
+
+    def conjugate(self, t: Tensor) -> Tensor:
+        return (t.clamp(min=-2) / 2 + 1).square() - 1
+
+    def critic(self, v: Tensor) -> Tensor:
+        return v
+
+    def conjugate_of_critic(self, v: Tensor) -> Tensor:
+        return self.conjugate(v)
+
+    def log_ratio(self, v: Tensor) -> Tensor:
+        return (1 + v / 2).clamp(min=torch.finfo(v.dtype).eps).log()
+
+    def _mean_term(self, r: Tensor) -> Tensor:
+        return 2 * r.expm1() * (r / 2).tanh()
+
+
+@dataclass(frozen=True)
+class NeymanChiSquared(ConvexFunction):
+    r""":math:`f(u) = (u - 1)^2 / u`: the integral of :math:`(p - q)^2 / p`.
+
+    :math:`f^*(t) = 2 - 2 \sqrt{1 - t}` for :math:`t \le 1`.
+    """
+
+    at_zero: ClassVar[float] = inf
+    slope_at_infinity: ClassVar[float] = 1.0
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return (u - 1).square() / u
+
+    def derivative(self, u: Tensor) -> Tensor:
+        return 1 - u**-2
+
+    def conjugate(self, t: Tensor) -> Tensor:
+        return _up_to(1.0, t, 2 - 2 * (1 - t.clamp(max=1)).sqrt())
+
+    def critic(self, v: Tensor) -> Tensor:
+        return -(-2 * v).expm1()
+
+    def conjugate_of_critic(self, v: Tensor) -> Tensor:
+        return -2 * (-v).expm1()
+
+    def _mean_term(self, r: Tensor) -> Tensor:
+        return -2 * (-r).expm1() * (r / 2).tanh()
+
+
+@dataclass(frozen=True)
+class Alpha(ConvexFunction):
+    r""":math:`f(u) = (u^\alpha - 1 - \alpha (u - 1)) / (\alpha (\alpha - 1))`: the powers.
+
+    Cressie and Read (1984); Amari's family.
+
+    :math:`f^*(t) = (u^\alpha - 1) / \alpha` with :math:`u = (1 + (\alpha - 1) t)_+^{1/(\alpha - 1)}`. Twice that of
+    alpha = 2 is Pearson's, twice that of -1 Neyman's, a quarter of that of 1/2 the squared Hellinger distance.
+
+    Args:
+        alpha: any number but 0 and 1, to which KL(q || p) and KL(p || q) are the limits.
+
+    Raises:
+        ValueError: for alpha = 0 and 1, and where it is not finite.
+
+    Example:
+        >>> Alpha(2.0)(torch.tensor([1.0, 3.0]))
+        tensor([0., 2.])
+    """
+
+    alpha: float
+
+    def __post_init__(self) -> None:
+        if self.alpha in (0, 1) or not isfinite(self.alpha):
+            limit = {0.0: "ReverseKullbackLeibler()", 1.0: "KullbackLeibler()"}.get(self.alpha, "a number")
+            raise ValueError(f"Alpha wants a finite alpha other than 0 and 1, but found {self.alpha}. Use {limit}.")
+
+    @property
+    def at_zero(self) -> float:
+        return 1 / self.alpha if self.alpha > 0 else inf
+
+    @property
+    def slope_at_infinity(self) -> float:
+        return 1 / (1 - self.alpha) if self.alpha < 1 else inf
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return (u**self.alpha - 1 - self.alpha * (u - 1)) / (self.alpha * (self.alpha - 1))
+
+    def derivative(self, u: Tensor) -> Tensor:
+        return (u ** (self.alpha - 1) - 1) / (self.alpha - 1)
+
+    def conjugate(self, t: Tensor) -> Tensor:
+        power = self.alpha / (self.alpha - 1)  # of u^(alpha - 1)
+        base = 1 + (self.alpha - 1) * _below(self.slope_at_infinity, t)
+        value = (base.clamp(min=0) ** power - 1) / self.alpha
+        return _up_to(self.slope_at_infinity, t, value)
+
+    def critic(self, v: Tensor) -> Tensor:
+        return ((self.alpha - 1) * v).expm1() / (self.alpha - 1)
+
+    def conjugate_of_critic(self, v: Tensor) -> Tensor:
+        return (self.alpha * v).expm1() / self.alpha
+
+    def _mean_term(self, r: Tensor) -> Tensor:
+        power = (self.alpha * r + logsigmoid(-r)).exp()  # q (p/q)^alpha / (p + q)
+        linear = (-r).sigmoid() + self.alpha * (r / 2).tanh()
+        return 2 * (power - linear) / (self.alpha * (self.alpha - 1))
+
+
+def _up_to(end: float, t: Tensor, value: Tensor) -> Tensor:
+    """The value where t is in the domain, which ends there, and infinity elsewhere."""
+    return value if end == inf else torch.where(t > end, inf, value)
+
+
+def _below(end: float, t: Tensor) -> Tensor:
+    """t, and a number of the domain in its place outside: no gradient is NaN there."""
+    return torch.where(t > end, end - 1, t)
