@@ -14,11 +14,19 @@ from pyro_genmodels.divergences.convex import (
     TotalVariation,
 )
 from pyro_genmodels.divergences.fisher import fisher
+from pyro_genmodels.divergences.kernels import (
+    EnergyKernel,
+    GaussianKernel,
+    Kernel,
+    LaplaceKernel,
+    RationalQuadraticKernel,
+)
 from pyro_genmodels.divergences.kl import Divergence, kl, reverse_kl
+from pyro_genmodels.divergences.mmd import mmd
 from pyro_genmodels.divergences.transport import sliced_wasserstein
 
 __all__ = [
-    "Alpha", "Convex", "ConvexFunction", "Divergence", "Jeffreys", "JensenShannon", "KullbackLeibler", "NeymanChiSquared",
-    "PearsonChiSquared", "ReverseKullbackLeibler", "SquaredHellinger", "TotalVariation", "fisher", "kl", "reverse_kl",
-    "sliced_wasserstein",
+    "Alpha", "Convex", "ConvexFunction", "Divergence", "EnergyKernel", "GaussianKernel", "Jeffreys", "JensenShannon", "Kernel",
+    "KullbackLeibler", "LaplaceKernel", "NeymanChiSquared", "PearsonChiSquared", "RationalQuadraticKernel",
+    "ReverseKullbackLeibler", "SquaredHellinger", "TotalVariation", "fisher", "kl", "mmd", "reverse_kl", "sliced_wasserstein",
 ]  # fmt: skip

@@ -1,0 +1,184 @@
+r"""Kernels: how alike two draws are, as a function of the distance between them.
+
+With :math:`r = |x - y|` and a bandwidth h in the units of the data,
+
+.. math:: k_{\mathrm{Gauss}} = e^{-r^2 / 2h^2}, \quad k_{\mathrm{Laplace}} = e^{-r / h}, \quad
+    k_{\mathrm{RQ}} = \operatorname{mean}_\alpha \Bigl(1 + \frac{r^2}{2 \alpha h^2}\Bigr)^{-\alpha}, \quad
+    k_{\mathrm{energy}} = -r .
+
+The first three are characteristic: no two laws are the same to them. So is the last, among laws of finite mean; it is only
+conditionally positive definite, which is enough for a discrepancy. A bandwidth of None is the median distance between two
+draws (Gretton et al., JMLR 2012).
+
+Bińkowski et al., *Demystifying MMD GANs* (arXiv 1801.01401), for rational quadratics; Sejdinovic et al., *Equivalence of
+distance-based and RKHS-based statistics* (arXiv 1207.6076), for the energy distance.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "EnergyKernel", "GaussianKernel", "Kernel", "LaplaceKernel", "RationalQuadraticKernel", "check_kernel", "median_distance"
+]  # fmt: skip
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FEW = 2000
+"""Rows, evenly spaced among all, by which the median distance is found."""
+
+
+class Kernel(ABC):
+    """A symmetric function of two draws. Subclasses are frozen dataclasses of their options."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """Draws x (n, d) and y (m, d) -> (n, m), with gradients to both."""
+
+    def fitted(self, x: Tensor, y: Tensor | None = None) -> Kernel:
+        """The kernel with what was left open set by draws x (n, d), and y (m, d) along with them."""
+        return self
+
+
+@dataclass(frozen=True)
+class _Scaled(Kernel):
+    """A kernel with a bandwidth."""
+
+    bandwidth: float | Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.bandwidth is None or isinstance(self.bandwidth, Tensor):
+            return
+        if isinstance(self.bandwidth, bool) or not 0 < self.bandwidth < float("inf"):
+            raise ValueError(
+                f"{type(self).__name__} wants a positive bandwidth, in the units of the data, or None for the median distance, "
+                f"but found {self.bandwidth!r}."
+            )
+
+    def fitted(self, x: Tensor, y: Tensor | None = None) -> Kernel:
+        return self if self.bandwidth is not None else replace(self, bandwidth=median_distance(x, y))
+
+    @property
+    def _width(self) -> Any:
+        if self.bandwidth is None:
+            raise ValueError(
+                f"{type(self).__name__} has no bandwidth yet. Give it one, or let draws set it: kernel.fitted(x, y)."
+            )
+        return self.bandwidth
+
+
+@dataclass(frozen=True)
+class GaussianKernel(_Scaled):
+    """The Gaussian kernel.
+
+    Args:
+        bandwidth: h, in the units of the data; None is the median distance.
+
+    Example:
+        >>> GaussianKernel(bandwidth=1.0)(torch.zeros(1, 2), torch.ones(1, 2))
+        tensor([[0.3679]])
+    """
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        return (_squares(x, y) / (-2 * self._width**2)).exp()
+
+
+@dataclass(frozen=True)
+class LaplaceKernel(_Scaled):
+    """The Laplace kernel, of the Euclidean distance: less blind to small things than the Gaussian.
+
+    Args:
+        bandwidth: h, in the units of the data; None is the median distance.
+
+    Example:
+        >>> LaplaceKernel(bandwidth=5.0)(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]))
+        tensor([[0.3679]])
+    """
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        return (_distances(x, y) / -self._width).exp()
+
+
+@dataclass(frozen=True)
+class RationalQuadraticKernel(_Scaled):
+    """A mean of rational quadratics, whose gradients reach far: for training.
+
+    Args:
+        bandwidth: h, in the units of the data; None is the median distance.
+        alphas: positive exponents; the smaller, the farther it reaches.
+
+    Example:
+        >>> RationalQuadraticKernel(bandwidth=1.0, alphas=(1.0,))(torch.zeros(1, 2), torch.ones(1, 2))
+        tensor([[0.5000]])
+    """
+
+    alphas: Sequence[float] = (0.2, 0.5, 1.0, 2.0, 5.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.alphas or not all(alpha > 0 and isfinite(alpha) for alpha in self.alphas):
+            raise ValueError(
+                f"RationalQuadraticKernel wants positive alphas, such as (0.5, 1.0, 2.0), but found {self.alphas!r}."
+            )
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        squares = _squares(x, y) / (2 * self._width**2)
+        parts = [(-alpha * (squares / alpha).log1p()).exp() for alpha in self.alphas]
+        return torch.stack(parts).mean(0)
+
+
+@dataclass(frozen=True)
+class EnergyKernel(Kernel):
+    r"""The energy distance's: :math:`-|x - y|`, so that the squared discrepancy is
+    :math:`2 \mathbb{E}|x - y| - \mathbb{E}|x - x'| - \mathbb{E}|y - y'|`, in the units of the data.
+
+    It has no bandwidth, and no scale at which it is blind.
+
+    Example:
+        >>> EnergyKernel()(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]))
+        tensor([[-5.]])
+    """
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        return -_distances(x, y)
+
+
+def check_kernel(kernel: Any, *, by: str) -> Kernel:
+    """The kernel itself; anything else is a TypeError."""
+    if not isinstance(kernel, Kernel):
+        found = f"the class {kernel.__name__}" if isinstance(kernel, type) else repr(kernel)
+        raise TypeError(f"{by} wants a kernel such as GaussianKernel() or EnergyKernel(), but found {found}.")
+    return kernel
+
+
+def median_distance(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """The median distance between two draws among x (n, d), and y (m, d) along with them, without graph: a scalar.
+
+    Where most draws are the same it is the mean distance, and 1 where all are.
+    """
+    with torch.no_grad():
+        both = x if y is None else torch.cat([x, y])
+        if len(both) > FEW:
+            both = both[torch.linspace(0, len(both) - 1, FEW).long().to(both.device)]
+        distances = torch.pdist(both)
+        if not len(distances):
+            return both.new_ones(())
+        middle, mean = distances.median(), distances.mean()
+        return torch.where(middle > 0, middle, torch.where(mean > 0, mean, 1.0))
+
+
+def _squares(x: Tensor, y: Tensor) -> Tensor:
+    """Squared distances, (n, m), about the middle of x, where little is lost to rounding."""
+    middle = x.detach().mean(0)
+    x, y = x - middle, y - middle
+    return (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T).clamp(min=0)
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    """Distances, (n, m), whose gradient is zero where they are."""
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
