@@ -138,7 +138,7 @@ class Adversarial:
         sides = self.matching.sides(self.model, self.guide, args, kwargs)
         critic = self._critic_step(sides)
         loss = self._model_loss(sides, args, kwargs)
-        self._update("model", loss, self.players["model"])
+        self._update("model", loss)
         self.weights.update()
         self.steps += 1
         self._watch(critic)
@@ -191,19 +191,18 @@ class Adversarial:
         values: dict[str, Any] = {name: site["value"] for name, site in capture.trace.nodes.items()}
         found = {name: v.unconstrained() if hasattr(v, "unconstrained") else v for name, v in values.items()}
         found = {name: p for name, p in found.items() if p.requires_grad and id(p) not in own}
-        critic = {f"critic.{name}": p for name, p in self.critic.named_parameters() if p.requires_grad}
+        critic = {name: p for name, p in self.critic.named_parameters() if p.requires_grad}
         for player, parameters in (("model", found), ("critic", critic)):
             if not parameters:
                 raise ValueError(f"The {player} has nothing to train: no parameter that requires a gradient was met in a step.")
-        self.names = {"model": found, "critic": critic}
-        self.players = {player: list(parameters.values()) for player, parameters in self.names.items()}
+        self.players = {"model": found, "critic": critic}
         self.optimisers: dict[str, Optimizer] = {
-            player: make(optim, self.players[player], betas=(0.0, 0.99))
+            player: make(optim, list(self.players[player].values()), betas=(0.0, 0.99))
             for player, optim in zip(self.players, self.optims, strict=True)
         }
         modules = traces.owners(self.model, self.guide)
         self.weights = Weights(found, modules, self.average)
-        self._good = Weights(found | critic, [*modules, self.critic], None)
+        self._good = Weights(found | {f"critic.{name}": p for name, p in critic.items()}, [*modules, self.critic], None)
         self._ready = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -215,7 +214,7 @@ class Adversarial:
             raise ValueError("Adversarial has no state before its first step. See prepare.")
         average = self.weights.average
         return {
-            "players": {player: {n: p.detach().clone() for n, p in found.items()} for player, found in self.names.items()},
+            "players": {player: {n: p.detach().clone() for n, p in found.items()} for player, found in self.players.items()},
             "buffers": [b.clone() for b in self._good.buffers],
             "optimisers": {player: optimiser.state_dict() for player, optimiser in self.optimisers.items()},
             "average": None if average is None else average.state_dict(),
@@ -231,7 +230,7 @@ class Adversarial:
         """
         if not self._ready:
             raise ValueError("Adversarial must know its players first: call prepare(x) with a batch of data.")
-        for player, found in self.names.items():
+        for player, found in self.players.items():
             shapes = {name: tuple(p.shape) for name, p in found.items()}
             saved = {name: tuple(p.shape) for name, p in state["players"][player].items()}
             if shapes != saved:
@@ -239,7 +238,7 @@ class Adversarial:
                     f"The saved {player} has {len(saved)} parameters, or of other shapes than the {len(shapes)} here."
                 )
         with torch.no_grad():
-            for player, found in self.names.items():
+            for player, found in self.players.items():
                 for name, p in found.items():
                     p.copy_(state["players"][player][name])
                 self.optimisers[player].load_state_dict(state["optimisers"][player])
@@ -255,12 +254,16 @@ class Adversarial:
     # The players' losses.
 
     def _critic_step(self, sides: Sides) -> float:
-        real, fake = (tuple(self._packed(t.detach()) for t in side) for side in (sides.real, sides.fake))
-        loss = self.objective.critic_loss(self._says(*real), self._says(*fake)).mean()
-        penalty = sum((penalty(self._says, real, fake) for penalty in self.penalties), torch.zeros(()))
-        self._update("critic", loss + penalty, self.players["critic"])
-        for bound in self.penalties:
-            bound.constrain(self.players["critic"])
+        real, fake, context = (tuple(self._packed(t.detach()) for t in side) for side in (sides.real, sides.fake, sides.context))
+
+        def critic(*seen: Tensor) -> Tensor:
+            return self._says(*seen, *context)
+
+        loss = self.objective.critic_loss(critic(*real), critic(*fake)).mean()
+        restraint = sum(penalty(critic, real, fake) for penalty in self.penalties)
+        self._update("critic", loss + restraint)
+        for penalty in self.penalties:
+            penalty.constrain(self.players["critic"].values())
         return loss.item()
 
     def _model_loss(self, sides: Sides, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
@@ -279,7 +282,7 @@ class Adversarial:
         )
 
     def _outputs(self, sides: Sides) -> tuple[Tensor, Tensor]:
-        real, fake = (self._says(*map(self._packed, side)) for side in (sides.real, sides.fake))
+        real, fake = (self._says(*map(self._packed, (*side, *sides.context))) for side in (sides.real, sides.fake))
         return real, fake
 
     def _says(self, *seen: Tensor) -> Tensor:
@@ -298,7 +301,8 @@ class Adversarial:
 
     # What ends a game.
 
-    def _update(self, player: str, loss: Tensor, parameters: list[nn.Parameter]) -> None:
+    def _update(self, player: str, loss: Tensor) -> None:
+        parameters = list(self.players[player].values())
         grads = torch.autograd.grad(loss, parameters, allow_unused=True)
         found = [grad for grad in grads if grad is not None]
         size = torch.stack(torch._foreach_norm(found)).sum() if found else torch.zeros(())

@@ -24,8 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_genmodels.divergences import Divergence
-from pyro_genmodels.divergences.convex import ConvexFunction, JensenShannon
+from pyro_genmodels.divergences import ConvexFunction, Divergence, JensenShannon
 from pyro_genmodels.infer.penalties import R1, R2, GradientPenalty, Penalty
 
 

@@ -44,12 +44,14 @@ class Sides:
     Attributes:
         real: what it sees of one side, (rows, ...) each: the one that stands for p in the game.
         fake: likewise of the other, q.
+        context: what it is told beside either, (rows, ...) each.
         log_q: log probability (nats) of what was drawn without gradient on that other side, (rows,); None if nothing was.
         rest: what the model and its guide minimise besides (nats per row).
     """
 
     real: tuple[Tensor, ...]
     fake: tuple[Tensor, ...]
+    context: tuple[Tensor, ...] = ()
     log_q: Tensor | None = None
     rest: Tensor | float = 0.0
 
@@ -78,7 +80,7 @@ class Observations(Matching):
     def sides(self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Sides:
         trace, plate, real, fake = _observations(model, args, kwargs)
         context = _context(args, kwargs, len(real))
-        return Sides((real, *context), (fake, *context), _score(trace, plate))
+        return Sides((real,), (fake,), context, _score(trace, plate))
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Joint(Matching):
         guided = _guided(traces.alone(guide, args, kwargs), plate, "Joint")
         z_real, z_fake = _latents(guided, plate), _latents(_counterparts(guided, trace), plate)
         context = _context(args, kwargs, len(real))
-        return Sides((real, z_real, *context), (fake, z_fake, *context), _score(trace, plate))
+        return Sides((real, z_real), (fake, z_fake), context, _score(trace, plate))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ r"""What keeps a critic from running away: penalties on its slopes, or bounds on
 .. math:: R_1 = \frac\gamma2\, \mathbb{E}_p |\nabla v|^2, \qquad R_2 = \frac\gamma2\, \mathbb{E}_q |\nabla v|^2, \qquad
     \mathrm{GP} = \lambda\, \mathbb{E} (|\nabla v(\hat x)| - 1)^2,
 
-with :math:`\hat x` anywhere between a datum and a draw. Slopes are in all that the critic sees of both sides, in its units.
+with :math:`\hat x` anywhere between a datum and a draw. Slopes are in what the critic tells apart, in its units; not in a context.
 
 Mescheder et al., *Which Training Methods for GANs do actually Converge?* (arXiv 1801.04406); Gulrajani et al., *Improved
 Training of Wasserstein GANs* (arXiv 1704.00028). Spectral normalisation, which acts in the network, is torch's:
@@ -91,7 +91,10 @@ class GradientPenalty(Penalty):
     def __call__(self, critic: Critic, real: Seen, fake: Seen) -> Tensor:
         rows = len(real[0])
         share = torch.rand(rows, dtype=real[0].dtype, device=real[0].device)
-        between = tuple(x.lerp(y, share.reshape(-1, *(1,) * (x.dim() - 1))) for x, y in zip(real, fake, strict=True))
+        between = tuple(
+            x.lerp(y, share.reshape(-1, *(1,) * (x.dim() - 1))) if x.is_floating_point() else x
+            for x, y in zip(real, fake, strict=True)
+        )
         slopes = _squared_slopes(critic, between).clamp(min=1e-12).sqrt()  # the root has no slope at zero
         return self.weight * (slopes - 1).square().mean()
 
@@ -117,10 +120,11 @@ class WeightClipping(Penalty):
 
 def _squared_slopes(critic: Critic, seen: Seen) -> Tensor:
     """Of each row, (rows,), with a graph to the critic's parameters."""
-    seen = tuple(part.detach().requires_grad_() for part in seen)
+    seen = tuple(part.detach().requires_grad_(part.is_floating_point()) for part in seen)
+    inputs = [part for part in seen if part.requires_grad]
     with torch.enable_grad():
-        slopes = torch.autograd.grad(critic(*seen).sum(), seen, create_graph=True, allow_unused=True, materialize_grads=True)
-    return sum((slope.flatten(1).square().sum(1) for slope in slopes), torch.zeros(()))
+        slopes = torch.autograd.grad(critic(*seen).sum(), inputs, create_graph=True, allow_unused=True, materialize_grads=True)
+    return torch.stack([slope.reshape(len(slope), -1).square().sum(1) for slope in slopes]).sum(0)
 
 
 def spectral_normalized(network: nn.Module) -> nn.Module:
