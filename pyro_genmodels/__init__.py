@@ -22,7 +22,7 @@ _homes = {
         "VariancePreserving", "VariationalBound", "VelocityPrediction",
     ],
     "infer": [
-        "FGAN", "R1", "R2", "Adversarial", "Aggregate", "ContrastiveDivergence", "DenoisingScoreMatching", "FlowMatching", "GradientPenalty", "Hinge", "ImplicitScoreMatching",
+        "FGAN", "R1", "R2", "Adversarial", "Aggregate", "AutoFamily", "ContrastiveDivergence", "DenoisingScoreMatching", "FlowMatching", "GradientPenalty", "Hinge", "ImplicitScoreMatching",
         "Independent", "Joint", "LeastSquares", "LikelihoodWeighting", "LogNormalWeighting", "MaximumLikelihood", "Minimax", "NoiseContrastive", "NonSaturating", "Observations",
         "OptimalTransport", "Posterior", "Relativistic", "SlicedScoreMatching", "Straight", "Target", "Trigonometric", "UniformWeighting", "Wasserstein", "WeightClipping", "spectral_normalized",
     ],

@@ -105,7 +105,9 @@ class ByLoss:
         norm = clip_grad_norm_(list(self.parameters.values()), bound, foreach=True).item()
         for name, value in (("loss", loss), ("norm of the gradient", norm)):
             if not isfinite(value):
-                raise FloatingPointError(f"the {name} is {value} at step {number}: lower the learning rate, or look for outliers")
+                raise FloatingPointError(
+                    f"the {name} is {value} at step {number}: lower the learning rate, or look for outliers"
+                )
         self.optimiser.step()
         return {"train": loss}
 

@@ -1,6 +1,7 @@
 """Objectives: Pyro losses that train a model and its guide."""
 
 from pyro_genmodels.infer.adversarial import Adversarial, GameOver
+from pyro_genmodels.infer.autoguide import AutoFamily
 from pyro_genmodels.infer.contrastive import ContrastiveDivergence, NoiseContrastive
 from pyro_genmodels.infer.denoising import (
     DenoisingScoreMatching,
@@ -23,4 +24,4 @@ from pyro_genmodels.infer.objective import Objective
 from pyro_genmodels.infer.penalties import R1, R2, GradientPenalty, Penalty, WeightClipping, spectral_normalized
 from pyro_genmodels.infer.score_matching import ImplicitScoreMatching, SlicedScoreMatching
 
-__all__ = ["FGAN", "R1", "R2", "Adversarial", "Aggregate", "ContrastiveDivergence", "DenoisingScoreMatching", "FlowMatching", "Game", "GameOver", "GradientPenalty", "GuidedDiffusion", "Hinge", "ImplicitScoreMatching", "Independent", "Joint", "LeastSquares", "LikelihoodWeighting", "LogNormalWeighting", "Matching", "MaximumLikelihood", "Minimax", "NoiseContrastive", "NonSaturating", "Objective", "Observations", "OptimalTransport", "Penalty", "Posterior", "Relativistic", "SlicedScoreMatching", "Straight", "Target", "Trigonometric", "TwistedDiffusion", "UniformWeighting", "Wasserstein", "WeightClipping", "WeightedDraws", "diffusion_posterior", "inpaint", "spectral_normalized"]  # fmt: skip
+__all__ = ["FGAN", "R1", "R2", "Adversarial", "Aggregate", "AutoFamily", "ContrastiveDivergence", "DenoisingScoreMatching", "FlowMatching", "Game", "GameOver", "GradientPenalty", "GuidedDiffusion", "Hinge", "ImplicitScoreMatching", "Independent", "Joint", "LeastSquares", "LikelihoodWeighting", "LogNormalWeighting", "Matching", "MaximumLikelihood", "Minimax", "NoiseContrastive", "NonSaturating", "Objective", "Observations", "OptimalTransport", "Penalty", "Posterior", "Relativistic", "SlicedScoreMatching", "Straight", "Target", "Trigonometric", "TwistedDiffusion", "UniformWeighting", "Wasserstein", "WeightClipping", "WeightedDraws", "diffusion_posterior", "inpaint", "spectral_normalized"]  # fmt: skip

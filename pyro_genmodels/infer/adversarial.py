@@ -155,10 +155,11 @@ class Adversarial:
     # What is known of the game.
 
     @torch.no_grad()
-    def outputs(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """What the critic says of data and of fresh draws, (rows,) each."""
+    def play(self, *args: Any, **kwargs: Any) -> tuple[Sides, tuple[Tensor, Tensor]]:
+        """What is put before the critic of data and fresh draws, and what it says of both, (rows,) each; nobody learns."""
         with traces.looking_on(), _evaluating(self.critic):
-            return self._outputs(self.matching.sides(self.model, self.guide, args, kwargs))
+            sides = self.matching.sides(self.model, self.guide, args, kwargs)
+            return sides, self._outputs(sides)
 
     def divergence(self, *args: Any, **kwargs: Any) -> Divergence:
         """The lower bound of the game's divergence that the critic proves on data, best held out, and as many fresh draws.
@@ -166,7 +167,7 @@ class Adversarial:
         Raises:
             ValueError: in a game that bounds none.
         """
-        return self.objective.divergence(*self.outputs(*args, **kwargs))
+        return self.objective.divergence(*self.play(*args, **kwargs)[1])
 
     def averaged(self) -> AbstractContextManager[None]:
         """The moving average in the place of the parameters of model and guide.
@@ -254,7 +255,9 @@ class Adversarial:
     # The players' losses.
 
     def _critic_step(self, sides: Sides) -> float:
-        real, fake, context = (tuple(self._packed(t.detach()) for t in side) for side in (sides.real, sides.fake, sides.context))
+        real, fake, context = (
+            tuple(self._packed(t.detach()) for t in side) for side in (sides.real, sides.fake, sides.context)
+        )
 
         def critic(*seen: Tensor) -> Tensor:
             return self._says(*seen, *context)

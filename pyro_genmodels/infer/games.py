@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_genmodels.divergences import ConvexFunction, Divergence, JensenShannon
+from pyro_genmodels.divergences import ConvexFunction, Divergence, JensenShannon, TotalVariation
 from pyro_genmodels.infer.penalties import R1, R2, GradientPenalty, Penalty
 
 
@@ -36,6 +36,16 @@ class Game(ABC):
     """What keeps the critic smooth, unless `Adversarial` is told otherwise."""
     decided: ClassVar[bool] = True
     """Whether a critic that has won for good shows in a loss of zero."""
+
+    @property
+    def estimates_ratio(self) -> bool:
+        """Whether `log_ratio` has an answer."""
+        return type(self).log_ratio is not Game.log_ratio
+
+    @property
+    def bounds(self) -> bool:
+        """Whether `divergence` has an answer."""
+        return type(self).divergence is not Game.divergence
 
     @abstractmethod
     def critic_loss(self, real: Tensor, fake: Tensor) -> Tensor:
@@ -172,6 +182,10 @@ class FGAN(Game):
         if self.saturating:
             return -self.critic_loss(real, fake)
         return self.f.critic(real) - self.f.critic(fake)
+
+    @property
+    def estimates_ratio(self) -> bool:
+        return not isinstance(self.f, TotalVariation)
 
     def log_ratio(self, v: Tensor) -> Tensor:
         return self.f.log_ratio(v)

@@ -1,0 +1,671 @@
+"""Adversarial training: each game and penalty against closed forms, what the critic sees, and what ends a game."""
+
+import copy
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.optim import Adam as PyroAdam
+from torch import nn
+from torch.optim import SGD, Adam
+from torch.testing import assert_close
+
+from pyro_genmodels import (
+    FGAN,
+    GAN,
+    MAF,
+    NSF,
+    R1,
+    R2,
+    VAE,
+    Adversarial,
+    Aggregate,
+    AutoFamily,
+    ConvolutionalCritic,
+    ConvolutionalGenerator,
+    Flow,
+    GradientPenalty,
+    Hinge,
+    Joint,
+    Labels,
+    LeastSquares,
+    Minimax,
+    NonSaturating,
+    Normal,
+    Posterior,
+    Relativistic,
+    Wasserstein,
+    WeightClipping,
+    checkpoints,
+    spectral_normalized,
+    train,
+)
+from pyro_genmodels.divergences import (
+    Alpha,
+    Jeffreys,
+    JensenShannon,
+    KullbackLeibler,
+    PearsonChiSquared,
+    ReverseKullbackLeibler,
+    SquaredHellinger,
+    TotalVariation,
+)
+from pyro_genmodels.evaluation import coverage, diagnose, mode_coverage
+from pyro_genmodels.infer import GameOver
+
+GAMES = [Minimax(), NonSaturating(), LeastSquares(), Hinge(), Wasserstein(), Relativistic(), FGAN(JensenShannon())]
+FS = [
+    KullbackLeibler(),
+    ReverseKullbackLeibler(),
+    JensenShannon(),
+    TotalVariation(),
+    SquaredHellinger(),
+    PearsonChiSquared(),
+    Jeffreys(),
+    Alpha(0.5),
+]
+
+
+def mlp(inputs, width=32, outputs=1):
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, outputs)
+    )
+
+
+class PairCritic(nn.Module):
+    """Of all that it is shown, flattened and joined."""
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.network = mlp(inputs)
+
+    def forward(self, *parts):
+        return self.network(torch.cat([part.reshape(len(part), -1) for part in parts], -1))
+
+
+class LocationScale(pyro.nn.PyroModule):
+    """A simulator of one's own: rows of a normal law whose location and scale are unknown."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc, self.log_scale = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            return pyro.sample("x", dist.Normal(self.loc, self.log_scale.exp()), obs=x)
+
+
+def scalars():
+    return nn.Sequential(nn.Unflatten(0, (-1, 1)), mlp(1))
+
+
+# The games.
+
+
+def test_the_losses_of_each_game_are_its_own():
+    real, fake = torch.tensor([0.3]), torch.tensor([-1.2])
+    d, g = real.sigmoid(), fake.sigmoid()
+    cases = [
+        (Minimax(), -d.log() - (1 - g).log(), d.log() + (1 - g).log()),
+        (NonSaturating(), -d.log() - (1 - g).log(), -g.log() - (1 - d).log()),
+        (LeastSquares(), ((real - 1) ** 2 + fake**2) / 2, ((fake - 1) ** 2 + real**2) / 2),
+        (Hinge(), torch.tensor([0.7]), torch.tensor([1.5])),
+        (Wasserstein(), fake - real, real - fake),
+        (Relativistic(), -(real - fake).sigmoid().log(), -(fake - real).sigmoid().log()),
+    ]
+    for game, critic, model in cases:
+        assert_close(game.critic_loss(real, fake), critic)
+        assert_close(game.model_loss(real, fake), model)
+
+
+@pytest.mark.parametrize("f", FS, ids=lambda f: type(f).__name__)
+def test_the_best_critic_of_any_f_proves_its_divergence(f, float64):
+    """A false-alarm rate of 5.7e-7 each: five standard errors, beside which quadrature is exact."""
+    p, q = dist.Normal(0.0, 1.0), dist.Normal(0.7, 1.3)
+    x = torch.linspace(-14, 14, 20_001)
+    exact = torch.trapezoid(q.log_prob(x).exp() * f((p.log_prob(x) - q.log_prob(x)).exp()), x)
+
+    def best(x):
+        r = p.log_prob(x) - q.log_prob(x)
+        return 2 * (r.exp() - 1) if isinstance(f, PearsonChiSquared) else 100 * r if isinstance(f, TotalVariation) else r
+
+    found = FGAN(f).divergence(best(p.sample((100_000,))), best(q.sample((100_000,))))
+    assert (found.value - exact).abs() < 5 * found.std_error + 1e-3 * isinstance(f, TotalVariation)
+    assert found.std_error < 0.05 * exact + 0.01
+
+
+def test_what_estimates_no_ratio_and_bounds_nothing_says_so():
+    for game in (Hinge(), Wasserstein(), Relativistic(), FGAN(TotalVariation())):
+        assert not game.estimates_ratio
+        with pytest.raises(ValueError, match=r"ratio|JensenShannon"):
+            game.log_ratio(torch.zeros(1))
+    for game in (Hinge(), LeastSquares(), Relativistic()):
+        assert not game.bounds
+        with pytest.raises(ValueError, match="bounds no divergence"):
+            game.divergence(torch.zeros(2), torch.zeros(2))
+
+
+# The penalties.
+
+
+def test_penalties_of_a_linear_critic_are_in_closed_form():
+    w, real, fake = torch.tensor([3.0, 4.0]), torch.randn(7, 2), torch.randn(7, 2)
+    for penalty, value in ((R1(0.2), 2.5), (R2(0.2), 2.5), (GradientPenalty(10.0), 160.0)):
+        assert_close(penalty(lambda x: x @ w, (real,), (fake,)), torch.tensor(value))
+    square = lambda x: x.square().sum(1) / 2  # noqa: E731 (slopes are x itself)
+    assert_close(R1(2.0)(square, (real,), (fake,)), real.square().sum(1).mean())
+    assert_close(R2(2.0)(square, (real,), (fake,)), fake.square().sum(1).mean())
+
+
+def test_a_clipped_critic_stays_within_its_bound():
+    critic = mlp(2)
+    game = Adversarial(GAN((2,)).model, critic, Wasserstein(), penalties=[WeightClipping(0.05)])
+    game.step(torch.randn(16, 2))
+    assert max(p.abs().max() for p in critic.parameters()) <= 0.05
+
+
+def test_a_spectrally_normalised_critic_is_1_lipschitz_layer_by_layer():
+    critic = spectral_normalized(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)))
+    for _ in range(100):
+        critic(torch.randn(3, 4))
+    for layer in (critic[0], critic[2]):
+        assert torch.linalg.matrix_norm(layer.weight, 2) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("bad", [0, -1.0, float("nan"), True])
+def test_weights_of_penalties_are_positive(bad):
+    with pytest.raises(ValueError, match="positive number"):
+        R1(bad)
+
+
+# Whose turn it is.
+
+
+@pytest.mark.parametrize("game", GAMES, ids=lambda g: type(g).__name__)
+def test_gradients_flow_to_nothing_but_the_player_whose_turn_it_is(game):
+    gan, x = GAN((2,), standardize=False), torch.randn(32, 2)
+    still = partial(SGD, lr=0.0)
+    for optims, moving in (((still, partial(Adam, lr=0.1)), gan.critic), ((partial(Adam, lr=0.1), still), gan.generator)):
+        before = {name: p.clone() for name, p in gan.named_parameters()}
+        Adversarial(gan.model, gan.critic, game, optims).step(x)
+        own = {id(p) for p in moving.parameters()}
+        for name, p in gan.named_parameters():
+            assert torch.equal(before[name], p) == (id(p) not in own) or "bias" in name
+            assert p.grad is None
+
+
+def test_looking_changes_nothing():
+    gan, x = GAN((2,)), torch.randn(64, 2)
+    game = Adversarial(gan.model, gan.critic)
+    game.step(x)
+    before = copy.deepcopy(game.state_dict())
+    said = game.evaluate_loss(x)
+    assert sorted(said) == ["critic", "generator"]
+    game.play(x)
+    for player, parameters in game.state_dict()["players"].items():
+        for name, p in parameters.items():
+            assert torch.equal(p, before["players"][player][name])
+    assert gan.training
+
+
+def test_more_steps_of_the_critic():
+    calls = []
+    critic = mlp(2)
+    critic.register_forward_hook(lambda *_: calls.append(1))
+    steps = []
+    for number in (1, 3):
+        game = Adversarial(GAN((2,)).model, critic, NonSaturating(), num_critic_steps=number)
+        game.prepare(torch.randn(8, 2))
+        calls.clear()
+        game.step(torch.randn(8, 2))
+        steps.append(len(calls))
+    assert steps[1] - steps[0] == 2 * 2  # data and draws, in each of two more steps
+
+
+# Any Pyro model.
+
+
+@pytest.mark.parametrize("by", ["SVI", "Adversarial"])
+def test_one_pyro_model_is_fitted_by_svi_and_by_a_critic(by):
+    """The mean of 4,000 data is within .03 of the truth (3 sd); the tolerance leaves the game's own noise .12 more."""
+    x, model = 1.5 + 0.5 * torch.randn(4000), LocationScale()
+    if by == "SVI":
+        svi = SVI(model, lambda x: None, PyroAdam({"lr": 0.05}), Trace_ELBO())
+        for _ in range(200):
+            svi.step(x)
+    else:
+        game = Adversarial(model, scalars(), NonSaturating(), partial(Adam, lr=5e-3, betas=(0.0, 0.99)), penalties=[R1(0.1)])
+        for _ in range(700):
+            game.step(x[torch.randint(len(x), (128,))])
+    assert model.loc.item() == pytest.approx(1.5, abs=0.15)
+    assert model.log_scale.exp().item() == pytest.approx(0.5, abs=0.15)
+
+
+def test_the_score_function_is_an_unbiased_gradient(float64):
+    """Against the exact gradient of E[v(x)] for draws without gradient; five standard errors of 400 steps."""
+    logit = nn.Parameter(torch.tensor(0.4))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(logits=pyro.param("logit", logit)))
+            pyro.sample("x", dist.Normal(3 * k, 1e-3), obs=x)
+
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.zero = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            return x + self.zero
+
+    p = logit.detach().sigmoid()
+    exact = -3 * p * (1 - p)  # the model loses -E[v] = -3 p
+    grads = []
+    for _ in range(400):
+        game = Adversarial(model, Fixed(), Wasserstein(), partial(SGD, lr=1.0), penalties=[])
+        pyro.clear_param_store()
+        before = logit.detach().clone()
+        game.optims = (partial(SGD, lr=1.0), partial(SGD, lr=0.0))
+        game.step(torch.zeros(20))
+        grads.append(before - logit.detach())
+        with torch.no_grad():
+            logit.copy_(before)
+    grads = torch.stack(grads)
+    assert (grads.mean() - exact).abs() < 5 * grads.std() / len(grads) ** 0.5
+
+
+def test_several_sites_and_plates_are_one_row_each():
+    seen = []
+
+    def model(x, y):
+        loc = pyro.param("loc", torch.zeros(2))
+        with pyro.plate("data", 6, dim=-1):
+            with pyro.plate("times", 4, dim=-2):
+                pyro.sample("x", dist.Normal(loc[0], 1.0), obs=x)
+            pyro.sample("y", dist.Normal(loc, 1.0).to_event(1), obs=y)
+
+    class Critic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = mlp(6)
+
+        def forward(self, rows):
+            seen.append(rows.detach())
+            return self.network(rows)
+
+    x, y = torch.randn(4, 6), torch.randn(6, 2)
+    Adversarial(model, Critic(), NonSaturating()).evaluate_loss(x, y)
+    assert_close(seen[0], torch.cat([x.T, y], 1))
+
+
+def test_a_subsampled_plate_shows_its_rows():
+    x = torch.randn(50)
+
+    def model(x):
+        with pyro.plate("data", 50, subsample_size=10) as rows:
+            pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0), obs=x[rows])
+
+    sides, _ = Adversarial(model, scalars()).play(x)
+    assert all(value in x for value in sides.real[0]) and len(sides.fake[0]) == 10
+
+
+def test_a_context_is_shown_to_both_players():
+    """Rows of class k lie at 4 k: a conditional game finds where, within the noise of 1,500 steps."""
+    c = torch.randint(2, (1000,))
+    x = 4.0 * c[:, None] + 0.3 * torch.randn(1000, 1)
+    gan = GAN((1,), context=Labels(2), latent_dim=2)
+    train(gan, (x, c), epochs=150, batch_size=100, optim=partial(Adam, lr=2e-3, betas=(0.0, 0.99)), progress=False)
+    draws = gan(torch.arange(2).repeat(500)).sample()
+    assert draws[::2].mean().item() == pytest.approx(0.0, abs=0.5)
+    assert draws[1::2].mean().item() == pytest.approx(4.0, abs=0.5)
+
+
+def test_integers_are_seen_with_noise_and_drawn_as_integers():
+    gan, x = GAN((3,), levels=5), torch.randint(5, (40, 3))
+    gan.standardize(x)
+    sides, _ = Adversarial(gan.model, gan.critic).play(x)
+    assert_close((gan.pretransform.inv(sides.real[0])).floor().long(), x)
+    assert gan().sample((4,)).dtype == torch.long
+
+
+def test_a_critic_of_packs_sees_so_many_rows_at_once():
+    shapes = []
+    for gan, c in ((GAN((2,), pack=4), ()), (GAN((2,), pack=4, context=Labels(3)), (torch.randint(3, (18,)),))):
+        gan.critic.network.register_forward_pre_hook(lambda _, inputs: shapes.append([tuple(i.shape) for i in inputs]))
+        Adversarial(gan.model, gan.critic).step(torch.randn(18, 2), *c)
+    assert shapes[0] == [(4, 4, 2)] and shapes[-1] == [(4, 4, 2), (4, 12)]
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (3, 8, 8)], ids=str)
+def test_images_by_convolutions(shape):
+    gan = GAN(shape, generator=ConvolutionalGenerator((8, 8)), critic=ConvolutionalCritic((8, 8)), context=2, pack=2)
+    said = Adversarial(gan.model, gan.critic).step(torch.randn(6, *shape), torch.randn(6, 2))
+    assert all(torch.tensor(list(said.values())).isfinite())
+    assert gan(torch.randn(5, 2)).sample().shape == (5, *shape)
+    with pytest.raises(ValueError, match="DenseGenerator"):
+        GAN((3,), generator=ConvolutionalGenerator())
+
+
+# With a guide.
+
+
+def linear_gaussian(n=2000):
+    z = torch.randn(n, 1)
+    return 2 * z + 1 + 0.5 * torch.randn(n, 1)
+
+
+@pytest.mark.parametrize("matching", [Joint(), Aggregate()], ids=["joint", "aggregate"])
+def test_a_guide_by_a_critic_is_the_posterior_of_a_linear_model(matching):
+    """x = 2 z + 1 + .5 e: E[z | x] has slope 2 / 4.25 = .47 in x, up to the sign of z."""
+    x = linear_gaussian()
+    vae = VAE((1,), latent_dim=1, likelihood=Normal(), standardize=False, hidden=(16,))
+    critic = PairCritic(2 if matching == Joint() else 1)
+    game = Adversarial(
+        vae.model, critic, NonSaturating(), partial(Adam, lr=2e-3, betas=(0.5, 0.99)), guide=vae.guide, matching=matching,
+        penalties=[R1(0.1), R2(0.1)],
+    )  # fmt: skip
+    for _ in range(1200):
+        game.step(x[torch.randint(len(x), (256,))])
+    points = torch.tensor([[-3.0], [1.0], [5.0]])
+    loc = vae.posterior(points).mean.squeeze()
+    assert loc[1].item() == pytest.approx(0.0, abs=0.6)
+    assert abs(loc[2] - loc[0]).item() == pytest.approx(8 * 2 / 4.25, abs=1.3)
+    draws = vae().sample((4000,))
+    assert draws.mean().item() == pytest.approx(1.0, abs=0.4)
+    assert draws.std().item() == pytest.approx(4.25**0.5, abs=0.5)
+
+
+def test_adversarial_variational_bayes_finds_a_posterior_that_is_not_normal():
+    """b given a is near 2 a^2 - 2: the guide's b follows a^2, which no AutoNormal can."""
+
+    def banana(y):
+        with pyro.plate("data", 1):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            b = pyro.sample("b", dist.Normal(0.0, 3.0))
+            pyro.sample("y", dist.Normal(b - 2 * a**2 + 2, 0.5), obs=y)
+
+    y = torch.zeros(1)
+    guide = AutoFamily(banana, lambda n: GAN((n,), latent_dim=4, standardize=False))
+    guide(y)
+    game = Adversarial(
+        banana, guide.family.critic, NonSaturating(), guide=guide, matching=Posterior(num_particles=128), num_critic_steps=2
+    )
+    for _ in range(400):
+        game.step(y)
+    draws = Predictive(guide, num_samples=1000)(y)
+    a, b = (draws[name].flatten() for name in ("a", "b"))
+    assert torch.corrcoef(torch.stack([a**2, b]))[0, 1] > 0.8
+    assert (b - 2 * a**2 + 2).abs().median() < 1.0
+
+
+def test_a_guide_inside_the_plate_is_judged_beside_its_data():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([1]).to_event(1))
+            pyro.sample("x", dist.Normal(2 * z + 1, 0.5).to_event(1), obs=x)
+
+    class Guide(pyro.nn.PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.gan = GAN((1,), context=1, latent_dim=1, standardize=False)
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", self.gan(x))
+
+    guide, x = Guide(), linear_gaussian()
+    game = Adversarial(model, PairCritic(2), NonSaturating(), guide=guide, matching=Posterior(), num_critic_steps=2)
+    for _ in range(500):
+        said = game.step(x[torch.randint(len(x), (128,))])
+    points = torch.tensor([[-3.0], [1.0], [5.0]]).repeat(500, 1)
+    z = guide.gan(points).sample().reshape(500, 3)
+    assert_close(z.mean(0), (points[:3, 0] - 1) * 2 / 4.25, atol=0.3, rtol=0)
+    assert said["generator"] == pytest.approx(0.5 * (2 * torch.pi * 4.25 * torch.e) ** 0 + 2.14, abs=1.0)  # -log p(x), nats
+
+
+def test_a_flow_over_all_latent_variables_is_a_guide_with_a_density():
+    def model(y):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("groups", 2):
+            z = pyro.sample("z", dist.Normal(0.0, scale))
+            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+    y = torch.tensor([1.0, -2.0])
+    guide = AutoFamily(model, lambda n: Flow((n,), transform=MAF(transforms=1, hidden=(8,))))
+    svi = SVI(model, guide, PyroAdam({"lr": 0.01}), Trace_ELBO(num_particles=4, vectorize_particles=True))
+    losses = [svi.step(y) for _ in range(150)]
+    assert sum(losses[-20:]) < sum(losses[:20])
+    assert Predictive(guide, num_samples=5)(y)["z"].shape == (5, 2)
+    with pytest.raises(ValueError, match=r"over \(3,\)"):
+        AutoFamily(model, lambda n: Flow((n + 1,)))(y)
+
+
+def test_a_game_beside_the_elbo_adds_up():
+    vae, x = VAE((2,), latent_dim=1, likelihood=Normal(), standardize=False), torch.randn(16, 2)
+    game = Adversarial(vae.model, mlp(2), NonSaturating(), guide=vae.guide, beside=Trace_ELBO(), weight=0.5)
+    torch.manual_seed(0)
+    both = game.evaluate_loss(x)["generator"]
+    torch.manual_seed(0)
+    sides = game.matching.sides(vae.model, vae.guide, (x,), {})
+    alone = NonSaturating().model_loss(*game._outputs(sides)).mean()
+    elbo = Trace_ELBO().differentiable_loss(vae.model, vae.guide, x) / 16
+    assert both == pytest.approx((0.5 * alone + elbo).item(), rel=1e-5)
+    before = [p.clone() for p in vae.encoder.parameters()]
+    game.step(x)
+    assert any(not torch.equal(a, b) for a, b in zip(before, vae.encoder.parameters(), strict=True))
+
+
+def test_a_flow_takes_an_adversarial_loss_beside_its_likelihood():
+    from pyro_genmodels import MaximumLikelihood
+
+    flow, x = Flow((2,), transform=NSF(transforms=1, hidden=(8,))), torch.randn(32, 2)
+    game = Adversarial(flow.model, mlp(2), NonSaturating(), beside=MaximumLikelihood())
+    assert torch.tensor(game.step(x)["generator"]).isfinite()
+
+
+# What ends a game.
+
+
+def test_a_critic_that_has_won_ends_the_game_and_the_last_good_state_is_kept():
+    model = LocationScale()
+    with torch.no_grad():
+        model.loc.fill_(50.0)
+    game = Adversarial(
+        model, scalars(), NonSaturating(), (partial(SGD, lr=0.0), partial(Adam, lr=1e-2)), penalties=[]
+    )  # fmt: skip
+    with pytest.raises(GameOver, match=r"it has won\. The players are back as they were at step"):
+        for _ in range(1000):
+            game.step(torch.randn(64))
+    assert game.evaluate_loss(torch.randn(64))["critic"] > 0
+
+
+@pytest.mark.parametrize("player", ["model", "critic"])
+def test_an_exploding_game_is_told_and_left_finite(player):
+    gan, x = GAN((2,), standardize=False), torch.randn(32, 2)
+    blown, calm = partial(SGD, lr=1e30), partial(SGD, lr=1e-3)
+    game = Adversarial(gan.model, gan.critic, Wasserstein(), (blown, calm) if player == "model" else (calm, blown))
+    with pytest.raises(GameOver, match=r"the (model|critic)'s loss is .* at step"):
+        for _ in range(10):
+            game.step(x)
+    assert all(p.isfinite().all() for p in gan.parameters())
+
+
+def test_train_keeps_the_best_of_a_game_that_explodes(tmp_path):
+    gan, x = GAN((2,)), torch.randn(64, 2)
+    rate = iter([1e-3] * 4 + [1e30] * 100)
+
+    class Blown(SGD):
+        def step(self):
+            self.param_groups[0]["lr"] = next(rate)
+            super().step()
+
+    game = Adversarial(gan.model, gan.critic, Wasserstein(), (partial(Blown, lr=1e-3), partial(SGD, lr=1e-3)))
+    with pytest.warns(RuntimeWarning, match="Training stopped: the (model|critic)'s loss"):
+        fit = train(gan, x, valid=x, objective=game, epochs=20, batch_size=32, checkpoint=tmp_path / "gan", progress=False)
+    assert all(p.isfinite().all() for p in gan.parameters())
+    assert "is kept" in fit.stopped
+    assert torch.equal(checkpoints.load(tmp_path / "gan").generator.mlp[0].weight, gan.generator.mlp[0].weight)
+
+
+# Coming and going.
+
+
+def test_a_game_goes_on_as_if_it_had_never_stopped():
+    x = torch.randn(64, 2)
+
+    def game():
+        torch.manual_seed(0)
+        gan = GAN((2,))
+        return gan, Adversarial(gan.model, gan.critic, average=0.9)
+
+    whole, straight = game()
+    for _ in range(6):
+        straight.step(x)
+    first, begun = game()
+    for _ in range(3):
+        begun.step(x)
+    state = copy.deepcopy(begun.state_dict())
+    other, goes_on = game()
+    goes_on.prepare(x)
+    goes_on.load_state_dict(state)
+    for _ in range(3):
+        goes_on.step(x)
+    for a, b in zip(whole.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with straight.averaged(), goes_on.averaged():
+        assert torch.equal(whole.generator.mlp[0].weight, other.generator.mlp[0].weight)
+    with pytest.raises(ValueError, match="prepare"):
+        Adversarial(first.model, first.critic).load_state_dict(state)
+
+
+@pytest.mark.parametrize("optim", [None, (partial(Adam, lr=1e-3), partial(SGD, lr=1e-2))], ids=["Adam", "two kinds"])
+def test_train_resumes_both_players_and_optimisers(optim, tmp_path):
+    x = torch.randn(96, 2)
+
+    def run(name, epochs, *, resume=False):
+        torch.manual_seed(0)
+        gan = GAN((2,), name="gan")
+        game = Adversarial(gan.model, gan.critic, optim=optim)
+        train(gan, x, objective=game, epochs=epochs, batch_size=32, checkpoint=tmp_path / name, resume=resume, progress=False)
+        return gan
+
+    whole = run("whole", 4)
+    run("parts", 2)
+    resumed = run("parts", 4, resume=True)
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_train_takes_a_game_by_name_and_judges_by_the_energy_distance():
+    x = torch.randn(128, 2)
+    fit = train(GAN((2,)), x, valid=x, objective=Hinge(), epochs=2, progress=False)
+    assert {"train", "critic", "valid"} <= fit.history[0].keys()
+    with pytest.raises(ValueError, match="Pass objective=Adversarial"):
+        train(Flow((2,)), x, objective=Hinge(), epochs=1, progress=False)
+    with pytest.raises(ValueError, match="pass optim= there"):
+        gan = GAN((2,))
+        train(gan, x, objective=Adversarial(gan.model, gan.critic), optim=partial(Adam, lr=1e-3), epochs=1, progress=False)
+
+
+# What is known of a game.
+
+
+def test_a_diagnosis_knows_a_good_game_from_a_collapsed_one():
+    model, x = LocationScale(), torch.randn(500)
+
+    class Best(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.zero = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            return self.zero * x
+
+    found = diagnose(Adversarial(model, Best(), NonSaturating()), x, log_ratio=torch.zeros_like)
+    assert not found.collapsed and found.coverage == pytest.approx(found.expected, abs=0.15)
+    assert found.distance == 0 and found.divergence.value == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        model.log_scale.fill_(-8.0)
+    with pytest.warns(RuntimeWarning, match="has collapsed"):
+        found = diagnose(Adversarial(model, Best(), NonSaturating()), x)
+    assert found.collapsed and "COLLAPSED" in str(found)
+    assert found.calibration_error < 0.05
+    assert diagnose(Adversarial(LocationScale(), Best(), Hinge()), x).divergence is None
+
+
+def test_a_critic_that_says_too_much_is_off():
+    class Bold(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.slope = nn.Parameter(torch.tensor(10.0))
+
+        def forward(self, x):
+            return self.slope * x
+
+    found = diagnose(Adversarial(LocationScale(), Bold(), NonSaturating()), torch.randn(1000), log_ratio=torch.zeros_like)
+    assert found.calibration_error > 0.3 and found.distance > 0.3
+
+
+def test_coverage_of_the_same_law_is_what_it_should_be():
+    """The share of 2,000 data has a deviation of about .01: five of these, and the dependence of neighbours, within .06."""
+    assert coverage(torch.randn(2000, 2), torch.randn(2000, 2)) == pytest.approx(1 - 0.5**5, abs=0.06)
+    with pytest.raises(ValueError, match="as many draws"):
+        coverage(torch.randn(20), torch.randn(30))
+
+
+def test_modes_are_counted_by_their_good_draws():
+    centres = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0]])
+    draws = torch.cat([centres[:1].repeat(3, 1), centres[1:2], torch.full((4, 2), 2.5)])
+    found = mode_coverage(draws, centres, 0.1)
+    assert found.covered == 2 and found.high_quality == 0.5
+    share = torch.tensor([0.75, 0.25])
+    assert found.reverse_kl == pytest.approx((share * (3 * share).log()).sum().item())
+    with pytest.raises(ValueError, match="positive scale"):
+        mode_coverage(draws, centres, 0.0)
+
+
+# What is refused.
+
+
+def test_what_makes_no_game_is_refused():
+    gan, x = GAN((2,)), torch.randn(8, 2)
+    with pytest.raises(TypeError, match="critic"):
+        Adversarial(gan.model, lambda x: x)
+    with pytest.raises(TypeError, match="the class Hinge; call it"):
+        Adversarial(gan.model, gan.critic, Hinge)
+    with pytest.raises(ValueError, match="num_critic_steps"):
+        Adversarial(gan.model, gan.critic, num_critic_steps=0)
+    with pytest.raises(ValueError, match="a number for each row"):
+        Adversarial(gan.model, mlp(2, outputs=2)).step(x)
+    with pytest.raises(ValueError, match="larger batches"):
+        Adversarial(gan.model, mlp(18), pack=9).step(x)
+    with pytest.raises(ValueError, match="observes something"):
+        Adversarial(lambda x: pyro.sample("z", dist.Normal(0.0, 1.0)), gan.critic).step(x)
+    with pytest.raises(ValueError, match=r"share no pyro\.plate"):
+        Adversarial(lambda x: pyro.sample("x", dist.Normal(x.new_zeros(8, 2), 1.0).to_event(2), obs=x), gan.critic).step(x)
+    with pytest.raises(ValueError, match="keeps no moving average"):
+        Adversarial(gan.model, gan.critic).averaged()
+    with pytest.raises(ValueError, match="Use SVI with Trace_ELBO"):
+        vae = VAE((2,), likelihood=Normal())
+        Adversarial(vae.model, gan.critic, NonSaturating(), guide=vae.guide, matching=Posterior()).step(x)
+    with pytest.raises(ValueError, match="outside the data's plate"):
+
+        def guide(x):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+        Adversarial(gan.model, gan.critic, guide=guide).step(x)
+    with pytest.raises(ValueError, match="nothing to train"):
+        Adversarial(gan.requires_grad_(False).model, mlp(2)).step(x)
+
+
+def test_a_gan_has_no_density_and_says_what_to_use():
+    with pytest.raises(NotImplementedError, match="Adversarial"):
+        GAN((2,))().log_prob(torch.zeros(2))
+    for bad in ({"latent_dim": 0}, {"pack": 1.5}):
+        with pytest.raises(ValueError, match="positive integer"):
+            GAN((2,), **bad)
+    with pytest.raises(ValueError, match="The generator should return"):
+        GAN((2,), generator=nn.Linear(16, 3))().sample((4,))
