@@ -23,8 +23,9 @@ _homes = {
     ],
     "infer": [
         "ContrastiveDivergence", "DenoisingScoreMatching", "FlowMatching", "ImplicitScoreMatching",
-        "Independent", "LikelihoodWeighting", "LogNormalWeighting", "MaximumLikelihood", "NoiseContrastive",
-        "OptimalTransport", "SlicedScoreMatching", "Straight", "Target", "Trigonometric", "UniformWeighting",
+        "Independent", "LikelihoodWeighting", "LogNormalWeighting", "MaximumLikelihood",
+        "MaximumMeanDiscrepancy", "NoiseContrastive", "OptimalTransport", "SlicedScoreMatching",
+        "SlicedWasserstein", "SpreadDivergence", "Straight", "Target", "Trigonometric", "UniformWeighting",
     ],
     "inference_data": ["to_arviz"],
     "training": ["train"],
