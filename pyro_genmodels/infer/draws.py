@@ -87,7 +87,7 @@ class DrawLoss(Loss):
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The loss of one row times the rows of all data; the guide is not run."""
         rows = len(args[0]) if args and isinstance(args[0], Tensor) and args[0].dim() else None
-        drawing = traces.unobserving()(model)
+        drawing = traces.drawing(model)
         runs = [pair[0] for pair in self._get_traces(drawing, traces.no_latents, args, kwargs)]
         given = conditions(model, args, kwargs)
         found = [rows_of(run, rows, given) for run in runs]
