@@ -3,12 +3,14 @@
 from pyro_genmodels.evaluation.compare import Comparison, compare
 from pyro_genmodels.evaluation.conservative import conservative_log_likelihood
 from pyro_genmodels.evaluation.discrepancy import MMDTest, mmd_test
+from pyro_genmodels.evaluation.likeness import Likeness
 from pyro_genmodels.evaluation.log_likelihood import LogLikelihood, has_likelihood, log_likelihood, no_likelihood
 from pyro_genmodels.evaluation.observation import gaussian_observation_likelihood
 from pyro_genmodels.evaluation.two_sample import TwoSample, c2st
 from pyro_genmodels.partition import LogPartition, log_partition
 
 __all__ = [
-    "Comparison", "LogLikelihood", "LogPartition", "MMDTest", "TwoSample", "c2st", "compare", "conservative_log_likelihood",
-    "gaussian_observation_likelihood", "has_likelihood", "log_likelihood", "log_partition", "mmd_test", "no_likelihood",
+    "Comparison", "Likeness", "LogLikelihood", "LogPartition", "MMDTest", "TwoSample", "c2st", "compare",
+    "conservative_log_likelihood", "gaussian_observation_likelihood", "has_likelihood", "log_likelihood", "log_partition",
+    "mmd_test", "no_likelihood",
 ]  # fmt: skip

@@ -14,16 +14,16 @@ from pyro_genmodels.infer.diffusion_posterior import (
     diffusion_posterior,
     inpaint,
 )
-from pyro_genmodels.infer.draws import DrawLoss, MaximumMeanDiscrepancy, SlicedWasserstein, SpreadDivergence
+from pyro_genmodels.infer.draws import DrawLoss, DrawSets, MaximumMeanDiscrepancy, SlicedWasserstein, SpreadDivergence
 from pyro_genmodels.infer.flow_matching import FlowMatching, Independent, OptimalTransport, Straight, Target, Trigonometric
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
-from pyro_genmodels.infer.objective import Objective
+from pyro_genmodels.infer.objective import Loss, Objective
 from pyro_genmodels.infer.score_matching import ImplicitScoreMatching, SlicedScoreMatching
 
 __all__ = [
-    "ContrastiveDivergence", "DenoisingScoreMatching", "DrawLoss", "FlowMatching", "GuidedDiffusion", "ImplicitScoreMatching",
-    "Independent", "LikelihoodWeighting", "LogNormalWeighting", "MaximumLikelihood", "MaximumMeanDiscrepancy",
-    "NoiseContrastive", "Objective", "OptimalTransport", "SlicedScoreMatching", "SlicedWasserstein", "SpreadDivergence",
-    "Straight", "Target", "Trigonometric", "TwistedDiffusion", "UniformWeighting", "WeightedDraws", "diffusion_posterior",
-    "inpaint",
+    "ContrastiveDivergence", "DenoisingScoreMatching", "DrawLoss", "DrawSets", "FlowMatching", "GuidedDiffusion",
+    "ImplicitScoreMatching", "Independent", "LikelihoodWeighting", "LogNormalWeighting", "Loss", "MaximumLikelihood",
+    "MaximumMeanDiscrepancy", "NoiseContrastive", "Objective", "OptimalTransport", "SlicedScoreMatching", "SlicedWasserstein",
+    "SpreadDivergence", "Straight", "Target", "Trigonometric", "TwistedDiffusion", "UniformWeighting", "WeightedDraws",
+    "diffusion_posterior", "inpaint",
 ]  # fmt: skip

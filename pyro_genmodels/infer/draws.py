@@ -16,7 +16,7 @@ Dziugaite et al. (arXiv 1505.03906) and Li et al., *Generative Moment Matching N
 
 from __future__ import annotations
 
-__all__ = ["DrawLoss", "MaximumMeanDiscrepancy", "SlicedWasserstein", "SpreadDivergence"]
+__all__ = ["DrawLoss", "DrawSets", "MaximumMeanDiscrepancy", "SlicedWasserstein", "SpreadDivergence"]
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ from pyro_genmodels.infer.objective import Loss
 
 
 @dataclass(frozen=True)
-class Sets:
+class DrawSets:
     """What a loss compares.
 
     Attributes:
@@ -77,10 +77,10 @@ class DrawLoss(Loss):
     """Whether draws without gradient are weighed by what depends on them."""
 
     @abstractmethod
-    def between(self, sets: Sets) -> Tensor:
+    def between(self, sets: DrawSets) -> Tensor:
         """The loss of one row, a scalar with gradients to the draws."""
 
-    def rewards(self, sets: Sets) -> Tensor:
+    def rewards(self, sets: DrawSets) -> Tensor:
         """What of the loss depends on each draw, (n,), less what has no part in it; without graph."""
         raise NotImplementedError
 
@@ -94,7 +94,7 @@ class DrawLoss(Loss):
         data, total = found[0].data, len(found[0].data) * found[0].weight
         if len(data) < 2:
             return 0.0 * found[0].draws.sum()
-        sets = Sets(torch.cat([part.draws.flatten(0, 1) for part in found]), data, given is not None)
+        sets = DrawSets(torch.cat([part.draws.flatten(0, 1) for part in found]), data, given is not None)
         loss = self.between(sets)
         if torch.is_grad_enabled():
             scores = [self._scores(run, part) for run, part in zip(runs, found, strict=True)]
@@ -105,7 +105,7 @@ class DrawLoss(Loss):
             warn_if_nan(loss, "loss")
         return total * loss
 
-    def _surrogate(self, sets: Sets, loss: Tensor, scores: list[tuple[Tensor | None, Tensor | None]]) -> Tensor | None:
+    def _surrogate(self, sets: DrawSets, loss: Tensor, scores: list[tuple[Tensor | None, Tensor | None]]) -> Tensor | None:
         """What has the score function's part of the gradient as its own."""
         own, shared = ([part for part in parts if part is not None] for parts in zip(*scores, strict=True))
         terms = [] if not own else [(self.rewards(sets) * torch.cat([log_p.flatten() for log_p in own])).sum()]
@@ -187,11 +187,11 @@ class MaximumMeanDiscrepancy(DrawLoss):
         super().__init__(**kwargs)
         self.kernel = check_kernel(kernel, by="MaximumMeanDiscrepancy")
 
-    def between(self, sets: Sets) -> Tensor:
+    def between(self, sets: DrawSets) -> Tensor:
         within, across, beyond = self._likeness(sets)
         return within.mean() - 2 * across.mean() + beyond
 
-    def rewards(self, sets: Sets) -> Tensor:
+    def rewards(self, sets: DrawSets) -> Tensor:
         """Twice the witness of a draw, less the mean of the other rows' as they would be without it."""
         with torch.no_grad():
             within, across, _ = self._likeness(sets)
@@ -204,19 +204,19 @@ class MaximumMeanDiscrepancy(DrawLoss):
             without = ((total[:, 0] - sums) / (others - 1) - total[:, 1]) / others
             return 2 * (within - across - without) / n
 
-    def _others(self, sets: Sets) -> int:
+    def _others(self, sets: DrawSets) -> int:
         """How many draws each is compared with."""
         n = len(sets.draws)
         return n - n // len(sets.data) if sets.paired else n - 1
 
-    def _of_my_row(self, sets: Sets, values: Tensor) -> Tensor:
+    def _of_my_row(self, sets: DrawSets, values: Tensor) -> Tensor:
         """Values (n, k), summed over the draws that each is not compared with."""
         if not sets.paired:
             return values
         by_row = values.reshape(-1, len(sets.data), values.shape[1])
         return by_row.sum(0).repeat(len(by_row), 1)
 
-    def _likeness(self, sets: Sets) -> tuple[Tensor, Tensor, Tensor]:
+    def _likeness(self, sets: DrawSets) -> tuple[Tensor, Tensor, Tensor]:
         """How like each draw is to others, (n,), and to data, (n,); and data to each other, a scalar: means over pairs."""
         kernel = self.kernel.fitted(sets.data)
         x, y = sets.draws, sets.data
@@ -258,7 +258,7 @@ class SlicedWasserstein(DrawLoss):
             )
         self.p, self.num_projections = p, num_projections
 
-    def between(self, sets: Sets) -> Tensor:
+    def between(self, sets: DrawSets) -> Tensor:
         return sliced_wasserstein(sets.draws, sets.data, num_projections=self.num_projections, p=self.p).value.pow(self.p)
 
 
@@ -309,7 +309,7 @@ class SpreadDivergence(DrawLoss):
             )
         self.f, self.bandwidth, self.num_samples = f, bandwidth, num_samples
 
-    def between(self, sets: Sets) -> Tensor:
+    def between(self, sets: DrawSets) -> Tensor:
         h = median_distance(sets.data) / 2 if self.bandwidth is None else self.bandwidth
         means = []
         for centres in (sets.data, sets.draws):
