@@ -96,6 +96,8 @@ def say(text: str, *, quiet: bool) -> None:
 
 def verdict(judged: LogLikelihood, levels: int | None, x: Any) -> str:
     """A log-likelihood in words."""
+    if judged.kind == "none":
+        return f"- (no likelihood, n={len(x)})"
     kind = judged.kind if judged.kind == "exact" else f"{judged.kind}, k={judged.num_samples}"
     bits = f"; {judged.bits_per_dim(x[0].numel()):.3f} bits per dimension" if levels else ""
     error = f" ± {judged.mean_std_error:.3f}" if len(judged.values) > 1 else ""
@@ -112,6 +114,9 @@ def print_table(comparison: Comparison, data: Dataset) -> None:
     for column in ("family", "kind", "nats ± se", "bits/dim", "Δelpd ± dse", "weight"):
         table.add_column(column, justify="left" if column in ("family", "kind") else "right")
     for family, row in comparison.table.iterrows():
+        if row.kind == "none":
+            table.add_row(str(family), "- (no likelihood)", "-", "-" if data.levels else "", "-", "-")
+            continue
         table.add_row(
             str(family),
             row.kind if row.kind == "exact" else f"{row.kind} (k={row.num_samples})",
@@ -125,6 +130,6 @@ def print_table(comparison: Comparison, data: Dataset) -> None:
     if data.density is not None:
         own = data.density.log_prob(data.test)
         console.print(f"The density they were drawn from: {-own.mean():.3f} ± {own.std() / n**0.5:.3f}.", highlight=False)
-    if comparison.table["kind"].nunique() > 1:
+    if len(set(comparison.table["kind"]) - {"none"}) > 1:
         kinds = "a lower bound on the likelihood understates its family, an estimate (of log Z, of a trace) may overstate it."
         console.print(f"Nats per datum, lower is better. Kinds differ: {kinds}")

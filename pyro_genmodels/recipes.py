@@ -21,7 +21,7 @@ from pyro_genmodels import checkpoints
 from pyro_genmodels.datasets import DATASETS, Dataset, load, rows
 from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.errors import unknown
-from pyro_genmodels.evaluation import LogLikelihood, log_likelihood
+from pyro_genmodels.evaluation import LogLikelihood, has_likelihood, log_likelihood, no_likelihood
 from pyro_genmodels.families import (
     NSF,
     VAE,
@@ -258,7 +258,7 @@ def fit(
 def evaluate(
     family: Any, x: Tensor, labels: Tensor | None, *, num_samples: int | None = None, progress: bool = False
 ) -> LogLikelihood:
-    """The log-likelihood of rows, given their labels if the family wants them.
+    """The log-likelihood of rows, given their labels if the family wants them; of the kind "none" if it has none.
 
     Args:
         family: or a fit.
@@ -277,6 +277,8 @@ def evaluate(
         raise ValueError("the model was fitted with labels, but these rows have none: say --labels, the name of their column")
     context = () if family.context is None or labels is None else (labels.to(device),)
     family.embed(*context or (None,))  # checks the labels
+    if not has_likelihood(family, x.to(device), *context):
+        return no_likelihood(len(x))
     if num_samples is None:
         law = family(*(labels[:1] for labels in context))
         inner = law.base if isinstance(law, Dequantized) else law

@@ -112,7 +112,9 @@ def pictures(fits: Mapping[str, Fit], data: Dataset, out: Path, *, conditional: 
         points = plots.lattice(low, high, 100)
         densities = {} if data.density is None else {f"{data.name} itself": data.density.log_prob(points)}
         densities |= {name: _density(fit, points, data, conditional=conditional) for name, fit in fits.items()}
-        save_figure(plots.densities(densities, low, high), out / f"density{mark}.png")
+        densities = {name: log_p for name, log_p in densities.items() if not log_p.isnan().all()}  # some have none
+        if densities:
+            save_figure(plots.densities(densities, low, high), out / f"density{mark}.png")
         surfaces = {
             name: energies for name, fit in fits.items() for name, energies in _surfaces(name, fit, points, data).items()
         }
@@ -204,9 +206,10 @@ def write(
     columns = ["kind", "num_samples", "nats", "se", "bits_per_dim", "seconds", "elpd", "elpd_diff", "dse", "weight"]
     with whole(out / "table.csv") as part:
         table[columns].to_csv(part, float_format="%.6g")
-    picture: Any = comparison.plot().figure
-    save_figure(picture, out / "compare.png")
-    needed("matplotlib.pyplot", extra="eval", by="A picture").close(picture)
+    if any(one.kind != "none" for one in judged.values()):
+        picture: Any = comparison.plot().figure
+        save_figure(picture, out / "compare.png")
+        needed("matplotlib.pyplot", extra="eval", by="A picture").close(picture)
     pictures(fits, data, out, conditional=conditional, seed=arguments["seed"])
     for name, fit in fits.items():
         context: dict[str, Any] = {"num_samples": 100}

@@ -10,8 +10,8 @@ Several particles are one run inside an outermost plate.
 from __future__ import annotations
 
 __all__ = [
-    "PARTICLES", "Pair", "alone", "as_pair", "data_plates", "depth", "is_deterministic", "is_enumerated", "is_family",
-    "is_point_mass", "keep", "latents", "log_prob", "looking_on", "max_plate_nesting", "no_latents", "observed", "owners",
+    "PARTICLES", "Pair", "alone", "as_pair", "data_plates", "depth", "drawing", "is_deterministic", "is_enumerated",
+    "is_family", "is_point_mass", "keep", "latents", "log_prob", "looking_on", "max_plate_nesting", "no_latents", "observed", "owners",
     "particles", "run", "samples", "unobserving", "vectorises",
 ]  # fmt: skip
 
@@ -229,6 +229,11 @@ class unobserving(UnconditionMessenger):  # noqa: N801 (a handler, as Pyro names
     def _pyro_sample(self, msg: Any) -> None:
         if not is_deterministic(msg):
             super()._pyro_sample(msg)
+
+
+def drawing(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model as it draws what it observes, also if it has a keyword `context`, as Pyro's handlers have."""
+    return lambda *args, **kwargs: unobserving()(lambda: model(*args, **kwargs))()
 
 
 def drawn_without_gradient() -> list[str]:

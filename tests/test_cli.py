@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from math import log
 from pathlib import Path
@@ -19,6 +20,7 @@ import arviz as az
 import numpy as np
 import pandas as pd
 import pyro
+import pyro.distributions as dist
 import pytest
 import safetensors.torch
 import torch
@@ -41,6 +43,7 @@ from pyro_genmodels import (
     ODEFlow,
     UNet,
     checkpoints,
+    console,
     recipes,
     reports,
     train,
@@ -48,6 +51,8 @@ from pyro_genmodels import (
 )
 from pyro_genmodels.cli import DATA, FAMILIES, app
 from pyro_genmodels.datasets import load
+from pyro_genmodels.distributions import Implicit
+from pyro_genmodels.families.family import Family
 from pyro_genmodels.training import Fit
 
 PNG = b"\x89PNG"
@@ -286,6 +291,33 @@ def test_a_family_named_twice_is_fitted_once(data, tmp_path):
     done("compare", "--data", data / "plain.csv", "--epochs", 1, *families, "--out", tmp_path)
     assert len(rows(tmp_path)) == 1
     assert len(json.loads((tmp_path / "run.json").read_text())["arguments"]["families"]) == 1
+
+
+class Ring(Family):
+    """Draws on a circle, with no density."""
+
+    def forward(self, context=None):
+        prior = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+        return Implicit(prior, lambda z, c: dist.Delta(torch.nn.functional.normalize(z, dim=-1), event_dim=1), (2,))
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_family_without_a_likelihood_is_a_row_of_dashes(beside, tmp_path, capsys):
+    flow = Flow((2,), transform=MAF(transforms=1, hidden=(4,)))
+    data = replace(load("ring"), test=load("ring").test[:50])
+    history = [{"epoch": 1, "train": 1.0, "valid": 1.0, "seconds": 0.5}]
+    made = {"implicit": Ring((2,))} | ({"flow": flow} if beside else {})
+    fits = {name: Fit(family, history, history[0]) for name, family in made.items()}
+    judged = {name: recipes.evaluate(fit, data.test, None) for name, fit in fits.items()}
+    assert console.verdict(judged["implicit"], None, data.test) == "- (no likelihood, n=50)"
+    comparison = reports.write(fits, judged, data, tmp_path, {"seed": 0}, conditional=False)
+    console.print_table(comparison, data)
+    assert "- (no likelihood)" in capsys.readouterr().out
+    row = next(row for row in rows(tmp_path) if row["family"] == "implicit")
+    assert row["kind"] == "none"
+    assert all(row[name] == "" for name in ("nats", "se", "bits_per_dim", "elpd", "elpd_diff", "dse", "weight"))
+    assert (tmp_path / "compare.png").exists() == beside
+    check_png(tmp_path / "density.png", shape="wide" if beside else None)
 
 
 def test_compare_of_the_plane_pictures_its_density_and_knows_the_truth(tmp_path):

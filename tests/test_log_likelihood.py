@@ -5,6 +5,7 @@ import importlib
 import re
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -31,8 +32,10 @@ from pyro_genmodels import (
     log_likelihood,
     train,
 )
-from pyro_genmodels.evaluation import LogLikelihood
+from pyro_genmodels.distributions import Implicit
+from pyro_genmodels.evaluation import LogLikelihood, has_likelihood
 from pyro_genmodels.evaluation.compare import stacking_weights
+from pyro_genmodels.families.family import Family
 
 SMALL = {"transforms": 2, "hidden": (8,)}
 
@@ -646,3 +649,91 @@ def test_long_judgements_show_their_progress(capsys, monkeypatch):
     log_likelihood(vae, x, num_samples=7, progress=True, batch_size=4)
     assert "log-likelihood:" in (shown := capsys.readouterr().err)
     assert "/42" in shown
+
+
+# Fits without a likelihood, and draws.
+
+
+class Ring(Family):
+    """Draws on a circle, with no density."""
+
+    def __init__(self, radius=1.0, context=0):
+        super().__init__((2,), context=context)
+        self.radius = torch.nn.Parameter(torch.tensor(radius))
+
+    def forward(self, context=None):
+        def likelihood(z, c):
+            return dist.Delta(self.radius * torch.nn.functional.normalize(z, dim=-1), event_dim=1)
+
+        return Implicit(dist.Normal(torch.zeros(2), 1.0).to_event(1), likelihood, (2,), context=self.embed(context))
+
+
+def test_what_has_no_likelihood_is_known_by_its_sites():
+    x = torch.randn(5, 2)
+    assert not has_likelihood(Ring(), x)
+    assert not has_likelihood(Ring(context=Labels(2)), x, torch.zeros(5, dtype=torch.long))
+    assert has_likelihood(small_flow(), x)
+    assert has_likelihood(VAE((2,), latent_dim=1, hidden=(4,)), x)  # by its model and guide
+    with pytest.raises(ValueError, match="density is: none"):
+        log_likelihood(Ring(), x)
+
+
+def test_a_fit_without_a_likelihood_is_a_row_of_dashes_ranked_last():
+    x = torch.randn(30, 2)
+    comparison = compare({"ring": Ring(), "flow": small_flow(), "vae": VAE((2,), latent_dim=1, hidden=(4,))}, x, num_samples=5)
+    table = comparison.table
+    assert list(table.index)[-1] == "ring"
+    row = table.loc["ring"]
+    assert (row["kind"], row["num_samples"], row["rank"]) == ("none", 0, 2)
+    assert row[["elpd", "se", "elpd_diff", "dse", "weight", "nats", "bits_per_dim"]].isna().all()
+    assert table["weight"].sum() == pytest.approx(1)
+    others = compare({name: comparison.log_likelihoods[name] for name in ("flow", "vae")}, x).table
+    pd.testing.assert_frame_equal(table.drop(index="ring"), others)
+    line = next(line for line in str(comparison).splitlines() if line.startswith("ring"))
+    assert line.split().count("-") == 7
+    assert "without a likelihood: ring." in str(comparison)
+    assert "no likelihood" in str(comparison.log_likelihoods["ring"])
+    ax = comparison.plot()
+    assert len(ax.get_yticks()) == 2
+    assert "no likelihood: ring" in ax.get_xlabel()
+
+
+def test_of_fits_without_a_likelihood_alone_there_is_a_table_and_no_picture():
+    comparison = compare({"a": Ring(), "b": Ring(2.0)}, torch.randn(10, 2))
+    assert comparison.table["elpd"].isna().all()
+    assert list(comparison.table["rank"]) == [0, 1]
+    with pytest.raises(ValueError, match="No fit has a likelihood"):
+        comparison.plot()
+
+
+def test_draws_of_every_fit_are_compared_with_data():
+    """The true ring is within chance (its p-value below 0.001 with a rate of 1e-3, for this seed not), the wide one is not."""
+    x = torch.nn.functional.normalize(torch.randn(400, 2), dim=-1)
+    fits = {"wide": Ring(1.5), "true": Ring(), "flow": small_flow(), "known": judged(torch.zeros(400))}
+    before = state(fits["wide"])
+    comparison = compare(fits, x, draws=1000)
+    table = comparison.table
+    assert_unchanged(fits["wide"], before)
+    assert table.loc["wide", "mmd_p"] == pytest.approx(1 / 1001)
+    assert table.loc["flow", "mmd_p"] == pytest.approx(1 / 1001)
+    assert table.loc["true", "mmd_p"] > 1e-3
+    assert table.loc["true", "mmd"] < 0.02 < table.loc["wide", "mmd"]
+    assert table.loc["known", ["mmd", "mmd_p", "sliced_wasserstein"]].isna().all()
+    assert 0 < comparison.floor < 0.2
+    assert abs(table.loc["wide", "sliced_wasserstein"] - 0.5 / 2**0.5) < 0.1
+    assert table.loc["true", "sliced_wasserstein"] < 0.2
+    assert f"real from other real data: {comparison.floor:.3f}" in str(comparison)
+
+
+def test_draws_are_given_the_context_of_their_rows():
+    labels = torch.randint(2, (200,))
+    x = torch.nn.functional.normalize(torch.randn(200, 2), dim=-1)
+    table = compare({"ring": Ring(context=Labels(2))}, x, context=labels, draws=50, num_samples=3).table
+    assert table.loc["ring", "sliced_wasserstein"] < 0.5
+
+
+def test_draws_want_data():
+    with pytest.raises(ValueError, match="no data x"):
+        compare({"a": judged(A)}, draws=10)
+    with pytest.raises(ValueError, match="2 or more draws"):
+        compare({"a": small_flow()}, torch.randn(3, 2), draws=10)

@@ -20,6 +20,7 @@ from pyro_genmodels.divergences.kernels import (
     Kernel,
     LaplaceKernel,
     RationalQuadraticKernel,
+    ScaledKernel,
 )
 from pyro_genmodels.divergences.kl import Divergence, kl, reverse_kl
 from pyro_genmodels.divergences.mmd import mmd
@@ -28,5 +29,6 @@ from pyro_genmodels.divergences.transport import sliced_wasserstein
 __all__ = [
     "Alpha", "Convex", "ConvexFunction", "Divergence", "EnergyKernel", "GaussianKernel", "Jeffreys", "JensenShannon", "Kernel",
     "KullbackLeibler", "LaplaceKernel", "NeymanChiSquared", "PearsonChiSquared", "RationalQuadraticKernel",
-    "ReverseKullbackLeibler", "SquaredHellinger", "TotalVariation", "fisher", "kl", "mmd", "reverse_kl", "sliced_wasserstein",
+    "ReverseKullbackLeibler", "ScaledKernel", "SquaredHellinger", "TotalVariation", "fisher", "kl", "mmd", "reverse_kl",
+    "sliced_wasserstein",
 ]  # fmt: skip

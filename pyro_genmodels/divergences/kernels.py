@@ -17,7 +17,8 @@ distance-based and RKHS-based statistics* (arXiv 1207.6076), for the energy dist
 from __future__ import annotations
 
 __all__ = [
-    "EnergyKernel", "GaussianKernel", "Kernel", "LaplaceKernel", "RationalQuadraticKernel", "check_kernel", "median_distance"
+    "EnergyKernel", "GaussianKernel", "Kernel", "LaplaceKernel", "RationalQuadraticKernel", "ScaledKernel", "check_kernel",
+    "median_distance",
 ]  # fmt: skip
 
 from abc import ABC, abstractmethod
@@ -46,7 +47,7 @@ class Kernel(ABC):
 
 
 @dataclass(frozen=True)
-class _Scaled(Kernel):
+class ScaledKernel(Kernel):
     """A kernel with a bandwidth."""
 
     bandwidth: float | Tensor | None = None
@@ -73,7 +74,7 @@ class _Scaled(Kernel):
 
 
 @dataclass(frozen=True)
-class GaussianKernel(_Scaled):
+class GaussianKernel(ScaledKernel):
     """The Gaussian kernel.
 
     Args:
@@ -89,7 +90,7 @@ class GaussianKernel(_Scaled):
 
 
 @dataclass(frozen=True)
-class LaplaceKernel(_Scaled):
+class LaplaceKernel(ScaledKernel):
     """The Laplace kernel, of the Euclidean distance: less blind to small things than the Gaussian.
 
     Args:
@@ -105,7 +106,7 @@ class LaplaceKernel(_Scaled):
 
 
 @dataclass(frozen=True)
-class RationalQuadraticKernel(_Scaled):
+class RationalQuadraticKernel(ScaledKernel):
     """A mean of rational quadratics, whose gradients reach far: for training.
 
     Args:

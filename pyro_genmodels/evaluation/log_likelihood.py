@@ -14,7 +14,7 @@ seems too high. Annealing backwards from the data errs the other way (`conservat
 
 from __future__ import annotations
 
-__all__ = ["LogLikelihood", "log_likelihood"]
+__all__ = ["LogLikelihood", "has_likelihood", "log_likelihood", "no_likelihood"]
 
 from dataclasses import dataclass
 from math import log
@@ -31,7 +31,7 @@ from pyro_genmodels.distributions.ode import fresh_probes
 from pyro_genmodels.evaluation.constants import Constants
 from pyro_genmodels.samplers.reverse import SHOWN_AFTER
 
-Kind = Literal["exact", "lower bound", "estimate", "unreliable"]
+Kind = Literal["exact", "lower bound", "estimate", "unreliable", "none"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,12 +39,14 @@ class LogLikelihood:
     """Log-likelihoods (nats), one per datum, with what is known of them.
 
     Attributes:
-        values: (N,).
+        values: (N,); NaN of the kind "none".
         std_error: standard error of each value from drawing, (N,); 0 where nothing was drawn, NaN where one draw cannot tell.
-        kind: what the values are.
+        kind: what the values are; "none" of a fit that can be drawn from and has no likelihood.
         num_samples: k, the draws behind each value; 1 where nothing was drawn.
         log_partition: log Z that all values share, where they are of an energy; its error is in that of each.
         shared_error: standard error that the mean has of log Z, shared by all values or by those of one context.
+        observation: deviation of the Gaussian noise through which draws without a density are seen
+            (`gaussian_observation_likelihood`); None where there is no such noise.
     """
 
     values: Tensor
@@ -53,6 +55,7 @@ class LogLikelihood:
     num_samples: int
     log_partition: LogPartition | None = None
     shared_error: float = 0.0
+    observation: float | None = None
 
     @property
     def mean(self) -> float:
@@ -74,8 +77,11 @@ class LogLikelihood:
         return f"LogLikelihood({self})"
 
     def __str__(self) -> str:
+        if self.kind == "none":
+            return f"- (no likelihood, n={len(self.values)})"
         k = "" if self.kind == "exact" else f", k={self.num_samples}"
-        return f"{self.mean:.3f} ± {self.mean_std_error:.3f} nats per datum ({self.kind}{k}, n={len(self.values)})"
+        noise = "" if self.observation is None else f", with Gaussian observation noise {self.observation:.3g}"
+        return f"{self.mean:.3f} ± {self.mean_std_error:.3f} nats per datum ({self.kind}{k}, n={len(self.values)}{noise})"
 
 
 def log_likelihood(
@@ -149,6 +155,27 @@ def log_likelihood(
     kind = "unreliable" if "unreliable" in constants.kinds else "estimate" if "estimate" in constants.kinds else kind
     k = k if drawn or kind == "exact" else num_samples
     return LogLikelihood(values, std_error, kind, k, constants.single, constants.shared_error(len(x)))
+
+
+def has_likelihood(fit: Any, x: Tensor, *args: Any, **kwargs: Any) -> bool:
+    """Whether all sites of a fit's model have a density, by a run on the first row of x, (N, ...).
+
+    Example:
+        >>> from pyro_genmodels import Flow
+        >>> has_likelihood(Flow((2,)), torch.randn(5, 2))
+        True
+    """
+    model, guide = traces.as_pair(fit)
+    with traces.looking_on(), torch.random.fork_rng(devices=[]):  # what is drawn afterwards is as if this had not been asked
+        first_args, first_kwargs = _rows(slice(0, 1), len(x), (x, *args), kwargs)
+        trace, _ = traces.run(model, guide, first_args, first_kwargs)
+    return all(density_of(site["fn"])[0] != "none" for site in traces.samples(trace).values())
+
+
+def no_likelihood(rows: int) -> LogLikelihood:
+    """What there is to say of so many rows where there is no likelihood."""
+    values = torch.full((rows,), torch.nan)
+    return LogLikelihood(values, values, "none", 0)
 
 
 def _kind(

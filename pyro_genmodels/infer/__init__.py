@@ -16,12 +16,22 @@ from pyro_genmodels.infer.diffusion_posterior import (
     diffusion_posterior,
     inpaint,
 )
+from pyro_genmodels.infer.draws import DrawLoss, DrawSets, MaximumMeanDiscrepancy, SlicedWasserstein, SpreadDivergence
 from pyro_genmodels.infer.flow_matching import FlowMatching, Independent, OptimalTransport, Straight, Target, Trigonometric
 from pyro_genmodels.infer.games import FGAN, Game, Hinge, LeastSquares, Minimax, NonSaturating, Relativistic, Wasserstein
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
 from pyro_genmodels.infer.matching import Aggregate, Joint, Matching, Observations, Posterior
-from pyro_genmodels.infer.objective import Objective
 from pyro_genmodels.infer.penalties import R1, R2, GradientPenalty, Penalty, WeightClipping, spectral_normalized
+from pyro_genmodels.infer.objective import Loss, Objective
 from pyro_genmodels.infer.score_matching import ImplicitScoreMatching, SlicedScoreMatching
 
-__all__ = ["FGAN", "R1", "R2", "Adversarial", "Aggregate", "AutoFamily", "ContrastiveDivergence", "DenoisingScoreMatching", "FlowMatching", "Game", "GameOver", "GradientPenalty", "GuidedDiffusion", "Hinge", "ImplicitScoreMatching", "Independent", "Joint", "LeastSquares", "LikelihoodWeighting", "LogNormalWeighting", "Matching", "MaximumLikelihood", "Minimax", "NoiseContrastive", "NonSaturating", "Objective", "Observations", "OptimalTransport", "Penalty", "Posterior", "Relativistic", "SlicedScoreMatching", "Straight", "Target", "Trigonometric", "TwistedDiffusion", "UniformWeighting", "Wasserstein", "WeightClipping", "WeightedDraws", "diffusion_posterior", "inpaint", "spectral_normalized"]  # fmt: skip
+__all__ = [
+    "FGAN", "R1", "R2", "Adversarial", "Aggregate", "AutoFamily", "ContrastiveDivergence", "DenoisingScoreMatching",
+    "DrawLoss", "DrawSets", "FlowMatching", "Game", "GameOver", "GradientPenalty", "GuidedDiffusion", "Hinge",
+    "ImplicitScoreMatching", "Independent", "Joint", "LeastSquares", "LikelihoodWeighting", "LogNormalWeighting",
+    "Loss", "Matching", "MaximumLikelihood", "MaximumMeanDiscrepancy", "Minimax", "NoiseContrastive", "NonSaturating",
+    "Objective", "Observations", "OptimalTransport", "Penalty", "Posterior", "Relativistic", "SlicedScoreMatching",
+    "SlicedWasserstein", "SpreadDivergence", "Straight", "Target", "Trigonometric", "TwistedDiffusion",
+    "UniformWeighting", "Wasserstein", "WeightClipping", "WeightedDraws", "diffusion_posterior", "inpaint",
+    "spectral_normalized",
+]  # fmt: skip

@@ -14,7 +14,7 @@ Wingate and Weber (arXiv 1301.1299); Ranganath et al., *Black Box Variational In
 
 from __future__ import annotations
 
-__all__ = ["Objective"]
+__all__ = ["Loss", "Objective"]
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -37,8 +37,8 @@ from pyro_genmodels import traces
 from pyro_genmodels.distributions.base import sum_event
 
 
-class Objective(ELBO):
-    """Base of all objectives. Its arguments are those of `pyro.infer.ELBO`; the ones users set:
+class Loss(ELBO):
+    """Pyro's two doors, a call by `SVI` and a differentiable loss. The arguments are those of `pyro.infer.ELBO`; users set:
 
     Args:
         num_particles: runs of guide and model that are averaged.
@@ -48,6 +48,54 @@ class Objective(ELBO):
 
     own: Mapping[str, nn.Parameter] = MappingProxyType({})
     """Parameters of the objective itself, by the names under which Pyro knows them."""
+
+    @abstractmethod
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss, summed over the data, whose gradient is the estimate."""
+
+    def __call__(self, model: Any, guide: Any = None) -> ELBOModule:
+        """A module whose call is the loss and whose parameters are the model's and the guide's.
+
+        Args:
+            model: a module, a bound method of one, a function, or (without a guide) a family.
+            guide: likewise; None is the family's own, or an empty one.
+        """
+        if guide is None:
+            try:
+                model, guide = traces.as_pair(model)
+            except TypeError:
+                guide = traces.no_latents
+        return _ObjectiveModule(model, guide, self)
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The loss as a number, without gradients."""
+        with torch.no_grad():
+            return torch_item(self.differentiable_loss(model, guide, *args, **kwargs))
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The loss as a number, its gradients added to the parameters'."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward(retain_graph=self.retain_graph)
+        return torch_item(loss)
+
+    def _get_traces(self, model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[tuple[Trace, Trace]]:
+        if self.vectorize_particles and self.num_particles > 1:
+            nesting = self.max_plate_nesting - 1  # pyro.infer.ELBO counts the particles' plate in
+            if nesting == float("inf"):
+                nesting = traces.max_plate_nesting(model, guide, args, kwargs)
+                self.max_plate_nesting = nesting + 1
+            yield traces.run(model, guide, args, kwargs, traces.particles(self.num_particles, nesting))
+        else:
+            for _ in range(self.num_particles):
+                yield self._get_trace(model, guide, args, kwargs)
+
+    def _get_trace(self, model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Trace, Trace]:
+        return traces.run(model, guide, args, kwargs)
+
+
+class Objective(Loss):
+    """Base of all objectives that speak of one datum at a time; see `Loss` for its arguments."""
 
     @abstractmethod
     def per_datum(self, dist: Distribution, x: Tensor) -> Tensor:
@@ -67,57 +115,14 @@ class Objective(ELBO):
     def check_latents(self, names: list[str]) -> None:
         """Raises a ValueError if the model's latent variables of these names cannot be there, naming what to use."""
 
-    # Pyro's two doors.
-
-    def __call__(self, model: Any, guide: Any = None) -> ELBOModule:
-        """A module whose call is the loss and whose parameters are the model's and the guide's.
-
-        Args:
-            model: a module, a bound method of one, a function, or (without a guide) a family.
-            guide: likewise; None is the family's own, or an empty one.
-        """
-        if guide is None:
-            try:
-                model, guide = traces.as_pair(model)
-            except TypeError:
-                guide = traces.no_latents
-        return _ObjectiveModule(model, guide, self)
+    # What traces add up to.
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss, summed over the data, whose gradient is the estimate."""
         losses = [self._particle(*pair) for pair in self._get_traces(model, guide, args, kwargs)]
         loss = sum(losses) / len(losses)
         if is_validation_enabled():
             warn_if_nan(loss, "loss")
         return loss
-
-    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss as a number, without gradients."""
-        with torch.no_grad():
-            return torch_item(self.differentiable_loss(model, guide, *args, **kwargs))
-
-    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss as a number, its gradients added to the parameters'."""
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        if loss.requires_grad:
-            loss.backward(retain_graph=self.retain_graph)
-        return torch_item(loss)
-
-    # Traces, and what they add up to.
-
-    def _get_traces(self, model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[tuple[Trace, Trace]]:
-        if self.vectorize_particles and self.num_particles > 1:
-            nesting = self.max_plate_nesting - 1  # pyro.infer.ELBO counts the particles' plate in
-            if nesting == float("inf"):
-                nesting = traces.max_plate_nesting(model, guide, args, kwargs)
-                self.max_plate_nesting = nesting + 1
-            yield traces.run(model, guide, args, kwargs, traces.particles(self.num_particles, nesting))
-        else:
-            for _ in range(self.num_particles):
-                yield self._get_trace(model, guide, args, kwargs)
-
-    def _get_trace(self, model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Trace, Trace]:
-        return traces.run(model, guide, args, kwargs)
 
     def _particle(self, model_trace: Trace, guide_trace: Trace) -> Any:
         """The loss of a run, averaged over vectorised particles, with the gradient that estimates its own."""

@@ -1,0 +1,148 @@
+r"""What a model draws beside what it observes: two matrices, a row for each row of the data's plate.
+
+The model runs with `traces.unobserving`, so that at each observed site there is a draw beside the datum,
+
+.. math:: \tilde x_n \sim p(x \mid c_n), \qquad x_n \text{ as observed,}
+
+and all observed sites of a row are joined, flattened. A masked value is 0 on both sides, and so tells nothing.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Rows", "conditions", "rows_of"]
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from pyro.distributions import Unit
+from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_genmodels import traces
+from pyro_genmodels.distributions.base import unwrap
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Draws and data.
+
+    Attributes:
+        draws: (particles, rows, d), with their graph.
+        data: (rows, d).
+        plate: the data's, by name.
+        dim: of that plate, negative.
+        weight: of a row in a sum over all data: 1, or more where the plate is of more rows than are present.
+    """
+
+    draws: Tensor
+    data: Tensor
+    plate: str
+    dim: int
+    weight: float
+
+
+def rows_of(trace: Trace, rows: int | None, given: Tensor | None = None) -> Rows:
+    """Reads them from a run of a model under `traces.unobserving`, also of many particles.
+
+    Args:
+        trace: of that run.
+        rows: how many rows the data have; None takes the outermost plate around all observed sites.
+        given: what each row is conditioned on, (rows, c), which then stands on both sides.
+
+    Raises:
+        ValueError: without observed sites; without one plate around them; if the model has a `pyro.factor`, by which nothing
+            can be drawn.
+    """
+    sites = {name: site for name, site in traces.samples(trace).items() if site["infer"].get("was_observed")}
+    factors = [name for name, site in sites.items() if isinstance(unwrap(site["fn"]), Unit)]
+    if factors:
+        raise ValueError(
+            f"Draws are wanted of the whole model, but {factors[0]!r} is a pyro.factor, which weighs draws and makes none. Say "
+            "what it stands for with pyro.sample, or train by Trace_ELBO."
+        )
+    if not sites:
+        raise ValueError("Wanted draws of what the model observes, but it observes nothing: pyro.sample(..., obs=x).")
+    plate = _plate(sites, rows)
+    draws, data = [], []
+    for site in sites.values():
+        drawn = site["value"]
+        seen = site["infer"]["obs"].to(drawn.device).expand(drawn.shape)
+        mask = _mask(site)
+        if mask is not None:
+            mask = mask.reshape(mask.shape + (1,) * site["fn"].event_dim)
+            drawn, seen = (torch.where(mask, value, torch.zeros_like(value)) for value in (drawn, seen))
+        draws.append(_matrix(drawn, site, plate.dim))
+        data.append(_matrix(seen, site, plate.dim)[0])
+    if given is not None:
+        draws.append(given.expand(len(draws[0]), *given.shape))
+        data.append(given)
+    dtype = torch.promote_types(_common(draws + data), torch.get_default_dtype())
+    drawn, seen = (torch.cat([part.to(dtype) for part in parts], -1) for parts in (draws, data))
+    return Rows(drawn, seen, plate.name, plate.dim, _weight(sites, plate))
+
+
+def conditions(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What a family is told of each row, (rows, c), as its networks are given it; nothing of another model."""
+    if not traces.is_family(model):
+        return None
+    context = inspect.signature(model).bind(*args, **kwargs).arguments.get("context")
+    embedded = model.__self__.embed(context)
+    return None if embedded is None else embedded.detach().flatten(1)
+
+
+def _plate(sites: Mapping[str, Any], rows: int | None) -> Any:
+    stacks = [site["cond_indep_stack"] for site in sites.values()]
+    shared = [f for f in stacks[0] if f.vectorized and f.name != traces.PARTICLES and all(f in stack for stack in stacks)]
+    fitting = [f for f in shared if f.size == rows] or shared
+    if not fitting:
+        found = sorted({f"{f.name} ({f.size})" for stack in stacks for f in stack})
+        raise ValueError(
+            f"Wanted a plate of the data's rows around all observed sites, {', '.join(map(repr, sites))}, but found "
+            f"{', '.join(found) or 'no plates'}. Write them inside one `with pyro.plate('data', len(x)):`."
+        )
+    return min(fitting, key=lambda f: f.dim)
+
+
+def _mask(site: Any) -> Tensor | None:
+    """Where a site's values count, (batch...), or None for everywhere."""
+    masks = [site["mask"]] if site["mask"] is not None else []
+    fn = site["fn"]
+    while isinstance(fn, MaskedDistribution):
+        masks.append(fn._mask)
+        fn = fn.base_dist
+    if not masks:
+        return None
+    shape = site["value"].shape[: site["value"].dim() - fn.event_dim]
+    both = torch.ones(shape, dtype=torch.bool, device=site["value"].device)
+    for mask in masks:
+        both = both & torch.as_tensor(mask, device=both.device)
+    return both
+
+
+def _matrix(value: Tensor, site: Any, dim: int) -> Tensor:
+    """Values (batch..., *event_shape) as (particles, rows, d)."""
+    at = dim - site["fn"].event_dim
+    particles = [f.dim - site["fn"].event_dim for f in site["cond_indep_stack"] if f.name == traces.PARTICLES]
+    value = value.movedim((particles[0], at), (0, 1)) if particles else value.movedim(at, 0)[None]
+    return value.reshape(*value.shape[:2], -1)
+
+
+def _common(values: list[Tensor]) -> torch.dtype:
+    dtype = torch.float16
+    for value in values:
+        dtype = torch.promote_types(dtype, value.dtype)
+    return dtype
+
+
+def _weight(sites: Mapping[str, Any], plate: Any) -> float:
+    """The scale of the data's plate, and of `poutine.scale` around all, the mean of the sites'."""
+    scales = []
+    for site in sites.values():
+        inner = prod(f.full_size / f.size for f in site["cond_indep_stack"] if f.name != plate.name and f.full_size)
+        scales.append(float(torch.as_tensor(site["scale"]).float().mean()) / inner)
+    return sum(scales) / len(scales)

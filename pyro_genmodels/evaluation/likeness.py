@@ -1,0 +1,80 @@
+r"""How far a fit's draws are from held-out data: what can be said of every fit, with a likelihood or without.
+
+Draws are of the fit's model without its observations, one for each of n rows of data, and so given the same context. Beside
+the distance of these from the rows stands that of the rows from n others: the *floor*, which no model's draws are meant to be
+below.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Likeness", "likeness", "model_arguments", "split"]
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_genmodels import traces
+from pyro_genmodels.divergences import sliced_wasserstein
+from pyro_genmodels.draws.rows import rows_of
+from pyro_genmodels.evaluation.discrepancy import MMDTest, mmd_test
+from pyro_genmodels.evaluation.log_likelihood import log_likelihood
+
+_OPTIONS = {name for name, p in inspect.signature(log_likelihood).parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Draws of a fit against data.
+
+    Attributes:
+        test: the squared maximum mean discrepancy, by a Gaussian kernel of the median distance, and its p-value.
+        sliced_wasserstein: the distance of order 2, in the units of the data.
+    """
+
+    test: MMDTest
+    sliced_wasserstein: float
+
+
+def split(x: Tensor, draws: int) -> tuple[Tensor, float]:
+    """Which rows of x draws are compared with, as many as asked for or half of all; and their distance from as many others.
+
+    Raises:
+        ValueError: for fewer than 2 draws or 4 rows.
+    """
+    n = min(draws, len(x) // 2)
+    if n < 2:
+        raise ValueError(
+            f"compare wants 2 or more draws, and twice as many rows, but was asked for {draws} beside {len(x)} rows."
+        )
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1)).to(x.device)
+    rows, others = order[:n], order[n : 2 * n]
+    return rows, sliced_wasserstein(x[rows], x[others], seed=1).value.item()
+
+
+def model_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those keyword arguments of `log_likelihood` that are the model's."""
+    return {name: value for name, value in kwargs.items() if name not in _OPTIONS}
+
+
+def likeness(fit: Any, x: Tensor, args: tuple, kwargs: Mapping[str, Any], rows: Tensor) -> Likeness:
+    """Of a fit, at rows of x, (n,), and of the tensors beside it that have as many.
+
+    Args:
+        fit: as `log_likelihood` takes it.
+        x: data, (N, ...).
+        args: the model's other arguments.
+        kwargs: those of `log_likelihood`, of which its own options are left out.
+        rows: which.
+    """
+    model, _ = traces.as_pair(fit)
+    cut = lambda a: a[rows] if isinstance(a, Tensor) and a.dim() and len(a) == len(x) else a  # noqa: E731
+    own = {name: cut(value) for name, value in model_arguments(kwargs).items()}
+    with traces.looking_on():
+        run, _ = traces.run(traces.drawing(model), traces.no_latents, tuple(map(cut, (x, *args))), own)
+    found = rows_of(run, len(rows))
+    drawn = found.draws.flatten(0, 1)
+    return Likeness(mmd_test(drawn, found.data), sliced_wasserstein(drawn, found.data, seed=1).value.item())
