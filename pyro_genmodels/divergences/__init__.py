@@ -13,12 +13,13 @@ from pyro_genmodels.divergences.convex import (
     SquaredHellinger,
     TotalVariation,
 )
+from pyro_genmodels.divergences.f import f_divergence, js, tv
 from pyro_genmodels.divergences.fisher import fisher
 from pyro_genmodels.divergences.kl import Divergence, kl, reverse_kl
 from pyro_genmodels.divergences.transport import sliced_wasserstein
 
 __all__ = [
     "Alpha", "Convex", "ConvexFunction", "Divergence", "Jeffreys", "JensenShannon", "KullbackLeibler", "NeymanChiSquared",
-    "PearsonChiSquared", "ReverseKullbackLeibler", "SquaredHellinger", "TotalVariation", "fisher", "kl", "reverse_kl",
-    "sliced_wasserstein",
+    "PearsonChiSquared", "ReverseKullbackLeibler", "SquaredHellinger", "TotalVariation", "f_divergence", "fisher", "js", "kl",
+    "reverse_kl", "sliced_wasserstein", "tv",
 ]  # fmt: skip
