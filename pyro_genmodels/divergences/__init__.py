@@ -16,10 +16,12 @@ from pyro_genmodels.divergences.convex import (
 from pyro_genmodels.divergences.f import f_divergence, js, tv
 from pyro_genmodels.divergences.fisher import fisher
 from pyro_genmodels.divergences.kl import Divergence, kl, reverse_kl
+from pyro_genmodels.divergences.table import divergence_table
 from pyro_genmodels.divergences.transport import sliced_wasserstein
+from pyro_genmodels.divergences.wasserstein import wasserstein
 
 __all__ = [
     "Alpha", "Convex", "ConvexFunction", "Divergence", "Jeffreys", "JensenShannon", "KullbackLeibler", "NeymanChiSquared",
-    "PearsonChiSquared", "ReverseKullbackLeibler", "SquaredHellinger", "TotalVariation", "f_divergence", "fisher", "js", "kl",
-    "reverse_kl", "sliced_wasserstein", "tv",
+    "PearsonChiSquared", "ReverseKullbackLeibler", "SquaredHellinger", "TotalVariation", "divergence_table", "f_divergence",
+    "fisher", "js", "kl", "reverse_kl", "sliced_wasserstein", "tv", "wasserstein",
 ]  # fmt: skip
