@@ -701,8 +701,8 @@ def test_T17_wasserstein_of_draws_is_that_of_gaussians(dims):
 def test_T17_in_five_dimensions_the_bias_falls_as_the_fifth_root_of_n():
     """For one law on both sides the value is all bias. From 64 to 1024 draws it falls by 16^(1/5) = 1.74 in the limit.
 
-    A value's deviation is 4 % of it at n = 64 and less above, so that each ratio of means over 8 pairs is known to 1.7 %. The 10 %
-    allowed are five of these, and 1.5 % for terms of higher order; n^(-1/2) would be a ratio of 2 in place of 1.32.
+    A value's deviation is 4 % of it at n = 64 and less above, so that each ratio of means over 8 pairs is known to 1.7 %. The
+    10 % allowed are five of these, and 1.5 % for terms of higher order; n^(-1/2) would be a ratio of 2, not 1.32.
     """
     sizes = (64, 256, 1024)
     means = [torch.stack([wasserstein(torch.randn(n, 5), torch.randn(n, 5)).value for _ in range(8)]).mean() for n in sizes]
