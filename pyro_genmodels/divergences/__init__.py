@@ -13,6 +13,7 @@ from pyro_genmodels.divergences.convex import (
     SquaredHellinger,
     TotalVariation,
 )
+from pyro_genmodels.divergences.f import f_divergence, js, tv
 from pyro_genmodels.divergences.fisher import fisher
 from pyro_genmodels.divergences.kernels import (
     EnergyKernel,
@@ -24,11 +25,13 @@ from pyro_genmodels.divergences.kernels import (
 )
 from pyro_genmodels.divergences.kl import Divergence, kl, reverse_kl
 from pyro_genmodels.divergences.mmd import mmd
+from pyro_genmodels.divergences.table import divergence_table
 from pyro_genmodels.divergences.transport import sliced_wasserstein
+from pyro_genmodels.divergences.wasserstein import wasserstein
 
 __all__ = [
-    "Alpha", "Convex", "ConvexFunction", "Divergence", "EnergyKernel", "GaussianKernel", "Jeffreys", "JensenShannon", "Kernel",
-    "KullbackLeibler", "LaplaceKernel", "NeymanChiSquared", "PearsonChiSquared", "RationalQuadraticKernel",
-    "ReverseKullbackLeibler", "ScaledKernel", "SquaredHellinger", "TotalVariation", "fisher", "kl", "mmd", "reverse_kl",
-    "sliced_wasserstein",
+    "Alpha", "Convex", "ConvexFunction", "Divergence", "EnergyKernel", "GaussianKernel", "Jeffreys", "JensenShannon",
+    "Kernel", "KullbackLeibler", "LaplaceKernel", "NeymanChiSquared", "PearsonChiSquared", "RationalQuadraticKernel",
+    "ReverseKullbackLeibler", "ScaledKernel", "SquaredHellinger", "TotalVariation", "divergence_table", "f_divergence",
+    "fisher", "js", "kl", "mmd", "reverse_kl", "sliced_wasserstein", "tv", "wasserstein",
 ]  # fmt: skip

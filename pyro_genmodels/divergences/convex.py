@@ -219,7 +219,8 @@ class PearsonChiSquared(ConvexFunction):
     r""":math:`f(u) = (u - 1)^2`: the integral of :math:`(p - q)^2 / q`. :math:`f^*(t) = t + t^2 / 4` for t > -2, else -1.
 
     The critic is v itself, at best 2 (p/q - 1), so that its loss is a square: 2 (e^v - 1) would have e^{2v} in it, which few
-    draws estimate and large steps follow. The log ratio it stands for is log(1 + v / 2), and at least that of the dtype's rounding.
+    draws estimate and large steps follow. The log ratio it stands for is log(1 + v / 2), and never
+    less than that of the dtype's rounding.
     """
 
     at_zero: ClassVar[float] = 1.0

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from pyro_genmodels.distributions.base import density_of, sum_event
+from pyro_genmodels.divergences.densities import check_events, check_number
 from pyro_genmodels.divergences.kl import Divergence
 
 
@@ -39,13 +40,8 @@ def fisher(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Di
         >>> fisher(dist.Normal(0.0, 1.0), dist.Normal(1.0, 1.0)).value
         tensor(1.)
     """
-    if p.event_shape != q.event_shape:
-        raise ValueError(
-            f"fisher wants two distributions of one event shape, but p has {tuple(p.event_shape)} and q "
-            f"{tuple(q.event_shape)}. Use .to_event() on the one with fewer dimensions."
-        )
-    if num_samples < 2:
-        raise ValueError(f"fisher wants at least 2 draws for an error bar, got num_samples={num_samples}.")
+    check_events(p, q, by="fisher")
+    check_number(num_samples, by="fisher")
     for name, dist in (("p", p), ("q", q)):
         density, advice = density_of(dist)
         if density == "none" or dist.support is None or dist.support.is_discrete:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
-from pyro_genmodels.distributions.base import density_of
+from pyro_genmodels.divergences.densities import check_densities, check_events, check_number, log_densities, mean_of
 
 
 class Divergence(NamedTuple):
@@ -52,11 +52,7 @@ def kl(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Diverg
         >>> kl(dist.Normal(0.0, 1.0), dist.Normal(1.0, 1.0)).value
         tensor(0.5000)
     """
-    if p.event_shape != q.event_shape:
-        raise ValueError(
-            f"kl wants two distributions of one event shape, but p has {tuple(p.event_shape)} and q {tuple(q.event_shape)}. "
-            "Use .to_event() on the one with fewer dimensions."
-        )
+    check_events(p, q, by="kl")
     try:
         value = kl_divergence(p, q)
         return Divergence(value, torch.zeros_like(value))
@@ -76,29 +72,10 @@ def reverse_kl(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -
 
 
 def _estimate(p: Distribution, q: Distribution, num_samples: int) -> Divergence:
-    if num_samples < 2:
-        raise ValueError(f"kl wants at least 2 draws for an error bar, got num_samples={num_samples}.")
-    for name, dist in (("p", p), ("q", q)):
-        density, _ = density_of(dist)
-        if density != "exact":
-            raise ValueError(
-                f"kl wants two exact densities, but {name} is a {type(dist).__name__}, whose density is: {density}. "
-                "Compare draws instead, by c2st or mmd."
-            )
+    check_number(num_samples, by="kl")
+    check_densities(p, q, by="kl")
     shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
     p, q = p.expand(shape), q.expand(shape)
-    x = p.rsample((num_samples,)) if p.has_rsample else p.sample((num_samples,))
-    inside = q.support.check(x)
-    with torch.no_grad():
-        elsewhere = q.sample((num_samples,))  # any points q can score
-    event = inside[(...,) + (None,) * len(q.event_shape)]
-    log_p = p.log_prob(x)
-    log_q = q.log_prob(torch.where(event, x, elsewhere.to(x.dtype))).masked_fill(~inside, -torch.inf)
-    log_ratio = log_p - log_q
-    value = log_ratio.mean(0)
-    std_error = log_ratio.detach().std(0) / num_samples**0.5
-    if not p.has_rsample and log_p.requires_grad:
-        weight = torch.where(log_ratio.isfinite(), log_ratio, 0.0).detach()
-        surrogate = (weight * log_p).mean(0)
-        value = value + surrogate - surrogate.detach()
-    return Divergence(value, torch.where(value.detach().isinf(), torch.zeros_like(std_error), std_error))
+    log_p, log_q = log_densities(p, q, num_samples)
+    value, variance = mean_of(log_p - log_q, log_p, p)
+    return Divergence(value, variance.sqrt())
