@@ -26,6 +26,8 @@ from pyro_genmodels import (
     AutoFamily,
     ConvolutionalCritic,
     ConvolutionalGenerator,
+    DenseCritic,
+    DenseGenerator,
     Flow,
     GradientPenalty,
     Hinge,
@@ -67,6 +69,9 @@ FS = [
     Jeffreys(),
     Alpha(0.5),
 ]
+
+
+SMALL = {"generator": DenseGenerator((32, 32)), "critic": DenseCritic((32, 32)), "standardize": False}
 
 
 def mlp(inputs, width=32, outputs=1):
@@ -169,10 +174,10 @@ def test_a_clipped_critic_stays_within_its_bound():
 
 def test_a_spectrally_normalised_critic_is_1_lipschitz_layer_by_layer():
     critic = spectral_normalized(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)))
-    for _ in range(100):
+    for _ in range(2000):  # one step of the power iteration each
         critic(torch.randn(3, 4))
     for layer in (critic[0], critic[2]):
-        assert torch.linalg.matrix_norm(layer.weight, 2) == pytest.approx(1, abs=1e-3)
+        assert torch.linalg.matrix_norm(layer.weight, 2).item() == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("bad", [0, -1.0, float("nan"), True])
@@ -206,8 +211,7 @@ def test_looking_changes_nothing():
     assert sorted(said) == ["critic", "generator"]
     game.play(x)
     for player, parameters in game.state_dict()["players"].items():
-        for name, p in parameters.items():
-            assert torch.equal(p, before["players"][player][name])
+        assert all(torch.equal(a, b) for a, b in zip(parameters, before["players"][player], strict=True))
     assert gan.training
 
 
@@ -237,8 +241,8 @@ def test_one_pyro_model_is_fitted_by_svi_and_by_a_critic(by):
         for _ in range(200):
             svi.step(x)
     else:
-        game = Adversarial(model, scalars(), NonSaturating(), partial(Adam, lr=5e-3, betas=(0.0, 0.99)), penalties=[R1(0.1)])
-        for _ in range(700):
+        game = Adversarial(model, scalars(), NonSaturating(), partial(Adam, lr=1e-2, betas=(0.0, 0.99)), penalties=[R1(0.1)])
+        for _ in range(400):
             game.step(x[torch.randint(len(x), (128,))])
     assert model.loc.item() == pytest.approx(1.5, abs=0.15)
     assert model.log_scale.exp().item() == pytest.approx(0.5, abs=0.15)
@@ -313,11 +317,12 @@ def test_a_subsampled_plate_shows_its_rows():
 
 
 def test_a_context_is_shown_to_both_players():
-    """Rows of class k lie at 4 k: a conditional game finds where, within the noise of 1,500 steps."""
+    """Rows of class k lie at 4 k: a conditional game finds where, within the noise of 400 steps."""
     c = torch.randint(2, (1000,))
     x = 4.0 * c[:, None] + 0.3 * torch.randn(1000, 1)
-    gan = GAN((1,), context=Labels(2), latent_dim=2)
-    train(gan, (x, c), epochs=150, batch_size=100, optim=partial(Adam, lr=2e-3, betas=(0.0, 0.99)), progress=False)
+    small = {"generator": DenseGenerator((32,)), "critic": DenseCritic((32,))}
+    gan = GAN((1,), context=Labels(2), latent_dim=2, **small)
+    train(gan, (x, c), epochs=40, batch_size=100, optim=partial(Adam, lr=5e-3, betas=(0.0, 0.99)), progress=False)
     draws = gan(torch.arange(2).repeat(500)).sample()
     assert draws[::2].mean().item() == pytest.approx(0.0, abs=0.5)
     assert draws[1::2].mean().item() == pytest.approx(4.0, abs=0.5)
@@ -357,25 +362,44 @@ def linear_gaussian(n=2000):
     return 2 * z + 1 + 0.5 * torch.randn(n, 1)
 
 
-@pytest.mark.parametrize("matching", [Joint(), Aggregate()], ids=["joint", "aggregate"])
-def test_a_guide_by_a_critic_is_the_posterior_of_a_linear_model(matching):
-    """x = 2 z + 1 + .5 e: E[z | x] has slope 2 / 4.25 = .47 in x, up to the sign of z."""
-    x = linear_gaussian()
-    vae = VAE((1,), latent_dim=1, likelihood=Normal(), standardize=False, hidden=(16,))
-    critic = PairCritic(2 if matching == Joint() else 1)
+def linear_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(2 * z + 1, 0.5).to_event(1), obs=x)
+
+
+class LinearGuide(pyro.nn.PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.loc = nn.Linear(1, 1)
+        self.log_scale = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            return pyro.sample("z", dist.Normal(self.loc(x), self.log_scale.exp()).to_event(1))
+
+
+@pytest.mark.parametrize(
+    ("matching", "slope", "scale"), [(Joint(), 2 / 4.25, 4.25**-0.5), (Aggregate(), 0.5, None)], ids=["joint", "aggregate"]
+)
+def test_a_guide_is_trained_by_a_critic(matching, slope, scale):
+    """Of a model that is known, x = 2 z + 1 + .5 e, a joint game finds the posterior, and an aggregate one inverts the mean.
+
+    The tolerances are three times the largest distance over ten seeds.
+    """
+    torch.manual_seed(1)
+    x, guide = linear_gaussian(), LinearGuide()
     game = Adversarial(
-        vae.model, critic, NonSaturating(), partial(Adam, lr=2e-3, betas=(0.5, 0.99)), guide=vae.guide, matching=matching,
-        penalties=[R1(0.1), R2(0.1)],
+        linear_model, PairCritic(2 if matching == Joint() else 1), NonSaturating(), partial(Adam, lr=5e-3, betas=(0.5, 0.99)),
+        guide=guide, matching=matching, penalties=[R1(0.1), R2(0.1)], average=0.99,
     )  # fmt: skip
-    for _ in range(1200):
-        game.step(x[torch.randint(len(x), (256,))])
-    points = torch.tensor([[-3.0], [1.0], [5.0]])
-    loc = vae.posterior(points).mean.squeeze()
-    assert loc[1].item() == pytest.approx(0.0, abs=0.6)
-    assert abs(loc[2] - loc[0]).item() == pytest.approx(8 * 2 / 4.25, abs=1.3)
-    draws = vae().sample((4000,))
-    assert draws.mean().item() == pytest.approx(1.0, abs=0.4)
-    assert draws.std().item() == pytest.approx(4.25**0.5, abs=0.5)
+    for _ in range(300):
+        game.step(x[torch.randint(len(x), (128,))])
+    with game.averaged():
+        assert guide.loc.weight.item() == pytest.approx(slope, abs=0.1)
+        assert guide.loc.bias.item() == pytest.approx(-slope, abs=0.15)
+        if scale is not None:
+            assert guide.log_scale.exp().item() == pytest.approx(scale, abs=0.15)
 
 
 def test_adversarial_variational_bayes_finds_a_posterior_that_is_not_normal():
@@ -388,7 +412,7 @@ def test_adversarial_variational_bayes_finds_a_posterior_that_is_not_normal():
             pyro.sample("y", dist.Normal(b - 2 * a**2 + 2, 0.5), obs=y)
 
     y = torch.zeros(1)
-    guide = AutoFamily(banana, lambda n: GAN((n,), latent_dim=4, standardize=False))
+    guide = AutoFamily(banana, lambda n: GAN((n,), latent_dim=4, **SMALL))
     guide(y)
     game = Adversarial(
         banana, guide.family.critic, NonSaturating(), guide=guide, matching=Posterior(num_particles=128), num_critic_steps=2
@@ -402,28 +426,27 @@ def test_adversarial_variational_bayes_finds_a_posterior_that_is_not_normal():
 
 
 def test_a_guide_inside_the_plate_is_judged_beside_its_data():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([1]).to_event(1))
-            pyro.sample("x", dist.Normal(2 * z + 1, 0.5).to_event(1), obs=x)
-
     class Guide(pyro.nn.PyroModule):
         def __init__(self):
             super().__init__()
-            self.gan = GAN((1,), context=1, latent_dim=1, standardize=False)
+            self.gan = GAN((1,), context=1, latent_dim=1, generator=DenseGenerator((32,)), standardize=False)
 
         def forward(self, x):
             with pyro.plate("data", len(x)):
                 pyro.sample("z", self.gan(x))
 
     guide, x = Guide(), linear_gaussian()
-    game = Adversarial(model, PairCritic(2), NonSaturating(), guide=guide, matching=Posterior(), num_critic_steps=2)
-    for _ in range(500):
+    game = Adversarial(
+        linear_model, PairCritic(2), NonSaturating(), guide=guide, matching=Posterior(), num_critic_steps=2, average=0.99
+    )
+    for _ in range(400):
         said = game.step(x[torch.randint(len(x), (128,))])
     points = torch.tensor([[-3.0], [1.0], [5.0]]).repeat(500, 1)
-    z = guide.gan(points).sample().reshape(500, 3)
+    with game.averaged():
+        z = guide.gan(points).sample().reshape(500, 3)
     assert_close(z.mean(0), (points[:3, 0] - 1) * 2 / 4.25, atol=0.3, rtol=0)
-    assert said["generator"] == pytest.approx(0.5 * (2 * torch.pi * 4.25 * torch.e) ** 0 + 2.14, abs=1.0)  # -log p(x), nats
+    entropy = dist.Normal(1.0, 4.25**0.5).entropy().item()  # E[-log p(x)], nats
+    assert said["generator"] == pytest.approx(entropy, abs=0.7)
 
 
 def test_a_flow_over_all_latent_variables_is_a_guide_with_a_density():
@@ -642,9 +665,9 @@ def test_what_makes_no_game_is_refused():
         Adversarial(gan.model, mlp(2, outputs=2)).step(x)
     with pytest.raises(ValueError, match="larger batches"):
         Adversarial(gan.model, mlp(18), pack=9).step(x)
-    with pytest.raises(ValueError, match="observes something"):
+    with pytest.raises(ValueError, match="observes nothing"):
         Adversarial(lambda x: pyro.sample("z", dist.Normal(0.0, 1.0)), gan.critic).step(x)
-    with pytest.raises(ValueError, match=r"share no pyro\.plate"):
+    with pytest.raises(ValueError, match="a plate of the data's rows"):
         Adversarial(lambda x: pyro.sample("x", dist.Normal(x.new_zeros(8, 2), 1.0).to_event(2), obs=x), gan.critic).step(x)
     with pytest.raises(ValueError, match="keeps no moving average"):
         Adversarial(gan.model, gan.critic).averaged()
@@ -658,7 +681,7 @@ def test_what_makes_no_game_is_refused():
 
         Adversarial(gan.model, gan.critic, guide=guide).step(x)
     with pytest.raises(ValueError, match="nothing to train"):
-        Adversarial(gan.requires_grad_(False).model, mlp(2)).step(x)
+        Adversarial(gan.requires_grad_(False).eval().model, mlp(2)).step(x)
 
 
 def test_a_gan_has_no_density_and_says_what_to_use():

@@ -26,6 +26,7 @@ from pyro_genmodels.divergences.densities import check_events
 from pyro_genmodels.divergences.f import f_divergence, in_closed_form
 from pyro_genmodels.divergences.fisher import fisher
 from pyro_genmodels.divergences.kl import Divergence, kl, reverse_kl
+from pyro_genmodels.divergences.mmd import mmd
 from pyro_genmodels.divergences.transport import sliced_wasserstein
 from pyro_genmodels.divergences.wasserstein import wasserstein
 
@@ -46,6 +47,7 @@ OF_DENSITIES: dict[str, ConvexFunction] = {
 OF_DRAWS: dict[str, tuple[Callable[[Tensor, Tensor], Divergence], str]] = {
     "wasserstein": (wasserstein, "optimal plan"),
     "sliced_wasserstein": (sliced_wasserstein, "random lines"),
+    "mmd": (mmd, "Gaussian kernel"),
 }
 
 

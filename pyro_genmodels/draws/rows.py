@@ -9,7 +9,7 @@ and all observed sites of a row are joined, flattened. A masked value is 0 on bo
 
 from __future__ import annotations
 
-__all__ = ["Rows", "conditions", "rows_of"]
+__all__ = ["Rows", "conditions", "observed_sites", "plate_of", "rows_of"]
 
 import inspect
 from collections.abc import Mapping
@@ -58,16 +58,8 @@ def rows_of(trace: Trace, rows: int | None, given: Tensor | None = None) -> Rows
         ValueError: without observed sites; without one plate around them; if the model has a `pyro.factor`, by which nothing
             can be drawn.
     """
-    sites = {name: site for name, site in traces.samples(trace).items() if site["infer"].get("was_observed")}
-    factors = [name for name, site in sites.items() if isinstance(unwrap(site["fn"]), Unit)]
-    if factors:
-        raise ValueError(
-            f"Draws are wanted of the whole model, but {factors[0]!r} is a pyro.factor, which weighs draws and makes none. Say "
-            "what it stands for with pyro.sample, or train by Trace_ELBO."
-        )
-    if not sites:
-        raise ValueError("Wanted draws of what the model observes, but it observes nothing: pyro.sample(..., obs=x).")
-    plate = _plate(sites, rows)
+    sites = observed_sites(trace)
+    plate = plate_of(sites, rows)
     draws, data = [], []
     for site in sites.values():
         drawn = site["value"]
@@ -86,6 +78,24 @@ def rows_of(trace: Trace, rows: int | None, given: Tensor | None = None) -> Rows
     return Rows(drawn, seen, plate.name, plate.dim, _weight(sites, plate))
 
 
+def observed_sites(trace: Trace) -> dict[str, Any]:
+    """The sites at which a run under `traces.unobserving` has drawn beside what was observed, by name.
+
+    Raises:
+        ValueError: if there is none, or if the model has a `pyro.factor`.
+    """
+    sites = {name: site for name, site in traces.samples(trace).items() if site["infer"].get("was_observed")}
+    factors = [name for name, site in sites.items() if isinstance(unwrap(site["fn"]), Unit)]
+    if factors:
+        raise ValueError(
+            f"Draws are wanted of the whole model, but {factors[0]!r} is a pyro.factor, which weighs draws and makes none. Say "
+            "what it stands for with pyro.sample, or train by Trace_ELBO."
+        )
+    if not sites:
+        raise ValueError("Wanted draws of what the model observes, but it observes nothing: pyro.sample(..., obs=x).")
+    return sites
+
+
 def conditions(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
     """What a family is told of each row, (rows, c), as its networks are given it; nothing of another model."""
     if not traces.is_family(model):
@@ -95,7 +105,12 @@ def conditions(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | N
     return None if embedded is None else embedded.detach().flatten(1)
 
 
-def _plate(sites: Mapping[str, Any], rows: int | None) -> Any:
+def plate_of(sites: Mapping[str, Any], rows: int | None) -> Any:
+    """The plate of the data's rows: around all of these sites, of that many rows if one is, else the outermost.
+
+    Raises:
+        ValueError: if there is none.
+    """
     stacks = [site["cond_indep_stack"] for site in sites.values()]
     shared = [f for f in stacks[0] if f.vectorized and f.name != traces.PARTICLES and all(f in stack for stack in stacks)]
     fitting = [f for f in shared if f.size == rows] or shared

@@ -4,9 +4,9 @@ from pyro_genmodels.evaluation.compare import Comparison, compare
 from pyro_genmodels.evaluation.conservative import conservative_log_likelihood
 from pyro_genmodels.evaluation.diagnosis import Diagnosis, coverage, diagnose
 from pyro_genmodels.evaluation.discrepancy import MMDTest, mmd_test
-from pyro_genmodels.evaluation.modes import ModeCoverage, mode_coverage
 from pyro_genmodels.evaluation.likeness import Likeness
 from pyro_genmodels.evaluation.log_likelihood import LogLikelihood, has_likelihood, log_likelihood, no_likelihood
+from pyro_genmodels.evaluation.modes import ModeCoverage, mode_coverage
 from pyro_genmodels.evaluation.observation import gaussian_observation_likelihood
 from pyro_genmodels.evaluation.two_sample import TwoSample, c2st
 from pyro_genmodels.partition import LogPartition, log_partition

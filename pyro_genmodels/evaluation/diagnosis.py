@@ -95,7 +95,8 @@ def diagnose(game: Any, x: Tensor, *args: Any, log_ratio: Callable[..., Tensor] 
     if objective.estimates_ratio:
         says = objective.log_ratio(torch.cat([real, fake])).sigmoid()
         side = torch.cat([torch.ones_like(real), torch.zeros_like(fake)])
-        parts = says.argsort().tensor_split(bins)
+        mixed = torch.randperm(len(says), device=says.device)  # so that rows of which it says the same are not data first
+        parts = mixed[says[mixed].argsort()].tensor_split(bins)
         calibration = sum(abs(says[part].mean() - side[part].mean()).item() * len(part) for part in parts) / len(says)
         if log_ratio is not None:
             best = torch.cat([log_ratio(*side) for side in (sides.real, sides.fake)]).sigmoid()

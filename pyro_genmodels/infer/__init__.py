@@ -21,8 +21,8 @@ from pyro_genmodels.infer.flow_matching import FlowMatching, Independent, Optima
 from pyro_genmodels.infer.games import FGAN, Game, Hinge, LeastSquares, Minimax, NonSaturating, Relativistic, Wasserstein
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
 from pyro_genmodels.infer.matching import Aggregate, Joint, Matching, Observations, Posterior
-from pyro_genmodels.infer.penalties import R1, R2, GradientPenalty, Penalty, WeightClipping, spectral_normalized
 from pyro_genmodels.infer.objective import Loss, Objective
+from pyro_genmodels.infer.penalties import R1, R2, GradientPenalty, Penalty, WeightClipping, spectral_normalized
 from pyro_genmodels.infer.score_matching import ImplicitScoreMatching, SlicedScoreMatching
 
 __all__ = [

@@ -215,7 +215,7 @@ class Adversarial:
             raise ValueError("Adversarial has no state before its first step. See prepare.")
         average = self.weights.average
         return {
-            "players": {player: {n: p.detach().clone() for n, p in found.items()} for player, found in self.players.items()},
+            "players": {player: [p.detach().clone() for p in found.values()] for player, found in self.players.items()},
             "buffers": [b.clone() for b in self._good.buffers],
             "optimisers": {player: optimiser.state_dict() for player, optimiser in self.optimisers.items()},
             "average": None if average is None else average.state_dict(),
@@ -232,16 +232,15 @@ class Adversarial:
         if not self._ready:
             raise ValueError("Adversarial must know its players first: call prepare(x) with a batch of data.")
         for player, found in self.players.items():
-            shapes = {name: tuple(p.shape) for name, p in found.items()}
-            saved = {name: tuple(p.shape) for name, p in state["players"][player].items()}
+            shapes, saved = ([tuple(p.shape) for p in ps] for ps in (found.values(), state["players"][player]))
             if shapes != saved:
                 raise ValueError(
                     f"The saved {player} has {len(saved)} parameters, or of other shapes than the {len(shapes)} here."
                 )
         with torch.no_grad():
             for player, found in self.players.items():
-                for name, p in found.items():
-                    p.copy_(state["players"][player][name])
+                for p, value in zip(found.values(), state["players"][player], strict=True):
+                    p.copy_(value)
                 self.optimisers[player].load_state_dict(state["optimisers"][player])
             for buffer, value in zip(self._good.buffers, state["buffers"], strict=True):
                 buffer.copy_(value)

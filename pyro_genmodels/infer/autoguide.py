@@ -44,10 +44,11 @@ class AutoFamily(AutoContinuous):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
         self.family = self.build(self.latent_dim)
-        if tuple(self.family.event_shape) != (self.latent_dim,) or self.family.context is not None:
+        shape: Any = self.family.event_shape
+        if tuple(shape) != (self.latent_dim,) or self.family.context is not None:
             raise ValueError(
                 f"AutoFamily wants a family over ({self.latent_dim},), the model's latent variables together, without a context, "
-                f"but build({self.latent_dim}) made a {type(self.family).__name__} over {tuple(self.family.event_shape)}."
+                f"but build({self.latent_dim}) made a {type(self.family).__name__} over {tuple(shape)}."
             )
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Any:

@@ -33,6 +33,7 @@ from torch import Tensor
 from pyro_genmodels import traces
 from pyro_genmodels.distributions.base import density_of, unwrap
 from pyro_genmodels.distributions.dequantized import Dequantized
+from pyro_genmodels.draws.rows import observed_sites, plate_of
 from pyro_genmodels.errors import listed
 from pyro_genmodels.infer.games import Game
 
@@ -72,14 +73,13 @@ class Matching(ABC):
 class Observations(Matching):
     """What the model observes, against what it draws in its place: the matching of a GAN.
 
-    Several observed sites are flattened and joined. A context, the model's second argument, is shown to the critic beside them.
-    Our own distributions show themselves as their networks see them: standardised where they standardise, and integers with
+    Several observed sites are flattened and joined. The model's other arguments with a row for each datum, such as a context or
+    covariates, are shown to the critic beside them, one by one. Our own distributions show themselves as their networks see them: standardised where they standardise, and integers with
     noise (`Dequantized`).
     """
 
     def sides(self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Sides:
-        trace, plate, real, fake = _observations(model, args, kwargs)
-        context = _context(args, kwargs, len(real))
+        trace, plate, real, fake, context = _observations(model, args, kwargs)
         return Sides((real,), (fake,), context, _score(trace, plate))
 
 
@@ -91,10 +91,9 @@ class Joint(Matching):
     """
 
     def sides(self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Sides:
-        trace, plate, real, fake = _observations(model, args, kwargs)
+        trace, plate, real, fake, context = _observations(model, args, kwargs)
         guided = _guided(traces.alone(guide, args, kwargs), plate, "Joint")
         z_real, z_fake = _latents(guided, plate), _latents(_counterparts(guided, trace), plate)
-        context = _context(args, kwargs, len(real))
         return Sides((real, z_real), (fake, z_fake), context, _score(trace, plate))
 
 
@@ -107,12 +106,11 @@ class Aggregate(Matching):
 
     def sides(self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Sides:
         model_trace, guide_trace = traces.run(model, guide, args, kwargs)
-        observed = traces.observed(model_trace)
-        plate = _row_plate(model_trace, observed, args)
+        observed = _observed(model_trace)
+        plate = plate_of(observed, _rows(args)).dim
         guided = _guided(guide_trace, plate, "Aggregate")
-        prior = _counterparts(guided, traces.alone(traces.unobserving()(_bound(model, args, kwargs)), (), {}))
-        sites = traces.samples(model_trace)
-        log_p = sum(traces.keep(sites[name]["fn"].log_prob(sites[name]["value"]), (plate,)) for name in observed)
+        prior = _counterparts(guided, traces.alone(traces.drawing(model), args, kwargs))
+        log_p = sum(traces.keep(site["fn"].log_prob(site["value"]), (plate,)) for site in observed.values())
         return Sides((_latents(prior, plate).detach(),), (_latents(guided, plate),), rest=-torch.as_tensor(log_p).mean())
 
 
@@ -151,11 +149,9 @@ class Posterior(Matching):
             )
         local = all(traces.depth(site) for site in implicit.values())
         if local:
-            plate = _row_plate(model_trace, traces.observed(model_trace), args)
-            rows = next(f for f in _frames(traces.samples(model_trace)[traces.observed(model_trace)[0]]) if f.dim == plate)
-            size = rows.full_size or rows.size
-            _guided(guide_trace, plate, "Posterior")
-        dims = (-nesting - 1, plate) if local else (-nesting - 1,)
+            frame = plate_of(_observed(model_trace), _rows(args))
+            _guided(guide_trace, frame.dim, "Posterior")
+        dims = (-nesting - 1, frame.dim) if local else (-nesting - 1,)
         u = torch.cat([_cells(site, dims) for site in implicit.values()], -1)
         if len(u) <= u.shape[1]:
             raise ValueError(
@@ -167,7 +163,7 @@ class Posterior(Matching):
         log_p, log_q = (traces.log_prob(t, (-nesting - 1,), scaled=True).mean() for t in (model_trace, guide_trace))
         reference = _normal_of(u)
         y = torch.linalg.solve_triangular(reference.scale_tril, (u - reference.loc).T, upper=False).T
-        rest = (log_q - log_p) / (size if local else 1) + reference.log_prob(u).mean()
+        rest = (log_q - log_p) / ((frame.full_size or frame.size) if local else 1) + reference.log_prob(u).mean()
         seen = (args[0].expand(self.num_particles, *args[0].shape).flatten(0, 1),) if local else ()
         return Sides((*seen, y), (*seen, torch.randn_like(y)), rest=rest)
 
@@ -178,26 +174,22 @@ class Posterior(Matching):
 # What is read from traces.
 
 
-def _bound(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Callable[[], Any]:
-    return lambda: model(*args, **kwargs)
-
-
-def _observations(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> tuple[Trace, int, Tensor, Tensor]:
-    """A run that draws what it observes: its trace, the data's plate, what was observed and what was drawn, rows first."""
-    trace = traces.alone(traces.unobserving()(_bound(model, args, kwargs)), (), {})
-    sites = traces.samples(trace)
-    names = [name for name, site in sites.items() if site["infer"].get("was_observed")]
-    if not names:
-        raise ValueError(
-            "Adversarial wants a model that observes something, pyro.sample(..., obs=x), but found no such site. Pass the data "
-            "as the model's argument, as in SVI."
-        )
-    plate = _row_plate(trace, names, args)
+def _observations(
+    model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
+) -> tuple[Trace, int, Tensor, Tensor, tuple[Tensor, ...]]:
+    """A run that draws what it observes: its trace, the data's plate, what was observed and drawn, rows first, and what is told."""
+    trace = traces.alone(traces.drawing(model), args, kwargs)
+    sites = observed_sites(trace)
+    plate = plate_of(sites, _rows(args)).dim
     sides = []
-    for side in zip(*(_both(sites[name]) for name in names), strict=True):
-        parts = [_rows_first(value, plate, sites[name]["fn"].event_dim) for value, name in zip(side, names, strict=True)]
+    for side in zip(*map(_both, sites.values()), strict=True):
+        parts = [_rows_first(value, plate, site["fn"].event_dim) for value, site in zip(side, sites.values(), strict=True)]
         sides.append(parts[0] if len(parts) == 1 else torch.cat([part.flatten(1) for part in parts], 1))
-    return trace, plate, sides[0], sides[1]
+    return trace, plate, sides[0], sides[1], _context(args, kwargs, sites, len(sides[0]))
+
+
+def _rows(args: tuple) -> int | None:
+    return len(args[0]) if args and isinstance(args[0], Tensor) and args[0].dim() else None
 
 
 def _both(site: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -210,32 +202,19 @@ def _both(site: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return (real, fake) if pretransform is None else (pretransform(real), pretransform(fake))
 
 
-def _frames(site: Mapping[str, Any]) -> list[Any]:
-    return [f for f in site["cond_indep_stack"] if f.vectorized and f.name != traces.PARTICLES]
-
-
-def _row_plate(trace: Trace, names: list[str], args: tuple) -> int:
-    """The dimension of the plate of the data's rows: around all of these sites, and as long as the first argument if it can."""
-    stacks = [{f.name: f for f in _frames(traces.samples(trace)[name])} for name in names]
-    shared = [f for f in stacks[0].values() if all(f.name in stack for stack in stacks)]
-    rows = len(args[0]) if args and isinstance(args[0], Tensor) and args[0].dim() else None
-    shared = [f for f in shared if f.size == rows] or shared
-    if not shared:
-        raise ValueError(
-            f"Adversarial compares rows, but the observed sites {listed(names)} share no pyro.plate. Put the data in one."
-        )
-    return min(f.dim for f in shared)
-
-
 def _rows_first(value: Tensor, plate: int, event_dim: int) -> Tensor:
     """(batch..., *event_shape), with the rows of that dimension in front."""
     return value.movedim(plate - event_dim, 0)
 
 
-def _context(args: tuple, kwargs: Mapping[str, Any], rows: int) -> tuple[Tensor, ...]:
-    """The model's second argument, if it has a row for each of x."""
-    found = args[1] if len(args) > 1 else kwargs.get("context")
-    return (found,) if isinstance(found, Tensor) and found.dim() and len(found) == rows else ()
+def _context(args: tuple, kwargs: Mapping[str, Any], sites: Mapping[str, Any], rows: int) -> tuple[Tensor, ...]:
+    """What the model is told of each row: arguments with a row for each, but for those that it observes.
+
+    Where what it observes is none of them as it came, the first is taken for the data.
+    """
+    found = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() and len(a) == rows]
+    observed = [a for a in found if any(a is site["infer"]["obs"] for site in sites.values())] or found[:1]
+    return tuple(a for a in found if not any(a is data for data in observed))
 
 
 def _score(trace: Trace, plate: int) -> Tensor | None:
@@ -262,7 +241,7 @@ def _guided(guide_trace: Trace, plate: int, by: str) -> dict[str, Any]:
     if not found:
         raise ValueError(f"{by} wants a guide that draws latent variables, but this one draws none. Pass guide=.")
     for name, site in found.items():
-        if all(f.dim != plate for f in _frames(site)):
+        if all(f.dim != plate for f in site["cond_indep_stack"]):
             raise ValueError(
                 f"{by} matches latent variables of single rows, but {name!r} lies outside the data's plate. Use Posterior()."
             )
@@ -271,6 +250,10 @@ def _guided(guide_trace: Trace, plate: int, by: str) -> dict[str, Any]:
                 f"{by} wants a guide whose draws carry gradients, but site {name!r} holds a {type(unwrap(site['fn'])).__name__}."
             )
     return found
+
+
+def _observed(trace: Trace) -> dict[str, Any]:
+    return {name: traces.samples(trace)[name] for name in traces.observed(trace)}
 
 
 def _counterparts(guided: Mapping[str, Any], trace: Trace) -> dict[str, Any]:
