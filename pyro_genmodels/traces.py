@@ -11,8 +11,8 @@ from __future__ import annotations
 
 __all__ = [
     "PARTICLES", "Pair", "alone", "as_pair", "data_plates", "depth", "drawing", "is_deterministic", "is_enumerated",
-    "is_family", "is_point_mass", "keep", "latents", "log_prob", "looking_on", "max_plate_nesting", "no_latents", "observed", "owners",
-    "particles", "run", "samples", "unobserving", "vectorises",
+    "is_family", "is_point_mass", "keep", "latents", "log_prob", "looking_on", "max_plate_nesting", "no_latents", "observed",
+    "owners", "particles", "run", "samples", "unobserving", "vectorises",
 ]  # fmt: skip
 
 import inspect

@@ -47,9 +47,9 @@ class Fit:
 
     Attributes:
         family: what was trained, with its best parameters: the family, or the pair (model, guide).
-        history: one record per epoch: ``epoch`` (from 1), ``train`` and ``valid`` (nats per datum), ``seconds`` since the start.
-            Of a game ``train`` is what the model loses, ``critic`` what the critic does, and ``valid`` the squared energy
-            distance of draws from held-out data.
+        history: one record per epoch: ``epoch`` (from 1), ``train`` and ``valid`` (nats per datum), ``seconds`` since the
+            start. Of a game ``train`` is what the model loses, ``critic`` what the critic does, and ``valid`` the squared
+            energy distance of draws from held-out data.
         best: the record of the epoch whose parameters were kept.
         stopped: why training ended.
     """

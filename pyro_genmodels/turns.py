@@ -1,7 +1,7 @@
 r"""What a step of training is: one of a Pyro loss by an optimiser, or a turn of each player of a game.
 
-The loss is nats per datum, and so is the gradient: each minibatch of B out of N rows is scaled by N / B by the model's plate, and
-the sum divided by N here.
+The loss is nats per datum, and so is the gradient: each minibatch of B out of N rows is scaled by N / B by the model's plate,
+and the sum divided by N here.
 """
 
 from __future__ import annotations

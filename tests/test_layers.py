@@ -8,10 +8,10 @@ import pytest
 ROOT = Path(__file__).parent.parent / "pyro_genmodels"
 # the floors of docs/architecture.md
 FLOORS = {
-    "_zuko": 0, "errors": 0, "nn": 1, "ops": 1, "files": 1, "tables": 1, "batches": 1, "naming": 1, "weights": 1, "optimisers": 1,
-    "datasets": 2, "traces": 2, "samplers": 2, "distributions": 3, "draws": 4, "divergences": 4, "partition": 4,
-    "families": 5, "infer": 5, "evaluation": 5, "inference_data": 5, "posterior": 6, "checkpoints": 6, "plots": 6,
-    "snapshots": 7, "turns": 7, "training": 8, "recipes": 9, "console": 9, "reports": 10, "cli": 11, "__main__": 12,
+    "_zuko": 0, "errors": 0, "nn": 1, "ops": 1, "files": 1, "tables": 1, "batches": 1, "naming": 1, "weights": 1,
+    "optimisers": 1, "datasets": 2, "traces": 2, "samplers": 2, "distributions": 3, "draws": 4, "divergences": 4,
+    "partition": 4, "families": 5, "infer": 5, "evaluation": 5, "inference_data": 5, "posterior": 6, "checkpoints": 6,
+    "plots": 6, "snapshots": 7, "turns": 7, "training": 8, "recipes": 9, "console": 9, "reports": 10, "cli": 11, "__main__": 12,
 }  # fmt: skip
 
 

@@ -1,13 +1,13 @@
 r"""What an adversarial game has come to: whether its critic is a good judge, what it proves, and what the draws miss.
 
-Where the critic is at its best, :math:`D(x) = \sigma(\log p/q)` is the share of data among data and draws at x. So among rows of
-which it says .7, seven of ten are data, and the *calibration error* over bins b of as many rows,
+Where the critic is at its best, :math:`D(x) = \sigma(\log p/q)` is the share of data among data and draws at x. So among rows
+of which it says .7, seven of ten are data, and the *calibration error* over bins b of as many rows,
 
 .. math:: \sum_b \frac{n_b}{n} \bigl|\overline{D}_b - \text{share of data}_b\bigr|,
 
-is zero but for chance. *Coverage* is the share of data with a draw no farther than their k-th nearest neighbour among data: about
-:math:`1 - 2^{-k}` for as many draws of the same law, and little where modes are missed. Guo et al., *On Calibration of Modern
-Neural Networks* (arXiv 1706.04599); Naeem et al., *Reliable Fidelity and Diversity Metrics for Generative Models* (arXiv
+is zero but for chance. *Coverage* is the share of data with a draw no farther than their k-th nearest neighbour among data:
+about :math:`1 - 2^{-k}` for as many draws of the same law, and little where modes are missed. Guo et al., *On Calibration of
+Modern Neural Networks* (arXiv 1706.04599); Naeem et al., *Reliable Fidelity and Diversity Metrics for Generative Models* (arXiv
 2002.09797).
 """
 
@@ -113,8 +113,8 @@ def diagnose(game: Any, x: Tensor, *args: Any, log_ratio: Callable[..., Tensor] 
     )
     if found.collapsed:
         warnings.warn(
-            f"The draws cover {found.coverage:.0%} of the data, where draws of the same law would {found.expected:.0%}: the model "
-            "has collapsed, or is far from the data. Try R1 and R2, packing (pack=4), or a smaller step.",
+            f"The draws cover {found.coverage:.0%} of the data, where draws of the same law would {found.expected:.0%}: the "
+            "model has collapsed, or is far from the data. Try R1 and R2, packing (pack=4), or a smaller step.",
             RuntimeWarning,
             stacklevel=2,
         )

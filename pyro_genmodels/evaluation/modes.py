@@ -67,7 +67,8 @@ def mode_coverage(draws: Tensor, centres: Tensor, scale: float, *, within: float
         ValueError: for draws and centres of different dimensions, and a scale that is not positive.
 
     Example:
-        >>> found = mode_coverage(torch.tensor([[0.0, 0.1], [5.0, 5.0], [9.0, 9.0]]), torch.tensor([[0.0, 0.0], [5.0, 5.0]]), 0.1)
+        >>> draws = torch.tensor([[0.0, 0.1], [5.0, 5.0], [9.0, 9.0]])
+        >>> found = mode_coverage(draws, torch.tensor([[0.0, 0.0], [5.0, 5.0]]), 0.1)
         >>> found.covered, round(found.high_quality, 2)
         (2, 0.67)
     """

@@ -31,8 +31,8 @@ class GAN(ContinuousFamily):
 
     Args:
         event_shape: shape of one datum.
-        context: see `Family`; generator and critic are both told. A module of one's own that embeds is copied for the critic, so
-            that each player trains its own.
+        context: see `Family`; generator and critic are both told. A module of one's own that embeds is copied for the critic,
+            so that each player trains its own.
         latent_dim: coordinates of the noise.
         generator: a choice, `DenseGenerator()`, the default, or `ConvolutionalGenerator()`; or a module of your own,
             ``generator(z)`` or ``generator(z, context)`` -> (n, *event_shape), z (n, latent_dim).

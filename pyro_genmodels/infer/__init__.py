@@ -1,6 +1,6 @@
 """Objectives: Pyro losses that train a model and its guide."""
 
-from pyro_genmodels.infer.adversarial import Adversarial, GameOver
+from pyro_genmodels.infer.adversarial import Adversarial, GameOverError
 from pyro_genmodels.infer.autoguide import AutoFamily
 from pyro_genmodels.infer.contrastive import ContrastiveDivergence, NoiseContrastive
 from pyro_genmodels.infer.denoising import (
@@ -27,7 +27,7 @@ from pyro_genmodels.infer.score_matching import ImplicitScoreMatching, SlicedSco
 
 __all__ = [
     "FGAN", "R1", "R2", "Adversarial", "Aggregate", "AutoFamily", "ContrastiveDivergence", "DenoisingScoreMatching",
-    "DrawLoss", "DrawSets", "FlowMatching", "Game", "GameOver", "GradientPenalty", "GuidedDiffusion", "Hinge",
+    "DrawLoss", "DrawSets", "FlowMatching", "Game", "GameOverError", "GradientPenalty", "GuidedDiffusion", "Hinge",
     "ImplicitScoreMatching", "Independent", "Joint", "LeastSquares", "LikelihoodWeighting", "LogNormalWeighting",
     "Loss", "Matching", "MaximumLikelihood", "MaximumMeanDiscrepancy", "Minimax", "NoiseContrastive", "NonSaturating",
     "Objective", "Observations", "OptimalTransport", "Penalty", "Posterior", "Relativistic", "SlicedScoreMatching",

@@ -9,7 +9,7 @@ it smooth: `penalties`. Goodfellow et al. (arXiv 1406.2661); packing: Lin et al.
 
 from __future__ import annotations
 
-__all__ = ["Adversarial", "GameOver"]
+__all__ = ["Adversarial", "GameOverError"]
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -37,7 +37,7 @@ DECIDED = 1e-3
 """The share of an indifferent critic's loss below which a game is lost, if it stays there for `KEEP_EVERY` steps."""
 
 
-class GameOver(FloatingPointError):
+class GameOverError(FloatingPointError):
     """A game that exploded, or that the critic has won for good. The players are back in their last good state."""
 
 
@@ -45,19 +45,20 @@ class Adversarial:
     """Trains a Pyro model, and a guide, against a critic. Its verbs are those of `SVI`.
 
     Args:
-        model: any model that observes data in a `pyro.plate`, called as ``model(x)`` or ``model(x, context)``. It is run without
-            its observations; where its draws carry no gradient, the score function does.
-        critic: a module (rows, ...) -> (rows,) of what it is shown, by default ``critic(x)`` or ``critic(x, context)``; such as a
-            `GAN`'s ``.critic``.
+        model: any model that observes data in a `pyro.plate`, called as ``model(x)`` or ``model(x, context)``. It is run
+            without its observations; where its draws carry no gradient, the score function does.
+        critic: a module (rows, ...) -> (rows,) of what it is shown, by default ``critic(x)`` or ``critic(x, context)``; such as
+            a `GAN`'s ``.critic``.
         objective: the game, by default `Relativistic` with its penalties (R3GAN).
-        optim: parameters -> torch optimiser, such as ``functools.partial(torch.optim.Adam, lr=1e-4)``, or one of Pyro's; or a pair
-            of these, for the model and for the critic. By default Adam at a step of 1e-3 without momentum (betas 0 and 0.99).
+        optim: parameters -> torch optimiser, such as ``functools.partial(torch.optim.Adam, lr=1e-4)``, or one of Pyro's; or a
+            pair of these, for the model and for the critic. By default Adam at a step of 1e-3 without momentum (betas 0 and
+            0.99).
         guide: of the model's latent variables; see `Joint`, `Aggregate` and `Posterior`.
         matching: what the critic is to tell apart: `Observations`, or with a guide and nothing beside by default `Joint`.
         penalties: on the critic; by default the game's own.
         num_critic_steps: steps of the critic for one of the model, on the same data and fresh draws.
-        pack: rows that the critic sees at once, as (rows / pack, pack, ...); by default what the critic's attribute `pack` says,
-            or 1.
+        pack: rows that the critic sees at once, as (rows / pack, pack, ...); by default what the critic's attribute `pack`
+            says, or 1.
         beside: another Pyro loss of model and guide, which the game is added to, in nats per row: the ELBO makes a VAE-GAN.
         weight: of the game beside it.
         average: decay per step of a moving average of model and guide, for `averaged`; None keeps none.
@@ -128,7 +129,7 @@ class Adversarial:
             What each player lost by the game before its step, per row; of the model with what stands beside.
 
         Raises:
-            GameOver: if a loss or gradient is not finite, or the critic's loss has been as good as zero for 100 steps.
+            GameOverError: if a loss or gradient is not finite, or the critic's loss has been as good as zero for 100 steps.
         """
         self.prepare(*args, **kwargs)
         for _ in range(self.num_critic_steps - 1):
@@ -331,9 +332,9 @@ class Adversarial:
     def _end(self, why: str) -> None:
         self._good.restore()
         self._lost = 0
-        raise GameOver(
-            f"{why}. The players are back as they were at step {getattr(self, '_kept', 0)}. Lower the critic's learning rate, or "
-            "restrain it: penalties=(R1(1.0), R2(1.0)), spectral_normalized(critic), or noise on the data."
+        raise GameOverError(
+            f"{why}. The players are back as they were at step {getattr(self, '_kept', 0)}. Lower the critic's learning rate, "
+            "or restrain it: penalties=(R1(1.0), R2(1.0)), spectral_normalized(critic), or noise on the data."
         )
 
 

@@ -23,8 +23,8 @@ class AutoFamily(AutoContinuous):
 
     Args:
         model: with continuous latent variables of fixed shapes.
-        build: the number of coordinates -> a family over that many, such as ``lambda n: GAN((n,))`` or ``lambda n: Flow((n,))``;
-            called at the guide's first run.
+        build: the number of coordinates -> a family over that many, such as ``lambda n: GAN((n,))`` or ``lambda n:
+            Flow((n,))``; called at the guide's first run.
 
     Raises:
         ValueError: by that run, if the family is over events of another shape, or has a context.
@@ -47,8 +47,8 @@ class AutoFamily(AutoContinuous):
         shape: Any = self.family.event_shape
         if tuple(shape) != (self.latent_dim,) or self.family.context is not None:
             raise ValueError(
-                f"AutoFamily wants a family over ({self.latent_dim},), the model's latent variables together, without a context, "
-                f"but build({self.latent_dim}) made a {type(self.family).__name__} over {tuple(shape)}."
+                f"AutoFamily wants a family over ({self.latent_dim},), the model's latent variables together, without a "
+                f"context, but build({self.latent_dim}) made a {type(self.family).__name__} over {tuple(shape)}."
             )
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Any:

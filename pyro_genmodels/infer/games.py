@@ -82,8 +82,8 @@ class Minimax(Game):
     r"""The first game: :math:`\max_D \mathbb{E}_p \log D + \mathbb{E}_q \log(1 - D)`, :math:`D = \sigma(v)`, which the model
     minimises.
 
-    At the best critic, :math:`D = p / (p + q)`, it is :math:`2\,\mathrm{JS}(p, q) - \log 4`. A model far from the data gets hardly
-    any slope: `NonSaturating` is what one trains by.
+    At the best critic, :math:`D = p / (p + q)`, it is :math:`2\,\mathrm{JS}(p, q) - \log 4`. A model far from the data gets
+    hardly any slope: `NonSaturating` is what one trains by.
     """
 
     def critic_loss(self, real: Tensor, fake: Tensor) -> Tensor:

@@ -74,8 +74,8 @@ class Observations(Matching):
     """What the model observes, against what it draws in its place: the matching of a GAN.
 
     Several observed sites are flattened and joined. The model's other arguments with a row for each datum, such as a context or
-    covariates, are shown to the critic beside them, one by one. Our own distributions show themselves as their networks see them: standardised where they standardise, and integers with
-    noise (`Dequantized`).
+    covariates, are shown to the critic beside them, one by one. Our own distributions show themselves as their networks see
+    them: standardised where they standardise, and integers with noise (`Dequantized`).
     """
 
     def sides(self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Sides:
@@ -87,7 +87,8 @@ class Observations(Matching):
 class Joint(Matching):
     """Data with the guide's latent variables against the model's draws with theirs: bidirectional GANs.
 
-    The guide needs reparametrised draws, but no density. The critic is called as ``critic(x, z)``, or with a context as a third.
+    The guide needs reparametrised draws, but no density. The critic is called as ``critic(x, z)``, or with a context as
+    a third.
     """
 
     def sides(self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Sides:
@@ -116,7 +117,7 @@ class Aggregate(Matching):
 
 @dataclass(frozen=True)
 class Posterior(Matching):
-    r"""An implicit guide by the ELBO: the critic stands for the log ratio of guide and reference that the guide's density lacks.
+    r"""An implicit guide by the ELBO: the critic stands for the log ratio of guide and reference, for the lack of a density.
 
     .. math:: \mathrm{ELBO} = \mathbb{E}_{q(z \mid x)}\Bigl[\log p(x, z) - \log r(z) - v(x, z)\Bigr], \qquad
         v \to \log \frac{q(z \mid x)}{r(z)} .
@@ -177,7 +178,7 @@ class Posterior(Matching):
 def _observations(
     model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
 ) -> tuple[Trace, int, Tensor, Tensor, tuple[Tensor, ...]]:
-    """A run that draws what it observes: its trace, the data's plate, what was observed and drawn, rows first, and what is told."""
+    """A run that draws what it observes: its trace, the data's plate, what was observed and drawn, rows first, what is told."""
     trace = traces.alone(traces.drawing(model), args, kwargs)
     sites = observed_sites(trace)
     plate = plate_of(sites, _rows(args)).dim
@@ -247,7 +248,8 @@ def _guided(guide_trace: Trace, plate: int, by: str) -> dict[str, Any]:
             )
         if not site["fn"].has_rsample:
             raise ValueError(
-                f"{by} wants a guide whose draws carry gradients, but site {name!r} holds a {type(unwrap(site['fn'])).__name__}."
+                f"{by} wants a guide whose draws carry gradients, but site {name!r} holds a "
+                f"{type(unwrap(site['fn'])).__name__}."
             )
     return found
 

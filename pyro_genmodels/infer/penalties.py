@@ -3,7 +3,8 @@ r"""What keeps a critic from running away: penalties on its slopes, or bounds on
 .. math:: R_1 = \frac\gamma2\, \mathbb{E}_p |\nabla v|^2, \qquad R_2 = \frac\gamma2\, \mathbb{E}_q |\nabla v|^2, \qquad
     \mathrm{GP} = \lambda\, \mathbb{E} (|\nabla v(\hat x)| - 1)^2,
 
-with :math:`\hat x` anywhere between a datum and a draw. Slopes are in what the critic tells apart, in its units; not in a context.
+with :math:`\hat x` anywhere between a datum and a draw. Slopes are in what the critic tells apart, in its units; not in a
+context.
 
 Mescheder et al., *Which Training Methods for GANs do actually Converge?* (arXiv 1801.04406); Gulrajani et al., *Improved
 Training of Wasserstein GANs* (arXiv 1704.00028). Spectral normalisation, which acts in the network, is torch's:
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 __all__ = ["R1", "R2", "GradientPenalty", "Penalty", "WeightClipping", "spectral_normalized"]
 
-from abc import ABC
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import isfinite
@@ -28,8 +28,8 @@ Seen = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Penalty(ABC):
-    """Base of what restrains a critic."""
+class Penalty:
+    """Base of what restrains a critic; by itself it does not."""
 
     def __call__(self, critic: Critic, real: Seen, fake: Seen) -> Tensor | float:
         """What is added to the critic's loss.

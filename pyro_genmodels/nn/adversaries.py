@@ -1,7 +1,7 @@
 r"""Both players of an adversarial game as networks: generators, from noise to an event, and critics, from events to one number.
 
-Each is a *choice*, an immutable record of options whose `build` makes a module: of a generator (z, context) -> events (n, *shape),
-z (n, latent); of a critic (x, context) -> (n,), for x (n, *shape) or, of several rows seen at once, (n, pack, *shape).
+Each is a *choice*, an immutable record of options whose `build` makes a module: of a generator (z, context) -> events (n,
+*shape), z (n, latent); of a critic (x, context) -> (n,), for x (n, *shape) or, of several rows seen at once, (n, pack, *shape).
 """
 
 from __future__ import annotations
@@ -185,6 +185,6 @@ def _check_image(owner: str, shape: Size, channels: Sequence[int]) -> None:
     times = 2 ** (len(channels) - 1)
     if not channels or len(shape) not in (2, 3) or any(n % times for n in shape[-2:]):
         raise ValueError(
-            f"{owner}{tuple(channels)} wants images (h, w) or (c, h, w) whose sides {times} divides, but found {tuple(shape)}. Use "
-            f"{owner.replace('Convolutional', 'Dense')}, fewer stages, or pad the images."
+            f"{owner}{tuple(channels)} wants images (h, w) or (c, h, w) whose sides {times} divides, but found {tuple(shape)}. "
+            f"Use {owner.replace('Convolutional', 'Dense')}, fewer stages, or pad the images."
         )
