@@ -14,6 +14,7 @@ from torch.distributions import constraints
 
 from pyro_genmodels import (
     BPF,
+    GAN,
     MAF,
     NAF,
     NCSF,
@@ -29,10 +30,14 @@ from pyro_genmodels import (
     BoltzmannMachine,
     Categorical,
     ContrastiveDivergence,
+    ConvolutionalCritic,
     ConvolutionalEnergy,
+    ConvolutionalGenerator,
     DenoisingScoreMatching,
+    DenseCritic,
     DenseEnergy,
     DenseField,
+    DenseGenerator,
     Diffusion,
     DiscretizedLogistic,
     Dopri5,
@@ -45,6 +50,7 @@ from pyro_genmodels import (
     Hutchinson,
     Labels,
     MaximumLikelihood,
+    MaximumMeanDiscrepancy,
     Normal,
     ODEFlow,
     ParallelTempering,
@@ -81,6 +87,7 @@ class Case:
         smooth: whether log_prob has no jumps, such as an adaptive solver makes within its tolerances.
         learned_score: whether the score is the network's own, and not the gradient of log_prob.
         objective: makes the loss it is trained with.
+        aside: how the names of tensors begin that this loss does not train.
     """
 
     name: str
@@ -96,6 +103,7 @@ class Case:
     smooth: bool = True
     learned_score: bool = False
     objective: Callable[[], ELBO] = MaximumLikelihood
+    aside: tuple[str, ...] = ()
 
     @property
     def conditional(self) -> bool:
@@ -165,6 +173,11 @@ def _ode(*, event_shape=(3,), **options):
     return ODEFlow(event_shape, **{"network": DenseField(16, blocks=1), "solver": RK4(2), **options})
 
 
+def _gan(*, event_shape=(3,), **options):
+    defaults = {"generator": DenseGenerator((16, 16)), "critic": DenseCritic((16, 16)), "latent_dim": 4}
+    return GAN(event_shape, **{**defaults, **options})
+
+
 def _diffusion(*, event_shape=(3,), **options):
     defaults = {"network": DenseField(16, blocks=1), "likelihood": FlowDensity(RK4(2)), "sampler": DPMSolver(3)}
     return Diffusion(event_shape, **{**defaults, **options})
@@ -175,6 +188,7 @@ THIRDS = constraints.integer_interval(0, CLASSES - 1)
 UNNORMALIZED = {"has_rsample": False, "density": "unnormalized", "objective": ContrastiveDivergence}
 LEARNED_SCORE = {"learned_score": True, "objective": DenoisingScoreMatching}
 ONE_PASS = {"tolerance": NSF.tolerance}
+ADVERSARIAL = {"density": "none", "objective": MaximumMeanDiscrepancy, "aside": ("critic.",)}
 
 CASES = [
     Case("NICE", lambda: _flow(transform=NICE(**SMALL)), (3,), real(3), **ONE_PASS),
@@ -329,6 +343,20 @@ CASES = [
     ),
     Case("Energy, context", lambda: _energy(context=2), (3,), real(3), vectors, **UNNORMALIZED),
     Case("Energy, labels", lambda: _energy(context=Labels(CLASSES)), (3,), real(3), labels, **UNNORMALIZED),
+    Case("GAN", _gan, (3,), real(3), **ADVERSARIAL),
+    Case("GAN, scalar", lambda: _gan(event_shape=()), (), real(), **ADVERSARIAL),
+    Case("GAN, on an interval", lambda: _gan(support=UNIT), (3,), uniform(0.0, 1.0, 3), **ADVERSARIAL),
+    Case("GAN, levels", lambda: _gan(levels=LEVELS), (3,), integers(LEVELS, 3), **DISCRETE, **ADVERSARIAL),
+    Case("GAN, packed", lambda: _gan(pack=2), (3,), real(3), **ADVERSARIAL),
+    Case("GAN, context", lambda: _gan(context=2), (3,), real(3), vectors, **ADVERSARIAL),
+    Case("GAN, labels", lambda: _gan(context=Labels(CLASSES)), (3,), real(3), labels, **ADVERSARIAL),
+    Case(
+        "GAN, images",
+        lambda: _gan(event_shape=(4, 4), generator=ConvolutionalGenerator((8, 8)), critic=ConvolutionalCritic((8, 8))),
+        (4, 4),
+        real(4, 4),
+        **ADVERSARIAL,
+    ),
 ]
 
 
@@ -347,6 +375,10 @@ def scored(case: Case) -> bool:
 
 def implicit(case: Case) -> bool:
     return case.density == "none"
+
+
+def latent(case: Case) -> bool:
+    return case.density == "none" and not case.aside
 
 
 def continuous(case: Case) -> bool:

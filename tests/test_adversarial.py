@@ -346,6 +346,46 @@ def test_a_critic_of_packs_sees_so_many_rows_at_once():
     assert shapes[-1] == [(4, 4, 2), (4, 12)]
 
 
+def small_gan(**options):
+    return GAN((2,), latent_dim=2, generator=DenseGenerator((16,)), critic=DenseCritic((16,)), **options)
+
+
+@pytest.mark.parametrize("moved", [lambda gan: gan, copy.deepcopy, lambda gan: gan.double()], ids=["", "copied", "in double"])
+def test_train_moves_every_parameter_of_both_players(moved):
+    original = small_gan()
+    gan = moved(original)
+    dtype = next(gan.parameters()).dtype
+    before = {name: p.clone() for name, p in gan.named_parameters()}
+    kept = [p.clone() for p in original.parameters()]
+    fit = train(gan, torch.randn(96, 2, dtype=dtype), epochs=2, batch_size=32, seed=1, progress=False)
+    assert fit.history[-1].keys() >= {"train", "critic"}
+    assert all(not p.equal(before[name]) for name, p in gan.named_parameters() if "bias" not in name)
+    assert gan().sample((3,)).dtype == dtype
+    assert gan is original or all(p.equal(q) for p, q in zip(original.parameters(), kept, strict=True))
+
+
+def test_draws_on_an_interval_lie_inside_after_training():
+    gan, x = small_gan(support=dist.constraints.interval(-1.0, 3.0)), 4 * torch.rand(200, 2).square() - 1
+    train(gan, x, epochs=10, batch_size=50, progress=False)
+    draws = gan().sample((2000,))
+    assert gan().support.check(draws).all()
+    assert draws.std(0).min() > 0.1
+
+
+def test_two_gans_in_one_model_learn_from_one_critic():
+    first, second = small_gan(), small_gan()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", first(), obs=x)
+            pyro.sample("y", second(), obs=1 - x)
+
+    before = [[p.clone() for p in gan.generator.parameters()] for gan in (first, second)]
+    Adversarial(model, mlp(4), NonSaturating()).step(torch.randn(20, 2))
+    for gan, old in zip((first, second), before, strict=True):
+        assert all(not p.equal(q) for p, q in zip(gan.generator.parameters(), old, strict=True))
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (3, 8, 8)], ids=str)
 def test_images_by_convolutions(shape):
     gan = GAN(shape, generator=ConvolutionalGenerator((8, 8)), critic=ConvolutionalCritic((8, 8)), context=2, pack=2)

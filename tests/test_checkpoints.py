@@ -24,12 +24,30 @@ import pytest
 import safetensors.torch
 import torch
 import zuko
-from cases import implicit, rows, scored
+from cases import latent, rows, scored
 from teachers import perturb
 from torch import nn
 from torch.distributions import constraints
 
-from pyro_genmodels import MAF, NICE, NSF, SOSPF, VAE, Autoregressive, Flow, Labels, Normal, RealNVP, checkpoints, train
+from pyro_genmodels import (
+    GAN,
+    MAF,
+    NICE,
+    NSF,
+    SOSPF,
+    VAE,
+    Autoregressive,
+    ConvolutionalCritic,
+    ConvolutionalGenerator,
+    DenseCritic,
+    DenseGenerator,
+    Flow,
+    Labels,
+    Normal,
+    RealNVP,
+    checkpoints,
+    train,
+)
 
 SMALL = MAF(transforms=1, hidden=(4,))
 
@@ -110,7 +128,7 @@ def test_every_family_comes_back_as_it_was(case, double, path):
     assert torch.equal(*draws)
     if scored(case):
         assert torch.equal(*(seeded(f(*context).log_prob, x) for f in (again, family)))
-    if implicit(case):
+    if latent(case):
         a, b = (seeded(f.posterior, x, *context).base_dist for f in (again, family))
         assert torch.equal(a.loc, b.loc)
         assert torch.equal(a.scale, b.scale)
@@ -139,6 +157,14 @@ CHOICES = {
     "labelled prior": lambda: VAE((2,), context=Labels(3), prior=Flow((2,), context=Labels(3), transform=SMALL), hidden=(4,)),
     "prior of a prior": lambda: VAE((2,), prior=Autoregressive((1,), hidden=(4,)), hidden=(4,)),
     "named": lambda: small_flow(name="mine"),
+    "GAN": lambda: GAN((2,)),
+    "GAN, octaves and packs": lambda: GAN(
+        (2,), latent_dim=3, generator=DenseGenerator((8,), octaves=2), critic=DenseCritic([8], octaves=1), pack=3
+    ),
+    "GAN, images": lambda: GAN(
+        (1, 4, 4), generator=ConvolutionalGenerator((8, 4)), critic=ConvolutionalCritic((4, 8)), levels=3, context=Labels(2)
+    ),
+    "GAN, on an interval": lambda: GAN((), support=constraints.unit_interval, standardize=False, critic=DenseCritic((8,))),
 }
 
 
@@ -157,6 +183,7 @@ def description(family):
             getattr(part, "levels", None),
             getattr(part, "likelihood", None),
             [m.p for m in part.modules() if isinstance(m, nn.Dropout)],
+            [(type(m).__name__, m.pack) for m in part.modules() if hasattr(m, "pack")],
         )
         for part in parts
     ]
@@ -287,6 +314,8 @@ OWN = {
     "likelihood": (lambda: VAE((2,), likelihood=MyNormal(), hidden=(4,)), "MyNormal"),
     "encoder": (lambda: VAE((2,), latent_dim=1, encoder=tail(), hidden=(4,)), "Sequential"),
     "decoder": (lambda: VAE((2,), latent_dim=2, decoder=nn.Linear(2, 2 * Normal().num_outputs), hidden=(4,)), "Linear"),
+    "generator": (lambda: GAN((2,), latent_dim=2, generator=nn.Linear(2, 2), critic=DenseCritic((4,))), "Linear"),
+    "critic": (lambda: GAN((2,), generator=DenseGenerator((4,)), critic=nn.Sequential(nn.Linear(2, 1))), "Sequential"),
     "prior": (lambda: VAE((2,), prior=dist.Normal(torch.zeros(2), 2.0).to_event(1), hidden=(4,)), "Independent"),
     "prior: context": (lambda: VAE((2,), context=3, prior=small_flow(context=nn.Linear(3, 2)), hidden=(4,)), "Linear"),
     "class Mine": (lambda: Mine((2,), transform=SMALL), "Mine"),

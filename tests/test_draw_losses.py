@@ -14,7 +14,7 @@ from pyro.optim import Adam
 from torch.distributions import constraints
 
 from pyro_genmodels import MAF, VAE, Flow, Labels, MaximumMeanDiscrepancy, SlicedWasserstein, SpreadDivergence, train
-from pyro_genmodels.distributions import Implicit
+from pyro_genmodels.distributions import Dequantized, Implicit
 from pyro_genmodels.divergences import (
     EnergyKernel,
     GaussianKernel,
@@ -329,3 +329,19 @@ def test_options_are_checked():
         SpreadDivergence(f=KullbackLeibler)
     with pytest.raises(ValueError, match="bandwidth=0"):
         SpreadDivergence(bandwidth=0.0)
+
+
+def test_rounded_draws_are_compared_before_they_are():
+    """Integers 3 of 5 by a normal before rounding, whose location a gradient must reach; within the noise of 300 steps."""
+    loc = torch.tensor(0.5, requires_grad=True)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", Dequantized(dist.Normal(loc, 0.5), levels=5), obs=x)
+
+    loss, optimiser, x = MaximumMeanDiscrepancy(), torch.optim.Adam([loc], lr=0.05), torch.full((64,), 3)
+    for _ in range(300):
+        optimiser.zero_grad()
+        loss.differentiable_loss(model, lambda x: None, x).backward()
+        optimiser.step()
+    assert loc.item() == pytest.approx(3.5, abs=0.2)

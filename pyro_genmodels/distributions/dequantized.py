@@ -58,8 +58,14 @@ class Dequantized(GenerativeDistribution):
 
     @property
     def density(self) -> Density:
-        """A lower bound, or an estimate of it where the base has only that."""
-        return "estimate" if density_of(self.base)[0] == "estimate" else "lower bound"
+        """A lower bound, or an estimate of it where the base has only that; none where the base has none."""
+        found = density_of(self.base)[0]
+        return found if found in ("estimate", "none") else "lower bound"
+
+    @property
+    def advice(self) -> str:  # type: ignore[override]
+        """The base's."""
+        return density_of(self.base)[1]
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Dequantized:
         new = super().expand(batch_shape)

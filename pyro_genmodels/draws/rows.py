@@ -4,12 +4,13 @@ The model runs with `traces.unobserving`, so that at each observed site there is
 
 .. math:: \tilde x_n \sim p(x \mid c_n), \qquad x_n \text{ as observed,}
 
-and all observed sites of a row are joined, flattened. A masked value is 0 on both sides, and so tells nothing.
+and all observed sites of a row are joined, flattened. A masked value is 0 on both sides, and so tells nothing. Integers that are
+rounded from reparametrised draws (`Dequantized`) can be had before they are, with their gradient, and the data with noise.
 """
 
 from __future__ import annotations
 
-__all__ = ["Rows", "conditions", "observed_sites", "plate_of", "rows_of"]
+__all__ = ["Rows", "both_of", "conditions", "is_rounded", "observed_sites", "plate_of", "rows_of"]
 
 import inspect
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from pyro_genmodels import traces
 from pyro_genmodels.distributions.base import unwrap
+from pyro_genmodels.distributions.dequantized import Dequantized
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,14 @@ class Rows:
     weight: float
 
 
-def rows_of(trace: Trace, rows: int | None, given: Tensor | None = None) -> Rows:
+def rows_of(trace: Trace, rows: int | None, given: Tensor | None = None, *, rounded: bool = True) -> Rows:
     """Reads them from a run of a model under `traces.unobserving`, also of many particles.
 
     Args:
         trace: of that run.
         rows: how many rows the data have; None takes the outermost plate around all observed sites.
         given: what each row is conditioned on, (rows, c), which then stands on both sides.
+        rounded: whether integers are; else see `both_of`.
 
     Raises:
         ValueError: without observed sites; without one plate around them; if the model has a `pyro.factor`, by which nothing
@@ -62,8 +65,8 @@ def rows_of(trace: Trace, rows: int | None, given: Tensor | None = None) -> Rows
     plate = plate_of(sites, rows)
     draws, data = [], []
     for site in sites.values():
-        drawn = site["value"]
-        seen = site["infer"]["obs"].to(drawn.device).expand(drawn.shape)
+        seen, drawn = (site["infer"]["obs"], site["value"]) if rounded else both_of(site)
+        seen = seen.to(drawn.device).expand(drawn.shape)
         mask = _mask(site)
         if mask is not None:
             mask = mask.reshape(mask.shape + (1,) * site["fn"].event_dim)
@@ -94,6 +97,19 @@ def observed_sites(trace: Trace) -> dict[str, Any]:
     if not sites:
         raise ValueError("Wanted draws of what the model observes, but it observes nothing: pyro.sample(..., obs=x).")
     return sites
+
+
+def is_rounded(site: Mapping[str, Any]) -> bool:
+    """Whether integers were drawn at an observed site that before they were rounded carry gradients."""
+    fn = unwrap(site["fn"])
+    return bool(isinstance(fn, Dequantized) and fn.base.has_rsample and site["infer"].get("was_observed"))
+
+
+def both_of(site: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """What was observed and what was drawn at a site; where `is_rounded`, with noise, and drawn again without rounding."""
+    fn: Any = unwrap(site["fn"])
+    observed = site["infer"]["obs"]
+    return (fn.noisy(observed), fn.base.rsample()) if is_rounded(site) else (observed, site["value"])
 
 
 def conditions(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:

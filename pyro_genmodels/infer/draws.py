@@ -34,7 +34,7 @@ from pyro_genmodels import traces
 from pyro_genmodels.distributions.base import density_of, unwrap
 from pyro_genmodels.divergences import ConvexFunction, KullbackLeibler, sliced_wasserstein
 from pyro_genmodels.divergences.kernels import GaussianKernel, Kernel, check_kernel, median_distance
-from pyro_genmodels.draws.rows import Rows, conditions, rows_of
+from pyro_genmodels.draws.rows import Rows, conditions, is_rounded, rows_of
 from pyro_genmodels.infer.objective import Loss
 
 
@@ -65,8 +65,9 @@ class DrawLoss(Loss):
     The guide is not run: draws are from the model, its latent variables from their priors. All observed sites of a row are
     joined; a family's context is joined to both sides, so that what is compared is the law of the pair. A model of your own
     names what it is conditioned on as a site, ``pyro.sample("c", dist.Delta(c, event_dim=1), obs=c)``, or only the laws of x
-    alone are compared. Values are compared as they are: bring coordinates to one scale first. A batch of one row says nothing,
-    and has the loss 0.
+    alone are compared. Values are compared as they are: bring coordinates to one scale first; but integers rounded from
+    draws with gradients (`Dequantized`) before they are, and the data with uniform noise. A batch of one row says nothing, and
+    has the loss 0.
 
     `num_particles` are the draws of the model for each row, all in one set; what lies outside of the data's plate is drawn
     once for each particle. Draws are made as often as the data are read, so that a loss costs a run of the model and the
@@ -90,7 +91,7 @@ class DrawLoss(Loss):
         drawing = traces.drawing(model)
         runs = [pair[0] for pair in self._get_traces(drawing, traces.no_latents, args, kwargs)]
         given = conditions(model, args, kwargs)
-        found = [rows_of(run, rows, given) for run in runs]
+        found = [rows_of(run, rows, given, rounded=False) for run in runs]
         data, total = found[0].data, len(found[0].data) * found[0].weight
         if len(data) < 2:
             return 0.0 * found[0].draws.sum()
@@ -121,7 +122,7 @@ class DrawLoss(Loss):
         shared: Tensor | None = None
         for name, site in traces.samples(run).items():
             fn = site["fn"]
-            if fn.has_rsample or site["is_observed"]:
+            if fn.has_rsample or site["is_observed"] or is_rounded(site):
                 continue
             log_p = self._log_prob(name, fn, site["value"].detach())
             if not log_p.requires_grad:

@@ -32,8 +32,7 @@ from torch import Tensor
 
 from pyro_genmodels import traces
 from pyro_genmodels.distributions.base import density_of, unwrap
-from pyro_genmodels.distributions.dequantized import Dequantized
-from pyro_genmodels.draws.rows import observed_sites, plate_of
+from pyro_genmodels.draws.rows import both_of, is_rounded, observed_sites, plate_of
 from pyro_genmodels.errors import listed
 from pyro_genmodels.infer.games import Game
 
@@ -196,10 +195,8 @@ def _rows(args: tuple) -> int | None:
 def _both(site: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """What was observed and what was drawn, as a network sees them."""
     fn: Any = unwrap(site["fn"])
-    real, fake = site["infer"]["obs"], site["value"]
-    if isinstance(fn, Dequantized) and fn.base.has_rsample:
-        real, fake, fn = fn.noisy(real), fn.base.rsample(), fn.base
-    pretransform = getattr(fn, "pretransform", None)
+    real, fake = both_of(site)
+    pretransform = getattr(fn.base if is_rounded(site) else fn, "pretransform", None)
     return (real, fake) if pretransform is None else (pretransform(real), pretransform(fake))
 
 
@@ -223,8 +220,7 @@ def _score(trace: Trace, plate: int) -> Tensor | None:
     log_q = None
     for name, site in traces.samples(trace).items():
         fn: Any = unwrap(site["fn"])
-        drawn_again = isinstance(fn, Dequantized) and fn.base.has_rsample and site["infer"].get("was_observed")
-        if site["is_observed"] or site["fn"].has_rsample or drawn_again:
+        if site["is_observed"] or site["fn"].has_rsample or is_rounded(site):
             continue
         if density_of(site["fn"])[0] != "exact":
             raise ValueError(

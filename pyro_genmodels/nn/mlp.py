@@ -56,5 +56,5 @@ def call_batched(network: Callable[..., Any], batch: Size, x: Tensor, context: T
         inputs.append(context.expand(*batch, context.shape[-1]).reshape(-1, context.shape[-1]))
     out = network(*inputs)
     if isinstance(out, tuple):
-        return tuple(part.reshape(*batch, *part.shape[1:]) for part in out)
-    return out.reshape(*batch, *out.shape[1:])
+        return tuple(part.reshape(batch + part.shape[1:]) for part in out)
+    return out.reshape(batch + out.shape[1:])
