@@ -5,7 +5,9 @@ false-alarm rate of 5.7e-7 for each comparison; where a test says otherwise, it 
 """
 
 # ruff: noqa: N802 (the equations are called T1, T2, ...)
+from functools import partial
 from itertools import combinations, pairwise
+from math import log
 
 import pyro
 import pyro.distributions as dist
@@ -28,9 +30,12 @@ from teachers import (
 )
 from torch import nn
 from torch.distributions import constraints
+from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pyro_genmodels import (
     BPF,
+    FGAN,
     MAF,
     NAF,
     NCSF,
@@ -40,6 +45,7 @@ from pyro_genmodels import (
     SOSPF,
     UNAF,
     VAE,
+    Adversarial,
     Autoregressive,
     Bernoulli,
     BoltzmannMachine,
@@ -59,8 +65,10 @@ from pyro_genmodels import (
     Karras,
     Labels,
     Langevin,
+    LeastSquares,
     LikelihoodWeighting,
     MaximumLikelihood,
+    Minimax,
     Normal,
     Persistent,
     ProbabilityFlow,
@@ -1074,6 +1082,122 @@ def test_T23_forward_then_backward_returns():
 def test_T23_the_integral_is_one():
     flow = continuous(2, solver=RK4(10))
     assert abs(total_mass(flow, -10.0, 10.0, 110, 2) - 1) < 1e-3
+
+
+# T24. Adversarial games.
+
+
+def of_data():
+    return dist.Normal(torch.tensor(0.0), 1.0)
+
+
+class Simulator(pyro.nn.PyroModule):
+    """Draws from N(loc, 1.3^2)."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc = nn.Parameter(torch.tensor(0.7))
+
+    def law(self):
+        return dist.Normal(self.loc, 1.3)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            return pyro.sample("x", self.law(), obs=x)
+
+
+class BestCritic(nn.Module):
+    """log p - log q, where its one parameter is 1."""
+
+    def __init__(self, law):
+        super().__init__()
+        self.law, self.one = law, nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x):
+        return self.one * (of_data().log_prob(x) - self.law.log_prob(x))
+
+
+class QuadraticCritic(nn.Module):
+    """Linear in x and its square, as the log ratio of two normal densities is."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 1)
+
+    def forward(self, x):
+        return self.linear(torch.stack([x, x.square()], -1))
+
+
+def divergence_of_laws(f, q, *, low=-12.0, high=14.0):
+    """By quadrature, with a graph to the parameters of q."""
+    return integral(lambda x: (q.log_prob(x).exp() * f((of_data().log_prob(x) - q.log_prob(x)).exp())).squeeze(-1), low, high)
+
+
+def trained_critic(critic, game, *, steps, lr):
+    """The game of a simulator that stands still, its critic's step falling to nothing along a cosine."""
+    found = Adversarial(Simulator(), critic, game, (partial(SGD, lr=0.0), partial(Adam, lr=lr)), penalties=[])
+    found.prepare(of_data().sample((1000,)))
+    falling = CosineAnnealingLR(found.optimisers["critic"], steps)
+    for _ in range(steps):
+        found.step(of_data().sample((1000,)))
+        falling.step()
+    return found
+
+
+@pytest.mark.parametrize("game", [Minimax(), LeastSquares()], ids=lambda game: type(game).__name__)
+def test_T24_the_best_discriminator_is_the_share_of_data_among_data_and_draws(game):
+    """A small network within .015 of p / (p + q) on average; over ten seeds the farthest is .006 off."""
+    critic = nn.Sequential(
+        nn.Unflatten(0, (-1, 1)), nn.Linear(1, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 1)
+    )
+    played = trained_critic(critic, game, steps=300, lr=2e-2)
+    sides, outputs = played.play(of_data().sample((5000,)))
+    x, v = torch.cat([*sides.real, *sides.fake]), torch.cat(outputs)
+    share = (of_data().log_prob(x) - Simulator().law().log_prob(x)).sigmoid()
+    assert (game.log_ratio(v).sigmoid() - share).abs().mean() < 0.015
+
+
+def test_T24_the_loss_of_the_model_is_twice_js_less_log_4():
+    model, n = Simulator(), 100_000
+    game = Adversarial(model, BestCritic(Simulator().law()), Minimax())
+    x = of_data().sample((n,))
+    values = Minimax().model_loss(*game.play(x)[1])
+    truth = 2 * divergence_of_laws(JensenShannon(), model.law()) - log(4)
+    error = values.std() / n**0.5
+    assert abs(values.mean() - truth) < 5 * error
+    assert abs(game.evaluate_loss(x)["generator"] - truth) < 5 * error
+
+
+@pytest.mark.parametrize(
+    "f",
+    [KullbackLeibler(), JensenShannon(), SquaredHellinger(), TotalVariation()],
+    ids=lambda f: type(f).__name__,
+)
+def test_T24_a_trained_critic_proves_nearly_all_of_the_divergence_on_fresh_draws(f):
+    """Two standard errors above what at best is its mean are a rate of false alarms of 2.3%: with this seed there is none."""
+    critic = QuadraticCritic()
+    for p in critic.parameters():
+        nn.init.zeros_(p)
+    game = trained_critic(critic, FGAN(f), steps=400, lr=0.3 if f == TotalVariation() else 0.1)
+    found, truth = game.divergence(of_data().sample((100_000,))), divergence_of_laws(f, Simulator().law())
+    assert 0.95 * truth - 2 * found.std_error <= found.value <= truth + 2 * found.std_error
+
+
+@pytest.mark.parametrize(
+    "f",
+    [KullbackLeibler(), ReverseKullbackLeibler(), JensenShannon(), SquaredHellinger()],
+    ids=lambda f: type(f).__name__,
+)
+def test_T24_at_the_best_critic_the_gradient_of_the_model_is_that_of_the_divergence(f):
+    """The slope of a draw in its location is 1, so that a step at a rate of 1 moves the location by a mean over draws."""
+    model, n = Simulator(), 200_000
+    critic, optim = BestCritic(Simulator().law()), (partial(SGD, lr=1.0), partial(SGD, lr=0.0))
+    (slope,) = torch.autograd.grad(divergence_of_laws(f, model.law()), model.loc)
+    x = Simulator().law().sample((n,)).requires_grad_()
+    (slopes,) = torch.autograd.grad(f.conjugate_of_critic(critic(x)).sum(), x)
+    before = model.loc.item()
+    Adversarial(model, critic, FGAN(f), optim).step(of_data().sample((n,)))
+    assert abs(before - model.loc.item() - slope) < 5 * slopes.std() / n**0.5
 
 
 # T25. Two densities of a diffusion.

@@ -4,8 +4,8 @@ The model runs with `traces.unobserving`, so that at each observed site there is
 
 .. math:: \tilde x_n \sim p(x \mid c_n), \qquad x_n \text{ as observed,}
 
-and all observed sites of a row are joined, flattened. A masked value is 0 on both sides, and so tells nothing. Integers that are
-rounded from reparametrised draws (`Dequantized`) can be had before they are, with their gradient, and the data with noise.
+and all observed sites of a row are joined, flattened. A masked value is 0 on both sides, and so tells nothing. Integers that
+are rounded from reparametrised draws (`Dequantized`) can be had before they are, with their gradient, and the data with noise.
 """
 
 from __future__ import annotations
