@@ -22,7 +22,7 @@ from teachers import Mixture, integral, perturb
 from torch.distributions import constraints
 
 import pyro_genmodels
-from pyro_genmodels import ContrastiveDivergence, DenoisingScoreMatching, MaximumLikelihood, to_arviz
+from pyro_genmodels import GAN, Adversarial, ContrastiveDivergence, DenoisingScoreMatching, MaximumLikelihood, to_arviz
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -160,9 +160,8 @@ def table(page, first):
 
 
 def built(expression):
-    return eval(
-        expression, {**{name: getattr(pyro_genmodels, name) for name in pyro_genmodels.__all__}, "constraints": constraints}
-    )
+    known = {name: getattr(pyro_genmodels, name) for name in pyro_genmodels.__all__}
+    return eval(expression, {**vars(pyro_genmodels.divergences), **known, "constraints": constraints})
 
 
 @pytest.mark.parametrize("row", table("choosing_a_family", "family"), ids=lambda row: row[0])
@@ -171,6 +170,12 @@ def test_the_table_of_families_is_true(row):
     family = built(expression)
     assert family().density == density
     assert family().has_rsample == {"yes": True, "no": False}[rsample]
+    if trained_by == "Adversarial":
+        losses = Adversarial(family.model, family.critic).evaluate_loss(family.model(size=4))
+        assert torch.tensor(list(losses.values())).isfinite().all()
+        with pytest.raises(ValueError, match=trained_by):
+            MaximumLikelihood().loss(family.model, family.guide, family.model(size=4))
+        return
     losses = (MaximumLikelihood, Trace_ELBO, ContrastiveDivergence, DenoisingScoreMatching)
     loss = {loss.__name__: loss for loss in losses}[trained_by]()
     assert torch.tensor(loss.loss(family.model, family.guide, family.model(size=4))).isfinite()
@@ -192,6 +197,23 @@ def test_the_table_of_transforms_is_true():
 @pytest.mark.parametrize("row", table("choosing_a_family", "likelihood"), ids=lambda row: row[0])
 def test_the_table_of_likelihoods_is_true(row):
     assert built(row[0]).num_outputs == int(row[2])
+
+
+@pytest.mark.parametrize("row", table("adversarial", "game"), ids=lambda row: row[0])
+def test_the_table_of_games_is_true(row):
+    expression, _, log_ratio, divergence, penalties = row
+    game = built(expression)
+    assert game.estimates_ratio == {"yes": True, "no": False}[log_ratio]
+    assert game.bounds == (divergence != "-")
+    assert game.penalties == (() if penalties == "-" else built(f"({penalties},)"))
+
+
+def test_the_default_game_and_matchings_are_those_on_the_page():
+    gan = GAN((2,))
+    plain, guided = Adversarial(gan.model, gan.critic), Adversarial(gan.model, gan.critic, guide=gan.guide)
+    assert type(plain.objective).__name__ == "Relativistic"
+    by_default = {name.partition("(")[0]: what for name, _, what in table("adversarial", "matching") if "default" in what}
+    assert by_default.keys() == {type(plain.matching).__name__, type(guided.matching).__name__}
 
 
 def test_every_extra_is_named():
