@@ -13,7 +13,7 @@ READY_ARVIZ1 := $(VENV_ARVIZ1)/.ready
 .PHONY: demo test test-slow test-arviz1 lint types docs tutorials clean help
 
 help:
-	@echo "make demo       fit six families to scikit-learn's digits, print one table, write $(OUT)/"
+	@echo "make demo       fit seven families to scikit-learn's digits, print one table, write $(OUT)/"
 	@echo "make test       run the tests (make test-slow: the slow ones too; make test-arviz1: to_arviz under ArviZ 1.x)"
 	@echo "make lint       check style; make types: check types"
 	@echo "make docs       make the documentation in docs/_build/html/"
@@ -40,7 +40,7 @@ $(READY_ARVIZ1): pyproject.toml constraints.txt constraints-arviz1.txt
 	@touch $(READY_ARVIZ1)
 
 demo: $(READY)
-	@echo "== fitting six families of deep generative model to scikit-learn's digits, judged on held-out images"
+	@echo "== fitting seven families of deep generative model to scikit-learn's digits, judged on held-out images"
 	$(BIN)/python -m pyro_genmodels compare --data digits --out $(OUT) $(DEMO)
 
 test: $(READY)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
-FAMILIES = ("flow", "vae", "autoregressive", "energy", "ode_flow", "diffusion")
+FAMILIES = ("flow", "vae", "autoregressive", "energy", "ode_flow", "diffusion", "gan")
 DATA = ("digits", "moons", "ring", "grid", "pinwheel", "checkerboard")
 SPLITS = ("train", "valid", "test", "all")
 
@@ -52,7 +52,9 @@ LabelColumn = Annotated[
 Levels = Annotated[int | None, typer.Option(help="Of a file of integers: K, for values 0 to K - 1; 0 takes them for reals.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the split, of training and of drawing.")]
 Device = Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")]
-Epochs = Annotated[int, typer.Option(min=1, help="Passes over the data, at most.")]
+Epochs = Annotated[
+    int | None, typer.Option(min=1, help="Passes over the data, at most; by default the family's own.", show_default=False)
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar, and no words about files.")]
 Checkpoint = Annotated[Path, typer.Argument(help="What `fit` or `compare` wrote: a .safetensors file.", show_default=False)]
 
@@ -88,7 +90,7 @@ def compare(
     levels: Levels = None,
     seed: Seed = 0,
     device: Device = "cpu",
-    epochs: Epochs = 300,
+    epochs: Epochs = None,
     quiet: Quiet = False,  # noqa: FBT002
 ) -> None:
     """Fit families to one data set and judge them on held-out data.
@@ -137,9 +139,9 @@ def fit(
     levels: Levels = None,
     seed: Seed = 0,
     device: Device = "cpu",
-    epochs: Epochs = 300,
+    epochs: Epochs = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Rows per step; by default 64 of integers, 256 of reals.")
+        int | None, typer.Option(min=1, help="Rows per step; by default the family's own, 64 to 256.")
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Adam's; by default the family's own.")] = None,
     patience: Annotated[int, typer.Option(min=1, help="Epochs without a better validation loss before training stops.")] = 25,

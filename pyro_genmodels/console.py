@@ -109,27 +109,36 @@ def print_table(comparison: Comparison, data: Dataset) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    n, digits = len(data.test), 2 if data.levels else 3
+    n, digits, found = len(data.test), 2 if data.levels else 3, comparison.table
+    alike = "sliced_wasserstein" in found
+    columns = ["family", "kind", "nats ± se", *(["bits/dim"] if data.levels else []), "Δelpd ± dse", "weight"]
     table = Table(title=f"{data.name}: held-out log-likelihood of {n} data", title_justify="left")
-    for column in ("family", "kind", "nats ± se", "bits/dim", "Δelpd ± dse", "weight"):
+    for column in columns + (["draws off", "MMD p"] if alike else []):
         table.add_column(column, justify="left" if column in ("family", "kind") else "right")
-    for family, row in comparison.table.iterrows():
-        if row.kind == "none":
-            table.add_row(str(family), "- (no likelihood)", "-", "-" if data.levels else "", "-", "-")
-            continue
-        table.add_row(
-            str(family),
-            row.kind if row.kind == "exact" else f"{row.kind} (k={row.num_samples})",
-            f"{row.nats:.{digits}f} ± {row.se / n:.{digits}f}",
-            f"{row.bits_per_dim:.3f}" if data.levels else "",
-            f"{row.elpd_diff:.0f} ± {row.dse:.0f}",
-            f"{row.weight:.2f}",
-        )
+    for family, row in found.iterrows():
+        own = ["-"] * (len(columns) - 2)
+        if row.kind != "none":
+            own = [
+                f"{row.nats:.{digits}f} ± {row.se / n:.{digits}f}",
+                *([f"{row.bits_per_dim:.3f}"] if data.levels else []),
+                f"{row.elpd_diff:.0f} ± {row.dse:.0f}",
+                f"{row.weight:.2f}",
+            ]
+        kinds = {"exact": "exact", "none": "- (no likelihood)"}
+        kind = kinds.get(row.kind, f"{row.kind} (k={row.num_samples})")
+        draws = [f"{row.sliced_wasserstein:.{digits}f}", f"{row.mmd_p:.3f}"] if alike else []
+        table.add_row(str(family), kind, *own, *draws)
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(table)
     if data.density is not None:
         own = data.density.log_prob(data.test)
         console.print(f"The density they were drawn from: {-own.mean():.3f} ± {own.std() / n**0.5:.3f}.", highlight=False)
+    if alike:
+        console.print(
+            f"Draws off: the sliced Wasserstein distance of draws from held-out data, {comparison.floor:.{digits}f} between data "
+            "themselves; MMD p: how often draws of the same law would be told from data as well.",
+            highlight=False,
+        )
     if len(set(comparison.table["kind"]) - {"none"}) > 1:
         kinds = "a lower bound on the likelihood understates its family, an estimate (of log Z, of a trace) may overstate it."
         console.print(f"Nats per datum, lower is better. Kinds differ: {kinds}")

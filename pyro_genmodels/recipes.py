@@ -23,12 +23,15 @@ from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.errors import unknown
 from pyro_genmodels.evaluation import LogLikelihood, has_likelihood, log_likelihood, no_likelihood
 from pyro_genmodels.families import (
+    GAN,
     NSF,
     VAE,
     Autoregressive,
     Bernoulli,
     Contrastive,
+    DenseCritic,
     DenseField,
+    DenseGenerator,
     Diffusion,
     DiscretizedLogistic,
     Dopri5,
@@ -47,7 +50,18 @@ from pyro_genmodels.families import (
     UNet,
     VariationalBound,
 )
-from pyro_genmodels.infer import DenoisingScoreMatching, FlowMatching, LikelihoodWeighting, LogNormalWeighting, NoiseContrastive
+from pyro_genmodels.infer import (
+    R1,
+    R2,
+    Adversarial,
+    DenoisingScoreMatching,
+    FlowMatching,
+    LikelihoodWeighting,
+    LogNormalWeighting,
+    NoiseContrastive,
+    Relativistic,
+)
+from pyro_genmodels.optimisers import Optim
 from pyro_genmodels.training import Fit, train
 
 
@@ -58,14 +72,18 @@ class Recipe:
     Attributes:
         build: data set, context -> family.
         learning_rate: Adam's.
-        objective: data set -> what it is trained by; None is what the family asks for.
+        objective: data set, family, Adam -> what it is trained by; None is what the family asks for.
         average: decay of the average of the weights.
+        epochs: passes over integers, or over reals, at most, where nobody says.
+        batch_size: rows per step, of integers or of reals.
     """
 
     build: Callable[[Dataset, Any], Family]
     learning_rate: float = 1e-3
-    objective: Callable[[Dataset], ELBO | None] = lambda data: None
+    objective: Callable[[Dataset, Any, Optim], ELBO | Adversarial | None] = lambda data, family, optim: None
     average: float = 0.99
+    epochs: tuple[int, int] = (300, 300)
+    batch_size: tuple[int, int] = (64, 256)
 
 
 @dataclass(frozen=True)
@@ -175,12 +193,23 @@ def _diffusion(data: Dataset, context: Any) -> Family:
     return Diffusion(event_shape, context=context, levels=data.levels, network=network, likelihood=likelihood)
 
 
+def _gan(data: Dataset, context: Any) -> Family:
+    event_shape = data.train.shape[1:]
+    if data.levels:
+        players: dict[str, Any] = {"generator": DenseGenerator((256, 256)), "critic": DenseCritic((256, 256)), "latent_dim": 32}
+        players["standardize"] = "jointly" if _is_image(event_shape) else True
+    else:
+        few = 5 if event_shape.numel() <= 4 else 0
+        players = {"generator": DenseGenerator(octaves=3), "critic": DenseCritic(octaves=few), "latent_dim": 2}
+    return GAN(event_shape, context=context, levels=data.levels, **players)
+
+
 def _is_image(event_shape: Size) -> bool:
     """Whether a U-Net of two resolutions can see it."""
     return len(event_shape) in (2, 3) and all(n % 2 == 0 for n in event_shape[-2:])
 
 
-def _noise(data: Dataset) -> ELBO | None:
+def _noise(data: Dataset, *_: Any) -> ELBO | None:
     """Points in few dimensions are told from a normal law around them; in many that would be too easy to learn from."""
     x = data.train.flatten(1)
     if data.levels or x.shape[1] > 4:
@@ -190,18 +219,35 @@ def _noise(data: Dataset) -> ELBO | None:
     return NoiseContrastive(dist.MultivariateNormal(x.mean(0), spread), ratio=8)
 
 
-def _weighted(data: Dataset) -> ELBO:
+def _weighted(data: Dataset, *_: Any) -> ELBO:
     """Of integers by what counts in their bound; of reals with more weight on the noise that smooths their finest features."""
     return DenoisingScoreMatching(weighting=LikelihoodWeighting() if data.levels else LogNormalWeighting(-2.0, 1.5))
+
+
+def _game(data: Dataset, family: Any, optim: Any) -> Adversarial:
+    """Of integers, which are few and would be known by heart, with restraint; of reals with little, for their finest features."""
+    gamma = 1.0 if data.levels else 0.003
+    optim = partial(optim, betas=(0.0, 0.99))
+    return Adversarial(family.model, family.critic, Relativistic(), optim, penalties=(R1(gamma), R2(gamma)))
 
 
 FAMILIES: Mapping[str, Recipe] = {
     "flow": Recipe(_flow, learning_rate=2e-3),
     "vae": Recipe(_vae),
     "autoregressive": Recipe(_autoregressive),
-    "energy": Recipe(_energy, learning_rate=2e-3, objective=_noise),
-    "ode_flow": Recipe(_ode_flow, learning_rate=2e-3, objective=lambda data: FlowMatching(), average=0.999),
-    "diffusion": Recipe(_diffusion, learning_rate=2e-3, objective=_weighted, average=0.999),
+    "energy": Recipe(_energy, learning_rate=2e-3, objective=_noise, epochs=(150, 300)),
+    "ode_flow": Recipe(
+        _ode_flow,
+        learning_rate=2e-3,
+        objective=lambda *_: FlowMatching(),
+        average=0.999,
+        epochs=(150, 300),
+        batch_size=(128, 256),
+    ),
+    "diffusion": Recipe(
+        _diffusion, learning_rate=2e-3, objective=_weighted, average=0.999, epochs=(150, 300), batch_size=(128, 256)
+    ),
+    "gan": Recipe(_gan, objective=_game, average=0.999, epochs=(150, 300)),
 }
 """What the command line knows by name."""
 
@@ -213,7 +259,7 @@ def fit(
     checkpoint: Path,
     *,
     device: str,
-    epochs: int,
+    epochs: int | None = None,
     batch_size: int | None = None,
     learning_rate: float | None = None,
     patience: int = 25,
@@ -221,29 +267,32 @@ def fit(
     resume: bool = False,
 ) -> Fit:
     """Builds and trains the family of that name, its best state kept at `checkpoint`."""
-    recipe, discrete = FAMILIES[name], bool(data.levels)
+    recipe, kind = FAMILIES[name], 0 if data.levels else 1
     notes = Notes(
         name,
         source,
         None if data.columns is None else list(data.columns),
         data.levels,
-        batch_size or (64 if discrete else 256),
+        batch_size or recipe.batch_size[kind],
         learning_rate or recipe.learning_rate,
         patience,
-        epochs,
+        epochs or recipe.epochs[kind],
     )
     pyro.set_rng_seed(source.seed)
     context = Labels(data.num_classes or 1) if source.labels else 0
     family = recipe.build(data, context)
     family.name = name
+    family.to(device)
+    optim = partial(torch.optim.Adam, lr=notes.learning_rate)
+    objective = recipe.objective(data, family, optim)
     train_labels, valid_labels = (data.train_labels, data.valid_labels) if source.labels else (None, None)
     return train(
-        family.to(device),
+        family,
         (data.train, train_labels),
         valid=(data.valid, valid_labels),
-        objective=recipe.objective(data),
-        optim=partial(torch.optim.Adam, lr=notes.learning_rate),
-        epochs=epochs,
+        objective=objective,
+        optim=None if isinstance(objective, Adversarial) else optim,
+        epochs=notes.epochs,
         batch_size=notes.batch_size,
         patience=patience,
         average=recipe.average,

@@ -7,6 +7,7 @@ __all__ = ["check_picture", "check_rows", "pictures", "save_figure", "save_rows"
 import json
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from pyro_genmodels.distributions.diffusion import ReverseDiffusion
 from pyro_genmodels.distributions.ode import ContinuousFlow
 from pyro_genmodels.errors import needed, unknown
 from pyro_genmodels.evaluation import Comparison, LogLikelihood, compare
+from pyro_genmodels.evaluation.likeness import likeness, split
 from pyro_genmodels.families import EnergyModel, Family
 from pyro_genmodels.files import whole
 from pyro_genmodels.inference_data import to_arviz
@@ -32,6 +34,8 @@ from pyro_genmodels.training import Fit
 
 FRAMES = 6
 """Of a way from noise to data."""
+DRAWS = 500
+"""Of each family, which are compared with held-out data, if there are twice as many of these."""
 
 
 def check_rows(path: Path) -> None:
@@ -198,12 +202,20 @@ def write(
     conditional: bool,
 ) -> Comparison:
     """Writes table, pictures, ArviZ files and the record of a comparison, and returns it."""
+    labels = data.test_labels if conditional else None
     comparison = compare(judged, data.test)
+    if len(data.test) >= 4:
+        rows, floor = split(data.test, DRAWS)
+        given = () if labels is None else (labels,)
+        pyro.set_rng_seed(arguments["seed"])
+        alike = {name: likeness(fit, data.test, given, {}, rows) for name, fit in fits.items()}
+        comparison = replace(comparison, likeness=alike, floor=floor)
     table = comparison.table
     table.index.name = "family"
     table["seconds"] = [round(fits[name].history[-1]["seconds"], 1) for name in table.index]
     table["se"] /= len(data.test)
     columns = ["kind", "num_samples", "nats", "se", "bits_per_dim", "seconds", "elpd", "elpd_diff", "dse", "weight"]
+    columns += [name for name in ("mmd", "mmd_p", "sliced_wasserstein") if name in table]
     with whole(out / "table.csv") as part:
         table[columns].to_csv(part, float_format="%.6g")
     if any(one.kind != "none" for one in judged.values()):
