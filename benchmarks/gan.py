@@ -131,7 +131,8 @@ def bounds(steps: int = 4000, draws: int = 1_000_000, seed: int = 0) -> None:
         value, error = game.divergence(p.sample((draws,)))
         inside = 0.95 * truth - 2 * error <= value <= truth + 2 * error
         print(
-            f"| {type(f).__name__} | {truth:.5f} | {value:.5f} ± {error:.5f} | {value / truth:.1%} | {'yes' if inside else 'no'} |",
+            f"| {type(f).__name__} | {truth:.5f} | {value:.5f} ± {error:.5f} | {value / truth:.1%} | "
+            f"{'yes' if inside else 'no'} |",
             flush=True,
         )
 

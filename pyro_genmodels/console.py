@@ -135,8 +135,8 @@ def print_table(comparison: Comparison, data: Dataset) -> None:
         console.print(f"The density they were drawn from: {-own.mean():.3f} ± {own.std() / n**0.5:.3f}.", highlight=False)
     if alike:
         console.print(
-            f"Draws off: the sliced Wasserstein distance of draws from held-out data, {comparison.floor:.{digits}f} between data "
-            "themselves; MMD p: how often draws of the same law would be told from data as well.",
+            f"Draws off: the sliced Wasserstein distance of draws from held-out data, {comparison.floor:.{digits}f} between "
+            "data themselves; MMD p: how often draws of the same law would be told from data as well.",
             highlight=False,
         )
     if len(set(comparison.table["kind"]) - {"none"}) > 1:

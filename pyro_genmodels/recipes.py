@@ -225,7 +225,7 @@ def _weighted(data: Dataset, *_: Any) -> ELBO:
 
 
 def _game(data: Dataset, family: Any, optim: Any) -> Adversarial:
-    """Of integers, which are few and would be known by heart, with restraint; of reals with little, for their finest features."""
+    """Of integers, which are few and would be known by heart, with restraint; of reals with little, for fine features."""
     gamma = 1.0 if data.levels else 0.003
     optim = partial(optim, betas=(0.0, 0.99))
     return Adversarial(family.model, family.critic, Relativistic(), optim, penalties=(R1(gamma), R2(gamma)))

@@ -63,7 +63,7 @@ class Dequantized(GenerativeDistribution):
         return found if found in ("estimate", "none") else "lower bound"
 
     @property
-    def advice(self) -> str:  # type: ignore[override]
+    def advice(self) -> str:
         """The base's."""
         return density_of(self.base)[1]
 
