@@ -199,7 +199,8 @@ def fit(
         pyro.set_rng_seed(source.seed)
         test_labels = dataset.test_labels if source.labels else None
         judged = recipes.evaluate(fitted, dataset.test, test_labels, progress=not quiet)
-        typer.echo(f"{family} on {dataset.name} (test): {verdict(judged, dataset.levels, dataset.test)}")
+        said = verdict(judged, dataset.levels, dataset.test, lambda: recipes.alike(fitted, dataset.test, test_labels))
+        typer.echo(f"{family} on {dataset.name} (test): {said}")
         say(
             f"training ended at {fitted.stopped}, best epoch {fitted.best['epoch']}; checkpoint: {path}.safetensors",
             quiet=quiet,
@@ -317,7 +318,8 @@ def evaluate(
             table.index.name = "row"
             with whole(out) as part:
                 table.to_csv(part)
-        typer.echo(f"{notes.family} on {name}: {verdict(judged, notes.levels, x)}")
+        said = verdict(judged, notes.levels, x, lambda: recipes.alike(family, x, y))
+        typer.echo(f"{notes.family} on {name}: {said}")
 
 
 # What is checked before work begins.

@@ -7,7 +7,7 @@ __all__ = ["plainly", "prepare", "print_table", "require", "say", "terminate", "
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import typer
 
 if TYPE_CHECKING:
     from pyro_genmodels.datasets import Dataset
-    from pyro_genmodels.evaluation import Comparison, LogLikelihood
+    from pyro_genmodels.evaluation import Comparison, Likeness, LogLikelihood
 
 
 def prepare(out: Path, device: str, *modules: str) -> None:
@@ -94,10 +94,16 @@ def say(text: str, *, quiet: bool) -> None:
         typer.echo(text)
 
 
-def verdict(judged: LogLikelihood, levels: int | None, x: Any) -> str:
-    """A log-likelihood in words."""
-    if judged.kind == "none":
+def verdict(judged: LogLikelihood, levels: int | None, x: Any, alike: Callable[[], tuple[Likeness, float]]) -> str:
+    """A log-likelihood in words; where there is none, what draws are worth."""
+    if judged.kind == "none" and len(x) < 4:
         return f"- (no likelihood, n={len(x)})"
+    if judged.kind == "none":
+        likeness, floor = alike()
+        return (
+            f"- (no likelihood, n={len(x)}); draws off by {likeness.sliced_wasserstein:.3f}, {floor:.3f} between data "
+            f"(sliced Wasserstein); MMD p={likeness.test.p_value:.3f}"
+        )
     kind = judged.kind if judged.kind == "exact" else f"{judged.kind}, k={judged.num_samples}"
     bits = f"; {judged.bits_per_dim(x[0].numel()):.3f} bits per dimension" if levels else ""
     error = f" ± {judged.mean_std_error:.3f}" if len(judged.values) > 1 else ""
@@ -135,8 +141,8 @@ def print_table(comparison: Comparison, data: Dataset) -> None:
         console.print(f"The density they were drawn from: {-own.mean():.3f} ± {own.std() / n**0.5:.3f}.", highlight=False)
     if alike:
         console.print(
-            f"Draws off: the sliced Wasserstein distance of draws from held-out data, {comparison.floor:.{digits}f} between "
-            "data themselves; MMD p: how often draws of the same law would be told from data as well.",
+            "Draws off: the sliced Wasserstein distance of draws from held-out data, "
+            f"{comparison.floor:.{digits}f} between data; MMD p: how often draws of the same law would be as far off.",
             highlight=False,
         )
     if len(set(comparison.table["kind"]) - {"none"}) > 1:

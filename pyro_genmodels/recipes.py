@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["FAMILIES", "Notes", "Recipe", "Source", "draw", "evaluate", "fit", "notes_of", "restored", "rows_of"]
+__all__ = ["FAMILIES", "Notes", "Recipe", "Source", "alike", "draw", "evaluate", "fit", "notes_of", "restored", "rows_of"]
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +21,8 @@ from pyro_genmodels import checkpoints
 from pyro_genmodels.datasets import DATASETS, Dataset, load, rows
 from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.errors import unknown
-from pyro_genmodels.evaluation import LogLikelihood, has_likelihood, log_likelihood, no_likelihood
+from pyro_genmodels.evaluation import Likeness, LogLikelihood, has_likelihood, log_likelihood, no_likelihood
+from pyro_genmodels.evaluation.likeness import likeness, split
 from pyro_genmodels.families import (
     GAN,
     NSF,
@@ -225,7 +226,7 @@ def _weighted(data: Dataset, *_: Any) -> ELBO:
 
 
 def _game(data: Dataset, family: Any, optim: Any) -> Adversarial:
-    """Of integers, which are few and would be known by heart, with restraint; of reals with little, for fine features."""
+    """Of integers, few and soon known by heart, with restraint; of reals with little, for their finest features."""
     gamma = 1.0 if data.levels else 0.003
     optim = partial(optim, betas=(0.0, 0.99))
     return Adversarial(family.model, family.critic, Relativistic(), optim, penalties=(R1(gamma), R2(gamma)))
@@ -333,6 +334,14 @@ def evaluate(
         inner = law.base if isinstance(law, Dequantized) else law
         num_samples = 8 if getattr(inner, "density", "exact") == "estimate" else 512  # of ODEs, which are dear, few do
     return log_likelihood(family, x.to(device), *context, num_samples=num_samples, progress=progress)
+
+
+def alike(family: Any, x: Tensor, labels: Tensor | None, *, draws: int = 500) -> tuple[Likeness, float]:
+    """How far draws are from as many rows, half of all at most, given their labels; and rows from others."""
+    family = family.family if isinstance(family, Fit) else family
+    device = family.loc.device
+    rows, floor = split(x, draws)
+    return likeness(family, x.to(device), () if labels is None else (labels.to(device),), {}, rows.to(device)), floor
 
 
 def rows_of(

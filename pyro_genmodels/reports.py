@@ -24,18 +24,15 @@ from pyro_genmodels.distributions.diffusion import ReverseDiffusion
 from pyro_genmodels.distributions.ode import ContinuousFlow
 from pyro_genmodels.errors import needed, unknown
 from pyro_genmodels.evaluation import Comparison, LogLikelihood, compare
-from pyro_genmodels.evaluation.likeness import likeness, split
 from pyro_genmodels.families import EnergyModel, Family
 from pyro_genmodels.files import whole
 from pyro_genmodels.inference_data import to_arviz
 from pyro_genmodels.ops.processes import along
-from pyro_genmodels.recipes import Notes, draw, evaluate
+from pyro_genmodels.recipes import Notes, alike, draw, evaluate
 from pyro_genmodels.training import Fit
 
 FRAMES = 6
 """Of a way from noise to data."""
-DRAWS = 500
-"""Of each family, which are compared with held-out data, if there are twice as many of these."""
 
 
 def check_rows(path: Path) -> None:
@@ -202,14 +199,13 @@ def write(
     conditional: bool,
 ) -> Comparison:
     """Writes table, pictures, ArviZ files and the record of a comparison, and returns it."""
-    labels = data.test_labels if conditional else None
     comparison = compare(judged, data.test)
     if len(data.test) >= 4:
-        rows, floor = split(data.test, DRAWS)
-        given = () if labels is None else (labels,)
         pyro.set_rng_seed(arguments["seed"])
-        alike = {name: likeness(fit, data.test, given, {}, rows) for name, fit in fits.items()}
-        comparison = replace(comparison, likeness=alike, floor=floor)
+        labels = data.test_labels if conditional else None
+        found = {name: alike(fit, data.test, labels) for name, fit in fits.items()}
+        floor = next(floor for _, floor in found.values())
+        comparison = replace(comparison, likeness={name: likeness for name, (likeness, _) in found.items()}, floor=floor)
     table = comparison.table
     table.index.name = "family"
     table["seconds"] = [round(fits[name].history[-1]["seconds"], 1) for name in table.index]

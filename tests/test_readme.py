@@ -17,5 +17,6 @@ def test_example_runs(title, capsys):
 def test_there_is_an_example_of_each_and_none_is_long():
     in_pyro = ["A flow as likelihood", "A VAE by SVI", "An energy, and its constant"]
     by_paths = ["An ODE flow by flow matching", "A diffusion as prior"]
-    assert list(EXAMPLES) == [*in_pyro, *by_paths, "A flow as prior, under NUTS", "An SVI posterior into ArviZ."]
+    by_draws = ["A simulator against a critic", "A GAN, and divergences"]
+    assert list(EXAMPLES) == [*in_pyro, *by_paths, *by_draws, "A flow as prior, under NUTS", "An SVI posterior into ArviZ."]
     assert all(len([line for line in code.splitlines() if line.strip()]) <= 15 for code in EXAMPLES.values())
