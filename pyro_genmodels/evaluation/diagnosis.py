@@ -79,12 +79,12 @@ def diagnose(game: Any, x: Tensor, *args: Any, log_ratio: Callable[..., Tensor] 
         What is known; with a RuntimeWarning if the draws have collapsed.
 
     Raises:
-        ValueError: for fewer than 10 rows in a bin.
+        ValueError: for fewer than 5 rows in a bin.
 
     Example:
-        >>> from pyro_genmodels import GAN, Adversarial
-        >>> gan, x = GAN((2,)), torch.randn(200, 2)
-        >>> diagnose(Adversarial(gan.model, gan.critic), x).coverage > 0.5
+        >>> from pyro_genmodels import GAN, NSF, Adversarial, Flow
+        >>> flow, x = Flow((2,), transform=NSF(transforms=1)), torch.randn(200, 2)
+        >>> diagnose(Adversarial(flow.model, GAN((2,)).critic), x).coverage > 0.5
         True
     """
     if bins < 1 or len(x) < 5 * bins:
@@ -135,7 +135,7 @@ def coverage(x: Tensor, draws: Tensor, *, neighbours: int = NEIGHBOURS) -> float
     Example:
         >>> x = torch.arange(20.0)
         >>> coverage(x, x), coverage(x, torch.zeros(20))
-        (1.0, 0.3)
+        (1.0, 0.2)
     """
     x, draws = as_matrices(x, draws, by="coverage", least=neighbours + 1)
     if len(x) != len(draws):
