@@ -5,13 +5,14 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_genmodels import Flow, compare
+from pyro_genmodels import GAN, DenseCritic, DenseGenerator, Flow, compare
 from pyro_genmodels.distributions import Implicit
 from pyro_genmodels.evaluation import gaussian_observation_likelihood
 from pyro_genmodels.families.family import Family
 from pyro_genmodels.samplers import Hamiltonian
 
 pytestmark = pytest.mark.usefixtures("float64")
+SMALL = {"generator": DenseGenerator((8,)), "critic": DenseCritic((8,)), "latent_dim": 2}
 
 
 class Linear(Family):
@@ -145,3 +146,12 @@ def test_what_has_no_such_distribution_is_refused():
 def test_options_are_checked(options):
     with pytest.raises(ValueError, match="positive"):
         gaussian_observation_likelihood(Linear(3, 2), torch.randn(4, 3), **{"sigma": 1.0, **options})
+
+
+def test_integers_are_judged_at_the_middle_of_their_unit():
+    gan, x = GAN((2,), levels=5, **SMALL), torch.randint(5, (6, 2))
+    reals = GAN((2,), **SMALL)
+    reals.load_state_dict(gan.state_dict())
+    options = {"sigma": 1.0, "num_chains": 4, "num_steps": 20, "seed": 0}
+    found = gaussian_observation_likelihood(gan, x, **options)
+    assert torch.equal(found.values, gaussian_observation_likelihood(reals, x + 0.5, **options).values)

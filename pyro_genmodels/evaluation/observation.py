@@ -27,6 +27,7 @@ from torch.distributions import Distribution, biject_to
 
 from pyro_genmodels import traces
 from pyro_genmodels.distributions.base import density_of, sum_event, unwrap
+from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.distributions.implicit import Implicit
 from pyro_genmodels.evaluation.log_likelihood import LogLikelihood
 from pyro_genmodels.partition.annealed import mean_weight
@@ -58,7 +59,8 @@ def gaussian_observation_likelihood(
     """Log-likelihood (nats) of each row of x under what a fit draws, seen with Gaussian noise: a lower bound in expectation.
 
     It is of another model than the fit's, with noise that this does not have, and depends on its size: compare fits by one
-    sigma, or each by its best. Of a likelihood with noise of its own the mean is taken.
+    sigma, or each by its best. Of a likelihood with noise of its own the mean is taken; of integers, which a `Dequantized`
+    rounds down to, the density at the middle of their unit.
 
     Args:
         fit: a family whose distribution is an `Implicit`; or an `SVI` or a pair (model, guide) that observes one and nothing
@@ -101,6 +103,7 @@ def gaussian_observation_likelihood(
     if seed is not None:
         pyro.set_rng_seed(seed)
     sampler = Hamiltonian() if sampler is None else sampler
+    x, valid = _middle(x), (_middle(valid[0]), valid[1]) if isinstance(valid, tuple) else _middle(valid)
 
     def judged(rows: Tensor, told: Tensor | None, sigma: float, chains: int, *, progress: bool) -> tuple[Tensor, Tensor]:
         parts = []
@@ -123,6 +126,11 @@ def gaussian_observation_likelihood(
     return LogLikelihood(values, errors, "lower bound", num_chains, observation=sigma)
 
 
+def _middle(x: Any) -> Any:
+    """Of integers the middle of the unit that each stands for."""
+    return x if x is None or x.is_floating_point() else x + 0.5
+
+
 def _spread(x: Tensor) -> float:
     """The deviation of data, the root mean square over their coordinates."""
     if len(x) < 2 or not (x != x[0]).any():
@@ -141,6 +149,8 @@ def _implicit(fit: Any, x: Tensor, context: Tensor | None) -> Implicit:
         trace, _ = traces.run(model, guide, (x,) if context is None else (x, context), {})
         names = list(traces.samples(trace))
         dist = unwrap(traces.samples(trace)[names[0]]["fn"]) if len(names) == 1 else None
+    if isinstance(dist, Dequantized):
+        dist = dist.base
     if not isinstance(dist, Implicit):
         raise ValueError(
             "gaussian_observation_likelihood wants a fit that draws from one Implicit distribution and nothing else, but found "
