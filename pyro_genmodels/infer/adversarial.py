@@ -258,9 +258,15 @@ class Adversarial:
         real, fake, context = (
             tuple(self._packed(t.detach()) for t in side) for side in (sides.real, sides.fake, sides.context)
         )
+        if self.penalties:
+            real, fake = (tuple(t.requires_grad_(t.is_floating_point()) for t in side) for side in (real, fake))
+        said: dict[tuple[int, ...], tuple[tuple[Tensor, ...], Tensor]] = {}  # of both sides, for penalties ask again
 
         def critic(*seen: Tensor) -> Tensor:
-            return self._says(*seen, *context)
+            key = tuple(map(id, seen))
+            if key not in said:
+                said[key] = seen, self._says(*seen, *context)  # held, so that no other tensor takes its place
+            return said[key][1]
 
         loss = self.objective.critic_loss(critic(*real), critic(*fake)).mean()
         restraint = sum(penalty(critic, real, fake) for penalty in self.penalties)

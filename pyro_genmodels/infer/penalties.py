@@ -120,7 +120,8 @@ class WeightClipping(Penalty):
 
 def _squared_slopes(critic: Critic, seen: Seen) -> Tensor:
     """Of each row, (rows,), with a graph to the critic's parameters."""
-    seen = tuple(part.detach().requires_grad_(part.is_floating_point()) for part in seen)
+    if not all(part.requires_grad for part in seen if part.is_floating_point()):
+        seen = tuple(part.detach().requires_grad_(part.is_floating_point()) for part in seen)
     inputs = [part for part in seen if part.requires_grad]
     with torch.enable_grad():
         slopes = torch.autograd.grad(critic(*seen).sum(), inputs, create_graph=True, allow_unused=True, materialize_grads=True)
