@@ -233,10 +233,10 @@ def _game(data: Dataset, family: Any, optim: Any) -> Adversarial:
 
 
 FAMILIES: Mapping[str, Recipe] = {
-    "flow": Recipe(_flow, learning_rate=2e-3),
+    "flow": Recipe(_flow, learning_rate=2e-3, batch_size=(128, 256)),
     "vae": Recipe(_vae),
     "autoregressive": Recipe(_autoregressive),
-    "energy": Recipe(_energy, learning_rate=2e-3, objective=_noise, epochs=(150, 300)),
+    "energy": Recipe(_energy, learning_rate=2e-3, objective=_noise, epochs=(80, 300), batch_size=(128, 256)),
     "ode_flow": Recipe(
         _ode_flow,
         learning_rate=2e-3,
@@ -248,7 +248,7 @@ FAMILIES: Mapping[str, Recipe] = {
     "diffusion": Recipe(
         _diffusion, learning_rate=2e-3, objective=_weighted, average=0.999, epochs=(150, 300), batch_size=(128, 256)
     ),
-    "gan": Recipe(_gan, objective=_game, average=0.999, epochs=(150, 300)),
+    "gan": Recipe(_gan, objective=_game, average=0.999, epochs=(120, 300)),
 }
 """What the command line knows by name."""
 

@@ -255,9 +255,8 @@ class Adversarial:
     # The players' losses.
 
     def _critic_step(self, sides: Sides) -> float:
-        real, fake, context = (
-            tuple(self._packed(t.detach()) for t in side) for side in (sides.real, sides.fake, sides.context)
-        )
+        seen = (sides.real, sides.fake, sides.context)
+        real, fake, context = (tuple(self._packed(t.detach()) for t in side) for side in seen)
         if self.penalties:
             real, fake = (tuple(t.requires_grad_(t.is_floating_point()) for t in side) for side in (real, fake))
         said: dict[tuple[int, ...], tuple[tuple[Tensor, ...], Tensor]] = {}  # of both sides, for penalties ask again
