@@ -242,11 +242,11 @@ FAMILIES: Mapping[str, Recipe] = {
         learning_rate=2e-3,
         objective=lambda *_: FlowMatching(),
         average=0.999,
-        epochs=(150, 300),
+        epochs=(110, 300),
         batch_size=(128, 256),
     ),
     "diffusion": Recipe(
-        _diffusion, learning_rate=2e-3, objective=_weighted, average=0.999, epochs=(150, 300), batch_size=(128, 256)
+        _diffusion, learning_rate=2e-3, objective=_weighted, average=0.999, epochs=(110, 300), batch_size=(128, 256)
     ),
     "gan": Recipe(_gan, objective=_game, average=0.999, epochs=(120, 300)),
 }
