@@ -105,7 +105,7 @@ def compare(
     with plainly(context):
         _known("family", names or [""], FAMILIES)
         source = _source(data, columns, labels, levels, seed)
-        prepare(out, device, "matplotlib", "safetensors", "h5netcdf", "h5py")
+        prepare(out, device, "matplotlib", "safetensors", "h5netcdf", "h5py", "ot")
         dataset = source.load()
         from pyro_genmodels import recipes, reports
 

@@ -30,7 +30,7 @@ def make(optim: Any, parameters: list[nn.Parameter], *, betas: tuple[float, floa
     if isinstance(optim, PyroOptim):
         if isinstance(optim, PyroLRScheduler) or callable(optim.pt_optim_args) or optim.pt_clip_args:
             raise TypeError(
-                "train takes of Pyro's optimisers those with one set of options, without schedule or clipping (see clip_norm). "
+                "Of Pyro's optimisers those with one set of options are taken, without schedule or clipping. "
                 "Use SVI with this one, or pass a function of the parameters."
             )
         return optim.pt_optim_constructor(parameters, **optim.pt_optim_args)  # type: ignore[operator]

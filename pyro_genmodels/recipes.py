@@ -236,17 +236,17 @@ FAMILIES: Mapping[str, Recipe] = {
     "flow": Recipe(_flow, learning_rate=2e-3, batch_size=(128, 256)),
     "vae": Recipe(_vae),
     "autoregressive": Recipe(_autoregressive),
-    "energy": Recipe(_energy, learning_rate=2e-3, objective=_noise, epochs=(80, 300), batch_size=(128, 256)),
+    "energy": Recipe(_energy, learning_rate=2e-3, objective=_noise, epochs=(45, 300), batch_size=(128, 256)),
     "ode_flow": Recipe(
         _ode_flow,
         learning_rate=2e-3,
         objective=lambda *_: FlowMatching(),
         average=0.999,
-        epochs=(110, 300),
+        epochs=(90, 300),
         batch_size=(128, 256),
     ),
     "diffusion": Recipe(
-        _diffusion, learning_rate=2e-3, objective=_weighted, average=0.999, epochs=(110, 300), batch_size=(128, 256)
+        _diffusion, learning_rate=2e-3, objective=_weighted, average=0.999, epochs=(90, 300), batch_size=(128, 256)
     ),
     "gan": Recipe(_gan, objective=_game, average=0.999, epochs=(120, 300)),
 }
@@ -340,8 +340,9 @@ def alike(family: Any, x: Tensor, labels: Tensor | None, *, draws: int = 500) ->
     """How far draws are from as many rows, half of all at most, given their labels; and rows from others."""
     family = family.family if isinstance(family, Fit) else family
     device = family.loc.device
+    x = x.to(device)
     rows, floor = split(x, draws)
-    return likeness(family, x.to(device), () if labels is None else (labels.to(device),), {}, rows.to(device)), floor
+    return likeness(family, x, () if labels is None else (labels.to(device),), {}, rows), floor
 
 
 def rows_of(

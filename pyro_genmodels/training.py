@@ -170,7 +170,7 @@ def train(
         module.train()
     if average is ...:
         average = 0.999 if turns.averages else None
-    weights = Weights(turns.parameters, modules, average, turns.aside)
+    weights = Weights(turns.parameters, traces.owners(model, guide), average, turns.aside, turns.others)
 
     result = Fit(fit)
     keeper = Keeper(

@@ -59,7 +59,7 @@ def turns_of(fit: Any, objective: Any, optim: Any, batches: Batches, clip_norm: 
     elif isinstance(objective, Adversarial) and optim is not None:
         raise ValueError("An Adversarial has its optimisers already: pass optim= there.")
     if isinstance(objective, Adversarial):
-        return ByGame(objective, batches)
+        return ByGame(objective, model, guide, batches)
     if objective is not None and not isinstance(objective, ELBO):
         found = f"the class {objective.__name__}" if isinstance(objective, type) else type(objective).__name__
         raise TypeError(f"objective wants a Pyro loss, an object such as MaximumLikelihood(), but found {found}.")
@@ -87,6 +87,7 @@ class ByLoss:
         self.optimiser = make(optim, list(self.parameters.values()))
         self.aside = getattr(objective, "own", ())
         self.modules = traces.owners(model, guide)
+        self.others: list[nn.Module] = []
 
     def step(self, batch: Batch, number: int) -> dict[str, float]:
         """A step, of that number in its epoch; returns the loss of the batch.
@@ -115,10 +116,7 @@ class ByLoss:
         """The loss of held-out data."""
         self._know_constants(held_out.first())
         with torch.no_grad():
-            losses = [
-                (self._guarded(self.objective.loss, batch, held_out.rows), len(batch[0])) for batch in held_out.in_order()
-            ]
-        return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
+            return _mean([(self._guarded(self.objective.loss, b, held_out.rows), len(b[0])) for b in held_out.in_order()])
 
     def _know_constants(self, batch: Batch) -> None:
         """Has the energies in the model know their log Z, or losses of different parameters could not be compared."""
@@ -148,10 +146,8 @@ class ByLoss:
             return value
 
     def _call(self, loss: Callable[..., float], batch: Batch, rows: int) -> float:
-        x, context = batch
-        args = (x,) if context is None else (x, context)
         kwargs = {"size": rows} if self.sized else {}
-        return loss(self.model, self.guide, *args, **kwargs) / (rows if self.sized else len(x))
+        return loss(self.model, self.guide, *_args(batch), **kwargs) / (rows if self.sized else len(batch[0]))
 
     def _needs_average(self, batch: Batch) -> bool:
         """Whether the loss is of networks that are drawn from by many steps, which last weights alone serve badly."""
@@ -177,23 +173,26 @@ class ByLoss:
 class ByGame:
     """Turns of the players of a game."""
 
-    clip_norm = None
-
-    def __init__(self, game: Adversarial, batches: Batches) -> None:
-        self.game = game
-        own = traces.owners(game.model, game.guide)
+    def __init__(self, game: Adversarial, model: Callable[..., Any], guide: Callable[..., Any], batches: Batches) -> None:
+        own = traces.owners(model, guide)
+        players = traces.owners(game.model, game.guide)
+        if own and not any(part is player for module in own for part in module.modules() for player in players):
+            raise ValueError("The objective is an Adversarial of another model than this fit: build it of fit.model.")
+        self.game, self.rows = game, batches.rows
+        self.sized = "size" in inspect.signature(game.model).parameters
         within = any(game.critic is m for module in own for m in module.modules())
-        self.modules = own if within else [*own, game.critic]
-        game.prepare(*_args(batches.first()))
+        self.others: list[nn.Module] = [] if within else [game.critic]
+        self.modules = [*own, *self.others]
+        game.prepare(*_args(batches.first()), **self._size(self.rows))
         critic = {f"critic.{name}": p for name, p in game.players["critic"].items()}
-        self.parameters = {**game.players["model"], **critic}
+        self.parameters = {**game.players["generator"], **critic}
         self.optimiser: Any = _Both([game.optimisers[player] for player in game.players])
         self.aside = () if within else tuple(critic)
         self.averages = True
 
     def step(self, batch: Batch, number: int) -> dict[str, float]:
         """A turn of each; returns what each lost."""
-        lost = self.game.step(*_args(batch))
+        lost = self.game.step(*_args(batch), **self._size(self.rows))
         return {"train": lost["generator"], "critic": lost["critic"]}
 
     @torch.no_grad()
@@ -202,20 +201,15 @@ class ByGame:
 
         Else it is what the model loses, by the critic of the day.
         """
-        game, sides = self.game, []
-        drawn = isinstance(game.matching, Observations | Joint) and game.beside is None
-        losses = []
-        for batch in held_out.in_order():
-            if drawn:
-                sides.append(game.matching.sides(game.model, game.guide, _args(batch), {}))
-            else:
-                losses.append((game.evaluate_loss(*_args(batch))["generator"], len(batch[0])))
-        if not drawn:
-            return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
-        real, fake = (torch.cat([getattr(side, name)[0] for side in sides]).flatten(1) for name in ("real", "fake"))
-        if not fake.isfinite().all():
-            return float("nan")
-        return mmd(real, fake, kernel=EnergyKernel()).value.item()
+        game, size = self.game, self._size(held_out.rows)
+        if not isinstance(game.matching, Observations | Joint) or game.beside is not None:
+            return _mean([(game.evaluate_loss(*_args(b), **size)["generator"], len(b[0])) for b in held_out.in_order()])
+        sides = [game.matching.sides(game.model, game.guide, _args(batch), size) for batch in held_out.in_order()]
+        real, fake = (torch.cat([getattr(side, name)[0] for side in sides]) for name in ("real", "fake"))
+        return mmd(real, fake, kernel=EnergyKernel()).value.item() if fake.isfinite().all() else float("nan")
+
+    def _size(self, rows: int) -> dict[str, int]:
+        return {"size": rows} if self.sized else {}
 
 
 class _Both:
@@ -250,23 +244,25 @@ class _Both:
             first += count
 
 
+def _mean(losses: list[tuple[float, int]]) -> float:
+    return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
+
+
 def _args(batch: Batch) -> tuple[Tensor, ...]:
     return (batch[0],) if batch[1] is None else (batch[0], batch[1])
 
 
 def _distributions(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> list[Any]:
     """Out of Pyro's wrappers, those at the sites of model and guide."""
-    args = (batch[0],) if batch[1] is None else batch
     with torch.no_grad(), poutine.block():
-        pair: Any = traces.run(model, guide, args, {})
+        pair: Any = traces.run(model, guide, _args(batch), {})
     return [unwrap(site["fn"]) for trace in pair for site in traces.samples(trace).values()]
 
 
 def _default_objective(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> ELBO:
     """What the fit offers decides: energies, diffusions, latent variables, or a density alone."""
-    args = (batch[0],) if batch[1] is None else batch
     with torch.no_grad(), poutine.block():
-        model_trace, _ = traces.run(model, guide, args, {})
+        model_trace, _ = traces.run(model, guide, _args(batch), {})
     sites: Any = traces.samples(model_trace)
     if any(is_diffusion(site["fn"]) for site in sites.values()):
         return DenoisingScoreMatching()

@@ -29,6 +29,7 @@ class Weights:
         modules: whose buffers are kept along.
         decay: of the average per step, or None for no average.
         aside: names of parameters that are not the fit's, and are not told as its state.
+        others: modules that are not the fit's, whose buffers are kept along and not told either.
     """
 
     def __init__(
@@ -37,12 +38,13 @@ class Weights:
         modules: list[nn.Module],
         decay: float | None,
         aside: Collection[str] = (),
+        others: Sequence[nn.Module] = (),
     ) -> None:
         self.names, self.modules, self.aside = list(parameters), modules, aside
         self.live = list(parameters.values())
         self.module = nn.ParameterList(self.live)  # of the same storage, also where a parameter is a plain tensor
         self.average = None if decay is None else AveragedModel(self.module, multi_avg_fn=moving_average(decay))
-        self.buffers = [b for m in modules for b in m.buffers()]
+        self.buffers = [b for m in (*modules, *others) for b in m.buffers()]
         self.best = [t.detach().clone() for t in (*self.live, *self.buffers)]
 
     @property

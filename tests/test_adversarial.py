@@ -37,6 +37,7 @@ from pyro_genmodels import (
     Minimax,
     NonSaturating,
     Normal,
+    Observations,
     Posterior,
     Relativistic,
     Wasserstein,
@@ -545,7 +546,7 @@ def test_a_critic_that_has_won_ends_the_game_and_the_last_good_state_is_kept():
         for _ in range(1000):
             game.step(torch.randn(64))
 
-    with pytest.raises(GameOverError, match=r"it has won\. The players are back as they were at step"):
+    with pytest.raises(GameOverError, match=r"it has won\. Players and optimisers are back as they were at step"):
         play()
     assert game.evaluate_loss(torch.randn(64))["critic"] > 0
 
@@ -560,7 +561,7 @@ def test_an_exploding_game_is_told_and_left_finite(player):
         for _ in range(10):
             game.step(x)
 
-    with pytest.raises(GameOverError, match=r"the (model|critic)'s loss is .* at step"):
+    with pytest.raises(GameOverError, match=r"the (generator|critic)'s loss is .* at step"):
         play()
     assert all(p.isfinite().all() for p in gan.parameters())
 
@@ -575,7 +576,7 @@ def test_train_keeps_the_best_of_a_game_that_explodes(tmp_path):
             super().step()
 
     game = Adversarial(gan.model, gan.critic, Wasserstein(), (partial(Blown, lr=1e-3), partial(SGD, lr=1e-3)))
-    with pytest.warns(RuntimeWarning, match="Training stopped: the (model|critic)'s loss"):
+    with pytest.warns(RuntimeWarning, match="Training stopped: the (generator|critic)'s loss"):
         fit = train(gan, x, valid=x, objective=game, epochs=20, batch_size=32, checkpoint=tmp_path / "gan", progress=False)
     assert all(p.isfinite().all() for p in gan.parameters())
     assert "is kept" in fit.stopped
@@ -746,3 +747,136 @@ def test_a_gan_has_no_density_and_says_what_to_use():
             GAN((2,), **bad)
     with pytest.raises(ValueError, match="The generator should return"):
         GAN((2,), generator=nn.Linear(16, 3))().sample((4,))
+
+
+# Faults that were.
+
+
+def gradients(game, *args, draws=1, **kwargs):
+    game.prepare(*args, **kwargs)
+    total = dict.fromkeys(game.players["generator"], 0.0)
+    for _ in range(draws):
+        loss = game._model_loss(game.matching.sides(game.model, game.guide, args, kwargs), args, kwargs)
+        found = torch.autograd.grad(loss, list(game.players["generator"].values()))
+        total = {name: total[name] + g.abs().sum().item() for name, g in zip(total, found, strict=True)}
+    return total
+
+
+def test_what_rows_share_is_weighed_by_all_of_them():
+    def model(x):
+        far = pyro.sample("far", dist.Bernoulli(logits=pyro.param("logit", torch.tensor(0.0))))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Poisson(pyro.param("rate", torch.tensor(2.0))))
+            pyro.sample("x", dist.Normal(3 * far + k, 1.0), obs=x)
+
+    found = gradients(Adversarial(model, scalars(), Wasserstein()), torch.zeros(16), draws=5)
+    assert found["logit"] > 1e-4
+    assert found["rate"] > 1e-4
+
+
+def test_masked_values_are_shown_to_nobody():
+    x, mask = torch.tensor([1.0, 99.0, 2.0, 99.0]), torch.tensor([True, False, True, False])
+
+    def model(x):
+        loc = pyro.param("loc", torch.tensor(0.0))
+        with pyro.plate("data", 4), pyro.poutine.mask(mask=mask):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    sides, _ = Adversarial(model, scalars()).play(x)
+    assert torch.equal(sides.real[0], torch.tensor([1.0, 0.0, 2.0, 0.0]))
+    assert torch.equal(sides.fake[0] == 0, ~mask)
+
+
+def test_a_learned_prior_is_trained_by_an_aggregate_game():
+    def model(x):
+        loc = pyro.param("prior", torch.zeros(1))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
+
+    guide = LinearGuide()
+    assert gradients(Adversarial(model, mlp(1), guide=guide, matching=Aggregate()), torch.ones(8, 1))["prior"] > 0
+
+
+def test_nothing_is_trained_in_silence():
+    first, x = LocationScale(), torch.randn(8)
+    Adversarial(first, scalars()).step(x)
+    with pytest.raises(ValueError, match="store holds parameters of these names"):
+        Adversarial(LocationScale(), scalars()).step(x)
+
+
+def test_train_tells_a_game_how_many_rows_there_are():
+    told = []
+
+    def model(x, size=None):
+        told.append(size)
+        with pyro.plate("data", size or len(x), subsample=torch.arange(len(x))):
+            pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0), obs=x)
+
+    x = torch.randn(12)
+    game = Adversarial(model, scalars(), beside=Trace_ELBO(), weight=1e-9)
+    train((model, lambda x, size=None: None), x, objective=game, epochs=1, batch_size=4, progress=False)
+    assert set(told) == {12}
+    said = game.evaluate_loss(x[:4], size=12)["generator"]
+    assert said == pytest.approx(-dist.Normal(pyro.param("loc"), 1.0).log_prob(x[:4]).mean().item(), rel=1e-4)
+
+
+def test_a_fit_by_ones_own_critic_is_loaded_again(tmp_path):
+    flow, x = Flow((2,), transform=NSF(transforms=1, hidden=(8,))), torch.randn(32, 2)
+    game = Adversarial(flow.model, nn.Sequential(nn.BatchNorm1d(2), mlp(2)), NonSaturating())
+    train(flow, x, objective=game, epochs=1, checkpoint=tmp_path / "flow", progress=False)
+    assert_close(checkpoints.load(tmp_path / "flow")().log_prob(x), flow().log_prob(x))
+    with pytest.raises(ValueError, match="another model than this fit"):
+        train(Flow((2,)), x, objective=game, epochs=1, progress=False)
+
+
+def test_scalars_are_rows_of_one_number():
+    def model(x, y):
+        loc = pyro.param("loc", torch.tensor(0.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+            pyro.sample("y", dist.Poisson(loc.exp()), obs=y)
+
+    Adversarial(model, mlp(2)).step(torch.randn(8), torch.randint(3, (8,)))
+    train(GAN((), **SMALL), torch.randn(16), valid=torch.randn(16), epochs=1, progress=False)
+
+
+def test_what_would_be_wrong_is_refused():
+    gan, x = GAN((2,), pack=2, **SMALL), torch.randn(8, 2)
+    with pytest.raises(ValueError, match="bounds the divergence of packs"):
+        Adversarial(gan.model, gan.critic, Minimax()).divergence(x)
+    with pytest.raises(ValueError, match="this critic sees packs"):
+        Adversarial(gan.model, gan.critic, NonSaturating(), guide=gan.guide, matching=Posterior())
+    with pytest.raises(ValueError, match="no use for a guide"):
+        Adversarial(gan.model, gan.critic, guide=gan.guide, matching=Observations())
+    with pytest.raises(ValueError, match="beside another loss"):
+        Adversarial(gan.model, gan.critic, weight=2.0)
+    with pytest.raises(ValueError, match="at least 0 and less than 1"):
+        Adversarial(gan.model, gan.critic, average=2.0)
+
+    def model(x, y):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("x", GAN((2,), levels=3, **SMALL)(), obs=x)
+            pyro.sample("y", dist.Normal(k.sum(-1).float(), 0.1), obs=y)
+
+    with pytest.raises(ValueError, match="before they are rounded"):
+        Adversarial(model, mlp(3)).step(torch.randint(3, (8, 2)), torch.randn(8))
+
+    def guide(y):
+        pyro.sample("w", GAN((1,), **SMALL)())
+        pyro.sample("b", dist.Bernoulli(0.5))
+
+    with pytest.raises(ValueError, match=r"carry gradients, but site 'b'"):
+        Adversarial(guide, gan.critic, NonSaturating(), guide=guide, matching=Posterior(8), pack=1).step(x)
+
+
+def test_a_state_is_a_copy():
+    gan, x = GAN((2,), **SMALL), torch.randn(16, 2)
+    game = Adversarial(gan.model, gan.critic, average=0.9)
+    game.step(x)
+    state = game.state_dict()
+    runs = []
+    for _ in range(2):
+        game.load_state_dict(state)
+        runs.append([game.step(x) for _ in range(3)])
+    assert runs[0] == runs[1]

@@ -10,10 +10,12 @@ are rounded from reparametrised draws (`Dequantized`) can be had before they are
 
 from __future__ import annotations
 
-__all__ = ["Rows", "both_of", "conditions", "is_rounded", "observed_sites", "plate_of", "rows_of"]
+__all__ = [
+    "Rows", "both_of", "check_rounded", "conditions", "is_rounded", "masked", "observed_sites", "plate_of", "rows_of", "scores",
+]  # fmt: skip
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -62,15 +64,14 @@ def rows_of(trace: Trace, rows: int | None, given: Tensor | None = None, *, roun
             can be drawn.
     """
     sites = observed_sites(trace)
+    if not rounded:
+        check_rounded(sites)
     plate = plate_of(sites, rows)
     draws, data = [], []
     for site in sites.values():
         seen, drawn = (site["infer"]["obs"], site["value"]) if rounded else both_of(site)
         seen = seen.to(drawn.device).expand(drawn.shape)
-        mask = _mask(site)
-        if mask is not None:
-            mask = mask.reshape(mask.shape + (1,) * site["fn"].event_dim)
-            drawn, seen = (torch.where(mask, value, torch.zeros_like(value)) for value in (drawn, seen))
+        drawn, seen = masked(site, drawn, seen)
         draws.append(_matrix(drawn, site, plate.dim))
         data.append(_matrix(seen, site, plate.dim)[0])
     if given is not None:
@@ -99,6 +100,16 @@ def observed_sites(trace: Trace) -> dict[str, Any]:
     return sites
 
 
+def check_rounded(sites: Mapping[str, Any]) -> None:
+    """Raises a ValueError if integers would be drawn again before they were rounded while other sites depend on them."""
+    rounded = [name for name, site in sites.items() if is_rounded(site)]
+    if rounded and len(sites) > 1:
+        raise ValueError(
+            f"Draws of {rounded[0]!r} are compared before they are rounded, so that other observed "
+            "sites would not know them. Model the numbers as reals with noise, or put all that is observed into one site."
+        )
+
+
 def is_rounded(site: Mapping[str, Any]) -> bool:
     """Whether integers were drawn at an observed site that before they were rounded carry gradients."""
     fn = unwrap(site["fn"])
@@ -121,6 +132,43 @@ def conditions(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | N
     return None if embedded is None else embedded.detach().flatten(1)
 
 
+def scores(
+    run: Trace, plate: str, dim: int, shape: Sequence[int], log_prob: Callable[[str, Any, Tensor], Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Log densities of a run's draws that carry no gradient, where these depend on parameters.
+
+    Args:
+        run: under `traces.unobserving`.
+        plate: the data's, by name.
+        dim: of that plate.
+        shape: particles and rows.
+        log_prob: name, distribution out of its masks and value of a site -> its log density.
+
+    Returns:
+        Those of single rows, (particles, rows), and of what rows share, (particles,); None where there are none.
+    """
+    own: Tensor | None = None
+    shared: Tensor | None = None
+    for name, site in traces.samples(run).items():
+        fn = site["fn"]
+        if fn.has_rsample or site["is_observed"] or is_rounded(site):
+            continue
+        while isinstance(fn, MaskedDistribution):
+            fn = fn.base_dist
+        log_p = log_prob(name, fn, site["value"].detach())
+        if not log_p.requires_grad:
+            continue
+        frames = {f.name: f.dim for f in site["cond_indep_stack"] if f.vectorized}
+        first = frames.get(traces.PARTICLES, -max(log_p.dim(), -dim) - 1)
+        if plate in frames:
+            cells = traces.keep(log_p, (first, dim)).expand(*shape)
+            own = cells if own is None else own + cells
+        else:
+            cells = traces.keep(log_p, (first,)).expand(shape[0])
+            shared = cells if shared is None else shared + cells
+    return own, shared
+
+
 def plate_of(sites: Mapping[str, Any], rows: int | None) -> Any:
     """The plate of the data's rows: around all of these sites, of that many rows if one is, else the outermost.
 
@@ -137,6 +185,15 @@ def plate_of(sites: Mapping[str, Any], rows: int | None) -> Any:
             f"{', '.join(found) or 'no plates'}. Write them inside one `with pyro.plate('data', len(x)):`."
         )
     return min(fitting, key=lambda f: f.dim)
+
+
+def masked(site: Mapping[str, Any], *values: Tensor) -> tuple[Tensor, ...]:
+    """Values of a site, with 0 where it is masked."""
+    mask = _mask(site)
+    if mask is None:
+        return values
+    mask = mask.reshape(mask.shape + (1,) * site["fn"].event_dim)
+    return tuple(torch.where(mask, value, torch.zeros_like(value)) for value in values)
 
 
 def _mask(site: Any) -> Tensor | None:

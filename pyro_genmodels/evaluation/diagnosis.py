@@ -36,7 +36,8 @@ class Diagnosis:
     Attributes:
         calibration_error: of the critic, from 0 to 1; NaN in a game whose critic estimates no ratio.
         distance: mean distance of D from the optimum over data and draws, where that is known; else NaN.
-        divergence: the lower bound that the critic proves, of the divergence its game is about; None in a game about none.
+        divergence: the lower bound that the critic proves, of the divergence its game is about; None in a game about
+            none, and of packs.
         coverage: of the data by as many draws.
         expected: coverage by draws of the same law.
     """
@@ -89,6 +90,8 @@ def diagnose(game: Any, x: Tensor, *args: Any, log_ratio: Callable[..., Tensor] 
     """
     if bins < 1 or len(x) < 5 * bins:
         raise ValueError(f"diagnose wants at least 5 rows for each of {bins} bins, but found {len(x)}.")
+    if log_ratio is not None and game.pack > 1:
+        raise ValueError(f"log_ratio is of single rows, but this critic sees {game.pack} at once. Leave it out, or use pack=1.")
     sides, (real, fake) = game.play(x, *args)
     calibration = distance = float("nan")
     objective = game.objective
@@ -101,13 +104,11 @@ def diagnose(game: Any, x: Tensor, *args: Any, log_ratio: Callable[..., Tensor] 
         if log_ratio is not None:
             best = torch.cat([log_ratio(*side) for side in (sides.real, sides.fake)]).sigmoid()
             distance = (says - best).abs().mean().item()
-    seen = [
-        torch.cat([part.flatten(1) for part in side], 1) if side[0].dim() > 1 else side[0] for side in (sides.real, sides.fake)
-    ]
+    seen = [torch.cat([part.reshape(len(part), -1) for part in side], 1) for side in (sides.real, sides.fake)]
     found = Diagnosis(
         calibration,
         distance,
-        objective.divergence(real, fake) if objective.bounds else None,
+        objective.divergence(real, fake) if objective.bounds and game.pack == 1 else None,
         coverage(*seen),
         1 - 0.5**NEIGHBOURS,
     )

@@ -1,6 +1,7 @@
 r"""How far a fit's draws are from held-out data: what can be said of every fit, with a likelihood or without.
 
-Draws are of the fit's model without its observations, one for each of n rows of data, and so given the same context. Beside
+Draws are of the fit's model without its observations, given the contexts of n other rows than those they are compared with: two
+independent sets. Beside
 the distance of these from the rows stands that of the rows from n others: the *floor*, which no model's draws are meant to be
 below.
 """
@@ -39,8 +40,8 @@ class Likeness:
     sliced_wasserstein: float
 
 
-def split(x: Tensor, draws: int) -> tuple[Tensor, float]:
-    """Which rows of x draws are compared with, as many as asked for or half of all; and their distance from as many others.
+def split(x: Tensor, draws: int) -> tuple[tuple[Tensor, Tensor], float]:
+    """Rows of x to compare draws with, as many as asked for or half of all, others to draw for, and how far these are apart.
 
     Raises:
         ValueError: for fewer than 2 draws or 4 rows.
@@ -52,7 +53,7 @@ def split(x: Tensor, draws: int) -> tuple[Tensor, float]:
         )
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1)).to(x.device)
     rows, others = order[:n], order[n : 2 * n]
-    return rows, sliced_wasserstein(x[rows], x[others], seed=1).value.item()
+    return (rows, others), sliced_wasserstein(x[rows], x[others], seed=1).value.item()
 
 
 def model_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,21 +61,22 @@ def model_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name not in _OPTIONS}
 
 
-def likeness(fit: Any, x: Tensor, args: tuple, kwargs: Mapping[str, Any], rows: Tensor) -> Likeness:
-    """Of a fit, at rows of x, (n,), and of the tensors beside it that have as many.
+def likeness(fit: Any, x: Tensor, args: tuple, kwargs: Mapping[str, Any], rows: tuple[Tensor, Tensor]) -> Likeness:
+    """Of draws for some rows of x, and of the tensors beside it that have as many, and data of others.
 
     Args:
         fit: as `log_likelihood` takes it.
         x: data, (N, ...).
         args: the model's other arguments.
         kwargs: those of `log_likelihood`, of which its own options are left out.
-        rows: which.
+        rows: to compare with, (n,), and to draw for, (n,).
     """
     model, _ = traces.as_pair(fit)
-    cut = lambda a: a[rows] if isinstance(a, Tensor) and a.dim() and len(a) == len(x) else a  # noqa: E731
+    both, n = torch.cat(rows), len(rows[0])
+    cut = lambda a: a[both] if isinstance(a, Tensor) and a.dim() and len(a) == len(x) else a  # noqa: E731
     own = {name: cut(value) for name, value in model_arguments(kwargs).items()}
     with traces.looking_on():
         run, _ = traces.run(traces.drawing(model), traces.no_latents, tuple(map(cut, (x, *args))), own)
-    found = rows_of(run, len(rows))
-    drawn = found.draws.flatten(0, 1)
-    return Likeness(mmd_test(drawn, found.data), sliced_wasserstein(drawn, found.data, seed=1).value.item())
+    found = rows_of(run, len(both))
+    drawn, data = found.draws.flatten(0, 1)[n:], found.data[:n]
+    return Likeness(mmd_test(drawn, data), sliced_wasserstein(drawn, data, seed=1).value.item())

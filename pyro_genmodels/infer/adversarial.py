@@ -11,8 +11,9 @@ from __future__ import annotations
 
 __all__ = ["Adversarial", "GameOverError"]
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from math import isfinite
 from typing import Any
 
@@ -24,12 +25,12 @@ from torch.optim import Optimizer
 
 from pyro_genmodels import traces
 from pyro_genmodels.divergences import Divergence
-from pyro_genmodels.errors import chosen
+from pyro_genmodels.errors import chosen, listed
 from pyro_genmodels.infer.games import Game, Relativistic
-from pyro_genmodels.infer.matching import Joint, Matching, Observations, Sides
-from pyro_genmodels.infer.penalties import Penalty
+from pyro_genmodels.infer.matching import Joint, Matching, Observations, Posterior, Sides
+from pyro_genmodels.infer.penalties import R1, Penalty
 from pyro_genmodels.optimisers import Optim, make
-from pyro_genmodels.weights import Weights
+from pyro_genmodels.weights import Weights, moving_average
 
 KEEP_EVERY = 100
 """Steps between two copies of the last good state."""
@@ -93,26 +94,37 @@ class Adversarial:
     ) -> None:
         if not callable(model):
             raise TypeError(f"Adversarial wants a model, such as gan.model, but found {type(model).__name__}.")
+        if not isinstance(critic, nn.Module):
+            raise TypeError(f"Adversarial wants a critic that is a torch.nn.Module, such as gan.critic, but found {critic!r}.")
         default = Joint() if guide is not None and beside is None else Observations()
-        self.model, self.guide, self.critic = (
-            model,
-            guide or traces.no_latents,
-            chosen("Adversarial", "critic", critic, None, nn.Module),
-        )
+        self.model, self.guide, self.critic = model, guide or traces.no_latents, critic
         self.objective: Game = chosen("Adversarial", "objective", objective, Relativistic(), Game)
         self.matching: Matching = chosen("Adversarial", "matching", matching, default, Matching)
-        self.penalties = self.objective.penalties if penalties is None else tuple(penalties)
+        if guide is not None and beside is None and isinstance(self.matching, Observations):
+            raise ValueError("Observations() has no use for a guide: pass beside=Trace_ELBO(), or matching=Joint().")
+        penalties = self.objective.penalties if penalties is None else penalties
+        self.penalties = (penalties,) if isinstance(penalties, Penalty) else tuple(penalties)
         for penalty in self.penalties:
-            chosen("Adversarial", "penalty", penalty, None, Penalty)
-        self.beside = None if beside is None else chosen("Adversarial", "loss beside", beside, None, ELBO)
+            chosen("Adversarial", "penalty", penalty, R1(), Penalty)
+        if not (beside is None or isinstance(beside, ELBO)):
+            raise TypeError(f"Adversarial wants a Pyro loss beside the game, such as Trace_ELBO(), but found {beside!r}.")
+        self.beside: Any = beside
         self.pack = getattr(critic, "pack", 1) if pack is None else pack
         for name, value in (("num_critic_steps", num_critic_steps), ("pack", self.pack)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"Adversarial wants {name} as a positive integer, but found {value!r}.")
+        if self.pack > 1 and isinstance(self.matching, Posterior):
+            raise ValueError("Posterior wants the critic's log ratio of single rows, but this critic sees packs. Use pack=1.")
+        if average is not None:
+            moving_average(average)  # checks it
+        if isinstance(optim, list | tuple) and len(optim) != 2:
+            raise ValueError(f"Adversarial wants one optimiser for both players, or a pair, but found {len(optim)}.")
+        if weight != 1.0 and beside is None:
+            raise ValueError(f"weight={weight} is that of the game beside another loss: pass beside=, or leave it out.")
         if not (isfinite(weight) and weight > 0):
             raise ValueError(f"Adversarial wants a positive weight of the game, but found {weight!r}.")
         self.num_critic_steps, self.weight, self.average = num_critic_steps, weight, average
-        self.optims = optim if isinstance(optim, tuple) else (optim, optim)
+        self.optims = tuple(optim) if isinstance(optim, list | tuple) else (optim, optim)
         self.steps, self._lost = 0, 0
         self._ready = False
 
@@ -139,26 +151,25 @@ class Adversarial:
         sides = self.matching.sides(self.model, self.guide, args, kwargs)
         critic = self._critic_step(sides)
         loss = self._model_loss(sides, args, kwargs)
-        self._update("model", loss)
+        self._update("generator", loss)
         self.weights.update()
         self.steps += 1
         self._watch(critic)
         return {"generator": loss.item(), "critic": critic}
 
-    @torch.no_grad()
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """What `step` would say, without a step."""
-        sides = self.matching.sides(self.model, self.guide, args, kwargs)
-        real, fake = self._outputs(sides)
-        loss = self._model_loss(sides, args, kwargs)
-        return {"generator": loss.item(), "critic": self.objective.critic_loss(real, fake).mean().item()}
+        """What `step` would say, without a step; both players look on, in evaluation mode."""
+        with traces.looking_on():
+            sides = self.matching.sides(self.model, self.guide, args, kwargs)
+            real, fake = self._outputs(sides)
+            loss = self._model_loss(sides, args, kwargs)
+            return {"generator": loss.item(), "critic": self.objective.critic_loss(real, fake).mean().item()}
 
     # What is known of the game.
 
-    @torch.no_grad()
     def play(self, *args: Any, **kwargs: Any) -> tuple[Sides, tuple[Tensor, Tensor]]:
         """What is put before the critic of data and fresh draws, and what it says of both, (rows,) each; nobody learns."""
-        with traces.looking_on(), _evaluating(self.critic):
+        with traces.looking_on():
             sides = self.matching.sides(self.model, self.guide, args, kwargs)
             return sides, self._outputs(sides)
 
@@ -166,8 +177,10 @@ class Adversarial:
         """The lower bound of the game's divergence that the critic proves on data, best held out, and as many fresh draws.
 
         Raises:
-            ValueError: in a game that bounds none.
+            ValueError: in a game that bounds none, and of a critic that sees packs, whose bound is of the laws of packs.
         """
+        if self.pack > 1:
+            raise ValueError(f"This critic sees {self.pack} rows at once, and bounds the divergence of packs. Use pack=1.")
         return self.objective.divergence(*self.play(*args, **kwargs)[1])
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -188,41 +201,57 @@ class Adversarial:
             return
         with poutine.trace(param_only=True) as capture:
             sides = self.matching.sides(self.model, self.guide, args, kwargs)
-            self._model_loss(sides, args, kwargs)
+            loss = self._model_loss(sides, args, kwargs)
         own = {id(p) for p in self.critic.parameters()}
         values: dict[str, Any] = {name: site["value"] for name, site in capture.trace.nodes.items()}
         found = {name: v.unconstrained() if hasattr(v, "unconstrained") else v for name, v in values.items()}
         found = {name: p for name, p in found.items() if p.requires_grad and id(p) not in own}
         critic = {name: p for name, p in self.critic.named_parameters() if p.requires_grad}
-        for player, parameters in (("model", found), ("critic", critic)):
+        for player, parameters in (("generator", found), ("critic", critic)):
             if not parameters:
                 raise ValueError(f"The {player} has nothing to train: no parameter that requires a gradient was met in a step.")
-        self.players = {"model": found, "critic": critic}
+        met = loss.requires_grad and any(
+            g is not None for g in torch.autograd.grad(loss, list(found.values()), allow_unused=True)
+        )
+        if not met:
+            raise ValueError(
+                f"No gradient reaches the generator's parameters {listed(found)}: a draw is cut off by .detach(), or Pyro's "
+                "store holds parameters of these names from before; see pyro.clear_param_store()."
+            )
+        self.players = {"generator": found, "critic": critic}
         self.optimisers: dict[str, Optimizer] = {
             player: make(optim, list(self.players[player].values()), betas=(0.0, 0.99))
             for player, optim in zip(self.players, self.optims, strict=True)
         }
         modules = traces.owners(self.model, self.guide)
         self.weights = Weights(found, modules, self.average)
-        self._good = Weights(found | {f"critic.{name}": p for name, p in critic.items()}, [*modules, self.critic], None)
+        self._modules = [*modules, self.critic]
         self._ready = True
+        self._good = self.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
-        """Both players, their optimisers, the average and torch's random state: all that going on takes, once it has begun.
+        """Copies of both players, with their modules' buffers, of their optimisers, the average and torch's random state.
 
-        Buffers of the model's modules are saved with these.
+        That is all that going on takes.
+
+        Raises:
+            ValueError: before `prepare`.
         """
         if not self._ready:
             raise ValueError("Adversarial has no state before its first step. See prepare.")
         average = self.weights.average
-        return {
-            "players": {player: [p.detach().clone() for p in found.values()] for player, found in self.players.items()},
-            "buffers": [b.clone() for b in self._good.buffers],
-            "optimisers": {player: optimiser.state_dict() for player, optimiser in self.optimisers.items()},
-            "average": None if average is None else average.state_dict(),
-            "steps": self.steps,
-            "random": torch.get_rng_state(),
-        }
+        device = next(iter(self.players["critic"].values())).device
+        return copy.deepcopy(
+            {
+                "players": {player: [p.detach() for p in found.values()] for player, found in self.players.items()},
+                "buffers": [b.detach() for b in self._buffers()],
+                "optimisers": {player: optimiser.state_dict() for player, optimiser in self.optimisers.items()},
+                "average": None if average is None else average.state_dict(),
+                "steps": self.steps,
+                "random": torch.get_rng_state(),
+                "random.cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            }
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from there; `prepare` must have been called.
@@ -238,19 +267,29 @@ class Adversarial:
                 raise ValueError(
                     f"The saved {player} has {len(saved)} parameters, or of other shapes than the {len(shapes)} here."
                 )
+        self._put_back(state)
+        torch.set_rng_state(state["random"])
+        if state["random.cuda"] is not None:
+            torch.cuda.set_rng_state(state["random.cuda"])
+        self._good = self.state_dict()
+
+    def _put_back(self, state: Mapping[str, Any]) -> None:
+        """All of a state but the random numbers."""
+        state = copy.deepcopy(dict(state))
         with torch.no_grad():
             for player, found in self.players.items():
                 for p, value in zip(found.values(), state["players"][player], strict=True):
                     p.copy_(value)
                 self.optimisers[player].load_state_dict(state["optimisers"][player])
-            for buffer, value in zip(self._good.buffers, state["buffers"], strict=True):
+            for buffer, value in zip(self._buffers(), state["buffers"], strict=True):
                 buffer.copy_(value)
-        self._good.reread()
+        self.weights.reread()
         if self.weights.average is not None and state["average"] is not None:
             self.weights.average.load_state_dict(state["average"])
-        self.steps = state["steps"]
-        self._good.keep()
-        torch.set_rng_state(state["random"])
+        self.steps, self._lost = state["steps"], 0
+
+    def _buffers(self) -> list[Tensor]:
+        return [buffer for module in self._modules for buffer in module.buffers()]
 
     # The players' losses.
 
@@ -278,16 +317,19 @@ class Adversarial:
         real, fake = self._outputs(sides)
         values = self.matching.loss(self.objective, real, fake)
         loss = values.mean()
-        if sides.log_q is not None:
-            log_q = self._packed(sides.log_q).reshape(len(values), -1).sum(1)
-            surrogate = ((values.detach() - values.detach().mean()) * log_q).mean() * len(values) / max(len(values) - 1, 1)
+        own, shared = sides.log_q
+        if own is not None:
+            log_q = self._packed(own).reshape(len(values), -1).sum(1)
+            others = (values.detach().sum() - values.detach()) / max(len(values) - 1, 1)  # a baseline that a row has no part in
+            surrogate = ((values.detach() - others) * log_q).mean()
             loss = loss + surrogate - surrogate.detach()
+        if shared is not None:
+            surrogate = values.detach().mean() * shared
+            loss = loss + surrogate - surrogate.detach()
+        loss = loss + sides.rest
         if self.beside is None:
-            return loss + sides.rest
-        rows = kwargs.get("size") or len(sides.real[0])
-        return (
-            self.weight * (loss + sides.rest) + self.beside.differentiable_loss(self.model, self.guide, *args, **kwargs) / rows
-        )
+            return loss
+        return self.weight * loss + self.beside.differentiable_loss(self.model, self.guide, *args, **kwargs) / sides.size
 
     def _outputs(self, sides: Sides) -> tuple[Tensor, Tensor]:
         real, fake = (self._says(*map(self._packed, (*side, *sides.context))) for side in (sides.real, sides.fake))
@@ -330,24 +372,15 @@ class Adversarial:
         self._lost = self._lost + 1 if lost else 0
         if self._lost >= KEEP_EVERY:
             self._end(f"the critic's loss has been below {critic:.1e} for {self._lost} steps, at step {self.steps}: it has won")
-        if self.steps % KEEP_EVERY == 0 and not self._lost and self._good.finite:
-            self._good.keep()
-            self._kept = self.steps
+        if self.steps % KEEP_EVERY == 0 and not self._lost and self._finite():
+            self._good = self.state_dict()
+
+    def _finite(self) -> bool:
+        return all(bool(p.isfinite().all()) for found in self.players.values() for p in found.values())
 
     def _end(self, why: str) -> None:
-        self._good.restore()
-        self._lost = 0
+        self._put_back(self._good)
         raise GameOverError(
-            f"{why}. The players are back as they were at step {getattr(self, '_kept', 0)}. Lower the critic's learning rate, "
-            "or restrain it: penalties=(R1(1.0), R2(1.0)), spectral_normalized(critic), or noise on the data."
+            f"{why}. Players and optimisers are back as they were at step {self.steps}. Lower the critic's learning rate, or "
+            "restrain it: penalties=(R1(1.0), R2(1.0)), spectral_normalized(critic), or noise on the data."
         )
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Any:
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)

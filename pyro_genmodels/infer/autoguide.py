@@ -43,7 +43,8 @@ class AutoFamily(AutoContinuous):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
-        self.family = self.build(self.latent_dim)
+        like = self._init_loc()  # of the latent variables' dtype and device
+        self.family = self.build(self.latent_dim).to(like)
         shape: Any = self.family.event_shape
         if tuple(shape) != (self.latent_dim,) or self.family.context is not None:
             raise ValueError(

@@ -24,7 +24,6 @@ from math import log
 from typing import Any, ClassVar
 
 import torch
-from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.util import warn_if_nan
@@ -34,7 +33,7 @@ from pyro_genmodels import traces
 from pyro_genmodels.distributions.base import density_of, unwrap
 from pyro_genmodels.divergences import ConvexFunction, KullbackLeibler, sliced_wasserstein
 from pyro_genmodels.divergences.kernels import GaussianKernel, Kernel, check_kernel, median_distance
-from pyro_genmodels.draws.rows import Rows, conditions, is_rounded, rows_of
+from pyro_genmodels.draws.rows import Rows, conditions, rows_of, scores
 from pyro_genmodels.infer.objective import Loss
 
 
@@ -98,17 +97,17 @@ class DrawLoss(Loss):
         sets = DrawSets(torch.cat([part.draws.flatten(0, 1) for part in found]), data, given is not None)
         loss = self.between(sets)
         if torch.is_grad_enabled():
-            scores = [self._scores(run, part) for run, part in zip(runs, found, strict=True)]
-            surrogate = self._surrogate(sets, loss, scores)
+            parts = [self._scores(run, part) for run, part in zip(runs, found, strict=True)]
+            surrogate = self._surrogate(sets, loss, parts)
             if surrogate is not None:
                 loss = loss + surrogate - surrogate.detach()
         if is_validation_enabled():
             warn_if_nan(loss, "loss")
         return total * loss
 
-    def _surrogate(self, sets: DrawSets, loss: Tensor, scores: list[tuple[Tensor | None, Tensor | None]]) -> Tensor | None:
+    def _surrogate(self, sets: DrawSets, loss: Tensor, found: list[tuple[Tensor | None, Tensor | None]]) -> Tensor | None:
         """What has the score function's part of the gradient as its own."""
-        own, shared = ([part for part in parts if part is not None] for parts in zip(*scores, strict=True))
+        own, shared = ([part for part in parts if part is not None] for parts in zip(*found, strict=True))
         terms = [] if not own else [(self.rewards(sets) * torch.cat([log_p.flatten() for log_p in own])).sum()]
         terms += [loss.detach() * log_p.sum() for log_p in shared]
         return torch.stack(terms).sum() if terms else None
@@ -118,29 +117,10 @@ class DrawLoss(Loss):
 
         They are those of single rows, (particles, rows), and of what rows share, (particles,).
         """
-        own: Tensor | None = None
-        shared: Tensor | None = None
-        for name, site in traces.samples(run).items():
-            fn = site["fn"]
-            if fn.has_rsample or site["is_observed"] or is_rounded(site):
-                continue
-            log_p = self._log_prob(name, fn, site["value"].detach())
-            if not log_p.requires_grad:
-                continue
-            frames = {f.name: f.dim for f in site["cond_indep_stack"] if f.vectorized}
-            first = frames.get(traces.PARTICLES, -log_p.dim() - 1)
-            if rows.plate in frames:
-                cells = traces.keep(log_p, (first, rows.dim)).expand(rows.draws.shape[:2])
-                own = cells if own is None else own + cells
-            else:
-                cells = traces.keep(log_p, (first,)).expand(len(rows.draws))
-                shared = cells if shared is None else shared + cells
-        return own, shared
+        return scores(run, rows.plate, rows.dim, rows.draws.shape[:2], self._log_prob)
 
     def _log_prob(self, name: str, fn: Any, value: Tensor) -> Tensor:
         """Of a site that is drawn without gradient, unmasked, as it is drawn."""
-        while isinstance(fn, MaskedDistribution):
-            fn = fn.base_dist
         density, advice = density_of(fn)
         if density in ("none", "lower bound"):
             raise ValueError(

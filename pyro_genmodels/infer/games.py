@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_genmodels.divergences import ConvexFunction, Divergence, JensenShannon, TotalVariation
+from pyro_genmodels.divergences import ConvexFunction, Divergence, JensenShannon
 from pyro_genmodels.infer.penalties import R1, R2, GradientPenalty, Penalty
 
 
@@ -185,7 +185,11 @@ class FGAN(Game):
 
     @property
     def estimates_ratio(self) -> bool:
-        return not isinstance(self.f, TotalVariation)
+        try:
+            self.f.log_ratio(torch.zeros(1))
+        except ValueError:  # its critic tells none
+            return False
+        return True
 
     def log_ratio(self, v: Tensor) -> Tensor:
         return self.f.log_ratio(v)

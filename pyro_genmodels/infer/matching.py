@@ -27,12 +27,13 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_genmodels import traces
 from pyro_genmodels.distributions.base import density_of, unwrap
-from pyro_genmodels.draws.rows import both_of, is_rounded, observed_sites, plate_of
+from pyro_genmodels.draws.rows import both_of, check_rounded, is_rounded, masked, observed_sites, plate_of, scores
 from pyro_genmodels.errors import listed
 from pyro_genmodels.infer.games import Game
 
@@ -45,15 +46,18 @@ class Sides:
         real: what it sees of one side, (rows, ...) each: the one that stands for p in the game.
         fake: likewise of the other, q.
         context: what it is told beside either, (rows, ...) each.
-        log_q: log probability (nats) of what was drawn without gradient on that other side, (rows,); None if nothing was.
+        log_q: log probability (nats) of what was drawn without gradient on that other side, of each row, (rows,), and of what
+            rows share, (); None where nothing was.
         rest: what the model and its guide minimise besides (nats per row).
+        size: rows of all data, of which these are a part.
     """
 
     real: tuple[Tensor, ...]
     fake: tuple[Tensor, ...]
     context: tuple[Tensor, ...] = ()
-    log_q: Tensor | None = None
+    log_q: tuple[Tensor | None, Tensor | None] = (None, None)
     rest: Tensor | float = 0.0
+    size: int = 1
 
 
 class Matching(ABC):
@@ -79,7 +83,7 @@ class Observations(Matching):
 
     def sides(self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Sides:
         trace, plate, real, fake, context = _observations(model, args, kwargs)
-        return Sides((real,), (fake,), context, _score(trace, plate))
+        return Sides((real,), (fake,), context, _score(trace, plate), size=_size(plate))
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class Joint(Matching):
         trace, plate, real, fake, context = _observations(model, args, kwargs)
         guided = _guided(traces.alone(guide, args, kwargs), plate, "Joint")
         z_real, z_fake = _latents(guided, plate), _latents(_counterparts(guided, trace), plate)
-        return Sides((real, z_real), (fake, z_fake), context, _score(trace, plate))
+        return Sides((real, z_real), (fake, z_fake), context, _score(trace, plate), size=_size(plate))
 
 
 @dataclass(frozen=True)
@@ -107,11 +111,18 @@ class Aggregate(Matching):
     def sides(self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Sides:
         model_trace, guide_trace = traces.run(model, guide, args, kwargs)
         observed = _observed(model_trace)
-        plate = plate_of(observed, _rows(args)).dim
+        plate = plate_of(observed, _rows(args))
         guided = _guided(guide_trace, plate, "Aggregate")
-        prior = _counterparts(guided, traces.alone(traces.drawing(model), args, kwargs))
-        log_p = sum(traces.keep(site["fn"].log_prob(site["value"]), (plate,)) for site in observed.values())
-        return Sides((_latents(prior, plate).detach(),), (_latents(guided, plate),), rest=-torch.as_tensor(log_p).mean())
+        prior_trace = traces.alone(traces.drawing(model), args, kwargs)
+        prior = _counterparts(guided, prior_trace)
+        if not all(site["fn"].has_rsample for site in prior.values()):
+            raise ValueError("Aggregate wants a prior whose draws carry gradients, so that it is trained along. Use Joint().")
+        log_p = sum(
+            traces.keep(scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"]), (plate.dim,))
+            for site in observed.values()
+        )
+        rest = -torch.as_tensor(log_p).mean()
+        return Sides((_latents(prior, plate),), (_latents(guided, plate),), rest=rest, size=_size(plate))
 
 
 @dataclass(frozen=True)
@@ -147,11 +158,22 @@ class Posterior(Matching):
             raise ValueError(
                 "Posterior is for a guide without a density, but every site of this one has one. Use SVI with Trace_ELBO."
             )
-        local = all(traces.depth(site) for site in implicit.values())
-        if local:
-            frame = plate_of(_observed(model_trace), _rows(args))
-            _guided(guide_trace, frame.dim, "Posterior")
-        dims = (-nesting - 1, frame.dim) if local else (-nesting - 1,)
+        for name in traces.latents(guide_trace):
+            fn = traces.samples(guide_trace)[name]["fn"]
+            if not fn.has_rsample:
+                raise ValueError(
+                    f"Posterior wants a guide whose draws carry gradients, but site {name!r} holds {type(unwrap(fn)).__name__}."
+                )
+        plates = [{f.name for f in site["cond_indep_stack"]} for site in implicit.values()]
+        frame = plate_of(_observed(model_trace), _rows(args)) if any(plates) and traces.observed(model_trace) else None
+        within = [frame is not None and frame.name in names for names in plates]
+        local = all(within)
+        if any(within) and not local:
+            raise ValueError(
+                "Posterior wants all sites of the guide without a density inside the data's plate, or none, but found both "
+                f"among {listed(implicit)}. Join them, or give some a density."
+            )
+        dims = (-nesting - 1, frame.dim) if frame is not None and local else (-nesting - 1,)
         u = torch.cat([_cells(site, dims) for site in implicit.values()], -1)
         if len(u) <= u.shape[1]:
             raise ValueError(
@@ -163,9 +185,10 @@ class Posterior(Matching):
         log_p, log_q = (traces.log_prob(t, (-nesting - 1,), scaled=True).mean() for t in (model_trace, guide_trace))
         reference = _normal_of(u)
         y = torch.linalg.solve_triangular(reference.scale_tril, (u - reference.loc).T, upper=False).T
-        rest = (log_q - log_p) / ((frame.full_size or frame.size) if local else 1) + reference.log_prob(u).mean()
+        size = _size(frame) if local else 1
+        rest = (log_q - log_p) / size + reference.log_prob(u).mean()
         seen = (args[0].expand(self.num_particles, *args[0].shape).flatten(0, 1),) if local else ()
-        return Sides((*seen, y), (*seen, torch.randn_like(y)), rest=rest)
+        return Sides((*seen, y), (*seen, torch.randn_like(y)), rest=rest, size=size)
 
     def loss(self, game: Game, real: Tensor, fake: Tensor) -> Tensor:
         return game.log_ratio(real)
@@ -176,33 +199,41 @@ class Posterior(Matching):
 
 def _observations(
     model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
-) -> tuple[Trace, int, Tensor, Tensor, tuple[Tensor, ...]]:
-    """A run that draws what it observes: its trace, the data's plate, what was observed and drawn, rows first, what is told."""
+) -> tuple[Trace, Any, Tensor, Tensor, tuple[Tensor, ...]]:
+    """A run that draws what it observes: its trace, the data's plate, what was observed and drawn, rows first, and the told."""
     trace = traces.alone(traces.drawing(model), args, kwargs)
     sites = observed_sites(trace)
-    plate = plate_of(sites, _rows(args)).dim
-    sides = []
-    for side in zip(*map(_both, sites.values()), strict=True):
-        parts = [_rows_first(value, plate, site["fn"].event_dim) for value, site in zip(side, sites.values(), strict=True)]
-        sides.append(parts[0] if len(parts) == 1 else torch.cat([part.flatten(1) for part in parts], 1))
-    return trace, plate, sides[0], sides[1], _context(args, kwargs, sites, len(sides[0]))
+    check_rounded(sites)
+    plate = plate_of(sites, _rows(args))
+    real, fake = (
+        _joined([(value, site["fn"].event_dim) for value, site in zip(side, sites.values(), strict=True)], plate)
+        for side in zip(*map(_both, sites.values()), strict=True)
+    )
+    return trace, plate, real, fake, _context(args, kwargs, sites, len(real))
+
+
+def _joined(values: list[tuple[Tensor, int]], plate: Any) -> Tensor:
+    """Values (batch..., *event_shape) with their event dimensions, rows first; several are flattened and joined."""
+    parts = [value.movedim(plate.dim - event_dim, 0) for value, event_dim in values]
+    return parts[0] if len(parts) == 1 else torch.cat([part.reshape(len(part), -1) for part in parts], 1)
+
+
+def _size(plate: Any) -> int:
+    return plate.full_size or plate.size
 
 
 def _rows(args: tuple) -> int | None:
     return len(args[0]) if args and isinstance(args[0], Tensor) and args[0].dim() else None
 
 
-def _both(site: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """What was observed and what was drawn, as a network sees them."""
+def _both(site: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """What was observed and what was drawn, as a network sees them: of one dtype, and 0 where it is masked."""
     fn: Any = unwrap(site["fn"])
     real, fake = both_of(site)
+    dtype = torch.promote_types(real.dtype, fake.dtype)
     pretransform = getattr(fn.base if is_rounded(site) else fn, "pretransform", None)
-    return (real, fake) if pretransform is None else (pretransform(real), pretransform(fake))
-
-
-def _rows_first(value: Tensor, plate: int, event_dim: int) -> Tensor:
-    """(batch..., *event_shape), with the rows of that dimension in front."""
-    return value.movedim(plate - event_dim, 0)
+    both = (value.to(fake.device, dtype).expand(fake.shape) for value in (real, fake))
+    return masked(site, *(both if pretransform is None else map(pretransform, both)))
 
 
 def _context(args: tuple, kwargs: Mapping[str, Any], sites: Mapping[str, Any], rows: int) -> tuple[Tensor, ...]:
@@ -215,30 +246,29 @@ def _context(args: tuple, kwargs: Mapping[str, Any], sites: Mapping[str, Any], r
     return tuple(a for a in found if not any(a is data for data in observed))
 
 
-def _score(trace: Trace, plate: int) -> Tensor | None:
-    """Log probability of all that was drawn without a gradient, of each row, or None if nothing was."""
-    log_q = None
-    for name, site in traces.samples(trace).items():
-        fn: Any = unwrap(site["fn"])
-        if site["is_observed"] or site["fn"].has_rsample or is_rounded(site):
-            continue
-        if density_of(site["fn"])[0] != "exact":
+def _score(trace: Trace, plate: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Log probability of all that was drawn without a gradient: of each row, (rows,), and of what they share, ()."""
+
+    def log_prob(name: str, fn: Any, value: Tensor) -> Tensor:
+        density, advice = density_of(fn)
+        if density != "exact":
             raise ValueError(
                 f"Adversarial trains by draws with gradients, or by the score function of a density, but site {name!r} holds "
-                f"{type(fn).__name__}, which has neither. Its own objective is another."
+                f"{type(unwrap(fn)).__name__}, which has neither. {advice}"
             )
-        part = traces.keep(site["fn"].log_prob(site["value"]), (plate,))
-        log_q = part if log_q is None else log_q + part
-    return log_q if log_q is None or log_q.requires_grad else None
+        return fn.log_prob(value)
+
+    own, shared = scores(trace, plate.name, plate.dim, (1, plate.size), log_prob)
+    return None if own is None else own[0], None if shared is None else shared[0]
 
 
-def _guided(guide_trace: Trace, plate: int, by: str) -> dict[str, Any]:
+def _guided(guide_trace: Trace, plate: Any, by: str) -> dict[str, Any]:
     """The guide's sites, once it is known that each is of single rows and drawn with gradients."""
     found = {name: site for name, site in traces.samples(guide_trace).items() if not site["is_observed"]}
     if not found:
         raise ValueError(f"{by} wants a guide that draws latent variables, but this one draws none. Pass guide=.")
     for name, site in found.items():
-        if all(f.dim != plate for f in site["cond_indep_stack"]):
+        if all(f.name != plate.name for f in site["cond_indep_stack"]):
             raise ValueError(
                 f"{by} matches latent variables of single rows, but {name!r} lies outside the data's plate. Use Posterior()."
             )
@@ -262,10 +292,9 @@ def _counterparts(guided: Mapping[str, Any], trace: Trace) -> dict[str, Any]:
     return {name: sites[name] for name in guided}
 
 
-def _latents(sites: Mapping[str, Any], plate: int) -> Tensor:
+def _latents(sites: Mapping[str, Any], plate: Any) -> Tensor:
     """Their values, rows first; of several, flattened and joined."""
-    parts = [_rows_first(site["value"], plate, site["fn"].event_dim) for site in sites.values()]
-    return parts[0] if len(parts) == 1 else torch.cat([part.flatten(1) for part in parts], 1)
+    return _joined([(site["value"], site["fn"].event_dim) for site in sites.values()], plate)
 
 
 def _cells(site: Mapping[str, Any], dims: tuple[int, ...]) -> Tensor:

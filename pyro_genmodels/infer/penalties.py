@@ -90,9 +90,9 @@ class GradientPenalty(Penalty):
 
     def __call__(self, critic: Critic, real: Seen, fake: Seen) -> Tensor:
         rows = len(real[0])
-        share = torch.rand(rows, dtype=real[0].dtype, device=real[0].device)
+        share = torch.rand(rows, device=real[0].device)
         between = tuple(
-            x.lerp(y, share.reshape(-1, *(1,) * (x.dim() - 1))) if x.is_floating_point() else x
+            x.lerp(y, share.to(x).reshape(-1, *(1,) * (x.dim() - 1))) if x.is_floating_point() else x
             for x, y in zip(real, fake, strict=True)
         )
         slopes = _squared_slopes(critic, between).clamp(min=1e-12).sqrt()  # the root has no slope at zero
@@ -123,6 +123,8 @@ def _squared_slopes(critic: Critic, seen: Seen) -> Tensor:
     if not all(part.requires_grad for part in seen if part.is_floating_point()):
         seen = tuple(part.detach().requires_grad_(part.is_floating_point()) for part in seen)
     inputs = [part for part in seen if part.requires_grad]
+    if not inputs:
+        raise ValueError("Penalties are on slopes, but the critic tells integers apart, which have none. Pass penalties=().")
     with torch.enable_grad():
         slopes = torch.autograd.grad(critic(*seen).sum(), inputs, create_graph=True, allow_unused=True, materialize_grads=True)
     return torch.stack([slope.reshape(len(slope), -1).square().sum(1) for slope in slopes]).sum(0)
