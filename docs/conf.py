@@ -24,7 +24,7 @@ default_role = "py:obj"  # docstrings name things in single backquotes
 unlisted = (  # what public ones derive from
     "FlowTransform|Likelihood|EnergyChoice|Negatives|State|Run|_ScoreMatching|ScoreMatching|_ByParts|Process|Prediction|Trace|"
     "Solver|_Adaptive|_Fixed|_OnGrid|_OneStep|ReverseSampler|TimeWeighting|Coupling|Interpolant|_Linear|Denoiser|Evaluations|Assessed|Walked|Particles|"
-    "ContinuousFamily|GeneratorChoice|CriticChoice|Sides"
+    "ContinuousFamily|GeneratorChoice|CriticChoice|Sides|_Logistic|_SquaredSlope"
 )
 nitpick_ignore_regex = [("py:.*", rf"(?!pyro_genmodels\.).*|.*\.({unlisted})")]  # our public names must resolve
 

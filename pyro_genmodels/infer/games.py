@@ -77,20 +77,11 @@ class Game(ABC):
         )
 
 
-@dataclass(frozen=True)
-class Minimax(Game):
-    r"""The first game: :math:`\max_D \mathbb{E}_p \log D + \mathbb{E}_q \log(1 - D)`, :math:`D = \sigma(v)`, which the model
-    minimises.
-
-    At the best critic, :math:`D = p / (p + q)`, it is :math:`2\,\mathrm{JS}(p, q) - \log 4`. A model far from the data gets
-    hardly any slope: `NonSaturating` is what one trains by.
-    """
+class _Logistic(Game):
+    """A critic that is a classifier: its output is the log odds of data."""
 
     def critic_loss(self, real: Tensor, fake: Tensor) -> Tensor:
         return F.softplus(-real) + F.softplus(fake)
-
-    def model_loss(self, real: Tensor, fake: Tensor) -> Tensor:
-        return -self.critic_loss(real, fake)
 
     def log_ratio(self, v: Tensor) -> Tensor:
         return v
@@ -101,11 +92,21 @@ class Minimax(Game):
 
 
 @dataclass(frozen=True)
-class NonSaturating(Minimax):
-    r"""The critic of `Minimax`, and a model that maximises :math:`\mathbb{E}_q \log D` (Goodfellow et al., section 3)."""
+class Minimax(_Logistic):
+    r"""The first game: :math:`\max_D \mathbb{E}_p \log D + \mathbb{E}_q \log(1 - D)`, :math:`D = \sigma(v)`, which the model
+    minimises.
+
+    At the best critic, :math:`D = p / (p + q)`, it is :math:`2\,\mathrm{JS}(p, q) - \log 4`. A model far from the data gets
+    hardly any slope: `NonSaturating` is what one trains by.
+    """
 
     def model_loss(self, real: Tensor, fake: Tensor) -> Tensor:
-        return self.critic_loss(fake, real)
+        return -self.critic_loss(real, fake)
+
+
+@dataclass(frozen=True)
+class NonSaturating(_Logistic):
+    r"""The critic of `Minimax`, and a model that maximises :math:`\mathbb{E}_q \log D` (Goodfellow et al., section 3)."""
 
 
 @dataclass(frozen=True)

@@ -51,28 +51,33 @@ def _weight(owner: object, value: float) -> None:
 
 
 @dataclass(frozen=True)
-class R1(Penalty):
+class _SquaredSlope(Penalty):
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        _weight(self, self.gamma)
+
+
+class R1(_SquaredSlope):
     """Half the squared slope at data, times gamma.
 
     Args:
         gamma: weight, positive.
     """
 
-    gamma: float = 1.0
-
-    def __post_init__(self) -> None:
-        _weight(self, self.gamma)
-
     def __call__(self, critic: Critic, real: Seen, fake: Seen) -> Tensor:
         return self.gamma / 2 * _squared_slopes(critic, real).mean()
 
 
-@dataclass(frozen=True)
-class R2(R1):
-    """Half the squared slope at draws, times gamma."""
+class R2(_SquaredSlope):
+    """Half the squared slope at draws, times gamma.
+
+    Args:
+        gamma: weight, positive.
+    """
 
     def __call__(self, critic: Critic, real: Seen, fake: Seen) -> Tensor:
-        return super().__call__(critic, fake, real)
+        return self.gamma / 2 * _squared_slopes(critic, fake).mean()
 
 
 @dataclass(frozen=True)
