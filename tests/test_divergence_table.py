@@ -18,7 +18,7 @@ def test_two_densities_have_every_row_from_where_it_is_best():
     assert list(table.index) == DENSITIES + SCORES + DRAWS
     assert list(table.columns) == ["value", "std_error", "kind", "how"]
     assert table.attrs["left_out"] == {}
-    assert table.kind.tolist() == ["densities"] * 8 + ["scores"] * 2 + ["draws"] * 2
+    assert table.kind.tolist() == ["densities"] * 8 + ["scores"] * 2 + ["draws"] * 3
     assert (table.how[["kl", "reverse_kl", "jeffreys"]] == "closed form").all()
     assert table.how["js"] == "Monte Carlo"
     assert table.value["kl"] == pytest.approx(kl(P, Q).value.item())
@@ -65,7 +65,7 @@ def test_sums_are_called_sums():
 def test_what_would_not_end_is_left_out(monkeypatch):
     monkeypatch.setattr("pyro_genmodels.divergences.table._COSTS", 1000)
     table = divergence_table(torch.randn(60, 2), torch.randn(60, 2))
-    assert list(table.index) == ["sliced_wasserstein"]
+    assert list(table.index) == ["sliced_wasserstein", "mmd"]
     assert "60 x 60 draws" in table.attrs["left_out"]["wasserstein"]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 __all__ = ["divergence_table"]
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
@@ -29,6 +29,9 @@ from pyro_genmodels.divergences.kl import Divergence, kl, reverse_kl
 from pyro_genmodels.divergences.mmd import mmd
 from pyro_genmodels.divergences.transport import sliced_wasserstein
 from pyro_genmodels.divergences.wasserstein import wasserstein
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _COSTS = 25_000_000  # that a linear programme may hold
 
@@ -105,6 +108,8 @@ def divergence_table(
             torch.manual_seed(seed)
         _add_densities(add, p, q, num_samples, left_out)
         _add_draws(add, *(one.sample((num_draws,)) if isinstance(one, Distribution) else one for one in (p, q)))
+    import pandas as pd  # slow to import
+
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["value", "std_error", "kind", "how"])
     table.index.name, table.attrs["left_out"] = "divergence", left_out
     return table

@@ -1,6 +1,6 @@
 r"""What a model draws beside what it observes: two matrices, a row for each row of the data's plate.
 
-The model runs with `traces.unobserving`, so that at each observed site there is a draw beside the datum,
+The model runs as `drawing` has it, so that at each observed site there is a draw beside the datum,
 
 .. math:: \tilde x_n \sim p(x \mid c_n), \qquad x_n \text{ as observed,}
 
@@ -11,7 +11,7 @@ are rounded from reparametrised draws (`Dequantized`) can be had before they are
 from __future__ import annotations
 
 __all__ = [
-    "Rows", "both_of", "check_rounded", "conditions", "is_rounded", "masked", "observed_sites", "plate_of", "rows_of", "scores",
+    "Rows", "both_of", "conditions", "drawing", "is_rounded", "masked", "observed_sites", "plate_of", "rows_of", "scores",
 ]  # fmt: skip
 
 import inspect
@@ -24,6 +24,7 @@ import torch
 from pyro.distributions import Unit
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_genmodels import traces
@@ -51,7 +52,7 @@ class Rows:
 
 
 def rows_of(trace: Trace, rows: int | None, given: Tensor | None = None, *, rounded: bool = True) -> Rows:
-    """Reads them from a run of a model under `traces.unobserving`, also of many particles.
+    """Reads them from a run of a model under `drawing`, also of many particles.
 
     Args:
         trace: of that run.
@@ -64,8 +65,6 @@ def rows_of(trace: Trace, rows: int | None, given: Tensor | None = None, *, roun
             can be drawn.
     """
     sites = observed_sites(trace)
-    if not rounded:
-        check_rounded(sites)
     plate = plate_of(sites, rows)
     draws, data = [], []
     for site in sites.values():
@@ -83,7 +82,7 @@ def rows_of(trace: Trace, rows: int | None, given: Tensor | None = None, *, roun
 
 
 def observed_sites(trace: Trace) -> dict[str, Any]:
-    """The sites at which a run under `traces.unobserving` has drawn beside what was observed, by name.
+    """The sites at which a run under `drawing` has drawn beside what was observed, by name.
 
     Raises:
         ValueError: if there is none, or if the model has a `pyro.factor`.
@@ -100,14 +99,19 @@ def observed_sites(trace: Trace) -> dict[str, Any]:
     return sites
 
 
-def check_rounded(sites: Mapping[str, Any]) -> None:
-    """Raises a ValueError if integers would be drawn again before they were rounded while other sites depend on them."""
-    rounded = [name for name, site in sites.items() if is_rounded(site)]
-    if rounded and len(sites) > 1:
-        raise ValueError(
-            f"Draws of {rounded[0]!r} are compared before they are rounded, so that other observed "
-            "sites would not know them. Model the numbers as reals with noise, or put all that is observed into one site."
-        )
+class _Unrounded(Messenger):
+    """Keeps, where integers are rounded from draws with gradients, what they were before."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["done"] and is_rounded(msg):
+            fn: Any = unwrap(msg["fn"])
+            msg["infer"]["unrounded"] = fn.base.rsample()
+            msg["value"], msg["done"] = fn.rounded(msg["infer"]["unrounded"].detach()), True
+
+
+def drawing(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model as it draws what it observes, to be read by `rows_of`."""
+    return _Unrounded()(traces.drawing(model))
 
 
 def is_rounded(site: Mapping[str, Any]) -> bool:
@@ -117,10 +121,10 @@ def is_rounded(site: Mapping[str, Any]) -> bool:
 
 
 def both_of(site: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """What was observed and what was drawn at a site; where `is_rounded`, with noise, and drawn again without rounding."""
+    """What was observed and what was drawn at a site; where `is_rounded`, with noise, and as it was before."""
     fn: Any = unwrap(site["fn"])
     observed = site["infer"]["obs"]
-    return (fn.noisy(observed), fn.base.rsample()) if is_rounded(site) else (observed, site["value"])
+    return (fn.noisy(observed), site["infer"]["unrounded"]) if is_rounded(site) else (observed, site["value"])
 
 
 def conditions(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -138,7 +142,7 @@ def scores(
     """Log densities of a run's draws that carry no gradient, where these depend on parameters.
 
     Args:
-        run: under `traces.unobserving`.
+        run: under `drawing`.
         plate: the data's, by name.
         dim: of that plate.
         shape: particles and rows.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyro_genmodels import traces
 from pyro_genmodels.divergences import sliced_wasserstein
-from pyro_genmodels.draws.rows import rows_of
+from pyro_genmodels.draws.rows import drawing, rows_of
 from pyro_genmodels.evaluation.discrepancy import MMDTest, mmd_test
 from pyro_genmodels.evaluation.log_likelihood import log_likelihood
 
@@ -76,7 +76,7 @@ def likeness(fit: Any, x: Tensor, args: tuple, kwargs: Mapping[str, Any], rows: 
     cut = lambda a: a[both] if isinstance(a, Tensor) and a.dim() and len(a) == len(x) else a  # noqa: E731
     own = {name: cut(value) for name, value in model_arguments(kwargs).items()}
     with traces.looking_on():
-        run, _ = traces.run(traces.drawing(model), traces.no_latents, tuple(map(cut, (x, *args))), own)
+        run, _ = traces.run(drawing(model), traces.no_latents, tuple(map(cut, (x, *args))), own)
     found = rows_of(run, len(both))
     drawn, data = found.draws.flatten(0, 1)[n:], found.data[:n]
     return Likeness(mmd_test(drawn, data), sliced_wasserstein(drawn, data, seed=1).value.item())

@@ -33,7 +33,7 @@ from pyro_genmodels import traces
 from pyro_genmodels.distributions.base import density_of, unwrap
 from pyro_genmodels.divergences import ConvexFunction, KullbackLeibler, sliced_wasserstein
 from pyro_genmodels.divergences.kernels import GaussianKernel, Kernel, check_kernel, median_distance
-from pyro_genmodels.draws.rows import Rows, conditions, rows_of, scores
+from pyro_genmodels.draws.rows import Rows, conditions, drawing, rows_of, scores
 from pyro_genmodels.infer.objective import Loss
 
 
@@ -87,8 +87,8 @@ class DrawLoss(Loss):
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The loss of one row times the rows of all data; the guide is not run."""
         rows = len(args[0]) if args and isinstance(args[0], Tensor) and args[0].dim() else None
-        drawing = traces.drawing(model)
-        runs = [pair[0] for pair in self._get_traces(drawing, traces.no_latents, args, kwargs)]
+        drawn = drawing(model)
+        runs = [pair[0] for pair in self._get_traces(drawn, traces.no_latents, args, kwargs)]
         given = conditions(model, args, kwargs)
         found = [rows_of(run, rows, given, rounded=False) for run in runs]
         data, total = found[0].data, len(found[0].data) * found[0].weight

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from pyro_genmodels import traces
 from pyro_genmodels.distributions.base import density_of, unwrap
-from pyro_genmodels.draws.rows import both_of, check_rounded, is_rounded, masked, observed_sites, plate_of, scores
+from pyro_genmodels.draws.rows import both_of, drawing, is_rounded, masked, observed_sites, plate_of, scores
 from pyro_genmodels.errors import listed
 from pyro_genmodels.infer.games import Game
 
@@ -113,7 +113,7 @@ class Aggregate(Matching):
         observed = _observed(model_trace)
         plate = plate_of(observed, _rows(args))
         guided = _guided(guide_trace, plate, "Aggregate")
-        prior_trace = traces.alone(traces.drawing(model), args, kwargs)
+        prior_trace = traces.alone(drawing(model), args, kwargs)
         prior = _counterparts(guided, prior_trace)
         if not all(site["fn"].has_rsample for site in prior.values()):
             raise ValueError("Aggregate wants a prior whose draws carry gradients, so that it is trained along. Use Joint().")
@@ -201,9 +201,8 @@ def _observations(
     model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
 ) -> tuple[Trace, Any, Tensor, Tensor, tuple[Tensor, ...]]:
     """A run that draws what it observes: its trace, the data's plate, what was observed and drawn, rows first, and the told."""
-    trace = traces.alone(traces.drawing(model), args, kwargs)
+    trace = traces.alone(drawing(model), args, kwargs)
     sites = observed_sites(trace)
-    check_rounded(sites)
     plate = plate_of(sites, _rows(args))
     real, fake = (
         _joined([(value, site["fn"].event_dim) for value, site in zip(side, sites.values(), strict=True)], plate)
