@@ -85,5 +85,5 @@ def chosen(owner: str, role: str, found: Any, default: Any, wanted: Any) -> Any:
     found = default if found is None else found
     if not isinstance(found, wanted):
         given = f"the class {found.__name__}; call it" if isinstance(found, type) else repr(found)
-        raise TypeError(f"{owner} wants a {role} such as {default!r}, but found {given}.")
+        raise TypeError(f"{owner} wants {'an' if role[0] in 'aeiou' else 'a'} {role} such as {default!r}, but found {given}.")
     return found

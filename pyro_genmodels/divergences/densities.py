@@ -13,7 +13,13 @@ from pyro_genmodels.distributions.base import density_of
 
 
 def check_events(p: Distribution, q: Distribution, *, by: str) -> None:
-    """Raises a ValueError, in the name of what asks, unless the two have one event shape."""
+    """Raises an error, in the name of what asks, unless both are distributions and have one event shape."""
+    for name, dist in (("p", p), ("q", q)):
+        if not isinstance(dist, Distribution):
+            raise TypeError(
+                f"{by} wants distributions, but {name} is of {type(dist).__name__}. Between draws see wasserstein, "
+                "sliced_wasserstein and mmd, or divergence_table."
+            )
     if p.event_shape != q.event_shape:
         raise ValueError(
             f"{by} wants two distributions of one event shape, but p has {tuple(p.event_shape)} and q "
@@ -36,6 +42,11 @@ def check_densities(p: Distribution, q: Distribution, *, by: str) -> None:
                 f"{by} wants two exact densities, but {name} is a {type(dist).__name__}, whose density is: {density}. "
                 "Compare draws instead, by c2st or mmd."
             )
+    if support_of(p).is_discrete != support_of(q).is_discrete:
+        raise ValueError(
+            f"{by} wants two densities, or probabilities on both sides, but p is a {type(p).__name__} over {p.support} and q a "
+            f"{type(q).__name__} over {q.support}. Spread integers by Dequantized, or compare draws by wasserstein."
+        )
 
 
 def log_densities(p: Distribution, q: Distribution, num_samples: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ __all__ = ["as_matrices"]
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 
 def as_matrices(x: Tensor, y: Tensor, *, by: str, least: int = 2) -> tuple[Tensor, Tensor]:
@@ -36,7 +37,8 @@ def as_matrices(x: Tensor, y: Tensor, *, by: str, least: int = 2) -> tuple[Tenso
     """
     for name, draws in (("x", x), ("y", y)):
         if not isinstance(draws, Tensor):
-            raise TypeError(f"{by} wants tensors, but {name} is of {type(draws).__name__}. Use torch.as_tensor.")
+            cure = "Pass draws of it, p.sample((1000,))" if isinstance(draws, Distribution) else "Use torch.as_tensor"
+            raise TypeError(f"{by} wants tensors, but {name} is of {type(draws).__name__}. {cure}.")
         if draws.is_complex():
             raise ValueError(f"{by} wants real numbers, but {name} is of {draws.dtype}. Use torch.view_as_real.")
         if draws.ndim == 0 or len(draws) < least:

@@ -88,6 +88,8 @@ def diagnose(game: Any, x: Tensor, *args: Any, log_ratio: Callable[..., Tensor] 
         >>> diagnose(Adversarial(flow.model, GAN((2,)).critic), x).coverage > 0.5
         True
     """
+    if not hasattr(game, "play"):
+        raise TypeError(f"diagnose wants the Adversarial that trains, but found {type(game).__name__}. See coverage(x, draws).")
     if bins < 1 or len(x) < 5 * bins:
         raise ValueError(f"diagnose wants at least 5 rows for each of {bins} bins, but found {len(x)}.")
     if log_ratio is not None and game.pack > 1:

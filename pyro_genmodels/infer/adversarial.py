@@ -92,7 +92,7 @@ class Adversarial:
         weight: float = 1.0,
         average: float | None = None,
     ) -> None:
-        if not callable(model):
+        if not callable(model) or hasattr(model, "event_shape"):  # a family is no model, but has one
             raise TypeError(f"Adversarial wants a model, such as gan.model, but found {type(model).__name__}.")
         if not isinstance(critic, nn.Module):
             raise TypeError(f"Adversarial wants a critic that is a torch.nn.Module, such as gan.critic, but found {critic!r}.")
@@ -113,6 +113,11 @@ class Adversarial:
         for name, value in (("num_critic_steps", num_critic_steps), ("pack", self.pack)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"Adversarial wants {name} as a positive integer, but found {value!r}.")
+        if isinstance(self.matching, Posterior) and not self.objective.estimates_ratio:
+            raise ValueError(
+                f"Posterior wants a critic that estimates a log ratio, but that of {type(self.objective).__name__} does not. "
+                "Use NonSaturating()."
+            )
         if self.pack > 1 and isinstance(self.matching, Posterior):
             raise ValueError("Posterior wants the critic's log ratio of single rows, but this critic sees packs. Use pack=1.")
         if average is not None:

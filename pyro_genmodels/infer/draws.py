@@ -256,6 +256,7 @@ class SpreadDivergence(DrawLoss):
 
     Args:
         f: of the ratio p / q of data to draws: `KullbackLeibler` covers the data, `ReverseKullbackLeibler` keeps to some of it.
+            Where data have a heavy tail, the first is drawn to it in small batches; `JensenShannon` is not.
         bandwidth: h, in the units of the data; None is half the median distance of the batch's data. The smaller, the finer
             what is seen, and the more rows it takes.
         num_samples: blurred copies of each row, on both sides.

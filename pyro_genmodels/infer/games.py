@@ -152,7 +152,10 @@ class Wasserstein(Game):
         return fake - real
 
     def divergence(self, real: Tensor, fake: Tensor) -> Divergence:
-        """Wasserstein-1, in the units the critic sees, of a critic whose slopes are at most 1."""
+        """Wasserstein-1, in the units the critic sees, as far as the critic's slopes keep to 1.
+
+        `GradientPenalty` sees to that but about; `WeightClipping` leaves the scale open, and the value says nothing.
+        """
         return difference(real, fake)
 
 

@@ -143,6 +143,8 @@ def spectral_normalized(network: nn.Module) -> nn.Module:
         >>> [name for name, _ in critic[0].named_parameters()]
         ['bias', 'parametrizations.weight.original']
     """
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"spectral_normalized wants a network, such as gan.critic, but found {network!r}.")
     for module in network.modules():
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             spectral_norm(module)
