@@ -332,7 +332,8 @@ def evaluate(
     if num_samples is None:
         law = family(*(labels[:1] for labels in context))
         inner = law.base if isinstance(law, Dequantized) else law
-        num_samples = 8 if getattr(inner, "density", "exact") == "estimate" else 512  # of ODEs, which are dear, few do
+        dear = getattr(inner, "density", "exact") == "estimate" and not getattr(inner, "intractable", False)
+        num_samples = 8 if dear else 512  # of traces along an ODE, which are dear, few do
     return log_likelihood(family, x.to(device), *context, num_samples=num_samples, progress=progress)
 
 
