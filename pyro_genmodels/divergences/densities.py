@@ -42,11 +42,6 @@ def check_densities(p: Distribution, q: Distribution, *, by: str) -> None:
                 f"{by} wants two exact densities, but {name} is a {type(dist).__name__}, whose density is: {density}. "
                 "Compare draws instead, by c2st or mmd."
             )
-    if support_of(p).is_discrete != support_of(q).is_discrete:
-        raise ValueError(
-            f"{by} wants two densities, or probabilities on both sides, but p is a {type(p).__name__} over {p.support} and q a "
-            f"{type(q).__name__} over {q.support}. Spread integers by Dequantized, or compare draws by wasserstein."
-        )
 
 
 def log_densities(p: Distribution, q: Distribution, num_samples: int) -> tuple[Tensor, Tensor]:

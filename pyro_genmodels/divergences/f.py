@@ -25,7 +25,14 @@ from pyro_genmodels.divergences.convex import (
     ReverseKullbackLeibler,
     TotalVariation,
 )
-from pyro_genmodels.divergences.densities import check_densities, check_events, check_number, log_densities, mean_of
+from pyro_genmodels.divergences.densities import (
+    check_densities,
+    check_events,
+    check_number,
+    log_densities,
+    mean_of,
+    support_of,
+)
 from pyro_genmodels.divergences.kl import Divergence
 
 
@@ -70,6 +77,11 @@ def f_divergence(p: Distribution, q: Distribution, f: ConvexFunction, *, num_sam
         return Divergence(known[0], torch.zeros_like(known[0].detach()))
     check_number(num_samples, by="f_divergence", least=4)
     check_densities(p, q, by="f_divergence")
+    if support_of(p).is_discrete != support_of(q).is_discrete:
+        raise ValueError(
+            f"f_divergence wants two densities, or probabilities on both sides, but p is a {type(p).__name__} over {p.support} "
+            f"and q a {type(q).__name__} over {q.support}. Spread integers by Dequantized, or compare draws by wasserstein."
+        )
     shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
     p, q = p.expand(shape), q.expand(shape)
     log_p, log_q = log_densities(p, q, num_samples // 2)

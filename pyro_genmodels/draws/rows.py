@@ -111,7 +111,8 @@ class _Unrounded(Messenger):
 
 def drawing(model: Callable[..., Any]) -> Callable[..., Any]:
     """The model as it draws what it observes, to be read by `rows_of`."""
-    return _Unrounded()(traces.drawing(model))
+    drawn = traces.drawing(model)
+    return lambda *args, **kwargs: _Unrounded()(lambda: drawn(*args, **kwargs))()  # handlers have a keyword `context`
 
 
 def is_rounded(site: Mapping[str, Any]) -> bool:

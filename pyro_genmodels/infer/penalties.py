@@ -21,7 +21,6 @@ from math import isfinite
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 Critic = Callable[..., Tensor]
 Seen = tuple[Tensor, ...]
@@ -145,6 +144,8 @@ def spectral_normalized(network: nn.Module) -> nn.Module:
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"spectral_normalized wants a network, such as gan.critic, but found {network!r}.")
+    from torch.nn.utils.parametrizations import spectral_norm  # slow to import
+
     for module in network.modules():
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             spectral_norm(module)
