@@ -25,7 +25,6 @@ from torch.nn.functional import logsigmoid
 from pyro_genmodels.divergences.convexity import Convex, ConvexFunction
 
 
-@dataclass(frozen=True)
 class KullbackLeibler(ConvexFunction):
     r""":math:`f(u) = u \log u`: KL(p || q). :math:`f^*(t) = e^{t - 1}`.
 
@@ -56,7 +55,6 @@ class KullbackLeibler(ConvexFunction):
         return 2 * r * r.sigmoid()
 
 
-@dataclass(frozen=True)
 class ReverseKullbackLeibler(ConvexFunction):
     r""":math:`f(u) = -\log u`: KL(q || p). :math:`f^*(t) = -1 - \log(-t)` for t < 0."""
 
@@ -82,7 +80,6 @@ class ReverseKullbackLeibler(ConvexFunction):
         return -2 * r * (-r).sigmoid()
 
 
-@dataclass(frozen=True)
 class Jeffreys(ConvexFunction):
     r""":math:`f(u) = (u - 1) \log u`: the sum of both KL.
 
@@ -119,7 +116,6 @@ class Jeffreys(ConvexFunction):
         return 2 * r * (r / 2).tanh()
 
 
-@dataclass(frozen=True)
 class JensenShannon(ConvexFunction):
     r""":math:`f(u) = \tfrac12 [u \log u - (u + 1) \log \tfrac{u + 1}{2}]`: (KL(p || m) + KL(q || m)) / 2 for m = (p + q) / 2.
 
@@ -148,7 +144,6 @@ class JensenShannon(ConvexFunction):
         return log(2) + r.sigmoid() * logsigmoid(r) + (-r).sigmoid() * logsigmoid(-r)
 
 
-@dataclass(frozen=True)
 class TotalVariation(ConvexFunction):
     r""":math:`f(u) = |u - 1| / 2`: the most that the probability of any event differs; at most 1.
 
@@ -184,7 +179,6 @@ class TotalVariation(ConvexFunction):
         return (r / 2).tanh().abs()
 
 
-@dataclass(frozen=True)
 class SquaredHellinger(ConvexFunction):
     r""":math:`f(u) = (\sqrt u - 1)^2 / 2`: half the integral of :math:`(\sqrt p - \sqrt q)^2`; at most 1.
 
@@ -214,7 +208,6 @@ class SquaredHellinger(ConvexFunction):
         return (r / 2).tanh() * (r / 4).tanh()
 
 
-@dataclass(frozen=True)
 class PearsonChiSquared(ConvexFunction):
     r""":math:`f(u) = (u - 1)^2`: the integral of :math:`(p - q)^2 / q`. :math:`f^*(t) = t + t^2 / 4` for t > -2, else -1.
 
@@ -248,7 +241,6 @@ class PearsonChiSquared(ConvexFunction):
         return 2 * r.expm1() * (r / 2).tanh()
 
 
-@dataclass(frozen=True)
 class NeymanChiSquared(ConvexFunction):
     r""":math:`f(u) = (u - 1)^2 / u`: the integral of :math:`(p - q)^2 / p`.
 

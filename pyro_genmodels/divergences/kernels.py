@@ -73,7 +73,6 @@ class ScaledKernel(Kernel):
         return self.bandwidth
 
 
-@dataclass(frozen=True)
 class GaussianKernel(ScaledKernel):
     """The Gaussian kernel.
 
@@ -89,7 +88,6 @@ class GaussianKernel(ScaledKernel):
         return (_squares(x, y) / (-2 * self._width**2)).exp()
 
 
-@dataclass(frozen=True)
 class LaplaceKernel(ScaledKernel):
     """The Laplace kernel, of the Euclidean distance: less blind to small things than the Gaussian.
 

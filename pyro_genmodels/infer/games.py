@@ -91,7 +91,6 @@ class _Logistic(Game):
         return FGAN(JensenShannon()).divergence(real, fake)
 
 
-@dataclass(frozen=True)
 class Minimax(_Logistic):
     r"""The first game: :math:`\max_D \mathbb{E}_p \log D + \mathbb{E}_q \log(1 - D)`, :math:`D = \sigma(v)`, which the model
     minimises.
@@ -104,12 +103,10 @@ class Minimax(_Logistic):
         return -self.critic_loss(real, fake)
 
 
-@dataclass(frozen=True)
 class NonSaturating(_Logistic):
     r"""The critic of `Minimax`, and a model that maximises :math:`\mathbb{E}_q \log D` (Goodfellow et al., section 3)."""
 
 
-@dataclass(frozen=True)
 class LeastSquares(Game):
     r"""Squared distances to 1 for data and 0 for draws. Mao et al., *Least Squares GANs* (arXiv 1611.04076).
 
@@ -123,7 +120,6 @@ class LeastSquares(Game):
         return torch.logit(v, eps=1e-6)
 
 
-@dataclass(frozen=True)
 class Hinge(Game):
     r"""Margins of 1: :math:`\max(0, 1 - v_p) + \max(0, 1 + v_q)`, against :math:`-v_q`.
 
@@ -137,7 +133,6 @@ class Hinge(Game):
         return real - fake
 
 
-@dataclass(frozen=True)
 class Wasserstein(Game):
     r"""The dual of optimal transport: :math:`W_1(p, q) = \sup_{|v|_L \le 1} \mathbb{E}_p v - \mathbb{E}_q v`.
 
@@ -203,7 +198,6 @@ class FGAN(Game):
         return difference(self.f.critic(real), self.f.conjugate_of_critic(fake))
 
 
-@dataclass(frozen=True)
 class Relativistic(Game):
     r"""Pairs: :math:`\mathrm{softplus}(-(v_p - v_q))` for the critic, who wants each datum above a draw, and its mirror image.
 

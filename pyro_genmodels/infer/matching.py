@@ -60,8 +60,9 @@ class Sides:
     size: int = 1
 
 
+@dataclass(frozen=True)
 class Matching(ABC):
-    """Base of the choices."""
+    """Base of the choices; those without options are equal where their class is."""
 
     @abstractmethod
     def sides(self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Sides:
@@ -72,7 +73,6 @@ class Matching(ABC):
         return game.model_loss(real, fake)
 
 
-@dataclass(frozen=True)
 class Observations(Matching):
     """What the model observes, against what it draws in its place: the matching of a GAN.
 
@@ -86,7 +86,6 @@ class Observations(Matching):
         return Sides((real,), (fake,), context, _score(trace, plate), size=_size(plate))
 
 
-@dataclass(frozen=True)
 class Joint(Matching):
     """Data with the guide's latent variables against the model's draws with theirs: bidirectional GANs.
 
@@ -101,7 +100,6 @@ class Joint(Matching):
         return Sides((real, z_real), (fake, z_fake), context, _score(trace, plate), size=_size(plate))
 
 
-@dataclass(frozen=True)
 class Aggregate(Matching):
     """The guide's latent variables over all data against the prior's, beside the model's reconstruction of the data.
 
