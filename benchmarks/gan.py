@@ -52,11 +52,11 @@ def root(threads: Annotated[int, typer.Option(help="Of PyTorch.")] = 2) -> None:
 
 @app.command()
 def modes(
-    seconds: Annotated[float, typer.Option(help="Of training, in each run.")] = 300,
+    seconds: Annotated[float, typer.Option(help="Of training, in each run.")] = 200,
     runs: int = 10,
     first: Annotated[int, typer.Option(help="Seed of the first run.")] = 0,
     only: Annotated[str, typer.Option(help="grid or ring.")] = "",
-    batch_size: int = 128,
+    batch_size: int = 256,
 ) -> None:
     """Modes covered and share of good draws on PacGAN's mixtures: 100,000 points, 2,500 draws."""
     print("| data | seed | modes | high quality | reverse KL | steps | seconds |")
@@ -73,7 +73,7 @@ def modes(
             game = Adversarial(gan.model, gan.critic, optim=optim, average=0.999)
             steps, start = 0, time.perf_counter()
             while (share := (time.perf_counter() - start) / seconds) < 1:
-                gamma = 0.03 * 0.01**share  # first the rough shape, then its finest features
+                gamma = 0.3 * 0.01**share  # first the rough shape, then its finest features
                 game.penalties = (R1(gamma), R2(gamma))
                 game.step(x[torch.randint(len(x), (batch_size,))])
                 for optimiser in game.optimisers.values():
