@@ -210,7 +210,7 @@ def posterior(draws: int = 2000, seed: int = 0) -> None:
         )  # fmt: skip
         for step in tqdm(range(steps), desc=name, mininterval=10):
             game.step()
-            game.optimisers["model"].param_groups[0]["lr"] = 3e-4 * min(1.0, 2 * (1 - step / steps))
+            game.optimisers["generator"].param_groups[0]["lr"] = 3e-4 * min(1.0, 2 * (1 - step / steps))
         with game.averaged():
             found = Predictive(guide, num_samples=draws)()
         spent = time.perf_counter() - start

@@ -468,6 +468,23 @@ def test_adversarial_variational_bayes_finds_a_posterior_that_is_not_normal():
     assert (b - 2 * a**2 + 2).abs().median() < 1.0
 
 
+def test_a_posterior_of_a_model_without_plates_is_learned_from_its_draws():
+    """Of z given y = 2, by a prior and noise of unit variance: normal of mean 1 and variance 1/2."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(2.0))
+
+    guide = AutoFamily(model, lambda n: GAN((n,), latent_dim=1, **SMALL))
+    guide()
+    game = Adversarial(model, guide.family.critic, NonSaturating(), guide=guide, matching=Posterior(num_particles=128))
+    for _ in range(300):
+        game.step()
+    draws = Predictive(guide, num_samples=1000)()["z"]
+    assert draws.mean().item() == pytest.approx(1.0, abs=0.3)
+    assert draws.std().item() == pytest.approx(0.5**0.5, abs=0.3)
+
+
 def test_a_guide_inside_the_plate_is_judged_beside_its_data():
     class Guide(pyro.nn.PyroModule):
         def __init__(self):

@@ -162,7 +162,7 @@ class Posterior(Matching):
                 raise ValueError(
                     f"Posterior wants a guide whose draws carry gradients, but site {name!r} holds {type(unwrap(fn)).__name__}."
                 )
-        plates = [{f.name for f in site["cond_indep_stack"]} for site in implicit.values()]
+        plates = [{f.name for f in site["cond_indep_stack"]} - {traces.PARTICLES} for site in implicit.values()]
         frame = plate_of(_observed(model_trace), _rows(args)) if any(plates) and traces.observed(model_trace) else None
         within = [frame is not None and frame.name in names for names in plates]
         local = all(within)
