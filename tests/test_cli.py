@@ -826,6 +826,7 @@ def test_a_signal_in_training_keeps_the_run_and_says_where(number, code, data, t
     args = ["--data", data / "plain.csv", "--batch-size", 64, "--patience", 10**6]
     command = [sys.executable, "-m", "pyro_genmodels", "fit", *args, "--epochs", 10**6, "--out", tmp_path / "parts"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it for what runs behind
     with subprocess.Popen([*map(str, command)], **pipes) as process:
         path = tmp_path / "parts" / "flow.safetensors"
         until(path.exists, process)
