@@ -54,7 +54,7 @@ test-slow: $(READY)
 test-arviz1: $(READY_ARVIZ1)
 	@echo "== tests of to_arviz under ArviZ 1.x"
 	$(BIN_ARVIZ1)/python -m pytest -q -n 2 -m "not slow and not gpu" \
-	  tests/test_arviz.py tests/test_inference_data.py tests/test_draws_*.py pyro_genmodels/inference_data.py
+	  tests/inference_data pyro_genmodels/inference_data
 
 lint: $(READY)
 	@echo "== style"

@@ -40,7 +40,6 @@ from pyro_genmodels import (
     MaximumLikelihood,
     ODEFlow,
     UNet,
-    checkpoints,
     log_likelihood,
     train,
 )
@@ -48,7 +47,8 @@ from pyro_genmodels.datasets import Dataset, load
 from pyro_genmodels.divergences import sliced_wasserstein
 from pyro_genmodels.evaluation import c2st
 from pyro_genmodels.families import Family
-from pyro_genmodels.weights import moving_average
+from pyro_genmodels.optim.averaging import moving_average
+from pyro_genmodels.training import checkpoints
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 

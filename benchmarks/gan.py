@@ -24,18 +24,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from tqdm.auto import tqdm
 
-from pyro_genmodels import (
-    FGAN,
-    GAN,
-    R1,
-    R2,
-    Adversarial,
-    AutoFamily,
-    DenseCritic,
-    DenseGenerator,
-    NonSaturating,
-    Posterior,
-)
+from pyro_genmodels import FGAN, GAN, R1, R2, Adversarial, AutoFamily, DenseCritic, DenseGenerator, NonSaturating, Posterior
 from pyro_genmodels.datasets import load
 from pyro_genmodels.divergences import JensenShannon, KullbackLeibler, SquaredHellinger, TotalVariation
 from pyro_genmodels.evaluation import c2st, mode_coverage

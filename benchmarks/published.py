@@ -30,11 +30,11 @@ from pyro_genmodels import (
     EnergyModel,
     Persistent,
     RestrictedBoltzmannMachine,
-    checkpoints,
     log_likelihood,
     train,
 )
 from pyro_genmodels.evaluation import conservative_log_likelihood
+from pyro_genmodels.training import checkpoints
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 

@@ -35,17 +35,9 @@ _homes = {
 }  # fmt: skip
 _home = {name: module for module, names in _homes.items() for name in names}
 _modules = (
-    "checkpoints",
-    "datasets",
-    "distributions",
-    "divergences",
-    "evaluation",
-    "families",
-    "infer",
-    "plots",
-    "samplers",
-    "training",
-)
+    "datasets", "distributions", "divergences", "dynamics", "evaluation", "families", "infer", "inference_data", "optim",
+    "samplers", "training",
+)  # fmt: skip
 
 __version__ = "0.1.0"
 __all__ = sorted([*_home, "distributions", "divergences", "evaluation", "families", "infer", "samplers"])

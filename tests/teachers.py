@@ -8,8 +8,8 @@ import torch
 from scipy import stats
 from torch import nn
 
-from pyro_genmodels.distributions.denoiser import DataPrediction, Denoiser
 from pyro_genmodels.distributions.diffusion import ReverseDiffusion
+from pyro_genmodels.dynamics.denoiser import DataPrediction, Denoiser
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,23 @@
-"""The house stands: imports go strictly down its floors, and zuko, arviz and the networks have one door each."""
+"""The layout holds: six floors computed from the imports, no circle, and five doors to other libraries' insides."""
 
 import ast
+import importlib
+import pkgutil
 from pathlib import Path
 
 import pytest
 
+import pyro_genmodels
+
 ROOT = Path(__file__).parent.parent / "pyro_genmodels"
-# the floors of docs/architecture.md
-FLOORS = {
-    "_zuko": 0, "errors": 0, "nn": 1, "ops": 1, "files": 1, "tables": 1, "batches": 1, "naming": 1, "weights": 1,
-    "optimisers": 1, "datasets": 2, "traces": 2, "samplers": 2, "distributions": 3, "draws": 4, "divergences": 4,
-    "partition": 4, "families": 5, "infer": 5, "evaluation": 5, "inference_data": 5, "posterior": 6, "checkpoints": 6,
-    "plots": 6, "snapshots": 7, "turns": 7, "training": 8, "recipes": 9, "console": 9, "reports": 10, "cli": 11, "__main__": 12,
-}  # fmt: skip
+MAX_FLOORS = 6
+DOORS = {"zuko": "nn/transforms.py", "torchdiffeq": "dynamics/ode.py", "arviz": "inference_data/export.py"}
+FILES = {p.relative_to(ROOT).as_posix(): p.read_text() for p in sorted(ROOT.rglob("*.py"))}
 
 
-def imports(tree):
-    """Every import of a file, wherever it stands: (full name, whether it runs when the file is imported)."""
+def imports(source):
+    """Yield (full name, True if it runs when the file is imported) for every import of a file, wherever it stands."""
+    tree = ast.parse(source)
     late = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)}
     guarded = (n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test))
     late |= {id(n) for block in guarded for n in ast.walk(block)}
@@ -27,42 +28,115 @@ def imports(tree):
         yield from ((name, id(node) not in late) for name in names)
 
 
+def target_file(name, files):
+    """Return the file that an import of this package leads to, or None for another package and for `__version__`."""
+    top, *parts = name.split(".")
+    if top != "pyro_genmodels" or parts == ["__version__"]:
+        return None
+    while parts:
+        for path in ("/".join(parts) + ".py", "/".join([*parts, "__init__.py"])):
+            if path in files:
+                return path
+        parts = parts[:-1]
+    return "__init__.py"
+
+
+def room(path):
+    """Return the room of a file: its folder at the top level, or the file itself."""
+    return path.split("/")[0]
+
+
+def arrows(files):
+    """Return {file: files it imports}."""
+    return {path: {t for name, _ in imports(source) if (t := target_file(name, files))} for path, source in files.items()}
+
+
+def floors(graph):
+    """Return {node: its floor}, 1 for what imports nothing; raises ValueError naming a circle."""
+    found = {}
+
+    def visit(node, above):
+        if node in above:
+            raise ValueError("circle: " + " -> ".join([*above[above.index(node) :], node]))
+        if node not in found:
+            found[node] = 1 + max((visit(below, [*above, node]) for below in graph[node]), default=0)
+        return found[node]
+
+    for node in graph:
+        visit(node, [])
+    return found
+
+
+def between_rooms(graph):
+    """Return {room: rooms it imports}; the package's own `__init__`, which loads names when they are asked for, aside."""
+    rooms = {room(path): set() for path in graph if path != "__init__.py"}
+    for path, below in graph.items():
+        if path != "__init__.py":
+            rooms[room(path)] |= {room(t) for t in below} - {room(path)}
+    return rooms
+
+
 def complaints(path, source):
-    """What the imports of one file, say "families/flow.py", break of the rules."""
-    room = path.removesuffix(".py").split("/")[0]
-    for name, at_once in imports(ast.parse(source)):
+    """Yield what the imports of one file break of the rules about doors."""
+    for name, at_once in imports(source):
         top, *parts = name.split(".")
         if top == "":
             yield f"{path} imports {name} by a relative name"
-        if top == "zuko" and path != "_zuko.py":
-            yield f"{path} imports zuko"
-        if top == "torchdiffeq" and path != "ops/ode.py":
-            yield f"{path} imports torchdiffeq"
-        if top.startswith("arviz") and (path != "inference_data.py" or at_once):
-            yield f"{path} imports arviz" + (" outside a function" if path == "inference_data.py" else "")
-        if top != "pyro_genmodels" or parts == ["__version__"]:
+        if top in DOORS and path != DOORS[top]:
+            yield f"{path} imports {top}, whose door is {DOORS[top]}"
+        if top == "arviz" and at_once:
+            yield f"{path} imports arviz outside a function"
+        private = [part for part in parts if part.startswith("_") and not part.startswith("__")]
+        if top in ("pyro", "torch") and private and room(path) != "_pyro":
+            yield f"{path} imports the private name {name}, whose door is _pyro/"
+        if top != "pyro_genmodels":
             continue
-        target = parts[0] if parts else ""
-        if target == room:
-            if room == "families" and path != "families/__init__.py" and parts[1] not in ("family", "continuous"):
-                yield f"{path} knows a sibling: {name}"
-        elif FLOORS.get(target, 99) >= FLOORS[room]:
-            yield f"{path} (floor {FLOORS[room]}) imports {name} (floor {FLOORS.get(target)}), which does not lie below"
-        if target == "nn" and room not in ("families", "nn"):
+        if parts[:1] == ["nn"] and room(path) not in ("families", "nn"):
             yield f"{path} opens nn/"
+        if (
+            parts[:1] == ["families"]
+            and room(path) == "families"
+            and path != "families/__init__.py"
+            and parts[1] not in ("family", "context", "continuous")
+        ):
+            yield f"{path} knows a sibling: {name}"
 
 
-FILES = [p.relative_to(ROOT).as_posix() for p in sorted(ROOT.rglob("*.py")) if p != ROOT / "__init__.py"]
+def test_rooms_stand_on_six_floors_without_a_circle():
+    assert max(floors(between_rooms(arrows(FILES))).values()) <= MAX_FLOORS
+
+
+@pytest.mark.parametrize("folder", sorted({p.rsplit("/", 1)[0] for p in FILES if "/" in p}))
+def test_files_of_a_folder_import_each_other_without_a_circle(folder):
+    graph = arrows(FILES)
+    inside = {p for p in graph if p.startswith(folder + "/") and not p.endswith("__init__.py")}
+    floors({p: graph[p] & inside for p in inside})
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_imports_go_down(path):
-    assert list(complaints(path, (ROOT / path).read_text())) == []
+def test_doors_are_used(path):
+    assert list(complaints(path, FILES[path])) == []
 
 
-def test_the_face_imports_nothing_of_the_house():
-    names = [name for name, _ in imports(ast.parse((ROOT / "__init__.py").read_text()))]
+def test_the_top_level_has_no_loose_module():
+    loose = {path for path in FILES if "/" not in path}
+    assert loose <= {"__init__.py", "__main__.py", "testing.py"}
+
+
+def test_the_package_itself_imports_nothing_of_its_rooms():
+    names = [name for name, _ in imports(FILES["__init__.py"])]
     assert not [name for name in names if not name.startswith(("importlib", "typing"))]
+
+
+def test_no_module_is_named_after_what_its_package_exports():
+    """Otherwise ``import pyro_genmodels.divergences.mmd as m`` would give the function."""
+    for package in pkgutil.walk_packages(pyro_genmodels.__path__, "pyro_genmodels."):
+        if not package.ispkg:
+            continue
+        module = importlib.import_module(package.name)
+        for inner in pkgutil.iter_modules(module.__path__):
+            found = importlib.import_module(f"{package.name}.{inner.name}")
+            assert getattr(module, inner.name) is found, f"{package.name}.{inner.name}"
 
 
 @pytest.mark.parametrize(
@@ -72,28 +146,36 @@ def test_the_face_imports_nothing_of_the_house():
         ("families/flow.py", "from zuko.flows import NSF", "zuko"),
         ("distributions/ode.py", "from torchdiffeq import odeint", "torchdiffeq"),
         ("families/flow.py", "from pyro_genmodels.families.vae import VAE", "sibling"),
-        ("families/flow.py", "from pyro_genmodels.infer import MaximumLikelihood", "below"),
-        ("families/flow.py", "from pyro_genmodels import Flow", "below"),
         ("families/flow.py", "from ..infer import MaximumLikelihood", "relative"),
         ("distributions/flow.py", "def f():\n    from pyro_genmodels.nn.mlp import MLP", "opens nn"),
-        ("distributions/flow.py", "from pyro_genmodels import training", "below"),
-        ("traces.py", "import pyro_genmodels.samplers.langevin", "below"),
-        ("evaluation/compare.py", "def f():\n    import arviz", "arviz"),
-        ("inference_data.py", "import arviz as az", "outside a function"),
+        ("evaluation/comparison.py", "def f():\n    import arviz", "arviz"),
+        ("inference_data/export.py", "import arviz as az", "outside a function"),
+        ("families/flow.py", "from pyro.poutine.runtime import _PYRO_STACK", "private"),
     ],
 )
 def test_a_broken_rule_is_noticed(path, source, found):
     assert any(found in complaint for complaint in complaints(path, source))
 
 
+def test_floors_are_counted_and_a_circle_is_named():
+    files = {
+        "a/one.py": "from pyro_genmodels.b import two",
+        "b/two.py": "from pyro_genmodels.c.three import x",
+        "c/three.py": "",
+    }
+    assert floors(between_rooms(arrows(files))) == {"a": 3, "b": 2, "c": 1}
+    files["c/three.py"] = "def late():\n    import pyro_genmodels.a.one"
+    with pytest.raises(ValueError, match="circle: a -> b -> c -> a"):
+        floors(between_rooms(arrows(files)))
+
+
 def test_what_is_allowed_is_not_complained_of():
     allowed = {
         "families/flow.py": "from pyro_genmodels.families.family import Family\nfrom pyro_genmodels.nn.mlp import MLP",
         "families/__init__.py": "from pyro_genmodels.families.vae import VAE",
-        "distributions/flow.py": "from pyro_genmodels.distributions.base import unwrap\nfrom pyro_genmodels import traces",
-        "inference_data.py": "def f():\n    import arviz as az",
-        "cli.py": "from pyro_genmodels import __version__\nfrom pyro_genmodels.recipes import learn",
-        "_zuko.py": "import zuko",
-        "ops/ode.py": "from torchdiffeq import odeint",
+        "inference_data/export.py": "def f():\n    import arviz as az",
+        "nn/transforms.py": "import zuko",
+        "dynamics/ode.py": "from torchdiffeq import odeint",
+        "_pyro/handlers.py": "from pyro.poutine.runtime import _PYRO_STACK",
     }
     assert not [c for path, source in allowed.items() for c in complaints(path, source)]

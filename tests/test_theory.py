@@ -102,8 +102,8 @@ from pyro_genmodels.divergences import (
     tv,
     wasserstein,
 )
+from pyro_genmodels.dynamics.ode import integrate
 from pyro_genmodels.evaluation import log_partition
-from pyro_genmodels.ops.ode import integrate
 from pyro_genmodels.samplers import sample_chains
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -27,9 +27,9 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_genmodels import traces
-from pyro_genmodels.distributions.base import unwrap
+from pyro_genmodels._pyro import handlers, traces
 from pyro_genmodels.distributions.dequantized import Dequantized
+from pyro_genmodels.utils.distributions import unwrap
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class _Unrounded(Messenger):
 
 def drawing(model: Callable[..., Any]) -> Callable[..., Any]:
     """The model as it draws what it observes, to be read by `rows_of`."""
-    drawn = traces.drawing(model)
+    drawn = handlers.drawing(model)
     return lambda *args, **kwargs: _Unrounded()(lambda: drawn(*args, **kwargs))()  # handlers have a keyword `context`
 
 

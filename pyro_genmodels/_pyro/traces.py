@@ -10,14 +10,12 @@ Several particles are one run inside an outermost plate.
 from __future__ import annotations
 
 __all__ = [
-    "PARTICLES", "Pair", "alone", "as_pair", "data_plates", "depth", "drawing", "is_deterministic", "is_enumerated",
-    "is_family", "is_point_mass", "keep", "latents", "log_prob", "looking_on", "max_plate_nesting", "no_latents", "observed",
-    "owners", "particles", "run", "samples", "unobserving", "vectorises",
+    "PARTICLES", "Pair", "alone", "as_pair", "data_plates", "depth", "is_deterministic", "is_family", "is_point_mass", "keep",
+    "latents", "log_prob", "max_plate_nesting", "no_latents", "observed", "owners", "particles", "run", "samples",
 ]  # fmt: skip
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
@@ -27,14 +25,9 @@ from pyro.distributions import Delta
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
-from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _ENUM_ALLOCATOR, _PYRO_STACK
-from pyro.poutine.trace_messenger import TraceMessenger
-from pyro.poutine.uncondition_messenger import UnconditionMessenger
-from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 Pair = tuple[Callable[..., Any], Callable[..., Any]]
 
@@ -61,48 +54,6 @@ def owners(*fns: Any) -> list[nn.Module]:
     """The modules behind callables, under any handlers: themselves, or those whose methods they are."""
     found = [part for fn in map(poutine.unwrap, fns) for part in (fn, getattr(fn, "__self__", None))]
     return list({id(m): m for m in found if isinstance(m, nn.Module)}.values())
-
-
-@contextmanager
-def looking_on() -> Iterator[None]:
-    """No gradients, every module that runs in evaluation mode, and nothing left behind: no mode, no parameter, no site."""
-    switched: list[nn.Module] = []
-
-    def switch(module: nn.Module, _: Any) -> None:
-        if module.training:
-            switched.append(module)
-            module.training = False
-
-    store, frozen = pyro.get_param_store(), _Frozen()
-    before = store.get_state()
-    hook = register_module_forward_pre_hook(switch)
-    try:
-        with torch.no_grad(), poutine.block(), frozen:
-            yield
-    finally:
-        hook.remove()
-        for module in switched:
-            module.training = True
-        frozen.restore()
-        store.clear()
-        store.set_state(before)
-
-
-class _Frozen(Messenger):
-    """Remembers which parameters want no gradient, for Pyro's store makes every one want it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[int, Tensor] = {}
-
-    def _pyro_param(self, msg: Any) -> None:
-        for value in msg["args"]:
-            if isinstance(value, Tensor) and value.is_leaf and not value.requires_grad:
-                self.found[id(value)] = value
-
-    def restore(self) -> None:
-        for value in self.found.values():
-            value.requires_grad_(False)
 
 
 def run(
@@ -147,59 +98,6 @@ def is_family(fn: Any) -> bool:
     return offers and "size" in inspect.signature(fn).parameters
 
 
-def vectorises(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], nesting: int, *, trials: int = 3) -> bool:
-    """Whether particles in one run say the same as runs of their own.
-
-    A model that indexes or reduces its latent variables from the left, ``z[0]`` or ``z.sum()``, takes particles for
-    coordinates, and need not raise an error. So a few particles are drawn together, and each is run again alone: densities and
-    deterministic values must be the same.
-    """
-    if is_family(model):
-        return True
-    if isinstance(poutine.unwrap(guide), Messenger):
-        return False
-    dim = -nesting - 1
-    try:
-        pair = run(model, guide, args, kwargs, particles(trials, nesting))
-        together = [log_prob(trace, (dim,), scaled=True).expand(trials) for trace in pair]
-        if not any(map(latents, pair)):  # nothing to index; and noise of a dequantised density differs from call to call
-            return True
-        for i in range(trials):
-            again = [poutine.replay(fn, trace=_particle(trace, i, dim)) for fn, trace in zip((model, guide), pair, strict=True)]
-            alone = run(again[0], again[1], args, kwargs)
-            for name, one in samples(alone[0]).items():
-                if is_deterministic(one):
-                    value = _of_particle(samples(pair[0])[name]["value"], one, i, dim)
-                    if not torch.allclose(value, one["value"], rtol=1e-3, atol=1e-3):
-                        return False
-            for trace, values in zip(alone, together, strict=True):
-                if not torch.allclose(log_prob(trace, (dim,), scaled=True).squeeze(), values[i], rtol=1e-3, atol=1e-3):
-                    return False
-    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError):  # of shapes; a true fault comes again, alone
-        return False
-    return True
-
-
-def _of_particle(value: Tensor, alone: Mapping[str, Any], i: int, dim: int) -> Tensor:
-    """A deterministic value of one particle, in the shape that it has alone."""
-    event_dim = max(alone["value"].dim() - depth(alone), 0)
-    value = value.reshape((1,) * (event_dim - dim - value.dim()) + value.shape)
-    value = value.select(dim - event_dim, i if value.shape[dim - event_dim] > 1 else 0)
-    return value.reshape(alone["value"].shape)
-
-
-def _particle(trace: Trace, i: int, dim: int) -> Trace:
-    """One particle of a trace, with the shapes it would have alone."""
-    alone = Trace()
-    for name, site in samples(trace).items():
-        value, event_dim = site["value"], site["fn"].event_dim
-        if value.dim() - event_dim >= -dim:
-            value = value.select(value.dim() - event_dim + dim, i)
-        own = value.shape[max(value.dim() - event_dim - depth(site), 0) :]
-        alone.add_node(name, **{**site, "value": value.reshape(own)})
-    return alone
-
-
 def samples(trace: Trace) -> dict[str, Any]:
     """The sample sites of a trace, by name."""
     return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
@@ -221,36 +119,6 @@ def is_deterministic(site: Mapping[str, Any]) -> bool:
     fn = site["fn"]
     computed = site["is_observed"] and isinstance(fn, MaskedDistribution) and fn._mask is False
     return bool(site["infer"].get("_deterministic")) or (computed and isinstance(_innermost(fn), Delta))
-
-
-class unobserving(UnconditionMessenger):  # noqa: N801 (a handler, as Pyro names them)
-    """Has a model draw what it observes; values of `pyro.deterministic` stay what they are computed to be."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not is_deterministic(msg):
-            super()._pyro_sample(msg)
-
-
-def drawing(model: Callable[..., Any]) -> Callable[..., Any]:
-    """The model as it draws what it observes, also if it has a keyword `context`, as Pyro's handlers have."""
-    return lambda *args, **kwargs: unobserving()(lambda: model(*args, **kwargs))()
-
-
-def drawn_without_gradient() -> list[str]:
-    """The latent variables of this run so far whose draws carry no gradient, and so are weighed by what depends on them."""
-    return [
-        name
-        for handler in _PYRO_STACK
-        if isinstance(handler, TraceMessenger)
-        for name, site in samples(handler.trace).items()
-        if not (site["is_observed"] or site_is_subsample(site) or site["fn"].has_rsample)
-    ]
-
-
-def is_enumerated(batch_dims: int) -> bool:
-    """Whether a tensor of so many batch dimensions reaches into those over which Pyro enumerates in this run."""
-    enumerates = any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK)
-    return enumerates and any(batch_dims >= -dim for dim in _ENUM_ALLOCATOR.dim_to_id)
 
 
 def depth(site: Mapping[str, Any]) -> int:

@@ -18,10 +18,10 @@ try:
 except ImportError as _error:
     raise SystemExit("The command line needs typer and rich: pip install 'pyro-genmodels[cli]'.") from _error
 
-from pyro_genmodels.console import plainly, prepare, print_table, require, say, terminate, usable, verdict, warn
+from pyro_genmodels.cli.console import plainly, prepare, print_table, require, say, terminate, usable, verdict, warn
 
 if TYPE_CHECKING:
-    from pyro_genmodels.recipes import Source
+    from pyro_genmodels.cli.recipes import Source
     from pyro_genmodels.training import Fit
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
@@ -107,7 +107,7 @@ def compare(
         source = _source(data, columns, labels, levels, seed)
         prepare(out, device, "matplotlib", "safetensors", "h5netcdf", "h5py", "ot")
         dataset = source.load()
-        from pyro_genmodels import recipes, reports
+        from pyro_genmodels.cli import recipes, reports
 
         fits: dict[str, Fit] = {}
         for name in names:
@@ -182,7 +182,7 @@ def fit(
         dataset = source.load()
         import pyro
 
-        from pyro_genmodels import recipes, reports
+        from pyro_genmodels.cli import recipes, reports
 
         fitted = recipes.fit(
             family,
@@ -233,7 +233,8 @@ def sample(
         import pyro
         import torch
 
-        from pyro_genmodels import plots, recipes, reports
+        from pyro_genmodels.cli import recipes, reports
+        from pyro_genmodels.evaluation import plots
         from pyro_genmodels.families import Labels
 
         reports.check_rows(out)
@@ -306,8 +307,8 @@ def evaluate(
         import pandas as pd
         import pyro
 
-        from pyro_genmodels import recipes
-        from pyro_genmodels.files import whole
+        from pyro_genmodels.cli import recipes
+        from pyro_genmodels.utils.files import whole
 
         family, notes = recipes.restored(checkpoint, device=device)
         x, y, name = recipes.rows_of(notes, data=data, columns=_split(columns), labels=labels, split=split)
@@ -328,7 +329,7 @@ def evaluate(
 def _source(data: str, columns: str | None, labels: str | None, levels: int | None, seed: int) -> Source:
     """Where data come from; a name that nobody knows is refused before anything heavy is imported."""
     _check_data(data)
-    from pyro_genmodels.recipes import Source
+    from pyro_genmodels.cli.recipes import Source
 
     data = data if data in DATA else str(Path(data).resolve())  # so that a checkpoint finds it from anywhere
     return Source(data, _split(columns), labels, levels, seed)
@@ -344,7 +345,7 @@ def _split(columns: str | None) -> list[str] | None:
 
 
 def _known(kind: str, found: list[str], known: tuple[str, ...]) -> None:
-    from pyro_genmodels.errors import unknown
+    from pyro_genmodels.utils.errors import unknown
 
     for name in found:
         if name not in known:
@@ -355,8 +356,8 @@ def _run_of(checkpoint: Path, data: str | None) -> tuple[str, Source, dict[str, 
     """Family, source and settings of the run to go on with, and its path without suffix."""
     from dataclasses import replace
 
-    from pyro_genmodels import checkpoints
-    from pyro_genmodels.recipes import notes_of
+    from pyro_genmodels.cli.recipes import notes_of
+    from pyro_genmodels.training import checkpoints
 
     path = checkpoints.tensors_of(checkpoint)
     path = path.with_name(path.name.removesuffix(".training.safetensors").removesuffix(".safetensors") + ".safetensors")

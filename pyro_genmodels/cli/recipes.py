@@ -17,12 +17,10 @@ from pyro.infer import ELBO
 from torch import Size, Tensor
 from torch.distributions import constraints
 
-from pyro_genmodels import checkpoints
 from pyro_genmodels.datasets import DATASETS, Dataset, load, rows
 from pyro_genmodels.distributions.dequantized import Dequantized
-from pyro_genmodels.errors import unknown
 from pyro_genmodels.evaluation import Likeness, LogLikelihood, has_likelihood, log_likelihood, no_likelihood
-from pyro_genmodels.evaluation.likeness import likeness, split
+from pyro_genmodels.evaluation.sample_quality import likeness, split
 from pyro_genmodels.families import (
     GAN,
     NSF,
@@ -62,8 +60,9 @@ from pyro_genmodels.infer import (
     NoiseContrastive,
     Relativistic,
 )
-from pyro_genmodels.optimisers import Optim
-from pyro_genmodels.training import Fit, train
+from pyro_genmodels.optim.adapters import Optim
+from pyro_genmodels.training import Fit, checkpoints, train
+from pyro_genmodels.utils.errors import unknown
 
 
 @dataclass(frozen=True)

@@ -17,19 +17,18 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_genmodels import plots
+from pyro_genmodels.cli.recipes import Notes, alike, draw, evaluate
 from pyro_genmodels.datasets import Dataset
 from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.distributions.diffusion import ReverseDiffusion
 from pyro_genmodels.distributions.ode import ContinuousFlow
-from pyro_genmodels.errors import needed, unknown
-from pyro_genmodels.evaluation import Comparison, LogLikelihood, compare
+from pyro_genmodels.dynamics.processes import along
+from pyro_genmodels.evaluation import Comparison, LogLikelihood, compare, plots
 from pyro_genmodels.families import EnergyModel, Family
-from pyro_genmodels.files import whole
 from pyro_genmodels.inference_data import to_arviz
-from pyro_genmodels.ops.processes import along
-from pyro_genmodels.recipes import Notes, alike, draw, evaluate
 from pyro_genmodels.training import Fit
+from pyro_genmodels.utils.errors import needed, unknown
+from pyro_genmodels.utils.files import whole
 
 FRAMES = 6
 """Of a way from noise to data."""

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pyro_genmodels.datasets.dataset import Dataset
 from pyro_genmodels.datasets.named import DATASETS
-from pyro_genmodels.errors import unknown
-from pyro_genmodels.tables import read_table
+from pyro_genmodels.datasets.tables import read_table
+from pyro_genmodels.utils.errors import unknown
 
 
 def load(

@@ -11,7 +11,7 @@ import torch
 
 from pyro_genmodels.datasets.dataset import Dataset
 from pyro_genmodels.datasets.plane import checkerboard, grid, moons, pinwheel, ring
-from pyro_genmodels.errors import needed
+from pyro_genmodels.utils.errors import needed
 
 
 def digits(seed: int = 0) -> Dataset:

@@ -20,7 +20,7 @@ from zipfile import ZipFile
 
 import numpy as np
 
-from pyro_genmodels.errors import listed, needed, unknown
+from pyro_genmodels.utils.errors import listed, needed, unknown
 
 if TYPE_CHECKING:
     from pandas import DataFrame

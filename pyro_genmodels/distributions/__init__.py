@@ -1,7 +1,7 @@
 """Distributions: what families return, and what may stand at any `pyro.sample`."""
 
 from pyro_genmodels.distributions.autoregressive import Autoregression
-from pyro_genmodels.distributions.base import GenerativeDistribution, unwrap
+from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.distributions.diffusion import ReverseDiffusion
 from pyro_genmodels.distributions.discretized import DiscretizedLogisticMixture
@@ -9,6 +9,7 @@ from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.distributions.flow import NormalizingFlow
 from pyro_genmodels.distributions.implicit import Implicit
 from pyro_genmodels.distributions.ode import ContinuousFlow
+from pyro_genmodels.utils.distributions import unwrap
 
 __all__ = [
     "Autoregression",

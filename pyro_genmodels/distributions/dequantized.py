@@ -20,7 +20,8 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
-from pyro_genmodels.distributions.base import Density, GenerativeDistribution, density_of
+from pyro_genmodels.distributions.base import GenerativeDistribution
+from pyro_genmodels.utils.distributions import Density, density_of
 
 
 class Dequantized(GenerativeDistribution):

@@ -1,7 +1,7 @@
 r"""Diffusions: data by way back from noise.
 
 A process adds noise to data, :math:`x_t = \alpha x_0 + \sigma \varepsilon`; a *denoiser* estimates the data behind it, and so
-knows the score at every level of noise. Draws follow a reverse process (`pyro_genmodels.samplers.reverse`). There are two
+knows the score at every level of noise. Draws follow a reverse process (`pyro_genmodels.dynamics.reverse`). There are two
 densities, equal if the score is exact, and not for one that is learned:
 
 - of the probability flow, an ODE on the clock :math:`\lambda = \log(\alpha / \sigma)`, by change of variables: `FlowDensity`;
@@ -29,14 +29,15 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import AffineTransform, ComposeTransform
 
-from pyro_genmodels.distributions.base import Density, GenerativeDistribution, parts_of, sum_event
-from pyro_genmodels.distributions.denoiser import Denoiser
+from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.distributions.ode import ContinuousFlow, Trace
-from pyro_genmodels.errors import chosen
-from pyro_genmodels.ops.ode import Dopri5, Solver
-from pyro_genmodels.ops.processes import along, stratified
-from pyro_genmodels.samplers.reverse import DPMSolver, ReverseSampler, Walked, flow_velocity, reverse
+from pyro_genmodels.dynamics.denoiser import Denoiser
+from pyro_genmodels.dynamics.ode import Dopri5, Solver
+from pyro_genmodels.dynamics.processes import along, stratified
+from pyro_genmodels.dynamics.reverse import DPMSolver, ReverseSampler, Walked, flow_velocity, reverse
+from pyro_genmodels.utils.distributions import Density, parts_of, sum_event
+from pyro_genmodels.utils.errors import chosen
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ class ReverseDiffusion(GenerativeDistribution):
         kwargs: passed to `GenerativeDistribution`.
 
     Example:
-        >>> from pyro_genmodels.distributions.denoiser import DataPrediction
-        >>> from pyro_genmodels.ops.processes import VariancePreserving
+        >>> from pyro_genmodels.dynamics.denoiser import DataPrediction
+        >>> from pyro_genmodels.dynamics.processes import VariancePreserving
         >>> process = VariancePreserving()
         >>> normal = lambda x, t, context: process.alpha(t)[:, None] * x  # the denoiser of standard normal data
         >>> d = ReverseDiffusion(Denoiser(normal, process, DataPrediction(), clock=False), (2,))

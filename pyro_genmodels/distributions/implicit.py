@@ -16,7 +16,8 @@ from typing import Any
 from torch import Size, Tensor
 from torch.distributions import Distribution
 
-from pyro_genmodels.distributions.base import Density, GenerativeDistribution
+from pyro_genmodels.distributions.base import GenerativeDistribution
+from pyro_genmodels.utils.distributions import Density
 
 
 class Implicit(GenerativeDistribution):

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_genmodels.distributions.base import is_real
 from pyro_genmodels.distributions.discretized import DiscretizedLogisticMixture
+from pyro_genmodels.utils.distributions import is_real
 
 
 class Likelihood(ABC):

@@ -29,9 +29,10 @@ import torch
 from torch import Generator, Size, Tensor
 from torch.distributions import Distribution
 
-from pyro_genmodels.distributions.base import Density, GenerativeDistribution, drops_units, parts_of
-from pyro_genmodels.ops.ode import Dopri5, Path, Solver, integrate, integrate_with_divergence
-from pyro_genmodels.samplers.reverse import Walked
+from pyro_genmodels.distributions.base import GenerativeDistribution
+from pyro_genmodels.dynamics.ode import Dopri5, Path, Solver, integrate, integrate_with_divergence
+from pyro_genmodels.dynamics.reverse import Walked
+from pyro_genmodels.utils.distributions import Density, drops_units, parts_of
 
 EXACT_UP_TO = 16
 """Coordinates, up to which the trace is exact unless asked otherwise."""

@@ -14,7 +14,7 @@ from pyro_genmodels.divergences.convex import (
     TotalVariation,
 )
 from pyro_genmodels.divergences.f import f_divergence, js, tv
-from pyro_genmodels.divergences.fisher import fisher
+from pyro_genmodels.divergences.fisher_divergence import fisher
 from pyro_genmodels.divergences.kernels import (
     EnergyKernel,
     GaussianKernel,
@@ -23,11 +23,11 @@ from pyro_genmodels.divergences.kernels import (
     RationalQuadraticKernel,
     ScaledKernel,
 )
-from pyro_genmodels.divergences.kl import Divergence, kl, reverse_kl
-from pyro_genmodels.divergences.mmd import mmd
+from pyro_genmodels.divergences.kullback_leibler import Divergence, kl, reverse_kl
+from pyro_genmodels.divergences.maximum_mean_discrepancy import mmd
+from pyro_genmodels.divergences.optimal_transport import wasserstein
+from pyro_genmodels.divergences.sliced import sliced_wasserstein
 from pyro_genmodels.divergences.table import divergence_table
-from pyro_genmodels.divergences.transport import sliced_wasserstein
-from pyro_genmodels.divergences.wasserstein import wasserstein
 
 __all__ = [
     "Alpha", "Convex", "ConvexFunction", "Divergence", "EnergyKernel", "GaussianKernel", "Jeffreys", "JensenShannon",

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
 
-from pyro_genmodels.distributions.base import density_of
+from pyro_genmodels.utils.distributions import density_of
 
 
 def check_events(p: Distribution, q: Distribution, *, by: str) -> None:

@@ -25,15 +25,8 @@ from pyro_genmodels.divergences.convex import (
     ReverseKullbackLeibler,
     TotalVariation,
 )
-from pyro_genmodels.divergences.densities import (
-    check_densities,
-    check_events,
-    check_number,
-    log_densities,
-    mean_of,
-    support_of,
-)
-from pyro_genmodels.divergences.kl import Divergence
+from pyro_genmodels.divergences.densities import check_densities, check_events, check_number, log_densities, mean_of, support_of
+from pyro_genmodels.divergences.kullback_leibler import Divergence
 
 
 def f_divergence(p: Distribution, q: Distribution, f: ConvexFunction, *, num_samples: int = 10_000) -> Divergence:

@@ -15,9 +15,9 @@ from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
-from pyro_genmodels.distributions.base import density_of, sum_event
 from pyro_genmodels.divergences.densities import check_events, check_number
-from pyro_genmodels.divergences.kl import Divergence
+from pyro_genmodels.divergences.kullback_leibler import Divergence
+from pyro_genmodels.utils.distributions import density_of, sum_event
 
 
 def fisher(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Divergence:

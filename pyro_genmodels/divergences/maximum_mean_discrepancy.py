@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyro_genmodels.divergences.kernels import GaussianKernel, Kernel, check_kernel
-from pyro_genmodels.divergences.kl import Divergence
+from pyro_genmodels.divergences.kullback_leibler import Divergence
 from pyro_genmodels.divergences.samples import as_matrices
 
 _BLOCK = 2**24  # entries of a kernel's matrix that are held at once

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_genmodels.divergences.kl import Divergence
+from pyro_genmodels.divergences.kullback_leibler import Divergence
 from pyro_genmodels.divergences.samples import as_matrices
-from pyro_genmodels.errors import needed
+from pyro_genmodels.utils.errors import needed
 
 _PIVOTS = 10_000_000  # of the linear programme
 _SWEEPS = 5_000  # of Sinkhorn's iteration

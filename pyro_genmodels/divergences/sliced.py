@@ -19,9 +19,9 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from pyro_genmodels.divergences.kl import Divergence
+from pyro_genmodels.divergences.kullback_leibler import Divergence
 from pyro_genmodels.divergences.samples import as_matrices
-from pyro_genmodels.errors import needed
+from pyro_genmodels.utils.errors import needed
 
 _BLOCK = 2**22  # numbers that are sorted at once
 

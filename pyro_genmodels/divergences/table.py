@@ -24,11 +24,11 @@ from pyro_genmodels.divergences.convex import (
 )
 from pyro_genmodels.divergences.densities import check_events
 from pyro_genmodels.divergences.f import f_divergence, in_closed_form
-from pyro_genmodels.divergences.fisher import fisher
-from pyro_genmodels.divergences.kl import Divergence, kl, reverse_kl
-from pyro_genmodels.divergences.mmd import mmd
-from pyro_genmodels.divergences.transport import sliced_wasserstein
-from pyro_genmodels.divergences.wasserstein import wasserstein
+from pyro_genmodels.divergences.fisher_divergence import fisher
+from pyro_genmodels.divergences.kullback_leibler import Divergence, kl, reverse_kl
+from pyro_genmodels.divergences.maximum_mean_discrepancy import mmd
+from pyro_genmodels.divergences.optimal_transport import wasserstein
+from pyro_genmodels.divergences.sliced import sliced_wasserstein
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_genmodels.ops.processes import Process, along
+from pyro_genmodels.dynamics.processes import Process, along
 
 
 class Prediction(ABC):

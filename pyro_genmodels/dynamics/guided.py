@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_genmodels.ops.processes import Process, along
-from pyro_genmodels.samplers.reverse import SHOWN_AFTER, prior_scale
-from pyro_genmodels.samplers.spacing import UniformLogSNR
+from pyro_genmodels.dynamics.processes import Process, along
+from pyro_genmodels.dynamics.reverse import SHOWN_AFTER, prior_scale
+from pyro_genmodels.dynamics.spacing import UniformLogSNR
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 

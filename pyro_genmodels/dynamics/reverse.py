@@ -1,7 +1,7 @@
 r"""Reverse diffusion: from noise to data, by what is known of the data under noise.
 
 All that is asked is the *denoiser* :math:`D(x, t) = \mathbb{E}[x_0 \mid x_t = x]` of a process (see
-`pyro_genmodels.ops.processes`), which is a score in other words:
+`pyro_genmodels.dynamics.processes`), which is a score in other words:
 
 .. math:: \hat\varepsilon = \frac{x - \alpha D}{\sigma}, \qquad \nabla_x \log p_t(x) = -\frac{\hat\varepsilon}{\sigma} .
 
@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_genmodels.ops.ode import Dopri5, Solver, integrate
-from pyro_genmodels.ops.processes import Process, along
-from pyro_genmodels.samplers.spacing import Spacing, UniformLogSNR, UniformSigma
+from pyro_genmodels.dynamics.ode import Dopri5, Solver, integrate
+from pyro_genmodels.dynamics.processes import Process, along
+from pyro_genmodels.dynamics.spacing import Spacing, UniformLogSNR, UniformSigma
 
 SHOWN_AFTER = 5.0
 """Seconds after which a walk shows its progress, where there is a terminal."""
@@ -363,7 +363,7 @@ def reverse(
         ValueError: for one frame, or less than none.
 
     Example:
-        >>> from pyro_genmodels.ops.processes import VariancePreserving
+        >>> from pyro_genmodels.dynamics.processes import VariancePreserving
         >>> normal = lambda x, t: VariancePreserving().alpha(t) * x  # the denoiser of standard normal data
         >>> reverse(DPMSolver(20), normal, VariancePreserving(), torch.randn(100, 2)).evaluations
         20

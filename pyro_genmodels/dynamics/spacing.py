@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_genmodels.ops.processes import Process
+from pyro_genmodels.dynamics.processes import Process
 
 
 @dataclass(frozen=True)

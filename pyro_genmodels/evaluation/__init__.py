@@ -1,15 +1,16 @@
 """Evaluation: what a fit is worth on data it has not seen, and how far its draws are from data."""
 
-from pyro_genmodels.evaluation.compare import Comparison, compare
-from pyro_genmodels.evaluation.conservative import conservative_log_likelihood
-from pyro_genmodels.evaluation.diagnosis import Diagnosis, coverage, diagnose
-from pyro_genmodels.evaluation.discrepancy import MMDTest, mmd_test
-from pyro_genmodels.evaluation.likeness import Likeness
-from pyro_genmodels.evaluation.log_likelihood import LogLikelihood, has_likelihood, log_likelihood, no_likelihood
+from pyro_genmodels.distributions.energy.partition import log_partition
+from pyro_genmodels.distributions.energy.state import LogPartition
+from pyro_genmodels.evaluation.classifier_test import TwoSample, c2st
+from pyro_genmodels.evaluation.comparison import Comparison, compare
+from pyro_genmodels.evaluation.critic import Diagnosis, coverage, diagnose
+from pyro_genmodels.evaluation.likelihood import LogLikelihood, has_likelihood, log_likelihood, no_likelihood
 from pyro_genmodels.evaluation.modes import ModeCoverage, mode_coverage
 from pyro_genmodels.evaluation.observation import gaussian_observation_likelihood
-from pyro_genmodels.evaluation.two_sample import TwoSample, c2st
-from pyro_genmodels.partition import LogPartition, log_partition
+from pyro_genmodels.evaluation.permutation_test import MMDTest, mmd_test
+from pyro_genmodels.evaluation.raise_bound import conservative_log_likelihood
+from pyro_genmodels.evaluation.sample_quality import Likeness
 
 __all__ = [
     "Comparison", "Diagnosis", "Likeness", "LogLikelihood", "LogPartition", "MMDTest", "ModeCoverage", "TwoSample",

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_genmodels.divergences.samples import as_matrices
-from pyro_genmodels.errors import needed
+from pyro_genmodels.utils.errors import needed
 
 
 @dataclass(frozen=True)

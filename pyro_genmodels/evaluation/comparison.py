@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_genmodels.errors import needed
-from pyro_genmodels.evaluation.likeness import Likeness, likeness, model_arguments, split
-from pyro_genmodels.evaluation.log_likelihood import LogLikelihood, has_likelihood, log_likelihood, no_likelihood
+from pyro_genmodels.evaluation.likelihood import LogLikelihood, has_likelihood, log_likelihood, no_likelihood
+from pyro_genmodels.evaluation.sample_quality import Likeness, likeness, model_arguments, split
+from pyro_genmodels.utils.errors import needed
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_genmodels import traces
-from pyro_genmodels.distributions.base import density_of, tightens, unwrap
-from pyro_genmodels.distributions.memory import LogPartition
+from pyro_genmodels._pyro import handlers, traces, vectorize
+from pyro_genmodels.distributions.energy.state import LogPartition
 from pyro_genmodels.distributions.ode import fresh_probes
-from pyro_genmodels.evaluation.constants import Constants
-from pyro_genmodels.samplers.reverse import SHOWN_AFTER
+from pyro_genmodels.dynamics.reverse import SHOWN_AFTER
+from pyro_genmodels.evaluation.log_z import Constants
+from pyro_genmodels.utils.distributions import density_of, tightens, unwrap
 
 Kind = Literal["exact", "lower bound", "estimate", "unreliable", "none"]
 
@@ -132,14 +132,14 @@ def log_likelihood(
         raise ValueError(f"log_likelihood wants a torch.Tensor of one or more rows, but found {found}: see torch.as_tensor.")
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples and batch_size must be positive, got {num_samples} and {batch_size}.")
-    with traces.looking_on(), fresh_probes():
+    with handlers.looking_on(), fresh_probes():
         first = _rows(slice(0, 1), len(x), (x, *args), kwargs)
         constants = Constants(num_samples, num_steps, progress=progress)
         kind, drawn, tighter, plates, nesting = _kind(model, guide, *first, constants)
         k = num_samples if drawn else 1
         if parallel is None:
             trial = _rows(slice(0, max(1, min(5, batch_size // 3))), len(x), (x, *args), kwargs)
-            parallel = k > 1 and traces.vectorises(model, guide, *trial, nesting)
+            parallel = k > 1 and vectorize.vectorises(model, guide, *trial, nesting)
         rows = max(1, batch_size // k) if parallel else batch_size
         parts = []
         with tqdm(
@@ -166,7 +166,7 @@ def has_likelihood(fit: Any, x: Tensor, *args: Any, **kwargs: Any) -> bool:
         True
     """
     model, guide = traces.as_pair(fit)
-    with traces.looking_on(), torch.random.fork_rng(devices=[]):  # what is drawn afterwards is as if this had not been asked
+    with handlers.looking_on(), torch.random.fork_rng(devices=[]):  # what is drawn afterwards is as if this had not been asked
         first_args, first_kwargs = _rows(slice(0, 1), len(x), (x, *args), kwargs)
         trace, _ = traces.run(model, guide, first_args, first_kwargs)
     return all(density_of(site["fn"])[0] != "none" for site in traces.samples(trace).values())

@@ -18,11 +18,12 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_genmodels import traces
-from pyro_genmodels.distributions.base import unwrap, within
+from pyro_genmodels._pyro import traces
+from pyro_genmodels._pyro.handlers import within
 from pyro_genmodels.distributions.energy import Energy
-from pyro_genmodels.distributions.memory import Kind, LogPartition
-from pyro_genmodels.partition import log_partition
+from pyro_genmodels.distributions.energy.partition import log_partition
+from pyro_genmodels.distributions.energy.state import Kind, LogPartition
+from pyro_genmodels.utils.distributions import unwrap
 
 
 @dataclass

@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, biject_to
 
-from pyro_genmodels import traces
-from pyro_genmodels.distributions.base import density_of, sum_event, unwrap
+from pyro_genmodels._pyro import handlers, traces
 from pyro_genmodels.distributions.dequantized import Dequantized
+from pyro_genmodels.distributions.energy.annealed import mean_weight
 from pyro_genmodels.distributions.implicit import Implicit
-from pyro_genmodels.evaluation.log_likelihood import LogLikelihood
-from pyro_genmodels.partition.annealed import mean_weight
+from pyro_genmodels.evaluation.likelihood import LogLikelihood
 from pyro_genmodels.samplers import Hamiltonian, Sampler, Target, anneal
 from pyro_genmodels.samplers.annealing import schedule, tune
+from pyro_genmodels.utils.distributions import density_of, sum_event, unwrap
 
 Start = Callable[[Sequence[int]], Tensor]
 
@@ -115,7 +115,7 @@ def gaussian_observation_likelihood(
         values, errors = zip(*parts, strict=True)
         return torch.cat(values), torch.cat(errors)
 
-    with traces.looking_on():
+    with handlers.looking_on():
         if sigma is None:
             rows, told = (x, context) if valid is None else valid if isinstance(valid, tuple) else (valid, None)
             rows, told = rows[:FEW], None if told is None else told[:FEW]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_genmodels.errors import needed
+from pyro_genmodels.utils.errors import needed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,11 +17,11 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_genmodels import traces
-from pyro_genmodels.distributions.base import unwrap
+from pyro_genmodels._pyro import handlers, traces
 from pyro_genmodels.distributions.energy import Energy
-from pyro_genmodels.evaluation.log_likelihood import LogLikelihood
-from pyro_genmodels.partition import conservative_bound
+from pyro_genmodels.distributions.energy.annealed import conservative_bound
+from pyro_genmodels.evaluation.likelihood import LogLikelihood
+from pyro_genmodels.utils.distributions import unwrap
 
 
 def conservative_log_likelihood(
@@ -64,7 +64,7 @@ def conservative_log_likelihood(
     if num_samples < 1 or num_steps < 1 or batch_size < 1:
         found = f"{num_samples}, {num_steps} and {batch_size}"
         raise ValueError(f"num_samples, num_steps and batch_size must be positive, got {found}.")
-    with traces.looking_on():
+    with handlers.looking_on():
         trace, _ = traces.run(model, guide, (x, *args), kwargs)
         sites = traces.samples(trace)
         names = list(sites)

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_genmodels import traces
+from pyro_genmodels._pyro import handlers, traces
+from pyro_genmodels._pyro.predictive import drawing, rows_of
 from pyro_genmodels.divergences import sliced_wasserstein
-from pyro_genmodels.draws.rows import drawing, rows_of
-from pyro_genmodels.evaluation.discrepancy import MMDTest, mmd_test
-from pyro_genmodels.evaluation.log_likelihood import log_likelihood
+from pyro_genmodels.evaluation.likelihood import log_likelihood
+from pyro_genmodels.evaluation.permutation_test import MMDTest, mmd_test
 
 _OPTIONS = {name for name, p in inspect.signature(log_likelihood).parameters.items() if p.kind is p.KEYWORD_ONLY}
 
@@ -75,7 +75,7 @@ def likeness(fit: Any, x: Tensor, args: tuple, kwargs: Mapping[str, Any], rows: 
     both, n = torch.cat(rows), len(rows[0])
     cut = lambda a: a[both] if isinstance(a, Tensor) and a.dim() and len(a) == len(x) else a  # noqa: E731
     own = {name: cut(value) for name, value in model_arguments(kwargs).items()}
-    with traces.looking_on():
+    with handlers.looking_on():
         run, _ = traces.run(drawing(model), traces.no_latents, tuple(map(cut, (x, *args))), own)
     found = rows_of(run, len(both))
     drawn, data = found.draws.flatten(0, 1)[n:], found.data[:n]

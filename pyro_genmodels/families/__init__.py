@@ -1,17 +1,26 @@
 """Families: modules that return Pyro distributions, with a model and a guide; and the choices they are built from."""
 
-from pyro_genmodels._zuko import BPF, GF, MAF, NAF, NCSF, NICE, NSF, SOSPF, UNAF, RealNVP
-from pyro_genmodels.distributions.denoiser import (
+from pyro_genmodels.distributions.diffusion import FlowDensity, VariationalBound
+from pyro_genmodels.distributions.energy.negatives import Annealed, Contrastive, Persistent
+from pyro_genmodels.distributions.likelihoods import Bernoulli, Categorical, DiscretizedLogistic, Normal
+from pyro_genmodels.distributions.ode import ExactTrace, GaussianProbes, Hutchinson, RademacherProbes
+from pyro_genmodels.dynamics.denoiser import (
     DataPrediction,
     NoisePrediction,
     Preconditioned,
     ScorePrediction,
     VelocityPrediction,
 )
-from pyro_genmodels.distributions.diffusion import FlowDensity, VariationalBound
-from pyro_genmodels.distributions.likelihoods import Bernoulli, Categorical, DiscretizedLogistic, Normal
-from pyro_genmodels.distributions.negatives import Annealed, Contrastive, Persistent
-from pyro_genmodels.distributions.ode import ExactTrace, GaussianProbes, Hutchinson, RademacherProbes
+from pyro_genmodels.dynamics.ode import RK4, Dopri5, Dopri8, Euler, Midpoint
+from pyro_genmodels.dynamics.processes import (
+    CosineVariancePreserving,
+    Karras,
+    SubVariancePreserving,
+    VarianceExploding,
+    VariancePreserving,
+)
+from pyro_genmodels.dynamics.reverse import DDIM, Ancestral, DPMSolver, EulerMaruyama, Heun, PredictorCorrector, ProbabilityFlow
+from pyro_genmodels.dynamics.spacing import UniformLogSNR, UniformSigma, UniformTime
 from pyro_genmodels.families.autoregressive import Autoregressive
 from pyro_genmodels.families.diffusion import Diffusion
 from pyro_genmodels.families.energy import EnergyModel
@@ -20,29 +29,12 @@ from pyro_genmodels.families.flow import Flow
 from pyro_genmodels.families.gan import GAN
 from pyro_genmodels.families.ode_flow import ODEFlow
 from pyro_genmodels.families.vae import VAE
-from pyro_genmodels.nn.adversaries import ConvolutionalCritic, ConvolutionalGenerator, DenseCritic, DenseGenerator
 from pyro_genmodels.nn.boltzmann import BoltzmannMachine, RestrictedBoltzmannMachine
 from pyro_genmodels.nn.energies import ConvolutionalEnergy, DenseEnergy
-from pyro_genmodels.nn.time import DenseField, UNet
-from pyro_genmodels.ops.ode import RK4, Dopri5, Dopri8, Euler, Midpoint
-from pyro_genmodels.ops.processes import (
-    CosineVariancePreserving,
-    Karras,
-    SubVariancePreserving,
-    VarianceExploding,
-    VariancePreserving,
-)
+from pyro_genmodels.nn.fields import DenseField, UNet
+from pyro_genmodels.nn.gan import ConvolutionalCritic, ConvolutionalGenerator, DenseCritic, DenseGenerator
+from pyro_genmodels.nn.transforms import BPF, GF, MAF, NAF, NCSF, NICE, NSF, SOSPF, UNAF, RealNVP
 from pyro_genmodels.samplers import Gibbs, GibbsWithGradients, Hamiltonian, Langevin, ParallelTempering
-from pyro_genmodels.samplers.reverse import (
-    DDIM,
-    Ancestral,
-    DPMSolver,
-    EulerMaruyama,
-    Heun,
-    PredictorCorrector,
-    ProbabilityFlow,
-)
-from pyro_genmodels.samplers.spacing import UniformLogSNR, UniformSigma, UniformTime
 
 __all__ = [
     "BPF",

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
-from pyro_genmodels.distributions.denoiser import Denoiser, Prediction, VelocityPrediction
 from pyro_genmodels.distributions.diffusion import DequantizedDiffusion, FlowDensity, ReverseDiffusion, VariationalBound
-from pyro_genmodels.errors import chosen
+from pyro_genmodels.dynamics.denoiser import Denoiser, Prediction, VelocityPrediction
+from pyro_genmodels.dynamics.processes import Process, VariancePreserving
+from pyro_genmodels.dynamics.reverse import DPMSolver, ReverseSampler
 from pyro_genmodels.families.continuous import ContinuousFamily
 from pyro_genmodels.families.family import Context, Standardize
-from pyro_genmodels.nn.time import DenseField, UNet
-from pyro_genmodels.ops.processes import Process, VariancePreserving
-from pyro_genmodels.samplers.reverse import DPMSolver, ReverseSampler
+from pyro_genmodels.nn.fields import DenseField, UNet
+from pyro_genmodels.utils.errors import chosen
 
 
 class Diffusion(ContinuousFamily):

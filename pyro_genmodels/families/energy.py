@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyro_genmodels import traces
-from pyro_genmodels.distributions.base import density_of, map_tensors, unchecked
+from pyro_genmodels._pyro import handlers
 from pyro_genmodels.distributions.energy import Energy
-from pyro_genmodels.distributions.memory import Memory
-from pyro_genmodels.distributions.negatives import Annealed, Negatives, Persistent
-from pyro_genmodels.distributions.path import kind_of, positions
+from pyro_genmodels.distributions.energy.negatives import Annealed, Negatives, Persistent
+from pyro_genmodels.distributions.energy.path import kind_of, positions
+from pyro_genmodels.distributions.energy.state import Memory
 from pyro_genmodels.families.family import Context, Family, Standardize
 from pyro_genmodels.nn.energies import DenseEnergy, EnergyChoice
 from pyro_genmodels.samplers import Gibbs, GibbsWithGradients, Langevin, Sampler
+from pyro_genmodels.utils.distributions import density_of, map_tensors, unchecked
 
 
 class EnergyModel(Family):
@@ -133,7 +133,7 @@ class EnergyModel(Family):
     def forward(self, context: Tensor | None = None) -> Energy:
         base = self.base() if isinstance(self.base, Family) else self.base
         embedded = self.embed(context)
-        if embedded is not None and traces.is_enumerated(embedded.dim() - 1):
+        if embedded is not None and handlers.is_enumerated(embedded.dim() - 1):
             raise ValueError(
                 f"{self.name} is given a variable that is enumerated, whose values are weighed by log Z of each, which is not "
                 "known. Draw it in the guide, or take a family with an exact density, such as Flow."
@@ -156,7 +156,7 @@ class EnergyModel(Family):
             memory=self.memory,
             num_steps=self.num_steps,
             noise=self.noise,
-            weighs=() if context is None else traces.drawn_without_gradient(),
+            weighs=() if context is None else handlers.drawn_without_gradient(),
         )
 
     def _start(self) -> Distribution:

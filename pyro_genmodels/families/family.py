@@ -30,8 +30,8 @@ from torch.distributions import (
     constraints,
 )
 
-from pyro_genmodels import naming
-from pyro_genmodels.distributions.base import is_real, map_tensors, over_events
+from pyro_genmodels._pyro import params
+from pyro_genmodels.utils.distributions import is_real, map_tensors, over_events
 
 Context = int | nn.Module
 Standardize = bool | Literal["jointly"]
@@ -138,7 +138,7 @@ class Family(PyroModule):
         standardize: Standardize = False,
         name: str | None = None,
     ) -> None:
-        super().__init__(name or naming.fresh_name(self))
+        super().__init__(name or params.fresh_name(self))
         if not isinstance(support, constraints.Constraint):
             raise TypeError(f"support wants a constraint such as constraints.interval(0.0, 1.0), but found {support!r}.")
         if isinstance(event_shape, int) or not all(isinstance(n, int) and n > 0 for n in event_shape):
@@ -227,14 +227,14 @@ class Family(PyroModule):
 
     @name.setter
     def name(self, name: str) -> None:
-        former = naming.claim(self, name)
+        former = params.claim(self, name)
         self._pyro_context.used = False  # or Pyro refuses to rename what is inside
         self._pyro_set_supermodule(name, self._pyro_context)
         if isinstance(former, Family) and former.name == name:
-            former.name = naming.fresh_name(former)
+            former.name = params.fresh_name(former)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        naming.take_over(self)
+        params.take_over(self)
         return super().__call__(*args, **kwargs)
 
     @pyro_method
@@ -260,7 +260,7 @@ class Family(PyroModule):
 
     def plate(self, x: Tensor | None, context: Tensor | None, size: int | None) -> pyro.plate:
         """The plate "data" over the rows, whose scale is size / len(x)."""
-        naming.take_over(self)
+        params.take_over(self)
         rows = len(x) if x is not None else size if size is not None else None if context is None else len(context)
         if rows is None:
             raise ValueError(f"{self.name}.model wants data x, a context or size=, the number of rows to draw.")
@@ -337,7 +337,7 @@ class Family(PyroModule):
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo), _pyro_name="")
-        new.name = naming.fresh_name(new)
+        new.name = params.fresh_name(new)
         return new
 
     def __copy__(self) -> Family:
@@ -348,7 +348,7 @@ class Family(PyroModule):
         """A family from a pickle keeps its name, unless a family that is here has it."""
         super().__setstate__(state)
         name, self._pyro_name = self._pyro_name, ""
-        self.name = naming.fresh_name(self) if naming.is_taken(name) else name
+        self.name = params.fresh_name(self) if params.is_taken(name) else name
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Family:  # noqa: FBT001, FBT002
         super()._apply(fn, recurse)

@@ -16,11 +16,12 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_genmodels._zuko import NCSF, NSF, FlowTransform, adopt
-from pyro_genmodels.distributions.base import GenerativeDistribution, is_real
+from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.flow import NormalizingFlow
 from pyro_genmodels.families.continuous import ContinuousFamily
 from pyro_genmodels.families.family import Context, Standardize
+from pyro_genmodels.nn.transforms import NCSF, NSF, FlowTransform, adopt
+from pyro_genmodels.utils.distributions import is_real
 
 
 class Flow(ContinuousFamily):

@@ -19,11 +19,11 @@ from torch.distributions import constraints
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.implicit import Implicit
-from pyro_genmodels.errors import chosen
 from pyro_genmodels.families.continuous import ContinuousFamily
 from pyro_genmodels.families.family import Context, Standardize
-from pyro_genmodels.nn.adversaries import CriticChoice, DenseCritic, DenseGenerator, GeneratorChoice
+from pyro_genmodels.nn.gan import CriticChoice, DenseCritic, DenseGenerator, GeneratorChoice
 from pyro_genmodels.nn.mlp import call_batched
+from pyro_genmodels.utils.errors import chosen
 
 
 class GAN(ContinuousFamily):

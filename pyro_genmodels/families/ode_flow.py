@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from pyro_genmodels.distributions.base import GenerativeDistribution, density_of, is_real, map_tensors, unchecked
+from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.ode import ContinuousFlow, Evaluations, Hutchinson, Trace
-from pyro_genmodels.errors import chosen
+from pyro_genmodels.dynamics.ode import Dopri5, Solver
 from pyro_genmodels.families.continuous import ContinuousFamily
 from pyro_genmodels.families.family import Context, Family, Standardize
-from pyro_genmodels.nn.time import DenseField, UNet
-from pyro_genmodels.ops.ode import Dopri5, Solver
+from pyro_genmodels.nn.fields import DenseField, UNet
+from pyro_genmodels.utils.distributions import density_of, is_real, map_tensors, unchecked
+from pyro_genmodels.utils.errors import chosen
 
 
 class ODEFlow(ContinuousFamily):

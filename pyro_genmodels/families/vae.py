@@ -22,11 +22,12 @@ from pyro.nn import pyro_method
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
-from pyro_genmodels.distributions.base import GenerativeDistribution, is_real, map_tensors
+from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.implicit import Implicit
 from pyro_genmodels.distributions.likelihoods import Likelihood, check_likelihood
 from pyro_genmodels.families.family import Context, Family, Standardize
 from pyro_genmodels.nn.mlp import MLP, call_batched
+from pyro_genmodels.utils.distributions import is_real, map_tensors
 
 
 class VAE(Family):

@@ -29,13 +29,14 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_genmodels import traces
-from pyro_genmodels.distributions.base import GenerativeDistribution, density_of, unwrap
+from pyro_genmodels._pyro import traces
+from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.energy import Energy
-from pyro_genmodels.distributions.memory import LogPartition
-from pyro_genmodels.distributions.negatives import Contrastive
+from pyro_genmodels.distributions.energy.negatives import Contrastive
+from pyro_genmodels.distributions.energy.partition import quick_log_partition
+from pyro_genmodels.distributions.energy.state import LogPartition
 from pyro_genmodels.infer.objective import Objective
-from pyro_genmodels.partition import quick_log_partition
+from pyro_genmodels.utils.distributions import density_of, unwrap
 
 
 class ContrastiveDivergence(Objective):

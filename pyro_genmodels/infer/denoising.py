@@ -34,12 +34,13 @@ import torch
 from pyro.poutine import Trace
 from torch import Size, Tensor
 
-from pyro_genmodels import traces
-from pyro_genmodels.distributions.base import sum_event, unwrap, within
+from pyro_genmodels._pyro import traces
+from pyro_genmodels._pyro.handlers import within
 from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.distributions.diffusion import ReverseDiffusion, VariationalBound
+from pyro_genmodels.dynamics.processes import Karras, Process, stratified
 from pyro_genmodels.infer.score_matching import ScoreMatching, in_coordinates, score_of
-from pyro_genmodels.ops.processes import Karras, Process, stratified
+from pyro_genmodels.utils.distributions import sum_event, unwrap
 
 
 class TimeWeighting(ABC):

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_genmodels.distributions.base import unwrap
 from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.distributions.diffusion import ReverseDiffusion
 from pyro_genmodels.distributions.energy import Energy
-from pyro_genmodels.errors import chosen, needed
+from pyro_genmodels.dynamics.processes import stratified
 from pyro_genmodels.infer.objective import Objective
-from pyro_genmodels.ops.processes import stratified
+from pyro_genmodels.utils.distributions import unwrap
+from pyro_genmodels.utils.errors import chosen, needed
 
 
 class Coupling(ABC):

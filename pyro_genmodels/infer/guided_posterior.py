@@ -1,7 +1,7 @@
 r"""The posterior under a diffusion as prior, :math:`p(x \mid y) \propto p(x)\, p(y \mid x)`, by guided reverse diffusion.
 
 The likelihood is whatever the model observes given x, any Pyro distribution that can be differentiated; its density is all that
-is asked of it, and of the prior nothing but its denoiser. See `pyro_genmodels.samplers.guided` for the two methods.
+is asked of it, and of the prior nothing but its denoiser. See `pyro_genmodels.dynamics.guided` for the two methods.
 
 Chung et al., *Diffusion Posterior Sampling* (arXiv 2209.14687); Wu et al., *Practical and Asymptotically Exact Conditional
 Sampling in Diffusion Models* (arXiv 2306.17775).
@@ -24,11 +24,11 @@ from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
-from pyro_genmodels import traces
-from pyro_genmodels.distributions.base import unwrap
+from pyro_genmodels._pyro import traces
 from pyro_genmodels.distributions.diffusion import ReverseDiffusion
-from pyro_genmodels.errors import chosen
-from pyro_genmodels.samplers.guided import Particles, effective_size, guided, twisted
+from pyro_genmodels.dynamics.guided import Particles, effective_size, guided, twisted
+from pyro_genmodels.utils.distributions import unwrap
+from pyro_genmodels.utils.errors import chosen
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_genmodels.distributions.base import density_of
 from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.distributions.ode import ContinuousFlow
 from pyro_genmodels.infer.objective import Objective
+from pyro_genmodels.utils.distributions import density_of
 
 
 class MaximumLikelihood(Objective):

@@ -33,8 +33,8 @@ from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 
-from pyro_genmodels import traces
-from pyro_genmodels.distributions.base import sum_event
+from pyro_genmodels._pyro import traces
+from pyro_genmodels.utils.distributions import sum_event
 
 
 class Loss(ELBO):

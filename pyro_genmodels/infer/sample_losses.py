@@ -29,12 +29,12 @@ from pyro.poutine import Trace
 from pyro.util import warn_if_nan
 from torch import Tensor
 
-from pyro_genmodels import traces
-from pyro_genmodels.distributions.base import density_of, unwrap
+from pyro_genmodels._pyro import traces
+from pyro_genmodels._pyro.predictive import Rows, conditions, drawing, rows_of, scores
 from pyro_genmodels.divergences import ConvexFunction, KullbackLeibler, sliced_wasserstein
 from pyro_genmodels.divergences.kernels import GaussianKernel, Kernel, check_kernel, median_distance
-from pyro_genmodels.draws.rows import Rows, conditions, drawing, rows_of, scores
 from pyro_genmodels.infer.objective import Loss
+from pyro_genmodels.utils.distributions import density_of, unwrap
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from pyro_genmodels.distributions.base import GenerativeDistribution, density_of, is_real, over_events, sum_event
+from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.distributions.flow import NormalizingFlow
 from pyro_genmodels.infer.objective import Objective
+from pyro_genmodels.utils.distributions import density_of, is_real, over_events, sum_event
 
 
 class ScoreMatching(Objective):

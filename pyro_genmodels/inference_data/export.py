@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyro
 
-from pyro_genmodels import naming, traces
-from pyro_genmodels.draws import GROUPS, Groups, check_apart, collect, in_chains, source_of
+from pyro_genmodels._pyro import handlers, params, traces
+from pyro_genmodels.inference_data.groups import GROUPS, Groups, collect, in_chains
+from pyro_genmodels.inference_data.sources import check_apart, source_of
 
 if TYPE_CHECKING:
     import arviz
@@ -105,7 +106,7 @@ def to_arviz(
     parts = []
     for source in sources:
         modules = traces.owners(source.model, source.guide)
-        with traces.looking_on(), naming.in_their_own_names(modules) if len(sources) > 1 else nullcontext():
+        with handlers.looking_on(), params.in_their_own_names(modules) if len(sources) > 1 else nullcontext():
             parts.append(collect(source, reports, **options))
     if reports:
         left = "; ".join(f"{what} ({why})" for what, why in reports.items())

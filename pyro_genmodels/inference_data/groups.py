@@ -20,10 +20,10 @@ from pyro.distributions import Unit
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_genmodels import traces
-from pyro_genmodels.distributions.base import density_of, unwrap
-from pyro_genmodels.draws.source import Source
-from pyro_genmodels.draws.walk import Run, Shaped, Walk, numpy
+from pyro_genmodels._pyro import handlers, traces
+from pyro_genmodels.inference_data.replay import Run, Shaped, Walk, numpy
+from pyro_genmodels.inference_data.sources import Source
+from pyro_genmodels.utils.distributions import density_of, unwrap
 
 GROUPS = (
     "posterior", "posterior_predictive", "prior", "prior_predictive", "log_likelihood", "log_prior", "sample_stats",
@@ -255,7 +255,7 @@ class _Collection:
     def _prior(self, *, parallel: bool) -> None:
         source = self.source
         total = source.total
-        model = traces.unobserving()(source.model)
+        model = handlers.unobserving()(source.model)
         try:
             walk = Walk(model, traces.no_latents, source.args, source.kwargs, parallel=parallel)
             for draws in self._blocks(walk, total, "prior"):

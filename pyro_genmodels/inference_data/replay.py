@@ -30,7 +30,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from pyro_genmodels import traces
+from pyro_genmodels._pyro import handlers, traces, vectorize
 
 Shaped = tuple[Tensor, list[Any]]
 """A tensor (draws, plates from the left, event) and the frames of the plates."""
@@ -116,7 +116,7 @@ class Walk:
             parallel = False
         if parallel is None:
             pair = self._seeing(self.model), self._seeing(self._guide(slice(0, trials), True))
-            parallel = traces.is_family(model) or traces.vectorises(*pair, (), {}, self.nesting, trials=trials)
+            parallel = traces.is_family(model) or vectorize.vectorises(*pair, (), {}, self.nesting, trials=trials)
         self.parallel = parallel
 
     def hang_on(self, hidden: Collection[str]) -> tuple[list[str], bool]:
@@ -266,7 +266,7 @@ class Run:
 
     def predict(self) -> Mapping[str, Any]:
         """The model's sites with the same latent variables, but what it observes drawn."""
-        return self.again(traces.unobserving()(self.walk.model))
+        return self.again(handlers.unobserving()(self.walk.model))
 
     def summed_out(self, hidden: Collection[str], name: str) -> Tensor:
         """The log probability (nats) of an observed site with the discrete variables of its rows summed out."""

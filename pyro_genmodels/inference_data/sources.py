@@ -17,8 +17,8 @@ from pyro.infer.predictive import WeighedPredictiveResults
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from pyro_genmodels import naming, traces
-from pyro_genmodels.draws.walk import numpy
+from pyro_genmodels._pyro import handlers, params, traces
+from pyro_genmodels.inference_data.replay import numpy
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def check_apart(sources: Sequence[Source]) -> None:
         if isinstance(source.guide, Mapping):
             continue
         modules = traces.owners(source.model, source.guide)
-        with traces.looking_on(), naming.in_their_own_names(modules), poutine.trace(param_only=True) as capture:
+        with handlers.looking_on(), params.in_their_own_names(modules), poutine.trace(param_only=True) as capture:
             traces.run(source.model, source.guide, source.args, source.kwargs)
         for name, site in capture.trace.nodes.items():
             value: Any = site["value"]

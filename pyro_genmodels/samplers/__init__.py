@@ -8,8 +8,8 @@ from pyro_genmodels.samplers.annealing import anneal
 from pyro_genmodels.samplers.chains import Chains, sample_chains
 from pyro_genmodels.samplers.gibbs import Gibbs, GibbsWithGradients
 from pyro_genmodels.samplers.hamiltonian import Hamiltonian, potential
+from pyro_genmodels.samplers.kernel import Sampler, run
 from pyro_genmodels.samplers.langevin import Langevin, annealed_langevin, langevin_step
-from pyro_genmodels.samplers.sampler import Sampler, run
 from pyro_genmodels.samplers.target import Target
 from pyro_genmodels.samplers.tempering import ParallelTempering
 

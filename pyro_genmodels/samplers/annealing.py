@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_genmodels.samplers.sampler import Sampler, run
+from pyro_genmodels.samplers.kernel import Sampler, run
 from pyro_genmodels.samplers.target import Target
 
 

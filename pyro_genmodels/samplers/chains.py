@@ -18,8 +18,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_genmodels.samplers.gibbs import GibbsWithGradients
+from pyro_genmodels.samplers.kernel import DualAveraging, Sampler, over_chains, per_chain
 from pyro_genmodels.samplers.langevin import Langevin
-from pyro_genmodels.samplers.sampler import DualAveraging, Sampler, over_chains, per_chain
 from pyro_genmodels.samplers.target import Target, check_target, value_and_score
 
 RUNAWAY = 1e6

@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pyro_genmodels.samplers.sampler import Sampler, State, metropolis, per_chain
+from pyro_genmodels.samplers.kernel import Sampler, State, metropolis, per_chain
 from pyro_genmodels.samplers.target import Beta, Kind, Target, value_and_score
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_genmodels.samplers.sampler import Sampler, State, beside_event, check_counts, check_positive, metropolis, per_chain
+from pyro_genmodels.samplers.kernel import Sampler, State, beside_event, check_counts, check_positive, metropolis, per_chain
 from pyro_genmodels.samplers.target import Beta, Target, check_target, value_and_score
 
 

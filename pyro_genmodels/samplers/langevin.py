@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_genmodels.samplers.sampler import Sampler, State, beside_event, check_positive, metropolis, per_chain
+from pyro_genmodels.samplers.kernel import Sampler, State, beside_event, check_positive, metropolis, per_chain
 from pyro_genmodels.samplers.target import Beta, Target, value_and_score
 
 

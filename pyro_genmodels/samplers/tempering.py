@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pyro_genmodels.samplers.kernel import Sampler, State, beside, check_counts
 from pyro_genmodels.samplers.langevin import Langevin
-from pyro_genmodels.samplers.sampler import Sampler, State, beside, check_counts
 from pyro_genmodels.samplers.target import Beta, Target
 
 

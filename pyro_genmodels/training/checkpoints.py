@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_genmodels import __version__, families
-from pyro_genmodels.errors import needed, unknown
 from pyro_genmodels.families import Family, Labels
-from pyro_genmodels.files import whole
+from pyro_genmodels.utils.errors import needed, unknown
+from pyro_genmodels.utils.files import whole
 
 FORMAT = 1
 """Of the record. A reader refuses what is newer."""
@@ -66,7 +66,8 @@ def save(path: str | Path, family: Family, **record: Any) -> Path:
 
     Example:
         >>> from tempfile import TemporaryDirectory
-        >>> from pyro_genmodels import Flow, NSF, checkpoints
+        >>> from pyro_genmodels import Flow, NSF
+        >>> from pyro_genmodels.training import checkpoints
         >>> with TemporaryDirectory() as folder:
         ...     path = checkpoints.save(f"{folder}/flow", Flow((2,), transform=NSF(transforms=2)))
         ...     checkpoints.load(path)().sample((5,)).shape

@@ -28,14 +28,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
-from pyro_genmodels import checkpoints, traces
-from pyro_genmodels.batches import Batches, pair_of
+from pyro_genmodels._pyro import handlers, traces
 from pyro_genmodels.families.family import Family
 from pyro_genmodels.infer.adversarial import Adversarial
-from pyro_genmodels.infer.games import Game
-from pyro_genmodels.snapshots import Keeper
-from pyro_genmodels.turns import ByGame, ByLoss, turns_of
-from pyro_genmodels.weights import Weights
+from pyro_genmodels.infer.adversarial.losses import Game
+from pyro_genmodels.optim.averaging import Weights
+from pyro_genmodels.training import checkpoints
+from pyro_genmodels.training.batches import Batches, pair_of
+from pyro_genmodels.training.snapshots import Keeper
+from pyro_genmodels.training.steps import ByGame, ByLoss, turns_of
 
 STANDARDIZE_ROWS = 10_000
 """Rows of a DataLoader that set a family's mean and deviation; of a tensor all do."""
@@ -196,7 +197,7 @@ def train(
                 break
             record = {"epoch": epoch, **_epoch(turns, batches, weights)}
             if held_out is not None:
-                with weights.averaged(), traces.looking_on(), _fixed_noise():
+                with weights.averaged(), handlers.looking_on(), _fixed_noise():
                     record["valid"] = turns.validate(held_out)
             record["seconds"] = time.perf_counter() - start
             result.history.append(record)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyro_genmodels import checkpoints
-from pyro_genmodels.weights import Weights
+from pyro_genmodels.optim.averaging import Weights
+from pyro_genmodels.training import checkpoints
 
 
 def take(weights: Weights, optimiser: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -22,20 +22,20 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from pyro_genmodels import traces
-from pyro_genmodels.batches import Batch, Batches
-from pyro_genmodels.distributions.base import unwrap
+from pyro_genmodels._pyro import traces
 from pyro_genmodels.distributions.energy import Energy
+from pyro_genmodels.distributions.energy.partition import quick_log_partition
 from pyro_genmodels.divergences import EnergyKernel, mmd
 from pyro_genmodels.infer.adversarial import Adversarial
+from pyro_genmodels.infer.adversarial.losses import Game
+from pyro_genmodels.infer.adversarial.pairings import Joint, Observations
 from pyro_genmodels.infer.contrastive import ContrastiveDivergence, NoiseContrastive
 from pyro_genmodels.infer.denoising import DenoisingScoreMatching, is_diffusion
 from pyro_genmodels.infer.flow_matching import FlowMatching
-from pyro_genmodels.infer.games import Game
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
-from pyro_genmodels.infer.matching import Joint, Observations
-from pyro_genmodels.optimisers import make
-from pyro_genmodels.partition import quick_log_partition
+from pyro_genmodels.optim.adapters import make
+from pyro_genmodels.training.batches import Batch, Batches
+from pyro_genmodels.utils.distributions import unwrap
 
 
 def turns_of(fit: Any, objective: Any, optim: Any, batches: Batches, clip_norm: float | None) -> ByLoss | ByGame:

@@ -42,18 +42,14 @@ from pyro_genmodels import (
     Labels,
     ODEFlow,
     UNet,
-    checkpoints,
-    console,
-    recipes,
-    reports,
     train,
-    training,
 )
-from pyro_genmodels.cli import DATA, FAMILIES, app
+from pyro_genmodels.cli import console, recipes, reports
+from pyro_genmodels.cli.app import DATA, FAMILIES, app
 from pyro_genmodels.datasets import load
 from pyro_genmodels.distributions import Implicit
 from pyro_genmodels.families.family import Family
-from pyro_genmodels.training import Fit
+from pyro_genmodels.training import Fit, checkpoints, loop
 
 PNG = b"\x89PNG"
 QUICK = ["compare", "--data", "digits", "--epochs", "1", "--families", "autoregressive"]
@@ -850,7 +846,7 @@ def test_a_signal_in_training_keeps_the_run_and_says_where(number, code, data, t
 
 
 def stop_at(epoch, monkeypatch, error=KeyboardInterrupt):
-    original, epochs = training._epoch, []
+    original, epochs = loop._epoch, []
 
     def stopped(*args):
         epochs.append(1)
@@ -858,7 +854,7 @@ def stop_at(epoch, monkeypatch, error=KeyboardInterrupt):
             raise error
         return original(*args)
 
-    monkeypatch.setattr(training, "_epoch", stopped)
+    monkeypatch.setattr(loop, "_epoch", stopped)
 
 
 @pytest.mark.parametrize("command", ["fit", "compare"])
@@ -914,13 +910,13 @@ def test_training_that_diverges_later_is_told_and_the_best_is_judged(data, tmp_p
 def test_a_warning_is_a_line_and_nothing_else_is_said_when_quiet(data, tmp_path):
     code = """
 import sys, warnings
-from pyro_genmodels import cli, recipes
+from pyro_genmodels.cli import app, recipes
 original = recipes.fit
 def fit(*args, **kwargs):
     warnings.warn("look out", RuntimeWarning)
     return original(*args, **kwargs)
 recipes.fit = fit
-cli.main()
+app.main()
 """
     args = ["fit", "--data", data / "plain.csv", "--epochs", 1, "--out", tmp_path, "--quiet"]
     result = python("-c", code, *args)
@@ -1394,7 +1390,7 @@ def test_importing_the_package_imports_nothing_heavy():
 
 def test_refusing_a_name_imports_nothing_heavy():
     code = (
-        "import sys; from typer.testing import CliRunner; from pyro_genmodels.cli import app;"
+        "import sys; from typer.testing import CliRunner; from pyro_genmodels.cli.app import app;"
         "CliRunner().invoke(app, ['compare', '--families', 'flw']); print('torch' in sys.modules)"
     )
     assert python("-c", code).stdout.strip() == "False"

@@ -10,8 +10,8 @@ from scipy.special import logsumexp
 from scipy.stats import binom, ks_2samp, kstest, norm, rice
 from sklearn.datasets import load_digits, make_moons
 
-from pyro_genmodels import plots
 from pyro_genmodels.datasets import DATASETS, checkerboard, digits, load, rows
+from pyro_genmodels.evaluation import plots
 
 SIZES = [1437, 180, 180]
 PLANE = {"moons": 2, "ring": 8, "grid": 25, "pinwheel": 5, "checkerboard": 8}

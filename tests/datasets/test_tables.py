@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pyro_genmodels.tables import read_table
+from pyro_genmodels.datasets.tables import read_table
 
 X = np.random.default_rng(0).normal(size=(8, 3))
 Y = np.arange(8) % 3

@@ -58,12 +58,12 @@ from pyro_genmodels import (
     VariancePreserving,
     VariationalBound,
     VelocityPrediction,
-    checkpoints,
     log_likelihood,
     train,
 )
-from pyro_genmodels.distributions.denoiser import Denoiser
 from pyro_genmodels.distributions.diffusion import ReverseDiffusion
+from pyro_genmodels.dynamics.denoiser import Denoiser
+from pyro_genmodels.training import checkpoints
 
 PROCESSES = [VariancePreserving(), SubVariancePreserving(), CosineVariancePreserving(), VarianceExploding(), Karras()]
 PREDICTIONS = [

@@ -26,8 +26,8 @@ from pyro_genmodels.distributions import (
     GenerativeDistribution,
     Implicit,
     NormalizingFlow,
-    unwrap,
 )
+from pyro_genmodels.utils.distributions import unwrap
 
 BY_NAME = {case.name: case for case in CASES}
 

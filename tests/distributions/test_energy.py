@@ -44,14 +44,14 @@ from pyro_genmodels import (
     Persistent,
     RealNVP,
     RestrictedBoltzmannMachine,
-    checkpoints,
     train,
 )
 from pyro_genmodels.distributions import Energy
-from pyro_genmodels.distributions.memory import LogPartition
+from pyro_genmodels.distributions.energy.state import LogPartition
 from pyro_genmodels.evaluation import log_partition
 from pyro_genmodels.samplers import Sampler
-from pyro_genmodels.samplers.sampler import State
+from pyro_genmodels.samplers.kernel import State
+from pyro_genmodels.training import checkpoints
 
 pytestmark = pytest.mark.usefixtures("float64")
 

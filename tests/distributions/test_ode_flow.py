@@ -34,11 +34,11 @@ from pyro_genmodels import (
     ODEFlow,
     RademacherProbes,
     UNet,
-    checkpoints,
     log_likelihood,
 )
 from pyro_genmodels.distributions.ode import ContinuousFlow
-from pyro_genmodels.ops.ode import integrate, integrate_with_divergence
+from pyro_genmodels.dynamics.ode import integrate, integrate_with_divergence
+from pyro_genmodels.training import checkpoints
 
 TIGHT = Dopri5(1e-10, 1e-10)
 SOLVERS = [TIGHT, Dopri8(1e-10, 1e-10), RK4(40), Midpoint(2000), Euler(3)]

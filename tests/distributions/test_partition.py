@@ -35,7 +35,7 @@ from test_energy import (
 from torch import nn
 from torch.distributions import constraints
 
-from pyro_genmodels import (
+from pyro_genmodels import (  # fmt: skip
     VAE,
     Autoregressive,
     DenseEnergy,
@@ -50,9 +50,9 @@ from pyro_genmodels import (
     RestrictedBoltzmannMachine,
     compare,
     log_likelihood,
-)  # fmt: skip
+)
 from pyro_genmodels.distributions import Energy
-from pyro_genmodels.distributions.memory import LogPartition, fingerprint
+from pyro_genmodels.distributions.energy.state import LogPartition, fingerprint
 from pyro_genmodels.evaluation import conservative_log_likelihood, log_partition
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -79,7 +79,7 @@ def test_a_sum_over_hidden_units_is_that_over_all_outcomes(name, monkeypatch):
     family.energy.centre.uniform_()
     fn = family(torch.tensor([2, 0, 1])) if labelled else family()
     over_outcomes = log_partition(fn)
-    monkeypatch.setattr("pyro_genmodels.partition.exact.MOST_STATES", 1)
+    monkeypatch.setattr("pyro_genmodels.distributions.energy.exact.MOST_STATES", 1)
     over_hidden = log_partition(fn)
     assert (over_outcomes.num_steps, over_hidden.num_steps) == (27 if support is CLASSES else 16, 8)
     assert over_outcomes.kind == over_hidden.kind == "exact"
@@ -701,7 +701,7 @@ def test_as_the_prior_of_a_latent_variable_its_log_z_is_in_the_likelihood(exact,
             pyro.sample("z", dist.Normal(y, 1.0).to_event(1))
 
     if not exact:
-        monkeypatch.setattr(import_module("pyro_genmodels.partition.log_partition"), "exactly", lambda *_, **__: None)
+        monkeypatch.setattr(import_module("pyro_genmodels.distributions.energy.partition"), "exactly", lambda *_, **__: None)
     found = log_likelihood((lambda y: latent(family, y), lambda y: guide(family, y)), y, num_samples=4000, num_steps=50)
     with torch.no_grad():
         joint = exact_log_prob(family(), z, z, volume)[:, None] + dist.Normal(y.T, 0.7).log_prob(z)
@@ -814,7 +814,7 @@ def test_a_row_in_which_an_energy_stands_often_has_its_error_as_often():
 def test_rows_of_one_label_share_its_error_and_each_label_is_estimated_once(monkeypatch):
     family = four(context=Labels(2))
     calls = []
-    module = import_module("pyro_genmodels.evaluation.constants")
+    module = import_module("pyro_genmodels.evaluation.log_z")
     monkeypatch.setattr(module, "log_partition", lambda d, **kw: calls.append(len(d.context)) or log_partition(d, **kw))
     labels = (torch.arange(40) >= 30).long()
     found = log_likelihood(family, torch.randn(40, 4), labels, num_samples=8, num_steps=20, batch_size=7)

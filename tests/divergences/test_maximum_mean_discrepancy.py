@@ -172,7 +172,7 @@ def test_what_cannot_be_judged_is_refused(monkeypatch):
         mmd_test(x, x[:1])
     with pytest.raises(ValueError, match="one permutation, got num_permutations=0"):
         mmd_test(x, x, num_permutations=0)
-    monkeypatch.setattr("pyro_genmodels.evaluation.discrepancy.MOST", 12)
+    monkeypatch.setattr("pyro_genmodels.evaluation.permutation_test.MOST", 12)
     with pytest.raises(ValueError, match=r"at most 12 draws, but found 10 and 10.*randperm\(len\(x\)\)\[:6\]"):
         mmd_test(x, x)
     for by in (mmd, mmd_test):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyro_genmodels.divergences import wasserstein
-from pyro_genmodels.divergences.wasserstein import _sorted_potentials
+from pyro_genmodels.divergences.optimal_transport import _sorted_potentials
 
 pytestmark = pytest.mark.usefixtures("float64")
 TEN = torch.zeros(10, 2)

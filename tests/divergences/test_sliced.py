@@ -12,7 +12,7 @@ import torch
 from scipy.stats import wasserstein_distance
 
 from pyro_genmodels.divergences import sliced_wasserstein
-from pyro_genmodels.divergences.transport import directions
+from pyro_genmodels.divergences.sliced import directions
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -173,7 +173,7 @@ def test_directions_are_unit_vectors_without_preference():
 def test_cutting_the_directions_into_blocks_changes_nothing(monkeypatch):
     x, y = torch.randn(30, 3), torch.randn(41, 3)
     whole = sliced_wasserstein(x, y, seed=3)
-    monkeypatch.setattr("pyro_genmodels.divergences.transport._BLOCK", 1000)
+    monkeypatch.setattr("pyro_genmodels.divergences.sliced._BLOCK", 1000)
     torch.testing.assert_close(sliced_wasserstein(x, y, seed=3), whole)
 
 

@@ -33,8 +33,8 @@ from pyro_genmodels import (
     VarianceExploding,
     VariancePreserving,
 )
-from pyro_genmodels.samplers import reverse as reverse_module
-from pyro_genmodels.samplers.reverse import prior_scale, reverse
+from pyro_genmodels.dynamics import reverse as reverse_module
+from pyro_genmodels.dynamics.reverse import prior_scale, reverse
 
 PROCESSES = [VariancePreserving(), SubVariancePreserving(), CosineVariancePreserving(), VarianceExploding(), Karras()]
 SAMPLERS = [

@@ -12,7 +12,7 @@ from sklearn.model_selection import KFold, cross_val_score
 from sklearn.neural_network import MLPClassifier
 
 from pyro_genmodels.evaluation import TwoSample, c2st
-from pyro_genmodels.evaluation.two_sample import standardised
+from pyro_genmodels.evaluation.classifier_test import standardised
 
 SMALL = {"hidden": (3,), "folds": 2}  # soon trained
 

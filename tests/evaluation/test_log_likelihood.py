@@ -34,7 +34,7 @@ from pyro_genmodels import (
 )
 from pyro_genmodels.distributions import Implicit
 from pyro_genmodels.evaluation import LogLikelihood, has_likelihood
-from pyro_genmodels.evaluation.compare import stacking_weights
+from pyro_genmodels.evaluation.comparison import stacking_weights
 from pyro_genmodels.families.family import Family
 
 SMALL = {"transforms": 2, "hidden": (8,)}

@@ -42,7 +42,6 @@ from pyro_genmodels import (
     Relativistic,
     Wasserstein,
     WeightClipping,
-    checkpoints,
     spectral_normalized,
     train,
 )
@@ -58,6 +57,7 @@ from pyro_genmodels.divergences import (
 )
 from pyro_genmodels.evaluation import coverage, diagnose, mode_coverage
 from pyro_genmodels.infer import GameOverError
+from pyro_genmodels.training import checkpoints
 
 GAMES = [Minimax(), NonSaturating(), LeastSquares(), Hinge(), Wasserstein(), Relativistic(), FGAN(JensenShannon())]
 FS = [

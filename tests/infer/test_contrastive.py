@@ -36,12 +36,12 @@ from pyro_genmodels import (
     NoiseContrastive,
     Persistent,
     RestrictedBoltzmannMachine,
-    checkpoints,
     train,
 )
 from pyro_genmodels.evaluation import log_partition
 from pyro_genmodels.samplers import Sampler
-from pyro_genmodels.samplers.sampler import State
+from pyro_genmodels.samplers.kernel import State
+from pyro_genmodels.training import checkpoints
 
 pytestmark = pytest.mark.usefixtures("float64")
 

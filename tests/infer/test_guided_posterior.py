@@ -21,9 +21,9 @@ from torch.testing import assert_close
 
 from pyro_genmodels import DenseField, Diffusion, Flow, Karras, SubVariancePreserving, VariancePreserving, to_arviz
 from pyro_genmodels.distributions import GenerativeDistribution
-from pyro_genmodels.infer.diffusion_posterior import GuidedDiffusion, TwistedDiffusion, diffusion_posterior, inpaint
-from pyro_genmodels.samplers.guided import effective_size, guided, twisted
-from pyro_genmodels.samplers.spacing import UniformLogSNR
+from pyro_genmodels.dynamics.guided import effective_size, guided, twisted
+from pyro_genmodels.dynamics.spacing import UniformLogSNR
+from pyro_genmodels.infer.guided_posterior import GuidedDiffusion, TwistedDiffusion, diffusion_posterior, inpaint
 
 PROCESSES = [VariancePreserving(), SubVariancePreserving(), Karras()]
 COV = torch.tensor([[1.2, 0.7], [0.7, 0.9]], dtype=torch.float64)

@@ -30,7 +30,7 @@ from readings import (
 from torch.distributions import constraints
 
 from pyro_genmodels import Autoregressive, Categorical, Dequantized, Flow, to_arviz
-from pyro_genmodels.draws import GROUPS
+from pyro_genmodels.inference_data.groups import GROUPS
 
 
 @pytest.fixture

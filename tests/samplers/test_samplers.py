@@ -39,7 +39,7 @@ from pyro_genmodels.samplers import (
 )
 from pyro_genmodels.samplers.annealing import schedule, tune
 from pyro_genmodels.samplers.hamiltonian import leapfrog
-from pyro_genmodels.samplers.sampler import DualAveraging, State
+from pyro_genmodels.samplers.kernel import DualAveraging, State
 from pyro_genmodels.samplers.tempering import trade
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from pyro_genmodels.batches import Batches, pair_of
+from pyro_genmodels.training.batches import Batches, pair_of
 
 LIKE = torch.empty(0)
 

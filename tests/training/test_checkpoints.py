@@ -45,9 +45,9 @@ from pyro_genmodels import (
     Labels,
     Normal,
     RealNVP,
-    checkpoints,
     train,
 )
+from pyro_genmodels.training import checkpoints
 
 SMALL = MAF(transforms=1, hidden=(4,))
 
@@ -852,7 +852,8 @@ def test_threads_may_save_and_load_at_once(path):
 def test_processes_may_save_at_once(path):
     code = """
         import sys, torch
-        from pyro_genmodels import Flow, MAF, checkpoints
+        from pyro_genmodels import Flow, MAF
+        from pyro_genmodels.training import checkpoints
         torch.set_num_threads(1)
         flow = Flow((2,), transform=MAF(transforms=1, hidden=(4,)))
         for p in flow.parameters():

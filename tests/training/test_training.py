@@ -33,13 +33,10 @@ from pyro_genmodels import (
     Labels,
     MaximumLikelihood,
     Normal,
-    checkpoints,
-    snapshots,
     train,
-    training,
 )
-from pyro_genmodels.training import Fit
-from pyro_genmodels.weights import Weights
+from pyro_genmodels.optim.averaging import Weights
+from pyro_genmodels.training import Fit, checkpoints, loop, snapshots
 
 train = partial(train, progress=False)
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -912,7 +909,7 @@ def test_the_run_is_written_about_twice_a_minute(tmp_path, monkeypatch):
         written.append((Path(path).name, next(clock)))
         return original(path, *args, **kwargs)
 
-    for module in (training, snapshots):
+    for module in (loop, snapshots):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr(checkpoints, "write", write)
     fit = run(affine_flow, tmp_path / "run", 60, patience=60)

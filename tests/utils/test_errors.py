@@ -2,7 +2,7 @@
 
 import pytest
 
-from pyro_genmodels.errors import listed, unknown
+from pyro_genmodels.utils.errors import listed, unknown
 
 NAMES = ["digits", "moons", "ring", "grid"]
 

@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
-from pyro_genmodels.files import whole
+from pyro_genmodels.utils.files import whole
 
 
 def pandas():
@@ -138,7 +138,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     code = """
         import resource, sys
         import numpy as np
-        from pyro_genmodels.files import whole
+        from pyro_genmodels.utils.files import whole
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
         try:
             with whole(sys.argv[1]) as part:
@@ -156,7 +156,7 @@ def test_a_process_that_is_killed_leaves_what_was_there(tmp_path):
     path.write_text("old")
     code = """
         import sys, time
-        from pyro_genmodels.files import whole
+        from pyro_genmodels.utils.files import whole
         with whole(sys.argv[1]) as part:
             part.write_text("half")
             print("written", flush=True)
@@ -173,7 +173,7 @@ def test_several_processes_may_write_at_once_and_every_reader_sees_one_whole(tmp
     path, size = tmp_path / "a.txt", 200_000
     code = """
         import sys
-        from pyro_genmodels.files import whole
+        from pyro_genmodels.utils.files import whole
         for _ in range(30):
             with whole(sys.argv[1]) as part:
                 part.write_text(sys.argv[2] * int(sys.argv[3]))

@@ -21,7 +21,7 @@ import torch
 from torch import Size, Tensor
 
 from pyro_genmodels.distributions.energy import Energy
-from pyro_genmodels.distributions.memory import Kind, LogPartition
+from pyro_genmodels.distributions.energy.state import Kind, LogPartition
 from pyro_genmodels.samplers import Gibbs, GibbsWithGradients, Langevin, Sampler, Target, anneal
 from pyro_genmodels.samplers.annealing import schedule, tune
 

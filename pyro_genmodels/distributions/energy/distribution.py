@@ -22,22 +22,15 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, biject_to, constraints
 
-from pyro_genmodels.distributions.base import (
-    Density,
-    GenerativeDistribution,
-    drops_units,
-    is_real,
-    map_tensors,
-    over_events,
-    parts_of,
-)
-from pyro_genmodels.distributions.memory import LogPartition, Memory, fingerprint
-from pyro_genmodels.distributions.negatives import Annealed, Negatives, Persistent
-from pyro_genmodels.distributions.noisy import Noisy
-from pyro_genmodels.distributions.path import Path, kind_of, start_of
+from pyro_genmodels.distributions.base import GenerativeDistribution
+from pyro_genmodels.distributions.energy.negatives import Annealed, Negatives, Persistent
+from pyro_genmodels.distributions.energy.noise import Noisy
+from pyro_genmodels.distributions.energy.path import Path, kind_of, start_of
+from pyro_genmodels.distributions.energy.state import LogPartition, Memory, fingerprint
 from pyro_genmodels.samplers import GibbsWithGradients, Langevin, Sampler, Target, anneal, annealed_langevin, run
 from pyro_genmodels.samplers.annealing import schedule
 from pyro_genmodels.samplers.target import value_and_score
+from pyro_genmodels.utils.distributions import Density, drops_units, is_real, map_tensors, over_events, parts_of
 
 LARGEST = 1e6
 """Log densities (nats) beyond this are taken for an explosion: in single precision they are no longer told apart."""

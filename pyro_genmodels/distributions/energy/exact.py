@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_genmodels.distributions.energy import Energy
-from pyro_genmodels.distributions.memory import LogPartition
+from pyro_genmodels.distributions.energy.state import LogPartition
 
 MOST_STATES = 2**20
 """Of a sum over all there is."""

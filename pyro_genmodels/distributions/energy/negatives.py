@@ -18,7 +18,7 @@ from torch import Size, Tensor
 
 from pyro_genmodels.samplers import Sampler, anneal, run
 from pyro_genmodels.samplers.annealing import schedule
-from pyro_genmodels.samplers.sampler import beside, check_positive, per_chain
+from pyro_genmodels.samplers.kernel import beside, check_positive, per_chain
 
 if TYPE_CHECKING:
     from pyro_genmodels.distributions.energy import Energy

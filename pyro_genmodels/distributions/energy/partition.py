@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_genmodels.distributions.base import density_of, unchecked, unwrap
 from pyro_genmodels.distributions.energy import Energy
-from pyro_genmodels.distributions.memory import LogPartition
-from pyro_genmodels.partition.annealed import Annealing
-from pyro_genmodels.partition.exact import MOST_STATES, exactly
+from pyro_genmodels.distributions.energy.annealed import Annealing
+from pyro_genmodels.distributions.energy.exact import MOST_STATES, exactly
+from pyro_genmodels.distributions.energy.state import LogPartition
+from pyro_genmodels.utils.distributions import density_of, unchecked, unwrap
 
 MOST_UNASKED = 2**25
 """Evaluations of a conditional energy, over all its contexts, by which it is summed or integrated unasked."""

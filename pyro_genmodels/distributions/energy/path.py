@@ -21,8 +21,8 @@ from pyro.distributions import Bernoulli, Logistic, Normal, OneHotCategorical
 from torch import Size, Tensor
 from torch.distributions import Distribution, Transform, constraints
 
-from pyro_genmodels.distributions.base import is_real, sum_event
 from pyro_genmodels.samplers.target import Beta, Kind, Target
+from pyro_genmodels.utils.distributions import is_real, sum_event
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_genmodels.divergences import ConvexFunction, Divergence, JensenShannon
-from pyro_genmodels.infer.penalties import R1, R2, GradientPenalty, Penalty
+from pyro_genmodels.infer.adversarial.penalties import R1, R2, GradientPenalty, Penalty
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,11 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_genmodels import traces
-from pyro_genmodels.distributions.base import density_of, unwrap
-from pyro_genmodels.draws.rows import both_of, drawing, is_rounded, masked, observed_sites, plate_of, scores
-from pyro_genmodels.errors import listed
-from pyro_genmodels.infer.games import Game
+from pyro_genmodels._pyro import traces
+from pyro_genmodels._pyro.predictive import both_of, drawing, is_rounded, masked, observed_sites, plate_of, scores
+from pyro_genmodels.infer.adversarial.losses import Game
+from pyro_genmodels.utils.distributions import density_of, unwrap
+from pyro_genmodels.utils.errors import listed
 
 
 @dataclass(frozen=True)

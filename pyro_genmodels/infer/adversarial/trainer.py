@@ -23,14 +23,14 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pyro_genmodels import traces
+from pyro_genmodels._pyro import handlers, traces
 from pyro_genmodels.divergences import Divergence
-from pyro_genmodels.errors import chosen, listed
-from pyro_genmodels.infer.games import Game, Relativistic
-from pyro_genmodels.infer.matching import Joint, Matching, Observations, Posterior, Sides
-from pyro_genmodels.infer.penalties import R1, Penalty
-from pyro_genmodels.optimisers import Optim, make
-from pyro_genmodels.weights import Weights, moving_average
+from pyro_genmodels.infer.adversarial.losses import Game, Relativistic
+from pyro_genmodels.infer.adversarial.pairings import Joint, Matching, Observations, Posterior, Sides
+from pyro_genmodels.infer.adversarial.penalties import R1, Penalty
+from pyro_genmodels.optim.adapters import Optim, make
+from pyro_genmodels.optim.averaging import Weights, moving_average
+from pyro_genmodels.utils.errors import chosen, listed
 
 KEEP_EVERY = 100
 """Steps between two copies of the last good state."""
@@ -164,7 +164,7 @@ class Adversarial:
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """What `step` would say, without a step; both players look on, in evaluation mode."""
-        with traces.looking_on():
+        with handlers.looking_on():
             sides = self.matching.sides(self.model, self.guide, args, kwargs)
             real, fake = self._outputs(sides)
             loss = self._model_loss(sides, args, kwargs)
@@ -174,7 +174,7 @@ class Adversarial:
 
     def play(self, *args: Any, **kwargs: Any) -> tuple[Sides, tuple[Tensor, Tensor]]:
         """What is put before the critic of data and fresh draws, and what it says of both, (rows,) each; nobody learns."""
-        with traces.looking_on():
+        with handlers.looking_on():
             sides = self.matching.sides(self.model, self.guide, args, kwargs)
             return sides, self._outputs(sides)
 

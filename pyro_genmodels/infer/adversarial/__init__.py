@@ -1,0 +1,5 @@
+"""Adversarial training: a trainer with the verbs of SVI, its losses, pairings and penalties."""
+
+from pyro_genmodels.infer.adversarial.trainer import Adversarial, GameOverError
+
+__all__ = ["Adversarial", "GameOverError"]

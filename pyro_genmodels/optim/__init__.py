@@ -1,0 +1,1 @@
+"""Optimisers by name, and averages of the weights they move."""

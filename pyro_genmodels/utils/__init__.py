@@ -1,0 +1,1 @@
+"""Error messages, files, and questions about any torch distribution."""
