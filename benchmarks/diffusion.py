@@ -106,7 +106,7 @@ def mixtures(seconds: Seconds = 240, seed: Seed = 0, only: Annotated[str, typer.
         start = time.perf_counter()
         with torch.no_grad():
             gap = density.log_prob(test) - diffusion().log_prob(test)
-        draws = diffusion().drawn_by(DPMSolver(50)).walk((2500,))
+        draws = diffusion().with_sampler(DPMSolver(50)).walk((2500,))
         centres = density.component_distribution.base_dist.loc
         distance, nearest = torch.cdist(draws.x, centres).min(1)
         good = distance < 3 * sd
@@ -147,7 +147,7 @@ def cost(
         found.setdefault("floor", []).append(floor)
         for sampler in samplers:
             start = time.perf_counter()
-            drawn = diffusion().drawn_by(sampler).sample((draws,))
+            drawn = diffusion().with_sampler(sampler).sample((draws,))
             spent = time.perf_counter() - start
             distance = sliced_wasserstein(drawn, real, seed=repeat).value.item()
             name = f"{type(sampler).__name__}({sampler.num_steps})"

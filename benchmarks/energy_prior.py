@@ -18,7 +18,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_genmodels import VAE, DenseEnergy, DiscretizedLogistic, EnergyModel, Persistent, log_likelihood, train
+from pyro_genmodels import VAE, DenseEnergy, DiscretizedLogisticLikelihood, EnergyModel, Persistent, log_likelihood, train
 from pyro_genmodels.datasets import load
 
 
@@ -27,7 +27,7 @@ def fit(name: str, prior: EnergyModel | None) -> Tensor:
     start = time.perf_counter()
     digits = load("digits")
     pyro.set_rng_seed(0)
-    likelihood = DiscretizedLogistic(17, components=3)
+    likelihood = DiscretizedLogisticLikelihood(17, components=3)
     vae = VAE((8, 8), latent_dim=16, likelihood=likelihood, hidden=(256, 256), dropout=0.1, prior=prior)
     options = {"epochs": 300, "batch_size": 64, "patience": 60, "average": 0.99, "seed": 0}
     train(vae, digits.train, valid=digits.valid, **options)

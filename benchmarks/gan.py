@@ -24,7 +24,18 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from tqdm.auto import tqdm
 
-from pyro_genmodels import FGAN, GAN, R1, R2, Adversarial, AutoFamily, DenseCritic, DenseGenerator, NonSaturating, Posterior
+from pyro_genmodels import (
+    FGAN,
+    GAN,
+    R1,
+    R2,
+    Adversarial,
+    AutoFamily,
+    DenseCritic,
+    DenseGenerator,
+    NonSaturating,
+    PosteriorPairing,
+)
 from pyro_genmodels.datasets import load
 from pyro_genmodels.divergences import JensenShannon, KullbackLeibler, SquaredHellinger, TotalVariation
 from pyro_genmodels.evaluation import c2st, mode_coverage
@@ -59,7 +70,7 @@ def modes(
             gan = GAN((2,), latent_dim=2, generator=DenseGenerator(octaves=3))
             gan.standardize(x)
             optim = partial(Adam, lr=2e-3, betas=(0.0, 0.99))
-            game = Adversarial(gan.model, gan.critic, optim=optim, average=0.999)
+            game = Adversarial(gan.model, gan.critic, optim=optim, ema_decay=0.999)
             steps, start = 0, time.perf_counter()
             while (share := (time.perf_counter() - start) / seconds) < 1:
                 gamma = 0.3 * 0.01**share  # first the rough shape, then its finest features
@@ -194,8 +205,8 @@ def posterior(draws: int = 2000, seed: int = 0) -> None:
         guide()
         optim = partial(Adam, lr=3e-4, betas=(0.5, 0.99)), partial(Adam, lr=1e-3, betas=(0.5, 0.99))
         game = Adversarial(
-            model, guide.family.critic, NonSaturating(), optim, guide=guide, matching=Posterior(num_particles=512),
-            num_critic_steps=5, average=0.999,
+            model, guide.family.critic, NonSaturating(), optim, guide=guide, pairing=PosteriorPairing(num_particles=512),
+            num_critic_steps=5, ema_decay=0.999,
         )  # fmt: skip
         for step in tqdm(range(steps), desc=name, mininterval=10):
             game.step()

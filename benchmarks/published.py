@@ -25,7 +25,7 @@ from torch.distributions import constraints
 from pyro_genmodels import (
     VAE,
     Autoregressive,
-    Bernoulli,
+    BernoulliLikelihood,
     ContrastiveDivergence,
     EnergyModel,
     Persistent,
@@ -69,8 +69,8 @@ def nltcs(data_dir: DataDir = None, out: Out = Path("out/published"), seed: int 
         "energy (RBM, 64 hidden, PCD-5)": EnergyModel(
             (d,), energy=RestrictedBoltzmannMachine(64), support=constraints.boolean, negatives=Persistent(512, steps=5)
         ),
-        "autoregressive (MADE, 256 x 256)": Autoregressive((d,), likelihood=Bernoulli(), dropout=0.2),
-        "vae (z 8, 256 x 256)": VAE((d,), latent_dim=8, likelihood=Bernoulli()),
+        "autoregressive (MADE, 256 x 256)": Autoregressive((d,), likelihood=BernoulliLikelihood(), dropout=0.2),
+        "vae (z 8, 256 x 256)": VAE((d,), latent_dim=8, likelihood=BernoulliLikelihood()),
     }
     for name, family in families.items():
         start = time.perf_counter()
@@ -81,7 +81,7 @@ def nltcs(data_dir: DataDir = None, out: Out = Path("out/published"), seed: int 
             optim=partial(torch.optim.Adam, lr=1e-3),
             epochs=epochs,
             batch_size=128,
-            average=0.999,
+            ema_decay=0.999,
             checkpoint=out / f"nltcs-{name.split()[0]}-{seed}",
             seed=seed,
         )
@@ -132,7 +132,7 @@ def rbm(
             epochs=epochs,
             batch_size=128,
             patience=epochs,
-            average=average,
+            ema_decay=average,
             checkpoint=checkpoint,
             resume=run.exists(),
             seed=seed + stage,

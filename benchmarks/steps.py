@@ -16,7 +16,7 @@ import zuko
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
-from pyro_genmodels import NSF, VAE, Bernoulli, Flow, MaximumLikelihood
+from pyro_genmodels import NSF, VAE, BernoulliLikelihood, Flow, MaximumLikelihood
 
 
 def turns(ours: Callable[[], object], stock: Callable[[], object], rounds: int = 60) -> tuple[float, float, float]:
@@ -45,7 +45,7 @@ def flow_step() -> tuple[Callable[[], object], Callable[[], object]]:
 def vae_step(batch: int) -> tuple[Callable[[], object], Callable[[], object]]:
     """`SVI.step` of a VAE 784-200-200-50: ours against Pyro's tutorial."""
     x = (torch.rand(batch, 784) > 0.5).float()
-    vae = VAE((784,), latent_dim=50, likelihood=Bernoulli(), hidden=(200, 200))
+    vae = VAE((784,), latent_dim=50, likelihood=BernoulliLikelihood(), hidden=(200, 200))
     svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
     encoder = nn.Sequential(nn.Linear(784, 200), nn.SiLU(), nn.Linear(200, 200), nn.SiLU(), nn.Linear(200, 100))
     decoder = nn.Sequential(nn.Linear(50, 200), nn.SiLU(), nn.Linear(200, 200), nn.SiLU(), nn.Linear(200, 784))

@@ -47,15 +47,15 @@ from pyro_genmodels import (
     VAE,
     Adversarial,
     Autoregressive,
-    Bernoulli,
+    BernoulliLikelihood,
     BoltzmannMachine,
-    Categorical,
+    CategoricalLikelihood,
     ContrastiveDivergence,
     DenoisingScoreMatching,
     DenseEnergy,
     DenseField,
     Diffusion,
-    DiscretizedLogistic,
+    DiscretizedLogisticLikelihood,
     Dopri5,
     EnergyModel,
     EulerMaruyama,
@@ -69,7 +69,7 @@ from pyro_genmodels import (
     LikelihoodWeighting,
     MaximumLikelihood,
     Minimax,
-    Normal,
+    NormalLikelihood,
     Persistent,
     ProbabilityFlow,
     RealNVP,
@@ -127,7 +127,7 @@ def nll(model, *args, **kwargs):
 
 
 def bits(dims=3, order=None, context=0):
-    return perturb(Autoregressive((dims,), likelihood=Bernoulli(), order=order, hidden=(8,), context=context))
+    return perturb(Autoregressive((dims,), likelihood=BernoulliLikelihood(), order=order, hidden=(8,), context=context))
 
 
 def test_T1_kl_is_the_mean_log_ratio_of_gaussians():
@@ -819,7 +819,9 @@ def test_T18_the_bias_of_contrastive_divergence_is_that_of_its_chains_and_falls_
 
 @pytest.mark.parametrize("order", [None, [2, 0, 3, 1], [3, 2, 1, 0]], ids=str)
 @pytest.mark.parametrize("context", [0, 2])
-@pytest.mark.parametrize("likelihood", [Bernoulli(), Categorical(3), DiscretizedLogistic(4, components=2)], ids=repr)
+@pytest.mark.parametrize(
+    "likelihood", [BernoulliLikelihood(), CategoricalLikelihood(3), DiscretizedLogisticLikelihood(4, components=2)], ids=repr
+)
 def test_T19_all_outcomes_sum_to_one(likelihood, context, order):
     levels = {"Bernoulli": 2, "Categorical": 3, "DiscretizedLogistic": 4}[type(likelihood).__name__]
     made = perturb(Autoregressive((4,), likelihood=likelihood, context=context, order=order, hidden=(16, 16)))
@@ -829,14 +831,16 @@ def test_T19_all_outcomes_sum_to_one(likelihood, context, order):
 
 
 def test_T19_all_outcomes_sum_to_one_given_labels_and_for_images():
-    made = perturb(Autoregressive((2, 2), likelihood=Bernoulli(), context=Labels(3), order=[1, 3, 0, 2], hidden=(16,)))
+    made = perturb(
+        Autoregressive((2, 2), likelihood=BernoulliLikelihood(), context=Labels(3), order=[1, 3, 0, 2], hidden=(16,))
+    )
     x = outcomes(2, 4).double().reshape(-1, 1, 2, 2)
     torch.testing.assert_close(made(torch.arange(3)).log_prob(x).exp().sum(0), torch.ones(3))
 
 
 @pytest.mark.parametrize("context", [0, 2])
 def test_T19_output_i_depends_on_inputs_before_i_only(context):
-    made = perturb(Autoregressive((5,), likelihood=Normal(), context=context, hidden=(32, 32)))
+    made = perturb(Autoregressive((5,), likelihood=NormalLikelihood(), context=context, hidden=(32, 32)))
     c = torch.randn(context) if context else None
     jacobian = torch.autograd.functional.jacobian(lambda x: made.conditionals(x, c), torch.randn(5, 1))[..., 0].abs().sum(1)
     strictly_before = torch.ones(5, 5).tril(-1).bool()
@@ -861,7 +865,7 @@ def test_T19_the_conditionals_are_those_of_the_table_in_the_given_order(order):
 
 def test_T19_only_the_last_coordinate_of_the_order_tells_no_other():
     order = [2, 0, 1]
-    made = perturb(Autoregressive((3,), likelihood=Normal(scale=0.5), order=order, hidden=(16,), standardize=False))
+    made = perturb(Autoregressive((3,), likelihood=NormalLikelihood(scale=0.5), order=order, hidden=(16,), standardize=False))
     made.conditionals.activation = nn.Tanh()
     curvature = torch.autograd.functional.hessian(made().log_prob, torch.randn(3)).diagonal()
     torch.testing.assert_close(curvature[order[-1]], torch.tensor(-4.0))
@@ -869,7 +873,9 @@ def test_T19_only_the_last_coordinate_of_the_order_tells_no_other():
 
 
 @pytest.mark.parametrize(
-    ("likelihood", "levels"), [(Bernoulli(), 2), (Categorical(3), 3), (DiscretizedLogistic(3, components=2), 3)], ids=repr
+    ("likelihood", "levels"),
+    [(BernoulliLikelihood(), 2), (CategoricalLikelihood(3), 3), (DiscretizedLogisticLikelihood(3, components=2), 3)],
+    ids=repr,
 )
 @pytest.mark.parametrize("context", [0, 2])
 def test_T19_draws_by_steps_follow_the_density(likelihood, levels, context):
@@ -889,7 +895,7 @@ def linear_vae(teacher: LinearGaussian, **guide):
     return VAE(
         (3,),
         latent_dim=2,
-        likelihood=Normal(scale=teacher.scale),
+        likelihood=NormalLikelihood(scale=teacher.scale),
         encoder=teacher.encoder(**guide),
         decoder=teacher.decoder(),
         standardize=False,
@@ -1264,7 +1270,7 @@ def test_T25_for_another_score_the_two_densities_differ_and_kind_says_which():
     d = Shrunk(Mixture(*torch.ones(3, 1))).diffusion(process, (1,), likelihood=FlowDensity(Dopri5(1e-8, 1e-8)))
     torch.testing.assert_close(d.log_prob(x), dist.Normal(0.0, ode**0.5).log_prob(x[:, 0]), rtol=1e-5, atol=1e-5)
     assert abs(sde / ode - 1) > 0.1
-    assert mean_is(d.drawn_by(ProbabilityFlow(Dopri5(1e-6, 1e-6))).sample((3000,)).square(), torch.tensor([ode]))
+    assert mean_is(d.with_sampler(ProbabilityFlow(Dopri5(1e-6, 1e-6))).sample((3000,)).square(), torch.tensor([ode]))
     family, kinds = Diffusion((1,), network=DenseField(8, 1)), {}
     for likelihood in (FlowDensity(), VariationalBound()):
         family.likelihood = likelihood

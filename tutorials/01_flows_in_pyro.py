@@ -72,7 +72,7 @@ print("their log density:", p.log_prob(x).detach())
 
 # %% [markdown]
 # `train` minimises the negative log-likelihood by minibatches. After each epoch it scores the validation data. It stops when
-# there was no improvement for `patience` epochs (20 by default), and the best parameters are put back. `average=0.99`
+# there was no improvement for `patience` epochs (20 by default), and the best parameters are put back. `ema_decay=0.99`
 # validates and keeps a moving average of the parameters, which is less noisy than the parameters themselves. It also takes
 # mean and standard deviation from the training data, so there is no need to standardise by hand; both are counted in the
 # density.
@@ -84,7 +84,7 @@ fit = train(
     valid=x_valid,
     optim=partial(torch.optim.Adam, lr=2e-3),
     epochs=4 if SMOKE else 200,
-    average=0.99,
+    ema_decay=0.99,
     seed=0,
     progress=False,
 )
@@ -142,7 +142,7 @@ print("truth:", moons.log_prob(x_test).mean().item())
 
 # %%
 affine = Flow((2,), transform=MAF(transforms=3, hidden=(64, 64)))
-train(affine, x_train, valid=x_valid, epochs=4 if SMOKE else 200, average=0.99, seed=0, progress=False)
+train(affine, x_train, valid=x_valid, epochs=4 if SMOKE else 200, ema_decay=0.99, seed=0, progress=False)
 
 
 def truth_model(x):

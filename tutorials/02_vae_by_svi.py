@@ -34,7 +34,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.poutine.messenger import Messenger
 
-from pyro_genmodels import VAE, DiscretizedLogistic, Flow, Labels, RealNVP, compare, datasets, log_likelihood, train
+from pyro_genmodels import VAE, DiscretizedLogisticLikelihood, Flow, Labels, RealNVP, compare, datasets, log_likelihood, train
 from pyro_genmodels.evaluation import LogLikelihood
 
 SMOKE = bool(os.environ.get("PYRO_GENMODELS_SMOKE"))  # small settings, to see that everything runs
@@ -79,7 +79,9 @@ show([data.train[:14]], "training images")
 # %%
 def new_vae(**options):
     pyro.set_rng_seed(0)
-    return VAE((8, 8), latent_dim=16, likelihood=DiscretizedLogistic(data.levels, components=3), dropout=0.1, **options)
+    return VAE(
+        (8, 8), latent_dim=16, likelihood=DiscretizedLogisticLikelihood(data.levels, components=3), dropout=0.1, **options
+    )
 
 
 vae = new_vae()

@@ -34,7 +34,7 @@ import torch
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal, init_to_sample
 
-from pyro_genmodels import MAF, NSF, VAE, Autoregressive, Flow, Normal, compare, datasets, to_arviz, train
+from pyro_genmodels import MAF, NSF, VAE, Autoregressive, Flow, NormalLikelihood, compare, datasets, to_arviz, train
 
 warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing", FutureWarning)  # it announces version 1
 warnings.filterwarnings("ignore", "Estimated shape parameter of Pareto", UserWarning)  # the tables below say so too
@@ -288,12 +288,12 @@ rows = slice(500) if SMOKE else slice(2000)
 families = {
     "splines (NSF)": Flow((2,), transform=NSF(transforms=3, hidden=(64, 64))),
     "affine (MAF)": Flow((2,), transform=MAF(transforms=3, hidden=(64, 64))),
-    "autoregressive normal": Autoregressive((2,), likelihood=Normal(), hidden=(64, 64)),
-    "VAE": VAE((2,), latent_dim=2, likelihood=Normal(), hidden=(64, 64)),
+    "autoregressive normal": Autoregressive((2,), likelihood=NormalLikelihood(), hidden=(64, 64)),
+    "VAE": VAE((2,), latent_dim=2, likelihood=NormalLikelihood(), hidden=(64, 64)),
 }
 for family in families.values():
     epochs = 3 if SMOKE else 100
-    train(family, moons.train[rows], valid=moons.valid[rows], epochs=epochs, average=0.99, seed=0, progress=False)
+    train(family, moons.train[rows], valid=moons.valid[rows], epochs=epochs, ema_decay=0.99, seed=0, progress=False)
 
 # %%
 judged = compare(families, moons.test[rows], num_samples=20 if SMOKE else 500)

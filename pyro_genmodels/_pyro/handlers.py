@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["drawing", "drawn_without_gradient", "is_enumerated", "looking_on", "unobserving", "within"]
+__all__ = ["drawing_observed", "drawn_without_gradient", "is_enumerated", "map_inner", "side_effect_free", "unobserving"]
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ from pyro_genmodels._pyro import traces
 
 
 @contextmanager
-def looking_on() -> Iterator[None]:
+def side_effect_free() -> Iterator[None]:
     """No gradients, every module that runs in evaluation mode, and nothing left behind: no mode, no parameter, no site."""
     switched: list[nn.Module] = []
 
@@ -75,7 +75,7 @@ class unobserving(UnconditionMessenger):  # noqa: N801 (a handler, as Pyro names
             super()._pyro_sample(msg)
 
 
-def drawing(model: Callable[..., Any]) -> Callable[..., Any]:
+def drawing_observed(model: Callable[..., Any]) -> Callable[..., Any]:
     """The model as it draws what it observes, also if it has a keyword `context`, as Pyro's handlers have."""
     return lambda *args, **kwargs: unobserving()(lambda: model(*args, **kwargs))()
 
@@ -86,7 +86,7 @@ def drawn_without_gradient() -> list[str]:
         name
         for handler in _PYRO_STACK
         if isinstance(handler, TraceMessenger)
-        for name, site in traces.samples(handler.trace).items()
+        for name, site in traces.sample_sites(handler.trace).items()
         if not (site["is_observed"] or site_is_subsample(site) or site["fn"].has_rsample)
     ]
 
@@ -97,12 +97,12 @@ def is_enumerated(batch_dims: int) -> bool:
     return enumerates and any(batch_dims >= -dim for dim in _ENUM_ALLOCATOR.dim_to_id)
 
 
-def within(fn: Any, change: Callable[[Any], Distribution]) -> Any:
+def map_inner(fn: Any, change: Callable[[Any], Distribution]) -> Any:
     """A distribution with what `unwrap` finds in it changed, in the same wrappers."""
     if isinstance(fn, MaskedDistribution):
-        return MaskedDistribution(within(fn.base_dist, change), fn._mask)
+        return MaskedDistribution(map_inner(fn.base_dist, change), fn._mask)
     if isinstance(fn, Independent):
-        return within(fn.base_dist, change).to_event(fn.reinterpreted_batch_ndims)
+        return map_inner(fn.base_dist, change).to_event(fn.reinterpreted_batch_ndims)
     if isinstance(fn, ExpandedDistribution):
-        return within(fn.base_dist, change).expand(fn.batch_shape)
+        return map_inner(fn.base_dist, change).expand(fn.batch_shape)
     return change(fn)

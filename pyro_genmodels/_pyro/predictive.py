@@ -1,6 +1,6 @@
 r"""What a model draws beside what it observes: two matrices, a row for each row of the data's plate.
 
-The model runs as `drawing` has it, so that at each observed site there is a draw beside the datum,
+The model runs as `replicating` has it, so that at each observed site there is a draw beside the datum,
 
 .. math:: \tilde x_n \sim p(x \mid c_n), \qquad x_n \text{ as observed,}
 
@@ -11,7 +11,16 @@ are rounded from reparametrised draws (`Dequantized`) can be had before they are
 from __future__ import annotations
 
 __all__ = [
-    "Rows", "both_of", "conditions", "drawing", "is_rounded", "masked", "observed_sites", "plate_of", "rows_of", "scores",
+    "ReplicatedData",
+    "both_of",
+    "conditions",
+    "is_rounded",
+    "masked",
+    "observed_sites",
+    "plate_of",
+    "replicated_data",
+    "replicating",
+    "scores",
 ]  # fmt: skip
 
 import inspect
@@ -33,7 +42,7 @@ from pyro_genmodels.utils.distributions import unwrap
 
 
 @dataclass(frozen=True)
-class Rows:
+class ReplicatedData:
     """Draws and data.
 
     Attributes:
@@ -51,8 +60,8 @@ class Rows:
     weight: float
 
 
-def rows_of(trace: Trace, rows: int | None, given: Tensor | None = None, *, rounded: bool = True) -> Rows:
-    """Reads them from a run of a model under `drawing`, also of many particles.
+def replicated_data(trace: Trace, rows: int | None, given: Tensor | None = None, *, rounded: bool = True) -> ReplicatedData:
+    """Reads them from a run of a model under `replicating`, also of many particles.
 
     Args:
         trace: of that run.
@@ -78,16 +87,16 @@ def rows_of(trace: Trace, rows: int | None, given: Tensor | None = None, *, roun
         data.append(given)
     dtype = torch.promote_types(_common(draws + data), torch.get_default_dtype())
     drawn, seen = (torch.cat([part.to(dtype) for part in parts], -1) for parts in (draws, data))
-    return Rows(drawn, seen, plate.name, plate.dim, _weight(sites, plate))
+    return ReplicatedData(drawn, seen, plate.name, plate.dim, _weight(sites, plate))
 
 
 def observed_sites(trace: Trace) -> dict[str, Any]:
-    """The sites at which a run under `drawing` has drawn beside what was observed, by name.
+    """The sites at which a run under `replicating` has drawn beside what was observed, by name.
 
     Raises:
         ValueError: if there is none, or if the model has a `pyro.factor`.
     """
-    sites = {name: site for name, site in traces.samples(trace).items() if site["infer"].get("was_observed")}
+    sites = {name: site for name, site in traces.sample_sites(trace).items() if site["infer"].get("was_observed")}
     factors = [name for name, site in sites.items() if isinstance(unwrap(site["fn"]), Unit)]
     if factors:
         raise ValueError(
@@ -109,9 +118,9 @@ class _Unrounded(Messenger):
             msg["value"], msg["done"] = fn.rounded(msg["infer"]["unrounded"].detach()), True
 
 
-def drawing(model: Callable[..., Any]) -> Callable[..., Any]:
-    """The model as it draws what it observes, to be read by `rows_of`."""
-    drawn = handlers.drawing(model)
+def replicating(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model as it draws what it observes, to be read by `replicated_data`."""
+    drawn = handlers.drawing_observed(model)
     return lambda *args, **kwargs: _Unrounded()(lambda: drawn(*args, **kwargs))()  # handlers have a keyword `context`
 
 
@@ -143,7 +152,7 @@ def scores(
     """Log densities of a run's draws that carry no gradient, where these depend on parameters.
 
     Args:
-        run: under `drawing`.
+        run: under `replicating`.
         plate: the data's, by name.
         dim: of that plate.
         shape: particles and rows.
@@ -154,7 +163,7 @@ def scores(
     """
     own: Tensor | None = None
     shared: Tensor | None = None
-    for name, site in traces.samples(run).items():
+    for name, site in traces.sample_sites(run).items():
         fn = site["fn"]
         if fn.has_rsample or site["is_observed"] or is_rounded(site):
             continue
@@ -166,10 +175,10 @@ def scores(
         frames = {f.name: f.dim for f in site["cond_indep_stack"] if f.vectorized}
         first = frames.get(traces.PARTICLES, -max(log_p.dim(), -dim) - 1)
         if plate in frames:
-            cells = traces.keep(log_p, (first, dim)).expand(*shape)
+            cells = traces.sum_to_dims(log_p, (first, dim)).expand(*shape)
             own = cells if own is None else own + cells
         else:
-            cells = traces.keep(log_p, (first,)).expand(shape[0])
+            cells = traces.sum_to_dims(log_p, (first,)).expand(shape[0])
             shared = cells if shared is None else shared + cells
     return own, shared
 

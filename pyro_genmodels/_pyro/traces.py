@@ -10,8 +10,25 @@ Several particles are one run inside an outermost plate.
 from __future__ import annotations
 
 __all__ = [
-    "PARTICLES", "Pair", "alone", "as_pair", "data_plates", "depth", "is_deterministic", "is_family", "is_point_mass", "keep",
-    "latents", "log_prob", "max_plate_nesting", "no_latents", "observed", "owners", "particles", "run", "samples",
+    "PARTICLES",
+    "Pair",
+    "as_pair",
+    "data_plates",
+    "is_deterministic",
+    "is_family",
+    "is_point_mass",
+    "latents",
+    "log_prob",
+    "max_plate_nesting",
+    "modules_of",
+    "no_latents",
+    "observed",
+    "particles",
+    "plate_depth",
+    "run_pair",
+    "sample_sites",
+    "sum_to_dims",
+    "trace_of",
 ]  # fmt: skip
 
 import inspect
@@ -50,13 +67,13 @@ def no_latents(*args: Any, **kwargs: Any) -> None:
     """The guide of a model without latent variables."""
 
 
-def owners(*fns: Any) -> list[nn.Module]:
+def modules_of(*fns: Any) -> list[nn.Module]:
     """The modules behind callables, under any handlers: themselves, or those whose methods they are."""
     found = [part for fn in map(poutine.unwrap, fns) for part in (fn, getattr(fn, "__self__", None))]
     return list({id(m): m for m in found if isinstance(m, nn.Module)}.values())
 
 
-def run(
+def run_pair(
     model: Callable[..., Any], guide: Any, args: tuple, kwargs: Mapping[str, Any], plate: pyro.plate | None = None
 ) -> tuple[Trace, Trace]:
     """One run of the guide and of the model against it, without log probabilities: (model trace, guide trace).
@@ -81,7 +98,7 @@ def run(
     return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
 
 
-def alone(fn: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Trace:
+def trace_of(fn: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Trace:
     """The trace of one function, without log probabilities."""
     return prune_subsample_sites(poutine.trace(lambda: fn(*args, **kwargs)).get_trace())
 
@@ -98,19 +115,19 @@ def is_family(fn: Any) -> bool:
     return offers and "size" in inspect.signature(fn).parameters
 
 
-def samples(trace: Trace) -> dict[str, Any]:
+def sample_sites(trace: Trace) -> dict[str, Any]:
     """The sample sites of a trace, by name."""
     return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
 
 
 def latents(trace: Trace) -> list[str]:
     """The names of the unobserved sites of a trace."""
-    return [name for name, site in samples(trace).items() if not site["is_observed"]]
+    return [name for name, site in sample_sites(trace).items() if not site["is_observed"]]
 
 
 def observed(trace: Trace) -> list[str]:
     """The names of the observed sites of a trace, those of `pyro.deterministic` aside."""
-    sites = samples(trace).items()
+    sites = sample_sites(trace).items()
     return [name for name, site in sites if site["is_observed"] and not is_deterministic(site)]
 
 
@@ -121,7 +138,7 @@ def is_deterministic(site: Mapping[str, Any]) -> bool:
     return bool(site["infer"].get("_deterministic")) or (computed and isinstance(_innermost(fn), Delta))
 
 
-def depth(site: Mapping[str, Any]) -> int:
+def plate_depth(site: Mapping[str, Any]) -> int:
     """How many batch dimensions the plates of a site reach over, the particles' aside."""
     return max((-f.dim for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES), default=0)
 
@@ -129,8 +146,8 @@ def depth(site: Mapping[str, Any]) -> int:
 def max_plate_nesting(model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> int:
     """How many dimensions the plates take, found by one run."""
     with poutine.block(), torch.no_grad():
-        traces = run(model, guide, args, kwargs)
-    return max((depth(site) for trace in traces for site in samples(trace).values()), default=0)
+        traces = run_pair(model, guide, args, kwargs)
+    return max((plate_depth(site) for trace in traces for site in sample_sites(trace).values()), default=0)
 
 
 def data_plates(trace: Trace, rows: int) -> dict[str, int]:
@@ -139,7 +156,7 @@ def data_plates(trace: Trace, rows: int) -> dict[str, int]:
     Raises:
         ValueError: if there is none.
     """
-    sites = samples(trace)
+    sites = sample_sites(trace)
     stacks = [{f.name: f for f in sites[name]["cond_indep_stack"]} for name in observed(trace)]
     shared = [f for f in (stacks[0].values() if stacks else ()) if all(f.name in stack for stack in stacks)]
     shared = [f for f in shared if f.vectorized and f.size == rows and f.name != PARTICLES]
@@ -155,7 +172,7 @@ def data_plates(trace: Trace, rows: int) -> dict[str, int]:
 
 def is_point_mass(guide_trace: Trace) -> bool:
     """Whether a guide draws nothing, as `AutoDelta` does: all its sites are `Delta`, none with a density of its own."""
-    fns = [_innermost(site["fn"]) for site in samples(guide_trace).values()]
+    fns = [_innermost(site["fn"]) for site in sample_sites(guide_trace).values()]
     return bool(fns) and all(isinstance(fn, Delta) and not torch.as_tensor(fn.log_density).any() for fn in fns)
 
 
@@ -175,13 +192,13 @@ def log_prob(trace: Trace, dims: tuple[int, ...], *, scaled: bool) -> Tensor:
         One dimension for each of dims; of size 1 where no site has it.
     """
     total: Tensor | float = 0.0
-    for site in samples(trace).values():
+    for site in sample_sites(trace).values():
         scale = site["scale"] if scaled else 1.0
-        total = total + keep(scale_and_mask(site["fn"].log_prob(site["value"]), scale, site["mask"]), dims)
+        total = total + sum_to_dims(scale_and_mask(site["fn"].log_prob(site["value"]), scale, site["mask"]), dims)
     return total if isinstance(total, Tensor) else torch.zeros((1,) * len(dims))
 
 
-def keep(log_p: Tensor, dims: tuple[int, ...]) -> Tensor:
+def sum_to_dims(log_p: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Values of cells, summed over all but the given batch dimensions, negative and ascending."""
     log_p = log_p.reshape((1,) * (-min(dims) - log_p.dim()) + log_p.shape)
     others = [d for d in range(-log_p.dim(), 0) if d not in dims]

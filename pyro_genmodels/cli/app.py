@@ -21,7 +21,7 @@ except ImportError as _error:
 from pyro_genmodels.cli.console import plainly, prepare, print_table, require, say, terminate, usable, verdict, warn
 
 if TYPE_CHECKING:
-    from pyro_genmodels.cli.recipes import Source
+    from pyro_genmodels.cli.recipes import DataSource
     from pyro_genmodels.training import Fit
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
@@ -199,7 +199,9 @@ def fit(
         pyro.set_rng_seed(source.seed)
         test_labels = dataset.test_labels if source.labels else None
         judged = recipes.evaluate(fitted, dataset.test, test_labels, progress=not quiet)
-        said = verdict(judged, dataset.levels, dataset.test, lambda: recipes.alike(fitted, dataset.test, test_labels))
+        said = verdict(
+            judged, dataset.levels, dataset.test, lambda: recipes.sample_quality_of(fitted, dataset.test, test_labels)
+        )
         typer.echo(f"{family} on {dataset.name} (test): {said}")
         say(
             f"training ended at {fitted.stopped}, best epoch {fitted.best['epoch']}; checkpoint: {path}.safetensors",
@@ -308,7 +310,7 @@ def evaluate(
         import pyro
 
         from pyro_genmodels.cli import recipes
-        from pyro_genmodels.utils.files import whole
+        from pyro_genmodels.utils.files import atomic_write
 
         family, notes = recipes.restored(checkpoint, device=device)
         x, y, name = recipes.rows_of(notes, data=data, columns=_split(columns), labels=labels, split=split)
@@ -317,22 +319,22 @@ def evaluate(
         if out is not None:
             table = pd.DataFrame({"log_likelihood": judged.values.cpu(), "std_error": judged.std_error.cpu()})
             table.index.name = "row"
-            with whole(out) as part:
+            with atomic_write(out) as part:
                 table.to_csv(part)
-        said = verdict(judged, notes.levels, x, lambda: recipes.alike(family, x, y))
+        said = verdict(judged, notes.levels, x, lambda: recipes.sample_quality_of(family, x, y))
         typer.echo(f"{notes.family} on {name}: {said}")
 
 
 # What is checked before work begins.
 
 
-def _source(data: str, columns: str | None, labels: str | None, levels: int | None, seed: int) -> Source:
+def _source(data: str, columns: str | None, labels: str | None, levels: int | None, seed: int) -> DataSource:
     """Where data come from; a name that nobody knows is refused before anything heavy is imported."""
     _check_data(data)
-    from pyro_genmodels.cli.recipes import Source
+    from pyro_genmodels.cli.recipes import DataSource
 
     data = data if data in DATA else str(Path(data).resolve())  # so that a checkpoint finds it from anywhere
-    return Source(data, _split(columns), labels, levels, seed)
+    return DataSource(data, _split(columns), labels, levels, seed)
 
 
 def _check_data(data: str) -> None:
@@ -345,14 +347,14 @@ def _split(columns: str | None) -> list[str] | None:
 
 
 def _known(kind: str, found: list[str], known: tuple[str, ...]) -> None:
-    from pyro_genmodels.utils.errors import unknown
+    from pyro_genmodels.utils.errors import unknown_name
 
     for name in found:
         if name not in known:
-            raise unknown(kind, name, known)
+            raise unknown_name(kind, name, known)
 
 
-def _run_of(checkpoint: Path, data: str | None) -> tuple[str, Source, dict[str, Any], Path]:
+def _run_of(checkpoint: Path, data: str | None) -> tuple[str, DataSource, dict[str, Any], Path]:
     """Family, source and settings of the run to go on with, and its path without suffix."""
     from dataclasses import replace
 

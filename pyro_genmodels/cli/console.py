@@ -16,7 +16,7 @@ import typer
 
 if TYPE_CHECKING:
     from pyro_genmodels.datasets import Dataset
-    from pyro_genmodels.evaluation import Comparison, Likeness, LogLikelihood
+    from pyro_genmodels.evaluation import Comparison, LogLikelihood, SampleQuality
 
 
 def prepare(out: Path, device: str, *modules: str) -> None:
@@ -94,15 +94,15 @@ def say(text: str, *, quiet: bool) -> None:
         typer.echo(text)
 
 
-def verdict(judged: LogLikelihood, levels: int | None, x: Any, alike: Callable[[], tuple[Likeness, float]]) -> str:
+def verdict(judged: LogLikelihood, levels: int | None, x: Any, alike: Callable[[], tuple[SampleQuality, float]]) -> str:
     """A log-likelihood in words; where there is none, what draws are worth."""
     if judged.kind == "none" and len(x) < 4:
         return f"- (no likelihood, n={len(x)})"
     if judged.kind == "none":
-        likeness, floor = alike()
+        quality, baseline = alike()
         return (
-            f"- (no likelihood, n={len(x)}); draws off by {likeness.sliced_wasserstein:.3f}, {floor:.3f} between data "
-            f"(sliced Wasserstein); MMD p={likeness.test.p_value:.3f}"
+            f"- (no likelihood, n={len(x)}); draws off by {quality.sliced_wasserstein:.3f}, {baseline:.3f} between data "
+            f"(sliced Wasserstein); MMD p={quality.test.p_value:.3f}"
         )
     kind = judged.kind if judged.kind == "exact" else f"{judged.kind}, k={judged.num_samples}"
     bits = f"; {judged.bits_per_dim(x[0].numel()):.3f} bits per dimension" if levels else ""

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-__all__ = ["FAMILIES", "Notes", "Recipe", "Source", "alike", "draw", "evaluate", "fit", "notes_of", "restored", "rows_of"]
+__all__ = [
+    "FAMILIES",
+    "DataSource",
+    "Notes",
+    "Recipe",
+    "draw",
+    "evaluate",
+    "fit",
+    "notes_of",
+    "restored",
+    "rows_of",
+    "sample_quality_of",
+]
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -19,20 +31,20 @@ from torch.distributions import constraints
 
 from pyro_genmodels.datasets import DATASETS, Dataset, load, rows
 from pyro_genmodels.distributions.dequantized import Dequantized
-from pyro_genmodels.evaluation import Likeness, LogLikelihood, has_likelihood, log_likelihood, no_likelihood
-from pyro_genmodels.evaluation.sample_quality import likeness, split
+from pyro_genmodels.evaluation import LogLikelihood, SampleQuality, has_likelihood, log_likelihood, no_likelihood
+from pyro_genmodels.evaluation.sample_quality import sample_quality, split
 from pyro_genmodels.families import (
     GAN,
     NSF,
     VAE,
     Autoregressive,
-    Bernoulli,
+    BernoulliLikelihood,
     Contrastive,
     DenseCritic,
     DenseField,
     DenseGenerator,
     Diffusion,
-    DiscretizedLogistic,
+    DiscretizedLogisticLikelihood,
     Dopri5,
     EnergyModel,
     Family,
@@ -41,7 +53,7 @@ from pyro_genmodels.families import (
     Hutchinson,
     Labels,
     Langevin,
-    Normal,
+    NormalLikelihood,
     ODEFlow,
     ParallelTempering,
     Persistent,
@@ -62,7 +74,7 @@ from pyro_genmodels.infer import (
 )
 from pyro_genmodels.optim.adapters import Optim
 from pyro_genmodels.training import Fit, checkpoints, train
-from pyro_genmodels.utils.errors import unknown
+from pyro_genmodels.utils.errors import unknown_name
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,7 @@ class Recipe:
         build: data set, context -> family.
         learning_rate: Adam's.
         objective: data set, family, Adam -> what it is trained by; None is what the family asks for.
-        average: decay of the average of the weights.
+        ema_decay: decay of the average of the weights.
         epochs: passes over integers, or over reals, at most, where nobody says.
         batch_size: rows per step, of integers or of reals.
     """
@@ -81,13 +93,13 @@ class Recipe:
     build: Callable[[Dataset, Any], Family]
     learning_rate: float = 1e-3
     objective: Callable[[Dataset, Any, Optim], ELBO | Adversarial | None] = lambda data, family, optim: None
-    average: float = 0.99
+    ema_decay: float = 0.99
     epochs: tuple[int, int] = (300, 300)
     batch_size: tuple[int, int] = (64, 256)
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """Where data come from, as a checkpoint remembers it.
 
     Attributes:
@@ -112,7 +124,7 @@ class Source:
         """
         named = self.data in DATASETS
         if named and self.labels not in (None, "label"):
-            raise unknown(f"labels of {self.data}", str(self.labels), ["label"])
+            raise unknown_name(f"labels of {self.data}", str(self.labels), ["label"])
         labels = None if named else self.labels
         return load(self.data, seed=self.seed, columns=self.columns, labels=labels, levels=self.levels)
 
@@ -133,7 +145,7 @@ class Notes:
     """
 
     family: str
-    source: Source | None
+    source: DataSource | None
     columns: list[str] | None
     levels: int | None
     batch_size: int = 256
@@ -153,18 +165,18 @@ def _flow(data: Dataset, context: Any) -> Family:
 def _vae(data: Dataset, context: Any) -> Family:
     event_shape = data.train.shape[1:]
     if data.levels:
-        likelihood = Bernoulli() if data.levels == 2 else DiscretizedLogistic(data.levels, components=3)
+        likelihood = BernoulliLikelihood() if data.levels == 2 else DiscretizedLogisticLikelihood(data.levels, components=3)
         return VAE(event_shape, context=context, latent_dim=16, likelihood=likelihood, hidden=(256, 256), dropout=0.1)
     latent_dim = min(16, max(2, event_shape.numel() // 2))
-    return VAE(event_shape, context=context, latent_dim=latent_dim, likelihood=Normal(), hidden=(256, 256))
+    return VAE(event_shape, context=context, latent_dim=latent_dim, likelihood=NormalLikelihood(), hidden=(256, 256))
 
 
 def _autoregressive(data: Dataset, context: Any) -> Family:
     event_shape = data.train.shape[1:]
     if data.levels:
-        likelihood = Bernoulli() if data.levels == 2 else DiscretizedLogistic(data.levels)
+        likelihood = BernoulliLikelihood() if data.levels == 2 else DiscretizedLogisticLikelihood(data.levels)
         return Autoregressive(event_shape, context=context, likelihood=likelihood, hidden=(1024,), dropout=0.5)
-    return Autoregressive(event_shape, context=context, likelihood=Normal(components=10), hidden=(256, 256))
+    return Autoregressive(event_shape, context=context, likelihood=NormalLikelihood(components=10), hidden=(256, 256))
 
 
 def _energy(data: Dataset, context: Any) -> Family:
@@ -240,21 +252,21 @@ FAMILIES: Mapping[str, Recipe] = {
         _ode_flow,
         learning_rate=2e-3,
         objective=lambda *_: FlowMatching(),
-        average=0.999,
+        ema_decay=0.999,
         epochs=(90, 300),
         batch_size=(128, 256),
     ),
     "diffusion": Recipe(
-        _diffusion, learning_rate=2e-3, objective=_weighted, average=0.999, epochs=(90, 300), batch_size=(128, 256)
+        _diffusion, learning_rate=2e-3, objective=_weighted, ema_decay=0.999, epochs=(90, 300), batch_size=(128, 256)
     ),
-    "gan": Recipe(_gan, objective=_game, average=0.999, epochs=(120, 300)),
+    "gan": Recipe(_gan, objective=_game, ema_decay=0.999, epochs=(120, 300)),
 }
 """What the command line knows by name."""
 
 
 def fit(
     name: str,
-    source: Source,
+    source: DataSource,
     data: Dataset,
     checkpoint: Path,
     *,
@@ -295,7 +307,7 @@ def fit(
         epochs=notes.epochs,
         batch_size=notes.batch_size,
         patience=patience,
-        average=recipe.average,
+        ema_decay=recipe.ema_decay,
         checkpoint=checkpoint,
         resume=resume,
         notes=asdict(notes),
@@ -336,13 +348,13 @@ def evaluate(
     return log_likelihood(family, x.to(device), *context, num_samples=num_samples, progress=progress)
 
 
-def alike(family: Any, x: Tensor, labels: Tensor | None, *, draws: int = 500) -> tuple[Likeness, float]:
+def sample_quality_of(family: Any, x: Tensor, labels: Tensor | None, *, draws: int = 500) -> tuple[SampleQuality, float]:
     """How far draws are from as many rows, half of all at most, given their labels; and rows from others."""
     family = family.family if isinstance(family, Fit) else family
     device = family.loc.device
     x = x.to(device)
     rows, floor = split(x, draws)
-    return likeness(family, x, () if labels is None else (labels.to(device),), {}, rows), floor
+    return sample_quality(family, x, () if labels is None else (labels.to(device),), {}, rows), floor
 
 
 def rows_of(
@@ -367,7 +379,7 @@ def rows_of(
         source = replace(own, columns=columns or own.columns, labels=labels or own.labels)
         split = split or "test"
     elif data in DATASETS:
-        source = Source(str(data), columns, "label" if wants_labels else None, seed=own.seed if own else 0)
+        source = DataSource(str(data), columns, "label" if wants_labels else None, seed=own.seed if own else 0)
         split = split or "test"
     else:
         suffix = Path(str(data)).suffix
@@ -375,7 +387,7 @@ def rows_of(
             columns = notes.columns
         elif columns is None and own is not None and suffix == Path(own.data).suffix == ".npz":
             columns = own.columns
-        source = Source(str(data), columns, wants_labels or None, notes.levels or 0, seed=own.seed if own else 0)
+        source = DataSource(str(data), columns, wants_labels or None, notes.levels or 0, seed=own.seed if own else 0)
         split = split or "all"
     name = f"{Path(source.data).name} ({split})"
     if source.data not in DATASETS and split == "all":
@@ -407,7 +419,7 @@ def notes_of(record: Mapping[str, Any]) -> Notes | None:
     """What `fit` wrote beside the parameters, if it did."""
     try:
         notes = dict(record["notes"])
-        found = Notes(**notes | {"source": Source(**notes["source"])})
+        found = Notes(**notes | {"source": DataSource(**notes["source"])})
         texts = [found.family, found.source.data if found.source else "", *(found.columns or ())]
     except (KeyError, TypeError, ValueError):  # a checkpoint made in Python, with notes of the user's own
         return None

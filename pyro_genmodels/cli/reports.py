@@ -17,7 +17,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_genmodels.cli.recipes import Notes, alike, draw, evaluate
+from pyro_genmodels.cli.recipes import Notes, draw, evaluate, sample_quality_of
 from pyro_genmodels.datasets import Dataset
 from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.distributions.diffusion import ReverseDiffusion
@@ -27,8 +27,8 @@ from pyro_genmodels.evaluation import Comparison, LogLikelihood, compare, plots
 from pyro_genmodels.families import EnergyModel, Family
 from pyro_genmodels.inference_data import to_arviz
 from pyro_genmodels.training import Fit
-from pyro_genmodels.utils.errors import needed, unknown
-from pyro_genmodels.utils.files import whole
+from pyro_genmodels.utils.errors import import_extra, unknown_name
+from pyro_genmodels.utils.files import atomic_write
 
 FRAMES = 6
 """Of a way from noise to data."""
@@ -37,9 +37,9 @@ FRAMES = 6
 def check_rows(path: Path) -> None:
     """Raises an error if `save_rows` cannot write a file of that name."""
     if path.suffix not in (".npy", ".npz", ".csv", ".parquet"):
-        raise unknown("kind of file", path.suffix or path.name, [".npy", ".npz", ".csv", ".parquet"])
+        raise unknown_name("kind of file", path.suffix or path.name, [".npy", ".npz", ".csv", ".parquet"])
     if path.suffix == ".parquet":
-        needed("pyarrow.parquet", extra="parquet", by="A .parquet file")
+        import_extra("pyarrow.parquet", extra="parquet", by="A .parquet file")
 
 
 def save_rows(path: Path, x: Tensor, labels: Tensor | None, notes: Notes) -> None:
@@ -55,7 +55,7 @@ def save_rows(path: Path, x: Tensor, labels: Tensor | None, notes: Notes) -> Non
     source = notes.source
     label = "label" if source is None or source.labels is None else source.labels
     array = x.numpy()
-    with whole(path) as part:
+    with atomic_write(path) as part:
         if path.suffix == ".npy":
             np.save(part, array)
         elif path.suffix == ".npz":
@@ -106,7 +106,7 @@ def pictures(fits: Mapping[str, Fit], data: Dataset, out: Path, *, conditional: 
         strips = {name: frames.clamp(low, high).transpose(0, 1).flatten(0, 1) for name, (frames, _) in walked.items()}
         save_figure(plots.image_grids(strips, columns=FRAMES), out / f"way{mark}.png")
     elif walked:
-        save_figure(plots.ways({name: way for name, (_, way) in walked.items()}), out / f"way{mark}.png")
+        save_figure(plots.velocity_fields({name: way for name, (_, way) in walked.items()}), out / f"way{mark}.png")
     if plane:
         low, high = plots.frame(data.test)
         points = plots.lattice(low, high, 100)
@@ -125,7 +125,7 @@ def pictures(fits: Mapping[str, Fit], data: Dataset, out: Path, *, conditional: 
 def check_picture(family: Family, path: Path) -> None:
     """Raises a ValueError if what a family draws cannot be pictured, or not under that name."""
     if path.suffix not in (".png", ".pdf", ".svg"):
-        raise unknown("kind of picture", path.suffix or path.name, [".png", ".pdf", ".svg"])
+        raise unknown_name("kind of picture", path.suffix or path.name, [".png", ".pdf", ".svg"])
     shape = tuple(family.event_shape)
     if len(shape) != 2 and shape != (2,):
         raise ValueError(f"images and points in the plane can be pictured, but not data of shape {shape}: leave --picture out")
@@ -157,7 +157,7 @@ def _surfaces(name: str, fit: Any, points: Tensor, data: Dataset) -> dict[str, T
     return found
 
 
-def _way(fit: Any, n: int, *, conditional: bool) -> tuple[Tensor, plots.Way] | None:
+def _way(fit: Any, n: int, *, conditional: bool) -> tuple[Tensor, plots.VelocityPanel] | None:
     """Of a family that carries noise to data: frames in the units of data, and the way in those of the network.
 
     A diffusion's is that of its sampler, as it looks on straight lines from noise to data.
@@ -179,12 +179,12 @@ def _way(fit: Any, n: int, *, conditional: bool) -> tuple[Tensor, plots.Way] | N
         with torch.no_grad():
             return made.velocity(x, t, told)
 
-    return made.pretransform.inv(frames) if made.pretransform else frames, plots.Way(times, frames, velocity)
+    return made.pretransform.inv(frames) if made.pretransform else frames, plots.VelocityPanel(times, frames, velocity)
 
 
 def save_figure(figure: Any, path: Path) -> None:
     """Writes a figure."""
-    with whole(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part, dpi=120)
 
 
@@ -202,28 +202,28 @@ def write(
     if len(data.test) >= 4:
         pyro.set_rng_seed(arguments["seed"])
         labels = data.test_labels if conditional else None
-        found = {name: alike(fit, data.test, labels) for name, fit in fits.items()}
+        found = {name: sample_quality_of(fit, data.test, labels) for name, fit in fits.items()}
         floor = next(floor for _, floor in found.values())
-        comparison = replace(comparison, likeness={name: likeness for name, (likeness, _) in found.items()}, floor=floor)
+        comparison = replace(comparison, sample_quality={name: quality for name, (quality, _) in found.items()}, floor=floor)
     table = comparison.table
     table.index.name = "family"
     table["seconds"] = [round(fits[name].history[-1]["seconds"], 1) for name in table.index]
     table["se"] /= len(data.test)
     columns = ["kind", "num_samples", "nats", "se", "bits_per_dim", "seconds", "elpd", "elpd_diff", "dse", "weight"]
     columns += [name for name in ("mmd", "mmd_p", "sliced_wasserstein") if name in table]
-    with whole(out / "table.csv") as part:
+    with atomic_write(out / "table.csv") as part:
         table[columns].to_csv(part, float_format="%.6g")
     if any(one.kind != "none" for one in judged.values()):
         picture: Any = comparison.plot().figure
         save_figure(picture, out / "compare.png")
-        needed("matplotlib.pyplot", extra="eval", by="A picture").close(picture)
+        import_extra("matplotlib.pyplot", extra="eval", by="A picture").close(picture)
     pictures(fits, data, out, conditional=conditional, seed=arguments["seed"])
     for name, fit in fits.items():
         context: dict[str, Any] = {"num_samples": 100}
         if conditional and data.test_labels is not None:
             context = {"num_samples": 10, "context": data.test_labels[:100]}
         drawn = to_arviz(fit.family, progress=False, **context)
-        with whole(out / f"{name}.nc") as part:
+        with atomic_write(out / f"{name}.nc") as part:
             drawn.to_netcdf(str(part), engine="h5netcdf")
     packages = ("pyro-genmodels", "pyro-ppl", "torch", "zuko", "arviz", "numpy", "scikit-learn")
     record = {
@@ -235,6 +235,6 @@ def write(
         "threads": torch.get_num_threads(),
         "fits": {name: {"best": fit.best, "stopped": fit.stopped} for name, fit in fits.items()},
     }
-    with whole(out / "run.json") as part:
+    with atomic_write(out / "run.json") as part:
         part.write_text(json.dumps(record, indent=1) + "\n")
     return comparison

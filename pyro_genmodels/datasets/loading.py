@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_genmodels.datasets.dataset import Dataset
 from pyro_genmodels.datasets.named import DATASETS
 from pyro_genmodels.datasets.tables import read_table
-from pyro_genmodels.utils.errors import unknown
+from pyro_genmodels.utils.errors import unknown_name
 
 
 def load(
@@ -53,7 +53,7 @@ def load(
         return DATASETS[name](seed)
     path = Path(source)
     if not path.suffix and not path.exists():
-        raise unknown("data set", name, DATASETS)
+        raise unknown_name("data set", name, DATASETS)
     x, y, header, levels = _read(path, columns, labels, levels)
     classes = None if y is None else int(y.max()) + 1
     if len(x) < 10:

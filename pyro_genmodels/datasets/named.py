@@ -11,7 +11,7 @@ import torch
 
 from pyro_genmodels.datasets.dataset import Dataset
 from pyro_genmodels.datasets.plane import checkerboard, grid, moons, pinwheel, ring
-from pyro_genmodels.utils.errors import needed
+from pyro_genmodels.utils.errors import import_extra
 
 
 def digits(seed: int = 0) -> Dataset:
@@ -23,7 +23,7 @@ def digits(seed: int = 0) -> Dataset:
     Raises:
         ImportError: without scikit-learn.
     """
-    load_digits = needed("sklearn.datasets", extra="eval", by="The data set of digits").load_digits
+    load_digits = import_extra("sklearn.datasets", extra="eval", by="The data set of digits").load_digits
     bunch = load_digits()
     order = np.random.default_rng(seed).permutation(len(bunch.images))
     x, labels = (torch.as_tensor(a[order]).long() for a in (bunch.images, bunch.target))

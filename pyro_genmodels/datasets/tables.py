@@ -20,7 +20,7 @@ from zipfile import ZipFile
 
 import numpy as np
 
-from pyro_genmodels.utils.errors import listed, needed, unknown
+from pyro_genmodels.utils.errors import import_extra, listed, unknown_name
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -140,7 +140,7 @@ def _npz(raw: bytes, columns: Columns, labels: str | None) -> Table:
 
     def read(name: str) -> np.ndarray:
         if name not in arrays:
-            raise unknown("array", name, arrays)
+            raise unknown_name("array", name, arrays)
         with _damage_told():
             stream = archive.open(arrays[name])
         with stream:
@@ -216,7 +216,7 @@ def _is_number(field: str) -> bool:
 def _parquet(raw: bytes, columns: Columns, labels: str | None) -> Table:
     import pandas as pd
 
-    parquet = needed("pyarrow.parquet", extra="parquet", by="A .parquet file")
+    parquet = import_extra("pyarrow.parquet", extra="parquet", by="A .parquet file")
     with _damage_told():
         # no thread may read on while an error of damaged bytes lets go of them: that is a fault of memory
         frame = parquet.ParquetFile(BytesIO(raw), pre_buffer=False).read(use_threads=False).to_pandas(use_threads=False)
@@ -231,7 +231,7 @@ def _of_frame(frame: DataFrame, columns: Columns, labels: str | None) -> Table:
         raise ValueError(f"several columns have one name: {listed(twice.unique())}. Rename them.")
     for name in (*(columns or ()), *(() if labels is None else (labels,))):
         if name not in names:
-            raise unknown("column", name, names)
+            raise unknown_name("column", name, names)
     chosen = columns or tuple(name for name in names if name != labels)
     if not len(frame) or not chosen:
         raise ValueError(f"there are {len(frame)} rows of {len(chosen)} columns, but wanted is at least one of each.")

@@ -22,7 +22,7 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import Transform, constraints
 
-from pyro_genmodels.utils.distributions import Density, drops_units, map_tensors
+from pyro_genmodels.utils.distributions import Density, has_active_dropout, map_tensors
 
 
 class GenerativeDistribution(TorchDistribution):
@@ -121,7 +121,7 @@ class GenerativeDistribution(TorchDistribution):
         return self._transformed_draw(sample_shape)
 
     def _check_draws(self) -> None:
-        if drops_units(self.network):
+        if has_active_dropout(self.network):
             raise ValueError(
                 f"{type(self).__name__} was asked for draws while its dropout is active, which would be draws of another "
                 "distribution. Call .eval() on the family first, or build it with dropout=0."

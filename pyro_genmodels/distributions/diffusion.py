@@ -35,9 +35,9 @@ from pyro_genmodels.distributions.ode import ContinuousFlow, Trace
 from pyro_genmodels.dynamics.denoiser import Denoiser
 from pyro_genmodels.dynamics.ode import Dopri5, Solver
 from pyro_genmodels.dynamics.processes import along, stratified
-from pyro_genmodels.dynamics.reverse import DPMSolver, ReverseSampler, Walked, flow_velocity, reverse
-from pyro_genmodels.utils.distributions import Density, parts_of, sum_event
-from pyro_genmodels.utils.errors import chosen
+from pyro_genmodels.dynamics.reverse import DPMSolver, ReverseSampler, Trajectory, flow_velocity, reverse
+from pyro_genmodels.utils.distributions import Density, modules_and_tensors, sum_event
+from pyro_genmodels.utils.errors import check_choice
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,11 @@ class ReverseDiffusion(GenerativeDistribution):
 
     # The same with other choices.
 
-    def drawn_by(self, sampler: ReverseSampler) -> ReverseDiffusion:
+    def with_sampler(self, sampler: ReverseSampler) -> ReverseDiffusion:
         """The same, drawn in another way."""
         return self._with(sampler=_sampler(sampler))
 
-    def judged_by(self, likelihood: FlowDensity | VariationalBound) -> ReverseDiffusion:
+    def with_likelihood(self, likelihood: FlowDensity | VariationalBound) -> ReverseDiffusion:
         """The same, with another density as `log_prob`."""
         return self._with(likelihood=_likelihood(likelihood))
 
@@ -147,10 +147,10 @@ class ReverseDiffusion(GenerativeDistribution):
 
     def _like(self) -> Tensor:
         """A tensor of the precision and device of the network."""
-        modules, tensors = parts_of(self)
+        modules, tensors = modules_and_tensors(self)
         return next((t for t in (*(p for module in modules for p in module.parameters()), *tensors)), torch.empty(0))
 
-    def _reverse(self, shape: Size, context: Tensor | None, **kwargs: Any) -> Walked:
+    def _reverse(self, shape: Size, context: Tensor | None, **kwargs: Any) -> Trajectory:
         like = self._like()
         noise = torch.randn(shape.numel(), *self.event_shape, dtype=like.dtype, device=like.device)
         rows = None if context is None else context.reshape(len(noise), context.shape[-1])
@@ -161,11 +161,11 @@ class ReverseDiffusion(GenerativeDistribution):
 
         Where nothing wants a gradient, of frozen families and under ``torch.no_grad()``, they are those of `sample`.
         """
-        modules, tensors = parts_of(self)
+        modules, tensors = modules_and_tensors(self)
         learned = any(t.requires_grad for t in (*tensors, *(p for module in modules for p in module.parameters())))
         return self.flow.rsample(sample_shape) if learned and torch.is_grad_enabled() else self.sample(sample_shape)
 
-    def walk(self, sample_shape: Sequence[int] = (), *, num_frames: int = 20, progress: bool | None = None) -> Walked:
+    def walk(self, sample_shape: Sequence[int] = (), *, num_frames: int = 20, progress: bool | None = None) -> Trajectory:
         """Draws, with what happened on the way.
 
         Args:
@@ -309,11 +309,11 @@ class ReverseDiffusion(GenerativeDistribution):
 
 
 def _sampler(found: Any) -> ReverseSampler:
-    return chosen("A diffusion", "sampler", found, DPMSolver(), ReverseSampler)
+    return check_choice("A diffusion", "sampler", found, DPMSolver(), ReverseSampler)
 
 
 def _likelihood(found: Any) -> FlowDensity | VariationalBound:
-    return chosen("A diffusion", "likelihood", found, FlowDensity(), FlowDensity | VariationalBound)
+    return check_choice("A diffusion", "likelihood", found, FlowDensity(), FlowDensity | VariationalBound)
 
 
 @dataclass(frozen=True)
@@ -338,25 +338,25 @@ class DequantizedDiffusion(Dequantized):
 
     Example:
         >>> from pyro_genmodels import DDIM, Diffusion
-        >>> Diffusion((2,), levels=5)().drawn_by(DDIM(10)).sample((3,)).shape
+        >>> Diffusion((2,), levels=5)().with_sampler(DDIM(10)).sample((3,)).shape
         torch.Size([3, 2])
     """
 
     base: ReverseDiffusion
 
-    def drawn_by(self, sampler: ReverseSampler) -> DequantizedDiffusion:
-        """See `ReverseDiffusion.drawn_by`."""
-        return self._over(self.base.drawn_by(sampler))
+    def with_sampler(self, sampler: ReverseSampler) -> DequantizedDiffusion:
+        """See `ReverseDiffusion.with_sampler`."""
+        return self._over(self.base.with_sampler(sampler))
 
-    def judged_by(self, likelihood: FlowDensity | VariationalBound) -> DequantizedDiffusion:
-        """See `ReverseDiffusion.judged_by`."""
-        return self._over(self.base.judged_by(likelihood))
+    def with_likelihood(self, likelihood: FlowDensity | VariationalBound) -> DequantizedDiffusion:
+        """See `ReverseDiffusion.with_likelihood`."""
+        return self._over(self.base.with_likelihood(likelihood))
 
     def guided(self, weight: float) -> DequantizedDiffusion:
         """See `ReverseDiffusion.guided`."""
         return self._over(self.base.guided(weight))
 
-    def walk(self, sample_shape: Sequence[int] = (), **kwargs: Any) -> Walked:
+    def walk(self, sample_shape: Sequence[int] = (), **kwargs: Any) -> Trajectory:
         """See `ReverseDiffusion.walk`."""
         found = self.base.walk(sample_shape, **kwargs)
         return replace(found, x=self.rounded(found.x))

@@ -6,7 +6,14 @@ Each is an immutable record that turns raw outputs of a network, (..., num_outpu
 
 from __future__ import annotations
 
-__all__ = ["Bernoulli", "Categorical", "DiscretizedLogistic", "Likelihood", "Normal", "check_likelihood"]
+__all__ = [
+    "BernoulliLikelihood",
+    "CategoricalLikelihood",
+    "DiscretizedLogisticLikelihood",
+    "Likelihood",
+    "NormalLikelihood",
+    "check_likelihood",
+]
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -64,17 +71,19 @@ class Likelihood(ABC):
 
 
 def check_likelihood(likelihood: Any) -> Likelihood:
-    """The likelihood itself, `Normal` for None; anything else is a TypeError."""
+    """The likelihood itself, `NormalLikelihood` for None; anything else is a TypeError."""
     if likelihood is None:
-        return Normal()
+        return NormalLikelihood()
     if not isinstance(likelihood, Likelihood):
         found = f"the class {likelihood.__name__}" if isinstance(likelihood, type) else repr(likelihood)
-        raise TypeError(f"likelihood wants one of this library's choices, such as Bernoulli() or Normal(), but found {found}.")
+        raise TypeError(
+            f"likelihood wants one of this library's choices, such as BernoulliLikelihood() or NormalLikelihood(), but found {found}."
+        )
     return likelihood
 
 
 @dataclass(frozen=True)
-class Bernoulli(Likelihood):
+class BernoulliLikelihood(Likelihood):
     """Zeros and ones, from one logit."""
 
     num_outputs = 1
@@ -88,8 +97,8 @@ class Bernoulli(Likelihood):
 
 
 @dataclass(frozen=True)
-class Categorical(Likelihood):
-    """Integers 0 .. num_classes - 1 in no order, from a logit each. Ordered levels fit `DiscretizedLogistic` better."""
+class CategoricalLikelihood(Likelihood):
+    """Integers 0 .. num_classes - 1 in no order, from a logit each. Ordered levels fit `DiscretizedLogisticLikelihood` better."""
 
     num_classes: int
 
@@ -120,7 +129,7 @@ class Categorical(Likelihood):
 
 
 @dataclass(frozen=True)
-class DiscretizedLogistic(Likelihood):
+class DiscretizedLogisticLikelihood(Likelihood):
     """Integers 0 .. levels - 1 in their order, from a mixture of logistics (`DiscretizedLogisticMixture`).
 
     Args:
@@ -160,7 +169,7 @@ class DiscretizedLogistic(Likelihood):
 
 
 @dataclass(frozen=True)
-class Normal(Likelihood):
+class NormalLikelihood(Likelihood):
     """Real numbers.
 
     Args:

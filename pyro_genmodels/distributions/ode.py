@@ -30,11 +30,11 @@ from torch import Generator, Size, Tensor
 from torch.distributions import Distribution
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
-from pyro_genmodels.dynamics.ode import Dopri5, Path, Solver, integrate, integrate_with_divergence
-from pyro_genmodels.dynamics.reverse import Walked
-from pyro_genmodels.utils.distributions import Density, drops_units, parts_of
+from pyro_genmodels.dynamics.ode import Dopri5, ODESolution, Solver, integrate, integrate_with_divergence
+from pyro_genmodels.dynamics.reverse import Trajectory
+from pyro_genmodels.utils.distributions import Density, has_active_dropout, modules_and_tensors
 
-EXACT_UP_TO = 16
+MAX_EXACT_TRACE_DIMS = 16
 """Coordinates, up to which the trace is exact unless asked otherwise."""
 
 
@@ -197,7 +197,7 @@ class ContinuousFlow(GenerativeDistribution):
         self.field, self.base = velocity, base
         self.network = velocity if network is None else network
         self.solver = Dopri5() if solver is None else solver
-        exact = self.event_shape.numel() <= EXACT_UP_TO
+        exact = self.event_shape.numel() <= MAX_EXACT_TRACE_DIMS
         self.trace = trace if trace is not None else ExactTrace() if exact else Hutchinson()
         self.kinetic, self.jacobian = kinetic, jacobian
         self.evaluations = Evaluations() if evaluations is None else evaluations
@@ -215,7 +215,7 @@ class ContinuousFlow(GenerativeDistribution):
     @property
     def has_rsample(self) -> bool:
         """Whether draws carry all gradients: those of the base too, where it has any."""
-        modules, tensors = parts_of(self.base)
+        modules, tensors = modules_and_tensors(self.base)
         learned = any(p.requires_grad for p in (*tensors, *(p for module in modules for p in module.parameters())))
         return self.base.has_rsample or not learned
 
@@ -282,14 +282,14 @@ class ContinuousFlow(GenerativeDistribution):
             y, context = y.expand(k, *y.shape), None if context is None else context.expand(k, *context.shape)
             trace = replace(self.trace, num_probes=1) if isinstance(self.trace, Hutchinson) else self.trace
             values, path = self._back(y, context, self.solver, trace)
-            rough, rougher = self._back(y, context, self.solver.looser, trace)
+            rough, rougher = self._back(y, context, self.solver.coarser, trace)
         probe_error = torch.zeros_like(values[0]) if exact else values.std(0) / sqrt(k)
         error = (values - rough).mean(0).abs()
         return Assessed(values.mean(0) + log_det, probe_error, error, path.evaluations + rougher.evaluations)
 
     def _back(
         self, y: Tensor, context: Tensor | None, solver: Solver, trace: Trace, *, regularize: bool = False
-    ) -> tuple[Tensor, Path]:
+    ) -> tuple[Tensor, ODESolution]:
         """Log densities in the space of the network, and the way to the base."""
         rows, velocity, parameters = self._start(y, context)
         training = torch.is_grad_enabled() and getattr(self.network, "training", True)
@@ -311,7 +311,7 @@ class ContinuousFlow(GenerativeDistribution):
         self.evaluations.add(path.evaluations)
         return path.x.reshape(y.shape)
 
-    def walk(self, sample_shape: Sequence[int] = (), *, num_frames: int = 20) -> Walked:
+    def walk(self, sample_shape: Sequence[int] = (), *, num_frames: int = 20) -> Trajectory:
         """Draws, with what happened on the way.
 
         Args:
@@ -339,11 +339,11 @@ class ContinuousFlow(GenerativeDistribution):
         self.evaluations.add(evaluations)
         positions = torch.stack(frames).reshape(num_frames, *start.shape)
         x = positions[-1] if self.pretransform is None else self.pretransform.inv(positions[-1])
-        return Walked(x, evaluations, times, positions)
+        return Trajectory(x, evaluations, times, positions)
 
     def _start(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor], list[Tensor]]:
         """Points as rows (N, d), the velocity of rows, and what it depends on."""
-        if drops_units(self.network):
+        if has_active_dropout(self.network):
             raise ValueError(
                 f"The ODE of {type(self).__name__} has no solution while its dropout is active, each evaluation being of "
                 "another velocity. Call .eval() on the family first, train it by FlowMatching(), or build it with dropout=0."
@@ -354,6 +354,6 @@ class ContinuousFlow(GenerativeDistribution):
         def velocity(t: Tensor, x: Tensor) -> Tensor:
             return self.velocity(x.reshape(-1, *self.event_shape), t.expand(len(x)), told).reshape(x.shape)
 
-        modules, tensors = parts_of((self.network, self.field))
+        modules, tensors = modules_and_tensors((self.network, self.field))
         found = (*(p for module in modules for p in module.parameters()), *tensors, *([] if told is None else [told]))
         return rows, velocity, list({id(p): p for p in found}.values())

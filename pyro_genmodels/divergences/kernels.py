@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FEW = 2000
+MAX_MEDIAN_ROWS = 2000
 """Rows, evenly spaced among all, by which the median distance is found."""
 
 
@@ -162,8 +162,8 @@ def median_distance(x: Tensor, y: Tensor | None = None) -> Tensor:
     """
     with torch.no_grad():
         both = x if y is None else torch.cat([x, y])
-        if len(both) > FEW:
-            both = both[torch.linspace(0, len(both) - 1, FEW).long().to(both.device)]
+        if len(both) > MAX_MEDIAN_ROWS:
+            both = both[torch.linspace(0, len(both) - 1, MAX_MEDIAN_ROWS).long().to(both.device)]
         distances = torch.pdist(both)
         if not len(distances):
             return both.new_ones(())

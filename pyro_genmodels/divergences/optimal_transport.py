@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyro_genmodels.divergences.kullback_leibler import Divergence
 from pyro_genmodels.divergences.samples import as_matrices
-from pyro_genmodels.utils.errors import needed
+from pyro_genmodels.utils.errors import import_extra
 
 _PIVOTS = 10_000_000  # of the linear programme
 _SWEEPS = 5_000  # of Sinkhorn's iteration
@@ -74,7 +74,7 @@ def wasserstein(x: Tensor, y: Tensor, *, p: float = 2.0, regularization: float |
         raise ValueError(
             f"wasserstein wants an order p of at most 2 with a regularization, got {p=}: beyond, it may be negative."
         )
-    ot = needed("ot", extra="eval", by="wasserstein")
+    ot = import_extra("ot", extra="eval", by="wasserstein")
     dtype, x, y = x.dtype, x.double(), y.double()  # masses 1 / n are to add up
     if regularization is not None:
         cost, potentials = _debiased(ot, x, y, p, regularization)

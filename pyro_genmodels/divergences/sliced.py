@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_genmodels.divergences.kullback_leibler import Divergence
 from pyro_genmodels.divergences.samples import as_matrices
-from pyro_genmodels.utils.errors import needed
+from pyro_genmodels.utils.errors import import_extra
 
 _BLOCK = 2**22  # numbers that are sorted at once
 
@@ -66,7 +66,7 @@ def sliced_wasserstein(
         raise ValueError(f"sliced_wasserstein wants at least 2 directions for an error bar, got {num_projections=}.")
     if not (p >= 1 and isfinite(p)):
         raise ValueError(f"sliced_wasserstein wants an order p of at least 1, and finite, got {p=}.")
-    ot = needed("ot", extra="eval", by="sliced_wasserstein")
+    ot = import_extra("ot", extra="eval", by="sliced_wasserstein")
     lines = directions(num_projections, x.shape[1], seed).to(x)
     blocks = lines.split(max(1, _BLOCK // (len(x) + len(y))))
     costs = torch.cat([ot.wasserstein_1d(x @ block.T, y @ block.T, p=p) for block in blocks])  # W_p^p along each line

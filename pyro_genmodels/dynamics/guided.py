@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_genmodels.dynamics.processes import Process, along
-from pyro_genmodels.dynamics.reverse import SHOWN_AFTER, prior_scale
+from pyro_genmodels.dynamics.reverse import PROGRESS_DELAY, prior_scale
 from pyro_genmodels.dynamics.spacing import UniformLogSNR
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -177,7 +177,7 @@ class _Walk:
     def pairs(self, label: str, *, progress: bool | None) -> Iterable[tuple[Tensor, Tensor]]:
         return tqdm(
             pairwise(self.times), total=len(self.times) - 1, desc=label, unit="step", leave=False,
-            delay=0 if progress else SHOWN_AFTER, disable=None if progress is None else not progress,
+            delay=0 if progress else PROGRESS_DELAY, disable=None if progress is None else not progress,
         )  # fmt: skip
 
     def look(self, x: Tensor, t: Tensor, *, tempered: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ et al., *How to train your neural ODE* (arXiv 2002.02798). The solvers are torch
 from __future__ import annotations
 
 __all__ = [
-    "RK4", "Dopri5", "Dopri8", "Euler", "Midpoint", "Path", "Solver", "Velocity", "integrate", "integrate_with_divergence",
+    "RK4", "Dopri5", "Dopri8", "Euler", "Midpoint", "ODESolution", "Solver", "Velocity", "integrate", "integrate_with_divergence",
 ]  # fmt: skip
 
 from abc import ABC, abstractmethod
@@ -52,7 +52,7 @@ class Solver(ABC):
 
     @property
     @abstractmethod
-    def looser(self) -> Solver:
+    def coarser(self) -> Solver:
         """The same with larger errors, to tell its own by the difference."""
 
     @abstractmethod
@@ -85,7 +85,7 @@ class _Adaptive(Solver):
             )
 
     @property
-    def looser(self) -> Solver:
+    def coarser(self) -> Solver:
         return replace(self, rtol=10 * self.rtol, atol=10 * self.atol)
 
     def options(self, end: Tensor) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class _Fixed(Solver):
             raise ValueError(f"{type(self).__name__} wants num_steps of 1 or more, but found {self.num_steps!r}.")
 
     @property
-    def looser(self) -> Solver:
+    def coarser(self) -> Solver:
         return replace(self, num_steps=self.num_steps // 2 or 2)  # of one step, the error is told by two
 
     def options(self, end: Tensor) -> dict[str, Any]:
@@ -155,7 +155,7 @@ class RK4(_Fixed):
 
 
 @dataclass(frozen=True)
-class Path:
+class ODESolution:
     """Where a way along a velocity ended.
 
     Attributes:
@@ -175,7 +175,7 @@ class Path:
 
 def integrate(
     velocity: Velocity, x: Tensor, start: float, end: float, solver: Solver, *, parameters: Sequence[Tensor] = ()
-) -> Path:
+) -> ODESolution:
     """Follows a velocity from one time to another, forwards or backwards.
 
     Args:
@@ -199,7 +199,7 @@ def integrate(
         (tensor([[0.3679, 0.3679]]), 40)
     """
     (x,), evaluations = _solve(lambda t, state: (velocity(t, state[0]),), (x,), start, end, solver, parameters)
-    return Path(x, evaluations)
+    return ODESolution(x, evaluations)
 
 
 def integrate_with_divergence(
@@ -212,7 +212,7 @@ def integrate_with_divergence(
     probes: Tensor | None = None,
     regularize: bool = False,
     parameters: Sequence[Tensor] = (),
-) -> Path:
+) -> ODESolution:
     """Follows a velocity, and adds up its divergence on the way.
 
     Args:
@@ -268,7 +268,7 @@ def integrate_with_divergence(
     with torch.set_grad_enabled(wanted):
         (x, divergence, *penalties), evaluations = _solve(rates, (x, *zeros), start, end, solver, parameters)
     jacobian, kinetic = penalties or (None, None)
-    return Path(x, evaluations + asked, divergence, kinetic, jacobian)
+    return ODESolution(x, evaluations + asked, divergence, kinetic, jacobian)
 
 
 def _units(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 __all__ = [
     "DDIM", "Ancestral", "DPMSolver", "Denoised", "EulerMaruyama", "Heun", "PredictorCorrector", "ProbabilityFlow",
-    "ReverseSampler", "Walked", "flow_velocity", "prior_scale", "reverse",
+    "ReverseSampler", "Trajectory", "flow_velocity", "prior_scale", "reverse",
 ]  # fmt: skip
 
 from abc import ABC, abstractmethod
@@ -36,12 +36,12 @@ from pyro_genmodels.dynamics.ode import Dopri5, Solver, integrate
 from pyro_genmodels.dynamics.processes import Process, along
 from pyro_genmodels.dynamics.spacing import Spacing, UniformLogSNR, UniformSigma
 
-SHOWN_AFTER = 5.0
+PROGRESS_DELAY = 5.0
 """Seconds after which a walk shows its progress, where there is a terminal."""
 
 
 @dataclass(frozen=True)
-class Walked:
+class Trajectory:
     """Where a walk from noise to data came out.
 
     Attributes:
@@ -343,7 +343,7 @@ def reverse(
     *,
     num_frames: int = 0,
     progress: bool | None = None,
-) -> Walked:
+) -> Trajectory:
     """Walks from noise to data.
 
     Args:
@@ -375,7 +375,7 @@ def reverse(
     if isinstance(sampler, ProbabilityFlow) and sampler.num_steps < num_frames - 1:
         sampler = replace(sampler, num_steps=num_frames - 1)
     if not len(noise):  # which not every network takes
-        return Walked(noise, 0, noise.new_zeros(num_frames), noise.new_zeros(num_frames, *noise.shape))
+        return Trajectory(noise, 0, noise.new_zeros(num_frames), noise.new_zeros(num_frames, *noise.shape))
     denoised = Denoised(denoise, process)
     x = noise * prior_scale(process)
     steps = getattr(sampler, "num_steps", 1)
@@ -383,14 +383,14 @@ def reverse(
     frames = {0: (x.new_tensor(process.end), x)}
     bar = tqdm(
         sampler.walk(denoised, x), total=steps, desc=type(sampler).__name__, unit="step", leave=False,
-        delay=0 if progress else SHOWN_AFTER, disable=None if progress is None else not progress,
+        delay=0 if progress else PROGRESS_DELAY, disable=None if progress is None else not progress,
     )  # fmt: skip
     for i, (t, position) in enumerate(bar, 1):
         x = position
         if i in kept:
             frames[i] = (t, x)
     times, positions = zip(*(frames[i] for i in kept), strict=True) if kept else ((), ())
-    return Walked(
+    return Trajectory(
         x / process.alpha(x.new_tensor(process.start)),
         denoised.evaluations,
         torch.stack(times) if kept else x.new_zeros(0),

@@ -10,10 +10,27 @@ from pyro_genmodels.evaluation.modes import ModeCoverage, mode_coverage
 from pyro_genmodels.evaluation.observation import gaussian_observation_likelihood
 from pyro_genmodels.evaluation.permutation_test import MMDTest, mmd_test
 from pyro_genmodels.evaluation.raise_bound import conservative_log_likelihood
-from pyro_genmodels.evaluation.sample_quality import Likeness
+from pyro_genmodels.evaluation.sample_quality import SampleQuality
 
 __all__ = [
-    "Comparison", "Diagnosis", "Likeness", "LogLikelihood", "LogPartition", "MMDTest", "ModeCoverage", "TwoSample",
-    "c2st", "compare", "conservative_log_likelihood", "coverage", "diagnose", "gaussian_observation_likelihood",
-    "has_likelihood", "log_likelihood", "log_partition", "mmd_test", "mode_coverage", "no_likelihood",
+    "Comparison",
+    "Diagnosis",
+    "LogLikelihood",
+    "LogPartition",
+    "MMDTest",
+    "ModeCoverage",
+    "SampleQuality",
+    "TwoSample",
+    "c2st",
+    "compare",
+    "conservative_log_likelihood",
+    "coverage",
+    "diagnose",
+    "gaussian_observation_likelihood",
+    "has_likelihood",
+    "log_likelihood",
+    "log_partition",
+    "mmd_test",
+    "mode_coverage",
+    "no_likelihood",
 ]  # fmt: skip

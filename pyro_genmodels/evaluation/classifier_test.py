@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_genmodels.divergences.samples import as_matrices
-from pyro_genmodels.utils.errors import needed
+from pyro_genmodels.utils.errors import import_extra
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def c2st(
             f"c2st wants as many draws on each side, for 0.5 to be chance, but found {len(x)} and {len(y)}. "
             f"Take {n} of the larger: {larger}[torch.randperm(len({larger}))[:{n}]]."
         )
-    networks = needed("sklearn.neural_network", extra="eval", by="c2st")
-    selection = needed("sklearn.model_selection", extra="eval", by="c2st")
+    networks = import_extra("sklearn.neural_network", extra="eval", by="c2st")
+    selection = import_extra("sklearn.model_selection", extra="eval", by="c2st")
     rows = standardised(x.detach(), y.detach()).cpu().numpy()
     sides = torch.arange(2).repeat_interleave(len(x)).numpy()
     widths = (10 * x.shape[1],) * 2 if hidden is None else tuple(hidden)

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from pyro_genmodels.evaluation.likelihood import LogLikelihood, has_likelihood, log_likelihood, no_likelihood
-from pyro_genmodels.evaluation.sample_quality import Likeness, likeness, model_arguments, split
-from pyro_genmodels.utils.errors import needed
+from pyro_genmodels.evaluation.sample_quality import SampleQuality, model_arguments, sample_quality, split
+from pyro_genmodels.utils.errors import import_extra
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,14 +39,14 @@ class Comparison:
     Attributes:
         log_likelihoods: by name of the fit, best first, those without one (of the kind "none") last.
         dims: dimensions of one datum, or None if no data were given.
-        likeness: of draws and data, by name of the fit, where that was asked for.
+        sample_quality: of draws and data, by name of the fit, where that was asked for.
         floor: the sliced Wasserstein distance of data from other data, as many as there were draws; NaN if that was not asked
             for.
     """
 
     log_likelihoods: Mapping[str, LogLikelihood]
     dims: int | None
-    likeness: Mapping[str, Likeness] = field(default_factory=dict)
+    sample_quality: Mapping[str, SampleQuality] = field(default_factory=dict)
     floor: float = float("nan")
 
     @property
@@ -80,8 +80,8 @@ class Comparison:
             },
             index=pd.Index(self.log_likelihoods, name="fit"),
         )
-        if self.likeness:
-            found = [self.likeness.get(name) for name in self.log_likelihoods]
+        if self.sample_quality:
+            found = [self.sample_quality.get(name) for name in self.log_likelihoods]
             table["mmd"] = [one.test.value if one else float("nan") for one in found]
             table["mmd_p"] = [one.test.p_value if one else float("nan") for one in found]
             table["sliced_wasserstein"] = [one.sliced_wasserstein if one else float("nan") for one in found]
@@ -97,11 +97,13 @@ class Comparison:
         Raises:
             ValueError: if no fit has one.
         """
-        plt = needed("matplotlib.pyplot", extra="eval", by="A picture")
+        plt = import_extra("matplotlib.pyplot", extra="eval", by="A picture")
         table, without = self.table, self._without
         table = table.drop(index=without)
         if table.empty:
-            raise ValueError("No fit has a likelihood that could be pictured. See `likeness`: compare(fits, x, draws=2000).")
+            raise ValueError(
+                "No fit has a likelihood that could be pictured. See `sample_quality`: compare(fits, x, draws=2000)."
+            )
         ax = plt.subplots(figsize=(7, 1 + 0.6 * len(table)), layout="constrained")[1] if ax is None else ax
         y = -table["rank"].to_numpy()
         ax.errorbar(table["elpd"], y, xerr=table["se"], fmt="o", color="black", label="elpd ± se")
@@ -142,7 +144,7 @@ class Comparison:
         for name, fit in fits:
             if fit.observation is not None:
                 text += f"\n{name} is judged with Gaussian observation noise {fit.observation:.3g}, which its draws have not."
-        if self.likeness:
+        if self.sample_quality:
             text += f"\nsliced Wasserstein distance of real from other real data: {self.floor:.3f}."
         return f"held-out log-likelihood of {self._values().shape[1]} data\n{text}"
 
@@ -186,7 +188,7 @@ def compare(
             if x is None:
                 raise ValueError(f"compare was given the fit {name!r} but no data x to judge it on.")
             if rows_drawn is not None:
-                alike[name] = likeness(fit, x, args, kwargs, rows_drawn)
+                alike[name] = sample_quality(fit, x, args, kwargs, rows_drawn)
             own = model_arguments(kwargs)
             known = has_likelihood(fit, x, *args, **own)
             fit = log_likelihood(fit, x, *args, **kwargs) if known else no_likelihood(len(x))

@@ -27,11 +27,11 @@ from tqdm.auto import tqdm
 from pyro_genmodels._pyro import handlers, traces, vectorize
 from pyro_genmodels.distributions.energy.state import LogPartition
 from pyro_genmodels.distributions.ode import fresh_probes
-from pyro_genmodels.dynamics.reverse import SHOWN_AFTER
-from pyro_genmodels.evaluation.log_z import Constants
-from pyro_genmodels.utils.distributions import density_of, tightens, unwrap
+from pyro_genmodels.dynamics.reverse import PROGRESS_DELAY
+from pyro_genmodels.evaluation.log_z import LogPartitions
+from pyro_genmodels.utils.distributions import density_of, mean_inside_log, unwrap
 
-Kind = Literal["exact", "lower bound", "estimate", "unreliable", "none"]
+LikelihoodKind = Literal["exact", "lower bound", "estimate", "unreliable", "none"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,7 +51,7 @@ class LogLikelihood:
 
     values: Tensor
     std_error: Tensor
-    kind: Kind
+    kind: LikelihoodKind
     num_samples: int
     log_partition: LogPartition | None = None
     shared_error: float = 0.0
@@ -132,18 +132,18 @@ def log_likelihood(
         raise ValueError(f"log_likelihood wants a torch.Tensor of one or more rows, but found {found}: see torch.as_tensor.")
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples and batch_size must be positive, got {num_samples} and {batch_size}.")
-    with handlers.looking_on(), fresh_probes():
+    with handlers.side_effect_free(), fresh_probes():
         first = _rows(slice(0, 1), len(x), (x, *args), kwargs)
-        constants = Constants(num_samples, num_steps, progress=progress)
+        constants = LogPartitions(num_samples, num_steps, progress=progress)
         kind, drawn, tighter, plates, nesting = _kind(model, guide, *first, constants)
         k = num_samples if drawn else 1
         if parallel is None:
             trial = _rows(slice(0, max(1, min(5, batch_size // 3))), len(x), (x, *args), kwargs)
-            parallel = k > 1 and vectorize.vectorises(model, guide, *trial, nesting)
+            parallel = k > 1 and vectorize.can_vectorize(model, guide, *trial, nesting)
         rows = max(1, batch_size // k) if parallel else batch_size
         parts = []
         with tqdm(
-            total=len(x) * k, desc="log-likelihood", unit="draw", delay=SHOWN_AFTER, disable=not progress, leave=False
+            total=len(x) * k, desc="log-likelihood", unit="draw", delay=PROGRESS_DELAY, disable=not progress, leave=False
         ) as bar:
             for start in range(0, len(x), rows):
                 stop = min(start + rows, len(x))
@@ -166,10 +166,13 @@ def has_likelihood(fit: Any, x: Tensor, *args: Any, **kwargs: Any) -> bool:
         True
     """
     model, guide = traces.as_pair(fit)
-    with handlers.looking_on(), torch.random.fork_rng(devices=[]):  # what is drawn afterwards is as if this had not been asked
+    with (
+        handlers.side_effect_free(),
+        torch.random.fork_rng(devices=[]),
+    ):  # what is drawn afterwards is as if this had not been asked
         first_args, first_kwargs = _rows(slice(0, 1), len(x), (x, *args), kwargs)
-        trace, _ = traces.run(model, guide, first_args, first_kwargs)
-    return all(density_of(site["fn"])[0] != "none" for site in traces.samples(trace).values())
+        trace, _ = traces.run_pair(model, guide, first_args, first_kwargs)
+    return all(density_of(site["fn"])[0] != "none" for site in traces.sample_sites(trace).values())
 
 
 def no_likelihood(rows: int) -> LogLikelihood:
@@ -179,13 +182,13 @@ def no_likelihood(rows: int) -> LogLikelihood:
 
 
 def _kind(
-    model: Any, guide: Any, args: tuple, kwargs: dict[str, Any], constants: Constants
-) -> tuple[Kind, bool, bool, list[str], int]:
+    model: Any, guide: Any, args: tuple, kwargs: dict[str, Any], constants: LogPartitions
+) -> tuple[LikelihoodKind, bool, bool, list[str], int]:
     """What a run on one row can say.
 
     It is the kind of values, whether each is from draws, and whether more draws tighten it; the data's plate, and the nesting.
     """
-    model_trace, guide_trace = traces.run(model, guide, args, kwargs)
+    model_trace, guide_trace = traces.run_pair(model, guide, args, kwargs)
     for role, trace in (("model", model_trace), ("guide", guide_trace)):
         constants.put(trace, role)
     unguided = [n for n in traces.latents(model_trace) if n not in guide_trace.nodes]
@@ -200,7 +203,7 @@ def _kind(
             "no bound holds. Use a guide with a density, such as AutoNormal."
         )
     plates = list(traces.data_plates(model_trace, 1))
-    sites = traces.samples(model_trace)
+    sites = traces.sample_sites(model_trace)
     outside = [n for n in traces.latents(model_trace) if all(f.name not in plates for f in sites[n]["cond_indep_stack"])]
     if outside:
         raise ValueError(
@@ -216,9 +219,9 @@ def _kind(
                 f"density is: {density}. {advice}"
             )
         densities.add(density)
-    tighter = all(tightens(site["fn"]) for site in sites.values())
+    tighter = all(mean_inside_log(site["fn"]) for site in sites.values())
     drawn = bool(traces.latents(model_trace)) or "lower bound" in densities or not tighter
-    kind: Kind = "estimate" if "estimate" in densities else "lower bound" if drawn else "exact"
+    kind: LikelihoodKind = "estimate" if "estimate" in densities else "lower bound" if drawn else "exact"
     return kind, drawn, tighter, plates, traces.max_plate_nesting(model, guide, args, kwargs)
 
 
@@ -234,7 +237,7 @@ def _weigh(
     at_once: int | None,
     drawn: bool,  # noqa: FBT001
     tighter: bool,  # noqa: FBT001
-    constants: Constants,
+    constants: LogPartitions,
     bar: tqdm,
 ) -> tuple[Tensor, Tensor]:
     """Log mean weight of each row and its standard error, from k draws, so many at once or each in a run of its own.
@@ -245,7 +248,7 @@ def _weigh(
     for start in range(0, k, at_once or 1):
         draws = min(at_once or 1, k - start)
         plate = traces.particles(draws, nesting) if at_once else None
-        pair = traces.run(model, guide, args, kwargs, plate)
+        pair = traces.run_pair(model, guide, args, kwargs, plate)
         places = constants.put(pair[0], "model") + constants.put(pair[1], "guide")
         dim = next(dim for name, dim in traces.data_plates(pair[0], rows).items() if name in plates)
         log_p, log_q = (traces.log_prob(trace, (-nesting - 1, dim), scaled=False) for trace in pair)

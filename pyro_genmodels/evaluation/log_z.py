@@ -9,7 +9,7 @@ several times has it as often. With :math:`m_{nz}` times that row n counts the c
 
 from __future__ import annotations
 
-__all__ = ["Constants"]
+__all__ = ["LogPartitions"]
 
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -19,10 +19,10 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_genmodels._pyro import traces
-from pyro_genmodels._pyro.handlers import within
+from pyro_genmodels._pyro.handlers import map_inner
 from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.distributions.energy.partition import log_partition
-from pyro_genmodels.distributions.energy.state import Kind, LogPartition
+from pyro_genmodels.distributions.energy.state import LogPartition, PartitionKind
 from pyro_genmodels.utils.distributions import unwrap
 
 
@@ -38,7 +38,7 @@ class _Known:
 
 
 @dataclass
-class Constants:
+class LogPartitions:
     """Log Z of energies, one for a site without a context, and one for each context of another.
 
     Attributes:
@@ -58,15 +58,15 @@ class Constants:
     def put(self, trace: Trace, role: str) -> list[tuple[tuple[str, str], Tensor]]:
         """Has the energies of a trace count log Z; which of a site's constants each element has, of its batch shape."""
         places = []
-        for name, site in traces.samples(trace).items():
+        for name, site in traces.sample_sites(trace).items():
             dist: Any = unwrap(site["fn"])
             if not isinstance(dist, Energy):
                 continue
             known = self.known.setdefault((role, name), _Known())
             value, place = self._shared(dist, known) if dist.context is None else self._of_contexts(dist, known)
-            kind = max((found.kind for found in known.found), key=get_args(Kind).index)
+            kind = max((found.kind for found in known.found), key=get_args(PartitionKind).index)
             given = LogPartition(value, torch.zeros_like(value), kind)
-            site["fn"] = within(site["fn"], lambda dist, given=given: dist.normalized(given))
+            site["fn"] = map_inner(site["fn"], lambda dist, given=given: dist.normalized(given))
             places.append(((role, name), place))
         return places
 
@@ -81,7 +81,7 @@ class Constants:
         new = [i for i, key in enumerate(keys) if key not in known.place]
         if new:
             first = sum(found.value.numel() for found in known.found)
-            self._learn(known, dist.but(context=rows[new], _batch_shape=torch.Size([len(new)])))
+            self._learn(known, dist.replace(context=rows[new], _batch_shape=torch.Size([len(new)])))
             known.place.update({keys[i]: first + n for n, i in enumerate(new)})
         place = torch.tensor([known.place[key] for key in keys])[inverse.cpu()]
         place = place.reshape(dist.context.shape[:-1]).expand(dist.batch_shape)

@@ -36,7 +36,7 @@ from pyro_genmodels.utils.distributions import density_of, sum_event, unwrap
 
 Start = Callable[[Sequence[int]], Tensor]
 
-FEW = 32
+NUM_PILOT = 32
 """Rows by which sigma is chosen."""
 SHARES = tuple(2.0**-k for k in range(7))
 """Of the data's deviation, among which it is chosen."""
@@ -115,10 +115,10 @@ def gaussian_observation_likelihood(
         values, errors = zip(*parts, strict=True)
         return torch.cat(values), torch.cat(errors)
 
-    with handlers.looking_on():
+    with handlers.side_effect_free():
         if sigma is None:
             rows, told = (x, context) if valid is None else valid if isinstance(valid, tuple) else (valid, None)
-            rows, told = rows[:FEW], None if told is None else told[:FEW]
+            rows, told = rows[:NUM_PILOT], None if told is None else told[:NUM_PILOT]
             sigmas = [share * _spread(rows if valid is None else x) for share in SHARES]
             bounds = [judged(rows, told, s, min(num_chains, 4), progress=False)[0].mean().item() for s in sigmas]
             sigma = sigmas[max(range(len(sigmas)), key=bounds.__getitem__)]
@@ -146,9 +146,9 @@ def _implicit(fit: Any, x: Tensor, context: Tensor | None) -> Implicit:
         dist: Any = unwrap(family() if context is None else family(context))
         names = [type(dist).__name__]
     else:
-        trace, _ = traces.run(model, guide, (x,) if context is None else (x, context), {})
-        names = list(traces.samples(trace))
-        dist = unwrap(traces.samples(trace)[names[0]]["fn"]) if len(names) == 1 else None
+        trace, _ = traces.run_pair(model, guide, (x,) if context is None else (x, context), {})
+        names = list(traces.sample_sites(trace))
+        dist = unwrap(traces.sample_sites(trace)[names[0]]["fn"]) if len(names) == 1 else None
     if isinstance(dist, Dequantized):
         dist = dist.base
     if not isinstance(dist, Implicit):

@@ -21,7 +21,7 @@ from torch import Tensor
 from pyro_genmodels.divergences.kernels import GaussianKernel, Kernel, check_kernel
 from pyro_genmodels.divergences.samples import as_matrices
 
-MOST = 10_000
+MAX_ROWS = 10_000
 """Draws of both sets, whose kernel's matrix takes 800 MB in double precision."""
 
 
@@ -81,10 +81,10 @@ def mmd_test(
         raise ValueError(f"mmd_test wants at least one permutation, got {num_permutations=}.")
     x, y = (draws.detach().double() for draws in as_matrices(x, y, by="mmd_test"))
     n, m = len(x), len(y)
-    if n + m > MOST:
+    if n + m > MAX_ROWS:
         raise ValueError(
-            f"mmd_test holds a matrix of all pairs, of at most {MOST} draws, but found {n} and {m}. Test some of them: "
-            f"x[torch.randperm(len(x))[:{MOST // 2}]], and y likewise. The value alone, of any number, is mmd's."
+            f"mmd_test holds a matrix of all pairs, of at most {MAX_ROWS} draws, but found {n} and {m}. Test some of them: "
+            f"x[torch.randperm(len(x))[:{MAX_ROWS // 2}]], and y likewise. The value alone, of any number, is mmd's."
         )
     both = torch.cat([x, y])
     with torch.no_grad():

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["Way", "densities", "frame", "image_grids", "lattice", "loss_curves", "scatters", "surfaces", "ways"]
+__all__ = [
+    "VelocityPanel",
+    "densities",
+    "frame",
+    "image_grids",
+    "lattice",
+    "loss_curves",
+    "scatters",
+    "surfaces",
+    "velocity_fields",
+]
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_genmodels.utils.errors import needed
+from pyro_genmodels.utils.errors import import_extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -106,7 +116,7 @@ def surfaces(panels: Mapping[str, Tensor], low: Sequence[float], high: Sequence[
 
 
 @dataclass(frozen=True)
-class Way:
+class VelocityPanel:
     """How points in the plane come from noise to data.
 
     Attributes:
@@ -120,7 +130,7 @@ class Way:
     velocity: Callable[[Tensor, Tensor], Tensor]
 
 
-def ways(panels: Mapping[str, Way], *, arrows: int = 15) -> Figure:
+def velocity_fields(panels: Mapping[str, VelocityPanel], *, arrows: int = 15) -> Figure:
     """Ways from noise to data in the plane, a row for each title: points on the way, and arrows of the velocity at that time.
 
     The arrows of a row are of one scale, its longest as long as two lie apart.
@@ -178,4 +188,4 @@ def loss_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figur
 
 
 def _figure(*, figsize: tuple[float, float]) -> Any:
-    return needed("matplotlib.figure", extra="eval", by="A picture").Figure(figsize=figsize, layout="constrained")
+    return import_extra("matplotlib.figure", extra="eval", by="A picture").Figure(figsize=figsize, layout="constrained")

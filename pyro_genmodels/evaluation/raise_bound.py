@@ -64,9 +64,9 @@ def conservative_log_likelihood(
     if num_samples < 1 or num_steps < 1 or batch_size < 1:
         found = f"{num_samples}, {num_steps} and {batch_size}"
         raise ValueError(f"num_samples, num_steps and batch_size must be positive, got {found}.")
-    with handlers.looking_on():
-        trace, _ = traces.run(model, guide, (x, *args), kwargs)
-        sites = traces.samples(trace)
+    with handlers.side_effect_free():
+        trace, _ = traces.run_pair(model, guide, (x, *args), kwargs)
+        sites = traces.sample_sites(trace)
         names = list(sites)
         dist: Any = unwrap(sites[names[0]]["fn"]) if names else None
         if len(names) != 1 or not isinstance(dist, Energy) or not sites[names[0]]["is_observed"]:

@@ -8,7 +8,7 @@ below.
 
 from __future__ import annotations
 
-__all__ = ["Likeness", "likeness", "model_arguments", "split"]
+__all__ = ["SampleQuality", "model_arguments", "sample_quality", "split"]
 
 import inspect
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pyro_genmodels._pyro import handlers, traces
-from pyro_genmodels._pyro.predictive import drawing, rows_of
+from pyro_genmodels._pyro.predictive import replicated_data, replicating
 from pyro_genmodels.divergences import sliced_wasserstein
 from pyro_genmodels.evaluation.likelihood import log_likelihood
 from pyro_genmodels.evaluation.permutation_test import MMDTest, mmd_test
@@ -28,7 +28,7 @@ _OPTIONS = {name for name, p in inspect.signature(log_likelihood).parameters.ite
 
 
 @dataclass(frozen=True)
-class Likeness:
+class SampleQuality:
     """Draws of a fit against data.
 
     Attributes:
@@ -61,7 +61,7 @@ def model_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name not in _OPTIONS}
 
 
-def likeness(fit: Any, x: Tensor, args: tuple, kwargs: Mapping[str, Any], rows: tuple[Tensor, Tensor]) -> Likeness:
+def sample_quality(fit: Any, x: Tensor, args: tuple, kwargs: Mapping[str, Any], rows: tuple[Tensor, Tensor]) -> SampleQuality:
     """Of draws for some rows of x, and of the tensors beside it that have as many, and data of others.
 
     Args:
@@ -75,8 +75,8 @@ def likeness(fit: Any, x: Tensor, args: tuple, kwargs: Mapping[str, Any], rows: 
     both, n = torch.cat(rows), len(rows[0])
     cut = lambda a: a[both] if isinstance(a, Tensor) and a.dim() and len(a) == len(x) else a  # noqa: E731
     own = {name: cut(value) for name, value in model_arguments(kwargs).items()}
-    with handlers.looking_on():
-        run, _ = traces.run(drawing(model), traces.no_latents, tuple(map(cut, (x, *args))), own)
-    found = rows_of(run, len(both))
+    with handlers.side_effect_free():
+        run, _ = traces.run_pair(replicating(model), traces.no_latents, tuple(map(cut, (x, *args))), own)
+    found = replicated_data(run, len(both))
     drawn, data = found.draws.flatten(0, 1)[n:], found.data[:n]
-    return Likeness(mmd_test(drawn, data), sliced_wasserstein(drawn, data, seed=1).value.item())
+    return SampleQuality(mmd_test(drawn, data), sliced_wasserstein(drawn, data, seed=1).value.item())

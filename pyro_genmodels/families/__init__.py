@@ -2,7 +2,12 @@
 
 from pyro_genmodels.distributions.diffusion import FlowDensity, VariationalBound
 from pyro_genmodels.distributions.energy.negatives import Annealed, Contrastive, Persistent
-from pyro_genmodels.distributions.likelihoods import Bernoulli, Categorical, DiscretizedLogistic, Normal
+from pyro_genmodels.distributions.likelihoods import (
+    BernoulliLikelihood,
+    CategoricalLikelihood,
+    DiscretizedLogisticLikelihood,
+    NormalLikelihood,
+)
 from pyro_genmodels.distributions.ode import ExactTrace, GaussianProbes, Hutchinson, RademacherProbes
 from pyro_genmodels.dynamics.denoiser import (
     DataPrediction,
@@ -53,9 +58,9 @@ __all__ = [
     "Ancestral",
     "Annealed",
     "Autoregressive",
-    "Bernoulli",
+    "BernoulliLikelihood",
     "BoltzmannMachine",
-    "Categorical",
+    "CategoricalLikelihood",
     "Contrastive",
     "ConvolutionalCritic",
     "ConvolutionalEnergy",
@@ -68,7 +73,7 @@ __all__ = [
     "DenseField",
     "DenseGenerator",
     "Diffusion",
-    "DiscretizedLogistic",
+    "DiscretizedLogisticLikelihood",
     "Dopri5",
     "Dopri8",
     "EnergyModel",
@@ -89,7 +94,7 @@ __all__ = [
     "Langevin",
     "Midpoint",
     "NoisePrediction",
-    "Normal",
+    "NormalLikelihood",
     "ODEFlow",
     "ParallelTempering",
     "Persistent",

@@ -27,7 +27,7 @@ class Autoregressive(Family):
     Args:
         event_shape: shape of one datum.
         context: see `Family`.
-        likelihood: what one coordinate is: `Normal()`, `Bernoulli()`, `Categorical(k)` or `DiscretizedLogistic(levels)`.
+        likelihood: what one coordinate is: `Normal()`, `BernoulliLikelihood()`, `Categorical(k)` or `DiscretizedLogisticLikelihood(levels)`.
         order: the coordinates of the flattened event in the order they are drawn, a permutation; by default as they stand.
         hidden: widths of the hidden layers.
         dropout: rate at which hidden units are dropped in training.
@@ -39,8 +39,8 @@ class Autoregressive(Family):
         ValueError: if the order is no permutation.
 
     Example:
-        >>> from pyro_genmodels import Autoregressive, Bernoulli
-        >>> made = Autoregressive((4,), likelihood=Bernoulli())
+        >>> from pyro_genmodels import Autoregressive, BernoulliLikelihood
+        >>> made = Autoregressive((4,), likelihood=BernoulliLikelihood())
         >>> outcomes = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 4)
         >>> round(made().log_prob(outcomes).exp().sum().item(), 4)
         1.0

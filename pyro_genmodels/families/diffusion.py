@@ -25,7 +25,7 @@ from pyro_genmodels.dynamics.reverse import DPMSolver, ReverseSampler
 from pyro_genmodels.families.continuous import ContinuousFamily
 from pyro_genmodels.families.family import Context, Standardize
 from pyro_genmodels.nn.fields import DenseField, UNet
-from pyro_genmodels.utils.errors import chosen
+from pyro_genmodels.utils.errors import check_choice
 
 
 class Diffusion(ContinuousFamily):
@@ -42,9 +42,9 @@ class Diffusion(ContinuousFamily):
         prediction: what the network says: `VelocityPrediction`, `NoisePrediction`, `DataPrediction`, `ScorePrediction`, or
             `Preconditioned`, EDM's.
         sampler: how it is drawn: `DPMSolver`, `DDIM`, `Ancestral`, `EulerMaruyama`, `Heun`, `PredictorCorrector` or
-            `ProbabilityFlow`; ``diffusion().drawn_by(...)`` takes another. Draws that carry gradients, as Pyro asks for while
+            `ProbabilityFlow`; ``diffusion().with_sampler(...)`` takes another. Draws that carry gradients, as Pyro asks for while
             the family is not frozen, are by the ODE of the likelihood.
-        likelihood: what `log_prob` is: `FlowDensity` or `VariationalBound`; ``diffusion().judged_by(...)`` takes another.
+        likelihood: what `log_prob` is: `FlowDensity` or `VariationalBound`; ``diffusion().with_likelihood(...)`` takes another.
         drop_context: how often training goes without the context, so that draws can exaggerate it.
         guidance: weight of the context in draws and their density: 1 takes it as it is, more exaggerates it, 0 goes without.
             Training goes without guidance. It can be set, and ``diffusion(context).guided(...)`` takes another.
@@ -82,13 +82,15 @@ class Diffusion(ContinuousFamily):
         standardize = ("jointly" if isinstance(network, UNet) else True) if standardize is None else standardize
         super().__init__(event_shape, context=context, support=support, levels=levels, standardize=standardize, name=name)
         few = self.event_shape.numel() <= 4
-        network = chosen("Diffusion", "network", network, DenseField(octaves=5 if few else 0), DenseField | UNet | nn.Module)
+        network = check_choice(
+            "Diffusion", "network", network, DenseField(octaves=5 if few else 0), DenseField | UNet | nn.Module
+        )
         self.clock = not isinstance(network, nn.Module)
         self.network = network if isinstance(network, nn.Module) else network.build(self.event_shape, self.context_size)
-        self.process = chosen("Diffusion", "process", process, VariancePreserving(), Process)
-        self.prediction = chosen("Diffusion", "prediction", prediction, VelocityPrediction(), Prediction)
-        self.sampler = chosen("Diffusion", "sampler", sampler, DPMSolver(), ReverseSampler)
-        self.likelihood = chosen("Diffusion", "likelihood", likelihood, FlowDensity(), FlowDensity | VariationalBound)
+        self.process = check_choice("Diffusion", "process", process, VariancePreserving(), Process)
+        self.prediction = check_choice("Diffusion", "prediction", prediction, VelocityPrediction(), Prediction)
+        self.sampler = check_choice("Diffusion", "sampler", sampler, DPMSolver(), ReverseSampler)
+        self.likelihood = check_choice("Diffusion", "likelihood", likelihood, FlowDensity(), FlowDensity | VariationalBound)
         if not 0 <= drop_context < 1 or (drop_context and not self.context_size):
             raise ValueError(
                 f"Diffusion wants drop_context of at least 0 and less than 1, and only with a context, but found "

@@ -26,7 +26,7 @@ from pyro_genmodels.distributions.energy.state import Memory
 from pyro_genmodels.families.family import Context, Family, Standardize
 from pyro_genmodels.nn.energies import DenseEnergy, EnergyChoice
 from pyro_genmodels.samplers import Gibbs, GibbsWithGradients, Langevin, Sampler
-from pyro_genmodels.utils.distributions import density_of, map_tensors, unchecked
+from pyro_genmodels.utils.distributions import density_of, map_tensors, without_validation
 
 
 class EnergyModel(Family):
@@ -145,7 +145,7 @@ class EnergyModel(Family):
             self.energy,
             self.event_shape,
             context=context,
-            base=None if base is None else unchecked(base),
+            base=None if base is None else without_validation(base),
             support=self.support,
             coordinates=None if self.pretransform is None else self.pretransform.inv,
             features=self.features,

@@ -23,7 +23,7 @@ from pyro_genmodels.families.continuous import ContinuousFamily
 from pyro_genmodels.families.family import Context, Standardize
 from pyro_genmodels.nn.gan import CriticChoice, DenseCritic, DenseGenerator, GeneratorChoice
 from pyro_genmodels.nn.mlp import call_batched
-from pyro_genmodels.utils.errors import chosen
+from pyro_genmodels.utils.errors import check_choice
 
 
 class GAN(ContinuousFamily):
@@ -84,8 +84,8 @@ class GAN(ContinuousFamily):
                 raise ValueError(f"GAN wants {role} as a positive integer, but found {value!r}.")
         self.latent_dim = latent_dim
         few = self.event_shape.numel() <= 4
-        generator = chosen("GAN", "generator", generator, DenseGenerator(), GeneratorChoice | nn.Module)
-        critic = chosen("GAN", "critic", critic, DenseCritic(octaves=5 if few else 0), CriticChoice | nn.Module)
+        generator = check_choice("GAN", "generator", generator, DenseGenerator(), GeneratorChoice | nn.Module)
+        critic = check_choice("GAN", "critic", critic, DenseCritic(octaves=5 if few else 0), CriticChoice | nn.Module)
         own = isinstance(generator, nn.Module)
         self.generator = generator if own else generator.build(self.event_shape, latent_dim, self.context_size)
         network = critic if isinstance(critic, nn.Module) else critic.build(self.event_shape, pack, pack * self.context_size)

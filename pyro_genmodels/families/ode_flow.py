@@ -26,8 +26,8 @@ from pyro_genmodels.dynamics.ode import Dopri5, Solver
 from pyro_genmodels.families.continuous import ContinuousFamily
 from pyro_genmodels.families.family import Context, Family, Standardize
 from pyro_genmodels.nn.fields import DenseField, UNet
-from pyro_genmodels.utils.distributions import density_of, is_real, map_tensors, unchecked
-from pyro_genmodels.utils.errors import chosen
+from pyro_genmodels.utils.distributions import density_of, is_real, map_tensors, without_validation
+from pyro_genmodels.utils.errors import check_choice
 
 
 class ODEFlow(ContinuousFamily):
@@ -85,10 +85,10 @@ class ODEFlow(ContinuousFamily):
             raise ValueError(f"ODEFlow wants weights of 0 or more, but found kinetic={kinetic}, jacobian={jacobian}.")
         standardize = ("jointly" if isinstance(network, UNet) else True) if standardize is None else standardize
         super().__init__(event_shape, context=context, support=support, levels=levels, standardize=standardize, name=name)
-        network = chosen("ODEFlow", "network", network, DenseField(), DenseField | UNet | nn.Module)
+        network = check_choice("ODEFlow", "network", network, DenseField(), DenseField | UNet | nn.Module)
         self.network = network if isinstance(network, nn.Module) else network.build(self.event_shape, self.context_size)
-        self.solver = chosen("ODEFlow", "solver", solver, Dopri5(), Solver)
-        self.trace = None if trace is None else chosen("ODEFlow", "trace", trace, Hutchinson(), Trace)
+        self.solver = check_choice("ODEFlow", "solver", solver, Dopri5(), Solver)
+        self.trace = None if trace is None else check_choice("ODEFlow", "trace", trace, Hutchinson(), Trace)
         self.base = _checked_base(base, self.event_shape)
         self.kinetic, self.jacobian = kinetic, jacobian
         self.evaluations = Evaluations()
@@ -113,7 +113,7 @@ class ODEFlow(ContinuousFamily):
         if self.base is None:
             zero, one = torch.zeros_like(self.loc), torch.ones_like(self.loc)
             return dist.Normal(zero, one, validate_args=False).to_event(self.loc.dim())
-        return unchecked(self.base() if isinstance(self.base, Family) else self.base)
+        return without_validation(self.base() if isinstance(self.base, Family) else self.base)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ODEFlow:  # noqa: FBT001, FBT002
         super()._apply(fn, recurse)

@@ -37,8 +37,8 @@ class VAE(Family):
         event_shape: shape of one datum.
         context: see `Family`.
         latent_dim: length of z, where no prior says otherwise.
-        likelihood: what one coordinate is, given z: `Normal()`, `Bernoulli()`, `Categorical(k)` or
-            `DiscretizedLogistic(levels)`.
+        likelihood: what one coordinate is, given z: `Normal()`, `BernoulliLikelihood()`, `Categorical(k)` or
+            `DiscretizedLogisticLikelihood(levels)`.
         prior: distribution of z, over one event of any shape: a Pyro distribution, a family (conditional if it takes a
             context), or None for a standard normal.
         encoder: your own network, ``encoder(x)`` or ``encoder(x, context)`` -> the parameters (batch, 2 * latent size) of a
@@ -56,8 +56,8 @@ class VAE(Family):
         ValueError: by a network of your own whose output has another shape.
 
     Example:
-        >>> from pyro_genmodels import VAE, Bernoulli
-        >>> vae = VAE((28, 28), latent_dim=8, likelihood=Bernoulli())
+        >>> from pyro_genmodels import VAE, BernoulliLikelihood
+        >>> vae = VAE((28, 28), latent_dim=8, likelihood=BernoulliLikelihood())
         >>> vae().sample((5,)).shape
         torch.Size([5, 28, 28])
     """

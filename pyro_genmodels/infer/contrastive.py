@@ -80,7 +80,7 @@ class ContrastiveDivergence(Objective):
             check_energy(type(self).__name__, name, dist)
 
     def _score(self, model_trace: Trace, guide_trace: Trace) -> None:
-        found = {name: unwrap(site["fn"]) for name, site in traces.samples(model_trace).items() if site["is_observed"]}
+        found = {name: unwrap(site["fn"]) for name, site in traces.sample_sites(model_trace).items() if site["is_observed"]}
         if found and not any(isinstance(dist, Energy) for dist in found.values()):
             check_energy(type(self).__name__, *next(iter(found.items())))
         super()._score(model_trace, guide_trace)

@@ -35,7 +35,7 @@ from pyro.poutine import Trace
 from torch import Size, Tensor
 
 from pyro_genmodels._pyro import traces
-from pyro_genmodels._pyro.handlers import within
+from pyro_genmodels._pyro.handlers import map_inner
 from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.distributions.diffusion import ReverseDiffusion, VariationalBound
 from pyro_genmodels.dynamics.processes import Karras, Process, stratified
@@ -182,10 +182,10 @@ class DenoisingScoreMatching(ScoreMatching):
         return weighting(sigma) * sum_event((score + epsilon / beside).square(), event_dim) / 2
 
     def _score(self, model_trace: Trace, guide_trace: Trace) -> None:
-        sites = traces.samples(model_trace)
+        sites = traces.sample_sites(model_trace)
         priors: list[Any] = [sites[name] for name in traces.latents(model_trace) if is_diffusion(sites[name]["fn"])]
         for site in priors:
-            site["fn"] = within(site["fn"], lambda prior: prior.judged_by(VariationalBound()))
+            site["fn"] = map_inner(site["fn"], lambda prior: prior.with_likelihood(VariationalBound()))
         if priors:  # then what is observed is seen through them, and counts as in any ELBO
             model_trace.compute_log_prob(site_filter=lambda _, site: site["is_observed"] and not is_diffusion(site["fn"]))
         super()._score(model_trace, guide_trace)

@@ -14,7 +14,16 @@ Lipman et al. (arXiv 2210.02747); Albergo and Vanden-Eijnden (arXiv 2209.15571);
 
 from __future__ import annotations
 
-__all__ = ["Coupling", "FlowMatching", "Independent", "Interpolant", "OptimalTransport", "Straight", "Target", "Trigonometric"]
+__all__ = [
+    "Coupling",
+    "FlowMatching",
+    "GaussianTargetCoupling",
+    "IndependentCoupling",
+    "Interpolant",
+    "LinearInterpolant",
+    "OptimalTransportCoupling",
+    "TrigonometricInterpolant",
+]
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -31,7 +40,7 @@ from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.dynamics.processes import stratified
 from pyro_genmodels.infer.objective import Objective
 from pyro_genmodels.utils.distributions import unwrap
-from pyro_genmodels.utils.errors import chosen, needed
+from pyro_genmodels.utils.errors import check_choice, import_extra
 
 
 class Coupling(ABC):
@@ -52,7 +61,7 @@ class Coupling(ABC):
 
 
 @dataclass(frozen=True)
-class Independent(Coupling):
+class IndependentCoupling(Coupling):
     """Each datum has a draw of its own, as they come."""
 
     def __call__(self, x0: Tensor, x1: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -60,7 +69,7 @@ class Independent(Coupling):
 
 
 @dataclass(frozen=True)
-class Target(Coupling):
+class GaussianTargetCoupling(Coupling):
     """Each datum has a draw of its own, and is the centre of a small copy of the base.
 
     Attributes:
@@ -79,16 +88,16 @@ class Target(Coupling):
 
 
 @dataclass(frozen=True)
-class OptimalTransport(Coupling):
+class OptimalTransportCoupling(Coupling):
     """Draws and data of a batch are paired so that the sum of their squared distances is least: ways hardly cross.
 
     With a context only rows of equal contexts, such as labels, change their draws among themselves: otherwise a draw would tell
-    of the context, as it does not in sampling (arXiv 2503.10636). Where no two are equal, this is `Independent`. Needs POT; a
+    of the context, as it does not in sampling (arXiv 2503.10636). Where no two are equal, this is `IndependentCoupling`. Needs POT; a
     batch of N rows takes time as N^3.
     """
 
     def __call__(self, x0: Tensor, x1: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        transport = needed("ot", extra="eval", by="OptimalTransport")
+        transport = import_extra("ot", extra="eval", by="OptimalTransport")
         groups = torch.zeros(len(x1), dtype=torch.long) if context is None else _equal(context)
         order = torch.arange(len(x1))
         for group in groups.unique():
@@ -114,7 +123,7 @@ class Interpolant(ABC):
 
 
 @dataclass(frozen=True)
-class Straight(Interpolant):
+class LinearInterpolant(Interpolant):
     """A straight line at constant speed."""
 
     def __call__(self, x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +131,7 @@ class Straight(Interpolant):
 
 
 @dataclass(frozen=True)
-class Trigonometric(Interpolant):
+class TrigonometricInterpolant(Interpolant):
     """A quarter of an ellipse, along which the variance of standardised ends is kept."""
 
     def __call__(self, x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,8 +146,8 @@ class FlowMatching(Objective):
     `ODEFlow` have it, and those of `Diffusion` along straight paths. The base itself is not trained.
 
     Args:
-        coupling: `Independent`, `OptimalTransport` or `Target`.
-        path: `Straight` or `Trigonometric`.
+        coupling: `IndependentCoupling`, `OptimalTransportCoupling` or `GaussianTargetCoupling`.
+        path: `LinearInterpolant` or `TrigonometricInterpolant`.
         kwargs: see `Objective`.
 
     Raises:
@@ -154,8 +163,8 @@ class FlowMatching(Objective):
 
     def __init__(self, coupling: Coupling | None = None, path: Interpolant | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.coupling: Coupling = chosen("FlowMatching", "coupling", coupling, Independent(), Coupling)
-        self.path: Interpolant = chosen("FlowMatching", "path", path, Straight(), Interpolant)
+        self.coupling: Coupling = check_choice("FlowMatching", "coupling", coupling, IndependentCoupling(), Coupling)
+        self.path: Interpolant = check_choice("FlowMatching", "path", path, LinearInterpolant(), Interpolant)
 
     def per_datum(self, dist: Any, x: Tensor) -> Tensor:
         flow: Any = dist.base if isinstance(dist, Dequantized) else dist
@@ -172,8 +181,10 @@ class FlowMatching(Objective):
 
     def check(self, name: str, dist: Distribution) -> None:
         inner: Any = unwrap(dist.base) if isinstance(dist, Dequantized) else dist
-        if isinstance(inner, ReverseDiffusion) and not isinstance(self.path, Straight):
-            raise ValueError(f"A diffusion, at site {name!r}, has its velocity along straight lines: use path=Straight().")
+        if isinstance(inner, ReverseDiffusion) and not isinstance(self.path, LinearInterpolant):
+            raise ValueError(
+                f"A diffusion, at site {name!r}, has its velocity along straight lines: use path=LinearInterpolant()."
+            )
         if not (callable(getattr(inner, "velocity", None)) and isinstance(getattr(inner, "base", None), Distribution)):
             density = "energy" if isinstance(inner, Energy) else getattr(dist, "density", "exact")
             cures = {"energy": "ContrastiveDivergence() or NoiseContrastive(noise=...)", "none": "Trace_ELBO() with a guide"}

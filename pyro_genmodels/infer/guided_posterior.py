@@ -28,7 +28,7 @@ from pyro_genmodels._pyro import traces
 from pyro_genmodels.distributions.diffusion import ReverseDiffusion
 from pyro_genmodels.dynamics.guided import Particles, effective_size, guided, twisted
 from pyro_genmodels.utils.distributions import unwrap
-from pyro_genmodels.utils.errors import chosen
+from pyro_genmodels.utils.errors import check_choice
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def diffusion_posterior(
     """
     if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < 1:
         raise ValueError(f"num_draws wants an integer of 1 or more, but found {num_draws!r}.")
-    method = chosen("diffusion_posterior", "method", method, TwistedDiffusion(), TwistedDiffusion | GuidedDiffusion)
+    method = check_choice("diffusion_posterior", "method", method, TwistedDiffusion(), TwistedDiffusion | GuidedDiffusion)
     with torch.no_grad():
         trace = poutine.trace(model).get_trace(*args, **kwargs)
     name, prior = _prior(trace)

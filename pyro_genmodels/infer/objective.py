@@ -85,13 +85,13 @@ class Loss(ELBO):
             if nesting == float("inf"):
                 nesting = traces.max_plate_nesting(model, guide, args, kwargs)
                 self.max_plate_nesting = nesting + 1
-            yield traces.run(model, guide, args, kwargs, traces.particles(self.num_particles, nesting))
+            yield traces.run_pair(model, guide, args, kwargs, traces.particles(self.num_particles, nesting))
         else:
             for _ in range(self.num_particles):
                 yield self._get_trace(model, guide, args, kwargs)
 
     def _get_trace(self, model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Trace, Trace]:
-        return traces.run(model, guide, args, kwargs)
+        return traces.run_pair(model, guide, args, kwargs)
 
 
 class Objective(Loss):
@@ -128,10 +128,10 @@ class Objective(Loss):
         """The loss of a run, averaged over vectorised particles, with the gradient that estimates its own."""
         self._score(model_trace, guide_trace)
         loss, log_q, surrogate = 0.0, 0.0, 0.0
-        for site in traces.samples(model_trace).values():
+        for site in traces.sample_sites(model_trace).values():
             loss = loss - site["log_prob_sum"]
         log_r = None
-        for site in traces.samples(guide_trace).values():
+        for site in traces.sample_sites(guide_trace).values():
             log_q = log_q + site["log_prob_sum"].detach()
             _, score_function, entropy = site["score_parts"]
             if not is_identically_zero(entropy):
@@ -148,7 +148,7 @@ class Objective(Loss):
         names = traces.latents(model_trace)
         if names:
             self.check_latents(names)
-        for name, site in traces.samples(model_trace).items():
+        for name, site in traces.sample_sites(model_trace).items():
             if site["is_observed"] and "log_prob_sum" not in site:
                 self._score_observed(name, site)
         model_trace.compute_log_prob(site_filter=lambda name, site: not site["is_observed"])
@@ -156,7 +156,7 @@ class Objective(Loss):
         if is_validation_enabled():
             check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
             for trace in (model_trace, guide_trace):
-                for site in traces.samples(trace).values():
+                for site in traces.sample_sites(trace).values():
                     check_site_shape(site, self.max_plate_nesting)
 
     def _score_observed(self, name: str, site: Any) -> None:
@@ -183,5 +183,5 @@ class _ObjectiveModule(ELBOModule):
 
     def __init__(self, model: Any, guide: Any, elbo: ELBO) -> None:
         super().__init__(model, guide, elbo)
-        self.owners = nn.ModuleList(traces.owners(model, guide))
+        self.owners = nn.ModuleList(traces.modules_of(model, guide))
         self.own = nn.ParameterList(getattr(elbo, "own", {}).values())

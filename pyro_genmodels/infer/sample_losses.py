@@ -30,7 +30,7 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 
 from pyro_genmodels._pyro import traces
-from pyro_genmodels._pyro.predictive import Rows, conditions, drawing, rows_of, scores
+from pyro_genmodels._pyro.predictive import ReplicatedData, conditions, replicated_data, replicating, scores
 from pyro_genmodels.divergences import ConvexFunction, KullbackLeibler, sliced_wasserstein
 from pyro_genmodels.divergences.kernels import GaussianKernel, Kernel, check_kernel, median_distance
 from pyro_genmodels.infer.objective import Loss
@@ -87,10 +87,10 @@ class DrawLoss(Loss):
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The loss of one row times the rows of all data; the guide is not run."""
         rows = len(args[0]) if args and isinstance(args[0], Tensor) and args[0].dim() else None
-        drawn = drawing(model)
+        drawn = replicating(model)
         runs = [pair[0] for pair in self._get_traces(drawn, traces.no_latents, args, kwargs)]
         given = conditions(model, args, kwargs)
-        found = [rows_of(run, rows, given, rounded=False) for run in runs]
+        found = [replicated_data(run, rows, given, rounded=False) for run in runs]
         data, total = found[0].data, len(found[0].data) * found[0].weight
         if len(data) < 2:
             return 0.0 * found[0].draws.sum()
@@ -112,7 +112,7 @@ class DrawLoss(Loss):
         terms += [loss.detach() * log_p.sum() for log_p in shared]
         return torch.stack(terms).sum() if terms else None
 
-    def _scores(self, run: Trace, rows: Rows) -> tuple[Tensor | None, Tensor | None]:
+    def _scores(self, run: Trace, rows: ReplicatedData) -> tuple[Tensor | None, Tensor | None]:
         """Log densities of a run's draws that carry no gradient, where these depend on parameters.
 
         They are those of single rows, (particles, rows), and of what rows share, (particles,).

@@ -105,8 +105,8 @@ def to_arviz(
     reports: dict[str, str] = {}
     parts = []
     for source in sources:
-        modules = traces.owners(source.model, source.guide)
-        with handlers.looking_on(), params.in_their_own_names(modules) if len(sources) > 1 else nullcontext():
+        modules = traces.modules_of(source.model, source.guide)
+        with handlers.side_effect_free(), params.in_their_own_names(modules) if len(sources) > 1 else nullcontext():
             parts.append(collect(source, reports, **options))
     if reports:
         left = "; ".join(f"{what} ({why})" for what, why in reports.items())

@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_genmodels._pyro import handlers, traces
-from pyro_genmodels.inference_data.replay import Run, Shaped, Walk, numpy
-from pyro_genmodels.inference_data.sources import Source
+from pyro_genmodels.inference_data.replay import Replay, ReplayBlock, Shaped, numpy
+from pyro_genmodels.inference_data.sources import DrawSource
 from pyro_genmodels.utils.distributions import density_of, unwrap
 
 GROUPS = (
@@ -43,7 +43,7 @@ class Groups:
     kinds: Mapping[str, str]
 
 
-def collect(source: Source, reports: dict[str, str], **options: Any) -> Groups:
+def collect(source: DrawSource, reports: dict[str, str], **options: Any) -> Groups:
     """All wanted groups of a source, with dimensions (chain, draw, ...).
 
     Args:
@@ -86,7 +86,7 @@ class _Collection:
 
     def __init__(
         self,
-        source: Source,
+        source: DrawSource,
         reports: dict[str, str],
         *,
         batch_size: int,
@@ -114,7 +114,7 @@ class _Collection:
             self._put_stats(source.stats)
         else:
             at_once = min(self.batch_size, source.total)
-            walk = Walk(source.model, source.guide, source.args, source.kwargs, parallel=self.parallel, at_once=at_once)
+            walk = Replay(source.model, source.guide, source.args, source.kwargs, parallel=self.parallel, at_once=at_once)
             if taken := {"chain", "draw"} & set(walk.coords):
                 raise ValueError(
                     f"A plate is called {taken.pop()!r}, which in ArviZ is a dimension of draws: call it otherwise."
@@ -143,7 +143,7 @@ class _Collection:
         }
         return Groups(chains, self.coords, self.kinds)
 
-    def _posterior(self, walk: Walk) -> None:
+    def _posterior(self, walk: Replay) -> None:
         source = self.source
         given = isinstance(source.guide, Mapping)
         if walk.factors and not walk.observed:
@@ -171,7 +171,7 @@ class _Collection:
             stats.setdefault("log_weight", stats["log_p"] - stats["log_q"])
         self._put_stats(stats)
 
-    def _sort_out(self, walk: Walk, *, given: bool) -> None:
+    def _sort_out(self, walk: Replay, *, given: bool) -> None:
         """Finds out about variables without draws: those that are predicted, and those that inference has summed out."""
         unguided = walk.unguided
         discrete = [n for n, s in unguided.items() if s["fn"].has_enumerate_support]
@@ -204,7 +204,7 @@ class _Collection:
         self.wanted -= {"log_likelihood"}
         self.no_prior = set(others)
 
-    def _take(self, run: Run) -> None:
+    def _take(self, run: ReplayBlock) -> None:
         """Puts the values of a run where they belong."""
         predicted = run.predict() if "posterior_predictive" in self.wanted and set(run.walk.observed) & set(run.model) else {}
         for name, site in run.model.items():
@@ -223,7 +223,7 @@ class _Collection:
             if run.draws.start == 0:
                 self._put("observed_data", run, name, run.value(name, site), drawn=False)
 
-    def _add(self, run: Run, stats: dict[str, np.ndarray]) -> None:
+    def _add(self, run: ReplayBlock, stats: dict[str, np.ndarray]) -> None:
         """Adds a run's terms to log p and log q; what the guide leaves to the model is drawn from its prior."""
         drawn = {**run.guide, **{n: s for n, s in run.model.items() if n in run.walk.unguided}}
         for stat, sites in (("log_p", run.model), ("log_q", drawn)):
@@ -236,7 +236,7 @@ class _Collection:
                     break
                 stats[stat][run.draws] += numpy(shaped[0].double().reshape(len(shaped[0]), -1).sum(1))
 
-    def _log_prob(self, run: Run, what: str, name: str, site: dict[str, Any], *, scaled: bool = False) -> Shaped | None:
+    def _log_prob(self, run: ReplayBlock, what: str, name: str, site: dict[str, Any], *, scaled: bool = False) -> Shaped | None:
         if not scaled and what not in self.wanted:
             return None
         density, _ = density_of(site["fn"])
@@ -257,7 +257,7 @@ class _Collection:
         total = source.total
         model = handlers.unobserving()(source.model)
         try:
-            walk = Walk(model, traces.no_latents, source.args, source.kwargs, parallel=parallel)
+            walk = Replay(model, traces.no_latents, source.args, source.kwargs, parallel=parallel)
             for draws in self._blocks(walk, total, "prior"):
                 for run in walk.runs(draws):
                     for name, site in run.model.items():
@@ -269,7 +269,7 @@ class _Collection:
             self.reports["prior"] = str(error) or "a variable of the model cannot be drawn"
             self.wanted -= {"prior", "prior_predictive"}
 
-    def _constants(self, walk: Walk) -> None:
+    def _constants(self, walk: Replay) -> None:
         """The model's arguments that are tensors and that it does not observe; rows are of the one plate that is as long."""
         observed = [array for array, _ in self.arrays.get("observed_data", {}).values()]
         lengths = {plate: walk.sizes.get(plate, len(rows)) for plate, rows in walk.coords.items()}
@@ -284,11 +284,13 @@ class _Collection:
 
     # Where it is put.
 
-    def _blocks(self, walk: Walk, total: int, what: str) -> Any:
+    def _blocks(self, walk: Replay, total: int, what: str) -> Any:
         blocks = walk.draw_blocks(total, self.batch_size)
         return tqdm(blocks, desc=what, unit="block", delay=2, disable=not self.progress or len(blocks) == 1, leave=False)
 
-    def _put(self, group: str, run: Run, name: str, shaped: Shaped | None, *, drawn: bool = True, event: bool = True) -> None:
+    def _put(
+        self, group: str, run: ReplayBlock, name: str, shaped: Shaped | None, *, drawn: bool = True, event: bool = True
+    ) -> None:
         """Puts a block (draws, plates, event) of a variable in its place; if not `drawn`, its first draw stands for all."""
         if shaped is None or group not in {*self.wanted, "observed_data"}:  # that tells which arguments are constants
             return
@@ -319,7 +321,7 @@ class _Collection:
             self.arrays["sample_stats"] = {name: (values, ["draw"]) for name, values in stats.items()}
 
 
-def _arguments(source: Source) -> dict[str, Any]:
+def _arguments(source: DrawSource) -> dict[str, Any]:
     """The model's arguments that are tensors or arrays, by their names."""
     model = getattr(source.model, "forward", source.model)  # of a module, whose own call takes anything
     signature = inspect.signature(model)

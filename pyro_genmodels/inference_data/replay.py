@@ -10,7 +10,7 @@ so that every row counts once and nothing is an estimate from a subsample.
 
 from __future__ import annotations
 
-__all__ = ["Run", "Walk", "numpy"]
+__all__ = ["Replay", "ReplayBlock", "numpy"]
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ Shaped = tuple[Tensor, list[Any]]
 """A tensor (draws, plates from the left, event) and the frames of the plates."""
 
 
-class Rows(NamedTuple):
+class RowBlock(NamedTuple):
     """Some rows of a plate: which a run sees, where the new ones stand among these, and where they go among all."""
 
     indices: Tensor
@@ -44,7 +44,7 @@ class Rows(NamedTuple):
     to: slice
 
 
-class Walk:
+class Replay:
     """A model, and a guide or draws in its place.
 
     Args:
@@ -75,17 +75,17 @@ class Walk:
         self.wraps_model = not given and isinstance(poutine.unwrap(guide), Messenger)
         first = _given_trace(guide) if given else self._own(poutine.trace(lambda: guide(*args, **kwargs)).get_trace())
         model_trace = poutine.trace(poutine.replay(self.model, trace=first)).get_trace()
-        sites = ({} if given else traces.samples(first)) | traces.samples(model_trace)
-        self.nesting = max(map(traces.depth, sites.values()), default=0)
+        sites = ({} if given else traces.sample_sites(first)) | traces.sample_sites(model_trace)
+        self.nesting = max(map(traces.plate_depth, sites.values()), default=0)
         # what a model draws at once outside all plates is, for us, one event
         self.loose = {
             n: len(s["fn"].batch_shape)
             for n, s in sites.items()
-            if not (isinstance(s["fn"], (_Subsample, Unit)) or traces.is_deterministic(s) or traces.depth(s))
+            if not (isinstance(s["fn"], (_Subsample, Unit)) or traces.is_deterministic(s) or traces.plate_depth(s))
         }
         # Pyro takes every dimension of a deterministic value for its event; those of its plates are not
         self.event_dims = {
-            n: max(s["value"].dim() - traces.depth(s), 0)
+            n: max(s["value"].dim() - traces.plate_depth(s), 0)
             if traces.is_deterministic(s)
             else s["fn"].event_dim + self.loose.get(n, 0)
             for n, s in sites.items()
@@ -116,14 +116,14 @@ class Walk:
             parallel = False
         if parallel is None:
             pair = self._seeing(self.model), self._seeing(self._guide(slice(0, trials), True))
-            parallel = traces.is_family(model) or vectorize.vectorises(*pair, (), {}, self.nesting, trials=trials)
+            parallel = traces.is_family(model) or vectorize.can_vectorize(*pair, (), {}, self.nesting, trials=trials)
         self.parallel = parallel
 
     def hang_on(self, hidden: Collection[str]) -> tuple[list[str], bool]:
         """What depends on discrete variables that are summed out, and whether these are a chain in `pyro.markov`."""
-        guide = traces.samples(self._own(self._trace(self._guide(slice(0, 1), False), {}, self.row_blocks[0])))
+        guide = traces.sample_sites(self._own(self._trace(self._guide(slice(0, 1), False), {}, self.row_blocks[0])))
         enumerated = _enumerating(self.model, hidden, self.nesting)
-        sites = traces.samples(self._trace(enumerated, guide, self.row_blocks[0]))
+        sites = traces.sample_sites(self._trace(enumerated, guide, self.row_blocks[0]))
 
         def hangs(name: str, site: Any) -> bool:
             if traces.is_deterministic(site):
@@ -138,14 +138,14 @@ class Walk:
         step = batch_size if self.parallel else 1
         return [slice(start, min(start + step, total)) for start in range(0, total, step)]
 
-    def runs(self, draws: slice) -> Iterator[Run]:
+    def runs(self, draws: slice) -> Iterator[ReplayBlock]:
         """The runs of a block of draws, one for each block of rows."""
         guide, seen = self._guide(draws, self.parallel), set[tuple]()
         latents: dict[tuple, Any] = {}
         for rows in self.row_blocks:
             yield self._run(guide, draws, rows, seen, latents)
 
-    def _run(self, guide: Callable, draws: slice, rows: Mapping[str, Rows], seen: set[tuple], latents: dict) -> Run:
+    def _run(self, guide: Callable, draws: slice, rows: Mapping[str, RowBlock], seen: set[tuple], latents: dict) -> ReplayBlock:
         plate: Callable = traces.particles(draws.stop - draws.start, self.nesting) if self.parallel else lambda fn: fn
 
         def key(role: str, name: str, site: Mapping[str, Any]) -> tuple:
@@ -154,9 +154,9 @@ class Walk:
             return (role, name, *((plate, block.to.start) for plate, block in rows.items() if plate in plates))
 
         known = {k[1]: s for k, s in latents.items() if all(rows[plate].to.start == start for plate, start in k[2:])}
-        sites = {"guide": traces.samples(self._own(self._trace(plate(guide), known, rows)))}
+        sites = {"guide": traces.sample_sites(self._own(self._trace(plate(guide), known, rows)))}
         known = known | {n: s for n, s in sites["guide"].items() if not s["is_observed"]}
-        sites["model"] = traces.samples(self._trace(plate(self.model), known, rows))
+        sites["model"] = traces.sample_sites(self._trace(plate(self.model), known, rows))
         known = known | {n: s for n, s in sites["model"].items() if not s["is_observed"]}
         new = {role: {n: s for n, s in found.items() if key(role, n, s) not in seen} for role, found in sites.items()}
         for role, found in new.items():
@@ -164,20 +164,22 @@ class Walk:
             latents.update({key(role, n, s): s for n, s in found.items() if not s["is_observed"]})
 
         def again(handled: Callable, but: Collection[str] = ()) -> dict[str, Any]:
-            return traces.samples(self._trace(plate(handled), {n: s for n, s in known.items() if n not in but}, rows))
+            return traces.sample_sites(self._trace(plate(handled), {n: s for n, s in known.items() if n not in but}, rows))
 
-        return Run(self, draws, rows, new["model"], new["guide"], again)
+        return ReplayBlock(self, draws, rows, new["model"], new["guide"], again)
 
     def _own(self, trace: Trace) -> Trace:
         """A guide's trace without what it observes, where the guide runs the model inside."""
-        for name in [n for n, s in traces.samples(trace).items() if s["is_observed"]] if self.wraps_model else ():
+        for name in [n for n, s in traces.sample_sites(trace).items() if s["is_observed"]] if self.wraps_model else ():
             trace.remove_node(name)
         return trace
 
-    def _trace(self, fn: Callable, known: Mapping[str, Any], rows: Mapping[str, Rows]) -> Trace:
+    def _trace(self, fn: Callable, known: Mapping[str, Any], rows: Mapping[str, RowBlock]) -> Trace:
         return prune_subsample_sites(poutine.trace(self._seeing(fn, known, rows)).get_trace())
 
-    def _seeing(self, fn: Callable, known: Mapping[str, Any] | None = None, rows: Mapping[str, Rows] | None = None) -> Callable:
+    def _seeing(
+        self, fn: Callable, known: Mapping[str, Any] | None = None, rows: Mapping[str, RowBlock] | None = None
+    ) -> Callable:
         """A function that sees these rows, by default the first block of them, and the values of what is known."""
         rows, trace = self.row_blocks[0] if rows is None else rows, Trace()
         for name, site in (known or {}).items():
@@ -245,7 +247,7 @@ class Walk:
 
 
 @dataclass(frozen=True)
-class Run:
+class ReplayBlock:
     """One block of draws over one block of rows.
 
     Attributes:
@@ -257,9 +259,9 @@ class Run:
         again: runs the model under other handlers, with the same latent variables but some; gives all its sites.
     """
 
-    walk: Walk
+    walk: Replay
     draws: slice
-    rows: Mapping[str, Rows]
+    rows: Mapping[str, RowBlock]
     model: Mapping[str, Any]
     guide: Mapping[str, Any]
     again: Callable[..., Mapping[str, Any]]
@@ -332,12 +334,12 @@ def numpy(value: Tensor) -> np.ndarray:
     return value.detach().cpu().numpy()
 
 
-def _row_blocks(size: int, count: int, device: torch.device) -> Iterator[Rows]:
+def _row_blocks(size: int, count: int, device: torch.device) -> Iterator[RowBlock]:
     """All rows, so many at a time; the last block, which must be as long, begins with old ones."""
     for start in range(0, size, count):
         first = min(start, size - count)
         indices = torch.arange(first, first + count, device=device)
-        yield Rows(indices, slice(start - first, count), slice(start, first + count))
+        yield RowBlock(indices, slice(start - first, count), slice(start, first + count))
 
 
 def _given_trace(given: Mapping[str, Tensor]) -> Trace:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Source", "check_apart", "source_of"]
+__all__ = ["DrawSource", "check_apart", "source_of"]
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from pyro_genmodels.inference_data.replay import numpy
 
 
 @dataclass(frozen=True)
-class Source:
+class DrawSource:
     """A model with a guide, or with draws in its place.
 
     Attributes:
@@ -48,7 +48,7 @@ class Source:
     alone: bool = False
 
 
-def source_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int | None, model: Any) -> Source:
+def source_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int | None, model: Any) -> DrawSource:
     """Reads a fit.
 
     Args:
@@ -91,7 +91,7 @@ def source_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int
         pair = traces.as_pair(fit)
         _one_model(fit, pair[0], model)
         call = _own_call(pair[0], args, kwargs)
-        return Source(*pair, *(call or (args, kwargs)), num_samples or 1000, alone=call is not None)
+        return DrawSource(*pair, *(call or (args, kwargs)), num_samples or 1000, alone=call is not None)
     if num_samples is not None:
         raise ValueError(f"A {type(fit).__name__} has draws of its own: leave num_samples out.")
     if model is None and (args or kwargs):
@@ -105,7 +105,7 @@ def source_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int
     chains, per_chain = next(iter(shapes))
     complete = hasattr(fit, "kernel")
     flat = {n: v.flatten(0, 1) for n, v in draws.items()}
-    return Source(model, flat, args, kwargs, chains * per_chain, chains, complete, stats)
+    return DrawSource(model, flat, args, kwargs, chains * per_chain, chains, complete, stats)
 
 
 def _one_model(fit: Any, own: Any, given: Any) -> Any:
@@ -139,15 +139,15 @@ def _own_call(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple
     return (), given
 
 
-def check_apart(sources: Sequence[Source]) -> None:
+def check_apart(sources: Sequence[DrawSource]) -> None:
     """Refuses restarts that hold the same parameters: they are one fit, the last, told several times."""
     owners: dict[int, int] = {}
     for i, source in enumerate(sources):
         if isinstance(source.guide, Mapping):
             continue
-        modules = traces.owners(source.model, source.guide)
-        with handlers.looking_on(), params.in_their_own_names(modules), poutine.trace(param_only=True) as capture:
-            traces.run(source.model, source.guide, source.args, source.kwargs)
+        modules = traces.modules_of(source.model, source.guide)
+        with handlers.side_effect_free(), params.in_their_own_names(modules), poutine.trace(param_only=True) as capture:
+            traces.run_pair(source.model, source.guide, source.args, source.kwargs)
         for name, site in capture.trace.nodes.items():
             value: Any = site["value"]
             leaf = value.unconstrained() if hasattr(value, "unconstrained") else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Optim", "make"]
+__all__ = ["Optim", "make_optimizer"]
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,7 +14,7 @@ from torch.optim import Adam, Optimizer
 Optim = Callable[[Iterable[nn.Parameter]], Optimizer] | PyroOptim | None
 
 
-def make(optim: Any, parameters: list[nn.Parameter], *, betas: tuple[float, float] = (0.9, 0.999)) -> Optimizer:
+def make_optimizer(optim: Any, parameters: list[nn.Parameter], *, betas: tuple[float, float] = (0.9, 0.999)) -> Optimizer:
     """A torch optimiser of the parameters.
 
     Args:

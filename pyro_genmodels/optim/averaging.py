@@ -11,7 +11,7 @@ so that early on it is of the last tenth of the steps, and does not hold on to t
 
 from __future__ import annotations
 
-__all__ = ["Weights", "moving_average"]
+__all__ = ["TrainedWeights", "moving_average"]
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 
-class Weights:
+class TrainedWeights:
     """The parameters under training, their moving average, and the best seen; at first, those it is given.
 
     Args:

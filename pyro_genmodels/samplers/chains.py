@@ -22,11 +22,11 @@ from pyro_genmodels.samplers.kernel import DualAveraging, Sampler, over_chains, 
 from pyro_genmodels.samplers.langevin import Langevin
 from pyro_genmodels.samplers.target import Target, check_target, value_and_score
 
-RUNAWAY = 1e6
+MAX_POSITION = 1e6
 """Nats below the best draw, at which a chain is not where the density is."""
 
 
-FEW_DRAWS = 100
+MIN_DRAWS_FOR_DIAGNOSTICS = 100
 """By fewer the acceptance of a single chain is not judged."""
 
 
@@ -120,7 +120,7 @@ def sample_chains(
         raise ValueError(f"initial wants starting points within {target.support}, but some lie outside.")
     x = target.encode(initial.detach())
     _check_start(target, x)
-    x = sampler.spread(x)
+    x = sampler.replicate(x)
 
     step_size = sampler.first_step_size(x)
     tuning = DualAveraging(step_size, sampler.target_acceptance) if sampler.target_acceptance and warmup else None
@@ -133,15 +133,15 @@ def sample_chains(
             if tuning:
                 tuning.update(over_chains(accept, step_size))
             bar.update()
-        step_size = tuning.settled if tuning else step_size
+        step_size = tuning.final_step_size if tuning else step_size
         for _ in range(num_samples):
             for _ in range(thin):
                 state, accept = sampler.step(state, target, step_size)
                 bar.update()
-            draws.append(target.decode(sampler.settled(state.x)))
-            accepted.append(sampler.settled(accept))
+            draws.append(target.decode(sampler.cold(state.x)))
+            accepted.append(sampler.cold(accept))
             if state.log_prob is not None:
-                log_prob.append(sampler.settled(state.log_prob))
+                log_prob.append(sampler.cold(state.log_prob))
     stats = {"acceptance_rate": torch.stack(accepted, 1)} | ({"lp": torch.stack(log_prob, 1)} if log_prob else {})
     chains = Chains(torch.stack(draws, 1), stats, step_size, name)
     _warn(chains, sampler)
@@ -173,12 +173,12 @@ def _check_start(target: Target, x: Tensor) -> None:
 def _warn(chains: Chains, sampler: Sampler) -> None:
     draws, metropolis = per_chain(chains.draws, 2), sampler.target_acceptance is not None
     bad, rates, lp = ~draws.isfinite().all(-1), chains.stats["acceptance_rate"].mean(1), chains.stats.get("lp")
-    stuck = (rates < 0.01) & metropolis & (draws.shape[1] >= FEW_DRAWS)
+    stuck = (rates < 0.01) & metropolis & (draws.shape[1] >= MIN_DRAWS_FOR_DIAGNOSTICS)
     if bad.any():
         message = (
             f"{int(bad.any(1).sum())} of {len(bad)} chains left the real numbers. Lower the step size, or adjust the steps"
         )
-    elif lp is not None and (lost := (lp < lp.max() - RUNAWAY).any(1)).any():
+    elif lp is not None and (lost := (lp < lp.max() - MAX_POSITION).any(1)).any():
         message = (
             f"{int(lost.sum())} of {len(lost)} chains ran away, to log densities of {lp.min():.3g}. Lower the step size, or "
             "adjust the steps"

@@ -11,8 +11,18 @@ and in the warmup of `sample_chains` by dual averaging (Hoffman and Gelman, arXi
 from __future__ import annotations
 
 __all__ = [
-    "DualAveraging", "Run", "Sampler", "State", "beside", "beside_event", "check_counts", "check_positive", "metropolis",
-    "over_chains", "per_chain", "run",
+    "ChainRun",
+    "DualAveraging",
+    "Sampler",
+    "State",
+    "beside",
+    "beside_event",
+    "check_counts",
+    "check_positive",
+    "metropolis",
+    "over_chains",
+    "per_chain",
+    "run",
 ]  # fmt: skip
 
 from abc import ABC, abstractmethod
@@ -39,7 +49,7 @@ class State(NamedTuple):
     score: Any = None
 
 
-class Run(NamedTuple):
+class ChainRun(NamedTuple):
     """What a run of chains ends with.
 
     Attributes:
@@ -64,7 +74,7 @@ class Sampler(ABC):
     """How many copies of a chain run beside each other, in a dimension after that of chains; None is a plain chain."""
 
     @property
-    def single(self) -> Sampler:
+    def base_kernel(self) -> Sampler:
         """What moves one copy."""
         return self
 
@@ -80,11 +90,11 @@ class Sampler(ABC):
         """The step size to begin with."""
         return like.new_tensor(getattr(self, "step_size", 1.0))
 
-    def spread(self, x: Tensor) -> Tensor:
+    def replicate(self, x: Tensor) -> Tensor:
         """Positions to begin with, from points x (chains, *event_shape)."""
         return x
 
-    def settled(self, x: Tensor) -> Tensor:
+    def cold(self, x: Tensor) -> Tensor:
         """Of positions, those that follow the target itself, (chains, *event_shape)."""
         return x
 
@@ -105,7 +115,7 @@ def run(
     step_size: Tensor | None = None,
     beta: Beta = 1.0,
     rate: float = 0.0,
-) -> Run:
+) -> ChainRun:
     """Moves chains by a number of steps.
 
     Args:
@@ -127,7 +137,7 @@ def run(
         total = total + accepted
         if wanted is not None:
             step_size = step_size * (rate * (accepted - wanted)).exp()
-    return Run(state.x, step_size, total / max(steps, 1))
+    return ChainRun(state.x, step_size, total / max(steps, 1))
 
 
 def over_chains(values: Tensor, like: Tensor) -> Tensor:
@@ -164,7 +174,7 @@ class DualAveraging:
         return self.log_step.exp()
 
     @property
-    def settled(self) -> Tensor:
+    def final_step_size(self) -> Tensor:
         """To go on with."""
         return self.mean.exp() if self.count else self.step_size
 

@@ -61,7 +61,7 @@ class ParallelTempering(Sampler):
             )
 
     @property
-    def single(self) -> Sampler:
+    def base_kernel(self) -> Sampler:
         return self.sampler
 
     @property
@@ -79,10 +79,10 @@ class ParallelTempering(Sampler):
     def first_step_size(self, like: Tensor) -> Tensor:
         return self.sampler.first_step_size(like).repeat(self.temperatures)
 
-    def spread(self, x: Tensor) -> Tensor:
+    def replicate(self, x: Tensor) -> Tensor:
         return x.unsqueeze(1).repeat_interleave(self.temperatures, 1)
 
-    def settled(self, x: Tensor) -> Tensor:
+    def cold(self, x: Tensor) -> Tensor:
         return x[:, 0]
 
     def betas(self, x: Tensor, beta: Beta) -> Tensor:

@@ -23,8 +23,8 @@ from torch.distributions import constraints
 
 from pyro_genmodels import __version__, families
 from pyro_genmodels.families import Family, Labels
-from pyro_genmodels.utils.errors import needed, unknown
-from pyro_genmodels.utils.files import whole
+from pyro_genmodels.utils.errors import import_extra, unknown_name
+from pyro_genmodels.utils.files import atomic_write
 
 FORMAT = 1
 """Of the record. A reader refuses what is newer."""
@@ -126,14 +126,14 @@ def write(path: str | Path, state: Mapping[str, Tensor], record: Mapping[str, An
     tensors = {name: t.contiguous().cpu() for name, t in state.items()}
     full = {"format": FORMAT, "pyro_genmodels": __version__, **record}
     text = json.dumps(full)
-    with whole(target) as part:
+    with atomic_write(target) as part:
         metadata = {"pyro_genmodels": text, "sha256": _digest(tensors, text)}
         try:
             _safetensors(".torch").save_file(tensors, part, metadata=metadata)
         except _safetensors().SafetensorError as error:
             raise OSError(f"{target} cannot be written: {_brief(error)}") from error
     if readable:
-        with whole(target.with_suffix(".json")) as part:
+        with atomic_write(target.with_suffix(".json")) as part:
             part.write_text(json.dumps(full, indent=1) + "\n")
     return target
 
@@ -196,7 +196,7 @@ def tensors_of(path: str | Path) -> Path:
 
 
 def _safetensors(part: str = "") -> Any:
-    return needed(f"safetensors{part}", extra="cli", by="A checkpoint")
+    return import_extra(f"safetensors{part}", extra="cli", by="A checkpoint")
 
 
 def _digest(state: Mapping[str, Tensor], text: str) -> str:
@@ -297,8 +297,8 @@ def _decode(value: Any) -> Any:
         return torch.tensor(value["tensor"], dtype=DTYPES[value["dtype"]])
     if "constraint" in value:
         if value["constraint"] not in _CONSTRAINTS:
-            raise unknown("constraint", str(value["constraint"]), _CONSTRAINTS)
+            raise unknown_name("constraint", str(value["constraint"]), _CONSTRAINTS)
         return _CONSTRAINTS[value["constraint"]](*value.get("bounds", ()))
     if value.get("class") not in _PARTS:
-        raise unknown("family or part of one", str(value.get("class")), _PARTS)
+        raise unknown_name("family or part of one", str(value.get("class")), _PARTS)
     return _PARTS[value["class"]](**{name: _decode(v) for name, v in value["arguments"].items()})

@@ -31,12 +31,12 @@ from tqdm.auto import tqdm
 from pyro_genmodels._pyro import handlers, traces
 from pyro_genmodels.families.family import Family
 from pyro_genmodels.infer.adversarial import Adversarial
-from pyro_genmodels.infer.adversarial.losses import Game
-from pyro_genmodels.optim.averaging import Weights
+from pyro_genmodels.infer.adversarial.losses import AdversarialLoss
+from pyro_genmodels.optim.averaging import TrainedWeights
 from pyro_genmodels.training import checkpoints
 from pyro_genmodels.training.batches import Batches, pair_of
-from pyro_genmodels.training.snapshots import Keeper
-from pyro_genmodels.training.steps import ByGame, ByLoss, turns_of
+from pyro_genmodels.training.snapshots import RunCheckpoint
+from pyro_genmodels.training.steps import AdversarialStep, LossStep, step_of
 
 STANDARDIZE_ROWS = 10_000
 """Rows of a DataLoader that set a family's mean and deviation; of a tensor all do."""
@@ -89,13 +89,13 @@ def train(
     data: Any,
     *,
     context: Tensor | None = None,
-    objective: ELBO | Adversarial | Game | None = None,
+    objective: ELBO | Adversarial | AdversarialLoss | None = None,
     optim: Callable[[Iterable[nn.Parameter]], Optimizer] | PyroOptim | None = None,
     valid: Any = None,
     epochs: int = 100,
     batch_size: int = 128,
     patience: int = 20,
-    average: float | EllipsisType | None = ...,
+    ema_decay: float | EllipsisType | None = ...,
     clip_norm: float | None = 10.0,
     checkpoint: str | Path | None = None,
     resume: bool = False,
@@ -121,7 +121,7 @@ def train(
         epochs: passes over the data, at most.
         batch_size: rows per step.
         patience: epochs without a better validation loss before training stops.
-        average: decay per step of an exponential moving average of the parameters, such as 0.99, which is then what is
+        ema_decay: decay per step of an exponential moving average of the parameters, such as 0.99, which is then what is
             validated and kept (see `moving_average`); None keeps the parameters themselves. By default 0.999 for diffusions,
             `FlowMatching` and games, and none for others.
         clip_norm: largest norm of the gradient (per datum) of a Pyro loss; None does not clip.
@@ -158,29 +158,29 @@ def train(
     if context is None:
         data, context = pair_of(data)
     model, guide = traces.as_pair(fit)
-    modules = traces.owners(model, guide)
+    modules = traces.modules_of(model, guide)
     like = next((p for m in modules for p in m.parameters()), torch.empty(0))
     batches = Batches(data, context, batch_size, like)
     held_out = None if valid is None else Batches(*pair_of(valid), max(batch_size, 256), like)
     for module in modules:
         module.train()
     _check_data(model, batches, held_out)
-    turns = turns_of(fit, objective, optim, batches, clip_norm)
+    turns = step_of(fit, objective, optim, batches, clip_norm)
     modules = turns.modules
     for module in modules:
         module.train()
-    if average is ...:
-        average = 0.999 if turns.averages else None
-    weights = Weights(turns.parameters, traces.owners(model, guide), average, turns.aside, turns.others)
+    if ema_decay is ...:
+        ema_decay = 0.999 if turns.averages else None
+    weights = TrainedWeights(turns.parameters, traces.modules_of(model, guide), ema_decay, turns.aside, turns.others)
 
     result = Fit(fit)
-    keeper = Keeper(
+    run = RunCheckpoint(
         checkpoint, result, weights, turns.optimiser, {"rows": batches.rows, "data": batches.digest, "notes": dict(notes or {})}
     )
     try:
         if resume:
-            keeper.put_back()
-        keeper.take()
+            run.restore()
+        run.capture()
     except BaseException:
         for module in modules:
             module.eval()
@@ -197,32 +197,32 @@ def train(
                 break
             record = {"epoch": epoch, **_epoch(turns, batches, weights)}
             if held_out is not None:
-                with weights.averaged(), handlers.looking_on(), _fixed_noise():
+                with weights.averaged(), handlers.side_effect_free(), _fixed_noise():
                     record["valid"] = turns.validate(held_out)
             record["seconds"] = time.perf_counter() - start
             result.history.append(record)
             if result.is_best(record):
                 weights.keep()
                 result.best = record
-                keeper.write_best()
-            keeper.take()
+                run.write_best()
+            run.capture()
             bar.set_postfix({k: f"{record[k]:.3f}" for k in ("train", "valid") if k in record}, refresh=False)
             bar.update()
         if len(result.history) - result.best.get("epoch", 0) >= patience:
             result.stopped = f"no better validation loss in {patience} epochs"
         if not result.best:
             raise FloatingPointError("no epoch has a finite validation loss: look for held-out data that the model rules out")
-        keeper.write()
+        run.write()
     except FloatingPointError as error:
         if not result.best:
             raise
         result.stopped = f"{error} (epoch {epoch}); the state of epoch {result.best['epoch']} is kept"
-        keeper.write()
+        run.write()
         warnings.warn(f"Training stopped: {result.stopped}.", RuntimeWarning, stacklevel=2)
     except KeyboardInterrupt as interrupt:
         result.stopped = "interrupted"
-        if path := keeper.write():
-            where = f"The state after epoch {keeper.epochs} is in {path}"
+        if path := run.write():
+            where = f"The state after epoch {run.epochs} is in {path}"
             interrupt.add_note(f"{where}; to go on: train(..., resume=True), or pyro-genmodels fit --resume {path}")
         raise
     finally:
@@ -233,7 +233,7 @@ def train(
     return result
 
 
-def _epoch(turns: ByLoss | ByGame, batches: Batches, weights: Weights) -> dict[str, float]:
+def _epoch(turns: LossStep | AdversarialStep, batches: Batches, weights: TrainedWeights) -> dict[str, float]:
     """One pass over the data; returns the mean of what each step says (nats per datum)."""
     said = []
     for step, batch in enumerate(batches.shuffled(), 1):

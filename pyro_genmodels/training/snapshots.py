@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Keeper", "put", "take"]
+__all__ = ["RunCheckpoint", "capture", "restore"]
 
 import time
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyro_genmodels.optim.averaging import Weights
+from pyro_genmodels.optim.averaging import TrainedWeights
 from pyro_genmodels.training import checkpoints
 
 
-def take(weights: Weights, optimiser: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def capture(weights: TrainedWeights, optimiser: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Copies of all parameters (live, averaged, best), of the optimiser's state and of torch's random state; and its options.
 
     Returns:
@@ -40,7 +40,7 @@ def take(weights: Weights, optimiser: Optimizer) -> tuple[dict[str, Tensor], dic
     return {name: t.detach().clone() for name, t in tensors.items()}, record
 
 
-def put(weights: Weights, optimiser: Optimizer, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+def restore(weights: TrainedWeights, optimiser: Optimizer, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
     """Puts back what was taken.
 
     Raises:
@@ -81,19 +81,19 @@ def _unsaid(value: Any) -> Any:
     return torch.tensor(value["tensor"], dtype=checkpoints.DTYPES[value["dtype"]]) if isinstance(value, dict) else value
 
 
-def _parts(weights: Weights) -> dict[str, list[Tensor]]:
+def _parts(weights: TrainedWeights) -> dict[str, list[Tensor]]:
     average = [] if weights.average is None else list(weights.average.state_dict().values())
     return {"live": list(weights.live), "buffer": weights.buffers, "best": weights.best, "average": average}
 
 
-class Keeper:
+class RunCheckpoint:
     """Keeps a run on disk: the best parameters, and all that going on takes."""
 
     SECONDS = 30.0
     """Between two times that a run is written unasked."""
 
     def __init__(
-        self, path: str | Path | None, result: Any, weights: Weights, optimiser: Optimizer, record: Mapping[str, Any]
+        self, path: str | Path | None, result: Any, weights: TrainedWeights, optimiser: Optimizer, record: Mapping[str, Any]
     ) -> None:
         self.path = None if path is None else checkpoints.tensors_of(path)
         self.result, self.weights, self.optimiser, self.record = result, weights, optimiser, record
@@ -107,17 +107,17 @@ class Keeper:
             raise ValueError("resume goes on from a checkpoint: pass checkpoint=, the path it was written to.")
         return self.path.with_name(self.path.stem + ".training.safetensors")
 
-    def take(self) -> None:
+    def capture(self) -> None:
         """Copies the run as it is after an epoch, and writes it if that was long ago."""
         if self.path is None:
             return
-        tensors, options = take(self.weights, self.optimiser)
+        tensors, options = capture(self.weights, self.optimiser)
         taken = self.weights.best_state(), self.result.record(), tensors, options
         self.taken, self.epochs = taken, len(self.result.history)  # at once, for Ctrl-C may come at any time
         if time.perf_counter() - self.written > self.SECONDS:
             self.write()
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Puts the run back."""
         tensors, record = checkpoints.read(self.run)
         if record.get("rows") != self.record["rows"]:
@@ -125,7 +125,7 @@ class Keeper:
         if record.get("data") != self.record["data"]:
             raise ValueError(f"{self.run} is of as many rows of data, but of others than these. Resume on the same data.")
         try:
-            put(self.weights, self.optimiser, tensors, record["options"])
+            restore(self.weights, self.optimiser, tensors, record["options"])
             self.result.history, self.result.best = record["history"], record["best"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{self.run} holds no training run to go on from.") from error

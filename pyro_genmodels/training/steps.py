@@ -6,7 +6,7 @@ and the sum divided by N here.
 
 from __future__ import annotations
 
-__all__ = ["ByGame", "ByLoss", "turns_of"]
+__all__ = ["AdversarialStep", "LossStep", "step_of"]
 
 import inspect
 import warnings
@@ -27,18 +27,18 @@ from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.distributions.energy.partition import quick_log_partition
 from pyro_genmodels.divergences import EnergyKernel, mmd
 from pyro_genmodels.infer.adversarial import Adversarial
-from pyro_genmodels.infer.adversarial.losses import Game
-from pyro_genmodels.infer.adversarial.pairings import Joint, Observations
+from pyro_genmodels.infer.adversarial.losses import AdversarialLoss
+from pyro_genmodels.infer.adversarial.pairings import JointPairing, ObservationsPairing
 from pyro_genmodels.infer.contrastive import ContrastiveDivergence, NoiseContrastive
 from pyro_genmodels.infer.denoising import DenoisingScoreMatching, is_diffusion
 from pyro_genmodels.infer.flow_matching import FlowMatching
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
-from pyro_genmodels.optim.adapters import make
+from pyro_genmodels.optim.adapters import make_optimizer
 from pyro_genmodels.training.batches import Batch, Batches
 from pyro_genmodels.utils.distributions import unwrap
 
 
-def turns_of(fit: Any, objective: Any, optim: Any, batches: Batches, clip_norm: float | None) -> ByLoss | ByGame:
+def step_of(fit: Any, objective: Any, optim: Any, batches: Batches, clip_norm: float | None) -> LossStep | AdversarialStep:
     """What a step is, for this fit by this objective.
 
     Raises:
@@ -48,7 +48,7 @@ def turns_of(fit: Any, objective: Any, optim: Any, batches: Batches, clip_norm: 
     model, guide = traces.as_pair(fit)
     if objective is None and isinstance(getattr(fit, "critic", None), nn.Module):
         objective = Adversarial(model, fit.critic, optim=optim)
-    elif isinstance(objective, Game):
+    elif isinstance(objective, AdversarialLoss):
         critic = getattr(fit, "critic", None)
         if not isinstance(critic, nn.Module):
             raise ValueError(
@@ -59,14 +59,14 @@ def turns_of(fit: Any, objective: Any, optim: Any, batches: Batches, clip_norm: 
     elif isinstance(objective, Adversarial) and optim is not None:
         raise ValueError("An Adversarial has its optimisers already: pass optim= there.")
     if isinstance(objective, Adversarial):
-        return ByGame(objective, model, guide, batches)
+        return AdversarialStep(objective, model, guide, batches)
     if objective is not None and not isinstance(objective, ELBO):
         found = f"the class {objective.__name__}" if isinstance(objective, type) else type(objective).__name__
         raise TypeError(f"objective wants a Pyro loss, an object such as MaximumLikelihood(), but found {found}.")
-    return ByLoss(model, guide, objective or _default_objective(model, guide, batches.first()), batches, optim, clip_norm)
+    return LossStep(model, guide, objective or _default_objective(model, guide, batches.first()), batches, optim, clip_norm)
 
 
-class ByLoss:
+class LossStep:
     """Steps by whatever Pyro loss."""
 
     def __init__(
@@ -84,9 +84,9 @@ class ByLoss:
         self.warned = False
         self.averages = self._needs_average(batches.first())
         self.parameters = self._find_parameters(batches.first())
-        self.optimiser = make(optim, list(self.parameters.values()))
+        self.optimiser = make_optimizer(optim, list(self.parameters.values()))
         self.aside = getattr(objective, "own", ())
-        self.modules = traces.owners(model, guide)
+        self.modules = traces.modules_of(model, guide)
         self.others: list[nn.Module] = []
 
     def step(self, batch: Batch, number: int) -> dict[str, float]:
@@ -170,12 +170,12 @@ class ByLoss:
         return found
 
 
-class ByGame:
+class AdversarialStep:
     """Turns of the players of a game."""
 
     def __init__(self, game: Adversarial, model: Callable[..., Any], guide: Callable[..., Any], batches: Batches) -> None:
-        own = traces.owners(model, guide)
-        players = traces.owners(game.model, game.guide)
+        own = traces.modules_of(model, guide)
+        players = traces.modules_of(game.model, game.guide)
         if own and not any(part is player for module in own for part in module.modules() for player in players):
             raise ValueError("The objective is an Adversarial of another model than this fit: build it of fit.model.")
         self.game, self.rows = game, batches.rows
@@ -202,9 +202,9 @@ class ByGame:
         Else it is what the model loses, by the critic of the day.
         """
         game, size = self.game, self._size(held_out.rows)
-        if not isinstance(game.matching, Observations | Joint) or game.beside is not None:
+        if not isinstance(game.pairing, ObservationsPairing | JointPairing) or game.beside is not None:
             return _mean([(game.evaluate_loss(*_args(b), **size)["generator"], len(b[0])) for b in held_out.in_order()])
-        sides = [game.matching.sides(game.model, game.guide, _args(batch), size) for batch in held_out.in_order()]
+        sides = [game.pairing.sides(game.model, game.guide, _args(batch), size) for batch in held_out.in_order()]
         real, fake = (torch.cat([getattr(side, name)[0] for side in sides]) for name in ("real", "fake"))
         return mmd(real, fake, kernel=EnergyKernel()).value.item() if fake.isfinite().all() else float("nan")
 
@@ -255,15 +255,15 @@ def _args(batch: Batch) -> tuple[Tensor, ...]:
 def _distributions(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> list[Any]:
     """Out of Pyro's wrappers, those at the sites of model and guide."""
     with torch.no_grad(), poutine.block():
-        pair: Any = traces.run(model, guide, _args(batch), {})
-    return [unwrap(site["fn"]) for trace in pair for site in traces.samples(trace).values()]
+        pair: Any = traces.run_pair(model, guide, _args(batch), {})
+    return [unwrap(site["fn"]) for trace in pair for site in traces.sample_sites(trace).values()]
 
 
 def _default_objective(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> ELBO:
     """What the fit offers decides: energies, diffusions, latent variables, or a density alone."""
     with torch.no_grad(), poutine.block():
-        model_trace, _ = traces.run(model, guide, _args(batch), {})
-    sites: Any = traces.samples(model_trace)
+        model_trace, _ = traces.run_pair(model, guide, _args(batch), {})
+    sites: Any = traces.sample_sites(model_trace)
     if any(is_diffusion(site["fn"]) for site in sites.values()):
         return DenoisingScoreMatching()
     if any(getattr(unwrap(sites[name]["fn"]), "intractable", False) for name in traces.observed(model_trace)):

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 __all__ = [
-    "Density", "density_of", "drops_units", "is_real", "map_tensors", "over_events", "parts_of", "sum_event", "tightens",
-    "unchecked", "unwrap",
+    "Density",
+    "density_of",
+    "has_active_dropout",
+    "is_real",
+    "map_tensors",
+    "mean_inside_log",
+    "modules_and_tensors",
+    "over_events",
+    "sum_event",
+    "unwrap",
+    "without_validation",
 ]  # fmt: skip
 
 from collections.abc import Callable
@@ -51,7 +60,7 @@ def over_events(transform: Transform, event_dim: int) -> Transform:
     return IndependentTransform(transform, missing) if missing else transform
 
 
-def unchecked(fn: Distribution) -> Distribution:
+def without_validation(fn: Distribution) -> Distribution:
     """A copy of a distribution that does not look at its values, in all its parts."""
     fn = map_tensors(fn, lambda t: t)
     parts = [fn]
@@ -68,7 +77,7 @@ def is_real(support: constraints.Constraint | None) -> bool:
     return isinstance(support, type(constraints.real))
 
 
-def parts_of(value: Any) -> tuple[list[nn.Module], list[Tensor]]:
+def modules_and_tensors(value: Any) -> tuple[list[nn.Module], list[Tensor]]:
     """The modules, and the tensors outside of these, that distributions and what they are made of hold."""
     modules: list[nn.Module] = []
     tensors: list[Tensor] = []
@@ -90,16 +99,16 @@ def density_of(fn: Distribution) -> tuple[Density, str]:
     return max([own, *within], key=lambda found: get_args(Density).index(found[0]))
 
 
-def tightens(fn: Distribution) -> bool:
+def mean_inside_log(fn: Distribution) -> bool:
     """Whether the log of a mean over draws may be taken of a density, and of what it is made of."""
     fn = unwrap(fn)
     base = getattr(fn, "base", None)
-    return getattr(fn, "tightens", True) and (not isinstance(base, Distribution) or tightens(base))
+    return getattr(fn, "tightens", True) and (not isinstance(base, Distribution) or mean_inside_log(base))
 
 
-def drops_units(*parts: Any) -> bool:
+def has_active_dropout(*parts: Any) -> bool:
     """Whether a network, also inside a distribution, drops units at random, so that no two passes are of one function."""
-    layers = (m for module in parts_of(parts)[0] for m in module.modules())
+    layers = (m for module in modules_and_tensors(parts)[0] for m in module.modules())
     return any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in layers)
 
 

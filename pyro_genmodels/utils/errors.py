@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["chosen", "listed", "needed", "unknown"]
+__all__ = ["check_choice", "import_extra", "listed", "unknown_name"]
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 
-def unknown(kind: str, found: str, known: Iterable[str]) -> ValueError:
+def unknown_name(kind: str, found: str, known: Iterable[str]) -> ValueError:
     """The error to raise for a name that is not known.
 
     Args:
@@ -22,7 +22,7 @@ def unknown(kind: str, found: str, known: Iterable[str]) -> ValueError:
         An error that says what was found, what is known, and the nearest name if one is near, whatever its case.
 
     Example:
-        >>> raise unknown("data set", "Mons", ["digits", "moons", "ring"])
+        >>> raise unknown_name("data set", "Mons", ["digits", "moons", "ring"])
         Traceback (most recent call last):
         ValueError: unknown data set 'Mons': known are digits, moons, ring. Did you mean moons?
     """
@@ -54,7 +54,7 @@ def _short(name: str) -> str:
     return name if len(name) <= 50 else name[:47] + "..."
 
 
-def needed(module: str, *, extra: str, by: str) -> Any:
+def import_extra(module: str, *, extra: str, by: str) -> Any:
     """A module of one of the extras.
 
     Args:
@@ -66,7 +66,7 @@ def needed(module: str, *, extra: str, by: str) -> Any:
         ImportError: with the line that installs it.
 
     Example:
-        >>> needed("json", extra="cli", by="A checkpoint").loads("[1]")
+        >>> import_extra("json", extra="cli", by="A checkpoint").loads("[1]")
         [1]
     """
     try:
@@ -76,7 +76,7 @@ def needed(module: str, *, extra: str, by: str) -> Any:
         raise ImportError(f"{by} needs {name}: pip install 'pyro-genmodels[{extra}]'.") from error
 
 
-def chosen(owner: str, role: str, found: Any, default: Any, wanted: Any) -> Any:
+def check_choice(owner: str, role: str, found: Any, default: Any, wanted: Any) -> Any:
     """A choice, or the default in place of None.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["whole"]
+__all__ = ["atomic_write"]
 
 import os
 import secrets
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 @contextmanager
-def whole(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """A file that is written whole or not at all, however many write it at once: the last to finish has it.
 
     Args:
@@ -28,7 +28,7 @@ def whole(path: str | Path) -> Iterator[Path]:
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
-        ...     with whole(f"{folder}/figures/mean.txt") as part:
+        ...     with atomic_write(f"{folder}/figures/mean.txt") as part:
         ...         _ = part.write_text("0.5")
         ...     Path(folder, "figures", "mean.txt").read_text()
         '0.5'

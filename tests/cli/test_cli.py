@@ -36,7 +36,7 @@ from pyro_genmodels import (
     Autoregressive,
     DenseField,
     Diffusion,
-    DiscretizedLogistic,
+    DiscretizedLogisticLikelihood,
     Flow,
     FlowDensity,
     Labels,
@@ -319,7 +319,9 @@ def test_a_family_without_a_likelihood_is_a_row_of_dashes(beside, tmp_path, caps
     made = {"implicit": Ring((2,))} | ({"flow": flow} if beside else {})
     fits = {name: Fit(family, history, history[0]) for name, family in made.items()}
     judged = {name: recipes.evaluate(fit, data.test, None) for name, fit in fits.items()}
-    said = console.verdict(judged["implicit"], None, data.test, lambda: recipes.alike(fits["implicit"], data.test, None))
+    said = console.verdict(
+        judged["implicit"], None, data.test, lambda: recipes.sample_quality_of(fits["implicit"], data.test, None)
+    )
     assert said.startswith("- (no likelihood, n=50); draws off by ")
     assert console.verdict(judged["implicit"], None, data.test[:3], pytest.fail) == "- (no likelihood, n=3)"
     comparison = reports.write(fits, judged, data, tmp_path, {"seed": 0}, conditional=False)
@@ -593,7 +595,7 @@ def test_ways_from_noise_to_data_are_pictured(name, conditional, tmp_path):
         "ode_flow": ODEFlow(shape, solver=solver, **options),
         "diffusion": Diffusion(shape, sampler=DDIM(5), likelihood=FlowDensity(solver), **options),
         "autoregressive": Autoregressive(
-            shape, context=context, hidden=(4,), likelihood=DiscretizedLogistic(17) if data.levels else None
+            shape, context=context, hidden=(4,), likelihood=DiscretizedLogisticLikelihood(17) if data.levels else None
         ),
     }
     history = [{"epoch": 1, "train": 1.0, "valid": 1.0}]
@@ -878,7 +880,7 @@ def test_a_stop_while_data_are_read_is_told_in_a_line(data, tmp_path, monkeypatc
     def stopped(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recipes.Source, "load", stopped)
+    monkeypatch.setattr(recipes.DataSource, "load", stopped)
     result = invoke("fit", "--data", data / "plain.csv", "--out", tmp_path)
     assert (result.exit_code, result.stderr.strip()) == (130, "pyro-genmodels: stopped by SIGINT.")
 

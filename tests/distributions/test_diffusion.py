@@ -25,7 +25,7 @@ from pyro_genmodels import (
     RK4,
     VAE,
     Ancestral,
-    Bernoulli,
+    BernoulliLikelihood,
     CosineVariancePreserving,
     DataPrediction,
     DenoisingScoreMatching,
@@ -47,12 +47,12 @@ from pyro_genmodels import (
     LogNormalWeighting,
     MaximumLikelihood,
     NoisePrediction,
-    Normal,
+    NormalLikelihood,
     Preconditioned,
     ProbabilityFlow,
     ScorePrediction,
     SubVariancePreserving,
-    Trigonometric,
+    TrigonometricInterpolant,
     UniformWeighting,
     VarianceExploding,
     VariancePreserving,
@@ -345,9 +345,9 @@ def test_more_times_err_less(float64):
 def test_kinds_are_told():
     diffusion = small((20,))
     kinds = [FlowDensity(), FlowDensity(trace=Hutchinson()), VariationalBound()]
-    assert [diffusion().judged_by(kind).density for kind in kinds] == ["estimate", "estimate", "lower bound"]
-    assert [small()().judged_by(kind).density for kind in kinds] == ["exact", "estimate", "lower bound"]
-    assert [small()().judged_by(kind).tightens for kind in kinds] == [True, False, False]
+    assert [diffusion().with_likelihood(kind).density for kind in kinds] == ["estimate", "estimate", "lower bound"]
+    assert [small()().with_likelihood(kind).density for kind in kinds] == ["exact", "estimate", "lower bound"]
+    assert [small()().with_likelihood(kind).tightens for kind in kinds] == [True, False, False]
     x = torch.randn(3, 2)
     for kind, name in zip(kinds, ["exact", "estimate", "lower bound"], strict=True):
         assert log_likelihood(small(likelihood=kind), x, num_samples=3).kind == name
@@ -366,12 +366,12 @@ def test_log_likelihood_takes_the_mean_of_bounds():
 
 
 def test_how_exact_a_flow_density_is_is_told(float64):
-    d, x = small()().judged_by(FlowDensity(Dopri5(1e-4, 1e-4))), torch.randn(4, 2)
+    d, x = small()().with_likelihood(FlowDensity(Dopri5(1e-4, 1e-4))), torch.randn(4, 2)
     found = d.flow.log_prob_with_error(x)
     assert_close(found.values, d.log_prob(x), rtol=1e-5, atol=1e-5)
     assert found.evaluations > 0
     assert (found.probe_error == 0).all()
-    assert (d.judged_by(FlowDensity(RK4(4), Hutchinson())).flow.log_prob_with_error(x).probe_error > 0).any()
+    assert (d.with_likelihood(FlowDensity(RK4(4), Hutchinson())).flow.log_prob_with_error(x).probe_error > 0).any()
 
 
 def test_integers_have_a_bound_of_either_density(float64):
@@ -455,7 +455,7 @@ def test_a_draw_carries_the_gradient_of_the_flow(float64):
         p.data[i] += 1e-5
         assert_close(slope[i], (up - down) / 2e-5, rtol=1e-5, atol=1e-7)
     pyro.set_rng_seed(6)
-    assert_close(d.drawn_by(ProbabilityFlow(RK4(20))).sample((3,)).sum(), draw(), rtol=1e-6, atol=1e-6)
+    assert_close(d.with_sampler(ProbabilityFlow(RK4(20))).sample((3,)).sum(), draw(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("sampler", [DPMSolver(30), Ancestral(200), None], ids=str)
@@ -507,20 +507,20 @@ def test_draws_of_nothing_have_a_shape():
 def test_integers_keep_the_choices_of_a_diffusion():
     diffusion = small((2,), levels=4, context=2, drop_context=0.1, standardize=False).eval()
     d, x = diffusion(torch.randn(3, 2)), torch.randint(4, (3, 2))
-    assert d.drawn_by(DDIM(3)).walk(num_frames=2).evaluations == 3
+    assert d.with_sampler(DDIM(3)).walk(num_frames=2).evaluations == 3
     walked = d.walk(num_frames=2).x
     assert walked.dtype == torch.long
     assert d.support.check(walked).all()
-    flow, bound = (d.judged_by(likelihood).expand((5, 3)) for likelihood in (FlowDensity(RK4(2)), VariationalBound()))
+    flow, bound = (d.with_likelihood(likelihood).expand((5, 3)) for likelihood in (FlowDensity(RK4(2)), VariationalBound()))
     assert flow.log_prob(x).shape == bound.log_prob(x).shape == (5, 3)
     assert isinstance(bound.base.likelihood, VariationalBound)
     assert d.guided(2.0).base.denoiser.guidance == 2.0
     assert (d.density, small((5, 5), levels=4)().density) == ("lower bound", "estimate")
     for made in (d, d.base):
         with pytest.raises(TypeError, match="class VariationalBound; call it"):
-            made.judged_by(VariationalBound)
+            made.with_likelihood(VariationalBound)
         with pytest.raises(TypeError, match="wants a sampler such as"):
-            made.drawn_by(VariationalBound())
+            made.with_sampler(VariationalBound())
 
 
 def test_the_probability_flow_is_pickled_and_its_adjoint_knows_all_that_learns(float64):
@@ -539,7 +539,7 @@ def test_the_probability_flow_is_pickled_and_its_adjoint_knows_all_that_learns(f
 
 def test_precision_is_that_of_the_network():
     diffusion = small().double()
-    for d in (diffusion(), diffusion().judged_by(VariationalBound())):
+    for d in (diffusion(), diffusion().with_likelihood(VariationalBound())):
         assert d.sample().dtype == d.rsample().dtype == torch.float64
         assert d.log_prob(torch.randn(2).double()).dtype == torch.float64
         assert d.walk((2,)).frames.dtype == torch.float64
@@ -590,10 +590,14 @@ def test_predictive_plates_copies_and_pickles():
 
     assert Predictive(model, num_samples=2, parallel=True)()["x"].shape == (2, 3, 4, 2)
     d = diffusion(c)
-    for same in (copy.deepcopy(d), pickle.loads(pickle.dumps(d)), pickle.loads(pickle.dumps(d.judged_by(VariationalBound())))):
+    for same in (
+        copy.deepcopy(d),
+        pickle.loads(pickle.dumps(d)),
+        pickle.loads(pickle.dumps(d.with_likelihood(VariationalBound()))),
+    ):
         assert type(same.sampler) is DPMSolver
         assert same.denoiser.process == d.denoiser.process
-        assert_close(same.judged_by(FlowDensity(RK4(2))).log_prob(x), d.judged_by(FlowDensity(RK4(2))).log_prob(x))
+        assert_close(same.with_likelihood(FlowDensity(RK4(2))).log_prob(x), d.with_likelihood(FlowDensity(RK4(2))).log_prob(x))
     assert copy.deepcopy(d).denoiser.network is d.denoiser.network
 
 
@@ -672,7 +676,7 @@ def test_the_likelihood_weighting_is_the_bound_but_for_a_constant(float64):
         for d in (one, two):
             pyro.set_rng_seed(1)
             loss = DenoisingScoreMatching(weighting=weighting).per_datum(d, x)
-            parts.append(loss + d.judged_by(VariationalBound()).log_prob(x))
+            parts.append(loss + d.with_likelihood(VariationalBound()).log_prob(x))
         assert_means((parts[0] - parts[1]).unsqueeze(1), 0.0)
 
 
@@ -711,7 +715,7 @@ def test_a_noise_error_has_the_mean_it_would_have_without_what_is_taken_off(floa
         assert_means(found.unsqueeze(1), ((1 - k) * torch.exp(log_snr) * 0.7) ** 2 + k**2)
 
 
-@pytest.mark.parametrize("likelihood", [Normal(), Bernoulli()], ids=repr)
+@pytest.mark.parametrize("likelihood", [NormalLikelihood(), BernoulliLikelihood()], ids=repr)
 def test_a_diffusion_as_the_prior_of_a_vae_trains_by_one_loss(likelihood):
     """By denoising score matching, which is minus the ELBO with the bound, whatever the prior's own density is."""
     x = torch.randint(2, (40, 3)).float()
@@ -823,7 +827,7 @@ def energy(**options):
         (DenoisingScoreMatching(0.1), small, r"levels of its own process.*Leave noise out"),
         (DenoisingScoreMatching(weighting=torch.square), small, r"ReverseDiffusion.*UniformWeighting\(\)"),
         (DenoisingScoreMatching(weighting=UniformWeighting()), energy, r"Energy.*torch\.square"),
-        (FlowMatching(path=Trigonometric()), small, r"path=Straight\(\)"),
+        (FlowMatching(path=TrigonometricInterpolant()), small, r"path=Straight\(\)"),
         (DenoisingScoreMatching(weighting=UniformWeighting()), lambda: Flow((2,)), r"NormalizingFlow.*torch\.square"),
     ],
 )

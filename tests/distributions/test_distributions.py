@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributions import Distribution, Transform
 from torch.testing import assert_close
 
-from pyro_genmodels import DiscretizedLogistic
+from pyro_genmodels import DiscretizedLogisticLikelihood
 from pyro_genmodels.distributions import (
     Dequantized,
     DiscretizedLogisticMixture,
@@ -676,7 +676,7 @@ def test_discretized_is_enumerated_by_pyro():
 
 
 def test_the_likelihood_choice_keeps_the_extremes_finite():
-    likelihood = DiscretizedLogistic(256)
+    likelihood = DiscretizedLogisticLikelihood(256)
     params = torch.tensor([-1e3, -10.0, 0.0, 10.0, 1e3]).unsqueeze(1).expand(5, likelihood.num_outputs).clone().requires_grad_()
     log_p = likelihood(params).log_prob(torch.tensor([[0], [128], [255]]))
     log_p.sum().backward()

@@ -44,7 +44,7 @@ from pyro_genmodels import (  # fmt: skip
     Hamiltonian,
     Labels,
     Langevin,
-    Normal,
+    NormalLikelihood,
     ParallelTempering,
     Persistent,
     RestrictedBoltzmannMachine,
@@ -712,7 +712,9 @@ def test_as_the_prior_of_a_latent_variable_its_log_z_is_in_the_likelihood(exact,
 def test_as_the_prior_of_a_vae_its_log_z_is_in_the_likelihood():
     """Within six standard errors: a false alarm in 1e8."""
     prior, z, volume = SYSTEMS["dense, the line"]()
-    vae = VAE((2,), prior=prior, decoder=nn.Linear(1, 2), likelihood=Normal(scale=0.8), hidden=(4,), standardize=False).eval()
+    vae = VAE(
+        (2,), prior=prior, decoder=nn.Linear(1, 2), likelihood=NormalLikelihood(scale=0.8), hidden=(4,), standardize=False
+    ).eval()
     x = torch.tensor([[0.3, -0.2], [1.0, 0.5]])
     found = log_likelihood(vae, x, num_samples=5000)
     with torch.no_grad():

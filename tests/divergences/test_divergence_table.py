@@ -4,7 +4,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_genmodels import VAE, Autoregressive, Bernoulli, Flow
+from pyro_genmodels import VAE, Autoregressive, BernoulliLikelihood, Flow
 from pyro_genmodels.distributions import Energy
 from pyro_genmodels.divergences import divergence_table, js, kl
 from pyro_genmodels.divergences.table import OF_DENSITIES, OF_DRAWS
@@ -50,7 +50,7 @@ def test_what_has_no_density_is_compared_by_what_it_has():
     assert "density is: unnormalized" in table.attrs["left_out"]["js"]
     table = divergence_table(VAE((2,), latent_dim=1)(), Flow((2,))(), num_samples=50, num_draws=50)
     assert list(table.index) == DRAWS
-    bits = Autoregressive((2,), likelihood=Bernoulli())()
+    bits = Autoregressive((2,), likelihood=BernoulliLikelihood())()
     table = divergence_table(bits, bits, num_samples=50, num_draws=50)
     assert list(table.index) == DENSITIES + DRAWS
     assert "over real numbers" in table.attrs["left_out"]["fisher"]

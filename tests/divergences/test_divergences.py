@@ -10,7 +10,7 @@ import pytest
 import torch
 from teachers import Gaussian
 
-from pyro_genmodels import Autoregressive, Bernoulli, Dequantized, EnergyModel, Flow, Normal
+from pyro_genmodels import Autoregressive, BernoulliLikelihood, Dequantized, EnergyModel, Flow, NormalLikelihood
 from pyro_genmodels.distributions import Energy
 from pyro_genmodels.divergences import fisher, kl, reverse_kl
 from pyro_genmodels.families import VAE
@@ -59,7 +59,11 @@ def test_closed_forms_are_used_and_have_no_error():
 
 
 def test_a_family_does_not_diverge_from_itself():
-    for family in (Flow((2,)), Autoregressive((2,), likelihood=Normal()), Autoregressive((3,), likelihood=Bernoulli())):
+    for family in (
+        Flow((2,)),
+        Autoregressive((2,), likelihood=NormalLikelihood()),
+        Autoregressive((3,), likelihood=BernoulliLikelihood()),
+    ):
         value, error = kl(family(), family(), num_samples=100)
         assert value == 0
         assert error == 0
@@ -90,7 +94,10 @@ def test_the_gradient_is_that_of_the_closed_form(form):
 
 def test_the_gradient_of_a_discrete_family_is_that_of_the_sum():
     """The score function of an Autoregressive, 100 estimates of each gradient."""
-    made, q = Autoregressive((2,), likelihood=Bernoulli(), hidden=(4,)), dist.Bernoulli(torch.tensor([0.2, 0.7])).to_event(1)
+    made, q = (
+        Autoregressive((2,), likelihood=BernoulliLikelihood(), hidden=(4,)),
+        dist.Bernoulli(torch.tensor([0.2, 0.7])).to_event(1),
+    )
     x = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 2)
     exact = (made().log_prob(x).exp() * (made().log_prob(x) - q.log_prob(x))).sum()
     bias = made.conditionals.output.bias
@@ -118,7 +125,7 @@ def test_missing_mass_in_one_coordinate_makes_kl_of_vectors_infinite():
 
 
 def test_missing_mass_of_a_discrete_model_makes_kl_infinite():
-    made = Autoregressive((1,), likelihood=Bernoulli())
+    made = Autoregressive((1,), likelihood=BernoulliLikelihood())
     nowhere = dist.MixtureSameFamily(dist.Categorical(torch.ones(1)), dist.Uniform(torch.full((1, 1), 2.0), 3.0).to_event(1))
     assert kl(made(), nowhere) == (torch.inf, 0)
 
@@ -244,7 +251,7 @@ def test_fisher_broadcasts_batches_and_contexts():
     ("build", "match"),
     [
         (lambda: dist.Normal(torch.zeros(3), 1.0).to_event(1), r"\(2,\) and q \(3,\)"),
-        (lambda: Autoregressive((2,), likelihood=Bernoulli())(), "q is a Autoregression over.*Use kl"),
+        (lambda: Autoregressive((2,), likelihood=BernoulliLikelihood())(), "q is a Autoregression over.*Use kl"),
         (lambda: Dequantized(Flow((2,))(), levels=4), "q is a Dequantized over"),
         (lambda: VAE((2,), latent_dim=1)(), "q is a Implicit.*Trace_ELBO"),
     ],

@@ -11,7 +11,7 @@ import torch
 from teachers import integral
 from test_divergences import FORMS, not_reparametrised, reparametrised
 
-from pyro_genmodels import Autoregressive, Bernoulli, Dequantized, Flow
+from pyro_genmodels import Autoregressive, BernoulliLikelihood, Dequantized, Flow
 from pyro_genmodels.divergences import (
     Alpha,
     Convex,
@@ -141,7 +141,7 @@ def test_nothing_diverges_from_itself_and_batches_broadcast(f):
 
 
 def test_a_family_of_discrete_vectors_is_drawn_from():
-    made, q = Autoregressive((2,), likelihood=Bernoulli())(), dist.Bernoulli(torch.tensor([0.2, 0.7])).to_event(1)
+    made, q = Autoregressive((2,), likelihood=BernoulliLikelihood())(), dist.Bernoulli(torch.tensor([0.2, 0.7])).to_event(1)
     x = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 2)
     truth = (made.log_prob(x).exp() - q.log_prob(x).exp()).abs().sum() / 2
     value, error = tv(made, q)

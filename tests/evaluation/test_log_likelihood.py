@@ -21,13 +21,13 @@ from pyro_genmodels import (
     MAF,
     VAE,
     Autoregressive,
-    Bernoulli,
-    Categorical,
+    BernoulliLikelihood,
+    CategoricalLikelihood,
     Dequantized,
     Flow,
     Labels,
     MaximumLikelihood,
-    Normal,
+    NormalLikelihood,
     compare,
     log_likelihood,
     train,
@@ -53,7 +53,7 @@ def linear_vae(**guide):
     return VAE(
         (3,),
         latent_dim=2,
-        likelihood=Normal(scale=teacher.scale),
+        likelihood=NormalLikelihood(scale=teacher.scale),
         encoder=teacher.encoder(**guide),
         decoder=teacher.decoder(),
         standardize=False,
@@ -77,7 +77,7 @@ def test_a_density_is_read_exactly(name, context):
     made = {
         "flow": lambda: (small_flow(context=context), torch.randn(7, 2)),
         "autoregressive": lambda: (
-            Autoregressive((4,), likelihood=Categorical(3), context=context, hidden=(8,)),
+            Autoregressive((4,), likelihood=CategoricalLikelihood(3), context=context, hidden=(8,)),
             torch.randint(3, (7, 4)),
         ),
     }
@@ -284,7 +284,7 @@ class Counting(torch.nn.Module):
 
 @pytest.mark.parametrize("fit", ["family", "pair", "SVI"])
 def test_dropout_is_off_and_the_mode_is_put_back(fit):
-    made = Autoregressive((3,), likelihood=Bernoulli(), hidden=(32,), dropout=0.9)
+    made = Autoregressive((3,), likelihood=BernoulliLikelihood(), hidden=(32,), dropout=0.9)
     made.conditionals.layers[0].eval()
     x = torch.randint(2, (6, 3)).float()
     fits = {

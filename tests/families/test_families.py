@@ -27,15 +27,15 @@ from pyro_genmodels import (
     NSF,
     VAE,
     Autoregressive,
-    Bernoulli,
-    Categorical,
+    BernoulliLikelihood,
+    CategoricalLikelihood,
     DenseField,
     Diffusion,
-    DiscretizedLogistic,
+    DiscretizedLogisticLikelihood,
     Flow,
     Labels,
     MaximumLikelihood,
-    Normal,
+    NormalLikelihood,
     ODEFlow,
     RealNVP,
     UNet,
@@ -396,9 +396,9 @@ class Decoder(nn.Module):
 
 
 IMAGES = {
-    "Bernoulli": (Bernoulli(), lambda: torch.randint(2, (6, 1, 8, 8)).float()),
-    "DiscretizedLogistic": (DiscretizedLogistic(17, components=2), lambda: torch.randint(17, (6, 1, 8, 8))),
-    "Normal": (Normal(), lambda: torch.randn(6, 1, 8, 8)),
+    "Bernoulli": (BernoulliLikelihood(), lambda: torch.randint(2, (6, 1, 8, 8)).float()),
+    "DiscretizedLogistic": (DiscretizedLogisticLikelihood(17, components=2), lambda: torch.randint(17, (6, 1, 8, 8))),
+    "Normal": (NormalLikelihood(), lambda: torch.randn(6, 1, 8, 8)),
 }
 
 
@@ -677,11 +677,11 @@ def test_angles_go_with_neither_support_nor_levels(options):
     "build",
     [
         lambda: Flow((2,), levels=1),
-        lambda: Categorical(1),
-        lambda: DiscretizedLogistic(1),
-        lambda: DiscretizedLogistic(4, components=0),
-        lambda: Normal(scale=-1.0),
-        lambda: Normal(scale="fixed"),
+        lambda: CategoricalLikelihood(1),
+        lambda: DiscretizedLogisticLikelihood(1),
+        lambda: DiscretizedLogisticLikelihood(4, components=0),
+        lambda: NormalLikelihood(scale=-1.0),
+        lambda: NormalLikelihood(scale="fixed"),
         lambda: Labels(0),
         lambda: NSF(transforms=0),
         lambda: NSF(dropout=1.0),
@@ -701,7 +701,7 @@ def test_an_order_that_is_no_permutation_is_refused(bad):
 @pytest.mark.parametrize("build", [Autoregressive, VAE])
 def test_integers_have_no_other_support(build):
     with refused(ValueError, "Categorical", "support", "leave it out"):
-        build((3,), likelihood=Categorical(4), support=UNIT)
+        build((3,), likelihood=CategoricalLikelihood(4), support=UNIT)
 
 
 def test_an_encoder_of_another_shape_is_refused():
@@ -736,7 +736,7 @@ def test_a_decoder_of_another_shape_is_refused():
         lambda: Flow((2,), support=UNIT, transform=MAF(**SMALL)),
         lambda: Flow((2,), transform=NCSF(**SMALL)),
         lambda: Flow((2,), transform=MAF(**SMALL), levels=4),
-        lambda: Autoregressive((2,), likelihood=Bernoulli()),
+        lambda: Autoregressive((2,), likelihood=BernoulliLikelihood()),
     ],
     ids=["Uniform", "Gamma", "Bernoulli", "Dirichlet", "interval", "angles", "levels", "Autoregressive"],
 )

@@ -21,8 +21,9 @@ from pyro_genmodels import (
     R1,
     R2,
     VAE,
+    WGAN,
     Adversarial,
-    Aggregate,
+    AggregatePairing,
     AutoFamily,
     ConvolutionalCritic,
     ConvolutionalGenerator,
@@ -31,16 +32,15 @@ from pyro_genmodels import (
     Flow,
     GradientPenalty,
     Hinge,
-    Joint,
+    JointPairing,
     Labels,
     LeastSquares,
     Minimax,
     NonSaturating,
-    Normal,
-    Observations,
-    Posterior,
+    NormalLikelihood,
+    ObservationsPairing,
+    PosteriorPairing,
     Relativistic,
-    Wasserstein,
     WeightClipping,
     spectral_normalized,
     train,
@@ -56,10 +56,10 @@ from pyro_genmodels.divergences import (
     TotalVariation,
 )
 from pyro_genmodels.evaluation import coverage, diagnose, mode_coverage
-from pyro_genmodels.infer import GameOverError
+from pyro_genmodels.infer import LostGameError
 from pyro_genmodels.training import checkpoints
 
-GAMES = [Minimax(), NonSaturating(), LeastSquares(), Hinge(), Wasserstein(), Relativistic(), FGAN(JensenShannon())]
+GAMES = [Minimax(), NonSaturating(), LeastSquares(), Hinge(), WGAN(), Relativistic(), FGAN(JensenShannon())]
 FS = [
     KullbackLeibler(),
     ReverseKullbackLeibler(),
@@ -119,7 +119,7 @@ def test_the_losses_of_each_game_are_its_own():
         (NonSaturating(), -d.log() - (1 - g).log(), -g.log() - (1 - d).log()),
         (LeastSquares(), ((real - 1) ** 2 + fake**2) / 2, ((fake - 1) ** 2 + real**2) / 2),
         (Hinge(), torch.tensor([0.7]), torch.tensor([1.5])),
-        (Wasserstein(), fake - real, real - fake),
+        (WGAN(), fake - real, real - fake),
         (Relativistic(), -(real - fake).sigmoid().log(), -(fake - real).sigmoid().log()),
     ]
     for game, critic, model in cases:
@@ -144,7 +144,7 @@ def test_the_best_critic_of_any_f_proves_its_divergence(f, float64):
 
 
 def test_what_estimates_no_ratio_and_bounds_nothing_says_so():
-    for game in (Hinge(), Wasserstein(), Relativistic(), FGAN(TotalVariation())):
+    for game in (Hinge(), WGAN(), Relativistic(), FGAN(TotalVariation())):
         assert not game.estimates_ratio
         with pytest.raises(ValueError, match=r"ratio|JensenShannon"):
             game.log_ratio(torch.zeros(1))
@@ -168,7 +168,7 @@ def test_penalties_of_a_linear_critic_are_in_closed_form():
 
 def test_a_clipped_critic_stays_within_its_bound():
     critic = mlp(2)
-    game = Adversarial(GAN((2,)).model, critic, Wasserstein(), penalties=[WeightClipping(0.05)])
+    game = Adversarial(GAN((2,)).model, critic, WGAN(), penalties=[WeightClipping(0.05)])
     game.step(torch.randn(16, 2))
     assert max(p.abs().max() for p in critic.parameters()) <= 0.05
 
@@ -270,7 +270,7 @@ def test_the_score_function_is_an_unbiased_gradient(float64):
     exact = -3 * p * (1 - p)  # the model loses -E[v] = -3 p
     grads = []
     for _ in range(400):
-        game = Adversarial(model, Fixed(), Wasserstein(), partial(SGD, lr=1.0), penalties=[])
+        game = Adversarial(model, Fixed(), WGAN(), partial(SGD, lr=1.0), penalties=[])
         pyro.clear_param_store()
         before = logit.detach().clone()
         game.optims = (partial(SGD, lr=1.0), partial(SGD, lr=0.0))
@@ -423,17 +423,19 @@ class LinearGuide(pyro.nn.PyroModule):
 
 
 @pytest.mark.parametrize(
-    ("matching", "slope", "scale"), [(Joint(), 2 / 4.25, 4.25**-0.5), (Aggregate(), 0.5, None)], ids=["joint", "aggregate"]
+    ("pairing", "slope", "scale"),
+    [(JointPairing(), 2 / 4.25, 4.25**-0.5), (AggregatePairing(), 0.5, None)],
+    ids=["joint", "aggregate"],
 )
-def test_a_guide_is_trained_by_a_critic(matching, slope, scale):
+def test_a_guide_is_trained_by_a_critic(pairing, slope, scale):
     """Of a model that is known, x = 2 z + 1 + .5 e, a joint game finds the posterior, and an aggregate one inverts the mean.
 
     The tolerances are three times the largest distance over ten seeds, but for the scale, which is still on its way from 1.
     """
     x, guide = linear_gaussian(), LinearGuide()
     game = Adversarial(
-        linear_model, PairCritic(2 if matching == Joint() else 1), NonSaturating(), partial(Adam, lr=1e-2, betas=(0.5, 0.99)),
-        guide=guide, matching=matching, penalties=[R1(0.1), R2(0.1)], average=0.99,
+        linear_model, PairCritic(2 if pairing == JointPairing() else 1), NonSaturating(), partial(Adam, lr=1e-2, betas=(0.5, 0.99)),
+        guide=guide, pairing=pairing, penalties=[R1(0.1), R2(0.1)], ema_decay=0.99,
     )  # fmt: skip
     for _ in range(400):
         game.step(x[torch.randint(len(x), (128,))])
@@ -458,7 +460,12 @@ def test_adversarial_variational_bayes_finds_a_posterior_that_is_not_normal():
     guide = AutoFamily(banana, lambda n: GAN((n,), latent_dim=4, **SMALL))
     guide(y)
     game = Adversarial(
-        banana, guide.family.critic, NonSaturating(), guide=guide, matching=Posterior(num_particles=128), num_critic_steps=2
+        banana,
+        guide.family.critic,
+        NonSaturating(),
+        guide=guide,
+        pairing=PosteriorPairing(num_particles=128),
+        num_critic_steps=2,
     )
     for _ in range(400):
         game.step(y)
@@ -477,7 +484,7 @@ def test_a_posterior_of_a_model_without_plates_is_learned_from_its_draws():
 
     guide = AutoFamily(model, lambda n: GAN((n,), latent_dim=1, **SMALL))
     guide()
-    game = Adversarial(model, guide.family.critic, NonSaturating(), guide=guide, matching=Posterior(num_particles=128))
+    game = Adversarial(model, guide.family.critic, NonSaturating(), guide=guide, pairing=PosteriorPairing(num_particles=128))
     for _ in range(300):
         game.step()
     draws = Predictive(guide, num_samples=1000)()["z"]
@@ -497,7 +504,13 @@ def test_a_guide_inside_the_plate_is_judged_beside_its_data():
 
     guide, x = Guide(), linear_gaussian()
     game = Adversarial(
-        linear_model, PairCritic(2), NonSaturating(), guide=guide, matching=Posterior(), num_critic_steps=2, average=0.99
+        linear_model,
+        PairCritic(2),
+        NonSaturating(),
+        guide=guide,
+        pairing=PosteriorPairing(),
+        num_critic_steps=2,
+        ema_decay=0.99,
     )
     for _ in range(400):
         said = game.step(x[torch.randint(len(x), (128,))])
@@ -527,12 +540,12 @@ def test_a_flow_over_all_latent_variables_is_a_guide_with_a_density():
 
 
 def test_a_game_beside_the_elbo_adds_up():
-    vae, x = VAE((2,), latent_dim=1, likelihood=Normal(), standardize=False), torch.randn(16, 2)
+    vae, x = VAE((2,), latent_dim=1, likelihood=NormalLikelihood(), standardize=False), torch.randn(16, 2)
     game = Adversarial(vae.model, mlp(2), NonSaturating(), guide=vae.guide, beside=Trace_ELBO(), weight=0.5)
     torch.manual_seed(0)
     both = game.evaluate_loss(x)["generator"]
     torch.manual_seed(0)
-    sides = game.matching.sides(vae.model, vae.guide, (x,), {})
+    sides = game.pairing.sides(vae.model, vae.guide, (x,), {})
     alone = NonSaturating().model_loss(*game._outputs(sides)).mean()
     elbo = Trace_ELBO().differentiable_loss(vae.model, vae.guide, x) / 16
     assert both == pytest.approx((0.5 * alone + elbo).item(), rel=1e-5)
@@ -564,7 +577,7 @@ def test_a_critic_that_has_won_ends_the_game_and_the_last_good_state_is_kept():
         for _ in range(1000):
             game.step(torch.randn(64))
 
-    with pytest.raises(GameOverError, match=r"it has won\. Players and optimisers are back as they were at step"):
+    with pytest.raises(LostGameError, match=r"it has won\. Players and optimisers are back as they were at step"):
         play()
     assert game.evaluate_loss(torch.randn(64))["critic"] > 0
 
@@ -573,13 +586,13 @@ def test_a_critic_that_has_won_ends_the_game_and_the_last_good_state_is_kept():
 def test_an_exploding_game_is_told_and_left_finite(player):
     gan, x = GAN((2,), standardize=False), torch.randn(32, 2)
     blown, calm = partial(SGD, lr=1e30), partial(SGD, lr=1e-3)
-    game = Adversarial(gan.model, gan.critic, Wasserstein(), (blown, calm) if player == "model" else (calm, blown))
+    game = Adversarial(gan.model, gan.critic, WGAN(), (blown, calm) if player == "model" else (calm, blown))
 
     def play():
         for _ in range(10):
             game.step(x)
 
-    with pytest.raises(GameOverError, match=r"the (generator|critic)'s loss is .* at step"):
+    with pytest.raises(LostGameError, match=r"the (generator|critic)'s loss is .* at step"):
         play()
     assert all(p.isfinite().all() for p in gan.parameters())
 
@@ -593,7 +606,7 @@ def test_train_keeps_the_best_of_a_game_that_explodes(tmp_path):
             self.param_groups[0]["lr"] = next(rate)
             super().step()
 
-    game = Adversarial(gan.model, gan.critic, Wasserstein(), (partial(Blown, lr=1e-3), partial(SGD, lr=1e-3)))
+    game = Adversarial(gan.model, gan.critic, WGAN(), (partial(Blown, lr=1e-3), partial(SGD, lr=1e-3)))
     with pytest.warns(RuntimeWarning, match="Training stopped: the (generator|critic)'s loss"):
         fit = train(gan, x, valid=x, objective=game, epochs=20, batch_size=32, checkpoint=tmp_path / "gan", progress=False)
     assert all(p.isfinite().all() for p in gan.parameters())
@@ -610,7 +623,7 @@ def test_a_game_goes_on_as_if_it_had_never_stopped():
     def game():
         torch.manual_seed(0)
         gan = GAN((2,))
-        return gan, Adversarial(gan.model, gan.critic, average=0.9)
+        return gan, Adversarial(gan.model, gan.critic, ema_decay=0.9)
 
     whole, straight = game()
     for _ in range(6):
@@ -744,9 +757,9 @@ def test_what_makes_no_game_is_refused():
         Adversarial(lambda x: pyro.sample("x", dist.Normal(x.new_zeros(8, 2), 1.0).to_event(2), obs=x), gan.critic).step(x)
     with pytest.raises(ValueError, match="keeps no moving average"):
         Adversarial(gan.model, gan.critic).averaged()
-    vae = VAE((2,), likelihood=Normal())
+    vae = VAE((2,), likelihood=NormalLikelihood())
     with pytest.raises(ValueError, match="Use SVI with Trace_ELBO"):
-        Adversarial(vae.model, gan.critic, NonSaturating(), guide=vae.guide, matching=Posterior()).step(x)
+        Adversarial(vae.model, gan.critic, NonSaturating(), guide=vae.guide, pairing=PosteriorPairing()).step(x)
 
     def guide(x):
         pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -774,7 +787,7 @@ def gradients(game, *args, draws=1, **kwargs):
     game.prepare(*args, **kwargs)
     total = dict.fromkeys(game.players["generator"], 0.0)
     for _ in range(draws):
-        loss = game._model_loss(game.matching.sides(game.model, game.guide, args, kwargs), args, kwargs)
+        loss = game._model_loss(game.pairing.sides(game.model, game.guide, args, kwargs), args, kwargs)
         found = torch.autograd.grad(loss, list(game.players["generator"].values()))
         total = {name: total[name] + g.abs().sum().item() for name, g in zip(total, found, strict=True)}
     return total
@@ -787,7 +800,7 @@ def test_what_rows_share_is_weighed_by_all_of_them():
             k = pyro.sample("k", dist.Poisson(pyro.param("rate", torch.tensor(2.0))))
             pyro.sample("x", dist.Normal(3 * far + k, 1.0), obs=x)
 
-    found = gradients(Adversarial(model, scalars(), Wasserstein()), torch.zeros(16), draws=5)
+    found = gradients(Adversarial(model, scalars(), WGAN()), torch.zeros(16), draws=5)
     assert found["logit"] > 1e-4
     assert found["rate"] > 1e-4
 
@@ -813,7 +826,7 @@ def test_a_learned_prior_is_trained_by_an_aggregate_game():
             pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
 
     guide = LinearGuide()
-    assert gradients(Adversarial(model, mlp(1), guide=guide, matching=Aggregate()), torch.ones(8, 1))["prior"] > 0
+    assert gradients(Adversarial(model, mlp(1), guide=guide, pairing=AggregatePairing()), torch.ones(8, 1))["prior"] > 0
 
 
 def test_nothing_is_trained_in_silence():
@@ -864,25 +877,25 @@ def test_what_would_be_wrong_is_refused():
     with pytest.raises(ValueError, match="bounds the divergence of packs"):
         Adversarial(gan.model, gan.critic, Minimax()).divergence(x)
     with pytest.raises(ValueError, match="this critic sees packs"):
-        Adversarial(gan.model, gan.critic, NonSaturating(), guide=gan.guide, matching=Posterior())
+        Adversarial(gan.model, gan.critic, NonSaturating(), guide=gan.guide, pairing=PosteriorPairing())
     with pytest.raises(ValueError, match="no use for a guide"):
-        Adversarial(gan.model, gan.critic, guide=gan.guide, matching=Observations())
+        Adversarial(gan.model, gan.critic, guide=gan.guide, pairing=ObservationsPairing())
     with pytest.raises(ValueError, match="beside another loss"):
         Adversarial(gan.model, gan.critic, weight=2.0)
     with pytest.raises(ValueError, match="at least 0 and less than 1"):
-        Adversarial(gan.model, gan.critic, average=2.0)
+        Adversarial(gan.model, gan.critic, ema_decay=2.0)
 
     def guide(y):
         pyro.sample("w", GAN((1,), **SMALL)())
         pyro.sample("b", dist.Bernoulli(0.5))
 
     with pytest.raises(ValueError, match=r"carry gradients, but site 'b'"):
-        Adversarial(guide, gan.critic, NonSaturating(), guide=guide, matching=Posterior(8), pack=1).step(x)
+        Adversarial(guide, gan.critic, NonSaturating(), guide=guide, pairing=PosteriorPairing(8), pack=1).step(x)
 
 
 def test_a_state_is_a_copy():
     gan, x = GAN((2,), **SMALL), torch.randn(16, 2)
-    game = Adversarial(gan.model, gan.critic, average=0.9)
+    game = Adversarial(gan.model, gan.critic, ema_decay=0.9)
     game.step(x)
     state = game.state_dict()
     runs = []

@@ -25,7 +25,7 @@ from pyro_genmodels import (
     VAE,
     Annealed,
     Autoregressive,
-    Bernoulli,
+    BernoulliLikelihood,
     BoltzmannMachine,
     ContrastiveDivergence,
     DenseEnergy,
@@ -516,7 +516,7 @@ def test_noise_of_another_support_is_refused(name):
     ("build", "cure"),
     [
         (lambda: Flow((2,)), "MaximumLikelihood"),
-        (lambda: Autoregressive((2,), likelihood=Bernoulli()), "MaximumLikelihood"),
+        (lambda: Autoregressive((2,), likelihood=BernoulliLikelihood()), "MaximumLikelihood"),
         (lambda: VAE((2,), latent_dim=1), "Trace_ELBO"),
     ],
     ids=["flow", "autoregressive", "VAE"],

@@ -27,20 +27,20 @@ from pyro_genmodels import (
     EnergyModel,
     Flow,
     FlowMatching,
-    Independent,
+    GaussianTargetCoupling,
+    IndependentCoupling,
     Labels,
+    LinearInterpolant,
     MaximumLikelihood,
     ODEFlow,
-    OptimalTransport,
-    Straight,
-    Target,
-    Trigonometric,
+    OptimalTransportCoupling,
+    TrigonometricInterpolant,
     train,
 )
 from pyro_genmodels.distributions.ode import ContinuousFlow
 
-PATHS = [Straight(), Trigonometric()]
-COUPLINGS = [Independent(), Target(0.1), OptimalTransport()]
+PATHS = [LinearInterpolant(), TrigonometricInterpolant()]
+COUPLINGS = [IndependentCoupling(), GaussianTargetCoupling(0.1), OptimalTransportCoupling()]
 LOC, SCALE = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 2.0])
 
 
@@ -50,7 +50,7 @@ def standard(d):
 
 def weights(path, t):
     """a, b and their derivatives, of x_t = a x0 + b x1."""
-    if isinstance(path, Straight):
+    if isinstance(path, LinearInterpolant):
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
     return (pi / 2 * t).cos(), (pi / 2 * t).sin(), -pi / 2 * (pi / 2 * t).sin(), pi / 2 * (pi / 2 * t).cos()
 
@@ -86,7 +86,7 @@ def loss_of(flow, x, **options):
 
 
 @pytest.mark.parametrize("path", PATHS, ids=repr)
-@pytest.mark.parametrize("coupling", [Independent(), Target(0.3)], ids=repr)
+@pytest.mark.parametrize("coupling", [IndependentCoupling(), GaussianTargetCoupling(0.3)], ids=repr)
 def test_the_loss_is_least_at_the_mean_velocity_of_gaussians(path, coupling, float64):
     """There its gradient is 0 in any direction: here constants and multiples of x and of t, added to the velocity."""
     best = best_velocity(path, getattr(coupling, "sigma_min", 0.0))
@@ -105,7 +105,7 @@ def test_the_loss_is_least_at_the_mean_velocity_of_gaussians(path, coupling, flo
 def test_another_velocity_has_a_gradient(float64):
     """So that the test above can fail: at the best velocity of the other path."""
     theta = torch.zeros(2, requires_grad=True)
-    flow = ContinuousFlow(lambda x, t, c: best_velocity(Trigonometric())(x, t) + theta * x, standard(2), (2,))
+    flow = ContinuousFlow(lambda x, t, c: best_velocity(TrigonometricInterpolant())(x, t) + theta * x, standard(2), (2,))
     slopes = [torch.autograd.grad(loss_of(flow, LOC + SCALE * torch.randn(1000, 2)), theta)[0] for _ in range(20)]
     with pytest.raises(AssertionError, match="standard errors"):
         assert_means(torch.stack(slopes), 0.0)
@@ -154,13 +154,13 @@ def test_a_path_joins_its_ends_at_the_speed_it_says(path, float64):
 def test_the_trigonometric_path_keeps_the_variance():
     x0, x1 = torch.randn(2, 20_000, 1)
     for t in (0.2, 0.5, 0.8):
-        x, _ = Trigonometric()(x0, x1, torch.tensor(t))
+        x, _ = TrigonometricInterpolant()(x0, x1, torch.tensor(t))
         assert_means(x.square(), 1.0)
 
 
 def test_transport_costs_least_of_all_permutations():
     x0, x1 = torch.randn(6, 2), torch.randn(6, 2)
-    paired, data = OptimalTransport()(x0, x1, None)
+    paired, data = OptimalTransportCoupling()(x0, x1, None)
     costs = [(x0[list(order)] - x1).square().sum() for order in permutations(range(6))]
     assert_close((paired - data).square().sum(), min(costs))
     assert data is x1
@@ -168,7 +168,7 @@ def test_transport_costs_least_of_all_permutations():
 
 def test_transport_permutes_draws_and_shortens_ways():
     x0, x1 = torch.randn(200, 3), torch.randn(200, 3) + 1
-    paired, data = OptimalTransport()(x0, x1, None)
+    paired, data = OptimalTransportCoupling()(x0, x1, None)
     assert data.equal(x1)
     assert paired.unique(dim=0).equal(x0.unique(dim=0))
     assert (paired - data).square().sum() < 0.8 * (x0 - x1).square().sum()
@@ -178,30 +178,37 @@ def test_transport_keeps_to_rows_of_one_context():
     """Or the draws of a context would no longer be those of the base."""
     x0, x1 = torch.randn(60, 2), torch.randn(60, 2)
     context = torch.eye(3)[torch.arange(60) % 3]
-    paired, _ = OptimalTransport()(x0, x1, context)
+    paired, _ = OptimalTransportCoupling()(x0, x1, context)
     for label in range(3):
         rows = context[:, label] == 1
         assert paired[rows].unique(dim=0).equal(x0[rows].unique(dim=0))
-        assert paired[rows].equal(OptimalTransport()(x0[rows], x1[rows], None)[0])
-    assert OptimalTransport()(x0, x1, torch.randn(60, 4))[0].equal(x0)
+        assert paired[rows].equal(OptimalTransportCoupling()(x0[rows], x1[rows], None)[0])
+    assert OptimalTransportCoupling()(x0, x1, torch.randn(60, 4))[0].equal(x0)
 
 
 def test_the_target_is_the_data_with_little_noise(float64):
     """And its way the straight one of Lipman et al.: t x1 + (1 - (1 - sigma) t) x0."""
     x0, x1, t = torch.randn(5, 2), torch.randn(5, 2), torch.rand(5, 1)
-    x, speed = Straight()(*Target(0.1)(x0, x1, None), t)
+    x, speed = LinearInterpolant()(*GaussianTargetCoupling(0.1)(x0, x1, None), t)
     assert_close(x, t * x1 + (1 - 0.9 * t) * x0)
     assert_close(speed, x1 - 0.9 * x0)
 
 
-@pytest.mark.parametrize("build", [lambda: Target(0.0), lambda: Target(1.0)])
+@pytest.mark.parametrize("build", [lambda: GaussianTargetCoupling(0.0), lambda: GaussianTargetCoupling(1.0)])
 def test_targets_of_no_sense_are_refused(build):
     with pytest.raises(ValueError, match="sigma_min"):
         build()
 
 
 @pytest.mark.parametrize(
-    "options", [{"coupling": OptimalTransport}, {"path": Straight}, {"coupling": Straight()}, {"path": "straight"}], ids=str
+    "options",
+    [
+        {"coupling": OptimalTransportCoupling},
+        {"path": LinearInterpolant},
+        {"coupling": LinearInterpolant()},
+        {"path": "straight"},
+    ],
+    ids=str,
 )
 def test_what_is_no_choice_is_refused(options):
     with pytest.raises(TypeError, match=r"wants a (coupling|path) such as .* but found"):
@@ -211,7 +218,7 @@ def test_what_is_no_choice_is_refused(options):
 def test_transport_without_pot_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ot", None)
     with pytest.raises(ImportError, match=r"OptimalTransport needs POT: pip install 'pyro-genmodels\[eval\]'"):
-        FlowMatching(OptimalTransport())(small())(torch.randn(4, 2))
+        FlowMatching(OptimalTransportCoupling())(small())(torch.randn(4, 2))
 
 
 # As a Pyro loss.

@@ -17,9 +17,9 @@ from pyro_genmodels import (
     MAF,
     VAE,
     Autoregressive,
-    Bernoulli,
+    BernoulliLikelihood,
     Dequantized,
-    DiscretizedLogistic,
+    DiscretizedLogisticLikelihood,
     Flow,
     Labels,
     MaximumLikelihood,
@@ -61,7 +61,7 @@ class NegativeELBO(Objective):
 FAMILIES = {
     "flow": (small_flow, lambda: torch.randn(6, 2)),
     "autoregressive": (
-        lambda: Autoregressive((3,), likelihood=Bernoulli(), hidden=(8,)),
+        lambda: Autoregressive((3,), likelihood=BernoulliLikelihood(), hidden=(8,)),
         lambda: torch.randint(2, (6, 3)).float(),
     ),
 }
@@ -283,7 +283,7 @@ def test_a_context_over_two_plates_and_a_flow_declared_an_event():
 
 
 def test_families_and_ordinary_likelihoods_mix():
-    flow, labels = small_flow(context=Labels(3)), Autoregressive((1,), likelihood=Bernoulli(), context=2, hidden=(4,))
+    flow, labels = small_flow(context=Labels(3)), Autoregressive((1,), likelihood=BernoulliLikelihood(), context=2, hidden=(4,))
     x, y, k = torch.randn(5, 2), torch.randint(2, (5, 1)).float(), torch.tensor([0, 2, 1, 1, 0])
 
     class Model(PyroModule):
@@ -468,7 +468,7 @@ def test_latents_with_an_autoguide(autoguide, options):
 
 @pytest.mark.parametrize("options", PARTICLES.values(), ids=PARTICLES)
 def test_latents_of_a_vae(options):
-    vae = VAE((3,), latent_dim=2, likelihood=Bernoulli(), prior=small_flow(), hidden=(8,))
+    vae = VAE((3,), latent_dim=2, likelihood=BernoulliLikelihood(), prior=small_flow(), hidden=(8,))
     x = torch.randint(2, (5, 3)).float()
     same_as_trace_elbo(vae.model, vae.guide, list(vae.parameters()), (x,), **options)
 
@@ -529,7 +529,7 @@ def test_another_word_for_the_data_leaves_the_latent_terms_alone():
         def per_datum(self, dist, x):
             return -2 * dist.log_prob(x)
 
-    vae, x = VAE((3,), latent_dim=2, likelihood=Bernoulli(), hidden=(8,)), torch.randint(2, (5, 3)).float()
+    vae, x = VAE((3,), latent_dim=2, likelihood=BernoulliLikelihood(), hidden=(8,)), torch.randint(2, (5, 3)).float()
     pyro.set_rng_seed(3)
     once = NegativeELBO().loss(vae.model, vae.guide, x)
     pyro.set_rng_seed(3)
@@ -556,7 +556,7 @@ CAPTURED = {
     "autoregressive flow": (lambda: Flow((2,), transform=MAF(**SMALL)), lambda: torch.randn(6, 2)),
     "Bernoulli": FAMILIES["autoregressive"],
     "logistic": (
-        lambda: Autoregressive((3,), likelihood=DiscretizedLogistic(5, components=2), hidden=(8,)),
+        lambda: Autoregressive((3,), likelihood=DiscretizedLogisticLikelihood(5, components=2), hidden=(8,)),
         lambda: torch.randint(5, (6, 3)),
     ),
 }
@@ -602,7 +602,7 @@ def test_a_captured_loss_with_scales_masks_and_particles():
 
 
 def test_a_loss_with_latents_is_captured_with_its_random_numbers():
-    vae = VAE((3,), latent_dim=2, likelihood=Bernoulli(), hidden=(8,))
+    vae = VAE((3,), latent_dim=2, likelihood=BernoulliLikelihood(), hidden=(8,))
     x = torch.randint(2, (5, 3)).float()
 
     def step(x):

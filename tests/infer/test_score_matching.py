@@ -28,7 +28,7 @@ from pyro_genmodels import (
     NSF,
     VAE,
     Autoregressive,
-    Bernoulli,
+    BernoulliLikelihood,
     DenoisingScoreMatching,
     DenseEnergy,
     EnergyModel,
@@ -382,10 +382,14 @@ def test_units_of_the_data_do_not_weigh(objective, build, units):
 @pytest.mark.parametrize(
     ("build", "x", "cure"),
     [
-        (lambda: Autoregressive((2,), likelihood=Bernoulli(), hidden=(4,)), torch.ones(3, 2), r"MaximumLikelihood\(\)"),
+        (
+            lambda: Autoregressive((2,), likelihood=BernoulliLikelihood(), hidden=(4,)),
+            torch.ones(3, 2),
+            r"MaximumLikelihood\(\)",
+        ),
         (lambda: small_flow(levels=4), torch.ones(3, 2).long(), r"MaximumLikelihood\(\)"),
         (lambda: EnergyModel((2,), support=constraints.boolean), torch.ones(3, 2), r"ContrastiveDivergence\(\).*energies"),
-        (lambda: VAE((2,), latent_dim=1, hidden=(4,), likelihood=Bernoulli()), torch.ones(3, 2), "Trace_ELBO"),
+        (lambda: VAE((2,), latent_dim=1, hidden=(4,), likelihood=BernoulliLikelihood()), torch.ones(3, 2), "Trace_ELBO"),
     ],
     ids=["discrete", "dequantized", "discrete energy", "discrete VAE"],
 )

@@ -15,7 +15,7 @@ from pyro.infer.autoguide import AutoDelta, AutoLowRankMultivariateNormal, AutoM
 from readings import affine_flow, check_weights, close, draws, groups, small_vae, stat, svi, variables
 from torch.distributions import constraints
 
-from pyro_genmodels import Autoregressive, Bernoulli, Labels, to_arviz, train
+from pyro_genmodels import Autoregressive, BernoulliLikelihood, Labels, to_arviz, train
 
 GROUPS, ROWS = 3, 4
 
@@ -41,7 +41,7 @@ def test_the_draws_are_the_familys():
 
 
 def test_a_vae_gives_its_latents_too():
-    data = to_arviz(small_vae((2, 3), likelihood=Bernoulli()), num_samples=6, batch_size=4)
+    data = to_arviz(small_vae((2, 3), likelihood=BernoulliLikelihood()), num_samples=6, batch_size=4)
     assert data["posterior"]["z"].dims == ("chain", "draw", "z_dim_0")
     assert data["posterior"]["z"].shape == (1, 6, 2)
     assert data["posterior_predictive"]["x"].dims == ("chain", "draw", "x_dim_0", "x_dim_1")

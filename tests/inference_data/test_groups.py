@@ -29,7 +29,7 @@ from readings import (
 )
 from torch.distributions import constraints
 
-from pyro_genmodels import Autoregressive, Categorical, Dequantized, Flow, to_arviz
+from pyro_genmodels import Autoregressive, CategoricalLikelihood, Dequantized, Flow, to_arviz
 from pyro_genmodels.inference_data.groups import GROUPS
 
 
@@ -687,7 +687,7 @@ def test_a_discrete_variable_that_the_guide_draws_is_a_latent_like_others(x):
 
 def test_a_discrete_likelihood():
     x = torch.randint(0, 5, (4, 2))
-    family = Autoregressive((2,), hidden=(8,), likelihood=Categorical(5), context=2)
+    family = Autoregressive((2,), hidden=(8,), likelihood=CategoricalLikelihood(5), context=2)
     data = to_arviz((of_family(family), row_guide), x, num_samples=3)
     assert data["posterior_predictive"]["x"].dtype.kind == data["observed_data"]["x"].dtype.kind
     with torch.no_grad():

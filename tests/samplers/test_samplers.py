@@ -721,7 +721,7 @@ def test_every_temperature_has_a_step_size_of_its_own():
     assert chains.stats["acceptance_rate"].shape == chains.draws.shape[:2] == (1000, 50)
     scaled = chains.step_size * torch.logspace(0, -1, 4)
     assert scaled.max() / scaled.min() < 1.2
-    x = tempered.spread(torch.randn(1000, 1))
+    x = tempered.replicate(torch.randn(1000, 1))
     ended = run(tempered, law.target(), x, 50, step_size=chains.step_size)
     assert ended.acceptance.shape == (4,)
     assert (ended.acceptance - 0.574).abs().max() < 0.05
@@ -956,7 +956,7 @@ def test_dual_averaging_settles_where_the_acceptance_is_as_wanted():
     tuning = DualAveraging(torch.tensor([0.01, 0.01]), 0.6)
     for _ in range(1000):
         tuning.update((-tuning.step_size / scale).exp())
-    torch.testing.assert_close((-tuning.settled / scale).exp(), torch.tensor([0.6, 0.6]), rtol=0, atol=0.01)
+    torch.testing.assert_close((-tuning.final_step_size / scale).exp(), torch.tensor([0.6, 0.6]), rtol=0, atol=0.01)
 
 
 def test_dual_averaging_settles_under_noise_as_well():
@@ -964,7 +964,7 @@ def test_dual_averaging_settles_under_noise_as_well():
     tuning = DualAveraging(torch.tensor(0.01), 0.6)
     for _ in range(4000):
         tuning.update((torch.rand(()) < (-tuning.step_size).exp()).double())
-    assert (-tuning.settled).exp() == pytest.approx(0.6, abs=0.05)
+    assert (-tuning.final_step_size).exp() == pytest.approx(0.6, abs=0.05)
 
 
 def test_the_step_size_after_the_warmup_is_a_mean_over_many_tries():
@@ -977,7 +977,7 @@ def test_the_step_size_after_the_warmup_is_a_mean_over_many_tries():
 def test_before_any_step_the_step_size_is_that_given():
     tuning = DualAveraging(torch.tensor(0.3), 0.6)
     assert tuning.step_size == pytest.approx(0.3)
-    assert tuning.settled == pytest.approx(0.3)
+    assert tuning.final_step_size == pytest.approx(0.3)
 
 
 FIRST = [1e-5, 1e-2, 10.0]
@@ -1072,8 +1072,8 @@ INDEPENDENT = {"Langevin": Langevin(0.3), "Hamiltonian": Hamiltonian(0.4, 3), "t
 @by_name(INDEPENDENT)
 def test_chains_know_nothing_of_each_other(case):
     sampler, law = INDEPENDENT[case], gaussian(NORMAL, (1,))
-    begin = sampler.spread(torch.zeros(20_000, 1))
-    x = sampler.settled(run(sampler, law.target(), begin, 10).x)
+    begin = sampler.replicate(torch.zeros(20_000, 1))
+    x = sampler.cold(run(sampler, law.target(), begin, 10).x)
     a, b = x[0::2], x[1::2]
     assert_means(torch.cat([a * b, (a**2 - (a**2).mean()) * (b**2 - (b**2).mean())], -1), 0.0)
 

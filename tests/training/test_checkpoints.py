@@ -43,7 +43,7 @@ from pyro_genmodels import (
     DenseGenerator,
     Flow,
     Labels,
-    Normal,
+    NormalLikelihood,
     RealNVP,
     train,
 )
@@ -151,7 +151,7 @@ CHOICES = {
     "tensor bounds": lambda: small_flow(support=constraints.interval(torch.tensor(0.0), torch.tensor(2.0))),
     "not standardised": lambda: small_flow(standardize=False),
     "levels": lambda: small_flow(levels=7),
-    "order": lambda: Autoregressive((3,), order=torch.tensor([2, 0, 1]), hidden=[4], likelihood=Normal(components=2)),
+    "order": lambda: Autoregressive((3,), order=torch.tensor([2, 0, 1]), hidden=[4], likelihood=NormalLikelihood(components=2)),
     "made on an interval": lambda: Autoregressive((2,), hidden=(4,), support=constraints.interval(-1.0, 1.0)),
     "dropout": lambda: VAE((2,), latent_dim=1, hidden=(), dropout=0.25),
     "labelled prior": lambda: VAE((2,), context=Labels(3), prior=Flow((2,), context=Labels(3), transform=SMALL), hidden=(4,)),
@@ -299,7 +299,7 @@ class Mine(Flow):
     pass
 
 
-class MyNormal(Normal):
+class MyNormal(NormalLikelihood):
     pass
 
 
@@ -313,7 +313,10 @@ OWN = {
     "support": (lambda: small_flow(support=constraints.interval(torch.zeros(2), torch.ones(2))), "Interval"),
     "likelihood": (lambda: VAE((2,), likelihood=MyNormal(), hidden=(4,)), "MyNormal"),
     "encoder": (lambda: VAE((2,), latent_dim=1, encoder=tail(), hidden=(4,)), "Sequential"),
-    "decoder": (lambda: VAE((2,), latent_dim=2, decoder=nn.Linear(2, 2 * Normal().num_outputs), hidden=(4,)), "Linear"),
+    "decoder": (
+        lambda: VAE((2,), latent_dim=2, decoder=nn.Linear(2, 2 * NormalLikelihood().num_outputs), hidden=(4,)),
+        "Linear",
+    ),
     "generator": (lambda: GAN((2,), latent_dim=2, generator=nn.Linear(2, 2), critic=DenseCritic((4,))), "Linear"),
     "critic": (lambda: GAN((2,), generator=DenseGenerator((4,)), critic=nn.Sequential(nn.Linear(2, 1))), "Sequential"),
     "prior": (lambda: VAE((2,), prior=dist.Normal(torch.zeros(2), 2.0).to_event(1), hidden=(4,)), "Independent"),

@@ -27,15 +27,15 @@ from pyro_genmodels import (
     VAE,
     Annealed,
     Autoregressive,
-    Bernoulli,
+    BernoulliLikelihood,
     EnergyModel,
     Flow,
     Labels,
     MaximumLikelihood,
-    Normal,
+    NormalLikelihood,
     train,
 )
-from pyro_genmodels.optim.averaging import Weights
+from pyro_genmodels.optim.averaging import TrainedWeights
 from pyro_genmodels.training import Fit, checkpoints, loop, snapshots
 
 train = partial(train, progress=False)
@@ -192,7 +192,7 @@ def test_a_global_latent_finds_its_posterior_from_minibatches(float64):
             pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
 
     x, guide = 2 + torch.randn(200), AutoNormal(model)
-    train((model, guide), x, batch_size=50, epochs=150, average=0.99, optim=partial(torch.optim.Adam, lr=2e-2))
+    train((model, guide), x, batch_size=50, epochs=150, ema_decay=0.99, optim=partial(torch.optim.Adam, lr=2e-2))
     loc, scale = guide._get_loc_and_scale("mu")
     assert loc.item() == pytest.approx((x.sum() / 201).item(), abs=0.3 / 201**0.5)
     assert scale.item() == pytest.approx(201**-0.5, rel=0.15)
@@ -263,7 +263,7 @@ def test_averaged_weights_are_validated_and_kept(float64):
         decay = min(0.35, (1 + t) / (10 + t))  # first the one, then the other
         average = loc if average is None else decay * average + (1 - decay) * loc
         expected.append(0.5 * log(2 * pi) + 0.5 * (held_out - average).square().mean().item())
-    fit = train((location, no_guide), x, valid=held_out, epochs=8, average=0.35, optim=SGD)
+    fit = train((location, no_guide), x, valid=held_out, epochs=8, ema_decay=0.35, optim=SGD)
     assert [record["valid"] for record in fit.history] == pytest.approx(expected, rel=1e-9)
     best = min(expected)
     loc = pyro.param("loc")
@@ -274,13 +274,13 @@ def test_averaging_leaves_the_training_itself_alone(float64):
     x = torch.tensor([1.0, 2.0, 6.0])
     plain = train((location, no_guide), x, epochs=5, optim=SGD)
     pyro.clear_param_store()
-    averaged = train((location, no_guide), x, epochs=5, optim=SGD, average=0.9, valid=x, patience=9)
+    averaged = train((location, no_guide), x, epochs=5, optim=SGD, ema_decay=0.9, valid=x, patience=9)
     assert [record["train"] for record in averaged.history] == [record["train"] for record in plain.history]
 
 
 def test_averaged_weights_of_a_family_give_its_best_loss():
     x, held_out = torch.randn(60, 2), torch.randn(60, 2)
-    fit = train(affine_flow(), x, valid=held_out, epochs=4, average=0.9, batch_size=20)
+    fit = train(affine_flow(), x, valid=held_out, epochs=4, ema_decay=0.9, batch_size=20)
     assert nats(fit.family, held_out) == pytest.approx(fit.best["valid"], abs=1e-6)
 
 
@@ -367,7 +367,7 @@ def test_arrays_and_doubles_train_a_float32_family(wrap):
 
 def test_integers_stay_integers():
     x = np.random.default_rng(0).integers(0, 2, (30, 3))
-    fit = train(Autoregressive((3,), likelihood=Bernoulli(), hidden=(4,)), x, valid=x, epochs=1)
+    fit = train(Autoregressive((3,), likelihood=BernoulliLikelihood(), hidden=(4,)), x, valid=x, epochs=1)
     assert isfinite(fit.best["valid"])
 
 
@@ -429,7 +429,7 @@ def test_a_constrained_parameter_of_a_guide_is_trained_and_kept(float64):
             pyro.sample("z", dist.Normal(slope * x, scale))
 
     x = 2**0.5 * torch.randn(500)
-    train((model, guide), x, valid=x, epochs=60, batch_size=50, average=0.9, optim=partial(torch.optim.Adam, lr=2e-2))
+    train((model, guide), x, valid=x, epochs=60, batch_size=50, ema_decay=0.9, optim=partial(torch.optim.Adam, lr=2e-2))
     assert pyro.param("slope").item() == pytest.approx(0.5, abs=0.05)
     assert pyro.param("scale").item() == pytest.approx(0.5**0.5, abs=0.05)
 
@@ -471,7 +471,7 @@ def test_the_norm_of_the_gradient_is_clipped():
 def test_a_checkpoint_holds_the_kept_state(tmp_path):
     flow, path = affine_flow(), tmp_path / "deep" / "down" / "flow.v1"
     fit = train(
-        flow, torch.randn(12, 2), valid=torch.randn(40, 2), epochs=25, patience=3, optim=ADAM, average=0.5, checkpoint=path
+        flow, torch.randn(12, 2), valid=torch.randn(40, 2), epochs=25, patience=3, optim=ADAM, ema_decay=0.5, checkpoint=path
     )
     assert sorted(p.name for p in path.parent.iterdir()) == [
         "flow.v1.json",
@@ -621,7 +621,7 @@ OPTIMS = {
 @pytest.mark.parametrize("average", [None, 0.9], ids=["as it is", "averaged"])
 @pytest.mark.parametrize("valid", [None, HELD_OUT], ids=["alone", "validated"])
 def test_a_run_that_goes_on_ends_as_if_it_had_never_stopped(make, optim, average, valid, tmp_path):
-    go = partial(run, FITS[make], optim=OPTIMS[optim], average=average, valid=valid, batch_size=20)
+    go = partial(run, FITS[make], optim=OPTIMS[optim], ema_decay=average, valid=valid, batch_size=20)
     whole = go(tmp_path / "whole", 3)
     whole_params = kept(whole)
     go(tmp_path / "parts", 1)
@@ -715,7 +715,7 @@ def test_a_run_that_has_ended_stays_as_it_is(epochs, tmp_path):
 
 def test_another_run_is_refused(tmp_path):
     path = tmp_path / "run"
-    run(affine_flow, path, 2, average=0.9)
+    run(affine_flow, path, 2, ema_decay=0.9)
     before = files(path)
     for words, change in [
         ("another model", {"make": small_vae}),
@@ -824,11 +824,11 @@ WHEN = {
 def test_a_run_that_is_stopped_can_be_gone_on_with(when, error, average, tmp_path):
     at, held_out = WHEN[when]
     done = at - 1 if held_out else (at - 1) // STEPS
-    whole = run(affine_flow, tmp_path / "whole", 5, average=average)
+    whole = run(affine_flow, tmp_path / "whole", 5, ema_decay=average)
     whole_params = kept(whole)
     objective = stopping(at, error=error, held_out=held_out)
     with pytest.raises(error) as caught:
-        run(remembering(affine_flow), tmp_path / "parts", 5, average=average, objective=objective)
+        run(remembering(affine_flow), tmp_path / "parts", 5, ema_decay=average, objective=objective)
     flow, first = MADE[-1]
     assert any(str(tmp_path / "parts.safetensors") in note for note in caught.value.__notes__)
     assert not any(module.training for module in flow.modules())
@@ -840,13 +840,13 @@ def test_a_run_that_is_stopped_can_be_gone_on_with(when, error, average, tmp_pat
         assert all(torch.equal(p, first[name]) for name, p in flow.named_parameters())
     assert len(checkpoints.read(tmp_path / "parts.training")[1]["history"]) == done
 
-    fit = run(affine_flow, tmp_path / "parts", 5, average=average, resume=True)
+    fit = run(affine_flow, tmp_path / "parts", 5, ema_decay=average, resume=True)
     check_same(fit, kept(fit), tmp_path / "parts", whole, whole_params, tmp_path / "whole")
 
 
 BETWEEN = {
-    "as the best is kept": (Weights, "keep", 2),
-    "as the average is taken": (Weights, "update", 10),
+    "as the best is kept": (TrainedWeights, "keep", 2),
+    "as the average is taken": (TrainedWeights, "update", 10),
     "as the run is copied": (snapshots, "take", 4),
     "as the best is written": (checkpoints, "write", 3),
 }
@@ -855,7 +855,7 @@ BETWEEN = {
 @pytest.mark.parametrize("when", BETWEEN)
 def test_a_run_that_is_stopped_between_two_steps_can_be_gone_on_with(when, tmp_path, monkeypatch):
     """Whatever Ctrl-C falls into: what is on disk belongs together."""
-    whole = run(affine_flow, tmp_path / "whole", 6, average=0.5)
+    whole = run(affine_flow, tmp_path / "whole", 6, ema_decay=0.5)
     params = kept(whole)
     holder, function, at = BETWEEN[when]
     original, calls = getattr(holder, function), []
@@ -869,10 +869,10 @@ def test_a_run_that_is_stopped_between_two_steps_can_be_gone_on_with(when, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(holder, function, stopped)
         with pytest.raises(KeyboardInterrupt):
-            run(affine_flow, tmp_path / "parts", 6, average=0.5)
+            run(affine_flow, tmp_path / "parts", 6, ema_decay=0.5)
     record = checkpoints.read(tmp_path / "parts")[1]
     assert nats(checkpoints.load(tmp_path / "parts"), HELD_OUT) == pytest.approx(record["best"]["valid"], abs=1e-6)
-    fit = run(affine_flow, tmp_path / "parts", 6, average=0.5, resume=True)
+    fit = run(affine_flow, tmp_path / "parts", 6, ema_decay=0.5, resume=True)
     check_same(fit, kept(fit), tmp_path / "parts", whole, params, tmp_path / "whole")
 
 
@@ -923,7 +923,7 @@ def test_the_run_is_written_about_twice_a_minute(tmp_path, monkeypatch):
 
 def test_a_run_that_is_killed_goes_on_from_what_was_written_last(tmp_path, monkeypatch):
     """Every epoch is written here, and then the files of the third are put back."""
-    monkeypatch.setattr(snapshots.Keeper, "SECONDS", 0.0)
+    monkeypatch.setattr(snapshots.RunCheckpoint, "SECONDS", 0.0)
     whole = run(affine_flow, tmp_path / "whole", 6)
     params, name = kept(whole), "run.training.safetensors"
     original, copies = checkpoints.write, []
@@ -1084,7 +1084,7 @@ def test_what_is_no_fit_is_refused():
 
 @pyro_names_the_frozen
 def test_frozen_parameters_stay():
-    made = Autoregressive((2,), likelihood=Normal(), hidden=(8,))
+    made = Autoregressive((2,), likelihood=NormalLikelihood(), hidden=(8,))
     frozen = next(made.parameters()).requires_grad_(False)
     before = frozen.clone()
     train(made, torch.randn(20, 2), epochs=2, optim=SGD)

@@ -2,13 +2,13 @@
 
 import pytest
 
-from pyro_genmodels.utils.errors import listed, unknown
+from pyro_genmodels.utils.errors import listed, unknown_name
 
 NAMES = ["digits", "moons", "ring", "grid"]
 
 
 def test_what_was_found_and_what_is_known_are_named():
-    error = unknown("data set", "spiral", NAMES)
+    error = unknown_name("data set", "spiral", NAMES)
     assert type(error) is ValueError
     assert str(error) == "unknown data set 'spiral': known are digits, moons, ring, grid."
 
@@ -18,17 +18,17 @@ def test_what_was_found_and_what_is_known_are_named():
     [("mons", "moons"), ("MOONS", "moons"), ("Digit", "digits"), ("grind", "grid"), ("Height", None), ("", None)],
 )
 def test_the_nearest_is_asked_for(found, nearest):
-    message = str(unknown("data set", found, NAMES))
+    message = str(unknown_name("data set", found, NAMES))
     assert message.endswith(f" Did you mean {nearest}?" if nearest else "grid.")
 
 
 def test_the_nearest_is_given_in_its_own_case():
-    assert str(unknown("column", "sepal length", ["Sepal Length", "Kind"])).endswith("Did you mean Sepal Length?")
+    assert str(unknown_name("column", "sepal length", ["Sepal Length", "Kind"])).endswith("Did you mean Sepal Length?")
 
 
 def test_of_more_than_twenty_names_twenty_are_shown():
     names = [f"column_{i}" for i in range(1000)]
-    message = str(unknown("column", "column_99x", names))
+    message = str(unknown_name("column", "column_99x", names))
     assert "column_19 and 980 more" in message
     assert "column_20" not in message
     assert "Did you mean column_99" in message  # also where it is not among those shown
@@ -36,15 +36,15 @@ def test_of_more_than_twenty_names_twenty_are_shown():
 
 
 def test_no_names_at_all():
-    assert str(unknown("array", "x", [])) == "unknown array 'x': known are none."
+    assert str(unknown_name("array", "x", [])) == "unknown array 'x': known are none."
 
 
 @pytest.mark.parametrize("name", ["", " ", "two\nlines", "\x1b[31mred", "x" * 10_000])
 def test_odd_names_make_one_short_line(name):
     for message in (
-        str(unknown("column", name, ["a"])),
-        str(unknown("column", "a", [name])),
-        str(unknown("column", name, [name])),
+        str(unknown_name("column", name, ["a"])),
+        str(unknown_name("column", "a", [name])),
+        str(unknown_name("column", name, [name])),
     ):
         assert message.isprintable()
         assert len(message) < 300

@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
-from pyro_genmodels.utils.files import whole
+from pyro_genmodels.utils.files import atomic_write
 
 
 def pandas():
@@ -46,7 +46,7 @@ WRITERS = {
 @pytest.mark.parametrize("name", WRITERS, ids=lambda name: name[-20:])
 def test_any_writer_may_write_it_and_only_it_is_left(name, tmp_path):
     path = tmp_path / "made" / "now" / name
-    with whole(path) as part:
+    with atomic_write(path) as part:
         assert (part.parent, part.suffix) == (path.parent, path.suffix)
         assert not path.exists()
         WRITERS[name](part)
@@ -59,7 +59,7 @@ def test_any_writer_may_write_it_and_only_it_is_left(name, tmp_path):
 def test_it_has_the_permissions_of_any_new_file(name, umask, tmp_path):
     before = os.umask(umask)
     try:
-        with whole(tmp_path / name) as part:
+        with atomic_write(tmp_path / name) as part:
             WRITERS[name](part)
         (tmp_path / "other").touch()
     finally:
@@ -73,7 +73,7 @@ def test_a_failure_leaves_what_was_there(error, old, tmp_path):
     path = tmp_path / "a.txt"
     if old:
         path.write_text(old)
-    with pytest.raises(type(error)), whole(path) as part:  # noqa: PT012 (what fails is the block)
+    with pytest.raises(type(error)), atomic_write(path) as part:  # noqa: PT012 (what fails is the block)
         part.write_text("half of it")
         raise error
     assert [p.read_text() for p in tmp_path.iterdir()] == ([old] if old else [])
@@ -82,7 +82,7 @@ def test_a_failure_leaves_what_was_there(error, old, tmp_path):
 def test_it_takes_the_place_of_what_was_there(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old and longer")
-    with whole(str(path)) as part:
+    with atomic_write(str(path)) as part:
         part.write_text("new")
         assert path.read_text() == "old and longer"
     assert path.read_text() == "new"
@@ -94,7 +94,7 @@ def test_a_link_is_followed(tmp_path):
         (tmp_path / name).symlink_to(tmp_path / "far" / f"{name}.txt")
     (tmp_path / "far" / "there.txt").write_text("old")
     for name in ("there", "dangling"):
-        with whole(tmp_path / name) as part:
+        with atomic_write(tmp_path / name) as part:
             assert part.suffix == ""
             part.write_text("new")
         assert (tmp_path / name).is_symlink()
@@ -103,7 +103,7 @@ def test_a_link_is_followed(tmp_path):
 
 def test_nothing_written_is_an_error(tmp_path):
     path = tmp_path / "a.txt"
-    with pytest.raises(FileNotFoundError, match=r"a\.txt'$"), whole(path):
+    with pytest.raises(FileNotFoundError, match=r"a\.txt'$"), atomic_write(path):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -112,18 +112,18 @@ def test_folders_and_devices_are_refused_before_the_work(tmp_path):
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, "/dev/null", tmp_path / "pipe", tmp_path / "file" / "a.txt"):
-        with pytest.raises(OSError, match=r"folder or a device|file"), whole(path):
+        with pytest.raises(OSError, match=r"folder or a device|file"), atomic_write(path):
             pytest.fail("it came to the work")
     assert Path("/dev/null").is_char_device()
 
 
 def test_an_error_without_a_name_or_with_a_passing_one_gets_the_files(tmp_path):
     path = tmp_path / "a.txt"
-    with pytest.raises(OSError, match=r"No space left on device: '.*a\.txt'$"), whole(path):
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.txt'$"), atomic_write(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(FileNotFoundError, match=r"/a\.txt'$"), whole(path) as part:
+    with pytest.raises(FileNotFoundError, match=r"/a\.txt'$"), atomic_write(path) as part:
         part.read_text()
-    with pytest.raises(FileNotFoundError, match=r"other'$"), whole(path):
+    with pytest.raises(FileNotFoundError, match=r"other'$"), atomic_write(path):
         (tmp_path / "other").read_text()
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Size, Tensor
 
 from pyro_genmodels.distributions.energy import Energy
-from pyro_genmodels.distributions.energy.state import Kind, LogPartition
+from pyro_genmodels.distributions.energy.state import LogPartition, PartitionKind
 from pyro_genmodels.samplers import Gibbs, GibbsWithGradients, Langevin, Sampler, Target, anneal
 from pyro_genmodels.samplers.annealing import schedule, tune
 
@@ -50,7 +50,7 @@ class Annealing:
         parts = [None] if contexts is None else contexts.split(max(1, batch_size // m))
         found = [self._forwards(part) for part in parts]
         value, error, size = found[0] if contexts is None else (torch.cat(part) for part in zip(*found, strict=True))
-        kind: Kind = "estimate"
+        kind: PartitionKind = "estimate"
         message, back, back_error = "", None, None
         if not bool((size >= max(0.02 * m, min(5.0, 0.5 * m))).all()):  # also where it is NaN
             kind, message = "unreliable", f"hardly any chain carries weight (effective sample size {size.min():.1f} of {m})"
@@ -126,7 +126,7 @@ def kernel(dist: Energy) -> Sampler:
 
     It is, of tempered samplers, the one that is tempered; Langevin with its correction; sweeps only where there are any.
     """
-    sampler = dist.chains("estimate of log Z").single
+    sampler = dist.chains("estimate of log Z").base_kernel
     if isinstance(sampler, Langevin):
         return replace(sampler, adjusted=True)
     if isinstance(sampler, Gibbs) and not dist.path.is_conjugate:  # a path with a beginning of its own

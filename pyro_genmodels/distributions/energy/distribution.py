@@ -25,14 +25,21 @@ from torch.distributions import Distribution, Transform, biject_to, constraints
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.energy.negatives import Annealed, Negatives, Persistent
 from pyro_genmodels.distributions.energy.noise import Noisy
-from pyro_genmodels.distributions.energy.path import Path, kind_of, start_of
+from pyro_genmodels.distributions.energy.path import AnnealingPath, kind_of, start_of
 from pyro_genmodels.distributions.energy.state import LogPartition, Memory, fingerprint
 from pyro_genmodels.samplers import GibbsWithGradients, Langevin, Sampler, Target, anneal, annealed_langevin, run
 from pyro_genmodels.samplers.annealing import schedule
 from pyro_genmodels.samplers.target import value_and_score
-from pyro_genmodels.utils.distributions import Density, drops_units, is_real, map_tensors, over_events, parts_of
+from pyro_genmodels.utils.distributions import (
+    Density,
+    has_active_dropout,
+    is_real,
+    map_tensors,
+    modules_and_tensors,
+    over_events,
+)
 
-LARGEST = 1e6
+MAX_LOG_DENSITY = 1e6
 """Log densities (nats) beyond this are taken for an explosion: in single precision they are no longer told apart."""
 
 
@@ -114,7 +121,7 @@ class Energy(GenerativeDistribution):
         if kind == "real" and coordinates is None and not is_real(support):
             coordinates = over_events(biject_to(support), len(self.event_shape))
         if start is None:
-            modules, tensors = parts_of((energy, context))
+            modules, tensors = modules_and_tensors((energy, context))
             tensors += [t for module in modules for t in (*module.parameters(), *module.buffers())]
             start = start_of(support, self.event_shape)
             if like := [t for t in tensors if t.is_floating_point()]:
@@ -122,7 +129,7 @@ class Energy(GenerativeDistribution):
         self.network = energy
         if noise is not None:
             energy = Noisy(energy, noise[0], scaled=tilted and base is None)
-        self.path = Path(energy, self.event_shape, kind, classes, start, base, tilted, coordinates, features)
+        self.path = AnnealingPath(energy, self.event_shape, kind, classes, start, base, tilted, coordinates, features)
         self.sampler = (Langevin() if kind == "real" else GibbsWithGradients()) if sampler is ... else sampler
         self.negatives = negatives or (Persistent() if context is None else Annealed())
         self.memory, self.num_steps, self.noise, self.weighs = memory, num_steps, noise, weighs
@@ -146,7 +153,7 @@ class Energy(GenerativeDistribution):
 
     def normalized(self, log_partition: LogPartition) -> Energy:
         """The same distribution with log Z given, () or of its batch shape, and kept whatever becomes of the parameters."""
-        return self.but(_log_z=log_partition)
+        return self.replace(_log_z=log_partition)
 
     def keep(self, log_partition: LogPartition) -> None:
         """Has the family, where there is one and no context, remember the best log Z until its parameters change."""
@@ -160,7 +167,7 @@ class Energy(GenerativeDistribution):
     def fingerprint(self) -> Tensor:
         """Of all that log Z depends on."""
         path = self.path
-        modules, tensors = parts_of((path.energy, path.base, path.start if path.tilted else None, path.coordinates))
+        modules, tensors = modules_and_tensors((path.energy, path.base, path.start if path.tilted else None, path.coordinates))
         return fingerprint([t for module in modules for t in (*module.parameters(), *module.buffers())] + tensors)
 
     def unnormalized_log_prob(self, value: Tensor) -> Tensor:
@@ -188,7 +195,7 @@ class Energy(GenerativeDistribution):
         Raises:
             FloatingPointError: if energies explode, where arguments are validated.
         """
-        if self._validate_args and not (log_f.abs() < LARGEST).all():
+        if self._validate_args and not (log_f.abs() < MAX_LOG_DENSITY).all():
             raise FloatingPointError(
                 f"energies explode: a negative has a log density of {log_f.flatten()[log_f.abs().argmax()]:.3g} nats. Lower "
                 "the learning rate, use ContrastiveDivergence(regularization=0.1), more steps of negatives, or a base to tilt"
@@ -200,7 +207,7 @@ class Energy(GenerativeDistribution):
         """Whether a gradient of log Z is asked for: where gradients are, of parameters or of the context."""
         if not torch.is_grad_enabled():
             return False
-        modules, tensors = parts_of((self.context, self.path.energy, self.path.base))
+        modules, tensors = modules_and_tensors((self.context, self.path.energy, self.path.base))
         if any(t.requires_grad for t in [p for module in modules for p in module.parameters()] + tensors):
             return True
         if isinstance(self.path.energy, nn.Module):
@@ -227,7 +234,7 @@ class Energy(GenerativeDistribution):
                 f"This energy has no sampler, and so no {what}. Build it with one such as Langevin(), or train it by "
                 "NoiseContrastive(noise=...), SlicedScoreMatching() or DenoisingScoreMatching(), which draw nothing from it."
             )
-        if drops_units(self.network, self.path.base):
+        if has_active_dropout(self.network, self.path.base):
             raise ValueError(
                 f"An energy whose dropout is active has no {what}, for it has no density. Build it without dropout."
             )
@@ -243,8 +250,8 @@ class Energy(GenerativeDistribution):
             u = memory.chains[torch.randint(len(memory.chains), (n,), device=memory.chains.device)]
         else:
             u = self.path.begin((n,))
-            u = sampler.spread(anneal(target, sampler.single, u, schedule(self.num_steps, u), rate=0.1)[0])
-        u = sampler.settled(run(sampler, target, u, self.num_steps, step_size=step_size, rate=0.1).x)
+            u = sampler.replicate(anneal(target, sampler.base_kernel, u, schedule(self.num_steps, u), rate=0.1)[0])
+        u = sampler.cold(run(sampler, target, u, self.num_steps, step_size=step_size, rate=0.1).x)
         u = self.path.decode(self.sound(u))
         return u.reshape(shape + self.event_shape)
 
@@ -295,9 +302,9 @@ class Energy(GenerativeDistribution):
         own = None if self.context is None else self.context.expand(*shape, self.context.shape[-1])
         context = level if own is None else torch.cat([own, level], -1)
         path = replace(self.path, energy=replace(self.path.energy, told=True))
-        return self.but(path=path, context=context, noise=None, _batch_shape=shape, negatives=Annealed(), _log_z=None)
+        return self.replace(path=path, context=context, noise=None, _batch_shape=shape, negatives=Annealed(), _log_z=None)
 
-    def but(self, **changes: Any) -> Energy:
+    def replace(self, **changes: Any) -> Energy:
         """The same distribution with other attributes; nothing is copied."""
         new = self.__class__.__new__(self.__class__)
         new.__dict__.update(self.__dict__, **changes)

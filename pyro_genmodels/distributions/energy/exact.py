@@ -7,7 +7,7 @@ that is smooth and falls off on all sides the rule's error falls faster than any
 
 from __future__ import annotations
 
-__all__ = ["MOST_STATES", "exactly"]
+__all__ = ["MAX_STATES", "exact_log_partition"]
 
 from collections.abc import Callable
 from math import log
@@ -21,15 +21,15 @@ from tqdm.auto import tqdm
 from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.distributions.energy.state import LogPartition
 
-MOST_STATES = 2**20
+MAX_STATES = 2**20
 """Of a sum over all there is."""
-SCALES = 13
+NUM_SQUARES = 13
 """Of squares that are looked at, each twice as wide as the one before."""
-AT_ONCE = 2**16
+ROWS_AT_ONCE = 2**16
 """Rows evaluated together."""
 
 
-def exactly(dist: Energy, most: int | None = None, *, progress: bool = False) -> LogPartition | None:
+def exact_log_partition(dist: Energy, most: int | None = None, *, progress: bool = False) -> LogPartition | None:
     """By a sum or an integral, for each context in turn; None where one takes too many terms, or all more than `most`."""
     rows = [None] if dist.context is None else list(dist.context.split(1))
     if most is not None and len(rows) * _terms(dist) > most:
@@ -52,7 +52,7 @@ def _terms(dist: Energy) -> int:
     path: Any = dist.path
     if path.kind == "real":
         return 2**18 if path.event_shape.numel() == 1 else 2**23
-    return min(MOST_STATES, {"binary": 2, "categorical": path.classes}[path.kind] ** path.event_shape.numel())
+    return min(MAX_STATES, {"binary": 2, "categorical": path.classes}[path.kind] ** path.event_shape.numel())
 
 
 def _sum(dist: Energy, context: Tensor | None) -> tuple[Tensor, Tensor, int] | None:
@@ -60,7 +60,7 @@ def _sum(dist: Energy, context: Tensor | None) -> tuple[Tensor, Tensor, int] | N
     energy = path.energy
     levels = {"binary": 2, "categorical": path.classes}.get(path.kind, 0)
     coordinates = path.event_shape.numel()
-    if levels and coordinates * log(levels) <= log(MOST_STATES) + 1e-9:
+    if levels and coordinates * log(levels) <= log(MAX_STATES) + 1e-9:
         count = levels**coordinates
 
         def terms(states: Tensor) -> Tensor:
@@ -105,13 +105,13 @@ def _integral(dist: Energy, context: Tensor | None) -> tuple[Tensor, Tensor, int
     def on_grid(half: float, n: int) -> tuple[Tensor, Tensor]:
         axis = _axis(half, n, like)
         points = torch.cartesian_prod(*[axis] * dims).reshape(-1, dims)
-        height = torch.cat([log_f(part) for part in points.split(AT_ONCE)])
+        height = torch.cat([log_f(part) for part in points.split(ROWS_AT_ONCE)])
         return points.abs().amax(-1), height.nan_to_num(nan=-torch.inf)  # where data overflow
 
-    looks = [on_grid(8.0 * 2**k, 4097 if dims == 1 else 257) for k in range(SCALES)]
+    looks = [on_grid(8.0 * 2**k, 4097 if dims == 1 else 257) for k in range(NUM_SQUARES)]
     radius, height = (torch.cat(part) for part in zip(*looks, strict=True))
     high = radius[height > height.max() - 30]
-    half = next((8.0 * 2**k for k in range(SCALES) if high.max() < 8.0 * 2**k), None)
+    half = next((8.0 * 2**k for k in range(NUM_SQUARES) if high.max() < 8.0 * 2**k), None)
     if half is None or not height.max().isfinite():
         return None
     before = None
@@ -130,7 +130,7 @@ def _axis(half: float, n: int, like: Tensor) -> Tensor:
 
 
 def _log_total(terms: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    return torch.stack([terms(part).logsumexp(0) for part in rows.split(AT_ONCE)]).logsumexp(0)
+    return torch.stack([terms(part).logsumexp(0) for part in rows.split(ROWS_AT_ONCE)]).logsumexp(0)
 
 
 def _digits(numbers: Tensor, base: int, digits: int) -> Tensor:

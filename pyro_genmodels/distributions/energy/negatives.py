@@ -23,7 +23,7 @@ from pyro_genmodels.samplers.kernel import beside, check_positive, per_chain
 if TYPE_CHECKING:
     from pyro_genmodels.distributions.energy import Energy
 
-RATE = 0.05
+STEP_SIZE_RATE = 0.05
 """By which step sizes follow the acceptance of negatives."""
 
 
@@ -130,29 +130,29 @@ class Persistent(Negatives):
         u = memory.chains[rows].clone()
         if self.restart:
             anew = torch.rand(len(u), device=u.device) < self.restart
-            u = torch.where(beside(anew, u), sampler.spread(energy.path.begin((len(u),))), u)
+            u = torch.where(beside(anew, u), sampler.replicate(energy.path.begin((len(u),))), u)
         u = _move(energy, u, self.steps, None, settle=False)
         memory.put_chains(u, rows)
-        return sampler.settled(u)
+        return sampler.cold(u)
 
 
 def _move(energy: Energy, u: Tensor, steps: int, context: Tensor | None, *, settle: bool = True) -> Tensor:
     """Chains (n, *position) moved on, and the step size with which they are."""
     sampler, memory, target = energy.chains("negatives"), energy.memory, energy.path.target(_rows(context))
-    u = sampler.spread(u) if settle else u
-    moved = run(sampler, target, u, steps, step_size=None if memory is None else memory.step_size, rate=RATE)
+    u = sampler.replicate(u) if settle else u
+    moved = run(sampler, target, u, steps, step_size=None if memory is None else memory.step_size, rate=STEP_SIZE_RATE)
     if memory is not None:
         memory.put_step_size(moved.step_size, moved.acceptance)
     u = _sound(energy, sampler, moved.x)
-    return sampler.settled(u) if settle else u
+    return sampler.cold(u) if settle else u
 
 
 def _anneal(energy: Energy, shape: Size, steps: int, context: Tensor | None, *, settle: bool = True) -> Tensor:
     """Chains (n, *position) led to the energy from the start of its path."""
     sampler, target = energy.chains("negatives"), energy.path.target(_rows(context, shape))
     u = energy.path.begin((shape.numel(),))
-    u = _sound(energy, sampler.single, anneal(target, sampler.single, u, schedule(steps, u), rate=0.1)[0])
-    return u if settle else sampler.spread(u)
+    u = _sound(energy, sampler.base_kernel, anneal(target, sampler.base_kernel, u, schedule(steps, u), rate=0.1)[0])
+    return u if settle else sampler.replicate(u)
 
 
 def _rows(context: Tensor | None, shape: Size | None = None) -> Tensor | None:
@@ -175,4 +175,4 @@ def _sound(energy: Energy, sampler: Sampler, u: Tensor) -> Tensor:
             "are too large. Use Langevin(adjusted=True) or a smaller step_size, a base to be tilted, a lower learning rate, or "
             "ContrastiveDivergence(regularization=0.1)"
         )
-    return torch.where(beside(lost, u), sampler.spread(energy.path.begin((len(u),))), u)
+    return torch.where(beside(lost, u), sampler.replicate(energy.path.begin((len(u),))), u)

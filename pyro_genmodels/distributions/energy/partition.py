@@ -14,11 +14,11 @@ from torch.distributions import Distribution
 
 from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.distributions.energy.annealed import Annealing
-from pyro_genmodels.distributions.energy.exact import MOST_STATES, exactly
+from pyro_genmodels.distributions.energy.exact import MAX_STATES, exact_log_partition
 from pyro_genmodels.distributions.energy.state import LogPartition
-from pyro_genmodels.utils.distributions import density_of, unchecked, unwrap
+from pyro_genmodels.utils.distributions import density_of, unwrap, without_validation
 
-MOST_UNASKED = 2**25
+MAX_DEFAULT_EVALUATIONS = 2**25
 """Evaluations of a conditional energy, over all its contexts, by which it is summed or integrated unasked."""
 
 
@@ -75,13 +75,15 @@ def log_partition(
         found = None
         origin = None if start is None else _origin(start, dist)
         if exact is not False:
-            found = exactly(distinct, None if exact or place is None else MOST_UNASKED, progress=progress)
+            found = exact_log_partition(
+                distinct, None if exact or place is None else MAX_DEFAULT_EVALUATIONS, progress=progress
+            )
         if origin is not None:
-            distinct = distinct.but(path=dataclasses.replace(distinct.path, origin=origin))
+            distinct = distinct.replace(path=dataclasses.replace(distinct.path, origin=origin))
         if found is None and exact:
             raise ValueError(
                 f"log Z of this energy over events {tuple(dist.event_shape)} cannot be had exactly: that takes at most "
-                f"{MOST_STATES} outcomes, 20 hidden units of a Boltzmann machine, or two real dimensions. Leave exact out."
+                f"{MAX_STATES} outcomes, 20 hidden units of a Boltzmann machine, or two real dimensions. Leave exact out."
             )
         found = found or Annealing(distinct, num_chains, num_steps, progress).estimate(draws, batch_size)
     if place is not None:
@@ -117,7 +119,7 @@ def _origin(start: Any, dist: Energy) -> Distribution:
     density, advice = density_of(made)
     if density != "exact":
         raise ValueError(f"start wants an exact density, but this one's is: {density}. {advice}")
-    return unchecked(made)
+    return without_validation(made)
 
 
 def _distinct(dist: Energy) -> tuple[Energy, Tensor | None]:
@@ -126,7 +128,7 @@ def _distinct(dist: Energy) -> tuple[Energy, Tensor | None]:
         return dist, None
     rows, place = dist.context.detach().reshape(-1, dist.context.shape[-1]).unique(dim=0, return_inverse=True)
     place = place.reshape(dist.context.shape[:-1]).expand(dist.batch_shape)
-    return dist.but(context=rows, _batch_shape=rows.shape[:1]), place
+    return dist.replace(context=rows, _batch_shape=rows.shape[:1]), place
 
 
 def _energy_of(energy: Any) -> Energy:

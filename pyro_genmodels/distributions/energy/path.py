@@ -9,7 +9,7 @@ counted in the density, so that :math:`Z` is the same; those of classes are one-
 
 from __future__ import annotations
 
-__all__ = ["Path", "kind_of", "positions", "start_of"]
+__all__ = ["AnnealingPath", "kind_of", "positions", "start_of"]
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from pyro_genmodels.utils.distributions import is_real, sum_event
 
 
 @dataclass(frozen=True)
-class Path:
+class AnnealingPath:
     """An energy's density and what leads to it.
 
     Attributes:

@@ -6,7 +6,7 @@ it was made with and no others; it is known by their *fingerprint*, a sum over t
 
 from __future__ import annotations
 
-__all__ = ["Kind", "LogPartition", "Memory", "fingerprint"]
+__all__ = ["LogPartition", "Memory", "PartitionKind", "fingerprint"]
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from pyro_genmodels.samplers import Sampler
 
-Kind = Literal["exact", "estimate", "unreliable"]
-_KINDS: tuple[Kind, ...] = ("exact", "estimate", "unreliable")
+PartitionKind = Literal["exact", "estimate", "unreliable"]
+_KINDS: tuple[PartitionKind, ...] = ("exact", "estimate", "unreliable")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -40,7 +40,7 @@ class LogPartition:
 
     value: Tensor
     std_error: Tensor
-    kind: Kind
+    kind: PartitionKind
     reverse: Tensor | None = None
     reverse_std_error: Tensor | None = None
     effective_sample_size: Tensor | None = None
@@ -74,7 +74,7 @@ class Memory(nn.Module):
     def __init__(self, sampler: Sampler | None, like: Tensor) -> None:
         super().__init__()
         step_size = torch.ones(()) if sampler is None else sampler.first_step_size(like)
-        self.register_buffer("chains", like if sampler is None else sampler.spread(like))
+        self.register_buffer("chains", like if sampler is None else sampler.replicate(like))
         self.register_buffer("begun", torch.tensor(False))
         self.register_buffer("step_size", step_size)
         self.register_buffer("acceptance", torch.zeros_like(step_size))

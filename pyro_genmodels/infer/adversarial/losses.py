@@ -14,7 +14,7 @@ Goodfellow et al., *Generative Adversarial Nets* (arXiv 1406.2661); Nowozin et a
 
 from __future__ import annotations
 
-__all__ = ["FGAN", "Game", "Hinge", "LeastSquares", "Minimax", "NonSaturating", "Relativistic", "Wasserstein"]
+__all__ = ["FGAN", "WGAN", "AdversarialLoss", "Hinge", "LeastSquares", "Minimax", "NonSaturating", "Relativistic"]
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from pyro_genmodels.infer.adversarial.penalties import R1, R2, GradientPenalty, 
 
 
 @dataclass(frozen=True)
-class Game(ABC):
+class AdversarialLoss(ABC):
     """Base of games. Of the critic's outputs `real`, on data, and `fake`, on draws, (rows,) each, row i is of a pair."""
 
     penalties: ClassVar[tuple[Penalty, ...]] = ()
@@ -40,12 +40,12 @@ class Game(ABC):
     @property
     def estimates_ratio(self) -> bool:
         """Whether `log_ratio` has an answer."""
-        return type(self).log_ratio is not Game.log_ratio
+        return type(self).log_ratio is not AdversarialLoss.log_ratio
 
     @property
     def bounds(self) -> bool:
         """Whether `divergence` has an answer."""
-        return type(self).divergence is not Game.divergence
+        return type(self).divergence is not AdversarialLoss.divergence
 
     @abstractmethod
     def critic_loss(self, real: Tensor, fake: Tensor) -> Tensor:
@@ -73,11 +73,11 @@ class Game(ABC):
             ValueError: in a game that bounds none.
         """
         raise ValueError(
-            f"The critic of {type(self).__name__} bounds no divergence. Train one by FGAN(f), Minimax() or Wasserstein()."
+            f"The critic of {type(self).__name__} bounds no divergence. Train one by FGAN(f), Minimax() or WGAN()."
         )
 
 
-class _Logistic(Game):
+class _Logistic(AdversarialLoss):
     """A critic that is a classifier: its output is the log odds of data."""
 
     def critic_loss(self, real: Tensor, fake: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class NonSaturating(_Logistic):
     r"""The critic of `Minimax`, and a model that maximises :math:`\mathbb{E}_q \log D` (Goodfellow et al., section 3)."""
 
 
-class LeastSquares(Game):
+class LeastSquares(AdversarialLoss):
     r"""Squared distances to 1 for data and 0 for draws. Mao et al., *Least Squares GANs* (arXiv 1611.04076).
 
     The best critic is p / (p + q) itself, cut here to within 1e-6 of its ends for `log_ratio`.
@@ -120,7 +120,7 @@ class LeastSquares(Game):
         return torch.logit(v, eps=1e-6)
 
 
-class Hinge(Game):
+class Hinge(AdversarialLoss):
     r"""Margins of 1: :math:`\max(0, 1 - v_p) + \max(0, 1 + v_q)`, against :math:`-v_q`.
 
     Lim and Ye, *Geometric GAN* (arXiv 1705.02894); with spectral normalisation Miyato et al. (arXiv 1802.05957).
@@ -133,7 +133,7 @@ class Hinge(Game):
         return real - fake
 
 
-class Wasserstein(Game):
+class WGAN(AdversarialLoss):
     r"""The dual of optimal transport: :math:`W_1(p, q) = \sup_{|v|_L \le 1} \mathbb{E}_p v - \mathbb{E}_q v`.
 
     The critic must be kept to slopes of at most 1, by `GradientPenalty`, the default, or, up to a constant, `WeightClipping`.
@@ -155,7 +155,7 @@ class Wasserstein(Game):
 
 
 @dataclass(frozen=True)
-class FGAN(Game):
+class FGAN(AdversarialLoss):
     r"""The variational bound of any f-divergence, with T = f.critic(v):
 
     .. math:: D_f(p \| q) \ge \mathbb{E}_p[T(x)] - \mathbb{E}_q[f^*(T(x))] .
@@ -198,7 +198,7 @@ class FGAN(Game):
         return difference(self.f.critic(real), self.f.conjugate_of_critic(fake))
 
 
-class Relativistic(Game):
+class Relativistic(AdversarialLoss):
     r"""Pairs: :math:`\mathrm{softplus}(-(v_p - v_q))` for the critic, who wants each datum above a draw, and its mirror image.
 
     With the penalties `R1` and `R2`, its default, training converges locally: Huang et al., *The GAN is dead; long live the

@@ -3,10 +3,10 @@ r"""What a critic is to tell apart: the two sides that a model, and its guide, p
 =============  ==========================================  =====================================================
 choice         the critic sees                             the model and its guide are led by
 =============  ==========================================  =====================================================
-`Observations` x of the data, x of the model               the game
-`Joint`        (x, z of the guide), (x, z of the model)    the game: ALI, BiGAN
-`Aggregate`    z of the prior, z of the guide              the game, and :math:`-\log p(x \mid z)`: AAE
-`Posterior`    (x, z of the guide), (x, z of a reference)  the ELBO, the critic standing for the log ratio: AVB
+`ObservationsPairing` x of the data, x of the model               the game
+`JointPairing`        (x, z of the guide), (x, z of the model)    the game: ALI, BiGAN
+`AggregatePairing`    z of the prior, z of the guide              the game, and :math:`-\log p(x \mid z)`: AAE
+`PosteriorPairing`    (x, z of the guide), (x, z of a reference)  the ELBO, the critic standing for the log ratio: AVB
 =============  ==========================================  =====================================================
 
 The model runs without its observations, so that any program with `pyro.sample` statements is a model. Where a draw carries no
@@ -18,7 +18,7 @@ Dumoulin et al., *Adversarially Learned Inference* (arXiv 1606.00704); Donahue e
 
 from __future__ import annotations
 
-__all__ = ["Aggregate", "Joint", "Matching", "Observations", "Posterior", "Sides"]
+__all__ = ["AggregatePairing", "JointPairing", "ObservationsPairing", "Pairing", "PosteriorPairing", "RealAndFake"]
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -32,14 +32,14 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_genmodels._pyro import traces
-from pyro_genmodels._pyro.predictive import both_of, drawing, is_rounded, masked, observed_sites, plate_of, scores
-from pyro_genmodels.infer.adversarial.losses import Game
+from pyro_genmodels._pyro.predictive import both_of, is_rounded, masked, observed_sites, plate_of, replicating, scores
+from pyro_genmodels.infer.adversarial.losses import AdversarialLoss
 from pyro_genmodels.utils.distributions import density_of, unwrap
 from pyro_genmodels.utils.errors import listed
 
 
 @dataclass(frozen=True)
-class Sides:
+class RealAndFake:
     """What one run puts before the critic.
 
     Attributes:
@@ -61,70 +61,80 @@ class Sides:
 
 
 @dataclass(frozen=True)
-class Matching(ABC):
+class Pairing(ABC):
     """Base of the choices; those without options are equal where their class is."""
 
     @abstractmethod
-    def sides(self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Sides:
+    def sides(
+        self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
+    ) -> RealAndFake:
         """One run."""
 
-    def loss(self, game: Game, real: Tensor, fake: Tensor) -> Tensor:
+    def loss(self, game: AdversarialLoss, real: Tensor, fake: Tensor) -> Tensor:
         """What model and guide minimise of the critic's outputs, (rows,)."""
         return game.model_loss(real, fake)
 
 
-class Observations(Matching):
-    """What the model observes, against what it draws in its place: the matching of a GAN.
+class ObservationsPairing(Pairing):
+    """What the model observes, against what it draws in its place: the pairing of a GAN.
 
     Several observed sites are flattened and joined. The model's other arguments with a row for each datum, such as a context or
     covariates, are shown to the critic beside them, one by one. Our own distributions show themselves as their networks see
     them: standardised where they standardise, and integers with noise (`Dequantized`).
     """
 
-    def sides(self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Sides:
+    def sides(
+        self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
+    ) -> RealAndFake:
         trace, plate, real, fake, context = _observations(model, args, kwargs)
-        return Sides((real,), (fake,), context, _score(trace, plate), size=_size(plate))
+        return RealAndFake((real,), (fake,), context, _score(trace, plate), size=_size(plate))
 
 
-class Joint(Matching):
+class JointPairing(Pairing):
     """Data with the guide's latent variables against the model's draws with theirs: bidirectional GANs.
 
     The guide needs reparametrised draws, but no density. The critic is called as ``critic(x, z)``, or with a context as
     a third.
     """
 
-    def sides(self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Sides:
+    def sides(
+        self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
+    ) -> RealAndFake:
         trace, plate, real, fake, context = _observations(model, args, kwargs)
-        guided = _guided(traces.alone(guide, args, kwargs), plate, "Joint")
+        guided = _guided(traces.trace_of(guide, args, kwargs), plate, "Joint")
         z_real, z_fake = _latents(guided, plate), _latents(_counterparts(guided, trace), plate)
-        return Sides((real, z_real), (fake, z_fake), context, _score(trace, plate), size=_size(plate))
+        return RealAndFake((real, z_real), (fake, z_fake), context, _score(trace, plate), size=_size(plate))
 
 
-class Aggregate(Matching):
+class AggregatePairing(Pairing):
     """The guide's latent variables over all data against the prior's, beside the model's reconstruction of the data.
 
     The guide needs reparametrised draws, but no density. The critic is called as ``critic(z)``.
     """
 
-    def sides(self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Sides:
-        model_trace, guide_trace = traces.run(model, guide, args, kwargs)
+    def sides(
+        self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
+    ) -> RealAndFake:
+        model_trace, guide_trace = traces.run_pair(model, guide, args, kwargs)
         observed = _observed(model_trace)
         plate = plate_of(observed, _rows(args))
         guided = _guided(guide_trace, plate, "Aggregate")
-        prior_trace = traces.alone(drawing(model), args, kwargs)
+        prior_trace = traces.trace_of(replicating(model), args, kwargs)
         prior = _counterparts(guided, prior_trace)
         if not all(site["fn"].has_rsample for site in prior.values()):
-            raise ValueError("Aggregate wants a prior whose draws carry gradients, so that it is trained along. Use Joint().")
+            raise ValueError(
+                "Aggregate wants a prior whose draws carry gradients, so that it is trained along. Use JointPairing()."
+            )
         log_p = sum(
-            traces.keep(scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"]), (plate.dim,))
+            traces.sum_to_dims(scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"]), (plate.dim,))
             for site in observed.values()
         )
         rest = -torch.as_tensor(log_p).mean()
-        return Sides((_latents(prior, plate),), (_latents(guided, plate),), rest=rest, size=_size(plate))
+        return RealAndFake((_latents(prior, plate),), (_latents(guided, plate),), rest=rest, size=_size(plate))
 
 
 @dataclass(frozen=True)
-class Posterior(Matching):
+class PosteriorPairing(Pairing):
     r"""An implicit guide by the ELBO: the critic stands for the log ratio of guide and reference, for the lack of a density.
 
     .. math:: \mathrm{ELBO} = \mathbb{E}_{q(z \mid x)}\Bigl[\log p(x, z) - \log r(z) - v(x, z)\Bigr], \qquad
@@ -148,16 +158,20 @@ class Posterior(Matching):
         if isinstance(self.num_particles, bool) or not isinstance(self.num_particles, int) or self.num_particles < 1:
             raise ValueError(f"Posterior wants num_particles as a positive integer, but found {self.num_particles!r}.")
 
-    def sides(self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Sides:
+    def sides(
+        self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
+    ) -> RealAndFake:
         nesting = traces.max_plate_nesting(model, guide, args, kwargs)
-        model_trace, guide_trace = traces.run(model, guide, args, kwargs, traces.particles(self.num_particles, nesting))
-        implicit = {name: site for name, site in traces.samples(guide_trace).items() if density_of(site["fn"])[0] == "none"}
+        model_trace, guide_trace = traces.run_pair(model, guide, args, kwargs, traces.particles(self.num_particles, nesting))
+        implicit = {
+            name: site for name, site in traces.sample_sites(guide_trace).items() if density_of(site["fn"])[0] == "none"
+        }
         if not implicit:
             raise ValueError(
                 "Posterior is for a guide without a density, but every site of this one has one. Use SVI with Trace_ELBO."
             )
         for name in traces.latents(guide_trace):
-            fn = traces.samples(guide_trace)[name]["fn"]
+            fn = traces.sample_sites(guide_trace)[name]["fn"]
             if not fn.has_rsample:
                 raise ValueError(
                     f"Posterior wants a guide whose draws carry gradients, but site {name!r} holds {type(unwrap(fn)).__name__}."
@@ -186,9 +200,9 @@ class Posterior(Matching):
         size = _size(frame) if local else 1
         rest = (log_q - log_p) / size + reference.log_prob(u).mean()
         seen = (args[0].expand(self.num_particles, *args[0].shape).flatten(0, 1),) if local else ()
-        return Sides((*seen, y), (*seen, torch.randn_like(y)), rest=rest, size=size)
+        return RealAndFake((*seen, y), (*seen, torch.randn_like(y)), rest=rest, size=size)
 
-    def loss(self, game: Game, real: Tensor, fake: Tensor) -> Tensor:
+    def loss(self, game: AdversarialLoss, real: Tensor, fake: Tensor) -> Tensor:
         return game.log_ratio(real)
 
 
@@ -199,7 +213,7 @@ def _observations(
     model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
 ) -> tuple[Trace, Any, Tensor, Tensor, tuple[Tensor, ...]]:
     """A run that draws what it observes: its trace, the data's plate, what was observed and drawn, rows first, and the told."""
-    trace = traces.alone(drawing(model), args, kwargs)
+    trace = traces.trace_of(replicating(model), args, kwargs)
     sites = observed_sites(trace)
     plate = plate_of(sites, _rows(args))
     real, fake = (
@@ -261,13 +275,13 @@ def _score(trace: Trace, plate: Any) -> tuple[Tensor | None, Tensor | None]:
 
 def _guided(guide_trace: Trace, plate: Any, by: str) -> dict[str, Any]:
     """The guide's sites, once it is known that each is of single rows and drawn with gradients."""
-    found = {name: site for name, site in traces.samples(guide_trace).items() if not site["is_observed"]}
+    found = {name: site for name, site in traces.sample_sites(guide_trace).items() if not site["is_observed"]}
     if not found:
         raise ValueError(f"{by} wants a guide that draws latent variables, but this one draws none. Pass guide=.")
     for name, site in found.items():
         if all(f.name != plate.name for f in site["cond_indep_stack"]):
             raise ValueError(
-                f"{by} matches latent variables of single rows, but {name!r} lies outside the data's plate. Use Posterior()."
+                f"{by} matches latent variables of single rows, but {name!r} lies outside the data's plate. Use PosteriorPairing()."
             )
         if not site["fn"].has_rsample:
             raise ValueError(
@@ -278,12 +292,12 @@ def _guided(guide_trace: Trace, plate: Any, by: str) -> dict[str, Any]:
 
 
 def _observed(trace: Trace) -> dict[str, Any]:
-    return {name: traces.samples(trace)[name] for name in traces.observed(trace)}
+    return {name: traces.sample_sites(trace)[name] for name in traces.observed(trace)}
 
 
 def _counterparts(guided: Mapping[str, Any], trace: Trace) -> dict[str, Any]:
     """The model's sites of the guide's names."""
-    sites = traces.samples(trace)
+    sites = traces.sample_sites(trace)
     if missing := [name for name in guided if name not in sites]:
         raise ValueError(f"The guide draws {listed(missing)}, which the model does not have.")
     return {name: sites[name] for name in guided}

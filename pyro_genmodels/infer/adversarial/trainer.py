@@ -3,13 +3,13 @@ r"""Adversarial training: a model and a critic who tells its draws from data, in
 .. math:: \theta \leftarrow \theta - \eta\, \nabla_\theta L_{\text{model}}(v_\phi), \qquad
     \phi \leftarrow \phi - \eta'\, \nabla_\phi \bigl(L_{\text{critic}}(v_\phi) + R(v_\phi)\bigr)
 
-Gradients flow to nothing but the player whose turn it is. Which losses: `games`; what the critic sees: `matching`; what keeps
+Gradients flow to nothing but the player whose turn it is. Which losses: `games`; what the critic sees: `pairing`; what keeps
 it smooth: `penalties`. Goodfellow et al. (arXiv 1406.2661); packing: Lin et al., *PacGAN* (arXiv 1712.04086).
 """
 
 from __future__ import annotations
 
-__all__ = ["Adversarial", "GameOverError"]
+__all__ = ["Adversarial", "LostGameError"]
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -25,20 +25,20 @@ from torch.optim import Optimizer
 
 from pyro_genmodels._pyro import handlers, traces
 from pyro_genmodels.divergences import Divergence
-from pyro_genmodels.infer.adversarial.losses import Game, Relativistic
-from pyro_genmodels.infer.adversarial.pairings import Joint, Matching, Observations, Posterior, Sides
+from pyro_genmodels.infer.adversarial.losses import AdversarialLoss, Relativistic
+from pyro_genmodels.infer.adversarial.pairings import JointPairing, ObservationsPairing, Pairing, PosteriorPairing, RealAndFake
 from pyro_genmodels.infer.adversarial.penalties import R1, Penalty
-from pyro_genmodels.optim.adapters import Optim, make
-from pyro_genmodels.optim.averaging import Weights, moving_average
-from pyro_genmodels.utils.errors import chosen, listed
+from pyro_genmodels.optim.adapters import Optim, make_optimizer
+from pyro_genmodels.optim.averaging import TrainedWeights, moving_average
+from pyro_genmodels.utils.errors import check_choice, listed
 
 KEEP_EVERY = 100
 """Steps between two copies of the last good state."""
-DECIDED = 1e-3
+LOST_GAME_RATIO = 1e-3
 """The share of an indifferent critic's loss below which a game is lost, if it stays there for `KEEP_EVERY` steps."""
 
 
-class GameOverError(FloatingPointError):
+class LostGameError(FloatingPointError):
     """A game that exploded, or that the critic has won for good. The players are back in their last good state."""
 
 
@@ -54,15 +54,15 @@ class Adversarial:
         optim: parameters -> torch optimiser, such as ``functools.partial(torch.optim.Adam, lr=1e-4)``, or one of Pyro's; or a
             pair of these, for the model and for the critic. By default Adam at a step of 1e-3 without momentum (betas 0 and
             0.99).
-        guide: of the model's latent variables; see `Joint`, `Aggregate` and `Posterior`.
-        matching: what the critic is to tell apart: `Observations`, or with a guide and nothing beside by default `Joint`.
+        guide: of the model's latent variables; see `JointPairing`, `AggregatePairing` and `PosteriorPairing`.
+        pairing: what the critic is to tell apart: `ObservationsPairing`, or with a guide and nothing beside by default `JointPairing`.
         penalties: on the critic; by default the game's own.
         num_critic_steps: steps of the critic for one of the model, on the same data and fresh draws.
         pack: rows that the critic sees at once, as (rows / pack, pack, ...); by default what the critic's attribute `pack`
             says, or 1.
         beside: another Pyro loss of model and guide, which the game is added to, in nats per row: the ELBO makes a VAE-GAN.
         weight: of the game beside it.
-        average: decay per step of a moving average of model and guide, for `averaged`; None keeps none.
+        ema_decay: decay per step of a moving average of model and guide, for `averaged`; None keeps none.
 
     Raises:
         TypeError: for a choice that is none.
@@ -80,32 +80,34 @@ class Adversarial:
         self,
         model: Callable[..., Any],
         critic: nn.Module,
-        objective: Game | None = None,
+        objective: AdversarialLoss | None = None,
         optim: Optim | tuple[Optim, Optim] = None,
         *,
         guide: Callable[..., Any] | None = None,
-        matching: Matching | None = None,
+        pairing: Pairing | None = None,
         penalties: Sequence[Penalty] | None = None,
         num_critic_steps: int = 1,
         pack: int | None = None,
         beside: ELBO | None = None,
         weight: float = 1.0,
-        average: float | None = None,
+        ema_decay: float | None = None,
     ) -> None:
         if not callable(model) or hasattr(model, "event_shape"):  # a family is no model, but has one
             raise TypeError(f"Adversarial wants a model, such as gan.model, but found {type(model).__name__}.")
         if not isinstance(critic, nn.Module):
             raise TypeError(f"Adversarial wants a critic that is a torch.nn.Module, such as gan.critic, but found {critic!r}.")
-        default = Joint() if guide is not None and beside is None else Observations()
+        default = JointPairing() if guide is not None and beside is None else ObservationsPairing()
         self.model, self.guide, self.critic = model, guide or traces.no_latents, critic
-        self.objective: Game = chosen("Adversarial", "objective", objective, Relativistic(), Game)
-        self.matching: Matching = chosen("Adversarial", "matching", matching, default, Matching)
-        if guide is not None and beside is None and isinstance(self.matching, Observations):
-            raise ValueError("Observations() has no use for a guide: pass beside=Trace_ELBO(), or matching=Joint().")
+        self.objective: AdversarialLoss = check_choice("Adversarial", "objective", objective, Relativistic(), AdversarialLoss)
+        self.pairing: Pairing = check_choice("Adversarial", "pairing", pairing, default, Pairing)
+        if guide is not None and beside is None and isinstance(self.pairing, ObservationsPairing):
+            raise ValueError(
+                "ObservationsPairing() has no use for a guide: pass beside=Trace_ELBO(), or pairing=JointPairing()."
+            )
         penalties = self.objective.penalties if penalties is None else penalties
         self.penalties = (penalties,) if isinstance(penalties, Penalty) else tuple(penalties)
         for penalty in self.penalties:
-            chosen("Adversarial", "penalty", penalty, R1(), Penalty)
+            check_choice("Adversarial", "penalty", penalty, R1(), Penalty)
         if not (beside is None or isinstance(beside, ELBO)):
             raise TypeError(f"Adversarial wants a Pyro loss beside the game, such as Trace_ELBO(), but found {beside!r}.")
         self.beside: Any = beside
@@ -113,22 +115,22 @@ class Adversarial:
         for name, value in (("num_critic_steps", num_critic_steps), ("pack", self.pack)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"Adversarial wants {name} as a positive integer, but found {value!r}.")
-        if isinstance(self.matching, Posterior) and not self.objective.estimates_ratio:
+        if isinstance(self.pairing, PosteriorPairing) and not self.objective.estimates_ratio:
             raise ValueError(
                 f"Posterior wants a critic that estimates a log ratio, but that of {type(self.objective).__name__} does not. "
                 "Use NonSaturating()."
             )
-        if self.pack > 1 and isinstance(self.matching, Posterior):
+        if self.pack > 1 and isinstance(self.pairing, PosteriorPairing):
             raise ValueError("Posterior wants the critic's log ratio of single rows, but this critic sees packs. Use pack=1.")
-        if average is not None:
-            moving_average(average)  # checks it
+        if ema_decay is not None:
+            moving_average(ema_decay)  # checks it
         if isinstance(optim, list | tuple) and len(optim) != 2:
             raise ValueError(f"Adversarial wants one optimiser for both players, or a pair, but found {len(optim)}.")
         if weight != 1.0 and beside is None:
             raise ValueError(f"weight={weight} is that of the game beside another loss: pass beside=, or leave it out.")
         if not (isfinite(weight) and weight > 0):
             raise ValueError(f"Adversarial wants a positive weight of the game, but found {weight!r}.")
-        self.num_critic_steps, self.weight, self.average = num_critic_steps, weight, average
+        self.num_critic_steps, self.weight, self.ema_decay = num_critic_steps, weight, ema_decay
         self.optims = tuple(optim) if isinstance(optim, list | tuple) else (optim, optim)
         self.steps, self._lost = 0, 0
         self._ready = False
@@ -151,9 +153,9 @@ class Adversarial:
         self.prepare(*args, **kwargs)
         for _ in range(self.num_critic_steps - 1):
             with torch.no_grad():
-                sides = self.matching.sides(self.model, self.guide, args, kwargs)
+                sides = self.pairing.sides(self.model, self.guide, args, kwargs)
             self._critic_step(sides)
-        sides = self.matching.sides(self.model, self.guide, args, kwargs)
+        sides = self.pairing.sides(self.model, self.guide, args, kwargs)
         critic = self._critic_step(sides)
         loss = self._model_loss(sides, args, kwargs)
         self._update("generator", loss)
@@ -164,18 +166,18 @@ class Adversarial:
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """What `step` would say, without a step; both players look on, in evaluation mode."""
-        with handlers.looking_on():
-            sides = self.matching.sides(self.model, self.guide, args, kwargs)
+        with handlers.side_effect_free():
+            sides = self.pairing.sides(self.model, self.guide, args, kwargs)
             real, fake = self._outputs(sides)
             loss = self._model_loss(sides, args, kwargs)
             return {"generator": loss.item(), "critic": self.objective.critic_loss(real, fake).mean().item()}
 
     # What is known of the game.
 
-    def play(self, *args: Any, **kwargs: Any) -> tuple[Sides, tuple[Tensor, Tensor]]:
+    def play(self, *args: Any, **kwargs: Any) -> tuple[RealAndFake, tuple[Tensor, Tensor]]:
         """What is put before the critic of data and fresh draws, and what it says of both, (rows,) each; nobody learns."""
-        with handlers.looking_on():
-            sides = self.matching.sides(self.model, self.guide, args, kwargs)
+        with handlers.side_effect_free():
+            sides = self.pairing.sides(self.model, self.guide, args, kwargs)
             return sides, self._outputs(sides)
 
     def divergence(self, *args: Any, **kwargs: Any) -> Divergence:
@@ -194,8 +196,8 @@ class Adversarial:
         Raises:
             ValueError: if none is kept.
         """
-        if self.average is None or not self._ready:
-            raise ValueError("Adversarial keeps no moving average yet: build it with average=0.999, and take a step.")
+        if self.ema_decay is None or not self._ready:
+            raise ValueError("Adversarial keeps no moving average yet: build it with ema_decay=0.999, and take a step.")
         return self.weights.averaged()
 
     # Coming and going.
@@ -205,7 +207,7 @@ class Adversarial:
         if self._ready:
             return
         with poutine.trace(param_only=True) as capture:
-            sides = self.matching.sides(self.model, self.guide, args, kwargs)
+            sides = self.pairing.sides(self.model, self.guide, args, kwargs)
             loss = self._model_loss(sides, args, kwargs)
         own = {id(p) for p in self.critic.parameters()}
         values: dict[str, Any] = {name: site["value"] for name, site in capture.trace.nodes.items()}
@@ -225,11 +227,11 @@ class Adversarial:
             )
         self.players = {"generator": found, "critic": critic}
         self.optimisers: dict[str, Optimizer] = {
-            player: make(optim, list(self.players[player].values()), betas=(0.0, 0.99))
+            player: make_optimizer(optim, list(self.players[player].values()), betas=(0.0, 0.99))
             for player, optim in zip(self.players, self.optims, strict=True)
         }
-        modules = traces.owners(self.model, self.guide)
-        self.weights = Weights(found, modules, self.average)
+        modules = traces.modules_of(self.model, self.guide)
+        self.weights = TrainedWeights(found, modules, self.ema_decay)
         self._modules = [*modules, self.critic]
         self._ready = True
         self._good = self.state_dict()
@@ -298,7 +300,7 @@ class Adversarial:
 
     # The players' losses.
 
-    def _critic_step(self, sides: Sides) -> float:
+    def _critic_step(self, sides: RealAndFake) -> float:
         seen = (sides.real, sides.fake, sides.context)
         real, fake, context = (tuple(self._packed(t.detach()) for t in side) for side in seen)
         if self.penalties:
@@ -318,9 +320,9 @@ class Adversarial:
             penalty.constrain(self.players["critic"].values())
         return loss.item()
 
-    def _model_loss(self, sides: Sides, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    def _model_loss(self, sides: RealAndFake, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
         real, fake = self._outputs(sides)
-        values = self.matching.loss(self.objective, real, fake)
+        values = self.pairing.loss(self.objective, real, fake)
         loss = values.mean()
         own, shared = sides.log_q
         if own is not None:
@@ -336,7 +338,7 @@ class Adversarial:
             return loss
         return self.weight * loss + self.beside.differentiable_loss(self.model, self.guide, *args, **kwargs) / sides.size
 
-    def _outputs(self, sides: Sides) -> tuple[Tensor, Tensor]:
+    def _outputs(self, sides: RealAndFake) -> tuple[Tensor, Tensor]:
         real, fake = (self._says(*map(self._packed, (*side, *sides.context))) for side in (sides.real, sides.fake))
         return real, fake
 
@@ -373,7 +375,7 @@ class Adversarial:
 
     def _watch(self, critic: float) -> None:
         zero = torch.zeros(1)
-        lost = self.objective.decided and critic < DECIDED * self.objective.critic_loss(zero, zero).item()
+        lost = self.objective.decided and critic < LOST_GAME_RATIO * self.objective.critic_loss(zero, zero).item()
         self._lost = self._lost + 1 if lost else 0
         if self._lost >= KEEP_EVERY:
             self._end(f"the critic's loss has been below {critic:.1e} for {self._lost} steps, at step {self.steps}: it has won")
@@ -385,7 +387,7 @@ class Adversarial:
 
     def _end(self, why: str) -> None:
         self._put_back(self._good)
-        raise GameOverError(
+        raise LostGameError(
             f"{why}. Players and optimisers are back as they were at step {self.steps}. Lower the critic's learning rate, or "
             "restrain it: penalties=(R1(1.0), R2(1.0)), spectral_normalized(critic), or noise on the data."
         )
