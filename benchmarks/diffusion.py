@@ -26,7 +26,6 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from pyro_genmodels import (
-    Ancestral,
     DenoisingScoreMatching,
     DenseField,
     Diffusion,
@@ -35,8 +34,6 @@ from pyro_genmodels import (
     FlowDensity,
     FlowMatching,
     Hutchinson,
-    LikelihoodWeighting,
-    LogNormalWeighting,
     MaximumLikelihood,
     ODEFlow,
     UNet,
@@ -46,7 +43,8 @@ from pyro_genmodels import (
 from pyro_genmodels.datasets import Dataset, load
 from pyro_genmodels.divergences import sliced_wasserstein
 from pyro_genmodels.evaluation import c2st
-from pyro_genmodels.families import Family
+from pyro_genmodels.families import Ancestral, Family
+from pyro_genmodels.infer import LikelihoodWeighting, LogNormalWeighting
 from pyro_genmodels.optim.averaging import moving_average
 from pyro_genmodels.training import checkpoints
 

@@ -24,21 +24,11 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from tqdm.auto import tqdm
 
-from pyro_genmodels import (
-    FGAN,
-    GAN,
-    R1,
-    R2,
-    Adversarial,
-    AutoFamily,
-    DenseCritic,
-    DenseGenerator,
-    NonSaturating,
-    PosteriorPairing,
-)
+from pyro_genmodels import GAN, Adversarial, AutoFamily, DenseCritic, DenseGenerator
 from pyro_genmodels.datasets import load
 from pyro_genmodels.divergences import JensenShannon, KullbackLeibler, SquaredHellinger, TotalVariation
 from pyro_genmodels.evaluation import c2st, mode_coverage
+from pyro_genmodels.infer.adversarial import FGAN, R1, R2, NonSaturating, PosteriorPairing
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 SCALES = {"grid": 0.05, "ring": 0.01}

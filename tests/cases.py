@@ -13,21 +13,13 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_genmodels import (
-    BPF,
     GAN,
     MAF,
-    NAF,
     NCSF,
-    NICE,
     NSF,
-    RK4,
-    SOSPF,
-    UNAF,
     VAE,
-    Annealed,
     Autoregressive,
     BernoulliLikelihood,
-    BoltzmannMachine,
     CategoricalLikelihood,
     ContrastiveDivergence,
     ConvolutionalCritic,
@@ -46,21 +38,31 @@ from pyro_genmodels import (
     Flow,
     FlowDensity,
     FlowMatching,
-    Hamiltonian,
     Hutchinson,
     Labels,
     MaximumLikelihood,
     MaximumMeanDiscrepancy,
     NormalLikelihood,
     ODEFlow,
-    ParallelTempering,
     Persistent,
     RealNVP,
     RestrictedBoltzmannMachine,
     UNet,
     VariationalBound,
 )
-from pyro_genmodels.families import Family
+from pyro_genmodels.families import (
+    BPF,
+    NAF,
+    NICE,
+    RK4,
+    SOSPF,
+    UNAF,
+    Annealed,
+    BoltzmannMachine,
+    Family,
+    Hamiltonian,
+    ParallelTempering,
+)
 
 LEVELS, CLASSES = 5, 3
 

@@ -34,21 +34,13 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pyro_genmodels import (
-    BPF,
-    FGAN,
     MAF,
-    NAF,
     NCSF,
-    NICE,
     NSF,
-    RK4,
-    SOSPF,
-    UNAF,
     VAE,
     Adversarial,
     Autoregressive,
     BernoulliLikelihood,
-    BoltzmannMachine,
     CategoricalLikelihood,
     ContrastiveDivergence,
     DenoisingScoreMatching,
@@ -58,25 +50,17 @@ from pyro_genmodels import (
     DiscretizedLogisticLikelihood,
     Dopri5,
     EnergyModel,
-    EulerMaruyama,
     Flow,
     FlowDensity,
     ImplicitScoreMatching,
-    Karras,
     Labels,
     Langevin,
-    LeastSquares,
-    LikelihoodWeighting,
     MaximumLikelihood,
-    Minimax,
     NormalLikelihood,
     Persistent,
-    ProbabilityFlow,
     RealNVP,
     RestrictedBoltzmannMachine,
     SlicedScoreMatching,
-    UniformWeighting,
-    VarianceExploding,
     VariancePreserving,
     VariationalBound,
     log_likelihood,
@@ -104,6 +88,21 @@ from pyro_genmodels.divergences import (
 )
 from pyro_genmodels.dynamics.ode import integrate
 from pyro_genmodels.evaluation import log_partition
+from pyro_genmodels.families import (
+    BPF,
+    NAF,
+    NICE,
+    RK4,
+    SOSPF,
+    UNAF,
+    BoltzmannMachine,
+    EulerMaruyama,
+    Karras,
+    ProbabilityFlow,
+    VarianceExploding,
+)
+from pyro_genmodels.infer import LikelihoodWeighting, UniformWeighting
+from pyro_genmodels.infer.adversarial import FGAN, LeastSquares, Minimax
 from pyro_genmodels.samplers import sample_chains
 
 pytestmark = pytest.mark.usefixtures("float64")

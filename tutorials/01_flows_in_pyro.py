@@ -36,7 +36,8 @@ import torch
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
-from pyro_genmodels import MAF, NAF, NICE, NSF, Flow, MaximumLikelihood, RealNVP, compare, log_likelihood, train
+from pyro_genmodels import MAF, NSF, Flow, MaximumLikelihood, RealNVP, compare, log_likelihood, train
+from pyro_genmodels.families import NAF, NICE
 
 SMOKE = bool(os.environ.get("PYRO_GENMODELS_SMOKE"))  # small settings, to see that everything runs
 plt.rcParams["figure.dpi"] = 80

@@ -62,16 +62,14 @@ from pyro_genmodels.families import (
     VariationalBound,
 )
 from pyro_genmodels.infer import (
-    R1,
-    R2,
     Adversarial,
     DenoisingScoreMatching,
     FlowMatching,
     LikelihoodWeighting,
     LogNormalWeighting,
     NoiseContrastive,
-    Relativistic,
 )
+from pyro_genmodels.infer.adversarial import R1, R2, Relativistic
 from pyro_genmodels.optim.adapters import Optim
 from pyro_genmodels.training import Fit, checkpoints, train
 from pyro_genmodels.utils.errors import unknown_name

@@ -337,7 +337,8 @@ class DequantizedDiffusion(Dequantized):
         kwargs: see `Dequantized`.
 
     Example:
-        >>> from pyro_genmodels import DDIM, Diffusion
+        >>> from pyro_genmodels.families import DDIM
+        >>> from pyro_genmodels import Diffusion
         >>> Diffusion((2,), levels=5)().with_sampler(DDIM(10)).sample((3,)).shape
         torch.Size([3, 2])
     """

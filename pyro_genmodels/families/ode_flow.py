@@ -60,7 +60,8 @@ class ODEFlow(ContinuousFamily):
         TypeError: for a choice that is none.
 
     Example:
-        >>> from pyro_genmodels import ODEFlow, RK4
+        >>> from pyro_genmodels import ODEFlow
+        >>> from pyro_genmodels.families import RK4
         >>> ODEFlow((2,), solver=RK4(8))().sample((5,)).shape
         torch.Size([5, 2])
     """

@@ -30,9 +30,7 @@ from typer.testing import CliRunner
 
 import pyro_genmodels
 from pyro_genmodels import (
-    DDIM,
     MAF,
-    RK4,
     Autoregressive,
     DenseField,
     Diffusion,
@@ -48,6 +46,7 @@ from pyro_genmodels.cli import console, recipes, reports
 from pyro_genmodels.cli.app import DATA, FAMILIES, app
 from pyro_genmodels.datasets import load
 from pyro_genmodels.distributions import Implicit
+from pyro_genmodels.families import DDIM, RK4
 from pyro_genmodels.families.family import Family
 from pyro_genmodels.training import Fit, checkpoints, loop
 

@@ -21,13 +21,8 @@ from torch.distributions import constraints
 from torch.testing import assert_close
 
 from pyro_genmodels import (
-    DDIM,
-    RK4,
     VAE,
-    Ancestral,
     BernoulliLikelihood,
-    CosineVariancePreserving,
-    DataPrediction,
     DenoisingScoreMatching,
     DenseEnergy,
     DenseField,
@@ -38,31 +33,35 @@ from pyro_genmodels import (
     Flow,
     FlowDensity,
     FlowMatching,
-    Heun,
     Hutchinson,
     ImplicitScoreMatching,
-    Karras,
     Labels,
-    LikelihoodWeighting,
-    LogNormalWeighting,
     MaximumLikelihood,
-    NoisePrediction,
     NormalLikelihood,
-    Preconditioned,
-    ProbabilityFlow,
-    ScorePrediction,
-    SubVariancePreserving,
-    TrigonometricInterpolant,
-    UniformWeighting,
-    VarianceExploding,
     VariancePreserving,
     VariationalBound,
-    VelocityPrediction,
     log_likelihood,
     train,
 )
 from pyro_genmodels.distributions.diffusion import ReverseDiffusion
 from pyro_genmodels.dynamics.denoiser import Denoiser
+from pyro_genmodels.families import (
+    DDIM,
+    RK4,
+    Ancestral,
+    CosineVariancePreserving,
+    DataPrediction,
+    Heun,
+    Karras,
+    NoisePrediction,
+    Preconditioned,
+    ProbabilityFlow,
+    ScorePrediction,
+    SubVariancePreserving,
+    VarianceExploding,
+    VelocityPrediction,
+)
+from pyro_genmodels.infer import LikelihoodWeighting, LogNormalWeighting, TrigonometricInterpolant, UniformWeighting
 from pyro_genmodels.training import checkpoints
 
 PROCESSES = [VariancePreserving(), SubVariancePreserving(), CosineVariancePreserving(), VarianceExploding(), Karras()]

@@ -25,22 +25,15 @@ from torch.distributions import constraints
 
 from pyro_genmodels import (
     VAE,
-    Annealed,
     Autoregressive,
-    BoltzmannMachine,
-    Contrastive,
     ContrastiveDivergence,
     ConvolutionalEnergy,
     DenseEnergy,
     EnergyModel,
     Flow,
-    Gibbs,
-    GibbsWithGradients,
-    Hamiltonian,
     Labels,
     Langevin,
     MaximumLikelihood,
-    ParallelTempering,
     Persistent,
     RealNVP,
     RestrictedBoltzmannMachine,
@@ -49,6 +42,15 @@ from pyro_genmodels import (
 from pyro_genmodels.distributions import Energy
 from pyro_genmodels.distributions.energy.state import LogPartition
 from pyro_genmodels.evaluation import log_partition
+from pyro_genmodels.families import (
+    Annealed,
+    BoltzmannMachine,
+    Contrastive,
+    Gibbs,
+    GibbsWithGradients,
+    Hamiltonian,
+    ParallelTempering,
+)
 from pyro_genmodels.samplers import Sampler
 from pyro_genmodels.samplers.kernel import State
 from pyro_genmodels.training import checkpoints

@@ -18,26 +18,10 @@ from torch.distributions import constraints
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
-from pyro_genmodels import (
-    RK4,
-    DenseField,
-    Dopri5,
-    Dopri8,
-    Euler,
-    ExactTrace,
-    Flow,
-    FlowMatching,
-    GaussianProbes,
-    Hutchinson,
-    MaximumLikelihood,
-    Midpoint,
-    ODEFlow,
-    RademacherProbes,
-    UNet,
-    log_likelihood,
-)
+from pyro_genmodels import DenseField, Dopri5, Flow, FlowMatching, Hutchinson, MaximumLikelihood, ODEFlow, UNet, log_likelihood
 from pyro_genmodels.distributions.ode import ContinuousFlow
 from pyro_genmodels.dynamics.ode import integrate, integrate_with_divergence
+from pyro_genmodels.families import RK4, Dopri8, Euler, ExactTrace, GaussianProbes, Midpoint, RademacherProbes
 from pyro_genmodels.training import checkpoints
 
 TIGHT = Dopri5(1e-10, 1e-10)

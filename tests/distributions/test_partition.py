@@ -35,17 +35,15 @@ from test_energy import (
 from torch import nn
 from torch.distributions import constraints
 
-from pyro_genmodels import (  # fmt: skip
+from pyro_genmodels import (
     VAE,
     Autoregressive,
     DenseEnergy,
     EnergyModel,
     Flow,
-    Hamiltonian,
     Labels,
     Langevin,
     NormalLikelihood,
-    ParallelTempering,
     Persistent,
     RestrictedBoltzmannMachine,
     compare,
@@ -54,6 +52,7 @@ from pyro_genmodels import (  # fmt: skip
 from pyro_genmodels.distributions import Energy
 from pyro_genmodels.distributions.energy.state import LogPartition, fingerprint
 from pyro_genmodels.evaluation import conservative_log_likelihood, log_partition
+from pyro_genmodels.families import Hamiltonian, ParallelTempering
 
 pytestmark = pytest.mark.usefixtures("float64")
 of_few_chains = pytest.mark.filterwarnings("ignore:The estimate of log Z is unreliable:RuntimeWarning")

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pyro_genmodels import CosineVariancePreserving, Karras, SubVariancePreserving, VarianceExploding, VariancePreserving
+from pyro_genmodels import VariancePreserving
 from pyro_genmodels.dynamics.processes import along, stratified
+from pyro_genmodels.families import CosineVariancePreserving, Karras, SubVariancePreserving, VarianceExploding
 
 PROCESSES = [
     VariancePreserving(), VariancePreserving(0.5, 10.0), SubVariancePreserving(), CosineVariancePreserving(),

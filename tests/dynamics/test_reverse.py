@@ -15,12 +15,13 @@ from scipy.stats import chi2
 from teachers import Mixture, NoisedMixture, NoisedPoints, assert_means
 from torch.testing import assert_close
 
-from pyro_genmodels import (
+from pyro_genmodels import Dopri5, DPMSolver, VariancePreserving
+from pyro_genmodels.dynamics import reverse as reverse_module
+from pyro_genmodels.dynamics.reverse import prior_scale, reverse
+from pyro_genmodels.families import (
     DDIM,
     Ancestral,
     CosineVariancePreserving,
-    Dopri5,
-    DPMSolver,
     EulerMaruyama,
     Heun,
     Karras,
@@ -31,10 +32,7 @@ from pyro_genmodels import (
     UniformSigma,
     UniformTime,
     VarianceExploding,
-    VariancePreserving,
 )
-from pyro_genmodels.dynamics import reverse as reverse_module
-from pyro_genmodels.dynamics.reverse import prior_scale, reverse
 
 PROCESSES = [VariancePreserving(), SubVariancePreserving(), CosineVariancePreserving(), VarianceExploding(), Karras()]
 SAMPLERS = [

@@ -23,7 +23,6 @@ from torch.testing import assert_close
 from pyro_genmodels import (
     MAF,
     NCSF,
-    NICE,
     NSF,
     VAE,
     Autoregressive,
@@ -40,7 +39,7 @@ from pyro_genmodels import (
     RealNVP,
     UNet,
 )
-from pyro_genmodels.families import GF
+from pyro_genmodels.families import GF, NICE
 
 BY_NAME = {case.name: case for case in CASES}
 

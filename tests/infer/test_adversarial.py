@@ -14,35 +14,19 @@ from torch.optim import SGD, Adam
 from torch.testing import assert_close
 
 from pyro_genmodels import (
-    FGAN,
     GAN,
     MAF,
     NSF,
-    R1,
-    R2,
     VAE,
-    WGAN,
     Adversarial,
-    AggregatePairing,
     AutoFamily,
     ConvolutionalCritic,
     ConvolutionalGenerator,
     DenseCritic,
     DenseGenerator,
     Flow,
-    GradientPenalty,
-    Hinge,
-    JointPairing,
     Labels,
-    LeastSquares,
-    Minimax,
-    NonSaturating,
     NormalLikelihood,
-    ObservationsPairing,
-    PosteriorPairing,
-    Relativistic,
-    WeightClipping,
-    spectral_normalized,
     train,
 )
 from pyro_genmodels.divergences import (
@@ -56,7 +40,25 @@ from pyro_genmodels.divergences import (
     TotalVariation,
 )
 from pyro_genmodels.evaluation import coverage, diagnose, mode_coverage
-from pyro_genmodels.infer import LostGameError
+from pyro_genmodels.infer.adversarial import (
+    FGAN,
+    R1,
+    R2,
+    WGAN,
+    AggregatePairing,
+    GradientPenalty,
+    Hinge,
+    JointPairing,
+    LeastSquares,
+    LostGameError,
+    Minimax,
+    NonSaturating,
+    ObservationsPairing,
+    PosteriorPairing,
+    Relativistic,
+    WeightClipping,
+    spectral_normalized,
+)
 from pyro_genmodels.training import checkpoints
 
 GAMES = [Minimax(), NonSaturating(), LeastSquares(), Hinge(), WGAN(), Relativistic(), FGAN(JensenShannon())]

@@ -23,10 +23,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_genmodels import (
     VAE,
-    Annealed,
     Autoregressive,
     BernoulliLikelihood,
-    BoltzmannMachine,
     ContrastiveDivergence,
     DenseEnergy,
     EnergyModel,
@@ -39,6 +37,7 @@ from pyro_genmodels import (
     train,
 )
 from pyro_genmodels.evaluation import log_partition
+from pyro_genmodels.families import Annealed, BoltzmannMachine
 from pyro_genmodels.samplers import Sampler
 from pyro_genmodels.samplers.kernel import State
 from pyro_genmodels.training import checkpoints

@@ -19,7 +19,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 from pyro_genmodels import (
-    RK4,
     VAE,
     Autoregressive,
     DenseField,
@@ -27,17 +26,20 @@ from pyro_genmodels import (
     EnergyModel,
     Flow,
     FlowMatching,
-    GaussianTargetCoupling,
-    IndependentCoupling,
     Labels,
-    LinearInterpolant,
     MaximumLikelihood,
     ODEFlow,
-    OptimalTransportCoupling,
-    TrigonometricInterpolant,
     train,
 )
 from pyro_genmodels.distributions.ode import ContinuousFlow
+from pyro_genmodels.families import RK4
+from pyro_genmodels.infer import (
+    GaussianTargetCoupling,
+    IndependentCoupling,
+    LinearInterpolant,
+    OptimalTransportCoupling,
+    TrigonometricInterpolant,
+)
 
 PATHS = [LinearInterpolant(), TrigonometricInterpolant()]
 COUPLINGS = [IndependentCoupling(), GaussianTargetCoupling(0.1), OptimalTransportCoupling()]

@@ -19,10 +19,11 @@ from torch import nn
 from torch.distributions import constraints
 from torch.testing import assert_close
 
-from pyro_genmodels import DenseField, Diffusion, Flow, Karras, SubVariancePreserving, VariancePreserving, to_arviz
+from pyro_genmodels import DenseField, Diffusion, Flow, VariancePreserving, to_arviz
 from pyro_genmodels.distributions import GenerativeDistribution
 from pyro_genmodels.dynamics.guided import effective_size, guided, twisted
 from pyro_genmodels.dynamics.spacing import UniformLogSNR
+from pyro_genmodels.families import Karras, SubVariancePreserving
 from pyro_genmodels.infer.guided_posterior import GuidedDiffusion, TwistedDiffusion, diffusion_posterior, inpaint
 
 PROCESSES = [VariancePreserving(), SubVariancePreserving(), Karras()]
@@ -360,7 +361,7 @@ def test_a_context_of_the_prior_counts():
             alpha, sigma = process.alpha(t).unsqueeze(1), process.sigma(t).unsqueeze(1)
             return context + alpha * 0.25 / (alpha**2 * 0.25 + sigma**2) * (x - alpha * context)
 
-    from pyro_genmodels import DataPrediction
+    from pyro_genmodels.families import DataPrediction
 
     diffusion = Diffusion((2,), context=2, network=Shift(), prediction=DataPrediction(), standardize=False).eval()
     where = torch.tensor([1.0, -1.0])

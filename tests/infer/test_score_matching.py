@@ -24,7 +24,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_genmodels import (
     MAF,
-    NICE,
     NSF,
     VAE,
     Autoregressive,
@@ -38,6 +37,7 @@ from pyro_genmodels import (
     RealNVP,
     SlicedScoreMatching,
 )
+from pyro_genmodels.families import NICE
 
 pytestmark = pytest.mark.usefixtures("float64")
 

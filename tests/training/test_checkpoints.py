@@ -32,9 +32,7 @@ from torch.distributions import constraints
 from pyro_genmodels import (
     GAN,
     MAF,
-    NICE,
     NSF,
-    SOSPF,
     VAE,
     Autoregressive,
     ConvolutionalCritic,
@@ -47,6 +45,7 @@ from pyro_genmodels import (
     RealNVP,
     train,
 )
+from pyro_genmodels.families import NICE, SOSPF
 from pyro_genmodels.training import checkpoints
 
 SMALL = MAF(transforms=1, hidden=(4,))

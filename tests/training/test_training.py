@@ -25,7 +25,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyro_genmodels import (
     MAF,
     VAE,
-    Annealed,
     Autoregressive,
     BernoulliLikelihood,
     EnergyModel,
@@ -35,6 +34,7 @@ from pyro_genmodels import (
     NormalLikelihood,
     train,
 )
+from pyro_genmodels.families import Annealed
 from pyro_genmodels.optim.averaging import TrainedWeights
 from pyro_genmodels.training import Fit, checkpoints, loop, snapshots
 
