@@ -1,1 +1,1 @@
-"""Optimisers by name, and averages of the weights they move."""
+"""Torch optimisers, and moving averages of the parameters they train."""

@@ -1,4 +1,4 @@
-"""Optimisers, however they are named: by a function of the parameters, or by one of Pyro's."""
+"""Torch optimisers, built from a function of the parameters or from an optimiser of Pyro."""
 
 from __future__ import annotations
 
@@ -12,26 +12,31 @@ from torch import nn
 from torch.optim import Adam, Optimizer
 
 Optim = Callable[[Iterable[nn.Parameter]], Optimizer] | PyroOptim | None
+"""Function from parameters to a torch optimiser, an optimiser of Pyro, or None for Adam."""
 
 
 def make_optimizer(optim: Any, parameters: list[nn.Parameter], *, betas: tuple[float, float] = (0.9, 0.999)) -> Optimizer:
-    """A torch optimiser of the parameters.
+    """Return a torch optimiser of the parameters.
 
     Args:
-        optim: parameters -> optimiser; or one of Pyro's; None is Adam at a step of 1e-3.
-        parameters: to train.
-        betas: of that Adam.
+        optim: function from parameters to a torch optimiser, or an optimiser of Pyro. None is Adam(lr=1e-3).
+        parameters: parameters to train.
+        betas: betas of that default Adam.
 
     Raises:
-        TypeError: for anything else, and for those of Pyro's that cannot be one torch optimiser.
+        TypeError: if `optim` is anything else, or an optimiser of Pyro with a schedule, clipping, or options per parameter.
+
+    Example:
+        >>> make_optimizer(None, list(nn.Linear(2, 1).parameters())).defaults["lr"]
+        0.001
     """
     if optim is None:
         return Adam(parameters, lr=1e-3, betas=betas)
     if isinstance(optim, PyroOptim):
         if isinstance(optim, PyroLRScheduler) or callable(optim.pt_optim_args) or optim.pt_clip_args:
             raise TypeError(
-                "Of Pyro's optimisers those with one set of options are taken, without schedule or clipping. "
-                "Use SVI with this one, or pass a function of the parameters."
+                "optim wants an optimiser of Pyro with one set of options, without a schedule or clipping. Use SVI with this "
+                "one, or pass a function of the parameters."
             )
         return optim.pt_optim_constructor(parameters, **optim.pt_optim_args)  # type: ignore[operator]
     if not callable(optim) or isinstance(optim, Optimizer):

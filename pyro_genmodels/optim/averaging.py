@@ -1,11 +1,11 @@
-r"""The weights of a training run: as they are, averaged, and the best so far.
+r"""The parameters of a training run: the current ones, their moving average, and the best so far.
 
 The average after t + 1 steps is
 
 .. math:: \bar\theta_t = d_t\,\bar\theta_{t-1} + (1 - d_t)\,\theta_t, \qquad
     d_t = \min\Bigl(d, \frac{1 + t}{10 + t}\Bigr), \qquad \bar\theta_0 = \theta_0,
 
-so that early on it is of the last tenth of the steps, and does not hold on to the beginning. It is kept by torch's
+so that early on it averages about the last tenth of the steps and forgets the initial parameters. It is computed by torch's
 `AveragedModel`. Polyak and Juditsky, *Acceleration of Stochastic Approximation by Averaging* (1992).
 """
 
@@ -18,18 +18,18 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 class TrainedWeights:
-    """The parameters under training, their moving average, and the best seen; at first, those it is given.
+    """The current, averaged and best parameters of a training run. At first all three are the given ones.
 
     Args:
-        parameters: by name.
-        modules: whose buffers are kept along.
-        decay: of the average per step, or None for no average.
-        aside: names of parameters that are not the fit's, and are not told as its state.
-        others: modules that are not the fit's, whose buffers are kept along and not told either.
+        parameters: trained parameters by name.
+        modules: modules of the fit. Their buffers are copied with the parameters.
+        decay: decay of the average per step, or None for no average.
+        excluded: names of parameters that do not belong to the fit, such as a critic's; `best_state` leaves them out.
+        extra_modules: modules that do not belong to the fit. Their buffers are copied too, but are not in `best_state`.
     """
 
     def __init__(
@@ -37,43 +37,44 @@ class TrainedWeights:
         parameters: dict[str, nn.Parameter],
         modules: list[nn.Module],
         decay: float | None,
-        aside: Collection[str] = (),
-        others: Sequence[nn.Module] = (),
+        excluded: Collection[str] = (),
+        extra_modules: Sequence[nn.Module] = (),
     ) -> None:
-        self.names, self.modules, self.aside = list(parameters), modules, aside
+        self.names, self.modules, self.excluded = list(parameters), modules, excluded
         self.live = list(parameters.values())
-        self.module = nn.ParameterList(self.live)  # of the same storage, also where a parameter is a plain tensor
+        self.module = nn.ParameterList(self.live)  # shares storage, also if a parameter is a plain tensor
         self.average = None if decay is None else AveragedModel(self.module, multi_avg_fn=moving_average(decay))
-        self.buffers = [b for m in (*modules, *others) for b in m.buffers()]
+        self.buffers = [b for m in (*modules, *extra_modules) for b in m.buffers()]
         self.best = [t.detach().clone() for t in (*self.live, *self.buffers)]
 
     @property
     def finite(self) -> bool:
-        """Whether every parameter is."""
+        """True if every current parameter is finite."""
         return all(p.isfinite().all() for p in self.live)
 
     def update(self) -> None:
-        """Takes the parameters of this step into the average."""
+        """Update the average with the current parameters."""
         if self.average is not None:
             self.average.update_parameters(self.module)
 
     @property
-    def kept(self) -> list[Tensor]:
-        """What is validated and kept: the average, or the parameters."""
+    def candidate(self) -> list[Tensor]:
+        """The parameters to validate and to keep if they are the best: the average if there is one, else the current ones."""
         return [p.detach() for p in (self.live if self.average is None else self.average.module.parameters())]
 
-    def keep(self) -> None:
-        """Makes these the best."""
-        self.best = [t.clone() for t in (*self.kept, *self.buffers)]
+    def keep_best(self) -> None:
+        """Copy the candidate parameters and the buffers as the best so far."""
+        self.best = [t.clone() for t in (*self.candidate, *self.buffers)]
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The average in the place of the parameters."""
-        with self._as([] if self.average is None else self.kept):
+        """Replace the parameters by their average inside a `with` block."""
+        with self._swapped([] if self.average is None else self.candidate):
             yield
 
     @contextmanager
-    def _as(self, values: list[Tensor]) -> Iterator[None]:
+    def _swapped(self, values: list[Tensor]) -> Iterator[None]:
+        """Replace the first parameters and buffers by values inside a `with` block."""
         targets = [*(p.data for p in self.live), *self.buffers]
         before = [t.clone() for t in targets[: len(values)]]
         _copy(targets, values)
@@ -83,40 +84,45 @@ class TrainedWeights:
             _copy(targets, before)
 
     def reread(self) -> None:
-        """Has modules that keep in Python what their buffers say read it again, after buffers have been changed here."""
+        """Call `reread` of the modules that cache values of their buffers in Python, after buffers have changed here."""
         for part in (part for module in self.modules for part in module.modules() if hasattr(part, "reread")):
             part.reread()  # type: ignore[operator]
 
     def best_state(self) -> dict[str, Tensor]:
-        """The best parameters and buffers, by their names in the fit's modules, or else in Pyro's param store."""
-        with self._as(self.best):
+        """Return copies of the best parameters and buffers.
+
+        Keys are the names in the fit's modules, and names in Pyro's param store for parameters outside of modules.
+        """
+        with self._swapped(self.best):
             owned = {id(p) for m in self.modules for p in m.parameters()}
             state = {
-                name: p for name, p in zip(self.names, self.live, strict=True) if id(p) not in owned and name not in self.aside
+                name: p
+                for name, p in zip(self.names, self.live, strict=True)
+                if id(p) not in owned and name not in self.excluded
             }
             for i, module in enumerate(self.modules):
                 prefix = f"{getattr(module, 'name', None) or i}." if len(self.modules) > 1 else ""
                 state |= {prefix + name: t for name, t in module.state_dict().items()}
             return {name: t.detach().clone().contiguous() for name, t in state.items()}
 
-    def restore(self) -> None:
-        """Puts the best in the place of the parameters."""
+    def restore_best(self) -> None:
+        """Replace the current parameters and buffers by the best."""
         _copy([*(p.data for p in self.live), *self.buffers], self.best)
         self.reread()
 
 
 def moving_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
-    """How `AveragedModel(network, multi_avg_fn=moving_average(0.999))` averages, from the first step on.
+    """Return the averaging function for `AveragedModel(network, multi_avg_fn=moving_average(0.999))`.
 
     Args:
-        decay: of the average per step, once it is under way.
+        decay: decay of the average per step, d in the equation above.
 
     Raises:
-        ValueError: for a decay that is not at least 0 and less than 1.
+        ValueError: if the decay is not in [0, 1).
 
     Example:
         >>> average = [torch.tensor([0.0])]
-        >>> moving_average(0.9)(average, [torch.tensor([1.0])], 1)  # the second step: 2/11 of the old
+        >>> moving_average(0.9)(average, [torch.tensor([1.0])], 1)  # second step, decay 2/11
         >>> average
         [tensor([0.8182])]
     """
@@ -126,7 +132,7 @@ def moving_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor]
     @torch.no_grad()
     def average(averages: Sequence[Tensor], parameters: Sequence[Tensor], steps: Tensor | int) -> None:
         t = int(steps)
-        torch._foreach_lerp_(list(averages), list(parameters), 1 - min(decay, (1 + t) / (10 + t)))
+        get_ema_multi_avg_fn(min(decay, (1 + t) / (10 + t)))(averages, parameters, t)  # type: ignore[arg-type]
 
     return average
 

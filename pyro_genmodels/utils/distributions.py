@@ -24,9 +24,11 @@ from typing import Any, Literal, get_args
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Independent, IndependentTransform, Transform, constraints
-from torch.nn.modules.dropout import _DropoutNd
 
 Density = Literal["exact", "lower bound", "estimate", "unnormalized", "none"]
+"""Kind of density that a `log_prob` computes, from the strongest to the weakest."""
+
+DROPOUT_LAYERS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def map_tensors(
@@ -35,7 +37,14 @@ def map_tensors(
     modules: Callable[[nn.Module], nn.Module] = lambda module: module,
     memo: dict[int, Any] | None = None,
 ) -> Any:
-    """A copy with fn applied to every tensor, and `modules` to every module, in distributions and what they are made of."""
+    """Return a copy of a distribution, transform, constraint or dataclass with all its tensors mapped.
+
+    Args:
+        value: the object to copy. Lists, tuples and parts are copied recursively; anything else is returned as it is.
+        fn: function applied to every tensor.
+        modules: function applied to every module; the tensors inside modules are left alone.
+        memo: copies made so far, by the id of the original.
+    """
     memo = {} if memo is None else memo
     if id(value) in memo:  # a transform and its inverse hold each other
         return memo[id(value)]
@@ -55,13 +64,13 @@ def map_tensors(
 
 
 def over_events(transform: Transform, event_dim: int) -> Transform:
-    """A bijection of coordinates as one of whole events, of that many dimensions."""
+    """Return the transform as one of whole events, which have `event_dim` dimensions."""
     missing = event_dim - transform.domain.event_dim
     return IndependentTransform(transform, missing) if missing else transform
 
 
 def without_validation(fn: Distribution) -> Distribution:
-    """A copy of a distribution that does not look at its values, in all its parts."""
+    """Return a copy of a distribution that validates no arguments, also in its parts."""
     fn = map_tensors(fn, lambda t: t)
     parts = [fn]
     for part in parts:
@@ -71,54 +80,57 @@ def without_validation(fn: Distribution) -> Distribution:
 
 
 def is_real(support: constraints.Constraint | None) -> bool:
-    """Whether every coordinate may be any real number."""
+    """Return True if the support is all real numbers, in every coordinate."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return isinstance(support, type(constraints.real))
 
 
 def modules_and_tensors(value: Any) -> tuple[list[nn.Module], list[Tensor]]:
-    """The modules, and the tensors outside of these, that distributions and what they are made of hold."""
+    """Return all modules in a distribution and its parts, and all tensors outside of these modules."""
     modules: list[nn.Module] = []
     tensors: list[Tensor] = []
 
-    def note(found: list, part: Any) -> Any:
-        found.append(part)
+    def collect(parts: list, part: Any) -> Any:
+        parts.append(part)
         return part
 
-    map_tensors(value, partial(note, tensors), partial(note, modules))
+    map_tensors(value, partial(collect, tensors), partial(collect, modules))
     return modules, tensors
 
 
 def density_of(fn: Distribution) -> tuple[Density, str]:
-    """What a distribution's `log_prob` returns, the weakest of what it is made of, and advice where that is no density."""
+    """Return the kind of density that `log_prob` computes, and advice if it is not exact.
+
+    A distribution made of others, such as a mixture, has the weakest kind of its parts.
+    """
     fn = unwrap(fn)
     parts = (getattr(fn, name, None) for name in ("base_dist", "base", "_component_distribution"))
-    within = [density_of(part) for part in parts if isinstance(part, Distribution)]
+    inner = [density_of(part) for part in parts if isinstance(part, Distribution)]
     own: tuple[Density, str] = getattr(fn, "density", "exact"), getattr(fn, "advice", "")
-    return max([own, *within], key=lambda found: get_args(Density).index(found[0]))
+    return max([own, *inner], key=lambda pair: get_args(Density).index(pair[0]))
 
 
 def mean_inside_log(fn: Distribution) -> bool:
-    """Whether the log of a mean over draws may be taken of a density, and of what it is made of."""
+    """Return True if averaging exp(log_prob) over calls gives a tighter bound, for the distribution and its base."""
     fn = unwrap(fn)
     base = getattr(fn, "base", None)
     return getattr(fn, "tightens", True) and (not isinstance(base, Distribution) or mean_inside_log(base))
 
 
 def has_active_dropout(*parts: Any) -> bool:
-    """Whether a network, also inside a distribution, drops units at random, so that no two passes are of one function."""
+    """Return True if a network, also one inside a distribution, has a dropout layer in training mode."""
     layers = (m for module in modules_and_tensors(parts)[0] for m in module.modules())
-    return any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in layers)
+    return any(isinstance(m, DROPOUT_LAYERS) and m.training and m.p > 0 for m in layers)
 
 
 def sum_event(values: Tensor, event_dim: int) -> Tensor:
-    """The sum over the last event_dim dimensions."""
+    """Return the sum over the last `event_dim` dimensions."""
     return values.flatten(values.dim() - event_dim).sum(-1) if event_dim else values
 
 
 def unwrap(fn: Distribution) -> Distribution:
-    """The distribution inside Pyro's `MaskedDistribution`, `Independent` and `ExpandedDistribution`."""
+    """Return the distribution inside Pyro's `MaskedDistribution`, `Independent` and `ExpandedDistribution`."""
     while isinstance(fn, (MaskedDistribution, Independent, ExpandedDistribution)):
         fn = fn.base_dist
     return fn

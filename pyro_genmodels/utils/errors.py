@@ -1,8 +1,8 @@
-"""What is said of a name that nobody knows, of a choice that is none, and of a library that is not there."""
+"""Checks of arguments, and the errors for unknown names, wrong choices and missing libraries."""
 
 from __future__ import annotations
 
-__all__ = ["check_choice", "import_extra", "listed", "unknown_name"]
+__all__ = ["check_choice", "check_positive_int", "import_extra", "listed", "unknown_name"]
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -10,60 +10,64 @@ from importlib import import_module
 from typing import Any
 
 
-def unknown_name(kind: str, found: str, known: Iterable[str]) -> ValueError:
-    """The error to raise for a name that is not known.
+def check_positive_int(owner: str, **values: Any) -> None:
+    """Raise an error unless every value is a positive integer.
 
     Args:
-        kind: of thing, such as "data set".
-        found: the name.
-        known: the names there are.
+        owner: name of the class or function that takes the arguments.
+        values: the arguments, by name.
 
-    Returns:
-        An error that says what was found, what is known, and the nearest name if one is near, whatever its case.
+    Raises:
+        ValueError: if a value is a bool, is no `int`, or is less than 1.
 
     Example:
-        >>> raise unknown_name("data set", "Mons", ["digits", "moons", "ring"])
+        >>> check_positive_int("Euler", num_steps=10)
+        >>> check_positive_int("Euler", num_steps=0)
         Traceback (most recent call last):
-        ValueError: unknown data set 'Mons': known are digits, moons, ring. Did you mean moons?
+        ValueError: Euler wants an integer num_steps of 1 or more, but found 0.
     """
-    known = list(known)
-    by_case = {name.casefold(): name for name in known}
-    near = get_close_matches(found.casefold(), by_case, n=1)
-    hint = f" Did you mean {_plain(by_case[near[0]])}?" if near else ""
-    return ValueError(f"unknown {kind} {_short(found)!r}: known are {listed(known)}.{hint}")
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{owner} wants an integer {name} of 1 or more, but found {value!r}.")
 
 
-def listed(names: Iterable[str]) -> str:
-    """Names in a line, the first 20 of them.
+def check_choice(owner: str, role: str, found: Any, default: Any, wanted: Any) -> Any:
+    """Return a choice, or the default if it is None.
+
+    Args:
+        owner: name of the class or function that takes the choice.
+        role: noun for the choice, such as "coupling".
+        found: the value to check.
+        default: the value to use for None; the error names it as an example.
+        wanted: allowed class, or a tuple or union of classes.
+
+    Raises:
+        TypeError: if the value is not an instance of an allowed class.
 
     Example:
-        >>> listed("abc"), listed(map(str, range(22)))[-13:], listed([])
-        ('a, b, c', '19 and 2 more', 'none')
+        >>> check_choice("round", "number", None, 2, int)
+        2
+        >>> check_choice("round", "number", int, 2, int)
+        Traceback (most recent call last):
+        TypeError: round wants a number such as 2, but found the class int; call it.
     """
-    names = list(names)
-    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    return ", ".join(map(_plain, names[:20])) + more or "none"
-
-
-def _plain(name: str) -> str:
-    """The name as it stands, or in quotes if it is empty or has characters that do not print."""
-    return _short(name) if name.strip() and name.isprintable() else repr(_short(name))
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 50 else name[:47] + "..."
+    found = default if found is None else found
+    if not isinstance(found, wanted):
+        given = f"the class {found.__name__}; call it" if isinstance(found, type) else repr(found)
+        raise TypeError(f"{owner} wants {'an' if role[0] in 'aeiou' else 'a'} {role} such as {default!r}, but found {given}.")
+    return found
 
 
 def import_extra(module: str, *, extra: str, by: str) -> Any:
-    """A module of one of the extras.
+    """Import and return a module of an optional dependency.
 
     Args:
-        module: its full name.
-        extra: that brings it.
-        by: what needs it, as the error says.
+        module: full name of the module.
+        extra: name of the extra that installs it.
+        by: subject of the error message: what needs the module.
 
     Raises:
-        ImportError: with the line that installs it.
+        ImportError: if the module is not installed. The message has the line that installs it.
 
     Example:
         >>> import_extra("json", extra="cli", by="A checkpoint").loads("[1]")
@@ -76,14 +80,45 @@ def import_extra(module: str, *, extra: str, by: str) -> Any:
         raise ImportError(f"{by} needs {name}: pip install 'pyro-genmodels[{extra}]'.") from error
 
 
-def check_choice(owner: str, role: str, found: Any, default: Any, wanted: Any) -> Any:
-    """A choice, or the default in place of None.
+def unknown_name(kind: str, found: str, known: Iterable[str]) -> ValueError:
+    """Build the error to raise for an unknown name.
 
-    Raises:
-        TypeError: if it is none of those wanted.
+    Args:
+        kind: kind of thing that is named, such as "data set".
+        found: the unknown name.
+        known: the known names.
+
+    Returns:
+        An error that lists the known names and suggests the nearest one, ignoring case, if one is near.
+
+    Example:
+        >>> raise unknown_name("data set", "Mons", ["digits", "moons", "ring"])
+        Traceback (most recent call last):
+        ValueError: unknown data set 'Mons': known are digits, moons, ring. Did you mean moons?
     """
-    found = default if found is None else found
-    if not isinstance(found, wanted):
-        given = f"the class {found.__name__}; call it" if isinstance(found, type) else repr(found)
-        raise TypeError(f"{owner} wants {'an' if role[0] in 'aeiou' else 'a'} {role} such as {default!r}, but found {given}.")
-    return found
+    known = list(known)
+    by_case = {name.casefold(): name for name in known}
+    near = get_close_matches(found.casefold(), by_case, n=1)
+    hint = f" Did you mean {_printable(by_case[near[0]])}?" if near else ""
+    return ValueError(f"unknown {kind} {_shortened(found)!r}: known are {listed(known)}.{hint}")
+
+
+def listed(names: Iterable[str]) -> str:
+    """Join names with commas, at most 20 of them.
+
+    Example:
+        >>> listed("abc"), listed(map(str, range(22)))[-13:], listed([])
+        ('a, b, c', '19 and 2 more', 'none')
+    """
+    names = list(names)
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(map(_printable, names[:20])) + more or "none"
+
+
+def _printable(name: str) -> str:
+    """Return the name, in quotes and escaped if it is empty or has characters that do not print."""
+    return _shortened(name) if name.strip() and name.isprintable() else repr(_shortened(name))
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 50 else name[:47] + "..."

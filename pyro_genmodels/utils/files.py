@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A file that is written whole or not at all, however many write it at once: the last to finish has it.
+    """Write a file completely or not at all, also if several processes write it at once; the last one to finish wins.
 
     Args:
-        path: of the file, whose folder is made; a link is followed.
+        path: path of the file. Missing folders are created; a symbolic link is followed.
 
     Yields:
-        Another path in the same folder with the same suffix, to write to. When the block ends it takes the place of `path`,
-        with the permissions of any new file; if the block fails it is removed.
+        Path of a temporary file in the same folder, with the same suffix, for the block to write to. At the end of the block it
+        replaces `path`, with the permissions of any new file. If the block fails, it is removed.
 
     Raises:
-        OSError: if it cannot be written, by the name of `path`.
+        OSError: if the file cannot be written. The error names `path`.
 
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
-        ...     with atomic_write(f"{folder}/figures/mean.txt") as part:
-        ...         _ = part.write_text("0.5")
+        ...     with atomic_write(f"{folder}/figures/mean.txt") as temporary:
+        ...         _ = temporary.write_text("0.5")
         ...     Path(folder, "figures", "mean.txt").read_text()
         '0.5'
     """
@@ -37,22 +37,22 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise OSError(f"{path} cannot be written: it is a folder or a device. Choose another name.")
-    part = target.with_name(f".{secrets.token_hex(8)}{path.suffix}")
+    temporary = target.with_name(f".{secrets.token_hex(8)}{path.suffix}")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        part.touch(exist_ok=False)
-        mode = part.stat().st_mode
-        part.unlink()  # so that a block which writes elsewhere is noticed
-        yield part
-        part.chmod(mode)  # safetensors for one makes its files private
-        with part.open("rb+") as file:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
+        temporary.unlink()  # a block that writes somewhere else then fails below
+        yield temporary
+        temporary.chmod(mode)  # safetensors, for example, makes its files private
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        os.replace(part, target)
+        os.replace(temporary, target)
     except OSError as error:
-        if error.errno is None and error.filename is None:  # of numpy, say
+        if error.errno is None and error.filename is None:  # raised by numpy, for example
             raise OSError(f"{path} cannot be written: {error}") from error
-        if error.filename in (None, part, str(part)):
+        if error.filename in (None, temporary, str(temporary)):
             error.filename = str(path)
         raise
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

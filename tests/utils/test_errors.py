@@ -1,13 +1,13 @@
-"""A name that nobody knows is answered with those that are known, and the nearest."""
+"""Errors name what was found, what is known or wanted, and the nearest known name."""
 
 import pytest
 
-from pyro_genmodels.utils.errors import listed, unknown_name
+from pyro_genmodels.utils.errors import check_choice, check_positive_int, import_extra, listed, unknown_name
 
 NAMES = ["digits", "moons", "ring", "grid"]
 
 
-def test_what_was_found_and_what_is_known_are_named():
+def test_the_found_and_the_known_names_are_listed():
     error = unknown_name("data set", "spiral", NAMES)
     assert type(error) is ValueError
     assert str(error) == "unknown data set 'spiral': known are digits, moons, ring, grid."
@@ -17,21 +17,21 @@ def test_what_was_found_and_what_is_known_are_named():
     ("found", "nearest"),
     [("mons", "moons"), ("MOONS", "moons"), ("Digit", "digits"), ("grind", "grid"), ("Height", None), ("", None)],
 )
-def test_the_nearest_is_asked_for(found, nearest):
+def test_the_nearest_name_is_suggested(found, nearest):
     message = str(unknown_name("data set", found, NAMES))
     assert message.endswith(f" Did you mean {nearest}?" if nearest else "grid.")
 
 
-def test_the_nearest_is_given_in_its_own_case():
+def test_the_suggestion_keeps_its_case():
     assert str(unknown_name("column", "sepal length", ["Sepal Length", "Kind"])).endswith("Did you mean Sepal Length?")
 
 
-def test_of_more_than_twenty_names_twenty_are_shown():
+def test_at_most_twenty_names_are_listed():
     names = [f"column_{i}" for i in range(1000)]
     message = str(unknown_name("column", "column_99x", names))
     assert "column_19 and 980 more" in message
     assert "column_20" not in message
-    assert "Did you mean column_99" in message  # also where it is not among those shown
+    assert "Did you mean column_99" in message  # also if it is not listed
     assert listed(names[:20]).endswith("column_19")
 
 
@@ -40,7 +40,7 @@ def test_no_names_at_all():
 
 
 @pytest.mark.parametrize("name", ["", " ", "two\nlines", "\x1b[31mred", "x" * 10_000])
-def test_odd_names_make_one_short_line(name):
+def test_odd_names_give_one_short_line(name):
     for message in (
         str(unknown_name("column", name, ["a"])),
         str(unknown_name("column", "a", [name])),
@@ -48,3 +48,24 @@ def test_odd_names_make_one_short_line(name):
     ):
         assert message.isprintable()
         assert len(message) < 300
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, True, None, "2", float("nan")])
+def test_only_positive_integers_pass(value):
+    check_positive_int("Owner", first=1, second=10**9)
+    with pytest.raises(ValueError, match=r"^Owner wants an integer count of 1 or more, but found "):
+        check_positive_int("Owner", first=1, count=value)
+
+
+def test_a_choice_is_checked_and_defaults():
+    assert check_choice("Owner", "number", None, 2, int) == 2
+    assert check_choice("Owner", "number", 3, 2, int | str) == 3
+    with pytest.raises(TypeError, match=r"Owner wants an option such as 2, but found 'x'\.$"):
+        check_choice("Owner", "option", "x", 2, int)
+    with pytest.raises(TypeError, match=r"found the class int; call it\.$"):
+        check_choice("Owner", "option", int, 2, int)
+
+
+def test_a_missing_library_is_named_as_the_registry_names_it():
+    with pytest.raises(ImportError, match=r"A plan needs POT: pip install 'pyro-genmodels\[plots\]'\.$"):
+        import_extra("ot.nothing_of_this_name", extra="plots", by="A plan")
