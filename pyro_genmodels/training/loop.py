@@ -202,7 +202,7 @@ def train(
             record["seconds"] = time.perf_counter() - start
             result.history.append(record)
             if result.is_best(record):
-                weights.keep()
+                weights.keep_best()
                 result.best = record
                 run.write_best()
             run.capture()
@@ -227,7 +227,7 @@ def train(
         raise
     finally:
         bar.close()
-        weights.restore()
+        weights.restore_best()
         for module in modules:
             module.eval()
     return result

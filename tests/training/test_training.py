@@ -845,7 +845,7 @@ def test_a_run_that_is_stopped_can_be_gone_on_with(when, error, average, tmp_pat
 
 
 BETWEEN = {
-    "as the best is kept": (TrainedWeights, "keep", 2),
+    "as the best is kept": (TrainedWeights, "keep_best", 2),
     "as the average is taken": (TrainedWeights, "update", 10),
     "as the run is copied": (snapshots, "take", 4),
     "as the best is written": (checkpoints, "write", 3),
