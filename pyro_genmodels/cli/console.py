@@ -94,14 +94,14 @@ def say(text: str, *, quiet: bool) -> None:
         typer.echo(text)
 
 
-def verdict(judged: LogLikelihood, levels: int | None, x: Any, alike: Callable[[], tuple[SampleQuality, float]]) -> str:
+def verdict(judged: LogLikelihood, levels: int | None, x: Any, sample_quality: Callable[[], SampleQuality]) -> str:
     """A log-likelihood in words; where there is none, what draws are worth."""
     if judged.kind == "none" and len(x) < 4:
         return f"- (no likelihood, n={len(x)})"
     if judged.kind == "none":
-        quality, baseline = alike()
+        quality = sample_quality()
         return (
-            f"- (no likelihood, n={len(x)}); draws off by {quality.sliced_wasserstein:.3f}, {baseline:.3f} between data "
+            f"- (no likelihood, n={len(x)}); draws off by {quality.sliced_wasserstein:.3f}, {quality.baseline:.3f} between data "
             f"(sliced Wasserstein); MMD p={quality.test.p_value:.3f}"
         )
     kind = judged.kind if judged.kind == "exact" else f"{judged.kind}, k={judged.num_samples}"
@@ -142,7 +142,7 @@ def print_table(comparison: Comparison, data: Dataset) -> None:
     if alike:
         console.print(
             "Draws off: the sliced Wasserstein distance of draws from held-out data, "
-            f"{comparison.floor:.{digits}f} between data; MMD p: how often draws of the same law would be as far off.",
+            f"{comparison.baseline:.{digits}f} between data; MMD p: how often draws of the same law would be as far off.",
             highlight=False,
         )
     if len(set(comparison.table["kind"]) - {"none"}) > 1:

@@ -32,7 +32,7 @@ from torch.distributions import constraints
 from pyro_genmodels.datasets import DATASETS, Dataset, load, rows
 from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.evaluation import LogLikelihood, SampleQuality, has_likelihood, log_likelihood, no_likelihood
-from pyro_genmodels.evaluation.sample_quality import sample_quality, split
+from pyro_genmodels.evaluation.sample_quality import sample_quality, split_rows
 from pyro_genmodels.families import (
     GAN,
     NSF,
@@ -331,7 +331,7 @@ def evaluate(
     """
     family = family.family if isinstance(family, Fit) else family
     device = family.loc.device
-    family.check(x.to(device))
+    family.validate(x.to(device))
     if family.context is not None and labels is None:
         raise ValueError("the model was fitted with labels, but these rows have none: say --labels, the name of their column")
     context = () if family.context is None or labels is None else (labels.to(device),)
@@ -346,13 +346,13 @@ def evaluate(
     return log_likelihood(family, x.to(device), *context, num_samples=num_samples, progress=progress)
 
 
-def sample_quality_of(family: Any, x: Tensor, labels: Tensor | None, *, draws: int = 500) -> tuple[SampleQuality, float]:
-    """How far draws are from as many rows, half of all at most, given their labels; and rows from others."""
+def sample_quality_of(family: Any, x: Tensor, labels: Tensor | None, *, num_samples: int = 500) -> SampleQuality:
+    """Return the distances of samples, given the rows' labels, from as many rows of x (half of all at most)."""
     family = family.family if isinstance(family, Fit) else family
     device = family.loc.device
     x = x.to(device)
-    rows, floor = split(x, draws)
-    return sample_quality(family, x, () if labels is None else (labels.to(device),), {}, rows), floor
+    context = () if labels is None else (labels.to(device),)
+    return sample_quality(family, x, context, {}, split_rows(x, num_samples))
 
 
 def rows_of(

@@ -202,9 +202,8 @@ def write(
     if len(data.test) >= 4:
         pyro.set_rng_seed(arguments["seed"])
         labels = data.test_labels if conditional else None
-        found = {name: sample_quality_of(fit, data.test, labels) for name, fit in fits.items()}
-        floor = next(floor for _, floor in found.values())
-        comparison = replace(comparison, sample_quality={name: quality for name, (quality, _) in found.items()}, floor=floor)
+        qualities = {name: sample_quality_of(fit, data.test, labels) for name, fit in fits.items()}
+        comparison = replace(comparison, sample_quality=qualities)
     table = comparison.table
     table.index.name = "family"
     table["seconds"] = [round(fits[name].history[-1]["seconds"], 1) for name in table.index]

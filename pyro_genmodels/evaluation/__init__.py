@@ -1,8 +1,8 @@
-"""Evaluation: what a fit is worth on data it has not seen, and how far its draws are from data."""
+"""Evaluation of fits on held-out data: log-likelihoods, comparisons, and distances of samples from data."""
 
 from pyro_genmodels.distributions.energy.partition import log_partition
 from pyro_genmodels.distributions.energy.state import LogPartition
-from pyro_genmodels.evaluation.classifier_test import TwoSample, c2st
+from pyro_genmodels.evaluation.classifier_test import ClassifierTest, c2st
 from pyro_genmodels.evaluation.comparison import Comparison, compare
 from pyro_genmodels.evaluation.critic import Diagnosis, coverage, diagnose
 from pyro_genmodels.evaluation.likelihood import LogLikelihood, has_likelihood, log_likelihood, no_likelihood
@@ -13,6 +13,7 @@ from pyro_genmodels.evaluation.raise_bound import conservative_log_likelihood
 from pyro_genmodels.evaluation.sample_quality import SampleQuality
 
 __all__ = [
+    "ClassifierTest",
     "Comparison",
     "Diagnosis",
     "LogLikelihood",
@@ -20,7 +21,6 @@ __all__ = [
     "MMDTest",
     "ModeCoverage",
     "SampleQuality",
-    "TwoSample",
     "c2st",
     "compare",
     "conservative_log_likelihood",

@@ -1,18 +1,19 @@
-r"""A classifier's two-sample test: two sets of draws are as alike as a network finds it hard to tell them apart.
+r"""Classifier two-sample test (C2ST): the accuracy with which a network tells two sets of samples apart.
 
-A network is trained to say which set a draw is from, and judged on draws it has not seen. With as many draws from p as from q,
+A network is trained to classify samples by the set they come from, and its accuracy is measured on held-out samples. With as
+many samples from p as from q,
 
 .. math:: \mathbb{E}[\text{accuracy}] \le \tfrac12 \bigl(1 + \mathrm{TV}(p, q)\bigr), \qquad
     \mathrm{TV}(p, q) = \tfrac12 \int |p - q|,
 
-with equality for the best of classifiers; so 0.5 is perfect, 1 is nowhere alike, and what the network does not see does not
-count. Lopez-Paz and Oquab, *Revisiting Classifier Two-Sample Tests* (arXiv 1610.06545); the protocol is that of Lueckmann et
-al., *Benchmarking Simulation-Based Inference* (arXiv 2101.04653).
+with equality for the best classifier: 0.5 for equal distributions, 1 for disjoint ones. Differences that the network does not
+learn are not counted. Lopez-Paz and Oquab, *Revisiting Classifier Two-Sample Tests* (arXiv 1610.06545); the protocol is that of
+Lueckmann et al., *Benchmarking Simulation-Based Inference* (arXiv 2101.04653).
 """
 
 from __future__ import annotations
 
-__all__ = ["TwoSample", "c2st"]
+__all__ = ["ClassifierTest", "c2st"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,16 +27,16 @@ from pyro_genmodels.utils.errors import import_extra
 
 
 @dataclass(frozen=True)
-class TwoSample:
-    """How well two sets of draws were told apart.
+class ClassifierTest:
+    """Cross-validated accuracy of a classifier of two sets of samples.
 
     Attributes:
-        values: accuracy on the draws held out by each fold, (folds,); 0.5 is chance.
-        num_draws: draws on each side.
+        values: accuracy on the held-out samples of each fold, (folds,); 0.5 is chance.
+        num_samples: number of samples in each set.
     """
 
     values: Tensor
-    num_draws: int
+    num_samples: int
 
     @property
     def value(self) -> float:
@@ -44,17 +45,17 @@ class TwoSample:
 
     @property
     def std_error(self) -> float:
-        """Deviation of the folds' accuracies over the root of their number.
+        """Standard deviation of the folds' accuracies, divided by the root of their number.
 
-        It covers the chance of which draws were held out, and of training; from few folds it is itself uncertain (by a third
-        for 5), and folds share draws they train on, so that it may be too small. For two sets from one law the deviation of the
-        value is about ``0.5 / (2 * num_draws) ** 0.5``.
+        It covers the random choice of held-out samples, and of training. With few folds it is itself uncertain (by a third for
+        5), and since folds share training samples it may be too small. For equal distributions the standard deviation of the
+        value is about ``0.5 / (2 * num_samples) ** 0.5``.
         """
         return (self.values.std() / len(self.values) ** 0.5).item()
 
     def __str__(self) -> str:
         return (
-            f"{self.value:.3f} ± {self.std_error:.3f} told apart (0.5 is chance, {len(self.values)} folds, n={self.num_draws})"
+            f"accuracy {self.value:.3f} ± {self.std_error:.3f} (0.5 is chance, {len(self.values)} folds, n={self.num_samples})"
         )
 
 
@@ -66,29 +67,30 @@ def c2st(
     seed: int = 1,
     hidden: Sequence[int] | None = None,
     progress: bool = False,
-) -> TwoSample:
-    """Accuracy with which a network tells draws of x from draws of y, cross-validated.
+) -> ClassifierTest:
+    """Return the cross-validated accuracy with which a network tells samples of x from samples of y.
 
-    Published figures are of 10,000 draws a side and of what is set here when nothing is said. Both sets are standardised by
-    mean and deviation of x, the reference, number by number; where x does not vary, by the deviation of both sets together,
-    and what varies in neither tells nothing. The network is scikit-learn's ``MLPClassifier`` with ReLU, trained by Adam until
-    its loss stands still; rows are dealt to the folds at random, whichever set they are from.
+    Published values use 10,000 samples per set and the defaults of this function. Both sets are standardised by the mean and
+    the standard deviation of x, the reference, coordinate by coordinate. A coordinate that is constant in x is scaled by the
+    standard deviation of both sets together; one that is constant in both is ignored. The network is scikit-learn's
+    ``MLPClassifier`` with ReLU, trained by Adam until its loss stops falling. Rows are assigned to folds at random, independent
+    of their set.
 
     Args:
-        x: the reference draws, (n, ...). The first dimension counts them, all others are the event, flattened to d numbers.
-        y: the draws that are judged, as many, of events of the same shape.
-        folds: parts, each of which is held out once, at least 2.
-        seed: of the folds and of the networks: the same draws give the same answer.
+        x: reference samples, (n, ...). The dimensions after the first are the event, which is flattened to d numbers.
+        y: samples to compare with them, as many, of events of the same shape.
+        folds: number of folds, at least 2; each is held out once.
+        seed: seed of the folds and the networks; the same samples and seed give the same accuracies.
         hidden: widths of the hidden layers; None, the protocol, is two of 10 d, which is slow beyond some 50 numbers.
-        progress: whether to show a progress bar of folds.
+        progress: True to show a progress bar of folds.
 
     Returns:
         Accuracy of each fold, mean and standard error.
 
     Raises:
-        ValueError: for events of different shapes, two devices, draws with NaN or infinity, different numbers of draws, and
-            fewer than 2 folds or 10 draws a side for each.
-        ImportError: without scikit-learn, of the extra ``eval``.
+        ValueError: for events of different shapes, two devices, samples with NaN or infinity, different numbers of samples,
+            fewer than 2 folds, or fewer than 10 samples per set and fold.
+        ImportError: if scikit-learn, of the extra ``eval``, is missing.
 
     Example:
         >>> answer = c2st(torch.randn(100, 1), torch.randn(100, 1) + 100)
@@ -101,24 +103,28 @@ def c2st(
     if len(x) != len(y):
         n, larger = (len(y), "x") if len(x) > len(y) else (len(x), "y")
         raise ValueError(
-            f"c2st wants as many draws on each side, for 0.5 to be chance, but found {len(x)} and {len(y)}. "
-            f"Take {n} of the larger: {larger}[torch.randperm(len({larger}))[:{n}]]."
+            f"c2st wants two sets of the same size, so that 0.5 is chance, but found {len(x)} and {len(y)} samples. "
+            f"Take {n} of the larger set: {larger}[torch.randperm(len({larger}))[:{n}]]."
         )
     networks = import_extra("sklearn.neural_network", extra="eval", by="c2st")
     selection = import_extra("sklearn.model_selection", extra="eval", by="c2st")
     rows = standardised(x.detach(), y.detach()).cpu().numpy()
-    sides = torch.arange(2).repeat_interleave(len(x)).numpy()
+    labels = torch.arange(2).repeat_interleave(len(x)).numpy()
     widths = (10 * x.shape[1],) * 2 if hidden is None else tuple(hidden)
     accuracies = []
     parts = selection.KFold(folds, shuffle=True, random_state=seed).split(rows)
     for train, test in tqdm(parts, total=folds, desc="folds", disable=not progress, leave=False):
-        network = networks.MLPClassifier(widths, max_iter=10_000, random_state=seed).fit(rows[train], sides[train])
-        accuracies.append(network.score(rows[test], sides[test]))
-    return TwoSample(torch.tensor(accuracies, dtype=torch.float64), len(x))
+        network = networks.MLPClassifier(widths, max_iter=10_000, random_state=seed).fit(rows[train], labels[train])
+        accuracies.append(network.score(rows[test], labels[test]))
+    return ClassifierTest(torch.tensor(accuracies, dtype=torch.float64), len(x))
 
 
 def standardised(x: Tensor, y: Tensor) -> Tensor:
-    """Both sets, one below the other, (2n, d), each column by mean and deviation of x, or of both where x is constant."""
+    """Return both sets, concatenated, (2n, d), and standardised by x.
+
+    A column is standardised by the mean and standard deviation of x; the standard deviation of both sets is used if the column
+    is constant in x.
+    """
     both = torch.cat([x, y])
     scale = torch.where((x == x[0]).all(0), both.std(0), x.std(0))
     return (both - x.mean(0)) / torch.where((both == both[0]).all(0), 1.0, scale)

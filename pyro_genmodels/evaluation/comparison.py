@@ -1,22 +1,24 @@
-r"""Several fits, one held-out set, one table.
+r"""Comparison of several fits on the same held-out data.
 
-For fits :math:`m` and rows :math:`n` of data none of them has seen, with :math:`\ell_{mn}` the log-likelihood,
+For fits :math:`m` and held-out rows :math:`n`, with :math:`\ell_{mn}` the log-likelihood,
 
 .. math:: \mathrm{elpd}_m = \sum_n \ell_{mn}, \qquad
     \mathrm{dse}_m = \sqrt{N}\,\mathrm{sd}_n(\ell_{\text{best},n} - \ell_{mn}), \qquad
     w = \operatorname{argmax}_{w \in \Delta} \sum_n \log \sum_m w_m e^{\ell_{mn}}.
 
-The table reads as ArviZ's `compare`, but its elpd is held out, never a leave-one-out estimate. A fit that can only be drawn
-from has a row with nothing in it, unless draws are compared too. Stacking weights: Yao et al.,
-*Using Stacking to Average Bayesian Predictive Distributions* (arXiv 1704.02030).
+The table has the columns of ArviZ's `compare`, but its elpd is computed on held-out data and is not a leave-one-out estimate. A
+fit without a likelihood has an empty row, unless samples are compared too. Stacking weights: Yao et al., *Using Stacking to
+Average Bayesian Predictive Distributions* (arXiv 1704.02030).
 """
 
 from __future__ import annotations
 
 __all__ = ["Comparison", "compare"]
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -24,43 +26,47 @@ import torch
 from torch import Tensor
 
 from pyro_genmodels.evaluation.likelihood import LogLikelihood, has_likelihood, log_likelihood, no_likelihood
-from pyro_genmodels.evaluation.sample_quality import SampleQuality, model_arguments, sample_quality, split
+from pyro_genmodels.evaluation.sample_quality import SampleQuality, sample_quality, split_rows
 from pyro_genmodels.utils.errors import import_extra
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
+_OPTIONS = {name for name, p in inspect.signature(log_likelihood).parameters.items() if p.kind is p.KEYWORD_ONLY}
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """Fits judged on the same held-out data.
+    """Log-likelihoods of several fits on the same held-out data, and the quality of their samples.
 
     Attributes:
-        log_likelihoods: by name of the fit, best first, those without one (of the kind "none") last.
-        dims: dimensions of one datum, or None if no data were given.
-        sample_quality: of draws and data, by name of the fit, where that was asked for.
-        floor: the sliced Wasserstein distance of data from other data, as many as there were draws; NaN if that was not asked
-            for.
+        log_likelihoods: name of the fit -> its log-likelihoods, best first; fits of the kind "none" are last.
+        dims: number of dimensions of one datum; None if no data were given.
+        sample_quality: name of the fit -> distances of its samples from the data; empty if samples were not compared.
     """
 
     log_likelihoods: Mapping[str, LogLikelihood]
     dims: int | None
     sample_quality: Mapping[str, SampleQuality] = field(default_factory=dict)
-    floor: float = float("nan")
+
+    @property
+    def baseline(self) -> float:
+        """Sliced Wasserstein distance between real data and other real data; NaN if samples were not compared."""
+        return next((quality.baseline for quality in self.sample_quality.values()), float("nan"))
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per fit, best first.
+        """Data frame with one row per fit, best first.
 
         Columns: ``rank`` from 0; ``elpd`` (nats, summed over the held-out rows) and its ``se``; ``elpd_diff`` to the best and
-        its paired ``dse``; ``weight`` of stacking; ``kind`` and its ``num_samples``; ``nats`` (negative, per datum) and
-        ``bits_per_dim``. Without a likelihood these are NaN. Where draws were compared also ``mmd``, the squared discrepancy,
-        its p-value ``mmd_p``, and ``sliced_wasserstein``; where noise was added to draws, its deviation ``observation``.
+        its paired ``dse``; the stacking ``weight``; ``kind`` and its ``num_samples``; ``nats`` (negative, per datum) and
+        ``bits_per_dim``. Without a likelihood these are NaN. If samples were compared: ``mmd``, the squared discrepancy, its
+        p-value ``mmd_p``, and ``sliced_wasserstein``. If noise was added to samples: its deviation ``observation_noise``.
         """
         import pandas as pd
 
-        values = self._values()
+        values = self._values
         n = values.shape[1]
         differences = values[0] - values
         fits = list(self.log_likelihoods.values())
@@ -72,7 +78,7 @@ class Comparison:
                 "se": (n * _variance(values) + n**2 * shared).sqrt(),
                 "elpd_diff": differences.sum(1),
                 "dse": (n * _variance(differences) + n**2 * (shared + shared[0]) * (torch.arange(len(fits)) > 0)).sqrt(),
-                "weight": self._weights(values),
+                "weight": self._weights,
                 "kind": [fit.kind for fit in fits],
                 "num_samples": [fit.num_samples for fit in fits],
                 "nats": -values.mean(1),
@@ -81,29 +87,28 @@ class Comparison:
             index=pd.Index(self.log_likelihoods, name="fit"),
         )
         if self.sample_quality:
-            found = [self.sample_quality.get(name) for name in self.log_likelihoods]
-            table["mmd"] = [one.test.value if one else float("nan") for one in found]
-            table["mmd_p"] = [one.test.p_value if one else float("nan") for one in found]
-            table["sliced_wasserstein"] = [one.sliced_wasserstein if one else float("nan") for one in found]
-        if any(fit.observation is not None for fit in fits):
-            table["observation"] = [float("nan") if fit.observation is None else fit.observation for fit in fits]
+            qualities = [self.sample_quality.get(name) for name in self.log_likelihoods]
+            table["mmd"] = [quality.test.value if quality else float("nan") for quality in qualities]
+            table["mmd_p"] = [quality.test.p_value if quality else float("nan") for quality in qualities]
+            table["sliced_wasserstein"] = [quality.sliced_wasserstein if quality else float("nan") for quality in qualities]
+        noise = [fit.observation_noise for fit in fits]
+        if any(sigma is not None for sigma in noise):
+            table["observation_noise"] = [float("nan") if sigma is None else sigma for sigma in noise]
         return table
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Held-out elpd with its standard error, and each difference to the best with its own, paired one.
+        """Plot held-out elpd with its standard error, and each difference to the best with its paired standard error.
 
-        Fits without a likelihood are named below.
+        Fits without a likelihood are named below the axis.
 
         Raises:
-            ValueError: if no fit has one.
+            ValueError: if no fit has a likelihood.
         """
         plt = import_extra("matplotlib.pyplot", extra="eval", by="A picture")
-        table, without = self.table, self._without
+        table, without = self.table, self._without_likelihood
         table = table.drop(index=without)
         if table.empty:
-            raise ValueError(
-                "No fit has a likelihood that could be pictured. See `sample_quality`: compare(fits, x, draws=2000)."
-            )
+            raise ValueError("No fit has a likelihood to plot. See `sample_quality`: compare(fits, x, quality_samples=2000).")
         ax = plt.subplots(figsize=(7, 1 + 0.6 * len(table)), layout="constrained")[1] if ax is None else ax
         y = -table["rank"].to_numpy()
         ax.errorbar(table["elpd"], y, xerr=table["se"], fmt="o", color="black", label="elpd ± se")
@@ -113,24 +118,28 @@ class Comparison:
         ax.axvline(table["elpd"].iloc[0], color="gray", linestyle="--", linewidth=1)
         ax.set_yticks(y, [f"{name}\n({kind})" for name, kind in table["kind"].items()])
         note = f"\nno likelihood: {', '.join(without)}" if without else ""
-        ax.set_xlabel(f"held-out elpd (nats, {self._values().shape[1]} data){note}")
+        ax.set_xlabel(f"held-out elpd (nats, {self._values.shape[1]} data){note}")
         ax.set_ylim(y[-1] - 0.5, 0.5)
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
         return ax
 
+    @cached_property
     def _values(self) -> Tensor:
+        """Log-likelihoods, (fits, N), in double precision."""
         return torch.stack([fit.values.double().cpu() for fit in self.log_likelihoods.values()])
 
     @property
-    def _without(self) -> list[str]:
+    def _without_likelihood(self) -> list[str]:
+        """Names of the fits without a likelihood."""
         return [name for name, fit in self.log_likelihoods.items() if fit.kind == "none"]
 
-    def _weights(self, values: Tensor) -> Tensor:
-        """Of stacking, over the fits that have a likelihood; NaN of others."""
+    @cached_property
+    def _weights(self) -> Tensor:
+        """Stacking weights (fits,), NaN for fits without a likelihood; computed once, since this takes many steps."""
         known = torch.tensor([fit.kind != "none" for fit in self.log_likelihoods.values()])
-        weights = torch.full_like(values[:, 0], torch.nan)
+        weights = torch.full_like(self._values[:, 0], torch.nan)
         if known.any():
-            weights[known] = stacking_weights(values[known])
+            weights[known] = stacking_weights(self._values[known])
         return weights
 
     def __str__(self) -> str:
@@ -138,36 +147,40 @@ class Comparison:
         fits = self.log_likelihoods.items()
         kinds = {fit.kind for _, fit in fits} - {"none"}
         if len(kinds) > 1:
-            text += f"\nkinds differ ({', '.join(sorted(kinds))}): a bound understates its fit, an estimate may overstate it."
-        if self._without:
-            text += f"\nwithout a likelihood: {', '.join(self._without)}."
+            text += (
+                f"\nkinds differ ({', '.join(sorted(kinds))}): a lower bound underrates its fit, an estimate may overrate it."
+            )
+        if self._without_likelihood:
+            text += f"\nwithout a likelihood: {', '.join(self._without_likelihood)}."
         for name, fit in fits:
-            if fit.observation is not None:
-                text += f"\n{name} is judged with Gaussian observation noise {fit.observation:.3g}, which its draws have not."
+            if fit.observation_noise is not None:
+                text += f"\n{name}: Gaussian observation noise {fit.observation_noise:.3g} was added to its samples."
         if self.sample_quality:
-            text += f"\nsliced Wasserstein distance of real from other real data: {self.floor:.3f}."
-        return f"held-out log-likelihood of {self._values().shape[1]} data\n{text}"
+            text += f"\nsliced Wasserstein distance between real and other real data (baseline): {self.baseline:.3f}."
+        return f"held-out log-likelihood of {self._values.shape[1]} data\n{text}"
 
 
 def compare(
-    fits: Mapping[str, Any], x: Tensor | None = None, *args: Any, draws: int | None = None, **kwargs: Any
+    fits: Mapping[str, Any], x: Tensor | None = None, *args: Any, quality_samples: int | None = None, **kwargs: Any
 ) -> Comparison:
-    """Held-out log-likelihood of several fits on the same data, and the likeness of their draws to these.
+    """Compare several fits by their log-likelihood on the same held-out data, and by the quality of their samples.
 
-    A fit that draws and has no density, such as an `Implicit` site, is there without a likelihood.
+    A fit that can be sampled from but has no density, such as an `Implicit` site, is listed without a likelihood. The fits'
+    modules run in evaluation mode, and their mode is restored afterwards.
 
     Args:
-        fits: by name, what `log_likelihood` takes, or a `LogLikelihood` already computed on the same rows.
-        x: data none of the fits has seen, (N, ...).
-        args: the models' other arguments, with kwargs passed to `log_likelihood`. To judge a conditional and an
-            unconditional fit together, hand in a `LogLikelihood` of each.
-        draws: how many of each fit are compared with as many rows of x (half of all at most), by the maximum mean discrepancy
-            and the sliced Wasserstein distance, in the units of the data; None compares none. A `LogLikelihood` has none.
-        kwargs: among them num_samples and batch_size.
+        fits: name -> fit, as `log_likelihood` takes it, or a `LogLikelihood` already computed on the same rows.
+        x: data that no fit was trained on, (N, ...).
+        args: other arguments of the models, passed to `log_likelihood` together with kwargs. To compare a conditional with an
+            unconditional fit, pass a `LogLikelihood` of each.
+        quality_samples: number of samples of each fit to compare with as many rows of x (at most half of all), by the maximum
+            mean discrepancy and the sliced Wasserstein distance, in the units of the data. None compares no samples. A
+            `LogLikelihood` has no samples.
+        kwargs: options of `log_likelihood` (num_samples, batch_size, ...) and keyword arguments of the models.
 
     Raises:
-        ValueError: without fits; if the fits' rows differ; on draws without data, or fewer than 2 of them.
-        ImportError: on draws without POT, of the extra ``eval``.
+        ValueError: without fits; if the fits' rows differ; if samples are to be compared without data, or fewer than 2 of them.
+        ImportError: if samples are to be compared and POT, of the extra ``eval``, is missing.
 
     Example:
         >>> from pyro_genmodels import Flow, MAF, compare
@@ -179,46 +192,50 @@ def compare(
         raise TypeError(f"compare wants fits by name, such as {{'flow': flow}}, but found a {type(fits).__name__}.")
     if not fits:
         raise ValueError("compare wants at least one fit, but found none.")
-    if draws is not None and x is None:
-        raise ValueError(f"compare was asked for {draws} draws, but given no data x to compare them with.")
-    rows_drawn, floor = (None, float("nan")) if draws is None or x is None else split(x, draws)
-    judged, alike = {}, {}
+    if quality_samples is not None and x is None:
+        raise ValueError(f"compare found quality_samples={quality_samples}, but no data x to compare samples with.")
+    split = None if quality_samples is None or x is None else split_rows(x, quality_samples)
+    model_kwargs = {name: value for name, value in kwargs.items() if name not in _OPTIONS}
+    log_likelihoods, qualities = {}, {}
     for name, fit in fits.items():
-        if not isinstance(fit, LogLikelihood):
-            if x is None:
-                raise ValueError(f"compare was given the fit {name!r} but no data x to judge it on.")
-            if rows_drawn is not None:
-                alike[name] = sample_quality(fit, x, args, kwargs, rows_drawn)
-            own = model_arguments(kwargs)
-            known = has_likelihood(fit, x, *args, **own)
-            fit = log_likelihood(fit, x, *args, **kwargs) if known else no_likelihood(len(x))
-        judged[name] = fit
-    rows = {name: len(fit.values) for name, fit in judged.items()}
+        if isinstance(fit, LogLikelihood):
+            log_likelihoods[name] = fit
+            continue
+        if x is None:
+            raise ValueError(f"compare was given the fit {name!r}, but no data x to evaluate it on.")
+        if split is not None:
+            qualities[name] = sample_quality(fit, x, args, model_kwargs, split)
+        has_one = has_likelihood(fit, x, *args, **model_kwargs)
+        log_likelihoods[name] = log_likelihood(fit, x, *args, **kwargs) if has_one else no_likelihood(len(x))
+    rows = {name: len(found.values) for name, found in log_likelihoods.items()}
     if len(set(rows.values())) > 1:
         raise ValueError(f"compare wants the same data for all fits, but found rows {rows}.")
-    best_first = sorted(judged, key=lambda name: (judged[name].kind == "none", -judged[name].mean))
-    dims = None if x is None else prod(x.shape[1:])
-    return Comparison({name: judged[name] for name in best_first}, dims, alike, floor)
+    best_first = sorted(log_likelihoods.items(), key=lambda item: (item[1].kind == "none", -item[1].mean))
+    return Comparison(dict(best_first), None if x is None else prod(x.shape[1:]), qualities)
 
 
 def _variance(values: Tensor) -> Tensor:
-    """Variance over rows; of one row nobody knows."""
+    """Return the variance over rows, (fits,); NaN for a single row."""
     return values.var(1) if values.shape[1] > 1 else torch.full_like(values[:, 0], float("nan"))
 
 
 def stacking_weights(values: Tensor, *, max_steps: int = 10_000) -> Tensor:
-    """Weights of the mixture of fits that gives the data the highest likelihood, by expectation maximisation.
+    """Return the weights of the mixture of fits with the highest likelihood, found by expectation maximisation.
 
     Args:
         values: log-likelihoods, (fits, rows).
-        max_steps: bound on the steps; they end when no weight moves by more than 1e-9.
+        max_steps: largest number of steps; they stop earlier once no weight moves by more than 1e-9.
 
     Returns:
         (fits,), summing to one.
+
+    Example:
+        >>> stacking_weights(torch.tensor([[-1.0, -1.0], [-9.0, -9.0]])).round(decimals=3)
+        tensor([1., 0.])
     """
     best = values.max(0).values
-    values, best = values[:, best.isfinite()], best[best.isfinite()]  # a datum that all fits rule out tells them not apart
-    ratios = (values - best).exp()  # ArviZ takes exp(values) as they are, which is 0 for images
+    values, best = values[:, best.isfinite()], best[best.isfinite()]  # rows that all fits rule out say nothing about weights
+    ratios = (values - best).exp()  # exp(values), as ArviZ takes it, would be 0 for images
     weights = torch.full((len(values),), 1 / len(values), dtype=values.dtype)
     for _ in range(max_steps):
         new = weights * (ratios / (weights @ ratios)).mean(1)

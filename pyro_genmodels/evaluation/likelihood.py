@@ -1,20 +1,21 @@
-r"""The log-likelihood of held-out data under any fit, and what is known about it.
+r"""Log-likelihoods of held-out data under any fit, and what kind of number they are.
 
-Without latent variables :math:`\log p(x_n)` is a sum over the sites of row n. With latent variables inside the data's plate it
-is bounded from below, in expectation, by k draws from the guide,
+Without latent variables :math:`\log p(x_n)` is a sum over the sites of row n. Latent variables inside the data's plate are
+integrated by importance sampling: k samples from the guide give
 
 .. math:: \log p(x_n) \ge \mathbb{E} \log \frac{1}{k} \sum_{j=1}^{k} \frac{p(x_n, z_j)}{q(z_j \mid x_n)},
 
-a bound that rises with k and meets the truth as k grows. The same holds for the noise of a dequantised density. Burda et al.,
-*Importance Weighted Autoencoders* (arXiv 1509.00519).
+a lower bound that rises with k and converges to the truth. The noise of a dequantised density is integrated in the same way.
+Burda et al., *Importance Weighted Autoencoders* (arXiv 1509.00519).
 
-Of an energy log Z is computed, or estimated by annealed importance sampling: too low in expectation, so that the likelihood
-seems too high. Annealing backwards from the data errs the other way (`conservative_log_likelihood`).
+The normalising constant of an energy is computed, or estimated by annealed importance sampling. The estimate of log Z is too
+low in expectation, so the likelihood is too high. Annealing backwards from the data errs the other way
+(`conservative_log_likelihood`).
 """
 
 from __future__ import annotations
 
-__all__ = ["LogLikelihood", "has_likelihood", "log_likelihood", "no_likelihood"]
+__all__ = ["LikelihoodKind", "LogLikelihood", "has_likelihood", "log_likelihood", "no_likelihood"]
 
 from dataclasses import dataclass
 from math import log
@@ -28,25 +29,27 @@ from pyro_genmodels._pyro import handlers, traces, vectorize
 from pyro_genmodels.distributions.energy.state import LogPartition
 from pyro_genmodels.distributions.ode import fresh_probes
 from pyro_genmodels.dynamics.reverse import PROGRESS_DELAY
+from pyro_genmodels.evaluation.arguments import RowArguments
 from pyro_genmodels.evaluation.log_z import LogPartitions
 from pyro_genmodels.utils.distributions import density_of, mean_inside_log, unwrap
+from pyro_genmodels.utils.errors import check_positive_int
 
 LikelihoodKind = Literal["exact", "lower bound", "estimate", "unreliable", "none"]
 
 
 @dataclass(frozen=True, repr=False)
 class LogLikelihood:
-    """Log-likelihoods (nats), one per datum, with what is known of them.
+    """Log-likelihoods (nats), one per datum, and what is known about them.
 
     Attributes:
-        values: (N,); NaN of the kind "none".
-        std_error: standard error of each value from drawing, (N,); 0 where nothing was drawn, NaN where one draw cannot tell.
-        kind: what the values are; "none" of a fit that can be drawn from and has no likelihood.
-        num_samples: k, the draws behind each value; 1 where nothing was drawn.
-        log_partition: log Z that all values share, where they are of an energy; its error is in that of each.
-        shared_error: standard error that the mean has of log Z, shared by all values or by those of one context.
-        observation: deviation of the Gaussian noise through which draws without a density are seen
-            (`gaussian_observation_likelihood`); None where there is no such noise.
+        values: log-likelihoods, (N,); NaN if the kind is "none".
+        std_error: Monte Carlo standard error of each value, (N,); 0 for values without sampling, NaN for a single sample.
+        kind: meaning of the values; "none" for a fit that can be sampled from but has no likelihood.
+        num_samples: k, the number of samples behind each value; 1 if nothing was sampled.
+        log_partition: log Z that all values share, if they are of one energy; its error is part of each standard error.
+        shared_error: standard error of the mean that comes from values of log Z shared by several rows.
+        observation_noise: deviation of the Gaussian noise that was added to samples without a density
+            (`gaussian_observation_likelihood`); None if none was added.
     """
 
     values: Tensor
@@ -55,22 +58,22 @@ class LogLikelihood:
     num_samples: int
     log_partition: LogPartition | None = None
     shared_error: float = 0.0
-    observation: float | None = None
+    observation_noise: float | None = None
 
     @property
     def mean(self) -> float:
-        """Nats per datum."""
+        """Mean log-likelihood in nats per datum."""
         return self.values.mean().item()
 
     @property
     def mean_std_error(self) -> float:
-        """Standard error of the mean over data of which these are a sample."""
+        """Standard error of the mean, with the data as a random sample; NaN for a single datum."""
         if len(self.values) < 2:
             return float("nan")
         return (self.values.var() / len(self.values) + self.shared_error**2).sqrt().item()
 
     def bits_per_dim(self, dims: int) -> float:
-        """Negative log-likelihood in bits per dimension, for data of that many dimensions."""
+        """Return the negative log-likelihood in bits per dimension, for data of `dims` dimensions."""
         return -self.mean / (dims * log(2))
 
     def __repr__(self) -> str:
@@ -80,8 +83,9 @@ class LogLikelihood:
         if self.kind == "none":
             return f"- (no likelihood, n={len(self.values)})"
         k = "" if self.kind == "exact" else f", k={self.num_samples}"
-        noise = "" if self.observation is None else f", with Gaussian observation noise {self.observation:.3g}"
-        return f"{self.mean:.3f} ± {self.mean_std_error:.3f} nats per datum ({self.kind}{k}, n={len(self.values)}{noise})"
+        noise = self.observation_noise
+        suffix = "" if noise is None else f", with Gaussian observation noise {noise:.3g}"
+        return f"{self.mean:.3f} ± {self.mean_std_error:.3f} nats per datum ({self.kind}{k}, n={len(self.values)}{suffix})"
 
 
 def log_likelihood(
@@ -95,27 +99,27 @@ def log_likelihood(
     progress: bool = False,
     **kwargs: Any,
 ) -> LogLikelihood:
-    """Log-likelihood (nats) of each row of x.
+    """Return the log-likelihood (nats) of each row of x.
 
-    Modules of the fit are put in evaluation mode (no dropout) and put back. Plates' scales and `poutine.scale` do not count;
-    masks do. A family of energies remembers the log Z that was found.
+    The fit's modules run in evaluation mode (no dropout), and their mode is restored afterwards. Scales of plates and of
+    `poutine.scale` are ignored; masks are applied. A family of energies keeps the log Z that was found.
 
     Args:
-        fit: a family, an `SVI`, or a pair (model, guide), whose first argument is the data.
+        fit: family, `SVI`, or pair (model, guide); the data are the first argument of the model.
         x: data, (N, ...), in a plate of N rows.
-        args: the model's other arguments; tensors of N rows are cut into batches along with x.
-        num_samples: k, the draws per row where anything is drawn; chains behind log Z of an energy (of a conditional one, for
-            each row).
-        num_steps: betas of the path on which log Z of an energy is estimated, where it cannot be computed.
-        batch_size: how many (draw, row) pairs to hold at once.
-        parallel: whether draws are made together in one run, which a model must allow (no ``z[0]`` or ``z.sum()``); None tries
-            out whether it does.
-        progress: whether to show a progress bar, after five seconds and while log Z is estimated.
-        kwargs: the model's keyword arguments, treated as args.
+        args: other arguments of the model; tensors of N rows are cut into batches along with x.
+        num_samples: k, the number of samples per row if anything is sampled; also the number of chains behind an estimated
+            log Z (per row for a conditional energy).
+        num_steps: number of betas of the annealing path on which log Z of an energy is estimated.
+        batch_size: largest number of (sample, row) pairs held in memory at once.
+        parallel: True to make samples together in one run. The model must allow it (no ``z[0]`` or ``z.sum()``). None tries
+            it on a few rows.
+        progress: True to show a progress bar, after five seconds and while log Z is estimated.
+        kwargs: keyword arguments of the model, treated as args.
 
     Returns:
-        Values, standard errors (delta method) and kind. Of energies it is "exact" where log Z is, "unreliable" where its
-        estimate is, else "estimate".
+        Values, standard errors (delta method) and kind. For energies the kind is "exact" if log Z is exact, "unreliable" if
+        its estimate is unreliable, and "estimate" otherwise.
 
     Raises:
         ValueError: if latent variables lie outside the data's plate; if the guide is a point mass; if an observed site has no
@@ -130,35 +134,26 @@ def log_likelihood(
     if not isinstance(x, Tensor) or x.dim() < 1 or not len(x):
         found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"log_likelihood wants a torch.Tensor of one or more rows, but found {found}: see torch.as_tensor.")
-    if num_samples < 1 or batch_size < 1:
-        raise ValueError(f"num_samples and batch_size must be positive, got {num_samples} and {batch_size}.")
+    check_positive_int("log_likelihood", num_samples=num_samples, num_steps=num_steps, batch_size=batch_size)
+    data = RowArguments((x, *args), kwargs)
+    log_partitions = LogPartitions(num_samples, num_steps, progress=progress)
     with handlers.side_effect_free(), fresh_probes():
-        first = _rows(slice(0, 1), len(x), (x, *args), kwargs)
-        constants = LogPartitions(num_samples, num_steps, progress=progress)
-        kind, drawn, tighter, plates, nesting = _kind(model, guide, *first, constants)
-        k = num_samples if drawn else 1
+        structure = _structure(model, guide, data.take(slice(0, 1)), log_partitions)
+        k = num_samples if structure.is_sampled else 1
         if parallel is None:
-            trial = _rows(slice(0, max(1, min(5, batch_size // 3))), len(x), (x, *args), kwargs)
-            parallel = k > 1 and vectorize.can_vectorize(model, guide, *trial, nesting)
-        rows = max(1, batch_size // k) if parallel else batch_size
-        parts = []
-        with tqdm(
-            total=len(x) * k, desc="log-likelihood", unit="draw", delay=PROGRESS_DELAY, disable=not progress, leave=False
-        ) as bar:
-            for start in range(0, len(x), rows):
-                stop = min(start + rows, len(x))
-                call = _rows(slice(start, stop), len(x), (x, *args), kwargs)
-                at_once = max(1, batch_size // (stop - start)) if parallel else None
-                found = _weigh(model, guide, *call, stop - start, plates, nesting, k, at_once, drawn, tighter, constants, bar)
-                parts.append(found)
-    values, std_error = (torch.cat(part) for part in zip(*parts, strict=True))
-    kind = "unreliable" if "unreliable" in constants.kinds else "estimate" if "estimate" in constants.kinds else kind
-    k = k if drawn or kind == "exact" else num_samples
-    return LogLikelihood(values, std_error, kind, k, constants.single, constants.shared_error(len(x)))
+            trial = data.take(slice(0, max(1, min(5, batch_size // 3))))
+            parallel = k > 1 and vectorize.can_vectorize(model, guide, trial.args, trial.kwargs, structure.nesting)
+        estimator = _Estimator(model, guide, structure, log_partitions, k, batch_size, parallel)
+        values, std_error = estimator.estimate(data, progress=progress)
+    kind = next((kind for kind in ("unreliable", "estimate") if kind in log_partitions.kinds), structure.kind)
+    k = k if structure.is_sampled or kind == "exact" else num_samples
+    return LogLikelihood(values, std_error, kind, k, log_partitions.single, log_partitions.shared_error(len(x)))
 
 
 def has_likelihood(fit: Any, x: Tensor, *args: Any, **kwargs: Any) -> bool:
-    """Whether all sites of a fit's model have a density, by a run on the first row of x, (N, ...).
+    """Return True if every site of a fit's model has a density; the model runs once, on the first row of x, (N, ...).
+
+    Torch's random number generator is left as it was.
 
     Example:
         >>> from pyro_genmodels import Flow
@@ -166,32 +161,56 @@ def has_likelihood(fit: Any, x: Tensor, *args: Any, **kwargs: Any) -> bool:
         True
     """
     model, guide = traces.as_pair(fit)
-    with (
-        handlers.side_effect_free(),
-        torch.random.fork_rng(devices=[]),
-    ):  # what is drawn afterwards is as if this had not been asked
-        first_args, first_kwargs = _rows(slice(0, 1), len(x), (x, *args), kwargs)
-        trace, _ = traces.run_pair(model, guide, first_args, first_kwargs)
+    first = RowArguments((x, *args), kwargs).take(slice(0, 1))
+    with handlers.side_effect_free(), torch.random.fork_rng(devices=[]):
+        trace, _ = traces.run_pair(model, guide, first.args, first.kwargs)
     return all(density_of(site["fn"])[0] != "none" for site in traces.sample_sites(trace).values())
 
 
-def no_likelihood(rows: int) -> LogLikelihood:
-    """What there is to say of so many rows where there is no likelihood."""
-    values = torch.full((rows,), torch.nan)
+def no_likelihood(num_rows: int) -> LogLikelihood:
+    """Return the `LogLikelihood` of a fit without one: NaN for each row, of the kind "none"."""
+    values = torch.full((num_rows,), torch.nan)
     return LogLikelihood(values, values, "none", 0)
 
 
-def _kind(
-    model: Any, guide: Any, args: tuple, kwargs: dict[str, Any], constants: LogPartitions
-) -> tuple[LikelihoodKind, bool, bool, list[str], int]:
-    """What a run on one row can say.
+@dataclass(frozen=True)
+class _Structure:
+    """Properties of a fit that one run on one row shows.
 
-    It is the kind of values, whether each is from draws, and whether more draws tighten it; the data's plate, and the nesting.
+    Attributes:
+        kind: kind of the values, before the kinds of log Z are known.
+        is_sampled: True if each value is an average over samples.
+        mean_inside_log: True if the log of the mean weight is a tighter bound than the mean log weight.
+        plates: names of the plates that can be the data's.
+        nesting: number of batch dimensions taken by plates.
     """
-    model_trace, guide_trace = traces.run_pair(model, guide, args, kwargs)
-    for role, trace in (("model", model_trace), ("guide", guide_trace)):
-        constants.put(trace, role)
-    unguided = [n for n in traces.latents(model_trace) if n not in guide_trace.nodes]
+
+    kind: LikelihoodKind
+    is_sampled: bool
+    mean_inside_log: bool
+    plates: list[str]
+    nesting: int
+
+
+def _structure(model: Any, guide: Any, first: RowArguments, log_partitions: LogPartitions) -> _Structure:
+    """Run model and guide on the first row, check that a likelihood can be had, and return the fit's structure."""
+    model_trace, guide_trace = traces.run_pair(model, guide, first.args, first.kwargs)
+    log_partitions.put(model_trace, "model")
+    log_partitions.put(guide_trace, "guide")
+    plates = list(traces.data_plates(model_trace, 1))
+    _check_latents(model_trace, guide_trace, plates)
+    sites = traces.sample_sites(model_trace)
+    densities = {_checked_density(name, site) for name, site in sites.items()}
+    inside = all(mean_inside_log(site["fn"]) for site in sites.values())
+    is_sampled = bool(traces.latents(model_trace)) or "lower bound" in densities or not inside
+    kind: LikelihoodKind = "estimate" if "estimate" in densities else "lower bound" if is_sampled else "exact"
+    return _Structure(kind, is_sampled, inside, plates, traces.max_plate_nesting(model, guide, first.args, first.kwargs))
+
+
+def _check_latents(model_trace: Any, guide_trace: Any, plates: list[str]) -> None:
+    """Raise a ValueError unless the guide covers all latent variables by a density, row by row."""
+    latents, sites = traces.latents(model_trace), traces.sample_sites(model_trace)
+    unguided = [name for name in latents if name not in guide_trace.nodes]
     if unguided:
         raise ValueError(
             f"log_likelihood wants a guide for every latent variable, but the guide has none for "
@@ -199,73 +218,97 @@ def _kind(
         )
     if traces.is_point_mass(guide_trace):
         raise ValueError(
-            "log_likelihood averages over draws from the guide, but this guide is a point mass (AutoDelta, MAP), under which "
-            "no bound holds. Use a guide with a density, such as AutoNormal."
+            "log_likelihood averages over samples from the guide, but this guide is a point mass (AutoDelta, MAP), which gives "
+            "no bound. Use a guide with a density, such as AutoNormal."
         )
-    plates = list(traces.data_plates(model_trace, 1))
-    sites = traces.sample_sites(model_trace)
-    outside = [n for n in traces.latents(model_trace) if all(f.name not in plates for f in sites[n]["cond_indep_stack"])]
-    if outside:
+    shared = [name for name in latents if all(frame.name not in plates for frame in sites[name]["cond_indep_stack"])]
+    if shared:
         raise ValueError(
-            f"log_likelihood integrates over latent variables of single rows, but {', '.join(map(repr, outside))} lie outside "
+            f"log_likelihood integrates over latent variables of single rows, but {', '.join(map(repr, shared))} lie outside "
             f"the plate {plates[0]!r} and are shared by all rows. Use to_arviz(fit, ...) and az.loo for such a posterior."
         )
-    densities = set()
-    for site_name, site in sites.items():
-        density, advice = density_of(site["fn"])
-        if density in ("none", "unnormalized"):
-            raise ValueError(
-                f"log_likelihood needs a density, but site {site_name!r} holds {type(unwrap(site['fn'])).__name__}, whose "
-                f"density is: {density}. {advice}"
-            )
-        densities.add(density)
-    tighter = all(mean_inside_log(site["fn"]) for site in sites.values())
-    drawn = bool(traces.latents(model_trace)) or "lower bound" in densities or not tighter
-    kind: LikelihoodKind = "estimate" if "estimate" in densities else "lower bound" if drawn else "exact"
-    return kind, drawn, tighter, plates, traces.max_plate_nesting(model, guide, args, kwargs)
 
 
-def _weigh(
-    model: Any,
-    guide: Any,
-    args: tuple,
-    kwargs: dict[str, Any],
-    rows: int,
-    plates: list[str],
-    nesting: int,
-    k: int,
-    at_once: int | None,
-    drawn: bool,  # noqa: FBT001
-    tighter: bool,  # noqa: FBT001
-    constants: LogPartitions,
-    bar: tqdm,
-) -> tuple[Tensor, Tensor]:
-    """Log mean weight of each row and its standard error, from k draws, so many at once or each in a run of its own.
+def _checked_density(name: str, site: Any) -> str:
+    """Return the kind of a site's density; raise a ValueError if it is not normalised."""
+    density, advice = density_of(site["fn"])
+    if density in ("none", "unnormalized"):
+        raise ValueError(
+            f"log_likelihood needs a density, but site {name!r} holds {type(unwrap(site['fn'])).__name__}, whose "
+            f"density is: {density}. {advice}"
+        )
+    return density
 
-    Where the log weights are themselves drawn, only their mean is a bound.
+
+@dataclass(frozen=True)
+class _Estimator:
+    """Importance sampling of the log-likelihood of each row.
+
+    Attributes:
+        model: function with Pyro statements.
+        guide: proposal for the model's latent variables.
+        structure: structure of the fit.
+        log_partitions: log Z of the energies in the traces.
+        num_samples: k, the number of samples per row.
+        batch_size: largest number of (sample, row) pairs in one run.
+        parallel: True to make samples in an outermost plate, False to run the model once per sample.
     """
-    log_w, variances = [], []
-    for start in range(0, k, at_once or 1):
-        draws = min(at_once or 1, k - start)
-        plate = traces.particles(draws, nesting) if at_once else None
-        pair = traces.run_pair(model, guide, args, kwargs, plate)
-        places = constants.put(pair[0], "model") + constants.put(pair[1], "guide")
-        dim = next(dim for name, dim in traces.data_plates(pair[0], rows).items() if name in plates)
+
+    model: Any
+    guide: Any
+    structure: _Structure
+    log_partitions: LogPartitions
+    num_samples: int
+    batch_size: int
+    parallel: bool
+
+    def estimate(self, data: RowArguments, *, progress: bool) -> tuple[Tensor, Tensor]:
+        """Return the log-likelihoods of all rows and their standard errors, (N,) each."""
+        rows = max(1, self.batch_size // self.num_samples) if self.parallel else self.batch_size
+        parts = []
+        with tqdm(
+            total=data.num_rows * self.num_samples,
+            desc="log-likelihood",
+            unit="sample",
+            delay=PROGRESS_DELAY,
+            disable=not progress,
+            leave=False,
+        ) as bar:
+            for batch in data.batches(rows):
+                parts.append(self._average(*self._log_weights(batch, bar)))
+        values, std_error = zip(*parts, strict=True)
+        return torch.cat(values), torch.cat(std_error)
+
+    def _log_weights(self, batch: RowArguments, bar: tqdm) -> tuple[Tensor, Tensor]:
+        """Return log weights of k samples, (k, rows), and the variance that log Z adds to each row, (rows,)."""
+        block = max(1, self.batch_size // batch.num_rows) if self.parallel else 1
+        parts = []
+        for start in range(0, self.num_samples, block):
+            num_samples = min(block, self.num_samples - start)
+            parts.append(self._run(batch, num_samples))
+            bar.update(num_samples * batch.num_rows)
+        log_weights, variances = zip(*parts, strict=True)
+        return torch.cat(log_weights), torch.stack(variances).mean(0)
+
+    def _run(self, batch: RowArguments, num_samples: int) -> tuple[Tensor, Tensor]:
+        """Run guide and model once, and return log weights (num_samples, rows) and the variance from log Z (rows,)."""
+        nesting, rows = self.structure.nesting, batch.num_rows
+        plate = traces.particles(num_samples, nesting) if self.parallel else None
+        pair = traces.run_pair(self.model, self.guide, batch.args, batch.kwargs, plate)
+        places = self.log_partitions.put(pair[0], "model") + self.log_partitions.put(pair[1], "guide")
+        dim = next(dim for name, dim in traces.data_plates(pair[0], rows).items() if name in self.structure.plates)
         log_p, log_q = (traces.log_prob(trace, (-nesting - 1, dim), scaled=False) for trace in pair)
-        log_w.append((log_p - log_q.to(log_p)).expand(draws, rows))
-        variances.append(constants.variance(places, nesting, dim, draws / k))
-        bar.update(draws * rows)
-    log_w = torch.cat(log_w)
-    values = log_w.logsumexp(0) - log(k) if tighter else log_w.mean(0)
-    variance = torch.stack(variances).mean(0).to(values).expand_as(values)
-    if not drawn:
-        return values, variance.sqrt()
-    if k == 1:
-        return values, torch.full_like(values, float("nan"))
-    spread = (log_w - values).exp() if tighter else log_w
-    return values, (spread.var(0) / k + variance).sqrt()
+        variance = self.log_partitions.variance(places, nesting, dim, num_samples / self.num_samples)
+        return (log_p - log_q.to(log_p)).expand(num_samples, rows), variance
 
-
-def _rows(rows: slice, n: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    cut = lambda a: a[rows] if isinstance(a, Tensor) and a.dim() and len(a) == n else a  # noqa: E731
-    return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
+    def _average(self, log_weights: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log mean weight, or where that is no bound the mean log weight, and its standard error, (rows,) each."""
+        k, inside = self.num_samples, self.structure.mean_inside_log
+        values = log_weights.logsumexp(0) - log(k) if inside else log_weights.mean(0)
+        variance = variance.to(values).expand_as(values)
+        if not self.structure.is_sampled:
+            return values, variance.sqrt()
+        if k == 1:
+            return values, torch.full_like(values, float("nan"))
+        deviations = (log_weights - values).exp() if inside else log_weights
+        return values, (deviations.var(0) / k + variance).sqrt()

@@ -1,11 +1,12 @@
-r"""Which modes of a mixture a model's draws reach, and how many of the draws are good ones.
+r"""Modes of a mixture that a model's samples cover, and the share of samples that are close to a mode.
 
-A draw is of high quality within so many deviations of a mode's centre; a mode is covered by one such draw. With
-:math:`\hat q_k` the share of good draws nearest to mode k of K, all as likely,
+A sample has high quality if it lies within three standard deviations of the centre of a mode. A mode is covered if at least one
+such sample is nearest to it. With :math:`\hat q_k` the share of high-quality samples nearest to mode k, of K equally likely
+modes,
 
 .. math:: \mathrm{KL}(\hat q \| u) = \sum_k \hat q_k \log (K \hat q_k)
 
-is zero where all modes get their share. The protocol is that of Lin et al., *PacGAN* (arXiv 1712.04086), who call the last the
+is zero if all modes have equal shares. The protocol is that of Lin et al., *PacGAN* (arXiv 1712.04086), who call this the
 reverse KL divergence.
 """
 
@@ -24,56 +25,59 @@ from pyro_genmodels.divergences.samples import as_matrices
 
 @dataclass(frozen=True)
 class ModeCoverage:
-    """What draws reach.
+    """Number of high-quality samples of each mode.
 
     Attributes:
-        counts: good draws of each mode, (K,).
-        num_draws: of all.
+        counts: number of high-quality samples nearest to each mode, (K,).
+        num_samples: number of all samples.
     """
 
     counts: Tensor
-    num_draws: int
+    num_samples: int
 
     @property
     def covered(self) -> int:
-        """Modes with a good draw."""
+        """Number of modes with at least one high-quality sample."""
         return int((self.counts > 0).sum())
 
     @property
     def high_quality(self) -> float:
-        """Share of good draws."""
-        return self.counts.sum().item() / self.num_draws
+        """Share of high-quality samples among all."""
+        return self.counts.sum().item() / self.num_samples
 
     @property
     def reverse_kl(self) -> float:
-        """Nats from the share of each mode, of good draws, to equal ones; NaN where no draw is good."""
+        """Divergence in nats of the modes' shares from equal shares; NaN if no sample has high quality."""
         share = self.counts / self.counts.sum()
         return (torch.special.xlogy(share, share).sum() + log(len(share))).item()
 
     def __str__(self) -> str:
-        return f"{self.covered} of {len(self.counts)} modes, {self.high_quality:.1%} of high quality (n={self.num_draws})"
+        return f"{self.covered} of {len(self.counts)} modes, {self.high_quality:.1%} of high quality (n={self.num_samples})"
 
 
-def mode_coverage(draws: Tensor, centres: Tensor, scale: float, *, within: float = 3.0) -> ModeCoverage:
-    """Modes that draws reach, and the share of draws that are near one.
+def mode_coverage(samples: Tensor, centres: Tensor, scale: float, *, max_deviations: float = 3.0) -> ModeCoverage:
+    """Count the high-quality samples of each mode of a mixture.
 
     Args:
-        draws: (n, d); the protocol's n is 2,500.
-        centres: of the modes, (K, d).
-        scale: their deviation in each direction.
-        within: deviations from its centre up to which a draw is good.
+        samples: samples of a model, (n, d); the protocol's n is 2,500.
+        centres: centres of the modes, (K, d).
+        scale: standard deviation of the modes in each direction.
+        max_deviations: largest distance of a high-quality sample from a centre, in standard deviations.
 
     Raises:
-        ValueError: for draws and centres of different dimensions, and a scale that is not positive.
+        ValueError: for samples and centres of different dimensions, and for a scale or max_deviations that is not positive.
 
     Example:
-        >>> draws = torch.tensor([[0.0, 0.1], [5.0, 5.0], [9.0, 9.0]])
-        >>> found = mode_coverage(draws, torch.tensor([[0.0, 0.0], [5.0, 5.0]]), 0.1)
+        >>> samples = torch.tensor([[0.0, 0.1], [5.0, 5.0], [9.0, 9.0]])
+        >>> found = mode_coverage(samples, torch.tensor([[0.0, 0.0], [5.0, 5.0]]), 0.1)
         >>> found.covered, round(found.high_quality, 2)
         (2, 0.67)
     """
-    draws, centres = as_matrices(draws.detach(), centres, by="mode_coverage", least=1)
-    if not (scale > 0 and within > 0):
-        raise ValueError(f"mode_coverage wants a positive scale and within, but found {scale!r} and {within!r}.")
-    distance, nearest = torch.cdist(draws, centres).min(1)
-    return ModeCoverage(torch.bincount(nearest[distance < within * scale], minlength=len(centres)), len(draws))
+    samples, centres = as_matrices(samples.detach(), centres, by="mode_coverage", least=1)
+    if not (scale > 0 and max_deviations > 0):
+        raise ValueError(
+            f"mode_coverage wants a positive scale and max_deviations, but found {scale!r} and {max_deviations!r}."
+        )
+    distance, nearest = torch.cdist(samples, centres).min(1)
+    counts = torch.bincount(nearest[distance < max_deviations * scale], minlength=len(centres))
+    return ModeCoverage(counts, len(samples))

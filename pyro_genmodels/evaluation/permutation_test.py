@@ -1,9 +1,9 @@
-r"""Whether two sets of draws are from one law: the maximum mean discrepancy, judged by permutations.
+r"""Permutation test of the maximum mean discrepancy: do two sets of samples come from the same distribution?
 
-If they are, it makes no difference which draw is of which set, and the discrepancy is but one among those of sets dealt anew,
+If they do, the discrepancy is exchangeable with those of B random permutations of all samples into two sets,
 
 .. math:: p = \frac{1 + \#\{b : \mathrm{MMD}^2_b \ge \mathrm{MMD}^2\}}{1 + B}, \qquad
-    \Pr(p \le \alpha) \le \alpha \text{ for one law, of whatever size the sets are.}
+    \Pr(p \le \alpha) \le \alpha \text{ for equal distributions and any sizes of the sets.}
 
 Gretton et al., *A Kernel Two-Sample Test* (JMLR 2012); Phipson and Smyth, *Permutation P-values Should Never Be Zero*
 (arXiv 1603.05766).
@@ -20,20 +20,21 @@ from torch import Tensor
 
 from pyro_genmodels.divergences.kernels import GaussianKernel, Kernel, check_kernel
 from pyro_genmodels.divergences.samples import as_matrices
+from pyro_genmodels.utils.errors import check_positive_int
 
-MAX_ROWS = 10_000
-"""Draws of both sets, whose kernel's matrix takes 800 MB in double precision."""
+MAX_SAMPLES = 10_000
+"""Largest number of samples in both sets together; their kernel matrix takes 800 MB in double precision."""
 
 
 @dataclass(frozen=True)
 class MMDTest:
-    """A squared maximum mean discrepancy, and how often chance alone gives as much.
+    """Squared maximum mean discrepancy and its p-value.
 
     Attributes:
-        value: the squared discrepancy, without bias; about zero for one law.
-        std_error: of it, where the laws differ (see `mmd`).
-        p_value: the share of dealings that are at least as far apart, this one among them.
-        num_permutations: dealings.
+        value: unbiased estimate of the squared discrepancy; about zero for equal distributions.
+        std_error: standard error of the value, valid for distributions that differ (see `mmd`).
+        p_value: share of permutations, the observed one included, with at least this discrepancy.
+        num_permutations: number of random permutations.
     """
 
     value: float
@@ -55,61 +56,67 @@ def mmd_test(
     num_permutations: int = 1000,
     seed: int = 1,
 ) -> MMDTest:
-    """Tests whether two sets of draws are from one law.
+    """Test the hypothesis that two sets of samples come from the same distribution.
 
     Args:
-        x: draws, (n, ...). The first dimension counts them, all others are the event, which is flattened to d numbers.
-        y: draws of events of the same shape, (m, ...); n and m may differ. Draws of each set are independent: of chains, thin
-            them first.
-        kernel: of pairs of draws. A bandwidth of None is the median distance among both sets together.
-        num_permutations: dealings, at least 1; no p-value is below 1 / (1 + num_permutations).
-        seed: of the dealings.
+        x: samples, (n, ...). The dimensions after the first are the event, which is flattened to d numbers.
+        y: samples of events of the same shape, (m, ...); n and m may differ. Samples within a set must be independent: thin
+            Markov chains first.
+        kernel: kernel of pairs of samples. A bandwidth of None is the median distance within both sets together.
+        num_permutations: number of random permutations; no p-value is below 1 / (1 + num_permutations).
+        seed: seed of the permutations.
 
     Returns:
         The squared discrepancy, its standard error and the p-value.
 
     Raises:
-        ValueError: for events of different shapes, two devices, draws with NaN or infinity, fewer than 2 draws on a side, and
-            more than 10,000 on both.
+        ValueError: for events of different shapes, two devices, samples with NaN or infinity, fewer than 2 samples in a set,
+            and more than 10,000 in both.
 
     Example:
         >>> mmd_test(torch.randn(100, 2), torch.randn(100, 2) + 1).p_value < 0.01
         True
     """
     check_kernel(kernel, by="mmd_test")
-    if num_permutations < 1:
-        raise ValueError(f"mmd_test wants at least one permutation, got {num_permutations=}.")
-    x, y = (draws.detach().double() for draws in as_matrices(x, y, by="mmd_test"))
+    check_positive_int("mmd_test", num_permutations=num_permutations)
+    x, y = (samples.detach().double() for samples in as_matrices(x, y, by="mmd_test"))
     n, m = len(x), len(y)
-    if n + m > MAX_ROWS:
+    if n + m > MAX_SAMPLES:
         raise ValueError(
-            f"mmd_test holds a matrix of all pairs, of at most {MAX_ROWS} draws, but found {n} and {m}. Test some of them: "
-            f"x[torch.randperm(len(x))[:{MAX_ROWS // 2}]], and y likewise. The value alone, of any number, is mmd's."
+            f"mmd_test holds a matrix of all pairs, of at most {MAX_SAMPLES} samples, but found {n} and {m}. Test a part: "
+            f"x[torch.randperm(len(x))[:{MAX_SAMPLES // 2}]], and y likewise. mmd gives the value alone, for any number."
         )
     both = torch.cat([x, y])
     with torch.no_grad():
         k = kernel.fitted(both)(both, both).fill_diagonal_(0)
-        sides = _dealt(n, m, num_permutations, seed).to(both)
-        values = _discrepancies(k, sides, n, m)
+        in_first = _permutations(n, m, num_permutations, seed).to(both)
+        values = _discrepancies(k, in_first, n, m)
         a = k[:n, :n].sum(1) / (n - 1) - k[:n, n:].mean(1)
         b = k[n:, n:].sum(1) / (m - 1) - k[n:, :n].mean(1)
-    slack = 1e-10 * k.abs().mean()  # the same sets, dealt again, differ by rounding
-    as_far = int((values[1:] >= values[0] - slack).sum())
+    rounding = 1e-10 * k.abs().mean()  # a permutation that gives the same two sets differs by rounding
+    as_large = int((values[1:] >= values[0] - rounding).sum())
     std_error = 2 * (a.var() / n + b.var() / m).sqrt().item()
-    return MMDTest(values[0].item(), std_error, (1 + as_far) / (1 + num_permutations), num_permutations)
+    return MMDTest(values[0].item(), std_error, (1 + as_large) / (1 + num_permutations), num_permutations)
 
 
-def _dealt(n: int, m: int, times: int, seed: int) -> Tensor:
-    """Which of all draws are on the first side: as they are, then dealt so many times, (n + m, 1 + times) of zeros and ones."""
+def _permutations(n: int, m: int, num_permutations: int, seed: int) -> Tensor:
+    """Return indicators of the samples in the first set, (n + m, 1 + num_permutations), starting with the observed sets."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(times, n + m, generator=generator).argsort(1)
+    order = torch.rand(num_permutations, n + m, generator=generator).argsort(1)
     first = torch.cat([torch.arange(n + m)[None], order])[:, :n]
-    return torch.zeros(1 + times, n + m).scatter_(1, first, 1.0).T
+    return torch.zeros(1 + num_permutations, n + m).scatter_(1, first, 1.0).T
 
 
-def _discrepancies(k: Tensor, sides: Tensor, n: int, m: int) -> Tensor:
-    """The squared discrepancy of each dealing (columns of sides), by a matrix whose diagonal is zero."""
-    within = (sides * (k @ sides)).sum(0)  # the sum over pairs on the first side
-    across = k.sum(0) @ sides - within
-    beyond = k.sum() - within - 2 * across
-    return within / (n * (n - 1)) + beyond / (m * (m - 1)) - 2 * across / (n * m)
+def _discrepancies(k: Tensor, in_first: Tensor, n: int, m: int) -> Tensor:
+    """Return the squared discrepancy of each permutation, (1 + num_permutations,).
+
+    Args:
+        k: kernel matrix of all samples, (n + m, n + m), with a zero diagonal.
+        in_first: indicators of the samples in the first set, (n + m, 1 + num_permutations).
+        n: size of the first set.
+        m: size of the second set.
+    """
+    xx = (in_first * (k @ in_first)).sum(0)  # the sum over pairs within the first set
+    xy = k.sum(0) @ in_first - xx
+    yy = k.sum() - xx - 2 * xy
+    return xx / (n * (n - 1)) + yy / (m * (m - 1)) - 2 * xy / (n * m)

@@ -1,16 +1,14 @@
-r"""How far a fit's draws are from held-out data: what can be said of every fit, with a likelihood or without.
+r"""Distances of a fit's samples from held-out data, which exist for every fit, with or without a likelihood.
 
-Draws are of the fit's model without its observations, given the contexts of n other rows than those they are compared with: two
-independent sets. Beside
-the distance of these from the rows stands that of the rows from n others: the *floor*, which no model's draws are meant to be
-below.
+The model is sampled without its observations. Samples are made for the contexts of n rows and compared with n other rows, so
+that the two sets are independent. The distance of real rows from other real rows is the *baseline*: no model is expected to be
+closer.
 """
 
 from __future__ import annotations
 
-__all__ = ["SampleQuality", "model_arguments", "sample_quality", "split"]
+__all__ = ["RowSplit", "SampleQuality", "sample_quality", "split_rows"]
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,62 +19,74 @@ from torch import Tensor
 from pyro_genmodels._pyro import handlers, traces
 from pyro_genmodels._pyro.predictive import replicated_data, replicating
 from pyro_genmodels.divergences import sliced_wasserstein
-from pyro_genmodels.evaluation.likelihood import log_likelihood
+from pyro_genmodels.evaluation.arguments import RowArguments
 from pyro_genmodels.evaluation.permutation_test import MMDTest, mmd_test
-
-_OPTIONS = {name for name, p in inspect.signature(log_likelihood).parameters.items() if p.kind is p.KEYWORD_ONLY}
 
 
 @dataclass(frozen=True)
 class SampleQuality:
-    """Draws of a fit against data.
+    """Distances of a fit's samples from data.
 
     Attributes:
-        test: the squared maximum mean discrepancy, by a Gaussian kernel of the median distance, and its p-value.
-        sliced_wasserstein: the distance of order 2, in the units of the data.
+        test: permutation test of the squared maximum mean discrepancy, by a Gaussian kernel of the median distance.
+        sliced_wasserstein: sliced Wasserstein distance of order 2, in the units of the data.
+        baseline: the same distance between these data and as many others, for comparison.
     """
 
     test: MMDTest
     sliced_wasserstein: float
+    baseline: float
 
 
-def split(x: Tensor, draws: int) -> tuple[tuple[Tensor, Tensor], float]:
-    """Rows of x to compare draws with, as many as asked for or half of all, others to draw for, and how far these are apart.
+@dataclass(frozen=True)
+class RowSplit:
+    """Two disjoint sets of rows of the data.
+
+    Attributes:
+        compared: indices of the rows that samples are compared with, (n,).
+        sampled: indices of the rows whose contexts are sampled for, (n,).
+        baseline: sliced Wasserstein distance between the two sets of rows.
+    """
+
+    compared: Tensor
+    sampled: Tensor
+    baseline: float
+
+
+def split_rows(x: Tensor, num_samples: int) -> RowSplit:
+    """Split rows of x, (N, ...), at random into two sets of num_samples each, or of half of all if there are fewer.
+
+    The split is the same at every call.
 
     Raises:
-        ValueError: for fewer than 2 draws or 4 rows.
+        ValueError: for fewer than 2 samples or 4 rows.
     """
-    n = min(draws, len(x) // 2)
+    n = min(num_samples, len(x) // 2)
     if n < 2:
         raise ValueError(
-            f"compare wants 2 or more draws, and twice as many rows, but was asked for {draws} beside {len(x)} rows."
+            f"Comparing samples with data takes 2 or more samples and twice as many rows, but found {num_samples} samples and "
+            f"{len(x)} rows."
         )
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1)).to(x.device)
-    rows, others = order[:n], order[n : 2 * n]
-    return (rows, others), sliced_wasserstein(x[rows], x[others], seed=1).value.item()
+    compared, sampled = order[:n], order[n : 2 * n]
+    return RowSplit(compared, sampled, sliced_wasserstein(x[compared], x[sampled], seed=1).value.item())
 
 
-def model_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those keyword arguments of `log_likelihood` that are the model's."""
-    return {name: value for name, value in kwargs.items() if name not in _OPTIONS}
-
-
-def sample_quality(fit: Any, x: Tensor, args: tuple, kwargs: Mapping[str, Any], rows: tuple[Tensor, Tensor]) -> SampleQuality:
-    """Of draws for some rows of x, and of the tensors beside it that have as many, and data of others.
+def sample_quality(fit: Any, x: Tensor, args: tuple, kwargs: Mapping[str, Any], rows: RowSplit) -> SampleQuality:
+    """Return the distances of a fit's samples from rows of x.
 
     Args:
-        fit: as `log_likelihood` takes it.
+        fit: family, `SVI`, or pair (model, guide).
         x: data, (N, ...).
-        args: the model's other arguments.
-        kwargs: those of `log_likelihood`, of which its own options are left out.
-        rows: to compare with, (n,), and to draw for, (n,).
+        args: other arguments of the model; tensors of N rows are cut along with x.
+        kwargs: keyword arguments of the model, treated as args.
+        rows: rows to compare with and to sample for, from `split_rows`.
     """
     model, _ = traces.as_pair(fit)
-    both, n = torch.cat(rows), len(rows[0])
-    cut = lambda a: a[both] if isinstance(a, Tensor) and a.dim() and len(a) == len(x) else a  # noqa: E731
-    own = {name: cut(value) for name, value in model_arguments(kwargs).items()}
+    n = len(rows.compared)
+    call = RowArguments((x, *args), dict(kwargs)).take(torch.cat([rows.compared, rows.sampled]))
     with handlers.side_effect_free():
-        run, _ = traces.run_pair(replicating(model), traces.no_latents, tuple(map(cut, (x, *args))), own)
-    found = replicated_data(run, len(both))
-    drawn, data = found.draws.flatten(0, 1)[n:], found.data[:n]
-    return SampleQuality(mmd_test(drawn, data), sliced_wasserstein(drawn, data, seed=1).value.item())
+        trace, _ = traces.run_pair(replicating(model), traces.no_latents, call.args, call.kwargs)
+    replicated = replicated_data(trace, call.num_rows)
+    samples, data = replicated.draws.flatten(0, 1)[n:], replicated.data[:n]
+    return SampleQuality(mmd_test(samples, data), sliced_wasserstein(samples, data, seed=1).value.item(), rows.baseline)

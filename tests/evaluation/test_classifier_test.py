@@ -11,7 +11,7 @@ import torch
 from sklearn.model_selection import KFold, cross_val_score
 from sklearn.neural_network import MLPClassifier
 
-from pyro_genmodels.evaluation import TwoSample, c2st
+from pyro_genmodels.evaluation import ClassifierTest, c2st
 from pyro_genmodels.evaluation.classifier_test import standardised
 
 SMALL = {"hidden": (3,), "folds": 2}  # soon trained
@@ -67,10 +67,10 @@ def test_a_seed_fixes_the_answer_and_leaves_others_alone():
 
 
 def test_the_answer_names_its_parts():
-    answer = TwoSample(torch.tensor([0.4, 0.5, 0.6, 0.5]), 100)
+    answer = ClassifierTest(torch.tensor([0.4, 0.5, 0.6, 0.5]), 100)
     assert answer.value == pytest.approx(0.5)
     assert answer.std_error == pytest.approx((0.02 / 3 / 4) ** 0.5)
-    assert str(answer) == "0.500 ± 0.041 told apart (0.5 is chance, 4 folds, n=100)"
+    assert str(answer) == "accuracy 0.500 ± 0.041 (0.5 is chance, 4 folds, n=100)"
 
 
 # Standardisation.
@@ -121,9 +121,9 @@ def test_integers_and_draws_with_a_graph_are_taken():
             torch.zeros(100, 2),
             torch.zeros(60, 2),
             {},
-            r"100 and 60. Take 60 of the larger: x\[torch.randperm\(len\(x\)\)\[:60\]\]",
+            r"100 and 60 samples. Take 60 of the larger set: x\[torch.randperm\(len\(x\)\)\[:60\]\]",
         ),
-        (torch.zeros(60, 2), torch.zeros(100, 2), {}, r"60 and 100. Take 60 of the larger: y\["),
+        (torch.zeros(60, 2), torch.zeros(100, 2), {}, r"60 and 100 samples. Take 60 of the larger set: y\["),
         (torch.zeros(49, 2), torch.zeros(49, 2), {}, "at least 50 draws"),
         (torch.zeros(49, 2), torch.zeros(49, 2), {"folds": 1}, "at least 2 folds, got folds=1"),
     ],

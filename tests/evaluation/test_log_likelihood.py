@@ -458,7 +458,7 @@ def test_no_rows_are_refused(x):
 
 @pytest.mark.parametrize("options", [{"num_samples": 0}, {"batch_size": 0}])
 def test_no_draws_are_refused(options):
-    with pytest.raises(ValueError, match="positive"):
+    with pytest.raises(ValueError, match="of 1 or more"):
         log_likelihood(small_flow(), torch.randn(3, 2), **options)
 
 
@@ -641,8 +641,8 @@ def test_a_model_that_does_not_vectorise_is_weighed_draw_by_draw(rows):
 
 
 def test_long_judgements_show_their_progress(capsys, monkeypatch):
-    module = importlib.import_module("pyro_genmodels.evaluation.log_likelihood")
-    monkeypatch.setattr(module, "SHOWN_AFTER", 0.0)
+    module = importlib.import_module("pyro_genmodels.evaluation.likelihood")
+    monkeypatch.setattr(module, "PROGRESS_DELAY", 0.0)
     vae, x = linear_vae().eval(), torch.randn(6, 3)
     log_likelihood(vae, x, num_samples=7)
     assert capsys.readouterr().err == ""
@@ -711,7 +711,7 @@ def test_draws_of_every_fit_are_compared_with_data():
     x = torch.nn.functional.normalize(torch.randn(400, 2), dim=-1)
     fits = {"wide": Ring(1.5), "true": Ring(), "flow": small_flow(), "known": judged(torch.zeros(400))}
     before = state(fits["wide"])
-    comparison = compare(fits, x, draws=1000)
+    comparison = compare(fits, x, quality_samples=1000)
     table = comparison.table
     assert_unchanged(fits["wide"], before)
     assert table.loc["wide", "mmd_p"] == pytest.approx(1 / 1001)
@@ -719,21 +719,21 @@ def test_draws_of_every_fit_are_compared_with_data():
     assert table.loc["true", "mmd_p"] > 1e-3
     assert table.loc["true", "mmd"] < 0.02 < table.loc["wide", "mmd"]
     assert table.loc["known", ["mmd", "mmd_p", "sliced_wasserstein"]].isna().all()
-    assert 0 < comparison.floor < 0.2
+    assert 0 < comparison.baseline < 0.2
     assert abs(table.loc["wide", "sliced_wasserstein"] - 0.5 / 2**0.5) < 0.1
     assert table.loc["true", "sliced_wasserstein"] < 0.2
-    assert f"real from other real data: {comparison.floor:.3f}" in str(comparison)
+    assert f"(baseline): {comparison.baseline:.3f}" in str(comparison)
 
 
 def test_draws_are_given_the_context_of_their_rows():
     labels = torch.randint(2, (200,))
     x = torch.nn.functional.normalize(torch.randn(200, 2), dim=-1)
-    table = compare({"ring": Ring(context=Labels(2))}, x, context=labels, draws=50, num_samples=3).table
+    table = compare({"ring": Ring(context=Labels(2))}, x, context=labels, quality_samples=50, num_samples=3).table
     assert table.loc["ring", "sliced_wasserstein"] < 0.5
 
 
 def test_draws_want_data():
     with pytest.raises(ValueError, match="no data x"):
-        compare({"a": judged(A)}, draws=10)
-    with pytest.raises(ValueError, match="2 or more draws"):
-        compare({"a": small_flow()}, torch.randn(3, 2), draws=10)
+        compare({"a": judged(A)}, quality_samples=10)
+    with pytest.raises(ValueError, match="2 or more samples"):
+        compare({"a": small_flow()}, torch.randn(3, 2), quality_samples=10)

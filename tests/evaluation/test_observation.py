@@ -47,7 +47,7 @@ def test_of_a_linear_map_it_is_the_closed_form(dims, latent, steps):
         x = truth.sample((10,))
         found = gaussian_observation_likelihood(fit, x, sigma=0.5, num_steps=steps, num_chains=32, seed=1)
         gap = truth.log_prob(x) - found.values
-    assert (found.kind, found.num_samples, found.observation) == ("lower bound", 32, 0.5)
+    assert (found.kind, found.num_samples, found.observation_noise) == ("lower bound", 32, 0.5)
     assert (gap.abs() < 6 * found.std_error + 0.1).all()
     assert abs(gap.mean()) < 0.15
     assert "(lower bound, k=32, n=10, with Gaussian observation noise 0.5)" in str(found)
@@ -84,7 +84,7 @@ def test_sigma_is_chosen_near_that_of_the_data(of):
         x, valid = fit.truth(0.3).sample((20,)), fit.truth(0.3).sample((20,))
     options = {"num_steps": 15, "num_chains": 2, "seed": 1, "sampler": Hamiltonian(num_leapfrog=3)}
     found = gaussian_observation_likelihood(fit, x, valid=valid if of == "valid" else None, **options)
-    assert 0.15 < found.observation < 0.6
+    assert 0.15 < found.observation_noise < 0.6
 
 
 def bounded(x):
@@ -106,8 +106,8 @@ def test_a_comparison_shows_the_noise():
     x = torch.randn(6, 3)
     noisy = gaussian_observation_likelihood(Linear(3, 2), x, sigma=0.5, num_steps=20, num_chains=2)
     comparison = compare({"linear": noisy, "flow": Flow((3,))}, x)
-    assert comparison.table.loc["linear", "observation"] == 0.5
-    assert "linear is judged with Gaussian observation noise 0.5" in str(comparison)
+    assert comparison.table.loc["linear", "observation_noise"] == 0.5
+    assert "linear: Gaussian observation noise 0.5 was added" in str(comparison)
 
 
 def test_a_seed_fixes_the_answer_and_one_chain_knows_no_error():
@@ -133,7 +133,7 @@ def test_what_has_no_such_distribution_is_refused():
     x = torch.randn(4, 2)
     discrete = Implicit(dist.Bernoulli(0.5), lambda z, c: dist.Delta(torch.stack([z, z], -1), event_dim=1), (2,))
     cases = [
-        (Flow((2,)), x, r"draws from one Implicit.*found NormalizingFlow.*log_likelihood"),
+        (Flow((2,)), x, r"samples from one Implicit.*found NormalizingFlow.*log_likelihood"),
         (model_of(discrete), x, "prior is a Bernoulli over Boolean"),
         (Linear(3, 2), x, r"\(N, \*\(3,\)\), but found \(4, 2\)"),
     ]
@@ -144,7 +144,7 @@ def test_what_has_no_such_distribution_is_refused():
 
 @pytest.mark.parametrize("options", [{"sigma": 0.0}, {"sigma": -1.0}, {"num_chains": 0}, {"num_steps": 0}])
 def test_options_are_checked(options):
-    with pytest.raises(ValueError, match="positive"):
+    with pytest.raises(ValueError, match="positive|of 1 or more"):
         gaussian_observation_likelihood(Linear(3, 2), torch.randn(4, 3), **{"sigma": 1.0, **options})
 
 
