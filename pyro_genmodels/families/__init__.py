@@ -27,9 +27,10 @@ from pyro_genmodels.dynamics.processes import (
 from pyro_genmodels.dynamics.reverse import DDIM, Ancestral, DPMSolver, EulerMaruyama, Heun, PredictorCorrector, ProbabilityFlow
 from pyro_genmodels.dynamics.spacing import UniformLogSNR, UniformSigma, UniformTime
 from pyro_genmodels.families.autoregressive import Autoregressive
+from pyro_genmodels.families.context import Labels
 from pyro_genmodels.families.diffusion import Diffusion
 from pyro_genmodels.families.energy import EnergyModel
-from pyro_genmodels.families.family import Family, Labels
+from pyro_genmodels.families.family import Family
 from pyro_genmodels.families.flow import Flow
 from pyro_genmodels.families.gan import GAN
 from pyro_genmodels.families.ode_flow import ODEFlow

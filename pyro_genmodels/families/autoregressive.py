@@ -17,7 +17,8 @@ from torch.distributions import constraints
 
 from pyro_genmodels.distributions.autoregressive import Autoregression
 from pyro_genmodels.distributions.likelihoods import Likelihood, check_likelihood
-from pyro_genmodels.families.family import Context, Family, Standardize
+from pyro_genmodels.families.context import Context
+from pyro_genmodels.families.family import Family, Standardize
 from pyro_genmodels.nn.masked import MADE
 
 

@@ -22,8 +22,9 @@ from pyro_genmodels.distributions.diffusion import DequantizedDiffusion, FlowDen
 from pyro_genmodels.dynamics.denoiser import Denoiser, Prediction, VelocityPrediction
 from pyro_genmodels.dynamics.processes import Process, VariancePreserving
 from pyro_genmodels.dynamics.reverse import DPMSolver, ReverseSampler
+from pyro_genmodels.families.context import Context
 from pyro_genmodels.families.continuous import ContinuousFamily
-from pyro_genmodels.families.family import Context, Standardize
+from pyro_genmodels.families.family import Standardize
 from pyro_genmodels.nn.fields import DenseField, UNet
 from pyro_genmodels.utils.errors import check_choice
 

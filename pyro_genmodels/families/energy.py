@@ -8,7 +8,7 @@ from __future__ import annotations
 
 __all__ = ["EnergyModel"]
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import EllipsisType
 from typing import Any
 
@@ -23,10 +23,11 @@ from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.distributions.energy.negatives import Annealed, Negatives, Persistent
 from pyro_genmodels.distributions.energy.path import kind_of, positions
 from pyro_genmodels.distributions.energy.state import Memory
-from pyro_genmodels.families.family import Context, Family, Standardize
+from pyro_genmodels.families.context import Context
+from pyro_genmodels.families.family import Family, Standardize
 from pyro_genmodels.nn.energies import DenseEnergy, EnergyChoice
 from pyro_genmodels.samplers import Gibbs, GibbsWithGradients, Langevin, Sampler
-from pyro_genmodels.utils.distributions import density_of, map_tensors, without_validation
+from pyro_genmodels.utils.distributions import density_of, without_validation
 
 
 class EnergyModel(Family):
@@ -179,8 +180,8 @@ class EnergyModel(Family):
 
     def standardize(self, x: Tensor) -> None:
         """Takes mean and standard deviation from data, (N, *event_shape), or of discrete data their frequencies."""
-        if isinstance(self.base, Family) and not self.base._standardized:
-            self.base.standardize(x)
+        if isinstance(self.base, Family):
+            self.base.prepare(x)
         if not self.support.is_discrete:
             return super().standardize(x)
         if self._standardize:
@@ -197,12 +198,6 @@ class EnergyModel(Family):
                 self.standardized.fill_(True)
             self._standardized = True
         return None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EnergyModel:  # noqa: FBT001, FBT002
-        super()._apply(fn, recurse)
-        if isinstance(self.base, Distribution):
-            self.base = map_tensors(self.base, fn)
-        return self
 
 
 def _to_unit(u: Tensor) -> Tensor:

@@ -1,14 +1,14 @@
-r"""What every family is: a module that, given a context, returns a Pyro distribution, and a model and guide that train it.
+r"""The base of all families: a module that returns a Pyro distribution given a context, with a model and a guide to train it.
 
 .. math:: x_n \sim p_\theta(x \mid c_n), \quad n = 1, \dots, N, \text{ independently.}
 
-Trained on a minibatch of B rows out of N, the plate scales each row's term by N / B, so that the gradient is an unbiased
-estimate of the whole data's.
+When a model is trained on a minibatch of B rows out of N, the plate scales each row's term by N / B, so that the gradient is an
+unbiased estimate of the gradient over all data.
 """
 
 from __future__ import annotations
 
-__all__ = ["Context", "Family", "Labels", "Standardize"]
+__all__ = ["Family", "Standardize"]
 
 import copy
 import inspect
@@ -21,109 +21,60 @@ import torch
 from pyro.distributions import TorchDistribution
 from pyro.infer.util import is_validation_enabled
 from pyro.nn import PyroModule, pyro_method
-from torch import Size, Tensor, nn
+from torch import Size, Tensor
 from torch.distributions import (
     AffineTransform,
     ComposeTransform,
+    Distribution,
     Transform,
     biject_to,
     constraints,
 )
 
 from pyro_genmodels._pyro import params
+from pyro_genmodels.families.context import Context, as_context_module, check_one_per_row, output_length
 from pyro_genmodels.utils.distributions import is_real, map_tensors, over_events
 
-Context = int | nn.Module
 Standardize = bool | Literal["jointly"]
-
-
-class Labels(nn.Module):
-    """Integer classes as a context, one-hot inside.
-
-    Args:
-        num_classes: labels run from 0 to num_classes - 1.
-
-    Example:
-        >>> from pyro_genmodels import Flow, Labels
-        >>> Flow((2,), context=Labels(10))(torch.tensor([3, 7])).batch_shape
-        torch.Size([2])
-    """
-
-    one_hot: Tensor
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"Labels needs at least one class, got {num_classes}.")
-        self.num_classes = self.out_features = num_classes
-        self.register_buffer("one_hot", torch.eye(num_classes), persistent=False)
-
-    def forward(self, labels: Tensor) -> Tensor:
-        """Labels (...), integers -> (..., num_classes)."""
-        if not isinstance(labels, Tensor):
-            raise TypeError(f"Labels wants a tensor of integers, but found {type(labels).__name__}: see torch.tensor.")
-        if labels.is_floating_point() or labels.dtype == torch.bool:
-            raise ValueError(f"Labels wants integers, but found {labels.dtype}. Convert the labels with .long().")
-        if is_validation_enabled() and labels.numel() and (labels.min() < 0 or labels.max() >= self.num_classes):
-            raise ValueError(
-                f"Labels({self.num_classes}) wants labels from 0 to {self.num_classes - 1}, but found "
-                f"{int(labels.min())} to {int(labels.max())}. Renumber them, or build the family with a larger Labels(k)."
-            )
-        return self.one_hot[labels.long()]
-
-
-class _Vector(nn.Module):
-    """A float vector as a context, as it is."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.out_features = size
-
-    def forward(self, context: Tensor) -> Tensor:
-        if not isinstance(context, Tensor):
-            raise TypeError(f"A context is wanted as a tensor of floats, but found {type(context).__name__}: see torch.tensor.")
-        if not context.is_floating_point() or context.dim() < 1 or context.shape[-1] != self.out_features:
-            raise ValueError(
-                f"This family wants a context of floats, (..., {self.out_features}), but found {context.dtype} of shape "
-                f"{tuple(context.shape)}. A number per row wants context[:, None]; integer classes want context=Labels(k)."
-            )
-        if is_validation_enabled() and not context.isfinite().all():
-            raise ValueError(f"The context, of shape {tuple(context.shape)}, has NaN or infinite entries. Impute them first.")
-        return context
 
 
 class Family(PyroModule):
     """Base of all families.
 
-    In a model of your own, ``pyro.sample("x", family(), obs=x)``, its parameters train along with the rest, also where it is a
-    prior that was learned before: freeze it with ``family.requires_grad_(False)``. Under Pyro's own losses pass a context by
-    position, ``svi.step(x, context)``: Pyro's handlers have a keyword of that name.
+    In a model of your own, ``pyro.sample("x", family(), obs=x)``, the family's parameters are trained with the rest of the
+    model. To keep a family fixed, such as a prior that was learned before, call ``family.requires_grad_(False)``. With Pyro's
+    own losses pass a context by position, ``svi.step(x, context)``, because Pyro's handlers have a keyword argument `context`.
 
     Args:
         event_shape: shape of one datum.
-        context: what the distribution depends on: 0 for nothing, the length of a float vector, `Labels`, or a module whose
-            output (..., out_features) the networks are given.
-        support: where one coordinate of the data lies. An interval is mapped to the real line, the map counted in the density,
-            so that values at its ends, which would be infinite, are refused; of integers nothing is mapped.
-        standardize: whether the networks see data of mean 0 and standard deviation 1 in each coordinate (after the map
-            above); "jointly" takes one mean and deviation of all coordinates, as is best where they are of one kind, such as
-            pixels that a convolution sees. `train` sets them by all its data and `model` by the first data it sees in
-            training; in a model of your own, ``pyro.sample("x", family(), obs=x)``, call ``family.standardize(x)`` first. They
+        context: what the distribution is conditioned on: 0 for nothing, the length of a float vector, `Labels`, or a module
+            whose output (..., out_features) is passed to the networks.
+        support: set in which one coordinate of the data lies. An interval is mapped to the real line and the map is counted in
+            the density; values at the ends of the interval, which would map to infinity, are refused. Integers are not mapped.
+        standardize: True for networks that see data of mean 0 and standard deviation 1 in each coordinate (after the map
+            above). "jointly" uses one mean and one deviation for all coordinates, which suits coordinates of one kind, such as
+            the pixels of an image. `train` computes them from all its data, and `model` from the first data it is given in
+            training. In a model of your own, ``pyro.sample("x", family(), obs=x)``, call ``family.standardize(x)`` first. They
             are saved with the parameters and counted in the density.
-        name: the name under which Pyro knows the parameters; by default the class and a number no other has. A family that had
-            it before gets a new one. Save a family by its `state_dict`: nothing is read from Pyro's param store.
+        name: unique name under which Pyro stores the parameters; by default the class name and a free number. If another family
+            has the name already, that family gets a new one. Save a family by its `state_dict`, not by Pyro's param store.
+
+    Attributes:
+        arguments: arguments of the constructor by name, from which a checkpoint rebuilds the family.
+        loc: mean that standardisation subtracts, (*event_shape).
+        scale: standard deviation that standardisation divides by, (*event_shape).
     """
 
     arguments: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Family:
-        """Keeps the arguments, by which a checkpoint describes the family."""
+        """Create the family and record the constructor's arguments in `arguments`."""
         self = super().__new__(cls)
         try:
             bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
             bound.apply_defaults()
             arguments = {n: list(v) if isinstance(v, list) else v for n, v in bound.arguments.items()}
-        except TypeError:  # __init__ will say so
+        except TypeError:  # wrong arguments: __init__ raises the error
             arguments = {}
         arguments.pop("self", None)
         object.__setattr__(self, "arguments", arguments)
@@ -142,7 +93,9 @@ class Family(PyroModule):
         if not isinstance(support, constraints.Constraint):
             raise TypeError(f"support wants a constraint such as constraints.interval(0.0, 1.0), but found {support!r}.")
         if isinstance(event_shape, int) or not all(isinstance(n, int) and n > 0 for n in event_shape):
-            raise ValueError(f"{type(self).__name__} wants an event_shape of positive integers like (3,), got {event_shape!r}.")
+            raise ValueError(
+                f"{type(self).__name__} wants an event_shape of positive integers like (3,), but found {event_shape!r}."
+            )
         self.event_shape = Size(event_shape)
         if not (support.is_discrete or _keeps_shape(support, self.event_shape)):
             raise ValueError(
@@ -151,7 +104,7 @@ class Family(PyroModule):
             )
         if not (isinstance(standardize, bool) or standardize == "jointly"):
             raise ValueError(f'standardize wants True, False or "jointly", but found {standardize!r}.')
-        self.context = _context_module(context)
+        self.context = as_context_module(context)
         self.support = support
         self._standardize, self._standardized = bool(standardize) and not support.is_discrete, False
         self._jointly = standardize == "jointly"
@@ -163,33 +116,44 @@ class Family(PyroModule):
 
     @abstractmethod
     def forward(self, context: Tensor | None = None) -> TorchDistribution:
-        """The distribution of one datum, or of a batch of them: context (batch..., c) or labels (batch...)."""
+        """Return the distribution of one datum given its context.
 
-    # What a family is made of.
+        Args:
+            context: vectors (batch..., c), labels (batch...), or None for a family without a context.
+
+        Returns:
+            A distribution of batch shape (batch...) and event shape `event_shape`.
+        """
+
+    # Building blocks for subclasses.
 
     @property
     def context_size(self) -> int:
-        """Length of the vector that the networks are given of the context."""
-        return 0 if self.context is None else _out_features(self.context)
+        """Length of the embedded context that the networks are given; 0 without a context."""
+        return 0 if self.context is None else output_length(self.context)
 
     def embed(self, context: Tensor | None) -> Tensor | None:
-        """The vector (batch..., context_size) that the networks are given."""
+        """Check the context and return the vector (batch..., context_size) for the networks, or None without a context.
+
+        Raises:
+            ValueError: if a context is missing, superfluous or of the wrong kind.
+        """
         if self.context is None:
             if context is not None:
                 floats = isinstance(context, Tensor) and context.is_floating_point() and context.dim() > 0
                 cure = context.shape[-1] if floats else "Labels(k)"
                 raise ValueError(
                     f"{self.name} was built without a context, but was given {tuple(getattr(context, 'shape', ()))}. Build it "
-                    f"with {type(self).__name__}(..., context={cure}). If these were data: see family().log_prob(x)."
+                    f"with {type(self).__name__}(..., context={cure}). If you passed data, use family().log_prob(x)."
                 )
             return None
         if context is None:
-            raise ValueError(f"{self.name} wants a context, and was given none. Pass context=...")
+            raise ValueError(f"{self.name} wants a context, but was given none. Pass context=...")
         return self.context(context)
 
     @property
     def pretransform(self) -> Transform | None:
-        """The bijection from data to what the networks model, onto the reals, then to mean 0 and deviation 1."""
+        """Bijection from the data to what the networks model: first onto the reals, then to mean 0 and deviation 1."""
         parts = []
         if not (is_real(self.support) or self.support.is_discrete):
             parts.append(self._to_reals())
@@ -201,11 +165,14 @@ class Family(PyroModule):
         return over_events(biject_to(self.support).inv, len(self.event_shape))
 
     def standardize(self, x: Tensor) -> None:
-        """Takes mean and standard deviation from data, (N, *event_shape), where the family standardises at all."""
+        """Set mean and standard deviation to those of the data x, (N, *event_shape).
+
+        A family that was built with ``standardize=False`` is left as it is.
+        """
         if not self._standardize:
             return
         with torch.no_grad():
-            y = self._continuous(x.to(self.loc.device)).to(self.loc.dtype)
+            y = self._as_reals(x.to(self.loc.device)).to(self.loc.dtype)
             if not is_real(self.support):
                 y = self._to_reals()(y)
             self.loc.copy_(y.mean() if self._jointly else y.mean(0))
@@ -215,20 +182,29 @@ class Family(PyroModule):
             self.standardized.fill_(True)
         self._standardized = True
 
-    def _continuous(self, x: Tensor) -> Tensor:
+    def prepare(self, x: Tensor) -> None:
+        """Standardise by the data x, (N, *event_shape), unless mean and standard deviation are set already.
+
+        `train` calls this with all data before the first step, and `model` with the first data it is given in training.
+        """
+        if self._standardize and not self._standardized:
+            self.standardize(x)
+
+    def _as_reals(self, x: Tensor) -> Tensor:
+        """Return the data as real numbers; families over integers add noise here."""
         return x
 
-    # What a family does in Pyro.
+    # The family in Pyro.
 
     @property
     def name(self) -> str:
-        """The name under which Pyro knows the parameters; it can be set."""
+        """Name under which Pyro stores the parameters. It can be set, and no two families have the same."""
         return self._pyro_name
 
     @name.setter
     def name(self, name: str) -> None:
         former = params.claim(self, name)
-        self._pyro_context.used = False  # or Pyro refuses to rename what is inside
+        self._pyro_context.used = False  # otherwise Pyro refuses to rename the submodules
         self._pyro_set_supermodule(name, self._pyro_context)
         if isinstance(former, Family) and former.name == name:
             former.name = params.fresh_name(former)
@@ -239,77 +215,94 @@ class Family(PyroModule):
 
     @pyro_method
     def model(self, x: Tensor | None = None, context: Tensor | None = None, *, size: int | None = None) -> Tensor:
-        """N independent data.
+        """Run the Pyro model of N independent data: the site ``x`` in the plate ``data``.
 
         Args:
-            x: the data that are present, (N, *event_shape); None draws.
-            context: one per row, (N, c) or (N,) labels.
-            size: how many data there are in all, of which x is a minibatch; or how many to draw.
+            x: observed data, (N, *event_shape); None draws them.
+            context: one per row, vectors (N, c) or labels (N,).
+            size: number of data in all, of which x is a minibatch; or the number of data to draw.
 
         Returns:
             x, or the draws.
         """
-        x = self.check(x)
+        self._accept(x)
         plate, distribution = self.plate(x, context, size), self(context)  # random weights are drawn outside the plate
         with plate:
             return pyro.sample("x", distribution, obs=x)
 
     @pyro_method
     def guide(self, x: Tensor | None = None, context: Tensor | None = None, *, size: int | None = None) -> None:
-        """The guide of `model`, which has no latent variables unless a family says so."""
+        """Run the guide of `model`, which is empty unless the family has latent variables."""
 
     def plate(self, x: Tensor | None, context: Tensor | None, size: int | None) -> pyro.plate:
-        """The plate "data" over the rows, whose scale is size / len(x)."""
+        """Return the plate "data" over the rows of x, which scales log densities by size / len(x).
+
+        Raises:
+            ValueError: if the number of rows is not known, or context or size do not agree with x.
+        """
         params.take_over(self)
         rows = len(x) if x is not None else size if size is not None else None if context is None else len(context)
         if rows is None:
             raise ValueError(f"{self.name}.model wants data x, a context or size=, the number of rows to draw.")
-        if context is not None and len(context) != rows:
-            raise ValueError(f"There are {rows} rows of x but {len(context)} of context. Pass one context per row.")
-        if isinstance(self.context, Labels) and context is not None and context.dim() != 1:
-            raise ValueError(f"Labels are wanted as (N,), one per row, but found {tuple(context.shape)}. See .squeeze(-1).")
+        check_one_per_row(self.context, context, rows)
         if size is None or size == rows:
             return pyro.plate("data", rows, device=self.loc.device)
         if size < rows:
-            raise ValueError(f"size={size} is the number of data in all, and x has {rows} rows already.")
+            raise ValueError(f"size={size} is the number of data in all, but x alone has {rows} rows.")
         return pyro.plate("data", size, subsample=torch.arange(rows, device=self.loc.device))
 
-    def check(self, x: Tensor | None) -> Tensor | None:
-        """x, once it is known to be data of this family; sets mean and deviation on the first call in training."""
-        if x is None:
-            return None
+    # Checks of the data.
+
+    def _accept(self, x: Tensor | None) -> None:
+        """Validate data that a model or guide is given, and prepare the family by them if it is being trained."""
+        if x is not None:
+            self.validate(x)
+            if self.training and torch.is_grad_enabled():
+                self.prepare(x)
+
+    def validate(self, x: Tensor) -> None:
+        """Check that x is data of this family. Nothing is changed.
+
+        Args:
+            x: rows of data, (N, *event_shape).
+
+        Raises:
+            TypeError: if x is not a tensor.
+            ValueError: if its shape, dtype or values are not those of this family's data. Values are checked only while Pyro's
+                validation is on.
+        """
         wanted = f"{self.name} wants data of shape (N, {', '.join(map(str, self.event_shape))})"
         if not isinstance(x, Tensor):
             raise TypeError(f"{wanted} as a torch.Tensor, but found {type(x).__name__}. Wrap it in torch.as_tensor(...).")
         if x.dim() != 1 + len(self.event_shape) or x.shape[1:] != self.event_shape:
-            raise ValueError(f"{wanted}, but found {tuple(x.shape)}. Reshape the data or the family's event_shape.")
+            raise ValueError(f"{wanted}, but found {tuple(x.shape)}. Reshape the data or change the family's event_shape.")
         if not len(x):
             raise ValueError(f"{wanted}, but found no rows at all.")
         if is_validation_enabled():
-            self._check_values(x)
-        if self._standardize and self.training and torch.is_grad_enabled() and not self._standardized:
-            self.standardize(x)
-        return x
+            self._validate_dtype(x)
+            self._validate_values(x)
 
-    def _check_values(self, x: Tensor) -> None:
+    def _validate_dtype(self, x: Tensor) -> None:
+        if not x.is_floating_point() and not self.data_support.is_discrete:
+            raise ValueError(
+                f"{self.name} models real numbers, but was given {x.dtype}. Convert with .float(), or model integers: "
+                "levels=K for Flow, ODEFlow and Diffusion, a discrete likelihood, or EnergyModel(..., "
+                "support=integer_interval(0, K - 1))."
+            )
+        if x.is_floating_point() and x.dtype != self.loc.dtype:
+            raise ValueError(
+                f"{self.name} computes in {self.loc.dtype}, but the data are {x.dtype}. Convert one of them: "
+                f"x.to({self.loc.dtype}) or the family's .to({x.dtype})."
+            )
+
+    def _validate_values(self, x: Tensor) -> None:
         if x.is_floating_point() and not x.isfinite().all():
             rows = (~x.isfinite()).reshape(len(x), -1).any(1)
             raise ValueError(
                 f"{self.name} was given data with NaN or infinite values in {int(rows.sum())} of {len(x)} rows, the "
                 f"first of them row {int(rows.nonzero()[0])}. Drop or impute these rows first."
             )
-        if x.is_floating_point() and x.dtype != self.loc.dtype:
-            raise ValueError(
-                f"{self.name} computes in {self.loc.dtype}, but the data are {x.dtype}. Convert one: x.to({self.loc.dtype}) or "
-                f"the family's .to({x.dtype})."
-            )
         support = self.data_support
-        if not support.is_discrete and not x.is_floating_point():
-            raise ValueError(
-                f"{self.name} models real numbers, but was given {x.dtype}. Convert with .float(), or model integers: "
-                "levels=K for Flow, ODEFlow and Diffusion, a discrete likelihood, or EnergyModel(..., "
-                "support=integer_interval(0, K - 1))."
-            )
         ends = [getattr(support, name, None) for name in ("lower_bound", "upper_bound")]
         at_end = [x == end for end in ends if end is not None and not support.is_discrete and not is_real(support)]
         if any(hit.any() for hit in at_end) and self.pretransform is not None:
@@ -319,21 +312,21 @@ class Family(PyroModule):
             )
         inside = support.check(x)
         if not inside.all():
-            bad = x[~inside] if inside.shape == x.shape else x
+            outside = x[~inside] if inside.shape == x.shape else x
             raise ValueError(
-                f"{self.name} was given data outside its support {support}: values from {bad.min():g} to "
-                f"{bad.max():g} in {int((~inside).sum())} places. Rescale the data or widen the support."
+                f"{self.name} was given data outside its support {support}: values from {outside.min():g} to "
+                f"{outside.max():g} in {int((~inside).sum())} places. Rescale the data or widen the support."
             )
 
     @property
     def data_support(self) -> constraints.Constraint:
-        """Where one coordinate of the data may lie, if that is not what the networks model."""
+        """Set in which one coordinate of the data lies: `support`, or the integers that a family with levels models."""
         return self.support
 
-    # How a family moves and is copied.
+    # Copying and moving.
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Family:
-        """A copy under a name of its own, so that the two can be trained apart."""
+        """Return a copy with a name of its own, so that both can be trained independently."""
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo), _pyro_name="")
@@ -341,18 +334,21 @@ class Family(PyroModule):
         return new
 
     def __copy__(self) -> Family:
-        """As deepcopy: two families cannot share their parameters and be known by different names."""
+        """Return a deep copy, because two families with different names cannot share their parameters."""
         return copy.deepcopy(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A family from a pickle keeps its name, unless a family that is here has it."""
+        """Restore a pickled family under its old name, or under a new one if that is taken."""
         super().__setstate__(state)
         name, self._pyro_name = self._pyro_name, ""
         self.name = params.fresh_name(self) if params.is_taken(name) else name
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Family:  # noqa: FBT001, FBT002
+        """Move parameters, as torch does, and the tensors of the constraints and distributions that the family holds."""
         super()._apply(fn, recurse)
-        self.support = map_tensors(self.support, fn)
+        for name, value in list(vars(self).items()):
+            if isinstance(value, (constraints.Constraint, Distribution)):
+                setattr(self, name, map_tensors(value, fn))
         return self
 
 
@@ -362,22 +358,3 @@ def _keeps_shape(support: constraints.Constraint, event_shape: Size) -> bool:
 
 def _read_standardized(family: Family, _: Any) -> None:
     family._standardized = bool(family.standardized)
-
-
-def _context_module(context: Context) -> nn.Module | None:
-    if isinstance(context, nn.Module):
-        _out_features(context)
-        return context
-    if isinstance(context, bool) or not isinstance(context, int) or context < 0:
-        raise ValueError(f"context wants a vector length (0 or more), Labels(k) or a module, got {context!r}.")
-    return _Vector(context) if context else None
-
-
-def _out_features(module: nn.Module) -> int:
-    for part in (module, *reversed(list(module.modules()))):  # of a stack of layers, the last that says
-        size = getattr(part, "out_features", getattr(part, "embedding_dim", None))
-        if isinstance(size, int):
-            return size
-    raise ValueError(
-        f"The context module {type(module).__name__} does not say how long its output is. Give it an attribute out_features."
-    )

@@ -18,8 +18,9 @@ from torch.distributions import constraints
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.flow import NormalizingFlow
+from pyro_genmodels.families.context import Context
 from pyro_genmodels.families.continuous import ContinuousFamily
-from pyro_genmodels.families.family import Context, Standardize
+from pyro_genmodels.families.family import Standardize
 from pyro_genmodels.nn.transforms import NCSF, NSF, FlowTransform, adopt
 from pyro_genmodels.utils.distributions import is_real
 

@@ -19,8 +19,9 @@ from torch.distributions import constraints
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.implicit import Implicit
+from pyro_genmodels.families.context import Context
 from pyro_genmodels.families.continuous import ContinuousFamily
-from pyro_genmodels.families.family import Context, Standardize
+from pyro_genmodels.families.family import Standardize
 from pyro_genmodels.nn.gan import CriticChoice, DenseCritic, DenseGenerator, GeneratorChoice
 from pyro_genmodels.nn.mlp import call_batched
 from pyro_genmodels.utils.errors import check_choice

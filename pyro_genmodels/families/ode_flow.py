@@ -11,7 +11,7 @@ from __future__ import annotations
 
 __all__ = ["ODEFlow"]
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import inf
 from typing import Any
 
@@ -23,10 +23,11 @@ from torch.distributions import Distribution, constraints
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.ode import ContinuousFlow, Evaluations, Hutchinson, Trace
 from pyro_genmodels.dynamics.ode import Dopri5, Solver
+from pyro_genmodels.families.context import Context
 from pyro_genmodels.families.continuous import ContinuousFamily
-from pyro_genmodels.families.family import Context, Family, Standardize
+from pyro_genmodels.families.family import Family, Standardize
 from pyro_genmodels.nn.fields import DenseField, UNet
-from pyro_genmodels.utils.distributions import density_of, is_real, map_tensors, without_validation
+from pyro_genmodels.utils.distributions import density_of, is_real, without_validation
 from pyro_genmodels.utils.errors import check_choice
 
 
@@ -115,12 +116,6 @@ class ODEFlow(ContinuousFamily):
             zero, one = torch.zeros_like(self.loc), torch.ones_like(self.loc)
             return dist.Normal(zero, one, validate_args=False).to_event(self.loc.dim())
         return without_validation(self.base() if isinstance(self.base, Family) else self.base)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ODEFlow:  # noqa: FBT001, FBT002
-        super()._apply(fn, recurse)
-        if isinstance(self.base, Distribution):
-            self.base = map_tensors(self.base, fn)
-        return self
 
 
 def _checked_base(base: Any, event_shape: torch.Size) -> Any:

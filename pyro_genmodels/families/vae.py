@@ -9,7 +9,7 @@ from __future__ import annotations
 
 __all__ = ["VAE"]
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import expm1, log
 from typing import Any
@@ -25,9 +25,10 @@ from torch.distributions import Distribution, Transform, constraints
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.implicit import Implicit
 from pyro_genmodels.distributions.likelihoods import Likelihood, check_likelihood
-from pyro_genmodels.families.family import Context, Family, Standardize
+from pyro_genmodels.families.context import Context
+from pyro_genmodels.families.family import Family, Standardize
 from pyro_genmodels.nn.mlp import MLP, call_batched
-from pyro_genmodels.utils.distributions import is_real, map_tensors
+from pyro_genmodels.utils.distributions import is_real
 
 
 class VAE(Family):
@@ -111,7 +112,7 @@ class VAE(Family):
     @pyro_method
     def model(self, x: Tensor | None = None, context: Tensor | None = None, *, size: int | None = None) -> Tensor:
         """Draws z from the prior, then x given z; arguments as in `Family.model`."""
-        x = self.check(x)
+        self._accept(x)
         if x is not None:
             x = self.likelihood.cast(x, self.loc.dtype)
         plate, prior, decode, embedded = self.plate(x, context, size), self._prior(context), self._decode(), self.embed(context)
@@ -123,9 +124,9 @@ class VAE(Family):
     @pyro_method
     def guide(self, x: Tensor | None = None, context: Tensor | None = None, *, size: int | None = None) -> Tensor | None:
         """Draws z given x, normal in each coordinate; nothing where there is no x."""
-        x = self.check(x)
         if x is None:
             return None
+        self._accept(x)
         with self.plate(x, context, size):
             return pyro.sample("z", self.posterior(x, context))
 
@@ -163,12 +164,6 @@ class VAE(Family):
         if isinstance(self.prior, Family):
             return self.prior(context if self.prior.context is not None else None)
         return self.prior
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VAE:  # noqa: FBT001, FBT002
-        super()._apply(fn, recurse)
-        if isinstance(self.prior, Distribution):
-            self.prior = map_tensors(self.prior, fn)
-        return self
 
 
 @dataclass(frozen=True)

@@ -246,11 +246,13 @@ def _epoch(turns: LossStep | AdversarialStep, batches: Batches, weights: Trained
 
 
 def _check_data(model: Callable[..., Any], *parts: Batches | None) -> None:
-    """A family's data are checked here, and set its mean and deviation: all of them, or the first rows of a DataLoader."""
+    """Validate the data of a family, and prepare the family by the first part: by all rows, or the first of a DataLoader."""
     family = getattr(model, "__self__", None)
     for part in parts:
         if isinstance(family, Family) and part is not None:
-            family.check(part.head(STANDARDIZE_ROWS))
+            rows = part.head(STANDARDIZE_ROWS)
+            family.validate(rows)
+            family.prepare(rows)
 
 
 @contextmanager
