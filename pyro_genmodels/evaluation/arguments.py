@@ -35,7 +35,8 @@ class RowArguments:
             rows: slice, or indices (n,).
 
         Example:
-            >>> RowArguments((torch.arange(3), torch.tensor([5.0, 6.0])), {"context": torch.zeros(3, 1)}).take(slice(0, 1))
+            >>> import torch
+        >>> RowArguments((torch.arange(3), torch.tensor([5.0, 6.0])), {"context": torch.zeros(3, 1)}).take(slice(0, 1))
             RowArguments(args=(tensor([0]), tensor([5., 6.])), kwargs={'context': tensor([[0.]])})
         """
 

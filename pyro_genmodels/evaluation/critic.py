@@ -1,14 +1,14 @@
-r"""What an adversarial game has come to: whether its critic is a good judge, what it proves, and what the draws miss.
+r"""Diagnosis of adversarial training: calibration of the critic, the divergence it proves, and coverage of the data.
 
-Where the critic is at its best, :math:`D(x) = \sigma(\log p/q)` is the share of data among data and draws at x. So among rows
-of which it says .7, seven of ten are data, and the *calibration error* over bins b of as many rows,
+The optimal critic outputs :math:`D(x) = \sigma(\log p/q)`, the probability that x is real rather than generated. Of the rows
+with output 0.7, seven of ten are then real, and the *calibration error* over bins b of equally many rows,
 
-.. math:: \sum_b \frac{n_b}{n} \bigl|\overline{D}_b - \text{share of data}_b\bigr|,
+.. math:: \sum_b \frac{n_b}{n} \bigl|\overline{D}_b - \text{share of real rows}_b\bigr|,
 
-is zero but for chance. *Coverage* is the share of data with a draw no farther than their k-th nearest neighbour among data:
-about :math:`1 - 2^{-k}` for as many draws of the same law, and little where modes are missed. Guo et al., *On Calibration of
-Modern Neural Networks* (arXiv 1706.04599); Naeem et al., *Reliable Fidelity and Diversity Metrics for Generative Models* (arXiv
-2002.09797).
+is zero up to sampling noise. *Coverage* is the share of data points with a sample within the distance of their k-th nearest
+neighbour among the data: about :math:`1 - 2^{-k}` for as many samples of the same distribution, and low if modes are missing.
+Guo et al., *On Calibration of Modern Neural Networks* (arXiv 1706.04599); Naeem et al., *Reliable Fidelity and Diversity
+Metrics for Generative Models* (arXiv 2002.09797).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ __all__ = ["Diagnosis", "coverage", "diagnose"]
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isnan
 from typing import Any
 
 import torch
@@ -25,33 +26,38 @@ from torch import Tensor
 
 from pyro_genmodels.divergences import Divergence
 from pyro_genmodels.divergences.samples import as_matrices
+from pyro_genmodels.utils.errors import check_positive_int
 
-NEIGHBOURS = 5
+NUM_NEIGHBOURS = 5
+"""k in the definition of coverage."""
+MIN_ROWS_PER_BIN = 5
+"""Smallest number of rows in a bin of the calibration error."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What is known of a game.
+    """Diagnosis of adversarial training.
 
     Attributes:
-        calibration_error: of the critic, from 0 to 1; NaN in a game whose critic estimates no ratio.
-        distance: mean distance of D from the optimum over data and draws, where that is known; else NaN.
-        divergence: the lower bound that the critic proves, of the divergence its game is about; None in a game about
-            none, and of packs.
-        coverage: of the data by as many draws.
-        expected: coverage by draws of the same law.
+        calibration_error: calibration error of the critic, from 0 to 1; NaN if the critic does not estimate a density ratio.
+        distance: mean absolute difference of D from the optimal critic over real and generated rows; NaN if log_ratio is not
+            given.
+        divergence: lower bound of the divergence that the critic proves; None if the loss bounds no divergence, or if the
+            critic sees packs.
+        coverage: coverage of the data by as many samples.
+        expected_coverage: coverage by samples of the same distribution as the data.
     """
 
     calibration_error: float
     distance: float
     divergence: Divergence | None
     coverage: float
-    expected: float
+    expected_coverage: float
 
     @property
     def collapsed(self) -> bool:
-        """Whether draws miss more than half of what draws of the same law would cover."""
-        return self.coverage < self.expected / 2
+        """True if coverage is less than half of the expected coverage."""
+        return self.coverage < self.expected_coverage / 2
 
     def __str__(self) -> str:
         bound = (
@@ -59,28 +65,33 @@ class Diagnosis:
             if self.divergence is None
             else f", divergence at least {self.divergence.value:.3f} ± {self.divergence.std_error:.3f}"
         )
-        known = "" if self.distance != self.distance else f", {self.distance:.3f} from the optimum"
+        distance = "" if isnan(self.distance) else f", distance from the optimal critic {self.distance:.3f}"
         return (
-            f"critic off by {self.calibration_error:.3f}{known}{bound}; draws cover {self.coverage:.0%} of the data "
-            f"({self.expected:.0%} by the same law){': COLLAPSED' if self.collapsed else ''}"
+            f"critic: calibration error {self.calibration_error:.3f}{distance}{bound}; samples cover {self.coverage:.0%} of "
+            f"the data ({self.expected_coverage:.0%} expected){': COLLAPSED' if self.collapsed else ''}"
         )
 
 
-def diagnose(game: Any, x: Tensor, *args: Any, log_ratio: Callable[..., Tensor] | None = None, bins: int = 10) -> Diagnosis:
-    """How a game stands on data, best held out, and as many fresh draws.
+def diagnose(
+    adversarial: Any, x: Tensor, *args: Any, log_ratio: Callable[..., Tensor] | None = None, bins: int = 10
+) -> Diagnosis:
+    """Diagnose adversarial training on data, preferably held out, and as many new samples.
+
+    Model and critic run in evaluation mode, and their mode is restored afterwards.
 
     Args:
-        game: an `Adversarial` that tells data from draws.
-        x: data, some hundreds of rows at least.
-        args: the model's other arguments.
-        log_ratio: where both laws are known, log p/q at what the critic sees.
-        bins: of the calibration error.
+        adversarial: `Adversarial` that compares data with samples.
+        x: data, some hundreds of rows or more.
+        args: other arguments of the model.
+        log_ratio: function of the critic's inputs that returns the true log p/q, if both densities are known.
+        bins: number of bins of the calibration error.
 
     Returns:
-        What is known; with a RuntimeWarning if the draws have collapsed.
+        The diagnosis. A RuntimeWarning is issued if the samples have collapsed.
 
     Raises:
-        ValueError: for fewer than 5 rows in a bin.
+        TypeError: if adversarial is no `Adversarial`.
+        ValueError: for fewer than 5 rows per bin.
 
     Example:
         >>> from pyro_genmodels import GAN, NSF, Adversarial, Flow
@@ -88,60 +99,73 @@ def diagnose(game: Any, x: Tensor, *args: Any, log_ratio: Callable[..., Tensor] 
         >>> diagnose(Adversarial(flow.model, GAN((2,)).critic), x).coverage > 0.5
         True
     """
-    if not hasattr(game, "play"):
-        raise TypeError(f"diagnose wants the Adversarial that trains, but found {type(game).__name__}. See coverage(x, draws).")
-    if bins < 1 or len(x) < 5 * bins:
-        raise ValueError(f"diagnose wants at least 5 rows for each of {bins} bins, but found {len(x)}.")
-    if log_ratio is not None and game.pack > 1:
-        raise ValueError(f"log_ratio is of single rows, but this critic sees {game.pack} at once. Leave it out, or use pack=1.")
-    sides, (real, fake) = game.play(x, *args)
-    calibration = distance = float("nan")
-    objective = game.objective
-    if objective.estimates_ratio:
-        says = objective.log_ratio(torch.cat([real, fake])).sigmoid()
-        side = torch.cat([torch.ones_like(real), torch.zeros_like(fake)])
-        mixed = torch.randperm(len(says), device=says.device)  # so that rows of which it says the same are not data first
-        parts = mixed[says[mixed].argsort()].tensor_split(bins)
-        calibration = sum(abs(says[part].mean() - side[part].mean()).item() * len(part) for part in parts) / len(says)
+    if not hasattr(adversarial, "play"):
+        raise TypeError(
+            f"diagnose wants the Adversarial that trains the model, but found {type(adversarial).__name__}. For samples alone "
+            "see coverage(x, samples)."
+        )
+    if bins < 1 or len(x) < MIN_ROWS_PER_BIN * bins:
+        raise ValueError(f"diagnose wants at least {MIN_ROWS_PER_BIN} rows for each of {bins} bins, but found {len(x)} rows.")
+    if log_ratio is not None and adversarial.pack > 1:
+        raise ValueError(
+            f"log_ratio takes single rows, but this critic sees {adversarial.pack} rows at once. Leave it out, or use pack=1."
+        )
+    inputs, (real, fake) = adversarial.play(x, *args)
+    loss = adversarial.objective
+    calibration_error = distance = float("nan")
+    if loss.estimates_ratio:
+        probability = loss.log_ratio(torch.cat([real, fake])).sigmoid()
+        calibration_error = _calibration_error(probability, len(real), bins)
         if log_ratio is not None:
-            best = torch.cat([log_ratio(*side) for side in (sides.real, sides.fake)]).sigmoid()
-            distance = (says - best).abs().mean().item()
-    seen = [torch.cat([part.reshape(len(part), -1) for part in side], 1) for side in (sides.real, sides.fake)]
-    found = Diagnosis(
-        calibration,
+            optimum = torch.cat([log_ratio(*part) for part in (inputs.real, inputs.fake)]).sigmoid()
+            distance = (probability - optimum).abs().mean().item()
+    rows = [torch.cat([value.reshape(len(value), -1) for value in part], 1) for part in (inputs.real, inputs.fake)]
+    diagnosis = Diagnosis(
+        calibration_error,
         distance,
-        objective.divergence(real, fake) if objective.bounds and game.pack == 1 else None,
-        coverage(*seen),
-        1 - 0.5**NEIGHBOURS,
+        loss.divergence(real, fake) if loss.bounds and adversarial.pack == 1 else None,
+        coverage(*rows),
+        1 - 0.5**NUM_NEIGHBOURS,
     )
-    if found.collapsed:
+    if diagnosis.collapsed:
         warnings.warn(
-            f"The draws cover {found.coverage:.0%} of the data, where draws of the same law would {found.expected:.0%}: the "
-            "model has collapsed, or is far from the data. Try R1 and R2, packing (pack=4), or a smaller step.",
+            f"The samples cover {diagnosis.coverage:.0%} of the data, and samples of the same distribution would cover "
+            f"{diagnosis.expected_coverage:.0%}: the model has collapsed, or is far from the data. Try R1 and R2, packing "
+            "(pack=4), or a smaller learning rate.",
             RuntimeWarning,
             stacklevel=2,
         )
-    return found
+    return diagnosis
 
 
-def coverage(x: Tensor, draws: Tensor, *, neighbours: int = NEIGHBOURS) -> float:
-    """The share of data that have a draw within the distance of their so-many-th nearest neighbour among the data.
+def _calibration_error(probability: Tensor, num_real: int, bins: int) -> float:
+    """Return the calibration error of the probabilities that rows are real, (n,), of which the first num_real are real."""
+    is_real = (torch.arange(len(probability), device=probability.device) < num_real).to(probability)
+    shuffled = torch.randperm(len(probability), device=probability.device)  # ties must not list real rows first
+    parts = shuffled[probability[shuffled].argsort()].tensor_split(bins)
+    errors = [(probability[part].mean() - is_real[part].mean()).abs().item() * len(part) for part in parts]
+    return sum(errors) / len(probability)
+
+
+def coverage(x: Tensor, samples: Tensor, *, num_neighbours: int = NUM_NEIGHBOURS) -> float:
+    """Return the share of data points that have a sample within the distance of their k-th nearest neighbour in the data.
 
     Args:
         x: data, (n, ...).
-        draws: as many, of events of the same shape, (n, ...).
-        neighbours: k.
+        samples: as many samples, of events of the same shape, (n, ...).
+        num_neighbours: k.
 
     Raises:
-        ValueError: for events of different shapes, and for other numbers of draws or too few data.
+        ValueError: for events of different shapes, different numbers of samples and data, or too few data.
 
     Example:
         >>> x = torch.arange(20.0)
         >>> coverage(x, x), coverage(x, torch.zeros(20))
         (1.0, 0.2)
     """
-    x, draws = as_matrices(x, draws, by="coverage", least=neighbours + 1)
-    if len(x) != len(draws):
-        raise ValueError(f"coverage wants as many draws as data, but found {len(draws)} and {len(x)}.")
-    radius = torch.cdist(x, x).kthvalue(neighbours + 1, dim=1).values  # the nearest is the datum itself
-    return (torch.cdist(x, draws).min(1).values <= radius).double().mean().item()
+    check_positive_int("coverage", num_neighbours=num_neighbours)
+    x, samples = as_matrices(x, samples, by="coverage", least=num_neighbours + 1)
+    if len(x) != len(samples):
+        raise ValueError(f"coverage wants as many samples as data, but found {len(samples)} samples and {len(x)} data.")
+    radius = torch.cdist(x, x).kthvalue(num_neighbours + 1, dim=1).values  # the nearest is the datum itself
+    return (torch.cdist(x, samples).min(1).values <= radius).double().mean().item()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyro_genmodels._pyro import traces
 from pyro_genmodels._pyro.handlers import map_inner
+from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.distributions.energy.partition import log_partition
 from pyro_genmodels.distributions.energy.state import LogPartition, PartitionKind
@@ -60,7 +61,7 @@ class LogPartitions:
         places = []
         for name, site in traces.sample_sites(trace).items():
             dist: Any = unwrap(site["fn"])
-            if not isinstance(dist, Energy):
+            if not capabilities(dist).intractable:
                 continue
             known = self.known.setdefault((role, name), _Known())
             value, place = self._shared(dist, known) if dist.context is None else self._of_contexts(dist, known)

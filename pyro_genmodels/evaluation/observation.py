@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributions import Distribution, biject_to
 
 from pyro_genmodels._pyro import handlers, traces
-from pyro_genmodels.distributions.dequantized import Dequantized
+from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.distributions.energy.annealed import mean_weight
 from pyro_genmodels.distributions.implicit import Implicit
 from pyro_genmodels.evaluation.likelihood import LogLikelihood
@@ -190,9 +190,9 @@ def _implicit(fit: Any, x: Tensor, context: Tensor | None) -> Implicit:
         trace, _ = traces.run_pair(model, guide, (x,) if context is None else (x, context), {})
         names = list(traces.sample_sites(trace))
         dist = unwrap(traces.sample_sites(trace)[names[0]]["fn"]) if len(names) == 1 else None
-    if isinstance(dist, Dequantized):
+    if dist is not None and capabilities(dist).is_dequantized:
         dist = dist.base
-    if not isinstance(dist, Implicit):
+    if dist is None or not capabilities(dist).is_implicit:
         raise ValueError(
             "gaussian_observation_likelihood wants a fit that samples from one Implicit distribution and nothing else, but "
             f"found {', '.join(names) or 'no sites'}. Use log_likelihood for a fit that has a density or a guide."

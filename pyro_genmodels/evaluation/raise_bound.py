@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_genmodels._pyro import handlers, traces
-from pyro_genmodels.distributions.energy import Energy
+from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.distributions.energy.annealed import conservative_bound
 from pyro_genmodels.evaluation.likelihood import LogLikelihood
 from pyro_genmodels.utils.distributions import unwrap
@@ -69,7 +69,7 @@ def conservative_log_likelihood(
         sites = traces.sample_sites(trace)
         names = list(sites)
         dist: Any = unwrap(sites[names[0]]["fn"]) if names else None
-        if len(names) != 1 or not isinstance(dist, Energy) or not sites[names[0]]["is_observed"]:
+        if len(names) != 1 or not capabilities(dist).intractable or not sites[names[0]]["is_observed"]:
             raise ValueError(
                 f"conservative_log_likelihood wants a model that observes one energy and nothing else, but found the sites "
                 f"{', '.join(names) or 'none'}. Use log_likelihood."

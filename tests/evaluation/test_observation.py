@@ -144,7 +144,7 @@ def test_what_has_no_such_distribution_is_refused():
 
 @pytest.mark.parametrize("options", [{"sigma": 0.0}, {"sigma": -1.0}, {"num_chains": 0}, {"num_steps": 0}])
 def test_options_are_checked(options):
-    with pytest.raises(ValueError, match="positive|of 1 or more"):
+    with pytest.raises(ValueError, match=r"positive|of 1 or more"):
         gaussian_observation_likelihood(Linear(3, 2), torch.randn(4, 3), **{"sigma": 1.0, **options})
 
 

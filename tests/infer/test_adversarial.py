@@ -39,7 +39,6 @@ from pyro_genmodels.divergences import (
     SquaredHellinger,
     TotalVariation,
 )
-from pyro_genmodels.evaluation import coverage, diagnose, mode_coverage
 from pyro_genmodels.infer.adversarial import (
     FGAN,
     R1,
@@ -674,68 +673,6 @@ def test_train_takes_a_game_by_name_and_judges_by_the_energy_distance():
     gan = GAN((2,))
     with pytest.raises(ValueError, match="pass optim= there"):
         train(gan, x, objective=Adversarial(gan.model, gan.critic), optim=partial(Adam, lr=1e-3), epochs=1, progress=False)
-
-
-# What is known of a game.
-
-
-def test_a_diagnosis_knows_a_good_game_from_a_collapsed_one():
-    model, x = LocationScale(), torch.randn(500)
-
-    class Best(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.zero = nn.Parameter(torch.zeros(()))
-
-        def forward(self, x):
-            return self.zero * x
-
-    found = diagnose(Adversarial(model, Best(), NonSaturating()), x, log_ratio=torch.zeros_like)
-    assert not found.collapsed
-    assert found.coverage == pytest.approx(found.expected, abs=0.15)
-    assert found.distance == 0
-    assert found.divergence.value == pytest.approx(0, abs=1e-6)
-    with torch.no_grad():
-        model.log_scale.fill_(-8.0)
-    with pytest.warns(RuntimeWarning, match="has collapsed"):
-        found = diagnose(Adversarial(model, Best(), NonSaturating()), x)
-    assert found.collapsed
-    assert "COLLAPSED" in str(found)
-    assert found.calibration_error < 0.05
-    assert diagnose(Adversarial(LocationScale(), Best(), Hinge()), x).divergence is None
-
-
-def test_a_critic_that_says_too_much_is_off():
-    class Bold(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.slope = nn.Parameter(torch.tensor(10.0))
-
-        def forward(self, x):
-            return self.slope * x
-
-    found = diagnose(Adversarial(LocationScale(), Bold(), NonSaturating()), torch.randn(1000), log_ratio=torch.zeros_like)
-    assert found.calibration_error > 0.3
-    assert found.distance > 0.3
-
-
-def test_coverage_of_the_same_law_is_what_it_should_be():
-    """The share of 2,000 data has a deviation of about .01: five of these, and the dependence of neighbours, within .06."""
-    assert coverage(torch.randn(2000, 2), torch.randn(2000, 2)) == pytest.approx(1 - 0.5**5, abs=0.06)
-    with pytest.raises(ValueError, match="as many draws"):
-        coverage(torch.randn(20), torch.randn(30))
-
-
-def test_modes_are_counted_by_their_good_draws():
-    centres = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0]])
-    draws = torch.cat([centres[:1].repeat(3, 1), centres[1:2], torch.full((4, 2), 2.5)])
-    found = mode_coverage(draws, centres, 0.1)
-    assert found.covered == 2
-    assert found.high_quality == 0.5
-    share = torch.tensor([0.75, 0.25])
-    assert found.reverse_kl == pytest.approx((share * (3 * share).log()).sum().item())
-    with pytest.raises(ValueError, match="positive scale"):
-        mode_coverage(draws, centres, 0.0)
 
 
 # What is refused.
