@@ -37,7 +37,6 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_genmodels._pyro import handlers, traces
-from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.utils.distributions import unwrap
 
 
@@ -115,7 +114,7 @@ class _Unrounded(Messenger):
         if not msg["done"] and is_rounded(msg):
             fn: Any = unwrap(msg["fn"])
             msg["infer"]["unrounded"] = fn.base.rsample()
-            msg["value"], msg["done"] = fn.rounded(msg["infer"]["unrounded"].detach()), True
+            msg["value"], msg["done"] = fn.quantize(msg["infer"]["unrounded"].detach()), True
 
 
 def replicating(model: Callable[..., Any]) -> Callable[..., Any]:
@@ -127,14 +126,14 @@ def replicating(model: Callable[..., Any]) -> Callable[..., Any]:
 def is_rounded(site: Mapping[str, Any]) -> bool:
     """Whether integers were drawn at an observed site that before they were rounded carry gradients."""
     fn = unwrap(site["fn"])
-    return bool(isinstance(fn, Dequantized) and fn.base.has_rsample and site["infer"].get("was_observed"))
+    return bool(getattr(fn, "is_dequantized", False) and fn.base.has_rsample and site["infer"].get("was_observed"))
 
 
 def both_of(site: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """What was observed and what was drawn at a site; where `is_rounded`, with noise, and as it was before."""
     fn: Any = unwrap(site["fn"])
     observed = site["infer"]["obs"]
-    return (fn.noisy(observed), site["infer"]["unrounded"]) if is_rounded(site) else (observed, site["value"])
+    return (fn.dequantize(observed)[1], site["infer"]["unrounded"]) if is_rounded(site) else (observed, site["value"])
 
 
 def conditions(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:

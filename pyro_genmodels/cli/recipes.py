@@ -30,7 +30,6 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 
 from pyro_genmodels.datasets import DATASETS, Dataset, load, rows
-from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.evaluation import LogLikelihood, SampleQuality, has_likelihood, log_likelihood, no_likelihood
 from pyro_genmodels.evaluation.sample_quality import sample_quality, split_rows
 from pyro_genmodels.families import (
@@ -340,8 +339,7 @@ def evaluate(
         return no_likelihood(len(x))
     if num_samples is None:
         law = family(*(labels[:1] for labels in context))
-        inner = law.base if isinstance(law, Dequantized) else law
-        dear = getattr(inner, "density", "exact") == "estimate" and not getattr(inner, "intractable", False)
+        dear = law.density == "estimate" and not law.intractable
         num_samples = 8 if dear else 512  # of traces along an ODE, which are dear, few do
     return log_likelihood(family, x.to(device), *context, num_samples=num_samples, progress=progress)
 

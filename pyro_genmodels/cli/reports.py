@@ -19,9 +19,7 @@ from torch import Tensor
 
 from pyro_genmodels.cli.recipes import Notes, draw, evaluate, sample_quality_of
 from pyro_genmodels.datasets import Dataset
-from pyro_genmodels.distributions.dequantized import Dequantized
-from pyro_genmodels.distributions.diffusion import ReverseDiffusion
-from pyro_genmodels.distributions.ode import ContinuousFlow
+from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.dynamics.processes import along
 from pyro_genmodels.evaluation import Comparison, LogLikelihood, compare, plots
 from pyro_genmodels.families import EnergyModel, Family
@@ -108,7 +106,7 @@ def pictures(fits: Mapping[str, Fit], data: Dataset, out: Path, *, conditional: 
     elif walked:
         save_figure(plots.velocity_fields({name: way for name, (_, way) in walked.items()}), out / f"way{mark}.png")
     if plane:
-        low, high = plots.frame(data.test)
+        low, high = plots.plot_limits(data.test)
         points = plots.lattice(low, high, 100)
         densities = {} if data.density is None else {f"{data.name} itself": data.density.log_prob(points)}
         densities |= {name: _density(fit, points, data, conditional=conditional) for name, fit in fits.items()}
@@ -165,12 +163,12 @@ def _way(fit: Any, n: int, *, conditional: bool) -> tuple[Tensor, plots.Velocity
     family = getattr(fit, "family", fit)
     labels = torch.zeros(n, dtype=torch.long, device=family.loc.device) if conditional else None
     made = family(labels)
-    made = made.base if isinstance(made, Dequantized) else made
-    if not isinstance(made, (ContinuousFlow, ReverseDiffusion)):
+    made = made.base if made.is_dequantized else made
+    if not capabilities(made).has_velocity:
         return None
     walked = made.walk(() if conditional else (n,), num_frames=FRAMES)
     times, frames = walked.times, walked.frames
-    if isinstance(made, ReverseDiffusion):
+    if made.has_noise_error:
         alpha, sigma = made.denoiser.process.alpha(times), made.denoiser.process.sigma(times)
         times, frames = alpha / (alpha + sigma), frames / along(alpha + sigma, frames)
 

@@ -22,10 +22,11 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import Transform, constraints
 
-from pyro_genmodels.utils.distributions import Density, has_active_dropout, map_tensors
+from pyro_genmodels.distributions.capabilities import Capabilities
+from pyro_genmodels.utils.distributions import has_active_dropout, map_tensors
 
 
-class GenerativeDistribution(TorchDistribution):
+class GenerativeDistribution(Capabilities, TorchDistribution):
     """Base of the library's distributions.
 
     Args:
@@ -37,17 +38,8 @@ class GenerativeDistribution(TorchDistribution):
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-    density: Density = "exact"
-    """What `log_prob` returns."""
     network: Any = None
-    """What is passed through more than once for a draw, if anything."""
-    intractable: bool = False
-    """Whether the density has a constant that is out of reach, so that `log_prob` knows its gradient by draws only."""
-    tightens: bool = True
-    """Whether, where `log_prob` is a lower bound by draws, the log of the mean over many is a tighter one; else only their mean
-    is one."""
-    advice: str = ""
-    """What to do instead, where something is missing."""
+    """Callable that a sample evaluates more than once, if any."""
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
+from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.utils.distributions import Density, density_of
 
 
@@ -73,17 +74,58 @@ class Dequantized(GenerativeDistribution):
         new.base = self.base.expand(Size(batch_shape))
         return new
 
-    def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
-        return self.base.log_prob(self.noisy(y))
+    @property
+    def _base_capabilities(self) -> Any:
+        return capabilities(self.base)
 
-    def noisy(self, x: Tensor) -> Tensor:
-        """Integers with uniform noise, which the base has a density of."""
-        return x + torch.rand_like(x, dtype=self.dtype)
+    is_dequantized = True
+
+    @property
+    def is_unbiased(self) -> bool:
+        """True if the base's estimates have the right expectation."""
+        return self._base_capabilities.is_unbiased
+
+    @property
+    def has_velocity(self) -> bool:
+        """True if the base has a velocity."""
+        return self._base_capabilities.has_velocity
+
+    @property
+    def only_linear_paths(self) -> bool:
+        """True if the base's velocity can be trained along straight paths only."""
+        return self._base_capabilities.only_linear_paths
+
+    @property
+    def has_noise_error(self) -> bool:
+        """True if the base has a denoiser."""
+        return self._base_capabilities.has_noise_error
+
+    def with_training_bound(self) -> Dequantized:
+        """Return the same distribution over the base with its own training bound."""
+        return self._over(self._base_capabilities.with_training_bound())
+
+    def training_log_prob(self, value: Tensor) -> Tensor:
+        """Return the training log density (nats) of the base at noisy values."""
+        base, y = self.dequantize(value)
+        return capabilities(base).training_log_prob(y)
+
+    def dequantize(self, x: Tensor) -> tuple[Distribution, Tensor]:
+        """Return the base, and integers x with uniform noise in [0, 1) added, (sample..., *batch_shape, *event_shape)."""
+        y, _, _ = self.aligned(x)
+        return self.base, y + torch.rand_like(y, dtype=self.dtype)
+
+    def quantize(self, y: Tensor) -> Tensor:
+        """Return the levels 0 .. levels - 1 that values of the base round down to, clipped at both ends."""
+        return y.floor().clamp(0, self.levels - 1).long()
+
+    def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
+        return self.base.log_prob(y + torch.rand_like(y, dtype=self.dtype))
 
     def _draw(self, shape: Size, context: Tensor | None) -> Tensor:
         sample_shape = shape[: len(shape) - len(self.batch_shape)]
-        return self.rounded(self.base.sample(sample_shape))
+        return self.quantize(self.base.sample(sample_shape))
 
-    def rounded(self, y: Tensor) -> Tensor:
-        """The levels that values of the base lie in, or are nearest to."""
-        return y.floor().clamp(0, self.levels - 1).long()
+    def _over(self, base: Any) -> Any:
+        new = self.expand(self.batch_shape)
+        new.base = base
+        return new

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 __all__ = ["DequantizedDiffusion", "FlowDensity", "ReverseDiffusion", "VariationalBound"]
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import exp, log, pi
@@ -34,38 +35,87 @@ from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.distributions.ode import ContinuousFlow, Trace
 from pyro_genmodels.dynamics.denoiser import Denoiser
 from pyro_genmodels.dynamics.ode import Dopri5, Solver
-from pyro_genmodels.dynamics.processes import along, stratified
-from pyro_genmodels.dynamics.reverse import DPMSolver, ReverseSampler, Trajectory, flow_velocity, reverse
+from pyro_genmodels.dynamics.probability_flow import DPMSolver, flow_velocity
+from pyro_genmodels.dynamics.processes import Process, along, stratified
+from pyro_genmodels.dynamics.reverse import ReverseSampler, Trajectory, simulate_reverse
 from pyro_genmodels.utils.distributions import Density, modules_and_tensors, sum_event
-from pyro_genmodels.utils.errors import check_choice
+from pyro_genmodels.utils.errors import check_choice, check_positive_int
+
+
+class DiffusionLikelihood(ABC):
+    """A choice of `log_prob` for a diffusion."""
+
+    @property
+    @abstractmethod
+    def flow_density(self) -> FlowDensity:
+        """Options of the diffusion's probability flow, `ReverseDiffusion.flow`."""
+
+    @abstractmethod
+    def density(self, diffusion: ReverseDiffusion) -> Density:
+        """Return the kind of density that `log_prob` computes."""
+
+    @abstractmethod
+    def mean_inside_log(self, diffusion: ReverseDiffusion) -> bool:
+        """Return True if the log of a mean of exp(log_prob) over calls is a tighter bound."""
+
+    @abstractmethod
+    def log_prob(self, diffusion: ReverseDiffusion, value: Tensor) -> Tensor:
+        """Return the log density (nats) of value (sample..., *batch_shape, *event_shape): (sample..., *batch_shape)."""
 
 
 @dataclass(frozen=True)
-class FlowDensity:
-    """`log_prob` of a diffusion is that of its probability flow.
+class FlowDensity(DiffusionLikelihood):
+    """The density of a diffusion's probability flow.
 
     Attributes:
-        solver: of the ODE, with its tolerances.
-        trace: of the Jacobian: `ExactTrace`, or `Hutchinson`, whose density is an estimate; None is exact up to 16 coordinates.
+        solver: solver of the ODE, with its tolerances.
+        trace: trace of the Jacobian: `ExactTrace`, or `Hutchinson`, with which the density is an estimate. None is exact up to
+            16 coordinates.
     """
 
     solver: Solver = field(default_factory=Dopri5)
     trace: Trace | None = None
 
+    @property
+    def flow_density(self) -> FlowDensity:
+        return self
+
+    def density(self, diffusion: ReverseDiffusion) -> Density:
+        return diffusion.flow.density
+
+    def mean_inside_log(self, diffusion: ReverseDiffusion) -> bool:
+        return diffusion.flow.mean_inside_log
+
+    def log_prob(self, diffusion: ReverseDiffusion, value: Tensor) -> Tensor:
+        return diffusion.flow.log_prob(value)
+
 
 @dataclass(frozen=True)
-class VariationalBound:
-    """`log_prob` of a diffusion is an unbiased estimate of a lower bound, that of its reverse SDE.
+class VariationalBound(DiffusionLikelihood):
+    """An unbiased estimate of a lower bound, that of a diffusion's reverse SDE.
 
     Attributes:
-        num_times: levels of noise that each call asks about, for each value.
+        num_times: noise levels that each call evaluates for each value.
     """
 
     num_times: int = 1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_times, int) or self.num_times < 1:
-            raise ValueError(f"VariationalBound wants num_times of 1 or more, but found {self.num_times!r}.")
+        check_positive_int("VariationalBound", num_times=self.num_times)
+
+    @property
+    def flow_density(self) -> FlowDensity:
+        return FlowDensity()
+
+    def density(self, diffusion: ReverseDiffusion) -> Density:
+        return "lower bound"
+
+    def mean_inside_log(self, diffusion: ReverseDiffusion) -> bool:
+        return False
+
+    def log_prob(self, diffusion: ReverseDiffusion, value: Tensor) -> Tensor:
+        y, context, log_det = diffusion.aligned(value)
+        return diffusion.variational_bound(y, context, self.num_times) + log_det
 
 
 class ReverseDiffusion(GenerativeDistribution):
@@ -90,6 +140,9 @@ class ReverseDiffusion(GenerativeDistribution):
     """
 
     has_rsample = True
+    has_velocity = True
+    only_linear_paths = True
+    has_noise_error = True
 
     def __init__(
         self,
@@ -109,12 +162,13 @@ class ReverseDiffusion(GenerativeDistribution):
 
     @property
     def density(self) -> Density:
-        """What `log_prob` returns."""
-        return "lower bound" if isinstance(self.likelihood, VariationalBound) else self.flow.density
+        """Kind of density that `log_prob` returns."""
+        return self.likelihood.density(self)
 
     @property
-    def tightens(self) -> bool:
-        return not isinstance(self.likelihood, VariationalBound) and self.flow.tightens
+    def mean_inside_log(self) -> bool:
+        """True if the log of a mean of exp(log_prob) over calls is a tighter bound."""
+        return self.likelihood.mean_inside_log(self)
 
     # The same with other choices.
 
@@ -126,19 +180,28 @@ class ReverseDiffusion(GenerativeDistribution):
         """The same, with another density as `log_prob`."""
         return self._with(likelihood=_likelihood(likelihood))
 
+    def with_training_bound(self) -> ReverseDiffusion:
+        """Return the diffusion with its variational bound as `log_prob`."""
+        return self.with_likelihood(VariationalBound())
+
     def guided(self, weight: float) -> ReverseDiffusion:
         """The same, with its context taken that many times; see `Denoiser.guided`."""
         return self._with(denoiser=self.denoiser.guided(weight))
 
     @property
-    def plain(self) -> ReverseDiffusion:
-        """The same, its context taken as it is: what objectives train."""
+    def training_form(self) -> ReverseDiffusion:
+        """The diffusion without guidance."""
         return self._with(denoiser=self.denoiser.plain)
 
     def _with(self, **changes: Any) -> ReverseDiffusion:
         new = self.expand(self.batch_shape)
         new.__dict__.update(changes)
         return new
+
+    @property
+    def process(self) -> Process:
+        """The process that adds noise to data."""
+        return self.denoiser.process
 
     # Draws.
 
@@ -154,7 +217,8 @@ class ReverseDiffusion(GenerativeDistribution):
         like = self._like()
         noise = torch.randn(shape.numel(), *self.event_shape, dtype=like.dtype, device=like.device)
         rows = None if context is None else context.reshape(len(noise), context.shape[-1])
-        return reverse(self.sampler, lambda x, t: self.denoiser(x, t, rows), self.denoiser.process, noise, **kwargs)
+        denoiser = self.denoiser
+        return simulate_reverse(self.sampler, lambda x, t: denoiser.estimate(x, t, rows), denoiser.process, noise, **kwargs)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws by the probability flow, with its solver, that carry the gradient of the parameters.
@@ -191,17 +255,15 @@ class ReverseDiffusion(GenerativeDistribution):
     # Densities and scores.
 
     def log_prob(self, value: Tensor) -> Tensor:
-        if isinstance(self.likelihood, VariationalBound):
-            return super().log_prob(value)
-        return self.flow.log_prob(value)
+        return self.likelihood.log_prob(self, value)
 
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
-        return self._bound(y, context, self.likelihood.num_times if isinstance(self.likelihood, VariationalBound) else 1)
+        return self.variational_bound(y, context, 1)
 
     @property
     def flow(self) -> ContinuousFlow:
         """The probability flow as a distribution by itself, noise at time 0 and data at time 1: see `log_prob_with_error`."""
-        likelihood = self.likelihood if isinstance(self.likelihood, FlowDensity) else FlowDensity()
+        likelihood = self.likelihood.flow_density
         kept = (1 + exp(-2 * self.denoiser.process.log_snr_range[1])) ** -0.5  # alpha at the start, over its r
         own = [] if self.pretransform is None else [self.pretransform]
         return ContinuousFlow(
@@ -234,7 +296,14 @@ class ReverseDiffusion(GenerativeDistribution):
         scale = torch.hypot(process.alpha(time), process.sigma(time)) / torch.hypot(t, 1 - t)
         return (self.denoiser(along(scale, x) * x, time, context) - x) / along(1 - t, x)
 
-    def _bound(self, y: Tensor, context: Tensor | None, num_times: int) -> Tensor:
+    def variational_bound(self, y: Tensor, context: Tensor | None, num_times: int) -> Tensor:
+        """Return an unbiased estimate of the lower bound (nats), (batch...), in the space of the network.
+
+        Args:
+            y: data in the space of the network, (batch..., *event_shape).
+            context: (batch..., c) or None.
+            num_times: noise levels over which the integral is averaged.
+        """
         (low, high), d = self.denoiser.process.log_snr_range, self.event_shape.numel()
         kept = torch.sigmoid(torch.tensor(2 * low, dtype=torch.float64)).item()  # of the data's variance, at the end
         end = 0.5 * (kept * sum_event(y.square(), self.event_dim) - d * (kept + log(1 - kept)))
@@ -324,7 +393,7 @@ class _Velocity:
 
     def __call__(self, x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
         low, high = self.denoiser.process.log_snr_range
-        slope = flow_velocity(lambda x, t: self.denoiser(x, t, context), self.denoiser.process)
+        slope = flow_velocity(lambda x, t: self.denoiser.estimate(x, t, context), self.denoiser.process)
         return (high - low) * slope(low + (high - low) * t, x)
 
 
@@ -360,9 +429,4 @@ class DequantizedDiffusion(Dequantized):
     def walk(self, sample_shape: Sequence[int] = (), **kwargs: Any) -> Trajectory:
         """See `ReverseDiffusion.walk`."""
         found = self.base.walk(sample_shape, **kwargs)
-        return replace(found, x=self.rounded(found.x))
-
-    def _over(self, base: ReverseDiffusion) -> DequantizedDiffusion:
-        new = self.expand(self.batch_shape)
-        new.base = base
-        return new
+        return replace(found, x=self.quantize(found.x))

@@ -17,6 +17,7 @@ from torch import Size, Tensor
 from torch.distributions import Distribution, Transform
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
+from pyro_genmodels.distributions.capabilities import ScoreJumps
 
 
 class NormalizingFlow(GenerativeDistribution):
@@ -56,7 +57,9 @@ class NormalizingFlow(GenerativeDistribution):
         super().__init__(event_shape, **kwargs)
         self.transform = self.network = transform
         self.base = base
-        self.has_rsample, self.bound, self.smooth = has_rsample, bound, smooth
+        self.has_rsample, self.bound = has_rsample, bound
+        if not smooth:
+            self.score_jumps = ScoreJumps("of splines or ReLU", "MaximumLikelihood()")
 
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
         u, log_det = _call_with_log_det(self.transform(context), self.flat(y))

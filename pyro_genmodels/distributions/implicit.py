@@ -41,6 +41,7 @@ class Implicit(GenerativeDistribution):
     """
 
     density: Density = "none"
+    is_implicit = True
 
     def __init__(
         self,

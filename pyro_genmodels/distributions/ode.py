@@ -155,7 +155,7 @@ class ContinuousFlow(GenerativeDistribution):
         trace: of the Jacobian: `ExactTrace` or `Hutchinson`; by default exact up to 16 coordinates.
         network: the module behind a velocity that is a function: whose parameters want gradients, and whose mode says whether
             this is training.
-        kinetic: weight of the squared speed along the way in `penalized_log_prob`.
+        kinetic: weight of the squared speed along the way in `training_log_prob`.
         jacobian: weight of the squared size of the Jacobian there.
         evaluations: where evaluations of the velocity are counted.
         kwargs: passed to `GenerativeDistribution`.
@@ -171,8 +171,8 @@ class ContinuousFlow(GenerativeDistribution):
         tensor(-4.8363)
     """
 
-    unbiased = True
-    """Whether `log_prob`, where it is an estimate, is right on average."""
+    is_unbiased = True
+    has_velocity = True
 
     def __init__(
         self,
@@ -208,7 +208,7 @@ class ContinuousFlow(GenerativeDistribution):
         return "exact" if isinstance(self.trace, ExactTrace) else "estimate"
 
     @property
-    def tightens(self) -> bool:
+    def mean_inside_log(self) -> bool:
         """Only the mean of estimates of a logarithm is one."""
         return isinstance(self.trace, ExactTrace)
 
@@ -243,7 +243,7 @@ class ContinuousFlow(GenerativeDistribution):
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
         return self._back(y, context, self.solver, self.trace)[0]
 
-    def penalized_log_prob(self, value: Tensor) -> Tensor:
+    def training_log_prob(self, value: Tensor) -> Tensor:
         r"""`log_prob` less the regularisers of arXiv 2002.02798, for training.
 
         .. math:: \log p(x) - \lambda_K \int |v|^2 dt - \lambda_J \int \|\partial v / \partial x\|_F^2 dt

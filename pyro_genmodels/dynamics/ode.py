@@ -20,13 +20,14 @@ __all__ = [
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import inf
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from pyro_genmodels.dynamics.jacobian import pull_back
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(time (), x (N, ...)) -> the shape of x."""
@@ -251,7 +252,7 @@ def integrate_with_divergence(
             kept = create_graph and state[0].requires_grad  # the start may be plain data
             at = state[0] if kept else state[0].detach().requires_grad_()
             v = velocity(t, at)
-            rows = _pull_back(v, at, vectors, create_graph)
+            rows = pull_back(v, at, vectors, create_graph=create_graph)
         if not create_graph:
             v, rows = v.detach(), rows.detach()
         terms = [(rows * vectors).flatten(2).sum(2)]
@@ -275,20 +276,6 @@ def _units(x: Tensor) -> Tensor:
     """The unit vectors, for each row: (d, N, ...)."""
     d = x.shape[1:].numel()
     return torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:]).expand(d, *x.shape)
-
-
-def _pull_back(v: Tensor, x: Tensor, vectors: Tensor, create_graph: bool) -> Tensor:  # noqa: FBT001
-    """Vectors (k, N, ...) times the Jacobian of v, each row's own."""
-    if not v.requires_grad:  # of a velocity that is constant
-        return torch.zeros_like(vectors)
-    pull = partial(torch.autograd.grad, v, x, retain_graph=True, create_graph=create_graph, allow_unused=True)
-    if len(vectors) > 1:
-        try:
-            (rows,) = pull(vectors, is_grads_batched=True)
-            return torch.zeros_like(vectors) if rows is None else rows
-        except RuntimeError:  # of layers whose second derivative torch cannot batch, such as GroupNorm
-            pass
-    return torch.stack([torch.zeros_like(vector) if (row := pull(vector)[0]) is None else row for vector in vectors])
 
 
 def _solve(

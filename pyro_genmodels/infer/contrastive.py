@@ -16,7 +16,6 @@ from __future__ import annotations
 
 __all__ = ["ContrastiveDivergence", "NoiseContrastive"]
 
-from dataclasses import replace
 from itertools import count
 from math import log
 from typing import Any
@@ -30,13 +29,11 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_genmodels._pyro import traces
-from pyro_genmodels.distributions.base import GenerativeDistribution
-from pyro_genmodels.distributions.energy import Energy
-from pyro_genmodels.distributions.energy.negatives import Contrastive
+from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.distributions.energy.partition import quick_log_partition
 from pyro_genmodels.distributions.energy.state import LogPartition
 from pyro_genmodels.infer.objective import Objective
-from pyro_genmodels.utils.distributions import density_of, unwrap
+from pyro_genmodels.utils.distributions import check_exact_density, density_of, unwrap
 
 
 class ContrastiveDivergence(Objective):
@@ -80,29 +77,22 @@ class ContrastiveDivergence(Objective):
             check_energy(type(self).__name__, name, dist)
 
     def _score(self, model_trace: Trace, guide_trace: Trace) -> None:
-        found = {name: unwrap(site["fn"]) for name, site in traces.sample_sites(model_trace).items() if site["is_observed"]}
-        if found and not any(isinstance(dist, Energy) for dist in found.values()):
-            check_energy(type(self).__name__, *next(iter(found.items())))
+        sites = traces.sample_sites(model_trace)
+        observed = {name: unwrap(sites[name]["fn"]) for name in traces.observed(model_trace)}
+        if observed and not any(capabilities(dist).has_negatives for dist in observed.values()):
+            check_energy(type(self).__name__, *next(iter(observed.items())))
         super()._score(model_trace, guide_trace)
 
     def per_datum(self, dist: Any, x: Tensor) -> Tensor:
-        if not isinstance(dist, Energy):
+        dist = capabilities(dist)
+        if not dist.has_negatives:
             return -dist.log_prob(x)
         if not torch.is_grad_enabled():
-            return -dist.normalized(quick_log_partition(dist)).log_prob(x)
-        negatives: Any = dist.negatives if self.persistent else Contrastive(self.steps or 1)
-        if self.persistent and self.steps is not None:
-            if not hasattr(negatives, "steps"):
-                raise ValueError(f"ContrastiveDivergence(steps={self.steps}): {type(negatives).__name__} has no steps to set.")
-            negatives = replace(negatives, steps=self.steps)
-        path, (y, context, _) = dist.path, dist.aligned(x)
-        u = negatives.draw(dist, y, context)
-        log_f = dist.checked(path.log_f(u, context))
-        loss = log_f.mean(0) - path.log_f(path.encode(y), context)
-        if self.regularization:
-            energies = path.energies(path.encode(y), context).square() + path.energies(u, context).square().mean(0)
-            loss = loss + self.regularization * energies
-        return loss
+            known = dist.normalized(quick_log_partition(dist)) if dist.intractable else dist
+            return -known.log_prob(x)
+        terms = dist.contrastive_terms(x, steps=self.steps, from_data=not self.persistent)
+        loss = terms.negatives.mean(0) - terms.data
+        return loss + self.regularization * terms.squared_energies() if self.regularization else loss
 
 
 _numbers = count(1)
@@ -138,19 +128,7 @@ class NoiseContrastive(Objective):
 
     def __init__(self, noise: Any, *, ratio: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not isinstance(noise, Distribution) and callable(noise) and not isinstance(noise, type):
-            noise = noise()
-        if not isinstance(noise, Distribution):
-            found = f"the class {noise.__name__}" if isinstance(noise, type) else type(noise).__name__
-            raise TypeError(f"NoiseContrastive wants a Pyro distribution or a family as its noise, but found {found}.")
-        if noise.batch_shape:
-            raise ValueError(
-                f"NoiseContrastive wants noise over one datum, but found a batch of shape {tuple(noise.batch_shape)}. Use "
-                f".to_event({len(noise.batch_shape)})."
-            )
-        density, advice = density_of(noise)
-        if density != "exact":
-            raise ValueError(f"NoiseContrastive wants noise whose density is exact, but this one's is: {density}. {advice}")
+        noise = check_exact_density("NoiseContrastive", "noise", noise)
         if ratio < 1:
             raise ValueError(f"NoiseContrastive wants a ratio of 1 or more, but found {ratio}.")
         self.noise, self.ratio = noise, ratio
@@ -198,7 +176,7 @@ class NoiseContrastive(Objective):
     def per_datum(self, dist: Any, x: Tensor) -> Tensor:
         ((name, parameter),) = self.own.items()
         log_z = pyro.param(name, parameter).to(x.device)
-        path, (y, context, _) = dist.path, dist.aligned(x)
+        y = x.expand(torch.broadcast_shapes(x.shape[: x.dim() - dist.event_dim], dist.batch_shape) + dist.event_shape)
         support: Any = self.noise.support
         if is_validation_enabled() and not support.check(y).all():
             raise ValueError(f"NoiseContrastive wants noise wherever data are, but some lie outside its support {support}.")
@@ -207,17 +185,20 @@ class NoiseContrastive(Objective):
             log_q, log_q_noise = self.noise.log_prob(y), self.noise.log_prob(noise)
         self.learning = self.learning or torch.is_grad_enabled()
         if not torch.is_grad_enabled() and self.learning and dist.density != "exact":
-            dist.keep(LogPartition(log_z.detach(), torch.full_like(log_z, torch.nan), "estimate"))
-        odds = path.log_density(y, context) - log_z - log_q - log(self.ratio)
-        odds_of_noise = path.log_density(noise, context) - log_z - log_q_noise - log(self.ratio)
+            dist.remember_log_partition(LogPartition(log_z.detach(), torch.full_like(log_z, torch.nan), "estimate"))
+        odds = dist.unnormalized_log_prob(y) - log_z - log_q - log(self.ratio)
+        odds_of_noise = dist.unnormalized_log_prob(noise) - log_z - log_q_noise - log(self.ratio)
         return -F.logsigmoid(odds) - F.logsigmoid(-odds_of_noise).sum(0)
 
 
 def check_energy(objective: str, name: str, dist: Distribution) -> None:
-    """Raises a ValueError if the distribution at a site is not an energy."""
-    if not isinstance(dist, Energy):
-        density = density_of(dist)[0]
-        cure = "MaximumLikelihood(), or " if density in ("exact", "lower bound") else ""
-        cure = f"Use {cure}Trace_ELBO with a guide where there are latent variables."
-        advice = dist.advice if isinstance(dist, GenerativeDistribution) and dist.advice else cure
-        raise ValueError(f"{objective} needs an energy, but site {name!r} holds {type(dist).__name__}. {advice}")
+    """Raise an error unless the distribution at a site is an energy, with a constant out of reach or with negatives.
+
+    Raises:
+        ValueError: naming the objective to use.
+    """
+    found = capabilities(dist)
+    if not (found.intractable or found.has_negatives):
+        is_normalized = density_of(dist)[0] in ("exact", "lower bound")
+        cure = f"Use {'MaximumLikelihood(), or ' if is_normalized else ''}Trace_ELBO with a guide where there are latent variables."
+        raise ValueError(f"{objective} needs an energy, but site {name!r} holds {type(dist).__name__}. {found.advice or cure}")

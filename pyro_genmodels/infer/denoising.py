@@ -22,11 +22,10 @@ __all__ = [
     "LogNormalWeighting",
     "TimeWeighting",
     "UniformWeighting",
-    "is_diffusion",
 ]
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +35,9 @@ from torch import Size, Tensor
 
 from pyro_genmodels._pyro import traces
 from pyro_genmodels._pyro.handlers import map_inner
-from pyro_genmodels.distributions.dequantized import Dequantized
-from pyro_genmodels.distributions.diffusion import ReverseDiffusion, VariationalBound
+from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.dynamics.processes import Karras, Process, stratified
-from pyro_genmodels.infer.score_matching import ScoreMatching, in_coordinates, score_of
+from pyro_genmodels.infer.score_matching import ScoreMatching, score_of
 from pyro_genmodels.utils.distributions import sum_event, unwrap
 
 
@@ -141,7 +139,7 @@ class DenoisingScoreMatching(ScoreMatching):
         self.noise, self.weighting = levels, weighting
 
     def check(self, name: str, dist: Any) -> None:
-        diffusion = is_diffusion(dist)
+        diffusion = capabilities(dist).has_noise_error
         if self.weighting is not None and isinstance(self.weighting, TimeWeighting) != diffusion:
             wanted = "UniformWeighting()" if diffusion else "torch.square"
             raise ValueError(
@@ -156,38 +154,38 @@ class DenoisingScoreMatching(ScoreMatching):
                 )
             return
         super().check(name, dist)
-        if self.noise is not None and len(self.noise) > 1 and getattr(dist, "noise", None) is None:
+        if self.noise is not None and len(self.noise) > 1 and capabilities(dist).noise is None:
             raise ValueError(
                 f"DenoisingScoreMatching at {len(self.noise)} levels needs a model that is told the level, but site {name!r} "
                 f"holds a {type(dist).__name__} that is not. Build EnergyModel(..., noise=(low, high)), or give one level."
             )
 
     def of(self, dist: Any, x: Tensor) -> Tensor:
-        if isinstance(dist, Dequantized):
-            return self.of(dist.base, dist.noisy(x))
-        if isinstance(dist, ReverseDiffusion):
+        dist, x = capabilities(dist).dequantize(x)
+        dist = capabilities(dist)
+        if dist.has_noise_error:
             y, context, _ = dist.aligned(x)
             u = stratified(y.shape[: y.dim() - dist.event_dim], y)
-            t, weight = self._times(dist.denoiser.process, u)
-            return weight * dist.plain.noise_error(y, t, context)
+            t, weight = self._times(dist.process, u)
+            return weight * dist.training_form.noise_error(y, t, context)
         batch = torch.broadcast_shapes(x.shape[: x.dim() - dist.event_dim], dist.batch_shape)
         sigma = self._levels(dist, batch, x)
-        if getattr(dist, "noise", None) is not None:
+        if dist.noise is not None:
             dist = dist.at_noise(sigma)
-        log_density, u, event_dim = in_coordinates(dist, x)
-        beside = sigma.reshape(*batch, *(1 for _ in range(event_dim)))
+        log_density, u, event_dim = dist.score_coordinates(x)
+        scale = sigma.reshape(*batch, *(1 for _ in range(event_dim)))
         epsilon = torch.randn_like(u)
-        score = score_of(log_density, (u + beside * epsilon).detach().requires_grad_())
+        score = score_of(log_density, (u + scale * epsilon).detach().requires_grad_())
         weighting: Any = self.weighting or torch.square
-        return weighting(sigma) * sum_event((score + epsilon / beside).square(), event_dim) / 2
+        return weighting(sigma) * sum_event((score + epsilon / scale).square(), event_dim) / 2
 
     def _score(self, model_trace: Trace, guide_trace: Trace) -> None:
         sites = traces.sample_sites(model_trace)
-        priors: list[Any] = [sites[name] for name in traces.latents(model_trace) if is_diffusion(sites[name]["fn"])]
+        priors: list[Any] = [sites[name] for name in traces.latents(model_trace) if _has_noise_error(sites[name])]
         for site in priors:
-            site["fn"] = map_inner(site["fn"], lambda prior: prior.with_likelihood(VariationalBound()))
-        if priors:  # then what is observed is seen through them, and counts as in any ELBO
-            model_trace.compute_log_prob(site_filter=lambda _, site: site["is_observed"] and not is_diffusion(site["fn"]))
+            site["fn"] = map_inner(site["fn"], lambda prior: prior.with_training_bound())
+        if priors:  # observed sites then contribute their log_prob, as in any ELBO
+            model_trace.compute_log_prob(site_filter=lambda _, site: site["is_observed"] and not _has_noise_error(site))
         super()._score(model_trace, guide_trace)
 
     def _times(self, process: Process, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,14 +198,12 @@ class DenoisingScoreMatching(ScoreMatching):
         if self.noise is not None:
             levels = self.noise.to(x.device, dtype)
             return levels[torch.randint(len(levels), batch, device=x.device)]
-        known = getattr(dist, "noise", None)
-        if known is None:
+        if dist.noise is None:
             return torch.full(batch, 0.1, dtype=dtype, device=x.device)
-        low, high = known
+        low, high = dist.noise
         return low * (high / low) ** torch.rand(batch, dtype=dtype, device=x.device)
 
 
-def is_diffusion(dist: Any) -> bool:
-    """Whether a distribution is a diffusion, also of integers and in Pyro's wrappers."""
-    dist = unwrap(dist)
-    return isinstance(unwrap(dist.base) if isinstance(dist, Dequantized) else dist, ReverseDiffusion)
+def _has_noise_error(site: Mapping[str, Any]) -> bool:
+    """Return True if the distribution at a site has a denoiser, inside Pyro's wrappers."""
+    return bool(capabilities(unwrap(site["fn"])).has_noise_error)

@@ -34,12 +34,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_genmodels.distributions.dequantized import Dequantized
-from pyro_genmodels.distributions.diffusion import ReverseDiffusion
-from pyro_genmodels.distributions.energy import Energy
+from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.dynamics.processes import stratified
 from pyro_genmodels.infer.objective import Objective
-from pyro_genmodels.utils.distributions import unwrap
 from pyro_genmodels.utils.errors import check_choice, import_extra
 
 
@@ -115,7 +112,10 @@ def _equal(context: Tensor) -> Tensor:
 
 
 class Interpolant(ABC):
-    """The way between the two ends of a pair."""
+    """A path between the two ends of a pair."""
+
+    is_linear: bool = False
+    """True for a straight line at constant speed."""
 
     @abstractmethod
     def __call__(self, x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,6 +125,8 @@ class Interpolant(ABC):
 @dataclass(frozen=True)
 class LinearInterpolant(Interpolant):
     """A straight line at constant speed."""
+
+    is_linear = True
 
     def __call__(self, x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return (1 - t) * x0 + t * x1, x1 - x0
@@ -167,9 +169,9 @@ class FlowMatching(Objective):
         self.path: Interpolant = check_choice("FlowMatching", "path", path, LinearInterpolant(), Interpolant)
 
     def per_datum(self, dist: Any, x: Tensor) -> Tensor:
-        flow: Any = dist.base if isinstance(dist, Dequantized) else dist
-        flow = flow.plain if isinstance(flow, ReverseDiffusion) else flow
-        y, context, _ = flow.aligned(dist.noisy(x) if isinstance(dist, Dequantized) else x)
+        flow, x = capabilities(dist).dequantize(x)
+        flow = capabilities(flow).training_form
+        y, context, _ = flow.aligned(x)
         x1 = y.reshape(-1, *flow.event_shape)
         told = None if context is None else context.reshape(len(x1), -1)
         with torch.no_grad():  # the ends are data
@@ -180,17 +182,18 @@ class FlowMatching(Objective):
         return error.square().reshape(len(x1), -1).sum(1).reshape(y.shape[: y.dim() - flow.event_dim])
 
     def check(self, name: str, dist: Distribution) -> None:
-        inner: Any = unwrap(dist.base) if isinstance(dist, Dequantized) else dist
-        if isinstance(inner, ReverseDiffusion) and not isinstance(self.path, LinearInterpolant):
+        found = capabilities(dist)
+        if found.only_linear_paths and not self.path.is_linear:
             raise ValueError(
-                f"A diffusion, at site {name!r}, has its velocity along straight lines: use path=LinearInterpolant()."
+                f"The velocity of {type(dist).__name__} at site {name!r} is that of straight paths: use path=LinearInterpolant()."
             )
-        if not (callable(getattr(inner, "velocity", None)) and isinstance(getattr(inner, "base", None), Distribution)):
-            density = "energy" if isinstance(inner, Energy) else getattr(dist, "density", "exact")
-            cures = {"energy": "ContrastiveDivergence() or NoiseContrastive(noise=...)", "none": "Trace_ELBO() with a guide"}
-            cure = cures.get(density, "MaximumLikelihood()")
+        if not found.has_velocity:
+            cures = {"none": "Trace_ELBO() with a guide"}
+            cure = cures.get(found.density, "MaximumLikelihood()")
+            if found.intractable:
+                cure = "ContrastiveDivergence() or NoiseContrastive(noise=...)"
             raise ValueError(
-                f"FlowMatching needs a velocity, but site {name!r} holds {type(inner).__name__}, which has none. Use {cure}, "
+                f"FlowMatching needs a velocity, but site {name!r} holds {type(dist).__name__}, which has none. Use {cure}, "
                 "DenoisingScoreMatching() for scores and diffusions, or an ODEFlow."
             )
 

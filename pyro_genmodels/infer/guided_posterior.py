@@ -23,9 +23,10 @@ from pyro.distributions import MaskedDistribution
 from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyro_genmodels._pyro import traces
-from pyro_genmodels.distributions.diffusion import ReverseDiffusion
+from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.dynamics.guided import Particles, effective_size, guided, twisted
 from pyro_genmodels.utils.distributions import unwrap
 from pyro_genmodels.utils.errors import check_choice
@@ -127,16 +128,16 @@ class WeightedDraws:
         """The draws by name, as Pyro's MCMC gives them, without their weights."""
         return {self.name: self.draws[None] if group_by_chain else self.draws}
 
-    def resampled(self, num_draws: int) -> Tensor:
-        """Draws that need no weights, with repetitions, (num_draws, *event_shape)."""
-        return self.draws[torch.multinomial(self.log_weight.softmax(0), num_draws, replacement=True)]
+    def resampled(self, num_samples: int) -> Tensor:
+        """Draws that need no weights, with repetitions, (num_samples, *event_shape)."""
+        return self.draws[torch.multinomial(self.log_weight.softmax(0), num_samples, replacement=True)]
 
 
 def diffusion_posterior(
     model: Callable[..., Any],
     *args: Any,
     method: TwistedDiffusion | GuidedDiffusion | None = None,
-    num_draws: int = 1000,
+    num_samples: int = 1000,
     progress: bool | None = None,
     **kwargs: Any,
 ) -> WeightedDraws:
@@ -146,7 +147,7 @@ def diffusion_posterior(
         model: with one site ``pyro.sample("x", diffusion())`` that is not observed, outside of plates, and others that are.
         args: of the model.
         method: `TwistedDiffusion`, the default, or `GuidedDiffusion`.
-        num_draws: all of which go through the network together.
+        num_samples: all of which go through the network together.
         progress: whether to show a progress bar; None where it takes longer than five seconds.
         kwargs: of the model.
 
@@ -168,12 +169,12 @@ def diffusion_posterior(
         >>> def model(y):
         ...     x = pyro.sample("x", diffusion())
         ...     pyro.sample("y", dist.Normal(x.sum(), 0.5), obs=y)
-        >>> found = diffusion_posterior(model, torch.tensor(1.0), method=TwistedDiffusion(50), num_draws=100)
+        >>> found = diffusion_posterior(model, torch.tensor(1.0), method=TwistedDiffusion(50), num_samples=100)
         >>> found.draws.shape, 1 <= found.effective_sample_size <= 100
         (torch.Size([100, 2]), True)
     """
-    if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < 1:
-        raise ValueError(f"num_draws wants an integer of 1 or more, but found {num_draws!r}.")
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"num_samples wants an integer of 1 or more, but found {num_samples!r}.")
     method = check_choice("diffusion_posterior", "method", method, TwistedDiffusion(), TwistedDiffusion | GuidedDiffusion)
     with torch.no_grad():
         trace = poutine.trace(model).get_trace(*args, **kwargs)
@@ -199,8 +200,8 @@ def diffusion_posterior(
         log_p: Any = found.log_prob_sum()
         return log_p
 
-    noise = torch.randn(num_draws, *prior.event_shape).to(prior._like())
-    context = None if prior.context is None else prior.context.expand(num_draws, -1)
+    noise = prior.base.sample((num_samples,))
+    context = None if prior.context is None else prior.context.expand(num_samples, -1)
     with torch.no_grad():
         denoiser = prior.denoiser
         found = method(lambda x, t: denoiser(x, t, context), denoiser.process, log_likelihood, noise, progress=progress)
@@ -209,7 +210,7 @@ def diffusion_posterior(
 
 
 def inpaint(
-    diffusion: ReverseDiffusion,
+    diffusion: Distribution,
     values: Tensor,
     known: Tensor,
     *,
@@ -232,10 +233,10 @@ def inpaint(
     Example:
         >>> from pyro_genmodels import Diffusion
         >>> known = torch.tensor([True, False])
-        >>> inpaint(Diffusion((2,)).eval()(), torch.ones(2), known, method=TwistedDiffusion(50), num_draws=20).draws.shape
+        >>> inpaint(Diffusion((2,)).eval()(), torch.ones(2), known, method=TwistedDiffusion(50), num_samples=20).draws.shape
         torch.Size([20, 2])
     """
-    if not isinstance(diffusion, ReverseDiffusion):
+    if not isinstance(diffusion, Distribution) or capabilities(diffusion).denoiser is None:
         raise TypeError(
             f"inpaint wants the distribution of a diffusion over reals, family(), but found a {type(diffusion).__name__}. "
             "Images of integers: fit a Diffusion without levels to x.float(), and round."
@@ -273,7 +274,7 @@ def _prior(trace: Trace) -> tuple[str, Any]:
         )
     fn: Any = trace.nodes[latents[0]]["fn"]
     prior: Any = unwrap(fn)
-    if not isinstance(prior, ReverseDiffusion) or prior.batch_shape:
+    if capabilities(prior).denoiser is None or prior.batch_shape:
         raise ValueError(
             f"diffusion_posterior wants a diffusion over one event at site {latents[0]!r}, outside of plates, but found "
             f"{prior!r}. Fit a Diffusion without levels to integers as floats; under another prior take NUTS or SVI."

@@ -14,8 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_genmodels.distributions.dequantized import Dequantized
-from pyro_genmodels.distributions.ode import ContinuousFlow
+from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.infer.objective import Objective
 from pyro_genmodels.utils.distributions import density_of
 
@@ -39,15 +38,13 @@ class MaximumLikelihood(Objective):
     """
 
     def per_datum(self, dist: Any, x: Tensor) -> Tensor:
-        if isinstance(dist, Dequantized) and isinstance(dist.base, ContinuousFlow):
-            dist, x = dist.base, dist.noisy(x)
-        return -(dist.penalized_log_prob if isinstance(dist, ContinuousFlow) else dist.log_prob)(x)
+        return -capabilities(dist).training_log_prob(x)
 
     def check(self, name: str, dist: Distribution) -> None:
         density, advice = density_of(dist)
-        if getattr(dist, "intractable", False):
-            density = "unnormalized"  # of these parameters log Z may be known, of the next it is not
-        if density not in ("exact", "lower bound") and not (density == "estimate" and _is_unbiased(dist)):
+        if capabilities(dist).intractable:
+            density = "unnormalized"  # log Z may be known for these parameters, but not for the next
+        if density not in ("exact", "lower bound") and not (density == "estimate" and capabilities(dist).is_unbiased):
             found = "no density" if density == "none" else f"an {density} density"
             raise ValueError(
                 f"MaximumLikelihood needs a density, but site {name!r} holds {type(dist).__name__}, which has {found}. {advice}"
@@ -58,8 +55,3 @@ class MaximumLikelihood(Objective):
             f"MaximumLikelihood cannot integrate over latent variables, but the model has {', '.join(map(repr, names))}. Use "
             "pyro.infer.Trace_ELBO with a guide for them."
         )
-
-
-def _is_unbiased(dist: Any) -> bool:
-    """Whether estimates of a log density are right on average, and so are their gradients."""
-    return getattr(dist, "unbiased", False) or (isinstance(dist, Dequantized) and _is_unbiased(dist.base))

@@ -19,14 +19,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributions import biject_to
+from torch import Tensor
 
-from pyro_genmodels.distributions.base import GenerativeDistribution
-from pyro_genmodels.distributions.energy import Energy
-from pyro_genmodels.distributions.flow import NormalizingFlow
+from pyro_genmodels.distributions.capabilities import capabilities
+from pyro_genmodels.dynamics.jacobian import pull_back
 from pyro_genmodels.infer.objective import Objective
-from pyro_genmodels.utils.distributions import density_of, is_real, over_events, sum_event
+from pyro_genmodels.utils.distributions import density_of, sum_event
 
 
 class ScoreMatching(Objective):
@@ -57,16 +55,12 @@ class _ByParts(ScoreMatching):
 
     def check(self, name: str, dist: Any) -> None:
         super().check(name, dist)
-        if isinstance(dist, NormalizingFlow) and not dist.smooth:
-            found, cure = "of splines or ReLU", "MaximumLikelihood()"
-        elif isinstance(dist, Energy) and _has_kinks(dist.network):
-            found, cure = "with ReLU in its network", "smooth units such as SiLU"
-        else:
-            return
-        raise ValueError(
-            f"{type(self).__name__} needs a score without jumps, which integration by parts would not see, but site {name!r} "
-            f"holds {type(dist).__name__} {found}. Use DenoisingScoreMatching(), or {cure}."
-        )
+        jumps = capabilities(dist).score_jumps
+        if jumps is not None:
+            raise ValueError(
+                f"{type(self).__name__} needs a continuous score, for it integrates by parts, but site {name!r} "
+                f"holds {type(dist).__name__} {jumps.reason}. Use DenoisingScoreMatching(), or {jumps.cure}."
+            )
 
 
 class ImplicitScoreMatching(_ByParts):
@@ -85,11 +79,11 @@ class ImplicitScoreMatching(_ByParts):
     """
 
     def of(self, dist: Any, x: Tensor) -> Tensor:
-        log_density, u, event_dim = in_coordinates(dist, x)
-        score = score_of(log_density, u)
+        score, u, event_dim = differentiable_score(dist, x)
         flat = score.reshape(*score.shape[: score.dim() - event_dim], -1)
         units = torch.eye(flat.shape[-1], dtype=u.dtype, device=u.device)
-        rows = _pull_back(flat, u, units.reshape(-1, *(1 for _ in flat.shape[:-1]), flat.shape[-1]).expand(-1, *flat.shape))
+        units = units.reshape(-1, *(1 for _ in flat.shape[:-1]), flat.shape[-1]).expand(-1, *flat.shape)
+        rows = pull_back(flat, u, units, create_graph=True)
         trace = rows.reshape(-1, *flat.shape).diagonal(dim1=0, dim2=-1).sum(-1)
         return flat.square().sum(-1) / 2 + trace
 
@@ -118,56 +112,25 @@ class SlicedScoreMatching(_ByParts):
         self.num_projections, self.variance_reduced = num_projections, variance_reduced
 
     def of(self, dist: Any, x: Tensor) -> Tensor:
-        log_density, u, event_dim = in_coordinates(dist, x)
-        score = score_of(log_density, u)
+        score, u, event_dim = differentiable_score(dist, x)
         v = torch.randint(2, (self.num_projections, *u.shape), device=u.device).to(u) * 2 - 1
-        curvature = sum_event(v * _pull_back(score, u, v), event_dim).mean(0)
+        curvature = sum_event(v * pull_back(score, u, v, create_graph=True), event_dim).mean(0)
         if self.variance_reduced:
             return sum_event(score.square(), event_dim) / 2 + curvature
         return sum_event(v * score, event_dim).square().mean(0) / 2 + curvature
 
 
-def in_coordinates(dist: Any, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor, int]:
-    """The log density of a distribution's own coordinates, up to a constant; data there, a leaf; and their event dimensions."""
-    if isinstance(dist, Energy):
-        y, context, _ = dist.aligned(x)
-        return lambda u: dist.path.log_f(u, context), _leaf(dist.path.encode(y)), len(dist.event_shape)
-    batch = torch.broadcast_shapes(x.shape[: x.dim() - dist.event_dim], dist.batch_shape)
-    x = x.expand(batch + dist.event_shape)
-    if isinstance(dist, GenerativeDistribution) and dist.pretransform is not None:
-        to_data = dist.pretransform.inv
-    elif is_real(dist.support):
-        return dist.log_prob, _leaf(x), dist.event_dim
-    else:
-        to_data = over_events(biject_to(dist.support), dist.event_dim)
+def differentiable_score(dist: Any, x: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Return the score at data in the distribution's score coordinates, the coordinates, and their number of event dimensions.
 
-    def log_density(u: Tensor) -> Tensor:
-        y = to_data(u)
-        return dist.log_prob(y) + to_data.log_abs_det_jacobian(u, y)
-
-    return log_density, _leaf(to_data.inv(x)), to_data.domain.event_dim
-
-
-def _has_kinks(network: Any) -> bool:
-    """Whether a network's gradient jumps somewhere, as far as its layers tell."""
-    kinked = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ReLU6, nn.Hardtanh, nn.Threshold, nn.Hardswish, nn.MaxPool2d)
-    return isinstance(network, nn.Module) and any(isinstance(part, kinked) for part in network.modules())
-
-
-def _leaf(u: Tensor) -> Tensor:
-    return u.detach().requires_grad_()
+    The score carries gradients to the parameters and to the coordinates, a leaf of the graph.
+    """
+    log_density, u, event_dim = capabilities(dist).score_coordinates(x)
+    u = u.detach().requires_grad_()
+    return score_of(log_density, u), u, event_dim
 
 
 def score_of(log_density: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
+    """Return the gradient of a log density at u, which can be differentiated again."""
     (score,) = torch.autograd.grad(log_density(u).sum(), u, create_graph=True)
     return score
-
-
-def _pull_back(score: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """V times the Jacobian of the score, (k, *shape of u), for k fields v (k, *shape of the score)."""
-    if not score.requires_grad:  # a score that is constant
-        return torch.zeros(len(v), *u.shape).to(u)
-    (rows,) = torch.autograd.grad(
-        score, u, v, create_graph=True, is_grads_batched=True, allow_unused=True, materialize_grads=True
-    )
-    return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "Density",
+    "check_exact_density",
     "density_of",
     "has_active_dropout",
     "is_real",
@@ -16,7 +17,7 @@ __all__ = [
     "without_validation",
 ]  # fmt: skip
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -111,11 +112,47 @@ def density_of(fn: Distribution) -> tuple[Density, str]:
     return max([own, *inner], key=lambda pair: get_args(Density).index(pair[0]))
 
 
+def check_exact_density(owner: str, role: str, found: Any, event_shape: Sequence[int] | None = None) -> Distribution:
+    """Return a distribution over one event whose density is exact, given that or a function that returns it.
+
+    Args:
+        owner: name of the class or function that takes the argument.
+        role: noun for the argument, such as "base".
+        found: distribution, or function without arguments that returns one, such as a family without a context.
+        event_shape: event shape that the distribution must have; None allows any.
+
+    Raises:
+        TypeError: if it is not a distribution.
+        ValueError: if it has a batch shape, another event shape, or no exact density.
+
+    Example:
+        >>> from pyro.distributions import Normal
+        >>> check_exact_density("NoiseContrastive", "noise", Normal(0.0, 1.0).expand((2,)))
+        Traceback (most recent call last):
+        ValueError: NoiseContrastive wants a noise over one event, but found batch shape (2,) and event shape (). Use ...
+    """
+    made = found() if callable(found) and not isinstance(found, (Distribution, type)) else found
+    if not isinstance(made, Distribution):
+        given = f"the class {found.__name__}; call it" if isinstance(found, type) else repr(found)
+        raise TypeError(f"{owner} wants a Pyro distribution or a family as its {role}, but found {given}.")
+    batch, event = tuple(made.batch_shape), tuple(made.event_shape)
+    wanted = event if event_shape is None else tuple(event_shape)
+    if batch or event != wanted:
+        events = "one event" if event_shape is None else f"one event of shape {wanted}"
+        cure = f" Use .to_event({len(batch)})." if batch and batch + event == wanted or batch and event_shape is None else ""
+        raise ValueError(f"{owner} wants a {role} over {events}, but found batch shape {batch} and event shape {event}.{cure}")
+    density, advice = density_of(made)
+    if density != "exact":
+        kind = "no density" if density == "none" else f"a density of kind {density!r}"
+        raise ValueError(f"{owner} wants a {role} with an exact density, but {type(made).__name__} has {kind}. {advice}".rstrip())
+    return made
+
+
 def mean_inside_log(fn: Distribution) -> bool:
     """Return True if averaging exp(log_prob) over calls gives a tighter bound, for the distribution and its base."""
     fn = unwrap(fn)
     base = getattr(fn, "base", None)
-    return getattr(fn, "tightens", True) and (not isinstance(base, Distribution) or mean_inside_log(base))
+    return getattr(fn, "mean_inside_log", True) and (not isinstance(base, Distribution) or mean_inside_log(base))
 
 
 def has_active_dropout(*parts: Any) -> bool:

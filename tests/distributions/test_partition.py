@@ -466,7 +466,7 @@ def test_log_z_is_kept_by_a_fixed_base_distribution_and_forgotten_with_it():
 def test_log_z_is_kept_with_the_parameters(name, exact, tmp_path):
     family = shifting()
     found = log_partition(family) if exact else LogPartition(torch.tensor(1.5), torch.tensor(0.25), "estimate", num_chains=9)
-    family().keep(found)
+    family().remember_log_partition(found)
     known = COPIES[name](family, tmp_path)().log_partition
     assert (known.value, known.std_error, known.kind, known.num_chains) == (
         found.value, found.std_error, found.kind, found.num_chains,

@@ -23,7 +23,8 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, biject_to, constraints
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
-from pyro_genmodels.distributions.energy.negatives import Annealed, Negatives, Persistent
+from pyro_genmodels.distributions.capabilities import ContrastiveTerms, ScoreJumps
+from pyro_genmodels.distributions.energy.negatives import Annealed, Contrastive, Negatives, Persistent
 from pyro_genmodels.distributions.energy.noise import Noisy
 from pyro_genmodels.distributions.energy.path import AnnealingPath, kind_of, start_of
 from pyro_genmodels.distributions.energy.state import LogPartition, Memory, fingerprint
@@ -41,6 +42,11 @@ from pyro_genmodels.utils.distributions import (
 
 MAX_LOG_DENSITY = 1e6
 """Log densities (nats) beyond this are taken for an explosion: in single precision they are no longer told apart."""
+
+LAYERS_WITH_KINKS = (
+    nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ReLU6, nn.Hardtanh, nn.Threshold, nn.Hardswish, nn.MaxPool2d,
+)  # fmt: skip
+"""Layers whose gradient is discontinuous."""
 
 
 class Energy(GenerativeDistribution):
@@ -81,6 +87,7 @@ class Energy(GenerativeDistribution):
     """
 
     has_rsample = False
+    has_negatives = True
     intractable = True
     advice = (
         "Train it by ContrastiveDivergence(), NoiseContrastive(noise=...) or score matching, or in a model by Pyro's losses; "
@@ -155,7 +162,7 @@ class Energy(GenerativeDistribution):
         """The same distribution with log Z given, () or of its batch shape, and kept whatever becomes of the parameters."""
         return self.replace(_log_z=log_partition)
 
-    def keep(self, log_partition: LogPartition) -> None:
+    def remember_log_partition(self, log_partition: LogPartition) -> None:
         """Has the family, where there is one and no context, remember the best log Z until its parameters change."""
         known = self.log_partition
         worse = known is not None and known.kind != "unreliable" and log_partition.kind != "exact"
@@ -216,6 +223,41 @@ class Energy(GenerativeDistribution):
             u, context = self.path.begin((1,)), self.context
             one = None if context is None else context.reshape(-1, context.shape[-1])[:1].detach()
             return self.path.energies(u, one).requires_grad
+
+    # Capabilities.
+
+    @property
+    def score_jumps(self) -> ScoreJumps | None:
+        """The reason why the score is discontinuous, as far as the layers of the network tell."""
+        layers = self.network.modules() if isinstance(self.network, nn.Module) else ()
+        has_kinks = any(isinstance(layer, LAYERS_WITH_KINKS) for layer in layers)
+        return ScoreJumps("with ReLU in its network", "smooth units such as SiLU") if has_kinks else None
+
+    def score_coordinates(self, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor, int]:
+        """Return the log density of positions of chains, the positions of the data, and their number of event dimensions."""
+        y, context, _ = self.aligned(x)
+        return lambda u: self.path.log_f(u, context), self.path.encode(y), len(self.event_shape)
+
+    def contrastive_terms(self, x: Tensor, *, steps: int | None = None, from_data: bool = False) -> ContrastiveTerms:
+        """Return the log densities of data and negatives in the coordinates of the chains.
+
+        Raises:
+            ValueError: if there is no sampler, or `steps` is given and the negatives have no steps to set.
+            FloatingPointError: if chains run away or energies explode.
+        """
+        y, context, _ = self.aligned(x)
+        negatives: Any = Contrastive(steps or 1) if from_data else self.negatives
+        if steps is not None and not from_data:
+            if not hasattr(negatives, "steps"):
+                raise ValueError(f"{type(negatives).__name__} has no steps to set, but found steps={steps}. Leave steps out.")
+            negatives = replace(negatives, steps=steps)
+        data, others = self.path.encode(y), negatives.draw(self, y, context)
+
+        def squared_energies() -> Tensor:
+            return self.path.energies(data, context).square() + self.path.energies(others, context).square().mean(0)
+
+        log_f = self.checked(self.path.log_f(others, context))
+        return ContrastiveTerms(self.path.log_f(data, context), log_f, squared_energies)
 
     # Draws.
 

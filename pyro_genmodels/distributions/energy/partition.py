@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.distributions.energy.annealed import Annealing
 from pyro_genmodels.distributions.energy.exact import MAX_STATES, exact_log_partition
 from pyro_genmodels.distributions.energy.state import LogPartition
-from pyro_genmodels.utils.distributions import density_of, unwrap, without_validation
+from pyro_genmodels.utils.distributions import check_exact_density, unwrap, without_validation
 
 MAX_DEFAULT_EVALUATIONS = 2**25
 """Evaluations of a conditional energy, over all its contexts, by which it is summed or integrated unasked."""
@@ -73,7 +74,9 @@ def log_partition(
     distinct, place = _distinct(dist)
     with torch.no_grad():
         found = None
-        origin = None if start is None else _origin(start, dist)
+        origin = None
+        if start is not None:
+            origin = without_validation(check_exact_density("log_partition", "start", start, dist.event_shape))
         if exact is not False:
             found = exact_log_partition(
                 distinct, None if exact or place is None else MAX_DEFAULT_EVALUATIONS, progress=progress
@@ -89,7 +92,7 @@ def log_partition(
     if place is not None:
         each = {name: getattr(found, name) for name in ("value", "std_error", "effective_sample_size")}
         found = dataclasses.replace(found, **{n: v[place].reshape(dist.batch_shape) for n, v in each.items() if v is not None})
-    dist.keep(found)
+    dist.remember_log_partition(found)
     return found
 
 
@@ -106,22 +109,6 @@ def quick_log_partition(dist: Energy) -> LogPartition:
         return log_partition(dist, num_chains=chains, num_steps=steps, exact=False)
 
 
-def _origin(start: Any, dist: Energy) -> Distribution:
-    """A density that a path can begin with."""
-    made = start() if callable(start) and not isinstance(start, (Distribution, type)) else start
-    if not isinstance(made, Distribution) or made.batch_shape or made.event_shape != dist.event_shape:
-        found = (
-            f"{type(made).__name__} of shapes {tuple(made.batch_shape)} and {tuple(made.event_shape)}"
-            if isinstance(made, Distribution)
-            else repr(made)
-        )
-        raise ValueError(f"start wants a density over one event {tuple(dist.event_shape)}, but found {found}.")
-    density, advice = density_of(made)
-    if density != "exact":
-        raise ValueError(f"start wants an exact density, but this one's is: {density}. {advice}")
-    return without_validation(made)
-
-
 def _distinct(dist: Energy) -> tuple[Energy, Tensor | None]:
     """The distribution given each context once, (n, c), and where in these each of its own is: labels come again and again."""
     if dist.context is None:
@@ -136,6 +123,6 @@ def _energy_of(energy: Any) -> Energy:
     energy = getattr(energy, "family", energy)
     made = energy() if callable(energy) and not isinstance(energy, Distribution) else energy
     dist = unwrap(made) if isinstance(made, Distribution) else made
-    if not isinstance(dist, Energy):
+    if not (isinstance(dist, Distribution) and capabilities(dist).intractable):
         raise TypeError(f"Wanted an energy's distribution, such as EnergyModel((2,))(), but found {type(dist).__name__}.")
     return dist
