@@ -1,4 +1,7 @@
-"""THE table: one row for each variant of each family. Every "all families" test reads it."""
+"""THE table: one row for each variant of each family. Tests of all families read it.
+
+Tests run over the twelve rows of `REPRESENTATIVE` by default, and over all rows with the marker `slow`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,23 +76,23 @@ def nothing(n: int) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """One row.
+    """One row of the table.
 
     Args:
-        name: of the row.
-        build: makes a fresh family, untrained.
-        event_shape: of one datum.
-        data: n -> n valid data, (n, *event_shape).
-        context: n -> n contexts, (n, c) or (n,) labels, or None.
-        has_rsample: whether draws carry gradients.
+        name: name of the row.
+        build: function that builds a fresh, untrained family.
+        event_shape: shape of one datum.
+        data: function n -> n valid data, (n, *event_shape).
+        context: function n -> n contexts, (n, c) or (n,) labels; returns None without a context.
+        has_rsample: True if draws carry gradients.
         density: what `log_prob` returns.
-        discrete: whether the data are integers, or zeros and ones.
-        bisection: whether a draw takes a bisection (50-120 ms).
-        tolerance: of a flow, the largest round-trip error per coordinate of standardised data; else None.
-        smooth: whether log_prob has no jumps, such as an adaptive solver makes within its tolerances.
-        learned_score: whether the score is the network's own, and not the gradient of log_prob.
-        objective: makes the loss it is trained with.
-        aside: how the names of tensors begin that this loss does not train.
+        discrete: True if the data are integers, or zeros and ones.
+        bisection: True if a draw takes a bisection (50-120 ms).
+        tolerance: largest round-trip error per coordinate of standardised data, for a flow; else None.
+        smooth: False if log_prob has jumps, such as those of an adaptive solver within its tolerances.
+        learned_score: True if the score is the network's output, not the gradient of log_prob.
+        objective: function that makes the loss it is trained with.
+        untrained: prefixes of the names of parameters that this loss does not train.
     """
 
     name: str
@@ -105,7 +108,7 @@ class Case:
     smooth: bool = True
     learned_score: bool = False
     objective: Callable[[], ELBO] = MaximumLikelihood
-    aside: tuple[str, ...] = ()
+    untrained: tuple[str, ...] = ()
 
     @property
     def conditional(self) -> bool:
@@ -116,7 +119,7 @@ class Case:
         return self.context is labels
 
     def batch(self, n: int) -> tuple[Tensor, ...]:
-        """The arguments of the family's model: data, and contexts where there are any."""
+        """Return the arguments of the family's model: data, and contexts if there are any."""
         return (self.data(n), self.context(n)) if self.conditional else (self.data(n),)
 
 
@@ -156,7 +159,7 @@ def _flow(*, event_shape=(3,), transform=None, **options):
     return Flow(event_shape, transform=transform or MAF(**SMALL), **options)
 
 
-def _made(*, event_shape=(3,), **options):
+def _autoregressive(*, event_shape=(3,), **options):
     return Autoregressive(event_shape, hidden=(16, 16), **options)
 
 
@@ -165,7 +168,7 @@ def _vae(*, event_shape=(3,), latent_dim=2, **options):
 
 
 def _energy(*, event_shape=(3,), energy=None, **options):
-    """Few chains and few steps, so that tables of tests are quick: their draws need not have come far."""
+    """Return an energy with few chains and few steps, for speed: no test of the table needs converged chains."""
     conditional = "context" in options
     negatives = Annealed(2, steps=3) if conditional else Persistent(8, steps=2)
     return EnergyModel(event_shape, energy=energy or DenseEnergy((16, 16)), negatives=negatives, num_steps=5, **options)
@@ -190,7 +193,7 @@ THIRDS = constraints.integer_interval(0, CLASSES - 1)
 UNNORMALIZED = {"has_rsample": False, "density": "unnormalized", "objective": ContrastiveDivergence}
 LEARNED_SCORE = {"learned_score": True, "objective": DenoisingScoreMatching}
 ONE_PASS = {"tolerance": NSF.tolerance}
-ADVERSARIAL = {"density": "none", "objective": MaximumMeanDiscrepancy, "aside": ("critic.",)}
+ADVERSARIAL = {"density": "none", "objective": MaximumMeanDiscrepancy, "untrained": ("critic.",)}
 
 CASES = [
     Case("NICE", lambda: _flow(transform=NICE(**SMALL)), (3,), real(3), **ONE_PASS),
@@ -199,7 +202,7 @@ CASES = [
     Case("NSF", lambda: _flow(transform=NSF(**SMALL)), (3,), real(3), **ONE_PASS),
     Case("NCSF", lambda: _flow(transform=NCSF(**SMALL)), (3,), uniform(-pi, pi, 3), **ONE_PASS),
     Case("MAF, scalar", lambda: _flow(event_shape=(), transform=MAF(**SMALL)), (), real()),
-    Case("Autoregressive, scalar", lambda: _made(event_shape=(), context=2), (), real(), vectors),
+    Case("Autoregressive, scalar", lambda: _autoregressive(event_shape=(), context=2), (), real(), vectors),
     Case("NAF", lambda: _flow(event_shape=(2,), transform=NAF(**SMALL)), (2,), real(2), has_rsample=False, **BISECTION),
     Case("UNAF", lambda: _flow(event_shape=(2,), transform=UNAF(**SMALL)), (2,), real(2), has_rsample=False, **BISECTION),
     Case("SOSPF", lambda: _flow(event_shape=(2,), transform=SOSPF(**SMALL)), (2,), real(2), **BISECTION),
@@ -217,28 +220,40 @@ CASES = [
     ),
     Case("Flow, context", lambda: _flow(context=2), (3,), real(3), vectors, **ONE_PASS),
     Case("Flow, labels", lambda: _flow(context=Labels(CLASSES)), (3,), real(3), labels, **ONE_PASS),
-    Case("Autoregressive, Normal", lambda: _made(likelihood=NormalLikelihood()), (3,), real(3)),
-    Case("Autoregressive, mixture", lambda: _made(likelihood=NormalLikelihood(components=3)), (3,), real(3), has_rsample=False),
-    Case("Autoregressive, Bernoulli", lambda: _made(likelihood=BernoulliLikelihood()), (3,), zeros_and_ones(3), **DISCRETE),
+    Case("Autoregressive, Normal", lambda: _autoregressive(likelihood=NormalLikelihood()), (3,), real(3)),
+    Case(
+        "Autoregressive, mixture",
+        lambda: _autoregressive(likelihood=NormalLikelihood(components=3)),
+        (3,),
+        real(3),
+        has_rsample=False,
+    ),
+    Case(
+        "Autoregressive, Bernoulli",
+        lambda: _autoregressive(likelihood=BernoulliLikelihood()),
+        (3,),
+        zeros_and_ones(3),
+        **DISCRETE,
+    ),
     Case(
         "Autoregressive, Categorical",
-        lambda: _made(likelihood=CategoricalLikelihood(LEVELS)),
+        lambda: _autoregressive(likelihood=CategoricalLikelihood(LEVELS)),
         (3,),
         integers(LEVELS, 3),
         **DISCRETE,
     ),
     Case(
         "Autoregressive, DiscretizedLogistic",
-        lambda: _made(event_shape=(2, 2), likelihood=DiscretizedLogisticLikelihood(LEVELS)),
+        lambda: _autoregressive(event_shape=(2, 2), likelihood=DiscretizedLogisticLikelihood(LEVELS)),
         (2, 2),
         integers(LEVELS, 2, 2),
         **DISCRETE,
     ),
-    Case("Autoregressive, order", lambda: _made(order=[2, 0, 1]), (3,), real(3)),
-    Case("Autoregressive, context", lambda: _made(context=2), (3,), real(3), vectors),
+    Case("Autoregressive, order", lambda: _autoregressive(order=[2, 0, 1]), (3,), real(3)),
+    Case("Autoregressive, context", lambda: _autoregressive(context=2), (3,), real(3), vectors),
     Case(
         "Autoregressive, labels",
-        lambda: _made(likelihood=BernoulliLikelihood(), context=Labels(CLASSES)),
+        lambda: _autoregressive(likelihood=BernoulliLikelihood(), context=Labels(CLASSES)),
         (3,),
         zeros_and_ones(3),
         labels,
@@ -368,9 +383,29 @@ CASES = [
 ]
 
 
+REPRESENTATIVE = {
+    "Flow, on an interval",
+    "Flow, dequantized",
+    "SOSPF",
+    "Autoregressive, scalar",
+    "Autoregressive, labels",
+    "VAE, Normal",
+    "VAE, diffusion prior",
+    "ODE flow, Hutchinson",
+    "Diffusion",
+    "Energy",
+    "Energy, classes",
+    "GAN, labels",
+}
+"""Names of twelve rows, with each family and each value of each flag among them, except `smooth=False`."""
+
+
 def rows(condition: Callable[[Case], bool] = lambda case: True) -> pytest.MarkDecorator:
-    """Runs a test once for each row that meets the condition, as its argument `case`."""
-    return pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in CASES if condition(c)])
+    """Parametrise a test by `case`: the rows that meet the condition, slow ones unless representative or the only ones."""
+    cases = [case for case in CASES if condition(case)]
+    default = [case for case in cases if case.name in REPRESENTATIVE] or cases[:1]
+    slow = pytest.mark.slow
+    return pytest.mark.parametrize("case", [pytest.param(c, id=c.name, marks=() if c in default else slow) for c in cases])
 
 
 def exact(case: Case) -> bool:
@@ -386,7 +421,7 @@ def implicit(case: Case) -> bool:
 
 
 def latent(case: Case) -> bool:
-    return case.density == "none" and not case.aside
+    return case.density == "none" and not case.untrained
 
 
 def continuous(case: Case) -> bool:

@@ -1,22 +1,16 @@
-"""The contract of every distribution: what Pyro may ask for works where the row allows it, and is refused by name elsewhere."""
+"""Distributions: the contract over the table of cases, error messages, gradients, and distributions used directly."""
 
 import copy
 import pickle
-from dataclasses import is_dataclass
 from math import log
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import CASES, CLASSES, LEVELS, continuous, exact, implicit, latent, rows, scored
-from pyro import poutine
+from cases import CASES, CLASSES, continuous, exact, implicit, latent, rows, scored
 from pyro.distributions.transforms import AffineTransform
-from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, TraceEnum_ELBO
-from pyro.infer.autoguide import AutoNormal
-from pyro.optim import Adam
-from torch import nn
-from torch.distributions import Distribution, Transform
+from pyro.infer import TraceEnum_ELBO
 from torch.testing import assert_close
 
 from pyro_genmodels import DiscretizedLogisticLikelihood
@@ -27,75 +21,50 @@ from pyro_genmodels.distributions import (
     Implicit,
     NormalizingFlow,
 )
+from pyro_genmodels.testing import check_distribution
 from pyro_genmodels.utils.distributions import unwrap
 
 BY_NAME = {case.name: case for case in CASES}
 
 
 def family_of(case):
-    """A fresh family that has seen data, so that standardisation counts."""
+    """Return a fresh family that has seen data, so that standardisation counts."""
     family = case.build()
     family.standardize(case.data(64))
     return family.eval()
 
 
 def one(case):
-    """The distribution of one datum, of batch shape ()."""
+    """Return the distribution of one datum, of batch shape ()."""
     context = case.context(1)
     return family_of(case)(None if context is None else context[0])
 
 
 def seeded(function, *args, seed=1):
-    """The result under a seed of its own, so that dequantisation noise is the same twice."""
+    """Return the result under a fixed seed, so that dequantisation noise is the same twice."""
     pyro.set_rng_seed(seed)
     return function(*args)
 
 
-def tensors(value, seen=None):
-    """Every tensor inside distributions, transforms and tuples, but not inside modules."""
-    seen = set() if seen is None else seen
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from tensors(part, seen)
-    elif isinstance(value, (Distribution, Transform)) and id(value) not in seen:
-        seen.add(id(value))
-        yield from tensors(list(vars(value).values()), seen)
-
-
-def modules(value):
-    """The modules that a distribution holds, by their place."""
-    for name, part in vars(value).items():
-        if isinstance(part, nn.Module):
-            yield name, part
-        elif isinstance(part, Distribution) or is_dataclass(part):
-            yield from ((f"{name}.{inner}", module) for inner, module in modules(part))
-
-
-# Shapes.
+@rows()
+def test_contract(case):
+    check_distribution(
+        lambda context=None: family_of(case)(context), case.data, context=case.context if case.conditional else None
+    )
 
 
 @rows()
-@pytest.mark.parametrize("sample_shape", [(), (2, 1)])
-def test_draws_have_sample_batch_and_event_shape(case, sample_shape):
-    family = family_of(case)
-    for d in (one(case), family(case.context(4)).expand((4,))):
-        x = d.sample(sample_shape)
-        assert x.shape == sample_shape + d.batch_shape + case.event_shape
-        assert not x.requires_grad
-        assert x.is_floating_point() or case.discrete
+def test_flags_of_the_row_hold(case):
+    d = one(case)
+    assert isinstance(d, GenerativeDistribution)
+    assert d.event_shape == case.event_shape
+    assert d.density == case.density
+    assert d.has_rsample == case.has_rsample
+    assert d.support.is_discrete == case.discrete
+    assert type(d).__name__ in repr(d)
 
 
-@rows(lambda case: case.has_rsample)
-def test_reparametrised_draws_carry_gradients(case):
-    family = family_of(case)
-    d = family(case.context(4)).expand((4,))
-    x = d.rsample((2,))
-    assert d.has_rsample
-    assert x.shape == (2, 4, *case.event_shape)
-    x.sum().backward()
-    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in family.parameters())
+# Errors say what is missing and what to use.
 
 
 @rows(lambda case: not case.has_rsample)
@@ -104,14 +73,6 @@ def test_rows_without_rsample_say_so(case):
     assert not d.has_rsample
     with pytest.raises(NotImplementedError, match=r"reparametrised draws .*sample\(\)"):
         d.rsample()
-
-
-@rows(scored)
-@pytest.mark.parametrize("sample_shape", [(), (2, 1)])
-def test_log_prob_has_sample_and_batch_shape(case, sample_shape):
-    d = family_of(case)(case.context(4)).expand((4,))
-    assert d.log_prob(d.sample(sample_shape)).shape == (*sample_shape, 4)
-    assert d.log_prob(case.data(4)).isfinite().all()
 
 
 @rows(implicit)
@@ -130,98 +91,6 @@ def test_moments_without_closed_form_are_refused_by_name(case, moment):
         getattr(one(case), moment)
 
 
-@rows(lambda case: case.conditional and scored(case))
-def test_every_context_shape_broadcasts_against_the_value_as_a_loop_says(case):
-    family, x = family_of(case), case.data(4)
-    for context in (case.context(4)[0], case.context(4), case.context(3).unsqueeze(1)):
-        d = family(context)
-        log_p = d.log_prob(x)
-        batch = context.shape if case.labelled else context.shape[:-1]
-        assert d.batch_shape == batch
-        wanted = torch.broadcast_shapes(batch, (4,))
-        assert log_p.shape == wanted
-        embedded = context.expand(wanted) if case.labelled else context.expand((*wanted, context.shape[-1]))
-        for index in torch.cartesian_prod(*[torch.arange(n) for n in wanted]).reshape(-1, len(wanted)).tolist():
-            assert_close(log_p[tuple(index)], family(embedded[tuple(index)]).log_prob(x[index[-1]]), rtol=1e-4, atol=1e-4)
-
-
-@rows(lambda case: scored(case) and not case.conditional)
-def test_a_batch_without_context_scores_every_value_alone(case):
-    d, x = one(case), case.data(4)
-    log_p = seeded(d.expand((3, 1)).log_prob, x)
-    assert log_p.shape == (3, 4)
-    if exact(case):
-        assert_close(log_p, torch.stack([d.log_prob(value) for value in x]).expand(3, 4), rtol=1e-4, atol=1e-4)
-
-
-@rows(lambda case: case.conditional)
-def test_draws_given_a_context_in_two_dimensions(case):
-    context = case.context(6)
-    d = family_of(case)(context.reshape(3, 2, *context.shape[1:]))
-    assert d.batch_shape == (3, 2)
-    assert d.sample((5,)).shape == (5, 3, 2, *case.event_shape)
-
-
-@rows()
-def test_draws_lie_in_the_support_whose_events_are_whole(case):
-    d = one(case)
-    assert d.support.event_dim == d.event_dim == len(case.event_shape)
-    assert d.support.is_discrete == case.discrete
-    inside = d.support.check(d.sample((50,)))
-    assert inside.shape == (50,)
-    assert inside.all()
-    assert d.support.check(case.data(50)).all()
-
-
-@rows()
-def test_arg_constraints_hold(case):
-    d = one(case)
-    assert isinstance(d.arg_constraints, dict)
-    assert all(constraint.check(getattr(d, name)).all() for name, constraint in d.arg_constraints.items())
-
-
-# Pyro's wrappers.
-
-
-@rows()
-def test_expand_returns_its_own_type_and_agrees(case):
-    d = family_of(case)(case.context(4)).expand((4,))
-    e = d.expand((2, 4))
-    assert type(e) is type(d)
-    assert e.batch_shape == (2, 4)
-    assert e.event_shape == d.event_shape
-    assert d.batch_shape == (4,)
-    assert e.sample((3,)).shape == (3, 2, 4, *case.event_shape)
-    if exact(case):
-        x = case.data(8).reshape(2, 4, *case.event_shape)
-        assert_close(e.log_prob(x), d.log_prob(x), rtol=1e-4, atol=1e-4)
-
-
-@rows()
-def test_expand_refuses_shapes_it_cannot_have(case):
-    d = family_of(case)(case.context(4)).expand((4,))
-    for bad in [(3,), (4, 2), (), (1,)]:
-        with pytest.raises(ValueError, match=r"cannot be expanded"):
-            d.expand(bad)
-
-
-@rows(scored)
-def test_to_event_sums_batch_dimensions(case):
-    d, x = one(case).expand((2, 4)), case.data(8).reshape(2, 4, *case.event_shape)
-    e = d.to_event(1)
-    assert (e.batch_shape, e.event_shape) == ((2,), (4, *case.event_shape))
-    assert_close(seeded(e.log_prob, x), seeded(d.log_prob, x).sum(-1))
-    assert e.sample().shape == x.shape
-
-
-@rows(scored)
-def test_mask_drops_rows(case):
-    d, x = one(case).expand((4,)), case.data(4)
-    mask = torch.tensor([True, False, True, False])
-    log_p = seeded(d.mask(mask).log_prob, x)
-    assert_close(log_p, torch.where(mask, seeded(d.log_prob, x), torch.zeros(4)))
-
-
 @rows()
 def test_ours_is_found_inside_every_wrapper(case):
     d = one(case).expand((4,))
@@ -230,13 +99,6 @@ def test_ours_is_found_inside_every_wrapper(case):
     assert unwrap(unwrap(wrapped)) is d
     assert unwrap(dist.Normal(torch.zeros(3), 1.0).to_event(1).expand((2,))).event_shape == ()
     assert isinstance(unwrap(wrapped.expand((2,))), type(d))
-
-
-@rows(lambda case: scored(case) and case.event_shape)
-def test_wrong_event_shape_is_refused(case):
-    d = one(case)
-    with pytest.raises(ValueError, match=r"shape|size"):
-        d.log_prob(torch.cat([case.data(4)] * 2, -1))
 
 
 @rows(continuous)
@@ -249,43 +111,7 @@ def test_integers_and_nan_are_refused_by_a_density_over_the_reals(case):
         d.log_prob(x)
 
 
-@rows(lambda case: scored(case) and case.discrete)
-def test_values_off_the_levels_are_refused(case):
-    with pytest.raises(ValueError, match="support"):
-        one(case).log_prob(case.data(4) + LEVELS)
-
-
 # In a Pyro model.
-
-
-@rows()
-def test_nested_plates(case):
-    family, context = family_of(case), case.context(4)
-
-    def model(x=None):
-        with pyro.plate("outer", 3, dim=-2), pyro.plate("inner", 4, dim=-1):
-            return pyro.sample("x", family(context), obs=x)
-
-    x = model()
-    assert x.shape == (3, 4, *case.event_shape)
-    if scored(case):
-        trace = poutine.trace(model).get_trace(x)
-        assert seeded(trace.compute_log_prob) is None
-        assert trace.nodes["x"]["log_prob"].shape == (3, 4)
-
-
-@rows(scored)
-def test_a_subsampled_plate_scales(case):
-    family, x, context = family_of(case), case.data(8), case.context(8)
-
-    def model():
-        with pyro.plate("data", 8, subsample_size=2) as index:
-            pyro.sample("x", family(None if context is None else context[index]), obs=x[index])
-
-    trace = poutine.trace(model).get_trace()
-    seeded(trace.compute_log_prob)
-    site = trace.nodes["x"]
-    assert_close(trace.nodes["x"]["log_prob_sum"], 4 * seeded(site["fn"].log_prob, site["value"]).sum())
 
 
 @rows(lambda case: case.labelled and exact(case))
@@ -309,115 +135,6 @@ def test_labels_may_be_enumerated_upstream(case, local):
     assert loss == pytest.approx(-exact_sum.item(), rel=1e-4)
 
 
-@rows(lambda case: not case.bisection)
-@pytest.mark.parametrize("parallel", [False, True])
-def test_predictive_draws(case, parallel):
-    family, context = family_of(case), case.context(5)
-
-    def model():
-        with pyro.plate("data", 5):
-            return pyro.sample("x", family(context))
-
-    x = Predictive(model, num_samples=4, parallel=parallel)()["x"]
-    assert x.shape == (4, 5, *case.event_shape)
-    assert (x[0] != x[1]).any() or case.discrete
-
-
-def latent_model(family, context=None):
-    """A row as the prior of a latent variable that is seen with noise."""
-
-    def model(y):
-        z = pyro.sample("z", family(context))
-        pyro.sample("y", dist.Normal(z, 0.5).to_event(len(family.event_shape)), obs=y)
-
-    return model
-
-
-@rows(lambda case: continuous(case) and not case.bisection)
-def test_svi_with_autonormal_over_it_as_a_prior(case):
-    family, context = family_of(case), case.context(1)
-    model = latent_model(family, None if context is None else context[0])
-    y = case.data(1)[0]
-    guide = AutoNormal(model)
-    svi = SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO())
-    losses = [svi.step(y) for _ in range(4)]
-    assert torch.tensor(losses).isfinite().all()
-    assert family(None if context is None else context[0]).support.check(guide.median()["z"])
-
-
-@rows(lambda case: continuous(case) and case.bisection)
-def test_svi_with_autonormal_over_a_prior_that_inverts_by_bisection(case):
-    family = family_of(case)
-    guide = AutoNormal(latent_model(family))
-    loss = SVI(latent_model(family), guide, Adam({"lr": 0.01}), Trace_ELBO()).step(case.data(1)[0])
-    assert loss == loss
-
-
-SLOW = {"NAF", "UNAF"}
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.name in SLOW else [])
-        for case in CASES
-        if continuous(case)
-    ],
-)
-def test_nuts_over_it_as_a_prior(case):
-    family, context = family_of(case), case.context(1)
-    model = latent_model(family, None if context is None else context[0])
-    mcmc = MCMC(NUTS(model, max_tree_depth=2), num_samples=4, warmup_steps=4, disable_progbar=True)
-    mcmc.run(case.data(1)[0])
-    z = mcmc.get_samples()["z"]
-    assert z.shape == (4, *case.event_shape)
-    assert family(context).support.check(z).all()
-
-
-# Copies.
-
-
-@rows()
-def test_a_deepcopy_shares_modules_and_cuts_tensors(case):
-    family, context = family_of(case), case.context(4)
-    if context is not None and context.is_floating_point():
-        context = context.requires_grad_() * 2
-    d = family(context)
-    c = copy.deepcopy(d)
-    assert type(c) is type(d)
-    assert c.batch_shape == d.batch_shape
-    mine, theirs = dict(modules(c)), dict(modules(d))
-    assert mine
-    assert mine.keys() == theirs.keys()
-    assert all(mine[name] is theirs[name] for name in mine)
-    assert all(not t.requires_grad and t.grad_fn is None for t in tensors(c))
-    assert not {id(t) for t in tensors(c)} & {id(t) for t in tensors(d)}
-    assert_close(seeded(c.sample), seeded(d.sample))
-    if scored(case):
-        x = case.data(4)
-        assert_close(seeded(c.log_prob, x), seeded(d.log_prob, x))
-
-
-@rows()
-def test_a_pickled_distribution_scores_and_draws_the_same(case):
-    context = case.context(4)
-    if context is not None and context.is_floating_point():
-        context = context.requires_grad_() * 2
-    d, x = family_of(case)(context), case.data(4)
-    p = pickle.loads(pickle.dumps(d))
-    assert type(p) is type(d)
-    assert_close(seeded(p.sample, (2,)), seeded(d.sample, (2,)))
-    if scored(case):
-        assert_close(seeded(p.log_prob, x), seeded(d.log_prob, x))
-
-
-@rows()
-def test_a_pickled_copy_can_be_pickled_and_copied_again(case):
-    d = one(case)
-    again = pickle.loads(pickle.dumps(copy.deepcopy(pickle.loads(pickle.dumps(d)))))
-    assert_close(seeded(again.sample), seeded(d.sample))
-
-
 # The density and its gradients.
 
 
@@ -435,47 +152,10 @@ def test_score_is_the_gradient_by_finite_differences(case, float64):
         assert_close(score.reshape(3, -1)[:, i], slope, rtol=1e-4, atol=1e-5)
 
 
-@rows(continuous)
-def test_score_without_gradients_enabled_and_over_a_batch(case):
-    d, x = one(case), case.data(4)
-    with torch.no_grad():
-        score = d.expand((3, 1)).score(x)
-    assert score.shape == (3, 4, *case.event_shape)
-    assert not score.requires_grad
-    assert d.score(x).requires_grad
-
-
 @rows(lambda case: case.discrete or implicit(case))
 def test_score_where_there_is_none_is_refused_by_name(case):
     with pytest.raises((NotImplementedError, ValueError), match=r"over integers, which has no score|no density"):
         one(case).score(case.data(2))
-
-
-@rows(scored)
-def test_log_prob_follows_the_weights(case):
-    family, x, context = family_of(case), case.data(4), case.context(4)
-    d = family(context)
-    before = seeded(d.log_prob, x).detach()
-    with torch.no_grad():
-        for p in family.parameters():
-            p.add_(0.1 * torch.ones_like(p))
-    after = seeded(d.log_prob, x)
-    assert (after - before).abs().max() > 1e-3
-    assert_close(after, seeded(family(context).log_prob, x))
-
-
-@rows()
-def test_no_cache_outlives_a_call(case):
-    d, x = one(case), case.data(4)
-    before = {name: id(value) for name, value in vars(d).items()}
-    held = len(list(tensors(d)))
-    d.sample((2,))
-    if case.has_rsample:
-        d.rsample((2,))
-    if scored(case):
-        d.log_prob(x)
-    assert {name: id(value) for name, value in vars(d).items()} == before
-    assert len(list(tensors(d))) == held
 
 
 @rows(lambda case: scored(case) and case.smooth)
@@ -729,15 +409,6 @@ def test_implicit_without_gradients_refuses_rsample():
     assert not d.has_rsample
     with pytest.raises(NotImplementedError, match="rsample"):
         d.rsample()
-
-
-@rows()
-def test_every_row_is_of_this_library(case):
-    d = one(case)
-    assert isinstance(d, GenerativeDistribution)
-    assert d.density == case.density
-    assert d.has_rsample == case.has_rsample
-    assert type(d).__name__ in repr(d)
 
 
 def test_a_draw_at_the_end_of_the_search_is_told():
