@@ -1,14 +1,14 @@
-"""Pictures of what was learned."""
+"""Plots of samples, densities, energies, velocity fields and training curves."""
 
 from __future__ import annotations
 
 __all__ = [
     "VelocityPanel",
     "densities",
-    "frame",
     "image_grids",
     "lattice",
     "loss_curves",
+    "plot_limits",
     "scatters",
     "surfaces",
     "velocity_fields",
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 
 def image_grids(panels: Mapping[str, Tensor], *, columns: int = 10) -> Figure:
-    """Images in rows, dark on light, a panel for each title, four side by side.
+    """Plot grids of images, dark on light, with one panel per title and up to four panels side by side.
 
     Args:
         panels: title -> images, (N, height, width), N at least 1.
-        columns: images in a row of a panel.
+        columns: number of images in a row of a panel.
     """
     grids = [_tile(images, columns) for images in panels.values()]
     inches = 0.06 * max(grid.shape[1] for grid in grids), 0.06 * max(grid.shape[0] for grid in grids) + 0.4
@@ -51,7 +51,7 @@ def image_grids(panels: Mapping[str, Tensor], *, columns: int = 10) -> Figure:
 
 
 def _tile(images: Tensor, columns: int) -> Tensor:
-    """Images side by side in one, (rows * (height + 2), columns * (width + 2))."""
+    """Return images (N, height, width) tiled into one, (rows * (height + 2), columns * (width + 2))."""
     n, height, width = images.shape
     rows = ceil(n / columns)
     padded = images.new_full((rows * columns, height + 2, width + 2), images.min().item())
@@ -60,14 +60,14 @@ def _tile(images: Tensor, columns: int) -> Tensor:
 
 
 def scatters(panels: Mapping[str, Tensor]) -> Figure:
-    """Points in the plane, a panel for each title, all on the axes of the first.
+    """Plot points in the plane, with one panel per title and the limits of the first panel in all of them.
 
     Args:
         panels: title -> points, (N, 2).
     """
     figure = _figure(figsize=(3 * len(panels), 3.2))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    low, high = frame(next(iter(panels.values())))
+    low, high = plot_limits(next(iter(panels.values())))
     for ax, (title, points) in zip(axes, panels.items(), strict=True):
         x, y = points.cpu().T.numpy()
         ax.scatter(x, y, s=1, alpha=0.5, linewidths=0)
@@ -76,12 +76,12 @@ def scatters(panels: Mapping[str, Tensor]) -> Figure:
 
 
 def densities(panels: Mapping[str, Tensor], low: Sequence[float], high: Sequence[float]) -> Figure:
-    """Densities in the plane, a panel for each title, on one scale of colours.
+    """Plot log densities in the plane, with one panel per title and one colour scale.
 
     Args:
-        panels: title -> log density (nats) at `lattice(low, high, n)`, (n * n,).
-        low: corner of the picture.
-        high: the other corner.
+        panels: title -> log densities (nats) at `lattice(low, high, n)`, (n * n,).
+        low: lower left corner of a panel.
+        high: upper right corner of a panel.
     """
     figure = _figure(figsize=(3 * len(panels), 3.2))
     top = max(log_p.max().item() for log_p in panels.values())
@@ -89,40 +89,40 @@ def densities(panels: Mapping[str, Tensor], low: Sequence[float], high: Sequence
         n = round(len(log_p) ** 0.5)
         image = log_p.reshape(n, n).clamp(min=top - 10).cpu().numpy()
         extent = (low[0], high[0], low[1], high[1])
-        drawn = ax.imshow(image, origin="lower", extent=extent, vmin=top - 10, vmax=top, aspect="auto", cmap="magma")
+        mappable = ax.imshow(image, origin="lower", extent=extent, vmin=top - 10, vmax=top, aspect="auto", cmap="magma")
         ax.set_title(title)
-    figure.colorbar(drawn, ax=figure.axes, label="log density (nats)")
+    figure.colorbar(mappable, ax=figure.axes, label="log density (nats)")
     return figure
 
 
 def surfaces(panels: Mapping[str, Tensor], low: Sequence[float], high: Sequence[float]) -> Figure:
-    """Energies in the plane, a panel for each title, with level lines: the lowest is 0, and 20 nats above it all is white.
+    """Plot energies in the plane with contour lines, with one panel per title, relative to the lowest and cut at 20 nats.
 
     Args:
         panels: title -> energies (nats) at `lattice(low, high, n)`, (n * n,).
-        low: corner of the picture.
-        high: the other corner.
+        low: lower left corner of a panel.
+        high: upper right corner of a panel.
     """
     figure = _figure(figsize=(3.4 * len(panels), 3.2))
     for ax, (title, energies) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         n = round(len(energies) ** 0.5)
         surface = (energies - energies.min()).reshape(n, n).clamp(max=20).cpu().numpy()
         x, y = (torch.linspace(a, b, n).numpy() for a, b in zip(low, high, strict=True))
-        drawn = ax.contourf(x, y, surface, levels=20, cmap="magma")
+        mappable = ax.contourf(x, y, surface, levels=20, cmap="magma")
         ax.contour(x, y, surface, levels=10, colors="white", linewidths=0.4)
         ax.set_title(title)
-    figure.colorbar(drawn, ax=figure.axes, label="energy above the lowest (nats)")
+    figure.colorbar(mappable, ax=figure.axes, label="energy above the lowest (nats)")
     return figure
 
 
 @dataclass(frozen=True)
 class VelocityPanel:
-    """How points in the plane come from noise to data.
+    """Trajectories of points in the plane from noise to data.
 
     Attributes:
-        times: of the frames, from 0 to 1, (T,).
+        times: times of the frames, from 0 to 1, (T,).
         frames: points at these times, (T, N, 2).
-        velocity: (points (m, 2), times (m,)) -> the learned velocity there.
+        velocity: function of points (m, 2) and times (m,) that returns the learned velocity, (m, 2).
     """
 
     times: Tensor
@@ -131,45 +131,49 @@ class VelocityPanel:
 
 
 def velocity_fields(panels: Mapping[str, VelocityPanel], *, arrows: int = 15) -> Figure:
-    """Ways from noise to data in the plane, a row for each title: points on the way, and arrows of the velocity at that time.
+    """Plot trajectories from noise to data in the plane, with one row per title: points, and arrows of the velocity.
 
-    The arrows of a row are of one scale, its longest as long as two lie apart.
+    The arrows of a row share one scale; the longest spans two spacings of the arrows.
 
     Args:
-        panels: title -> way, all of as many frames.
-        arrows: along each side of a panel.
+        panels: title -> trajectories, all with the same number of frames.
+        arrows: number of arrows along each side of a panel.
     """
     columns = len(next(iter(panels.values())).times)
     figure = _figure(figsize=(2.4 * columns, 2.6 * len(panels)))
-    for axes, (title, way) in zip(figure.subplots(len(panels), columns, squeeze=False), panels.items(), strict=True):
-        low, high = frame(way.frames.flatten(0, 1))
-        points = lattice(low, high, arrows).to(way.frames)
-        moves = torch.stack([way.velocity(points, t.expand(len(points))) for t in way.times])
-        fastest = moves.norm(dim=-1).max().item() or 1.0
-        scale = {"angles": "xy", "scale_units": "xy", "scale": arrows / 2 * fastest / (high[0] - low[0])}  # two fields long
-        for ax, t, there, move in zip(axes, way.times, way.frames, moves, strict=True):
-            ax.quiver(*points.cpu().T.numpy(), *move.cpu().T.numpy(), color="0.6", width=0.004, **scale)
-            ax.scatter(*there.cpu().T.numpy(), s=2, alpha=0.5, linewidths=0)
+    for axes, (title, panel) in zip(figure.subplots(len(panels), columns, squeeze=False), panels.items(), strict=True):
+        low, high = plot_limits(panel.frames.flatten(0, 1))
+        points = lattice(low, high, arrows).to(panel.frames)
+        velocities = torch.stack([panel.velocity(points, t.expand(len(points))) for t in panel.times])
+        fastest = velocities.norm(dim=-1).max().item() or 1.0
+        scale = {"angles": "xy", "scale_units": "xy", "scale": arrows / 2 * fastest / (high[0] - low[0])}
+        for ax, t, points_then, velocity in zip(axes, panel.times, panel.frames, velocities, strict=True):
+            ax.quiver(*points.cpu().T.numpy(), *velocity.cpu().T.numpy(), color="0.6", width=0.004, **scale)
+            ax.scatter(*points_then.cpu().T.numpy(), s=2, alpha=0.5, linewidths=0)
             ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xticks=[], yticks=[], title=f"t = {t:.2f}")
         axes[0].set_ylabel(title)
     return figure
 
 
-def frame(points: Tensor) -> tuple[list[float], list[float]]:
-    """The corners of a picture of points, (N, 2), with a margin."""
+def plot_limits(points: Tensor) -> tuple[list[float], list[float]]:
+    """Return the lower left and upper right corner of a plot of points, (N, 2), with a margin."""
     low, high = points.min(0).values, points.max(0).values
     margin = 0.1 * torch.maximum(high - low, 1e-3 * (1 + low.abs()))
     return (low - margin).tolist(), (high + margin).tolist()
 
 
 def lattice(low: Sequence[float], high: Sequence[float], n: int) -> Tensor:
-    """The points (n * n, 2) of a picture of n rows and columns, the first coordinate running fastest."""
+    """Return the points of an n by n grid between two corners, (n * n, 2); the first coordinate varies fastest."""
     x, y = (torch.linspace(a, b, n) for a, b in zip(low, high, strict=True))
     return torch.stack([x.repeat(n), y.repeat_interleave(n)], 1)
 
 
 def loss_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Training loss (dotted) and validation loss (solid) of each fit, in nats per datum over epochs."""
+    """Plot the training loss (dotted) and validation loss (solid) of each fit, in nats per datum, over epochs.
+
+    Args:
+        histories: title -> history of a fit, one record per epoch with the keys "epoch", "train" and, if known, "valid".
+    """
     figure = _figure(figsize=(7, 4.5))
     ax = figure.subplots()
     for i, (name, history) in enumerate(histories.items()):
