@@ -48,7 +48,7 @@ def run_clauses(contract: str, subject: Any, skip: Collection[str]) -> None:
                 with seed(0), pyro.get_param_store().scope():
                     check(subject)
             except Exception as error:
-                raise AssertionError(f'the contract of a {contract} is broken, clause "{name}": {error}') from error
+                raise AssertionError(f'the {contract} contract is broken, clause "{name}": {error}') from error
 
 
 @contextmanager
