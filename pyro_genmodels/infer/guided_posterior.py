@@ -1,7 +1,7 @@
 r"""The posterior under a diffusion as prior, :math:`p(x \mid y) \propto p(x)\, p(y \mid x)`, by guided reverse diffusion.
 
-The likelihood is whatever the model observes given x, any Pyro distribution that can be differentiated; its density is all that
-is asked of it, and of the prior nothing but its denoiser. See `pyro_genmodels.dynamics.guided` for the two methods.
+The likelihood is the density of all that the model observes given x, and must be differentiable in x. The prior needs a
+denoiser and nothing else. See `pyro_genmodels.dynamics.guided` for the two methods.
 
 Chung et al., *Diffusion Posterior Sampling* (arXiv 2209.14687); Wu et al., *Practical and Asymptotically Exact Conditional
 Sampling in Diffusion Models* (arXiv 2306.17775).
@@ -27,78 +27,74 @@ from torch.distributions import Distribution
 
 from pyro_genmodels._pyro import traces
 from pyro_genmodels.distributions.capabilities import capabilities
-from pyro_genmodels.dynamics.guided import Particles, effective_size, guided, twisted
+from pyro_genmodels.dynamics.guided import Particles, effective_size, sample_guided, sample_twisted
 from pyro_genmodels.utils.distributions import unwrap
-from pyro_genmodels.utils.errors import check_choice
+from pyro_genmodels.utils.errors import check_choice, check_positive_int
 
 
 @dataclass(frozen=True)
 class TwistedDiffusion:
-    """Particles that are weighed and resampled: exact as their number and that of steps grow (arXiv 2306.17775).
+    """Sequential Monte Carlo with weighted particles: exact in the limit of many particles and steps (arXiv 2306.17775).
 
     Attributes:
-        num_steps: of the ancestral walk.
-        resample_below: effective sample size, as a part of all particles, below which they are resampled.
+        num_steps: number of ancestral steps.
+        resample_below: effective sample size, as a fraction of all particles, below which they are resampled.
     """
 
     num_steps: int = 500
     resample_below: float = 0.5
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.num_steps, int) and self.num_steps >= 1 and 0 <= self.resample_below <= 1):
-            raise ValueError(
-                f"TwistedDiffusion wants num_steps of 1 or more and resample_below from 0 to 1, but found {self.num_steps} and "
-                f"{self.resample_below}."
-            )
+        check_positive_int("TwistedDiffusion", num_steps=self.num_steps)
+        if not 0 <= self.resample_below <= 1:
+            raise ValueError(f"TwistedDiffusion wants resample_below from 0 to 1, but found {self.resample_below}.")
 
     def __call__(self, *args: Any, progress: bool | None) -> Particles:
-        """See `twisted`."""
-        return twisted(*args, num_steps=self.num_steps, resample_below=self.resample_below, progress=progress)
+        """Return weighted particles: see `pyro_genmodels.dynamics.guided.sample_twisted`."""
+        return sample_twisted(*args, num_steps=self.num_steps, resample_below=self.resample_below, progress=progress)
 
 
 @dataclass(frozen=True)
 class GuidedDiffusion:
-    """Draws by a guided score, DPS: fast, and biased by an amount that no weight tells (arXiv 2209.14687).
+    """Diffusion posterior sampling (DPS) with a guided score: fast, but biased by an unknown amount (arXiv 2209.14687).
 
-    Of a standard normal prior, seen at 1.5 with noise of deviation 0.4, the draws have mean 1.48 and variance 0.08 with 500
-    steps, 1.50 and 0.08 with ever more, and the posterior 1.29 and 0.14. Few steps, and likelihoods that are steep where they
-    are not curved, lead it astray.
+    For example, under a standard normal prior and one observation at 1.5 with noise of deviation 0.4, the posterior has mean
+    1.29 and variance 0.14. The draws have mean 1.48 and variance 0.08 with 500 steps, and 1.50 and 0.08 in the limit of many
+    steps. The bias is large with few steps, and for likelihoods that are steep but not curved.
 
     Attributes:
-        num_steps: of the ancestral walk.
-        scale: of the guidance.
+        num_steps: number of ancestral steps.
+        scale: factor of the guidance.
     """
 
     num_steps: int = 500
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.num_steps, int) and self.num_steps >= 1 and self.scale >= 0):
-            raise ValueError(
-                f"GuidedDiffusion wants num_steps of 1 or more and a scale of 0 or more, but found {self.num_steps} "
-                f"and {self.scale}."
-            )
+        check_positive_int("GuidedDiffusion", num_steps=self.num_steps)
+        if not self.scale >= 0:
+            raise ValueError(f"GuidedDiffusion wants a scale of 0 or more, but found {self.scale}.")
 
     def __call__(self, *args: Any, progress: bool | None) -> Particles:
-        """See `guided`."""
-        return guided(*args, num_steps=self.num_steps, scale=self.scale, progress=progress)
+        """Return particles of equal weight: see `pyro_genmodels.dynamics.guided.sample_guided`."""
+        return sample_guided(*args, num_steps=self.num_steps, scale=self.scale, progress=progress)
 
 
 @dataclass(frozen=True, repr=False)
 class WeightedDraws:
-    """Draws of a posterior with weights, which ``to_arviz(draws, *args, model=model)`` takes.
+    """Weighted draws from a posterior. They can be exported by ``to_arviz(draws, *args, model=model)``.
 
-    In ArviZ the group ``posterior`` holds them without their weights, which are ``sample_stats.log_weight``: summaries there
-    are not of the posterior unless all weigh the same. `resampled` gives draws that need none.
+    In ArviZ, the group ``posterior`` holds the draws and ``sample_stats.log_weight`` their weights. ArviZ's summaries
+    ignore the weights, so they describe the posterior only if all weights are equal. `resampled` returns draws of equal weight.
 
     Attributes:
-        name: of the variable.
-        draws: (n, *event_shape).
-        log_weight: (n,), of mean weight 1.
-        log_evidence: estimate of log p(y) in nats, (); NaN where none is made.
-        effective_sizes: effective sample size after each step, before any resampling, (steps,): where its least is small, few
-            particles were the parents of all, whatever the weights say in the end.
-        evaluations: of the network, for all draws at once.
+        name: name of the variable.
+        draws: draws, (n, *event_shape).
+        log_weight: log weights, (n,). The mean weight is 1.
+        log_evidence: estimate of log p(y) in nats, (); NaN if the method gives none.
+        effective_sizes: effective sample size after each step, before any resampling, (steps,). If its minimum is small, all
+            draws descend from few particles, however even the final weights are.
+        evaluations: number of calls of the network, each for all draws at once.
     """
 
     name: str
@@ -110,12 +106,12 @@ class WeightedDraws:
 
     @property
     def effective_sample_size(self) -> float:
-        """Of the weights: as many equal ones would tell as much. See `effective_sizes` for what went before."""
+        """Effective sample size of the final weights. See `effective_sizes` for those of earlier steps."""
         return effective_size(self.log_weight).item()
 
     @property
     def stats(self) -> Mapping[str, Tensor]:
-        """Of each draw, (chain, draw)."""
+        """Log weights by name, (chain, draw), for ArviZ's group ``sample_stats``."""
         return {"log_weight": self.log_weight[None]}
 
     def __repr__(self) -> str:
@@ -125,11 +121,11 @@ class WeightedDraws:
         )
 
     def get_samples(self, *, group_by_chain: bool = False) -> dict[str, Tensor]:
-        """The draws by name, as Pyro's MCMC gives them, without their weights."""
+        """Return the draws by name, without their weights, as `pyro.infer.MCMC.get_samples` does."""
         return {self.name: self.draws[None] if group_by_chain else self.draws}
 
     def resampled(self, num_samples: int) -> Tensor:
-        """Draws that need no weights, with repetitions, (num_samples, *event_shape)."""
+        """Return draws of equal weight, with repetitions, (num_samples, *event_shape)."""
         return self.draws[torch.multinomial(self.log_weight.softmax(0), num_samples, replacement=True)]
 
 
@@ -141,26 +137,26 @@ def diffusion_posterior(
     progress: bool | None = None,
     **kwargs: Any,
 ) -> WeightedDraws:
-    """Draws from the posterior of a model that has one latent variable, whose prior is a diffusion.
+    """Draw from the posterior of a model with one latent variable, whose prior is a diffusion.
 
-    Args:
-        model: with one site ``pyro.sample("x", diffusion())`` that is not observed, outside of plates, and others that are.
-        args: of the model.
-        method: `TwistedDiffusion`, the default, or `GuidedDiffusion`.
-        num_samples: all of which go through the network together.
-        progress: whether to show a progress bar; None where it takes longer than five seconds.
-        kwargs: of the model.
-
-    Returns:
-        Draws with weights; those of `GuidedDiffusion` are equal, and biased.
-
-    The model is run for all draws at once, by `torch.vmap`: it cannot branch on values, nor draw random numbers outside of
+    The model is run for all draws at once, by `torch.vmap`. It must not branch on values, nor draw random numbers other than by
     `pyro.sample`.
 
+    Args:
+        model: model with one latent site ``pyro.sample("x", diffusion())``, outside of plates, and observed sites.
+        args: arguments of the model.
+        method: `TwistedDiffusion`, the default, or `GuidedDiffusion`.
+        num_samples: number of draws. The network evaluates all of them together.
+        progress: True shows a progress bar, False does not; None shows it if sampling takes more than five seconds.
+        kwargs: keyword arguments of the model.
+
+    Returns:
+        Weighted draws. `GuidedDiffusion` gives equal weights, and the draws are biased.
+
     Raises:
-        ValueError: for a model that is not of this kind, naming what to use.
-        TypeError: for a method that is none.
-        FloatingPointError: if no particle has a finite likelihood, or a guided walk leaves what is finite.
+        ValueError: if the model is not of this kind; the error says what to use instead.
+        TypeError: if `method` is not one of the two methods.
+        FloatingPointError: if no particle has a finite likelihood, or a guided draw becomes infinite.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -169,12 +165,11 @@ def diffusion_posterior(
         >>> def model(y):
         ...     x = pyro.sample("x", diffusion())
         ...     pyro.sample("y", dist.Normal(x.sum(), 0.5), obs=y)
-        >>> found = diffusion_posterior(model, torch.tensor(1.0), method=TwistedDiffusion(50), num_samples=100)
-        >>> found.draws.shape, 1 <= found.effective_sample_size <= 100
+        >>> posterior = diffusion_posterior(model, torch.tensor(1.0), method=TwistedDiffusion(50), num_samples=100)
+        >>> posterior.draws.shape, 1 <= posterior.effective_sample_size <= 100
         (torch.Size([100, 2]), True)
     """
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"num_samples wants an integer of 1 or more, but found {num_samples!r}.")
+    check_positive_int("diffusion_posterior", num_samples=num_samples)
     method = check_choice("diffusion_posterior", "method", method, TwistedDiffusion(), TwistedDiffusion | GuidedDiffusion)
     with torch.no_grad():
         trace = poutine.trace(model).get_trace(*args, **kwargs)
@@ -184,29 +179,35 @@ def diffusion_posterior(
     def log_likelihood(y: Tensor) -> Tensor:
         try:
             with pyro.validation_enabled(is_validate=False):
-                return torch.vmap(of_one)(to_data(y))
+                return torch.vmap(log_likelihood_of_one)(to_data(y))
         except RuntimeError as error:
-            if "vmap" not in str(error) and "storage" not in str(error):  # as of .numpy()
+            if "vmap" not in str(error) and "storage" not in str(error):  # .numpy() says "storage"
                 raise
             raise ValueError(
                 "diffusion_posterior runs the model for all draws at once, by torch.vmap, which this model does not allow: "
-                f"{str(error).splitlines()[0]} Choose by torch.where in place of if, and draw no random numbers outside of "
-                "pyro.sample; or take NUTS."
+                f"{str(error).splitlines()[0]} Use torch.where instead of if, and draw random numbers by pyro.sample only; or "
+                "use NUTS."
             ) from error
 
-    def of_one(x: Tensor) -> Tensor:
-        found = poutine.trace(poutine.condition(model, {name: x})).get_trace(*args, **kwargs)
-        found.remove_node(name)
-        log_p: Any = found.log_prob_sum()
+    def log_likelihood_of_one(x: Tensor) -> Tensor:
+        trace = poutine.trace(poutine.condition(model, {name: x})).get_trace(*args, **kwargs)
+        trace.remove_node(name)
+        log_p: Any = trace.log_prob_sum()
         return log_p
 
     noise = prior.base.sample((num_samples,))
     context = None if prior.context is None else prior.context.expand(num_samples, -1)
     with torch.no_grad():
         denoiser = prior.denoiser
-        found = method(lambda x, t: denoiser(x, t, context), denoiser.process, log_likelihood, noise, progress=progress)
-        draws = to_data(found.x)
-        return WeightedDraws(name, draws, found.log_weights, found.log_evidence, found.effective_sizes, found.evaluations)
+        particles = method(lambda x, t: denoiser(x, t, context), denoiser.process, log_likelihood, noise, progress=progress)
+    return WeightedDraws(
+        name,
+        to_data(particles.x),
+        particles.log_weights,
+        particles.log_evidence,
+        particles.effective_sizes,
+        particles.evaluations,
+    )
 
 
 def inpaint(
@@ -217,18 +218,18 @@ def inpaint(
     tolerance: float = 0.02,
     **kwargs: Any,
 ) -> WeightedDraws:
-    """Draws of a diffusion with some coordinates given.
+    """Draw from a diffusion with some coordinates given.
 
     Args:
-        diffusion: over one event, ``family()`` or ``family(context)``.
-        values: (*event_shape), of which only those known matter.
-        known: which are, of the same shape, boolean.
-        tolerance: standard deviation within which these are met, in the units of the data.
-        kwargs: of `diffusion_posterior`.
+        diffusion: distribution with a denoiser over one event, ``family()`` or ``family(context)``.
+        values: values of the coordinates, (*event_shape). Unknown ones are ignored.
+        known: boolean mask of the known coordinates, (*event_shape).
+        tolerance: standard deviation with which the known coordinates are observed, in the units of the data.
+        kwargs: further arguments of `diffusion_posterior`.
 
     Raises:
-        ValueError: on other shapes.
-        TypeError: for what is no diffusion, such as a family that was not called.
+        ValueError: if a shape or the mask's type is wrong.
+        TypeError: if `diffusion` has no denoiser, for instance because it is a family that was not called.
 
     Example:
         >>> from pyro_genmodels import Diffusion
@@ -239,7 +240,7 @@ def inpaint(
     if not isinstance(diffusion, Distribution) or capabilities(diffusion).denoiser is None:
         raise TypeError(
             f"inpaint wants the distribution of a diffusion over reals, family(), but found a {type(diffusion).__name__}. "
-            "Images of integers: fit a Diffusion without levels to x.float(), and round."
+            "For images of integers, fit a Diffusion without levels to x.float(), and round the draws."
         )
     if values.shape != diffusion.event_shape or known.shape != diffusion.event_shape or known.dtype != torch.bool:
         raise ValueError(
@@ -255,35 +256,35 @@ def inpaint(
 
 
 def _prior(trace: Trace) -> tuple[str, Any]:
-    """The latent site and its diffusion."""
+    """Return the name of the latent site, and its distribution, after all checks of the model."""
     for plate, site in trace.nodes.items():
         rows: Any = site["fn"] if site_is_subsample(site) else None
-        taken: Any = site.get("value")
-        if rows is not None and len(taken) < rows.size:
+        subsample: Any = site.get("value")
+        if rows is not None and len(subsample) < rows.size:
             raise ValueError(
-                f"diffusion_posterior wants all the data, but plate {plate!r} takes {len(taken)} of {rows.size} rows. "
-                "Leave subsample out."
+                f"diffusion_posterior wants all the data, but plate {plate!r} takes {len(subsample)} of {rows.size} rows. "
+                "Leave the subsample out."
             )
     trace = prune_subsample_sites(trace)
     latents, observed = traces.latents(trace), traces.observed(trace)
     if len(latents) != 1 or not observed:
         raise ValueError(
-            f"diffusion_posterior wants a model with one latent variable and at least one that is observed, but found "
-            f"{', '.join(map(repr, latents)) or 'none'} and {', '.join(map(repr, observed)) or 'none'}. For other latent "
-            "variables take SVI or NUTS."
+            f"diffusion_posterior wants a model with one latent variable and at least one observed variable, but found "
+            f"{', '.join(map(repr, latents)) or 'none'} and {', '.join(map(repr, observed)) or 'none'}. For other models use "
+            "SVI or NUTS."
         )
     fn: Any = trace.nodes[latents[0]]["fn"]
     prior: Any = unwrap(fn)
     if capabilities(prior).denoiser is None or prior.batch_shape:
         raise ValueError(
             f"diffusion_posterior wants a diffusion over one event at site {latents[0]!r}, outside of plates, but found "
-            f"{prior!r}. Fit a Diffusion without levels to integers as floats; under another prior take NUTS or SVI."
+            f"{prior!r}. For integers, fit a Diffusion without levels to floats; with another prior use NUTS or SVI."
         )
     site = trace.nodes[latents[0]]
     masked = site["mask"] is not None or isinstance(fn, MaskedDistribution)
     if masked or not (isinstance(site["scale"], (int, float)) and site["scale"] == 1):
         raise ValueError(
-            f"diffusion_posterior counts the prior in full, but site {latents[0]!r} is masked or scaled. Leave mask and scale "
-            "to what is observed."
+            f"diffusion_posterior needs the unscaled prior, but site {latents[0]!r} is masked or scaled. Mask and scale "
+            "observed sites only."
         )
     return latents[0], prior

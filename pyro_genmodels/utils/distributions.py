@@ -129,7 +129,7 @@ def check_exact_density(owner: str, role: str, found: Any, event_shape: Sequence
         >>> from pyro.distributions import Normal
         >>> check_exact_density("NoiseContrastive", "noise", Normal(0.0, 1.0).expand((2,)))
         Traceback (most recent call last):
-        ValueError: NoiseContrastive wants a noise over one event, but found batch shape (2,) and event shape (). Use ...
+        ValueError: NoiseContrastive wants its noise over one event, but found batch shape (2,) and event shape (). Use ...
     """
     made = found() if callable(found) and not isinstance(found, (Distribution, type)) else found
     if not isinstance(made, Distribution):
@@ -140,11 +140,11 @@ def check_exact_density(owner: str, role: str, found: Any, event_shape: Sequence
     if batch or event != wanted:
         events = "one event" if event_shape is None else f"one event of shape {wanted}"
         cure = f" Use .to_event({len(batch)})." if batch and batch + event == wanted or batch and event_shape is None else ""
-        raise ValueError(f"{owner} wants a {role} over {events}, but found batch shape {batch} and event shape {event}.{cure}")
+        raise ValueError(f"{owner} wants its {role} over {events}, but found batch shape {batch} and event shape {event}.{cure}")
     density, advice = density_of(made)
     if density != "exact":
         kind = "no density" if density == "none" else f"a density of kind {density!r}"
-        raise ValueError(f"{owner} wants a {role} with an exact density, but {type(made).__name__} has {kind}. {advice}".rstrip())
+        raise ValueError(f"{owner} wants an exact density as its {role}, but {type(made).__name__} has {kind}. {advice}".rstrip())
     return made
 
 

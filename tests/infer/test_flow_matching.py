@@ -332,7 +332,7 @@ def test_a_loss_is_captured_as_one_graph():
         (lambda: Flow((2,)), r"NormalizingFlow.*MaximumLikelihood\(\)"),
         (lambda: Autoregressive((2,)), r"Autoregression.*MaximumLikelihood\(\)"),
         (lambda: EnergyModel((2,), sampler=None), r"Energy.*ContrastiveDivergence.*DenoisingScoreMatching"),
-        (lambda: Flow((2,), levels=3), r"NormalizingFlow.*MaximumLikelihood\(\)"),
+        (lambda: Flow((2,), levels=3), r"Dequantized.*MaximumLikelihood\(\)"),
     ],
     ids=["flow", "autoregressive", "energy", "dequantized"],
 )

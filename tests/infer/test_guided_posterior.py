@@ -21,7 +21,7 @@ from torch.testing import assert_close
 
 from pyro_genmodels import DenseField, Diffusion, Flow, VariancePreserving, to_arviz
 from pyro_genmodels.distributions import GenerativeDistribution
-from pyro_genmodels.dynamics.guided import effective_size, guided, twisted
+from pyro_genmodels.dynamics.guided import effective_size, sample_guided, sample_twisted
 from pyro_genmodels.dynamics.spacing import UniformLogSNR
 from pyro_genmodels.families import Karras, SubVariancePreserving
 from pyro_genmodels.infer.guided_posterior import GuidedDiffusion, TwistedDiffusion, diffusion_posterior, inpaint
@@ -85,7 +85,7 @@ def test_particles_estimate_evidence_and_moments_without_bias(process, resample_
     steps, parts = 10, []
     mean, cov, evidence = posterior(law_of_walk(process, steps))
     for _ in range(100):
-        found = twisted(
+        found = sample_twisted(
             PRIOR.denoise(process), process, log_likelihood, torch.randn(40, 2), num_steps=steps, resample_below=resample_below
         )
         weights = (found.log_weights + found.log_evidence - evidence).exp() / 40
@@ -112,7 +112,7 @@ def test_many_particles_meet_the_closed_form_within_their_error(process, seed, f
     """Mean, variance and evidence of the true posterior; the errors by the effective size, 6 of them: 2e-9 for each number."""
     pyro.set_rng_seed(seed)
     prior = PRIOR.diffusion(process, (2,))
-    found = diffusion_posterior(linear(prior), torch.tensor(SEEN), method=TwistedDiffusion(300), num_draws=800)
+    found = diffusion_posterior(linear(prior), torch.tensor(SEEN), method=TwistedDiffusion(300), num_samples=800)
     mean, cov, evidence = posterior(COV)
     n, weights = found.effective_sample_size, found.log_weight.softmax(0)
     assert 200 < n <= 800
@@ -128,7 +128,7 @@ def test_the_error_of_the_evidence_falls_with_the_particles(float64):
     evidence = posterior(law_of_walk(process, 10))[2]
     for n in (20, 320):
         off = [
-            twisted(PRIOR.denoise(process), process, log_likelihood, torch.randn(n, 2), num_steps=10).log_evidence - evidence
+            sample_twisted(PRIOR.denoise(process), process, log_likelihood, torch.randn(n, 2), num_steps=10).log_evidence - evidence
             for _ in range(40)
         ]
         spread.append(torch.stack(off).square().mean().sqrt())
@@ -137,7 +137,7 @@ def test_the_error_of_the_evidence_falls_with_the_particles(float64):
 
 def test_weights_have_mean_one_and_sizes_are_told_at_every_step(float64):
     process = VariancePreserving()
-    found = twisted(PRIOR.denoise(process), process, log_likelihood, torch.randn(100, 2), num_steps=30)
+    found = sample_twisted(PRIOR.denoise(process), process, log_likelihood, torch.randn(100, 2), num_steps=30)
     assert_close(found.log_weights.exp().mean(), torch.tensor(1.0))
     assert found.effective_sizes.shape == (30,)
     assert ((found.effective_sizes >= 1) & (found.effective_sizes <= 100 + 1e-9)).all()
@@ -154,7 +154,7 @@ def test_the_effective_size_is_that_of_kish(float64):
 def test_a_likelihood_that_says_nothing_leaves_the_prior(float64):
     """All weights alike, and an evidence of what it says."""
     process = VariancePreserving()
-    found = twisted(PRIOR.denoise(process), process, lambda x: torch.full((len(x),), -3.0), torch.randn(2000, 2), num_steps=40)
+    found = sample_twisted(PRIOR.denoise(process), process, lambda x: torch.full((len(x),), -3.0), torch.randn(2000, 2), num_steps=40)
     assert_close(found.log_weights, torch.zeros(2000), rtol=0, atol=1e-10)
     assert found.log_evidence.item() == pytest.approx(-3.0)
     assert_means(found.x.square(), law_of_walk(process, 40).diag())
@@ -169,7 +169,7 @@ def test_two_modes_are_weighed_as_the_posterior_weighs_them(float64):
     left = integral(lambda x: joint(x) * (x[:, 0] < -0.4), -8.0, 8.0)
     parts = []
     for _ in range(12):
-        found = twisted(NoisedMixture(law).denoise(process), process, likelihood, torch.randn(200, 1), num_steps=steps)
+        found = sample_twisted(NoisedMixture(law).denoise(process), process, likelihood, torch.randn(200, 1), num_steps=steps)
         weights = (found.log_weights + found.log_evidence).exp() / 200
         parts.append(torch.stack([weights.sum(), weights @ (found.x[:, 0] < -0.4).double()]))
     parts, truth = torch.stack(parts), torch.stack([evidence, left])
@@ -186,7 +186,7 @@ def test_particles_without_any_likelihood_are_told(last):
         return x.sum(1) * 0 + (0.0 if last and len(asked) < 5 else -torch.inf)
 
     with pytest.raises(FloatingPointError, match="No particle has a finite likelihood"):
-        twisted(ONE.denoise(Karras()), Karras(), never, torch.randn(10, 2), num_steps=4)
+        sample_twisted(ONE.denoise(Karras()), Karras(), never, torch.randn(10, 2), num_steps=4)
     assert len(asked) == 5
 
 
@@ -195,7 +195,7 @@ def test_what_the_model_rules_out_is_left_out_and_no_more(cut, float64):
     """Of a standard normal prior its upper part: no particle is lost while its estimate lies below."""
     above, parts = lambda x: torch.where(x[:, 0] > cut, 0.0, -torch.inf), []
     for _ in range(20):
-        found = twisted(ONE.denoise(Karras()), Karras(), above, torch.randn(400, 1), num_steps=60)
+        found = sample_twisted(ONE.denoise(Karras()), Karras(), above, torch.randn(400, 1), num_steps=60)
         weights = (found.log_weights + found.log_evidence).exp() / 400
         assert (found.x[weights > 0] > cut).all()
         parts.append(torch.stack([weights.sum(), weights @ found.x[:, 0]]))
@@ -228,7 +228,7 @@ def seen_once(x):
 @every_process
 def test_a_guided_score_is_biased_by_what_its_law_says(process, float64):
     """Its draws follow their own law and not the posterior's, from which they are many standard errors away."""
-    found = guided(ONE.denoise(process), process, seen_once, torch.randn(4000, 1), num_steps=200)
+    found = sample_guided(ONE.denoise(process), process, seen_once, torch.randn(4000, 1), num_steps=200)
     mean, var = law_of_guided(process, 200, 1.0)
     assert_means(found.x, mean)
     assert_means((found.x - mean) ** 2, var)
@@ -250,17 +250,17 @@ def test_the_bias_of_a_guided_score_does_not_go_away_with_its_steps(float64):
 def test_sharp_likelihoods_do_not_blow_a_guided_walk_up(deviation):
     """What is known is met to within a few of its deviations."""
     process, noise = VariancePreserving(), torch.randn(500, 1)
-    found = guided(ONE.denoise(process), process, lambda x: -((x[:, 0] - 1) ** 2) / (2 * deviation**2), noise)
+    found = sample_guided(ONE.denoise(process), process, lambda x: -((x[:, 0] - 1) ** 2) / (2 * deviation**2), noise)
     assert (found.x - 1).abs().max() < 10 * deviation
 
 
 def test_a_guided_walk_that_is_lost_is_told():
-    with pytest.raises(FloatingPointError, match="guided walk came to NaN or infinity"):
-        guided(lambda x, t: x / 0, VariancePreserving(), lambda x: -x[:, 0].square(), torch.randn(5, 1), num_steps=5)
+    with pytest.raises(FloatingPointError, match="Guided sampling has reached NaN or infinite values"):
+        sample_guided(lambda x, t: x / 0, VariancePreserving(), lambda x: -x[:, 0].square(), torch.randn(5, 1), num_steps=5)
 
 
 def test_a_guided_score_has_no_weights_and_no_evidence():
-    found = guided(ONE.denoise(Karras()), Karras(), seen_once, torch.randn(50, 1), num_steps=7)
+    found = sample_guided(ONE.denoise(Karras()), Karras(), seen_once, torch.randn(50, 1), num_steps=7)
     assert found.log_weights.equal(torch.zeros(50))
     assert found.log_evidence.isnan()
     assert found.effective_sizes.equal(torch.full((7,), 50.0))
@@ -269,7 +269,7 @@ def test_a_guided_score_has_no_weights_and_no_evidence():
 
 def test_a_guidance_of_nothing_is_the_ancestral_walk(float64):
     process = VariancePreserving()
-    found = guided(ONE.denoise(process), process, seen_once, torch.randn(4000, 1), num_steps=40, scale=0.0)
+    found = sample_guided(ONE.denoise(process), process, seen_once, torch.randn(4000, 1), num_steps=40, scale=0.0)
     assert_means(found.x**2, walked(process, 40, torch.ones(1)))
 
 
@@ -290,9 +290,9 @@ def test_plates_in_the_likelihood_count_every_row(float64):
             pyro.sample("y", dist.Normal(x @ WEIGHT, s), obs=y)
 
     pyro.set_rng_seed(1)
-    many = diffusion_posterior(model, y, method=TwistedDiffusion(20), num_draws=50)
+    many = diffusion_posterior(model, y, method=TwistedDiffusion(20), num_samples=50)
     pyro.set_rng_seed(1)
-    one = diffusion_posterior(linear(exact()), y.mean(), method=TwistedDiffusion(20), num_draws=50)  # s / 2 = SCALE
+    one = diffusion_posterior(linear(exact()), y.mean(), method=TwistedDiffusion(20), num_samples=50)  # s / 2 = SCALE
     assert_close(many.draws, one.draws)
     assert_close(many.log_weight, one.log_weight)
     joint = dist.Normal(0.0, s).log_prob(y - y.mean()).sum() - norm.logpdf(0.0, scale=SCALE)
@@ -313,9 +313,9 @@ def test_masks_scales_and_nested_plates_count_as_pyro_counts_them(float64):
     pyro.set_rng_seed(2)
     torch.randn(1, 2)  # for the run that looks at the model
     noise = torch.randn(6, 2)
-    wanted = twisted(PRIOR.denoise(VariancePreserving()), VariancePreserving(), by_hand, noise, num_steps=5)
+    wanted = sample_twisted(PRIOR.denoise(VariancePreserving()), VariancePreserving(), by_hand, noise, num_steps=5)
     pyro.set_rng_seed(2)
-    found = diffusion_posterior(model, y, keep, method=TwistedDiffusion(5), num_draws=6)
+    found = diffusion_posterior(model, y, keep, method=TwistedDiffusion(5), num_samples=6)
     assert_close(found.draws, wanted.x)
     assert_close(found.log_weight, wanted.log_weights)
     assert_close(found.log_evidence, wanted.log_evidence)
@@ -329,7 +329,7 @@ def test_a_likelihood_of_another_law_agrees_with_quadrature(float64):
         x = pyro.sample("x", prior)
         pyro.sample("y", dist.Poisson(x.exp()).to_event(1), obs=y)
 
-    found = diffusion_posterior(model, method=TwistedDiffusion(200), num_draws=1000)
+    found = diffusion_posterior(model, method=TwistedDiffusion(200), num_samples=1000)
     points = torch.cartesian_prod(torch.linspace(-5, 5, 300), torch.linspace(-5, 5, 300))
     log_p = PRIOR.law.log_prob(points) + dist.Poisson(points.exp()).log_prob(y).sum(1)
     truth = log_p.softmax(0) @ points
@@ -349,7 +349,7 @@ def test_data_that_are_standardised_and_bounded_come_back_in_their_units():
         x = pyro.sample("x", diffusion())
         pyro.sample("y", dist.Normal(x.sum(), 0.5), obs=y)
 
-    found = diffusion_posterior(model, torch.tensor(33.0), method=TwistedDiffusion(60), num_draws=200)
+    found = diffusion_posterior(model, torch.tensor(33.0), method=TwistedDiffusion(60), num_samples=200)
     assert diffusion().support.check(found.draws).all()
     assert (found.log_weight.softmax(0) @ found.draws.sum(1)).item() == pytest.approx(33.0, abs=1.0)
 
@@ -370,14 +370,14 @@ def test_a_context_of_the_prior_counts():
         x = pyro.sample("x", diffusion(where))
         pyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=torch.zeros(2))
 
-    found = diffusion_posterior(model, method=TwistedDiffusion(100), num_draws=500)
+    found = diffusion_posterior(model, method=TwistedDiffusion(100), num_samples=500)
     off = found.log_weight.softmax(0) @ found.draws - where / 2
     assert (off.abs() < 6 * (0.125 / found.effective_sample_size) ** 0.5 + 0.01).all()
 
 
 def test_methods_are_told_apart_and_draws_are_plain_tensors():
     for method in (TwistedDiffusion(4), GuidedDiffusion(4)):
-        found = diffusion_posterior(linear(exact()), torch.tensor(SEEN), method=method, num_draws=9)
+        found = diffusion_posterior(linear(exact()), torch.tensor(SEEN), method=method, num_samples=9)
         assert found.draws.shape == (9, 2)
         assert not found.draws.requires_grad
         assert found.evaluations == 4
@@ -388,7 +388,7 @@ def test_methods_are_told_apart_and_draws_are_plain_tensors():
 
 
 def test_resampled_draws_follow_the_weights():
-    found = diffusion_posterior(linear(exact()), torch.tensor(SEEN), method=TwistedDiffusion(4), num_draws=5)
+    found = diffusion_posterior(linear(exact()), torch.tensor(SEEN), method=TwistedDiffusion(4), num_samples=5)
     drawn = found.resampled(5000)
     counts = (drawn[:, None] == found.draws).all(2).double().sum(0)
     expected = 5000 * found.log_weight.softmax(0)
@@ -397,14 +397,14 @@ def test_resampled_draws_follow_the_weights():
 
 def test_progress_is_shown_where_it_is_asked_for(capsys):
     for method, name in ((TwistedDiffusion(3), "twisted"), (GuidedDiffusion(3), "guided")):
-        diffusion_posterior(linear(exact()), torch.tensor(SEEN), method=method, num_draws=5, progress=True)
+        diffusion_posterior(linear(exact()), torch.tensor(SEEN), method=method, num_samples=5, progress=True)
         assert name in capsys.readouterr().err
-        diffusion_posterior(linear(exact()), torch.tensor(SEEN), method=method, num_draws=5)
+        diffusion_posterior(linear(exact()), torch.tensor(SEEN), method=method, num_samples=5)
         assert capsys.readouterr().err == ""
 
 
 def test_draws_tell_how_few_were_the_parents_of_all(float64):
-    found = diffusion_posterior(linear(exact()), torch.tensor(SEEN), method=TwistedDiffusion(20), num_draws=50)
+    found = diffusion_posterior(linear(exact()), torch.tensor(SEEN), method=TwistedDiffusion(20), num_samples=50)
     assert found.effective_sizes.shape == (20,)
     assert_close(found.effective_sizes[-1].item(), found.effective_sample_size)
     assert repr(found).startswith("WeightedDraws('x', 50 draws, effective sample size ")
@@ -413,7 +413,7 @@ def test_draws_tell_how_few_were_the_parents_of_all(float64):
 
 def test_draws_go_to_arviz_with_their_weights():
     y = torch.tensor(SEEN)
-    found = diffusion_posterior(linear(exact()), y, method=TwistedDiffusion(20), num_draws=30)
+    found = diffusion_posterior(linear(exact()), y, method=TwistedDiffusion(20), num_samples=30)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         data = to_arviz(found, y, model=linear(exact()), progress=False)
@@ -512,12 +512,12 @@ def hidden(y):
         (on_some_rows, "all the data, but plate 'rows' takes 5 of 10 rows"),
         (on_chosen_rows, "all the data, but plate 'rows' takes 3 of 10 rows"),
         (by_numpy, "by torch.vmap, which this model does not allow"),
-        (with_an_if, "torch.where in place of if"),
-        (at_random, "no random numbers outside of pyro.sample"),
+        (with_an_if, "torch.where instead of if"),
+        (at_random, "random numbers by pyro.sample only"),
         (masked, "'x' is masked or scaled"),
         (hidden, "'x' is masked or scaled"),
         (tempered, "'x' is masked or scaled"),
-        (nothing_latent, "one latent variable and at least one that is observed, but found none and 'y'"),
+        (nothing_latent, "one latent variable and at least one observed variable, but found none and 'y'"),
         (nothing_observed, "found 'x' and none"),
         (two_latents, "found 'x', 'z' and 'y'.*SVI or NUTS"),
         (another_prior, "diffusion over one event at site 'x'.*Normal.*NUTS or SVI"),
@@ -529,7 +529,7 @@ def hidden(y):
 )
 def test_models_of_another_kind_are_refused_with_what_to_use(model, found):
     with pytest.raises(ValueError, match=found):
-        diffusion_posterior(model, torch.tensor(SEEN), method=TwistedDiffusion(3), num_draws=5)
+        diffusion_posterior(model, torch.tensor(SEEN), method=TwistedDiffusion(3), num_samples=5)
 
 
 @pytest.mark.parametrize(
@@ -539,8 +539,8 @@ def test_models_of_another_kind_are_refused_with_what_to_use(model, found):
         lambda: TwistedDiffusion(resample_below=-0.1),
         lambda: TwistedDiffusion(1.5), lambda: GuidedDiffusion(1.5), lambda: GuidedDiffusion(scale=float("nan")),
         lambda: GuidedDiffusion(0), lambda: GuidedDiffusion(scale=-1.0),
-        lambda: diffusion_posterior(linear(exact()), torch.tensor(SEEN), num_draws=0),
-        lambda: diffusion_posterior(linear(exact()), torch.tensor(SEEN), num_draws=2.5),
+        lambda: diffusion_posterior(linear(exact()), torch.tensor(SEEN), num_samples=0),
+        lambda: diffusion_posterior(linear(exact()), torch.tensor(SEEN), num_samples=2.5),
     ],
 )  # fmt: skip
 def test_choices_that_make_no_sense_are_refused(build):
@@ -551,7 +551,7 @@ def test_choices_that_make_no_sense_are_refused(build):
 def test_what_is_no_choice_and_no_distribution_is_told_so():
     with pytest.raises(TypeError, match="class TwistedDiffusion; call it"):
         diffusion_posterior(linear(exact()), torch.tensor(SEEN), method=TwistedDiffusion)
-    with pytest.raises(TypeError, match=r"family\(\), but found a Diffusion\. Images"):
+    with pytest.raises(TypeError, match=r"family\(\), but found a Diffusion\. For images"):
         inpaint(Diffusion((2,)), torch.zeros(2), torch.tensor([True, False]))
 
 
@@ -560,7 +560,7 @@ def test_what_is_no_choice_and_no_distribution_is_told_so():
 
 def test_coordinates_that_are_known_leave_the_conditional_of_the_others(float64):
     values, known = torch.tensor([0.8, torch.nan]), torch.tensor([True, False])
-    found = inpaint(exact(), values, known, method=TwistedDiffusion(300), num_draws=600, tolerance=0.05)
+    found = inpaint(exact(), values, known, method=TwistedDiffusion(300), num_samples=600, tolerance=0.05)
     weights, n = found.log_weight.softmax(0), found.effective_sample_size
     total = COV[0, 0] + 0.05**2
     mean, var = COV[0, 1] / total * 0.8, COV[1, 1] - COV[0, 1] ** 2 / total
@@ -574,7 +574,7 @@ def test_coordinates_that_are_known_leave_the_conditional_of_the_others(float64)
 def test_images_are_inpainted():
     diffusion = Diffusion((1, 2, 2), network=DenseField(16, 1)).eval()
     known = torch.tensor([[[True, False], [False, True]]])
-    found = inpaint(diffusion(), torch.full((1, 2, 2), 0.3), known, method=TwistedDiffusion(150), num_draws=100)
+    found = inpaint(diffusion(), torch.full((1, 2, 2), 0.3), known, method=TwistedDiffusion(150), num_samples=100)
     assert found.draws.shape == (100, 1, 2, 2)
     assert (found.draws[:, known] - 0.3).abs().max() < 0.2
 
