@@ -1,1 +1,1 @@
-"""The only door to the private parts of Pyro and torch."""
+"""All uses of private names of Pyro and torch. `tests/pyro_internals` asserts that each still does what is relied on."""

@@ -1,8 +1,8 @@
-"""Handlers: running a model without a trace of it left, and having it draw what it observes."""
+"""Handlers and questions about a run: no side effects, data drawn instead of observed, latent variables without a gradient."""
 
 from __future__ import annotations
 
-__all__ = ["drawing_observed", "drawn_without_gradient", "is_enumerated", "map_inner", "side_effect_free", "unobserving"]
+__all__ = ["draw_observed", "has_enumerated_dims", "latents_without_gradient", "side_effect_free"]
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,77 +11,78 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _ENUM_ALLOCATOR, _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor, nn
-from torch.distributions import Distribution, Independent
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import Tensor
 
-from pyro_genmodels._pyro import traces
+from pyro_genmodels._pyro import modules, sites, traces
 
 
 @contextmanager
-def side_effect_free() -> Iterator[None]:
-    """No gradients, every module that runs in evaluation mode, and nothing left behind: no mode, no parameter, no site."""
-    switched: list[nn.Module] = []
+def side_effect_free(*parts: Any) -> Iterator[None]:
+    """Run a model and guide without gradients and in evaluation mode, and leave no side effect.
 
-    def switch(module: nn.Module, _: Any) -> None:
-        if module.training:
-            switched.append(module)
-            module.training = False
+    All modules that the parts can call are put into evaluation mode first, and back at the end: see
+    `modules.reachable_modules` for how they are found. The param store is restored, and handlers outside see no site. Samples
+    advance the random number generator as usual.
 
-    store, frozen = pyro.get_param_store(), _Frozen()
+    Args:
+        parts: the model, the guide and anything else that is run inside: functions, modules or distributions.
+    """
+    store, freeze = pyro.get_param_store(), _FrozenParametersMessenger()
     before = store.get_state()
-    hook = register_module_forward_pre_hook(switch)
     try:
-        with torch.no_grad(), poutine.block(), frozen:
+        with modules.evaluation_mode(modules.reachable_modules(*parts)), torch.no_grad(), poutine.block(), freeze:
             yield
     finally:
-        hook.remove()
-        for module in switched:
-            module.training = True
-        frozen.restore()
+        freeze.restore()
         store.clear()
         store.set_state(before)
 
 
-class _Frozen(Messenger):
-    """Remembers which parameters want no gradient, for Pyro's store makes every one want it."""
+class _FrozenParametersMessenger(Messenger):
+    """Handler that remembers which parameters had ``requires_grad=False``, since Pyro's param store sets it to True."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[int, Tensor] = {}
+        self.frozen: dict[int, Tensor] = {}
 
     def _pyro_param(self, msg: Any) -> None:
         for value in msg["args"]:
             if isinstance(value, Tensor) and value.is_leaf and not value.requires_grad:
-                self.found[id(value)] = value
+                self.frozen[id(value)] = value
 
     def restore(self) -> None:
-        for value in self.found.values():
+        """Set ``requires_grad`` of the remembered parameters back to False."""
+        for value in self.frozen.values():
             value.requires_grad_(False)
 
 
-class unobserving(UnconditionMessenger):  # noqa: N801 (a handler, as Pyro names them)
-    """Has a model draw what it observes; values of `pyro.deterministic` stay what they are computed to be."""
+class _DrawObservedMessenger(UnconditionMessenger):
+    """`UnconditionMessenger` that leaves the values of `pyro.deterministic` as they are computed."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not traces.is_deterministic(msg):
+        if not sites.is_deterministic(msg):
             super()._pyro_sample(msg)
 
 
-def drawing_observed(model: Callable[..., Any]) -> Callable[..., Any]:
-    """The model as it draws what it observes, also if it has a keyword `context`, as Pyro's handlers have."""
-    return lambda *args, **kwargs: unobserving()(lambda: model(*args, **kwargs))()
+def draw_observed(model: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the model with its observed sites sampled; `sites.observed_value` still has the observed values.
+
+    The handler wraps a function without arguments, because Pyro's handlers have a keyword `context` of their own.
+    """
+    return lambda *args, **kwargs: _DrawObservedMessenger()(lambda: model(*args, **kwargs))()
 
 
-def drawn_without_gradient() -> list[str]:
-    """The latent variables of this run so far whose draws carry no gradient, and so are weighed by what depends on them."""
+def latents_without_gradient() -> list[str]:
+    """Return the latent variables sampled so far in the current run whose samples carry no gradient.
+
+    Estimators weigh these by the log densities that depend on them (score function).
+    """
     return [
         name
         for handler in _PYRO_STACK
@@ -91,18 +92,7 @@ def drawn_without_gradient() -> list[str]:
     ]
 
 
-def is_enumerated(batch_dims: int) -> bool:
-    """Whether a tensor of so many batch dimensions reaches into those over which Pyro enumerates in this run."""
+def has_enumerated_dims(batch_dims: int) -> bool:
+    """Return True if a tensor with this many batch dimensions has one over which Pyro enumerates in the current run."""
     enumerates = any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK)
     return enumerates and any(batch_dims >= -dim for dim in _ENUM_ALLOCATOR.dim_to_id)
-
-
-def map_inner(fn: Any, change: Callable[[Any], Distribution]) -> Any:
-    """A distribution with what `unwrap` finds in it changed, in the same wrappers."""
-    if isinstance(fn, MaskedDistribution):
-        return MaskedDistribution(map_inner(fn.base_dist, change), fn._mask)
-    if isinstance(fn, Independent):
-        return map_inner(fn.base_dist, change).to_event(fn.reinterpreted_batch_ndims)
-    if isinstance(fn, ExpandedDistribution):
-        return map_inner(fn.base_dist, change).expand(fn.batch_shape)
-    return change(fn)

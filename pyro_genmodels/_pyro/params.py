@@ -1,11 +1,21 @@
-"""Names in Pyro's param store: a module's own, one module a name, and the store made to hold the module's own tensors.
+"""Names of modules and parameters in Pyro's param store.
 
-Pyro knows a parameter by name alone. Two modules of one name meet there: the second never trains, in silence.
+Pyro finds a parameter by its name alone. If two modules have the same name, the store holds the parameters of one of them,
+and the other never trains, without an error. So each family registers a name of its own here.
 """
 
 from __future__ import annotations
 
-__all__ = ["claim", "fresh_name", "in_their_own_names", "is_taken", "own_parameters", "take_over"]
+__all__ = [
+    "clear_name",
+    "is_registered",
+    "isolated_param_store",
+    "named_parameters",
+    "pyro_name",
+    "register_name",
+    "remove_foreign_parameters",
+    "unused_name",
+]  # fmt: skip
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -18,62 +28,81 @@ from pyro.nn import PyroModule
 from torch import nn
 
 _counters: defaultdict[str, count] = defaultdict(lambda: count(1))
-_named: WeakValueDictionary[str, PyroModule] = WeakValueDictionary()
+_registered: WeakValueDictionary[str, PyroModule] = WeakValueDictionary()
 
 
-def fresh_name(module: PyroModule) -> str:
-    """The module's class and a number, which no module that is alive has claimed."""
+def pyro_name(module: PyroModule) -> str:
+    """Return the name under which Pyro stores the parameters of a module."""
+    return module._pyro_name
+
+
+def clear_name(module: PyroModule) -> None:
+    """Remove the name of a module, which a copy or an unpickled module has from another one."""
+    module._pyro_name = ""
+
+
+def unused_name(module: PyroModule) -> str:
+    """Return the class name of a module followed by a number, such that no living module is registered under it."""
     stem = type(module).__name__
-    return next(name for i in _counters[stem] if (name := f"{stem}_{i}") not in _named)
+    return next(name for i in _counters[stem] if (name := f"{stem}_{i}") not in _registered)
 
 
-def claim(module: PyroModule, name: str) -> PyroModule | None:
-    """Gives the module the name, and returns the module that had it, which now needs another."""
-    other = _named.get(name)
-    if _named.get(module._pyro_name) is module:
-        del _named[module._pyro_name]
-    _named[name] = module
-    return None if other is module else other
+def is_registered(name: str) -> bool:
+    """Return True if a living module is registered under this name."""
+    return name in _registered
 
 
-def is_taken(name: str) -> bool:
-    """Whether a module that is alive has claimed the name."""
-    return name in _named
+def register_name(module: PyroModule, name: str) -> PyroModule | None:
+    """Name a module and its submodules, and register it under this name.
+
+    Returns:
+        The other module that was registered under the name, which now needs another one; or None.
+    """
+    previous = _registered.get(name)
+    if _registered.get(module._pyro_name) is module:
+        del _registered[module._pyro_name]
+    _registered[name] = module
+    module._pyro_context.used = False  # otherwise Pyro refuses to rename the submodules
+    module._pyro_set_supermodule(name, module._pyro_context)
+    return None if previous is module else previous
 
 
-def own_parameters(module: PyroModule) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of a module and what is in it, by the names under which Pyro's store knows them."""
+def named_parameters(module: PyroModule) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield (name in the param store, parameter) for all parameters of a module and its submodules."""
     prefix = module._pyro_name + "." if module._pyro_name else ""
     for name, parameter in module._parameters.items():
         if parameter is not None:
             yield prefix + name.removesuffix("_unconstrained"), parameter
     for name, child in module._modules.items():
         if isinstance(child, PyroModule):
-            yield from own_parameters(child)
+            yield from named_parameters(child)
         elif child is not None:
             yield from ((f"{prefix}{name}$$${inner}", parameter) for inner, parameter in child.named_parameters())
 
 
-def take_over(module: PyroModule) -> None:
-    """Drops from the store what stands under the module's names and is not the module's: another's, or moved from elsewhere."""
+def remove_foreign_parameters(module: PyroModule) -> None:
+    """Remove entries of the param store that carry this module's names but hold other tensors.
+
+    Such entries belong to another module, or to this one before its tensors were replaced (moved to another device).
+    """
     store = pyro.get_param_store()
-    for name, parameter in own_parameters(module):
+    for name, parameter in named_parameters(module):
         if store._params.get(name, parameter) is not parameter:
             del store[name]
 
 
 @contextmanager
-def in_their_own_names(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """The store as if these modules alone had their names; afterwards as it was.
+def isolated_param_store(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Remove foreign parameters under the names of these modules, and restore the store afterwards.
 
-    Of two autoguides of one class that were trained after each other, the store holds the parameters of the second under the
-    names of both, and Pyro would put them in the place of the first's.
+    After two autoguides of one class were trained one after the other, the store holds the parameters of the second under
+    the names of both. Pyro would use these in place of the parameters of the first.
     """
     store = pyro.get_param_store()
     before = store.get_state()
     for module in modules:
         if isinstance(module, PyroModule):
-            take_over(module)
+            remove_foreign_parameters(module)
     try:
         yield
     finally:

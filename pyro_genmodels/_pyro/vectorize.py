@@ -1,10 +1,10 @@
-"""Whether a model's particles can be drawn together in one run."""
+"""Tests of a model: do its particles, sampled together in one run, agree with runs of one particle?"""
 
 from __future__ import annotations
 
-__all__ = ["can_vectorize"]
+__all__ = ["SHAPE_ERRORS", "agree_alone", "can_vectorize", "most_different_particle"]
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,57 +13,108 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_genmodels._pyro import traces
+from pyro_genmodels._pyro import sites, traces
+
+SHAPE_ERRORS = (AssertionError, IndexError, RuntimeError, TypeError, ValueError)
+"""Errors of a model that does not broadcast over particles. A fault of another kind comes again in a run of one particle."""
+
+TOLERANCE = 1e-3
+"""Relative and absolute tolerance between log densities (nats), or values, of one particle together and alone."""
 
 
 def can_vectorize(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], nesting: int, *, trials: int = 3) -> bool:
-    """Whether particles in one run say the same as runs of their own.
+    """Return True if particles sampled together in one run agree with runs of one particle.
 
     A model that indexes or reduces its latent variables from the left, ``z[0]`` or ``z.sum()``, takes particles for
-    coordinates, and need not raise an error. So a few particles are drawn together, and each is run again alone: densities and
-    deterministic values must be the same.
+    coordinates, and may raise no error. So this samples a few particles together and compares each with a run of its own.
+
+    Args:
+        model: function with Pyro statements.
+        guide: function with Pyro statements, or a `Messenger`, which never vectorises.
+        args: positional arguments of both.
+        kwargs: keyword arguments of both.
+        nesting: number of batch dimensions that plates take.
+        trials: number of particles, at least 2.
     """
     if traces.is_family(model):
         return True
     if isinstance(poutine.unwrap(guide), Messenger):
         return False
-    dim = -nesting - 1
+    model_without_args, guide_without_args = (lambda: model(*args, **kwargs)), (lambda: guide(*args, **kwargs))
     try:
         pair = traces.run_pair(model, guide, args, kwargs, traces.particles(trials, nesting))
-        together = [traces.log_prob(trace, (dim,), scaled=True).expand(trials) for trace in pair]
-        if not any(map(traces.latents, pair)):  # nothing to index; and noise of a dequantised density differs from call to call
-            return True
-        for i in range(trials):
-            again = [poutine.replay(fn, trace=_particle(trace, i, dim)) for fn, trace in zip((model, guide), pair, strict=True)]
-            alone = traces.run_pair(again[0], again[1], args, kwargs)
-            for name, one in traces.sample_sites(alone[0]).items():
-                if traces.is_deterministic(one):
-                    value = _of_particle(traces.sample_sites(pair[0])[name]["value"], one, i, dim)
-                    if not torch.allclose(value, one["value"], rtol=1e-3, atol=1e-3):
-                        return False
-            for trace, values in zip(alone, together, strict=True):
-                if not torch.allclose(traces.log_prob(trace, (dim,), scaled=True).squeeze(), values[i], rtol=1e-3, atol=1e-3):
-                    return False
-    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError):  # of shapes; a true fault comes again, alone
+        return agree_alone(model_without_args, guide_without_args, pair, trials, nesting, range(trials))
+    except SHAPE_ERRORS:
         return False
+
+
+def agree_alone(
+    model: Any, guide: Any, pair: tuple[Trace, Trace], num_particles: int, nesting: int, checked: Iterable[int]
+) -> bool:
+    """Return True if particles of a vectorised run agree with runs of their own, in log density and deterministic values.
+
+    Args:
+        model: function without arguments.
+        guide: function without arguments.
+        pair: traces of the model and the guide in a plate `traces.particles`.
+        num_particles: size of that plate.
+        nesting: number of batch dimensions that other plates take.
+        checked: particles to compare, each by one run of model and guide.
+    """
+    dim = -nesting - 1
+    together = [traces.log_prob(trace, (dim,), scaled=True).expand(num_particles) for trace in pair]
+    if not any(map(traces.latents, pair)):  # nothing to index; and the noise of a dequantised density is drawn at each call
+        return True
+    for i in checked:
+        replays = [poutine.replay(fn, trace=_particle(trace, i, dim)) for fn, trace in zip((model, guide), pair, strict=True)]
+        alone = traces.run_pair(*replays, (), {})
+        for name, site in traces.sample_sites(alone[0]).items():
+            if sites.is_deterministic(site):
+                value = _deterministic_value(traces.sample_sites(pair[0])[name]["value"], site, i, dim)
+                if not _close(value, site["value"]):
+                    return False
+        for trace, values in zip(alone, together, strict=True):
+            if not _close(traces.log_prob(trace, (dim,), scaled=True).squeeze(), values[i]):
+                return False
     return True
 
 
-def _of_particle(value: Tensor, alone: Mapping[str, Any], i: int, dim: int) -> Tensor:
-    """A deterministic value of one particle, in the shape that it has alone."""
-    event_dim = max(alone["value"].dim() - traces.plate_depth(alone), 0)
-    value = value.reshape((1,) * (event_dim - dim - value.dim()) + value.shape)
-    value = value.select(dim - event_dim, i if value.shape[dim - event_dim] > 1 else 0)
-    return value.reshape(alone["value"].shape)
+def most_different_particle(trace: Trace, num_particles: int, nesting: int) -> int:
+    """Return the particle whose latent variables differ from those of particle 0 in most coordinates.
+
+    A model that reads its latent variables from the left reads particle 0. This one shows it best.
+    """
+    dim = -nesting - 1
+    different = torch.zeros(num_particles)
+    for name in traces.latents(trace):
+        site = trace.nodes[name]
+        value = site["value"]
+        axis = value.dim() - site["fn"].event_dim + dim
+        if axis >= 0 and value.shape[axis] == num_particles:
+            rows = value.movedim(axis, 0).reshape(num_particles, -1)
+            different += (rows != rows[:1]).sum(1).to(different)
+    return int(different[1:].argmax()) + 1
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def _deterministic_value(together: Tensor, alone: Mapping[str, Any], i: int, dim: int) -> Tensor:
+    """Return a deterministic value of one particle, in the shape that it has in a run of one particle."""
+    event_dim = max(alone["value"].dim() - sites.plate_depth(alone), 0)
+    together = together.reshape((1,) * (event_dim - dim - together.dim()) + together.shape)
+    together = together.select(dim - event_dim, i if together.shape[dim - event_dim] > 1 else 0)
+    return together.reshape(alone["value"].shape)
 
 
 def _particle(trace: Trace, i: int, dim: int) -> Trace:
-    """One particle of a trace, with the shapes it would have alone."""
+    """Return one particle of a trace, with the shapes it has in a run of one particle."""
     alone = Trace()
     for name, site in traces.sample_sites(trace).items():
         value, event_dim = site["value"], site["fn"].event_dim
         if value.dim() - event_dim >= -dim:
             value = value.select(value.dim() - event_dim + dim, i)
-        own = value.shape[max(value.dim() - event_dim - traces.plate_depth(site), 0) :]
+        own = value.shape[max(value.dim() - event_dim - sites.plate_depth(site), 0) :]
         alone.add_node(name, **{**site, "value": value.reshape(own)})
     return alone

@@ -17,24 +17,22 @@ from __future__ import annotations
 __all__ = ["Loss", "Objective"]
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer import ELBO
 from pyro.infer.elbo import ELBOModule
-from pyro.infer.trace_elbo import _compute_log_r
 from pyro.infer.util import is_validation_enabled, torch_item
 from pyro.poutine import Trace
 from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent
+from torch.distributions import Distribution
 
 from pyro_genmodels._pyro import traces
-from pyro_genmodels.utils.distributions import sum_event
+from pyro_genmodels._pyro.wrappers import through_wrappers
 
 
 class Loss(ELBO):
@@ -137,7 +135,7 @@ class Objective(Loss):
             if not is_identically_zero(entropy):
                 surrogate = surrogate + entropy.sum()
             if not is_identically_zero(score_function):
-                log_r = log_r or _compute_log_r(model_trace, guide_trace)
+                log_r = log_r or traces.downstream_log_ratio(model_trace, guide_trace)
                 surrogate = surrogate - (log_r.sum_to(site["cond_indep_stack"]) * score_function).sum()
         if isinstance(surrogate, Tensor):
             surrogate = surrogate - surrogate.detach()
@@ -167,15 +165,6 @@ class Objective(Loss):
         site["unscaled_log_prob"] = through_wrappers(site["fn"], term)
         site["log_prob"] = scale_and_mask(site["unscaled_log_prob"], site["scale"], site["mask"])
         site["log_prob_sum"] = site["log_prob"].sum()
-
-
-def through_wrappers(fn: Distribution, term: Callable[[Distribution], Tensor]) -> Tensor:
-    """A term of the innermost distribution, summed and masked as Pyro's wrappers around it sum and mask its `log_prob`."""
-    if isinstance(fn, MaskedDistribution):
-        return scale_and_mask(through_wrappers(fn.base_dist, term), mask=fn._mask)
-    if isinstance(fn, Independent):
-        return sum_event(through_wrappers(fn.base_dist, term), fn.reinterpreted_batch_ndims)
-    return term(fn)
 
 
 class _ObjectiveModule(ELBOModule):

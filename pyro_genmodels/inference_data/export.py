@@ -106,7 +106,7 @@ def to_arviz(
     parts = []
     for source in sources:
         modules = traces.modules_of(source.model, source.guide)
-        with handlers.side_effect_free(), params.in_their_own_names(modules) if len(sources) > 1 else nullcontext():
+        with handlers.side_effect_free(), params.isolated_param_store(modules) if len(sources) > 1 else nullcontext():
             parts.append(collect(source, reports, **options))
     if reports:
         left = "; ".join(f"{what} ({why})" for what, why in reports.items())

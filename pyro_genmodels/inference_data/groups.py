@@ -190,7 +190,7 @@ class _Collection:
         names = ", ".join(map(repr, self.hidden))
         self.reports |= {f"posterior[{n!r}]": "inference has summed it out: there are no draws of it" for n in self.hidden}
         hanging, chained = walk.hang_on(self.hidden)
-        computed = [n for n in hanging if traces.is_deterministic(walk.sites[n])]
+        computed = [n for n in hanging if sites.is_deterministic(walk.sites[n])]
         self.reports |= {f"posterior[{n!r}]": f"it depends on {names}, of which there are no draws" for n in computed}
         self.skipped = {*self.hidden, *computed}
         others = [n for n in hanging if n not in computed]
@@ -213,7 +213,7 @@ class _Collection:
             if name not in run.walk.observed:
                 predicted_here = name in self.predicted or (self.source.alone and name == "x")
                 self._put("posterior_predictive" if predicted_here else "posterior", run, name, run.value(name, site))
-                if not (self.source.alone or predicted_here or name in self.no_prior or traces.is_deterministic(site)):
+                if not (self.source.alone or predicted_here or name in self.no_prior or sites.is_deterministic(site)):
                     self._put("log_prior", run, name, self._log_prob(run, "log_prior", name, site), event=False)
                 continue
             if predicted:
@@ -263,7 +263,7 @@ class _Collection:
                     for name, site in run.model.items():
                         if isinstance(site["fn"], Unit):
                             continue
-                        observed = site["infer"].get("was_observed") and not traces.is_deterministic(site)
+                        observed = site["infer"].get("was_observed") and not sites.is_deterministic(site)
                         self._put("prior_predictive" if observed else "prior", run, name, run.value(name, site))
         except NotImplementedError as error:
             self.reports["prior"] = str(error) or "a variable of the model cannot be drawn"

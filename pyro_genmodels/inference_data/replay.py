@@ -76,17 +76,17 @@ class Replay:
         first = _given_trace(guide) if given else self._own(poutine.trace(lambda: guide(*args, **kwargs)).get_trace())
         model_trace = poutine.trace(poutine.replay(self.model, trace=first)).get_trace()
         sites = ({} if given else traces.sample_sites(first)) | traces.sample_sites(model_trace)
-        self.nesting = max(map(traces.plate_depth, sites.values()), default=0)
+        self.nesting = max(map(sites.plate_depth, sites.values()), default=0)
         # what a model draws at once outside all plates is, for us, one event
         self.loose = {
             n: len(s["fn"].batch_shape)
             for n, s in sites.items()
-            if not (isinstance(s["fn"], (_Subsample, Unit)) or traces.is_deterministic(s) or traces.plate_depth(s))
+            if not (isinstance(s["fn"], (_Subsample, Unit)) or sites.is_deterministic(s) or sites.plate_depth(s))
         }
         # Pyro takes every dimension of a deterministic value for its event; those of its plates are not
         self.event_dims = {
-            n: max(s["value"].dim() - traces.plate_depth(s), 0)
-            if traces.is_deterministic(s)
+            n: max(s["value"].dim() - sites.plate_depth(s), 0)
+            if sites.is_deterministic(s)
             else s["fn"].event_dim + self.loose.get(n, 0)
             for n, s in sites.items()
             if not isinstance(s["fn"], _Subsample)
@@ -126,7 +126,7 @@ class Replay:
         sites = traces.sample_sites(self._trace(enumerated, guide, self.row_blocks[0]))
 
         def hangs(name: str, site: Any) -> bool:
-            if traces.is_deterministic(site):
+            if sites.is_deterministic(site):
                 return site["value"].dim() - self.event_dims[name] > self.nesting + 1
             return site["fn"].log_prob(site["value"]).dim() > self.nesting + 1
 
@@ -304,7 +304,7 @@ class ReplayBlock:
 
     def _shaped(self, value: Tensor, site: Mapping[str, Any], event_dim: int) -> Shaped:
         n = self.draws.stop - self.draws.start
-        frames = {f.dim: f for f in site["cond_indep_stack"] if f.vectorized and f.name != traces.PARTICLES}
+        frames = {f.dim: f for f in site["cond_indep_stack"] if f.vectorized and f.name != sites.PARTICLES}
         left = -self.walk.nesting - 1
         value = value.reshape((1,) * (-left + event_dim - value.dim()) + value.shape)
         batch, event = value.shape[: value.dim() - event_dim], value.shape[value.dim() - event_dim :]

@@ -146,7 +146,7 @@ def check_apart(sources: Sequence[DrawSource]) -> None:
         if isinstance(source.guide, Mapping):
             continue
         modules = traces.modules_of(source.model, source.guide)
-        with handlers.side_effect_free(), params.in_their_own_names(modules), poutine.trace(param_only=True) as capture:
+        with handlers.side_effect_free(), params.isolated_param_store(modules), poutine.trace(param_only=True) as capture:
             traces.run_pair(source.model, source.guide, source.args, source.kwargs)
         for name, site in capture.trace.nodes.items():
             value: Any = site["value"]

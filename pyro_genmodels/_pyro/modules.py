@@ -1,0 +1,109 @@
+"""The modules behind a model and its guide, and evaluation mode for all of them."""
+
+from __future__ import annotations
+
+__all__ = ["evaluation_mode", "reachable_modules"]
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from pyro import poutine
+from torch import nn
+from torch.distributions import Distribution, Transform
+
+_LIBRARIES = sys.stdlib_module_names | {"numpy", "pyro", "torch"}
+"""Packages whose objects are not searched for modules, nor the globals of their functions."""
+
+_THIS_PACKAGE = __name__.split(".", maxsplit=1)[0]
+"""This package, whose functions refer to no module by a global."""
+
+
+def reachable_modules(*parts: Any) -> list[nn.Module]:
+    """Return the modules that running these callables can call, submodules included.
+
+    The search covers modules; bound methods; the attributes of modules, of distributions and of the user's own objects;
+    handlers and `functools.partial`; containers; and of a function its closure, its defaults, and the globals and attributes
+    that its code names. A module that is only reached another way (by `getattr` with a computed name, or built in the run)
+    is not found.
+    """
+    modules: list[nn.Module] = []
+    seen: dict[int, Any] = {}  # keeps its objects alive, so that no id is used twice
+    queue = list(parts)
+    while queue:
+        part = queue.pop()
+        if id(part) in seen or isinstance(part, (str, bytes, int, float, type)):
+            continue
+        seen[id(part)] = part
+        if isinstance(part, nn.Module):
+            modules.append(part)
+        queue.extend(_parts_of(part))
+    return modules
+
+
+@contextmanager
+def evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put modules into evaluation mode, and those that were in training mode back at the end."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _parts_of(part: Any) -> Iterable[Any]:
+    """Return what a function, container or object refers to, as far as `reachable_modules` searches it."""
+    if isinstance(part, CellType):
+        try:
+            return [part.cell_contents]
+        except ValueError:  # a variable that is not assigned yet
+            return []
+    if isinstance(part, FunctionType):
+        return _parts_of_function(part)
+    if isinstance(part, MethodType):
+        return [part.__self__, part.__func__]
+    if isinstance(part, partial):  # also one of Pyro's handlers around a function
+        return [getattr(part, "func", None), part.args, part.keywords]
+    if isinstance(part, Mapping):
+        return list(part.values())
+    if isinstance(part, (list, tuple, set, frozenset)):
+        return part
+    if isinstance(part, nn.Module):
+        return [vars(part), *_methods_of(part)]
+    if isinstance(part, (Distribution, Transform, poutine.messenger.Messenger)) or not _is_library(type(part)):
+        return [getattr(part, "__dict__", {}), *_methods_of(part)]
+    return []
+
+
+def _parts_of_function(fn: FunctionType) -> list[Any]:
+    held = [fn.__closure__, fn.__defaults__, fn.__kwdefaults__]
+    if _is_library(fn):
+        return held
+    names = _names_in(fn.__code__)
+    named = [fn.__globals__[name] for name in names if name in fn.__globals__]
+    imported = [module for module in named if isinstance(module, ModuleType) and not _is_library(module)]
+    attributes = [vars(module)[name] for module in imported for name in names if name in vars(module)]
+    return [*held, *named, *attributes]
+
+
+def _methods_of(part: Any) -> list[Any]:
+    """Return the functions that a call of an object runs, if the user wrote them."""
+    methods = (getattr(type(part), name, None) for name in ("__call__", "forward"))
+    return [method for method in methods if isinstance(method, FunctionType) and not _is_library(method)]
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """Return the global names and attributes in a function's code, and in the functions defined inside it."""
+    return set(code.co_names).union(*(_names_in(const) for const in code.co_consts if isinstance(const, CodeType)))
+
+
+def _is_library(part: Any) -> bool:
+    name = part.__name__ if isinstance(part, ModuleType) else part.__module__
+    package = (name or "").split(".")[0]
+    return package in _LIBRARIES or (package == _THIS_PACKAGE and not isinstance(part, type))
