@@ -104,7 +104,7 @@ def mixtures(seconds: Seconds = 240, seed: Seed = 0, only: Annotated[str, typer.
         start = time.perf_counter()
         with torch.no_grad():
             gap = density.log_prob(test) - diffusion().log_prob(test)
-        draws = diffusion().with_sampler(DPMSolver(50)).walk((2500,))
+        draws = diffusion().with_sampler(DPMSolver(50)).trajectory((2500,))
         centres = density.component_distribution.base_dist.loc
         distance, nearest = torch.cdist(draws.x, centres).min(1)
         good = distance < 3 * sd

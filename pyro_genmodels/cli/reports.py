@@ -166,8 +166,8 @@ def _way(fit: Any, n: int, *, conditional: bool) -> tuple[Tensor, plots.Velocity
     made = made.base if made.is_dequantized else made
     if not capabilities(made).has_velocity:
         return None
-    walked = made.walk(() if conditional else (n,), num_frames=FRAMES)
-    times, frames = walked.times, walked.frames
+    trajectory = made.trajectory(() if conditional else (n,), num_frames=FRAMES)
+    times, frames = trajectory.times, trajectory.frames
     if made.has_noise_error:
         alpha, sigma = made.denoiser.process.alpha(times), made.denoiser.process.sigma(times)
         times, frames = alpha / (alpha + sigma), frames / along(alpha + sigma, frames)

@@ -229,7 +229,7 @@ class ReverseDiffusion(GenerativeDistribution):
         learned = any(t.requires_grad for t in (*tensors, *(p for module in modules for p in module.parameters())))
         return self.flow.rsample(sample_shape) if learned and torch.is_grad_enabled() else self.sample(sample_shape)
 
-    def walk(self, sample_shape: Sequence[int] = (), *, num_frames: int = 20, progress: bool | None = None) -> Trajectory:
+    def trajectory(self, sample_shape: Sequence[int] = (), *, num_frames: int = 20, progress: bool | None = None) -> Trajectory:
         """Draws, with what happened on the way.
 
         Args:
@@ -426,7 +426,7 @@ class DequantizedDiffusion(Dequantized):
         """See `ReverseDiffusion.guided`."""
         return self._over(self.base.guided(weight))
 
-    def walk(self, sample_shape: Sequence[int] = (), **kwargs: Any) -> Trajectory:
-        """See `ReverseDiffusion.walk`."""
-        found = self.base.walk(sample_shape, **kwargs)
+    def trajectory(self, sample_shape: Sequence[int] = (), **kwargs: Any) -> Trajectory:
+        """See `ReverseDiffusion.trajectory`."""
+        found = self.base.trajectory(sample_shape, **kwargs)
         return replace(found, x=self.quantize(found.x))

@@ -311,7 +311,7 @@ class ContinuousFlow(GenerativeDistribution):
         self.evaluations.add(path.evaluations)
         return path.x.reshape(y.shape)
 
-    def walk(self, sample_shape: Sequence[int] = (), *, num_frames: int = 20) -> Trajectory:
+    def trajectory(self, sample_shape: Sequence[int] = (), *, num_frames: int = 20) -> Trajectory:
         """Draws, with what happened on the way.
 
         Args:
@@ -326,7 +326,7 @@ class ContinuousFlow(GenerativeDistribution):
             ValueError: for fewer frames.
         """
         if num_frames < 2:
-            raise ValueError(f"A walk wants num_frames of 2 or more, its start and its end, but found {num_frames}.")
+            raise ValueError(f"A trajectory wants num_frames of 2 or more, for its start and its end, but found {num_frames}.")
         shape = Size(sample_shape) + self.batch_shape
         with torch.no_grad():
             start = self.base.sample(shape)

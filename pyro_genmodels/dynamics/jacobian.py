@@ -1,12 +1,15 @@
 r"""Vector-Jacobian products: :math:`v_i^\top \partial y / \partial x` for many vectors :math:`v_i`.
 
-One batched backward pass computes them all. Where torch cannot batch the backward pass of a layer, as that of GroupNorm when it
-is differentiated twice, each vector has a pass of its own.
+One batched backward pass computes them all. If torch cannot batch the backward pass of a layer, such as that of GroupNorm when
+it is differentiated twice, each vector has a pass of its own.
+
+The trace of a Jacobian J is :math:`\sum_i e_i^\top J e_i` over the unit vectors, or the mean of
+:math:`\epsilon^\top J \epsilon` over probes of mean 0 and covariance I (Hutchinson, 1989).
 """
 
 from __future__ import annotations
 
-__all__ = ["pull_back"]
+__all__ = ["pull_back", "unit_vectors"]
 
 from functools import partial
 
@@ -40,3 +43,14 @@ def pull_back(y: Tensor, x: Tensor, vectors: Tensor, *, create_graph: bool) -> T
         except RuntimeError:  # a layer without a batching rule; any other error is raised again below
             pass
     return torch.stack([products(vector)[0] for vector in vectors])
+
+
+def unit_vectors(x: Tensor) -> Tensor:
+    """Return the unit vectors of each row of x (N, ...), as (d, N, ...) for rows of d coordinates.
+
+    Example:
+        >>> unit_vectors(torch.zeros(1, 2)).tolist()
+        [[[1.0, 0.0]], [[0.0, 1.0]]]
+    """
+    d = x.shape[1:].numel()
+    return torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:]).expand(d, *x.shape)

@@ -1,11 +1,11 @@
-r"""Ordinary differential equations :math:`\dot x = v(t, x)`, solved along with what happens to volumes on the way.
+r"""Ordinary differential equations :math:`\dot x = v(t, x)`, with the change of volume along their solutions.
 
 .. math:: x(b) = x(a) + \int_a^b v\, dt, \qquad
     \log |\det \partial x(b) / \partial x(a)| = \int_a^b \operatorname{tr} \frac{\partial v}{\partial x}\, dt
 
-The trace is exact, by one batched pull-back of the unit vectors; or it is the mean of :math:`\epsilon^\top J \epsilon` over
-probes :math:`\epsilon` of mean 0 and covariance I (Hutchinson, 1989). Along with it can be had the kinetic energy
-:math:`\int |v|^2 dt` and the size of the Jacobian, :math:`\int |\epsilon^\top J|^2 dt`, on average :math:`\int \|J\|_F^2 dt`.
+The trace is exact or Hutchinson's estimate, see `pyro_genmodels.dynamics.jacobian`. Two penalties can be integrated along with
+it: the kinetic energy :math:`\int |v|^2 dt`, and the size of the Jacobian :math:`\int |\epsilon^\top J|^2 dt`, whose mean is
+:math:`\int \|J\|_F^2 dt`.
 
 Chen et al., *Neural Ordinary Differential Equations* (arXiv 1806.07366); Grathwohl et al., *FFJORD* (arXiv 1810.01367); Finlay
 et al., *How to train your neural ODE* (arXiv 2002.02798). The solvers are torchdiffeq's.
@@ -14,7 +14,8 @@ et al., *How to train your neural ODE* (arXiv 2002.02798). The solvers are torch
 from __future__ import annotations
 
 __all__ = [
-    "RK4", "Dopri5", "Dopri8", "Euler", "Midpoint", "ODESolution", "Solver", "Velocity", "integrate", "integrate_with_divergence",
+    "RK4", "Dopri5", "Dopri8", "Euler", "Midpoint", "ODESolution", "Solver", "Velocity", "integrate",
+    "integrate_with_divergence",
 ]  # fmt: skip
 
 from abc import ABC, abstractmethod
@@ -25,21 +26,29 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode  # public: listed in its module's __all__
 
-from pyro_genmodels.dynamics.jacobian import pull_back
+from pyro_genmodels.dynamics.jacobian import pull_back, unit_vectors
+from pyro_genmodels.dynamics.spacing import check_num_steps
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(time (), x (N, ...)) -> the shape of x."""
 
 MAX_STEPS = 10_000
-"""Of an adaptive solver, after which it gives up."""
-FAILURES = ("underflow in dt", "non-finite values in state", "max_num_steps exceeded")
-"""What torchdiffeq says when it cannot go on."""
+"""Number of steps after which an adaptive solver gives up."""
+FAILURE_MESSAGES = ("underflow in dt", "non-finite values in state", "max_num_steps exceeded")
+"""Beginnings of the messages with which torchdiffeq gives up."""
 
 
 class Solver(ABC):
-    """Base of all solvers. Objects without state: what a solver is and how exact."""
+    """Base class of ODE solvers. Solvers are values without state.
+
+    Attributes:
+        method: name of the method in torchdiffeq.
+        adjoint: True if gradients come from the adjoint equation.
+        rtol: relative tolerance, of adaptive solvers.
+        atol: absolute tolerance, of adaptive solvers.
+    """
 
     method: ClassVar[str]
     adjoint: bool
@@ -48,31 +57,31 @@ class Solver(ABC):
 
     @property
     def direct(self) -> Solver:
-        """The same without an adjoint."""
+        """Copy of the solver without the adjoint equation."""
         return replace(self, adjoint=False) if self.adjoint else self  # type: ignore[type-var]
 
     @property
     @abstractmethod
     def coarser(self) -> Solver:
-        """The same with larger errors, to tell its own by the difference."""
+        """Copy of the solver with larger errors. The difference of the two estimates the error."""
 
     @abstractmethod
     def options(self, end: Tensor) -> dict[str, Any]:
-        """What torchdiffeq wants to be told to get to that time."""
+        """Return torchdiffeq's options for a solution up to time `end`, ()."""
 
 
 @dataclass(frozen=True)
 class _Adaptive(Solver):
-    """Steps as large as the tolerances allow.
+    """Base class of solvers with adaptive steps, as large as the tolerances allow.
 
-    The estimated error of a step, relative to ``atol + rtol |x|``, has a root mean square over all rows and coordinates of 1 at
-    most, and so for the integrals along the way.
+    The estimated error of a step, divided by ``atol + rtol |x|``, has a root mean square of at most 1 over all rows and
+    coordinates. The same holds for each of the integrals.
 
     Attributes:
         rtol: tolerated error, relative to the state.
-        atol: tolerated error, in its units.
-        adjoint: whether gradients come from a second ODE, solved backwards, which takes memory for one step only but more time,
-            has errors of its own, and cannot be differentiated again; else from the steps taken, exact for them.
+        atol: tolerated error, in the units of the state.
+        adjoint: True if gradients come from a second ODE that is solved backwards. It needs memory for one step only, but takes
+            more time, has an error of its own, and cannot be differentiated again. False differentiates the steps themselves.
     """
 
     rtol: float = 1e-5
@@ -90,42 +99,41 @@ class _Adaptive(Solver):
         return replace(self, rtol=10 * self.rtol, atol=10 * self.atol)
 
     def options(self, end: Tensor) -> dict[str, Any]:
-        return {"max_num_steps": MAX_STEPS, "step_t": end.reshape(1)}  # a step ends there: interpolation is of low order
+        return {"max_num_steps": MAX_STEPS, "step_t": end.reshape(1)}  # a step ends there, since interpolation has low order
 
 
 @dataclass(frozen=True)
 class Dopri5(_Adaptive):
-    """Dormand and Prince's method of order 5, with adaptive steps."""
+    """The method of Dormand and Prince of order 5, with adaptive steps."""
 
     method: ClassVar[str] = "dopri5"
 
 
 @dataclass(frozen=True)
 class Dopri8(_Adaptive):
-    """Dormand and Prince's method of order 8, with adaptive steps: for small tolerances, in double precision."""
+    """The method of Dormand and Prince of order 8, with adaptive steps: for small tolerances in double precision."""
 
     method: ClassVar[str] = "dopri8"
 
 
 @dataclass(frozen=True)
 class _Fixed(Solver):
-    """Steps of one size.
+    """Base class of solvers with steps of equal size.
 
     Attributes:
-        num_steps: how many.
-        adjoint: see `Dopri5`.
+        num_steps: number of steps.
+        adjoint: True if gradients come from a second ODE; see `Dopri5`.
     """
 
     num_steps: int
     adjoint: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
-            raise ValueError(f"{type(self).__name__} wants num_steps of 1 or more, but found {self.num_steps!r}.")
+        check_num_steps(self, self.num_steps)
 
     @property
     def coarser(self) -> Solver:
-        return replace(self, num_steps=self.num_steps // 2 or 2)  # of one step, the error is told by two
+        return replace(self, num_steps=self.num_steps // 2 or 2)  # the error of one step is estimated by two
 
     def options(self, end: Tensor) -> dict[str, Any]:
         def grid(_: Any, __: Tensor, t: Tensor) -> Tensor:
@@ -136,35 +144,35 @@ class _Fixed(Solver):
 
 @dataclass(frozen=True)
 class Euler(_Fixed):
-    """Euler's method, of order 1: one evaluation a step."""
+    """The Euler method, of order 1: one evaluation per step."""
 
     method: ClassVar[str] = "euler"
 
 
 @dataclass(frozen=True)
 class Midpoint(_Fixed):
-    """The midpoint method, of order 2: two evaluations a step."""
+    """The midpoint method, of order 2: two evaluations per step."""
 
     method: ClassVar[str] = "midpoint"
 
 
 @dataclass(frozen=True)
 class RK4(_Fixed):
-    """Kutta's 3/8 rule, of order 4: four evaluations a step."""
+    """The 3/8 rule of Kutta, of order 4: four evaluations per step."""
 
     method: ClassVar[str] = "rk4"
 
 
 @dataclass(frozen=True)
 class ODESolution:
-    """Where a way along a velocity ended.
+    """The solution of an ODE at its end.
 
     Attributes:
-        x: the points there, of the shape they had at its start.
-        evaluations: how often the velocity was asked, for all rows at once; not counting the adjoint's way back.
-        divergence: integral of the trace of the Jacobian from start to end, (N,): the log volume gained on the way.
-        kinetic: integral of the squared speed, (N,), of either direction of time positive.
-        jacobian: integral of the squared size of the Jacobian, or of its estimate, (N,); likewise.
+        x: points at the end, of the shape of the initial points.
+        evaluations: number of calls of the velocity, each for all rows at once, without those of the adjoint equation.
+        divergence: integral of the trace of the Jacobian from start to end, (N,): the gain of log volume.
+        kinetic: integral of the squared speed, (N,), positive in either direction of time.
+        jacobian: integral of the squared Frobenius norm of the Jacobian, or of its estimate, (N,), positive likewise.
     """
 
     x: Tensor
@@ -177,26 +185,26 @@ class ODESolution:
 def integrate(
     velocity: Velocity, x: Tensor, start: float, end: float, solver: Solver, *, parameters: Sequence[Tensor] = ()
 ) -> ODESolution:
-    """Follows a velocity from one time to another, forwards or backwards.
+    """Solve an ODE from one time to another, forwards or backwards.
 
     Args:
         velocity: (t (), x (N, ...)) -> the shape of x.
-        x: points, (N, ...).
-        start: time at which they are given.
-        end: time at which they are wanted.
-        solver: such as ``Dopri5()``.
-        parameters: tensors that the velocity depends on and that want gradients, for solvers with an adjoint.
+        x: initial points, (N, ...).
+        start: time of the initial points.
+        end: time of the solution.
+        solver: solver such as ``Dopri5()``.
+        parameters: tensors that the velocity depends on and that require gradients. Only solvers with an adjoint need them.
 
     Returns:
-        The points at the end, which carry gradients where these are enabled.
+        The points at the end, with gradients if these are enabled.
 
     Raises:
-        FloatingPointError: where the solver's steps vanish, are too many, or lead to NaN or infinity.
-        NotImplementedError: while a graph is captured.
+        FloatingPointError: if the solver's steps become too small or too many, or the solution is NaN or infinite.
+        NotImplementedError: if a graph is being captured.
 
     Example:
-        >>> path = integrate(lambda t, x: -x, torch.ones(1, 2), 0.0, 1.0, RK4(10))
-        >>> path.x, path.evaluations
+        >>> solution = integrate(lambda t, x: -x, torch.ones(1, 2), 0.0, 1.0, RK4(10))
+        >>> solution.x, solution.evaluations
         (tensor([[0.3679, 0.3679]]), 40)
     """
     (x,), evaluations = _solve(lambda t, state: (velocity(t, state[0]),), (x,), start, end, solver, parameters)
@@ -214,21 +222,21 @@ def integrate_with_divergence(
     regularize: bool = False,
     parameters: Sequence[Tensor] = (),
 ) -> ODESolution:
-    """Follows a velocity, and adds up its divergence on the way.
+    """Solve an ODE together with the integral of its divergence.
 
     Args:
-        velocity: see `integrate`; each row's by that row alone.
-        x: points, (N, ...).
+        velocity: see `integrate`. The velocity of a row depends on that row alone.
+        x: initial points, (N, ...).
         start: see `integrate`.
         end: see `integrate`.
         solver: see `integrate`.
-        probes: (k, N, ...), the same all along the way, of mean 0 and covariance I; None takes the trace exactly, by as many
-            pull-backs as there are coordinates.
-        regularize: whether to add up the kinetic energy and the size of the Jacobian too.
+        probes: probes of mean 0 and covariance I for the trace, (k, N, ...), the same at all times. None computes the exact
+            trace, by one vector-Jacobian product per coordinate.
+        regularize: True if the kinetic energy and the size of the Jacobian are integrated too.
         parameters: see `integrate`.
 
     Returns:
-        The end, with `divergence` and, if asked for, `kinetic` and `jacobian`.
+        The solution, with `divergence` and, if asked for, `kinetic` and `jacobian`.
 
     Raises:
         FloatingPointError: see `integrate`.
@@ -243,39 +251,33 @@ def integrate_with_divergence(
         raise ValueError(
             f"Probes of points {tuple(x.shape)} should be (k, {', '.join(map(str, x.shape))}), not {tuple(probes.shape)}."
         )
-    vectors = _units(x) if probes is None else probes
+    vectors = unit_vectors(x) if probes is None else probes
     sign = 1.0 if end > start else -1.0
 
     def rates(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            kept = create_graph and state[0].requires_grad  # the start may be plain data
-            at = state[0] if kept else state[0].detach().requires_grad_()
+            connected = create_graph and state[0].requires_grad  # the initial points may be plain data
+            at = state[0] if connected else state[0].detach().requires_grad_()
             v = velocity(t, at)
-            rows = pull_back(v, at, vectors, create_graph=create_graph)
+            products = pull_back(v, at, vectors, create_graph=create_graph)
         if not create_graph:
-            v, rows = v.detach(), rows.detach()
-        terms = [(rows * vectors).flatten(2).sum(2)]
+            v, products = v.detach(), products.detach()
+        terms = [(products * vectors).flatten(2).sum(2)]
         if regularize:
-            terms.append(sign * rows.square().flatten(2).sum(2))
-        of_trace = [term.sum(0) if probes is None else term.mean(0) for term in terms]
-        return v, *of_trace, *([sign * v.square().flatten(1).sum(1)] if regularize else [])
+            terms.append(sign * products.square().flatten(2).sum(2))
+        traces = [term.sum(0) if probes is None else term.mean(0) for term in terms]
+        return v, *traces, *([sign * v.square().flatten(1).sum(1)] if regularize else [])
 
-    wanted = torch.is_grad_enabled() and any(p.requires_grad for p in (x, *parameters))
-    asked = torch.is_grad_enabled() and not wanted
-    if asked:  # whether the velocity has parameters that were not told
-        wanted = velocity(x.new_tensor(start), x).requires_grad
+    needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in (x, *parameters))
+    tried = torch.is_grad_enabled() and not needs_grad
+    if tried:  # the velocity may have parameters that were not passed
+        needs_grad = velocity(x.new_tensor(start), x).requires_grad
     zeros = [x.new_zeros(len(x)) for _ in range(3 if regularize else 1)]
-    with torch.set_grad_enabled(wanted):
+    with torch.set_grad_enabled(needs_grad):
         (x, divergence, *penalties), evaluations = _solve(rates, (x, *zeros), start, end, solver, parameters)
     jacobian, kinetic = penalties or (None, None)
-    return ODESolution(x, evaluations + asked, divergence, kinetic, jacobian)
-
-
-def _units(x: Tensor) -> Tensor:
-    """The unit vectors, for each row: (d, N, ...)."""
-    d = x.shape[1:].numel()
-    return torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:]).expand(d, *x.shape)
+    return ODESolution(x, evaluations + tried, divergence, kinetic, jacobian)
 
 
 def _solve(
@@ -286,49 +288,49 @@ def _solve(
     solver: Solver,
     parameters: Sequence[Tensor],
 ) -> tuple[tuple[Tensor, ...], int]:
-    """The state at the end, and how often its rates were asked for."""
+    """Return the state at the end, and the number of calls of `rates`."""
     name = type(solver).__name__
     if get_proxy_mode() is not None or torch.compiler.is_compiling():
         raise NotImplementedError(
             f"{name} solves an ODE by steps that depend on values, and cannot be captured as a graph (make_fx, torch.compile). "
-            "Leave this model uncaptured, or capture its velocity, which can be."
+            "Do not capture this model, or capture its velocity only."
         )
     if not (isinstance(solver, Solver) and start != end):
         raise ValueError(f"An ODE wants a solver such as Dopri5() and two times, but found {solver!r}, {start} and {end}.")
     if not state[0].numel():
         return state, 0
-    from torchdiffeq import odeint, odeint_adjoint  # which loads scipy
+    from torchdiffeq import odeint, odeint_adjoint  # slow to import: loads scipy
 
-    evaluations, arrived, (low, high) = 0, False, sorted((start, end))
+    evaluations, finished, (low, high) = 0, False, sorted((start, end))
 
     def counted(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         nonlocal evaluations
-        evaluations += not arrived  # the adjoint goes on from there
-        return rates(t.clamp(low, high), state)  # the first step is chosen by a look ahead, however far
+        evaluations += not finished  # calls of the adjoint equation come later
+        return rates(t.clamp(low, high), state)  # torchdiffeq may look ahead of the end to choose its first step
 
     times = torch.tensor([start, end], dtype=torch.float64, device=state[0].device)
     arguments: dict[str, Any] = {"method": solver.method, "rtol": solver.rtol, "atol": solver.atol}
     try:
         if solver.adjoint and torch.is_grad_enabled():
-            back = {**solver.options(times[0]), "norm": "seminorm"}  # Kidger et al. (arXiv 2009.09457)
-            arguments |= {"adjoint_params": tuple(parameters), "adjoint_options": back}
-            found = odeint_adjoint(counted, state, times, options=solver.options(times[1]), **arguments)
+            backward = {**solver.options(times[0]), "norm": "seminorm"}  # Kidger et al. (arXiv 2009.09457)
+            arguments |= {"adjoint_params": tuple(parameters), "adjoint_options": backward}
+            states = odeint_adjoint(counted, state, times, options=solver.options(times[1]), **arguments)
         else:
-            found = odeint(counted, state, times, options=solver.options(times[1]), **arguments)
+            states = odeint(counted, state, times, options=solver.options(times[1]), **arguments)
     except AssertionError as error:
-        if not str(error).startswith(FAILURES):
+        if not str(error).startswith(FAILURE_MESSAGES):
             raise
         raise _failure(name, start, end, f"gave up ({str(error).splitlines()[0].split(':')[0]})") from error
-    arrived = True
-    ends = tuple(part[-1] for part in found)
+    finished = True
+    ends = tuple(part[-1] for part in states)
     if not ends[0].isfinite().all():
-        raise _failure(name, start, end, "came to NaN or infinite values")
+        raise _failure(name, start, end, "reached NaN or infinite values")
     return ends, evaluations
 
 
-def _failure(name: str, start: float, end: float, found: str) -> FloatingPointError:
+def _failure(name: str, start: float, end: float, problem: str) -> FloatingPointError:
     return FloatingPointError(
-        f"{name} {found} on the way from time {start:g} to {end:g}: the velocity is too steep, or not finite. Look for NaN in "
-        "its parameters; lower the learning rate; regularise it (kinetic, jacobian); or loosen the tolerances (rtol, atol), "
-        "which in single precision should not be below 1e-6."
+        f"{name} {problem} between time {start:g} and {end:g}: the velocity is too steep, or not finite. Look for NaN in its "
+        "parameters; lower the learning rate; regularise the velocity (kinetic, jacobian); or loosen the tolerances (rtol, "
+        "atol), which in single precision should not be below 1e-6."
     )

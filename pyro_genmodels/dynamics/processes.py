@@ -4,8 +4,9 @@ Each is the solution of :math:`dx = f(t)\, x\, dt + g(t)\, dw`, with
 
 .. math:: f = \frac{d \log \alpha}{dt}, \qquad g^2 = \frac{d\sigma^2}{dt} - 2 f \sigma^2 .
 
-Up to the scale of x and the clock they are all one process, told by the log of the signal-to-noise ratio
-:math:`\lambda = \log(\alpha / \sigma)`, which falls with t. Data are taken to be standardised: of mean 0 and deviation 1.
+All of them are the same process up to the scale of x and the clock: only the log signal-to-noise ratio
+:math:`\lambda = \log(\alpha / \sigma)` matters, which falls with t. Data are assumed to be standardised, with mean 0 and
+standard deviation 1.
 
 Song et al., *Score-Based Generative Modeling through SDEs* (arXiv 2011.13456); Kingma et al., *Variational Diffusion Models*
 (arXiv 2107.00630).
@@ -29,7 +30,7 @@ from torch import Size, Tensor
 
 @dataclass(frozen=True)
 class Process(ABC):
-    """Base of all processes. Times are tensors of any shape, in [`start`, `end`]."""
+    """Base class of processes. Times are tensors of any shape with values in [`start`, `end`]."""
 
     def __post_init__(self) -> None:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -44,62 +45,65 @@ class Process(ABC):
     @property
     @abstractmethod
     def start(self) -> float:
-        """The time at which data have the least noise, more than 0."""
+        """First time, greater than 0, at which the data have the least noise."""
 
     @property
     def end(self) -> float:
-        """The time at which nearly nothing of the data is left."""
+        """Last time, at which almost nothing of the data is left."""
         return 1.0
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
-        """How much of the data is left."""
+        """Return the factor of the data at times t."""
 
     @abstractmethod
     def sigma(self, t: Tensor) -> Tensor:
-        """Standard deviation of the noise."""
+        """Return the standard deviation of the noise at times t."""
 
     @abstractmethod
     def drift(self, t: Tensor) -> Tensor:
-        """f, per unit of time."""
+        """Return f at times t, per unit of time."""
 
     @abstractmethod
     def time(self, log_snr: Tensor) -> Tensor:
-        """The time of a log signal-to-noise ratio."""
+        """Return the times at which the log signal-to-noise ratio has the given values."""
 
     def squared_diffusion(self, t: Tensor) -> Tensor:
-        """g^2, per unit of time."""
-        return -2 * self.drift(t) * (self.alpha(t).square() + self.sigma(t).square())  # where the variance is kept
+        """Return g^2 at times t, per unit of time."""
+        return -2 * self.drift(t) * (self.alpha(t).square() + self.sigma(t).square())  # variance preserving
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """The log of alpha / sigma."""
+        """Return log(alpha / sigma) at times t."""
         return self.alpha(t).log() - self.sigma(t).log()
 
     @property
     def log_snr_range(self) -> tuple[float, float]:
-        """Of log alpha / sigma, at the end and at the start."""
+        """Smallest and largest log(alpha / sigma): at the end and at the start."""
         low, high = self.log_snr(torch.tensor([self.end, self.start], dtype=torch.float64)).tolist()
         return low, high
 
     def noised(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t of data x (n, ...) at times t (n,)."""
+        """Return x_t for data x (n, ...), times t (n,) and standard normal noise (n, ...)."""
         return along(self.alpha(t), x) * x + along(self.sigma(t), x) * noise
 
 
 def along(values: Tensor, x: Tensor) -> Tensor:
-    """Numbers, one per row or one for all, to be multiplied with x (n, ...)."""
+    """Return values, () or (n,), in a shape that broadcasts along the rows of x (n, ...)."""
     return values.reshape(*values.shape, *(1 for _ in x.shape[1:])) if values.dim() else values
 
 
 def stratified(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Uniform numbers, each by itself, that together cover [0, 1) evenly, so that a mean over them errs less."""
+    """Return stratified uniform numbers in [0, 1), which give means of lower variance than independent ones.
+
+    Each number is uniform, and together they cover the interval evenly.
+    """
     n = Size(shape).numel()
     u = (torch.rand((), dtype=like.dtype, device=like.device) + torch.arange(n, dtype=like.dtype, device=like.device) / n) % 1
     return u.reshape(shape)
 
 
 class _Linear(Process):
-    """The clock of a noise rate that rises linearly."""
+    """Base class of processes whose noise rate rises linearly with time."""
 
     beta_min: float
     beta_max: float
@@ -118,17 +122,17 @@ class _Linear(Process):
         return -0.5 * t * self.beta_min - 0.25 * t.square() * (self.beta_max - self.beta_min)
 
     def _time(self, log_alpha: Tensor) -> Tensor:
-        slope, loss = self.beta_max - self.beta_min, -4 * log_alpha
-        return loss / (self.beta_min + (self.beta_min**2 + slope * loss).sqrt())
+        slope, c = self.beta_max - self.beta_min, -4 * log_alpha
+        return c / (self.beta_min + (self.beta_min**2 + slope * c).sqrt())  # root of slope t^2 + 2 beta_min t = c
 
 
 @dataclass(frozen=True)
 class VariancePreserving(_Linear):
-    """alpha^2 + sigma^2 = 1, with a noise rate that rises linearly: the continuous form of DDPM (arXiv 2006.11239).
+    """Process with alpha^2 + sigma^2 = 1 and a linear noise rate: the continuous form of DDPM (arXiv 2006.11239).
 
     Attributes:
-        beta_min: noise rate at time 0.
-        beta_max: noise rate at time 1.
+        beta_min: noise rate at time 0, per unit of time.
+        beta_max: noise rate at time 1, per unit of time.
     """
 
     beta_min: float = 0.1
@@ -143,11 +147,11 @@ class VariancePreserving(_Linear):
 
 @dataclass(frozen=True)
 class SubVariancePreserving(_Linear):
-    """The data fade as in `VariancePreserving`, with less noise at every time: sigma = 1 - alpha^2.
+    """Process with the alpha of `VariancePreserving` and less noise at every time: sigma = 1 - alpha^2.
 
     Attributes:
-        beta_min: noise rate at time 0.
-        beta_max: noise rate at time 1.
+        beta_min: noise rate at time 0, per unit of time.
+        beta_max: noise rate at time 1, per unit of time.
     """
 
     beta_min: float = 0.1
@@ -170,10 +174,10 @@ class SubVariancePreserving(_Linear):
 
 @dataclass(frozen=True)
 class CosineVariancePreserving(Process):
-    """alpha^2 + sigma^2 = 1, with alpha a cosine of time (arXiv 2102.09672).
+    """Process with alpha^2 + sigma^2 = 1 in which alpha is a cosine of time (arXiv 2102.09672).
 
     Attributes:
-        offset: shift of the cosine, so that noise does not vanish too fast near the data.
+        offset: shift of the cosine. It keeps the noise from vanishing too fast near the data.
     """
 
     offset: float = 0.008
@@ -206,20 +210,22 @@ class CosineVariancePreserving(Process):
 
     def time(self, log_snr: Tensor) -> Tensor:
         first = self._angle(torch.zeros_like(log_snr))
-        gone = self._first**2 * torch.sigmoid(-2 * log_snr)  # sin^2 b - sin^2 a, of the angles a at time 0 and b
-        sine = (gone + first.sin().square()).sqrt()
+        # with the angles a at time 0 and b at time t
+        difference = self._first**2 * torch.sigmoid(-2 * log_snr)  # sin^2 b - sin^2 a
+        sine = (difference + first.sin().square()).sqrt()
         middle = (torch.atan2(sine, self._first * torch.sigmoid(2 * log_snr).sqrt()) + first) / 2
-        half = torch.asin(gone / (sine + first.sin()) / (2 * middle.cos()))  # sin b - sin a = 2 cos((b + a)/2) sin((b - a)/2)
+        # sin b - sin a = 2 cos((b + a)/2) sin((b - a)/2)
+        half = torch.asin(difference / (sine + first.sin()) / (2 * middle.cos()))
         return half * 4 * (1 + self.offset) / pi
 
 
 @dataclass(frozen=True)
 class VarianceExploding(Process):
-    """Data stay as they are, under noise that grows geometrically (arXiv 1907.05600).
+    """Process with alpha = 1 and a sigma that grows geometrically with time (arXiv 1907.05600).
 
     Attributes:
-        sigma_min: deviation of the noise at time 0.
-        sigma_max: at time 1.
+        sigma_min: standard deviation of the noise at time 0.
+        sigma_max: standard deviation of the noise at time 1.
     """
 
     sigma_min: float = 0.002
@@ -251,11 +257,11 @@ class VarianceExploding(Process):
 
 @dataclass(frozen=True)
 class Karras(Process):
-    """Data stay as they are, and time is the deviation of the noise (EDM, arXiv 2206.00364).
+    """Process with alpha = 1 and sigma = t (EDM, arXiv 2206.00364).
 
     Attributes:
-        sigma_min: the first time.
-        sigma_max: the last time.
+        sigma_min: first time, and standard deviation of the noise there.
+        sigma_max: last time, and standard deviation of the noise there.
     """
 
     sigma_min: float = 0.002

@@ -17,6 +17,7 @@ from pyro_genmodels.dynamics.denoiser import (
     VelocityPrediction,
 )
 from pyro_genmodels.dynamics.ode import RK4, Dopri5, Dopri8, Euler, Midpoint
+from pyro_genmodels.dynamics.probability_flow import DPMSolver, Heun, ProbabilityFlow
 from pyro_genmodels.dynamics.processes import (
     CosineVariancePreserving,
     Karras,
@@ -24,7 +25,7 @@ from pyro_genmodels.dynamics.processes import (
     VarianceExploding,
     VariancePreserving,
 )
-from pyro_genmodels.dynamics.reverse import DDIM, Ancestral, DPMSolver, EulerMaruyama, Heun, PredictorCorrector, ProbabilityFlow
+from pyro_genmodels.dynamics.reverse_sde import DDIM, Ancestral, EulerMaruyama, PredictorCorrector
 from pyro_genmodels.dynamics.spacing import UniformLogSNR, UniformSigma, UniformTime
 from pyro_genmodels.families.autoregressive import Autoregressive
 from pyro_genmodels.families.context import Labels

@@ -471,7 +471,7 @@ def test_a_walk_tells_what_happened_on_the_way(capsys):
     diffusion.standardize(5 + torch.randn(50, 2))
     d = diffusion.eval()(torch.randn(3, 2))
     pyro.set_rng_seed(2)
-    found = d.walk((4,), num_frames=5, progress=True)
+    found = d.trajectory((4,), num_frames=5, progress=True)
     assert "DDIM" in capsys.readouterr().err
     pyro.set_rng_seed(2)
     assert_close(found.x, d.sample((4,)))
@@ -485,7 +485,7 @@ def test_a_walk_tells_what_happened_on_the_way(capsys):
 def test_a_walk_has_as_many_frames_as_asked_for(sampler):
     d = small(sampler=sampler).eval()()
     pyro.set_rng_seed(2)
-    found = d.walk((4,), num_frames=6)
+    found = d.trajectory((4,), num_frames=6)
     assert found.frames.shape == (6, 4, 2)
     assert (found.times.diff() <= 0).all()
     assert_close(found.times[[0, -1]], torch.tensor([1.0, 1e-5]))
@@ -493,9 +493,9 @@ def test_a_walk_has_as_many_frames_as_asked_for(sampler):
     assert_close(found.x, d.sample((4,)), rtol=1e-3, atol=1e-3)
     for bad in (1, -1):
         with pytest.raises(ValueError, match="num_frames of 2 or more"):
-            d.walk((4,), num_frames=bad)
+            d.trajectory((4,), num_frames=bad)
     with pytest.raises(ValueError, match=r"\.eval\(\)"):
-        small(network=DenseField(8, 1, dropout=0.5)).train()().walk((4,))
+        small(network=DenseField(8, 1, dropout=0.5)).train()().trajectory((4,))
 
 
 def test_draws_of_nothing_have_a_shape():
@@ -506,8 +506,8 @@ def test_draws_of_nothing_have_a_shape():
 def test_integers_keep_the_choices_of_a_diffusion():
     diffusion = small((2,), levels=4, context=2, drop_context=0.1, standardize=False).eval()
     d, x = diffusion(torch.randn(3, 2)), torch.randint(4, (3, 2))
-    assert d.with_sampler(DDIM(3)).walk(num_frames=2).evaluations == 3
-    walked = d.walk(num_frames=2).x
+    assert d.with_sampler(DDIM(3)).trajectory(num_frames=2).evaluations == 3
+    walked = d.trajectory(num_frames=2).x
     assert walked.dtype == torch.long
     assert d.support.check(walked).all()
     flow, bound = (d.with_likelihood(likelihood).expand((5, 3)) for likelihood in (FlowDensity(RK4(2)), VariationalBound()))
@@ -541,7 +541,7 @@ def test_precision_is_that_of_the_network():
     for d in (diffusion(), diffusion().with_likelihood(VariationalBound())):
         assert d.sample().dtype == d.rsample().dtype == torch.float64
         assert d.log_prob(torch.randn(2).double()).dtype == torch.float64
-        assert d.walk((2,)).frames.dtype == torch.float64
+        assert d.trajectory((2,)).frames.dtype == torch.float64
 
 
 # In a Pyro model.

@@ -541,7 +541,7 @@ def test_a_walk_tells_what_happened_on_the_way():
     flow.standardize(5 + 3 * torch.randn(50, 2))
     d = flow.eval()(torch.randn(3, 2))
     pyro.set_rng_seed(2)
-    found = d.walk((4,), num_frames=3)
+    found = d.trajectory((4,), num_frames=3)
     pyro.set_rng_seed(2)
     whole = ContinuousFlow(d.field, d.base, (2,), solver=RK4(8), context=d.context, network=flow, pretransform=d.pretransform)
     assert_close(found.x, whole.sample((4,)))  # four steps to each frame
@@ -550,7 +550,7 @@ def test_a_walk_tells_what_happened_on_the_way():
     assert found.times.tolist() == [0.0, 0.5, 1.0]
     assert found.evaluations == flow.evaluations.last == 32
     with pytest.raises(ValueError, match="num_frames of 2 or more"):
-        d.walk(num_frames=1)
+        d.trajectory(num_frames=1)
 
 
 def test_log_likelihood_averages_over_probes_drawn_anew(float64):
