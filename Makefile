@@ -10,14 +10,15 @@ VENV_ARVIZ1 ?= .venv-arviz1
 BIN_ARVIZ1 := $(VENV_ARVIZ1)/bin
 READY_ARVIZ1 := $(VENV_ARVIZ1)/.ready
 
-.PHONY: demo test test-slow test-arviz1 lint types docs tutorials clean help
+.PHONY: demo test test-slow test-docs test-arviz1 lint types docs tutorials clean help
 
 help:
 	@echo "make demo       fit seven families to scikit-learn's digits, print one table, write $(OUT)/"
-	@echo "make test       run the tests (make test-slow: the slow ones too; make test-arviz1: to_arviz under ArviZ 1.x)"
+	@echo "make test       run the tests (make test-slow: the slow ones too; make test-docs: the slow code of docs and tutorials;"
+	@echo "                make test-arviz1: to_arviz under ArviZ 1.x)"
 	@echo "make lint       check style; make types: check types"
 	@echo "make docs       make the documentation in docs/_build/html/"
-	@echo "make tutorials  execute the tutorials again, in about ten minutes, and keep what they print and draw"
+	@echo "make tutorials  execute the tutorials again, in about ten minutes, and save their output"
 	@echo "make clean      remove $(VENV)/, $(VENV_ARVIZ1)/, $(OUT)/ and caches"
 
 $(READY): pyproject.toml constraints.txt
@@ -45,11 +46,15 @@ demo: $(READY)
 
 test: $(READY)
 	@echo "== tests"
-	$(BIN)/python -m pytest -q -n 2 -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n 2 --durations=10 -m "not slow and not gpu"
 
 test-slow: $(READY)
 	@echo "== tests, the slow ones too"
-	$(BIN)/python -m pytest -q -n 2 -m "not gpu"
+	$(BIN)/python -m pytest -q -n 2 --durations=10 -m "not gpu"
+
+test-docs: $(READY)
+	@echo "== the slow code of the documentation and the tutorials"
+	$(BIN)/python -m pytest -q -n 2 -m slow -k runs tests/test_docs.py tests/test_tutorials.py
 
 test-arviz1: $(READY_ARVIZ1)
 	@echo "== tests of to_arviz under ArviZ 1.x"

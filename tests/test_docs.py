@@ -1,4 +1,4 @@
-"""The documentation builds without a warning, its code runs, and what it says and names is so."""
+"""The documentation builds without a warning, its code runs, its tables are true and its names resolve."""
 
 import ast
 import re
@@ -13,8 +13,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import test_distributions as of_distributions
-import test_families as of_families
 import torch
 from cases import CASES
 from pyro.infer import Predictive, Trace_ELBO
@@ -23,17 +21,30 @@ from torch.distributions import constraints
 
 import pyro_genmodels
 from pyro_genmodels import GAN, Adversarial, ContrastiveDivergence, DenoisingScoreMatching, MaximumLikelihood, to_arviz
+from pyro_genmodels.testing import check_distribution, check_family
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
-ALONE = ("recipes",)  # pages whose sections run by themselves
+ALONE = ("examples", "extending", "recipes")  # pages whose sections run by themselves
+SLOW = {  # pages and sections that train for seconds; `make test-docs` runs them
+    "adversarial",
+    "energies",
+    "examples, A diffusion as prior",
+    "examples, A flow as likelihood",
+    "examples, A flow as prior under NUTS",
+    "examples, An ODE flow by flow matching",
+    "examples, An SVI posterior in ArviZ",
+    "recipes, A flow as a prior that stays as it is, under NUTS",
+    "recipes, Compare fits, and mix them by stacking",
+    "recipes, How far draws are from data",
+}
 
 
 # Code.
 
 
 def blocks(page):
-    """The blocks of Python of a page: (section, code), each with its line numbers."""
+    """Yield (section, code) for each block of Python of a page; the code has the page's line numbers."""
     text = PAGES[page]
     headings = [(m.start(), m[1]) for m in re.finditer(r"^## (.+)$", text, flags=re.M)]
     for found in re.finditer(r"^```python\n(.*?)^```$", text, flags=re.M | re.S):
@@ -44,11 +55,11 @@ def blocks(page):
 
 @cache
 def run(page, section=None):
-    """The module that a page, or one section of it, makes when its blocks run in order."""
+    """Run the blocks of a page, or of one section of it, in order; return the module they make."""
     name = f"docs_{page}"
     sys.modules[name] = module = ModuleType(name)
-    for within, code in blocks(page):
-        if section in (None, within):
+    for title, code in blocks(page):
+        if section in (None, title):
             exec(code, vars(module))
     return module
 
@@ -56,68 +67,36 @@ def run(page, section=None):
 def runs():
     for page in PAGES:
         sections = dict.fromkeys(section for section, _ in blocks(page))
-        yield from ((page, section) for section in (sections if page in ALONE else [None] * bool(sections)))
+        for section in sections if page in ALONE else [None] * bool(sections):
+            name = f"{page}, {section}" if section else page
+            yield pytest.param(page, section, id=name, marks=pytest.mark.slow if name in SLOW else ())
 
 
-@pytest.mark.parametrize(("page", "section"), [pytest.param(p, s, id=f"{p}, {s}" if s else p) for p, s in runs()])
+@pytest.mark.parametrize(("page", "section"), runs())
 def test_code_runs(page, section):
     run(page, section)
+
+
+def test_slow_pages_exist():
+    assert {param.id for param in runs()} >= SLOW
 
 
 # The page on adding a family.
 
 
-@pytest.mark.parametrize(
-    "contract",
-    [
-        of_families.test_svi_moves_every_trainable_tensor,
-        of_families.test_the_loss_as_a_module_moves_every_trainable_tensor,
-        of_families.test_two_families_in_one_model_both_move,
-        of_families.test_two_fits_in_one_param_store_do_not_meet,
-        of_families.test_a_deepcopy_is_trained_apart_under_a_name_of_its_own,
-        of_families.test_a_pickled_family_says_the_same_and_is_trained_apart,
-        of_families.test_a_state_dict_goes_into_a_fresh_instance,
-        of_families.test_the_model_draws,
-        of_families.test_a_minibatch_is_scaled_to_all_the_data,
-        of_families.test_data_of_another_shape_are_refused,
-        of_families.test_integers_into_a_continuous_family_are_refused,
-    ],
-    ids=lambda contract: contract.__name__,
-)
-def test_the_example_family_keeps_the_contract_of_families(contract):
+def test_the_example_family_keeps_the_contract():
     page = run("adding_a_family")
     for case in page.ROWS + page.ROWS_OF_ITS_OWN:
-        contract(case)
+        check_family(case.build, case.data, context=case.context if case.conditional else None)
 
 
-@pytest.mark.parametrize(
-    "contract",
-    [
-        of_distributions.test_rows_without_rsample_say_so,
-        of_distributions.test_draws_lie_in_the_support_whose_events_are_whole,
-        of_distributions.test_expand_returns_its_own_type_and_agrees,
-        of_distributions.test_to_event_sums_batch_dimensions,
-        of_distributions.test_mask_drops_rows,
-        of_distributions.test_integers_and_nan_are_refused_by_a_density_over_the_reals,
-        of_distributions.test_nested_plates,
-        of_distributions.test_svi_with_autonormal_over_it_as_a_prior,
-        of_distributions.test_nuts_over_it_as_a_prior,
-        of_distributions.test_a_deepcopy_shares_modules_and_cuts_tensors,
-        of_distributions.test_a_pickled_distribution_scores_and_draws_the_same,
-        of_distributions.test_score_without_gradients_enabled_and_over_a_batch,
-        of_distributions.test_log_prob_follows_the_weights,
-    ],
-    ids=lambda contract: contract.__name__,
-)
-def test_the_example_distribution_keeps_the_contract_of_distributions(contract):
+def test_the_example_distribution_keeps_the_contract():
     for case in run("adding_a_family").ROWS_OF_ITS_OWN:
-        contract(case)
 
+        def make(context=None, build=case.build):
+            return build().eval()(context)
 
-def test_the_example_distribution_broadcasts_its_context():
-    for case in run("adding_a_family").ROWS_OF_ITS_OWN:
-        if case.conditional:
-            of_distributions.test_every_context_shape_broadcasts_against_the_value_as_a_loop_says(case)
+        check_distribution(make, case.data, context=case.context if case.conditional else None)
 
 
 @pytest.mark.parametrize("name", ["MixtureDensity", "MixtureDensityNetwork"])
@@ -153,7 +132,7 @@ def test_the_example_family_goes_to_predictive_and_arviz():
 
 
 def table(page, first):
-    """The rows of the table whose first column has that title, without backquotes."""
+    """Return the rows of the table whose first column has that title, without backquotes."""
     lines = PAGES[page].partition(f"\n| {first} |")[2].splitlines()[2:]
     rows = lines[: next(i for i, line in enumerate(lines) if not line.startswith("|"))]
     return [[cell.strip().replace("`", "") for cell in row.strip("|").split("|")] for row in rows]
@@ -170,18 +149,21 @@ def test_the_table_of_families_is_true(row):
     family = built(expression)
     assert family().density == density
     assert family().has_rsample == {"yes": True, "no": False}[rsample]
+    support = family.data_support
+    if support.is_discrete:
+        x = torch.randint(2, (4, 3)).to(torch.float32 if support is constraints.boolean else torch.long)
+    else:
+        x = torch.rand(4, 3)
     if trained_by == "Adversarial":
-        losses = Adversarial(family.model, family.critic).evaluate_loss(family.model(size=4))
+        losses = Adversarial(family.model, family.critic).evaluate_loss(x)
         assert torch.tensor(list(losses.values())).isfinite().all()
+    else:
+        losses = (MaximumLikelihood, Trace_ELBO, ContrastiveDivergence, DenoisingScoreMatching)
+        loss = {loss.__name__: loss for loss in losses}[trained_by]()
+        assert torch.tensor(loss.loss(family.model, family.guide, x)).isfinite()
+    if trained_by in ("Adversarial", "Trace_ELBO", "ContrastiveDivergence"):
         with pytest.raises(ValueError, match=trained_by):
-            MaximumLikelihood().loss(family.model, family.guide, family.model(size=4))
-        return
-    losses = (MaximumLikelihood, Trace_ELBO, ContrastiveDivergence, DenoisingScoreMatching)
-    loss = {loss.__name__: loss for loss in losses}[trained_by]()
-    assert torch.tensor(loss.loss(family.model, family.guide, family.model(size=4))).isfinite()
-    if trained_by in ("Trace_ELBO", "ContrastiveDivergence"):
-        with pytest.raises(ValueError, match=trained_by):
-            MaximumLikelihood().loss(family.model, family.guide, family.model(size=4))
+            MaximumLikelihood().loss(family.model, family.guide, x)
 
 
 def test_the_table_of_transforms_is_true():
@@ -272,6 +254,7 @@ def test_every_public_module_is_on_the_page_of_the_api():
     assert all(import_module(f"pyro_genmodels.{name}").__all__ for name in listed)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(any(find_spec(name) is None for name in ("sphinx", "myst_nb", "furo")), reason="wants the extra docs")
 def test_it_builds_without_a_warning(tmp_path):
     made = shutil.ignore_patterns("_build", "api", "tutorials")

@@ -14,7 +14,12 @@ import pytest
 FOLDER = Path(__file__).parent.parent / "tutorials"
 SCRIPTS = sorted(FOLDER.glob("[0-9]*.py"))
 
+SLOW = ("01_flows_in_pyro", "02_vae_by_svi")  # `make test-docs` runs them
+
 each = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+each_run = pytest.mark.parametrize(
+    "script", [pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem in SLOW else ()) for path in SCRIPTS]
+)
 
 
 def notebook(script):
@@ -32,7 +37,7 @@ def test_there_is_a_notebook_of_each_script_and_no_other():
 
 @pytest.mark.filterwarnings("ignore:Passing a dict or None as alias_mapping")  # arviz 0.23 under matplotlib 3.11
 @pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame")  # and under pandas 3.1
-@each
+@each_run
 def test_it_runs_in_the_small_setting(script, monkeypatch, capsys):
     monkeypatch.setenv("PYRO_GENMODELS_SMOKE", "1")
     shown = []
@@ -52,8 +57,10 @@ def test_it_runs_in_the_small_setting(script, monkeypatch, capsys):
 
 @each
 def test_the_notebook_has_the_cells_of_the_script(script):
-    said, made = ([(cell.cell_type, cell.source) for cell in read.cells] for read in (jupytext.read(script), notebook(script)))
-    assert made == said
+    in_script, in_notebook = (
+        [(cell.cell_type, cell.source) for cell in read.cells] for read in (jupytext.read(script), notebook(script))
+    )
+    assert in_notebook == in_script
 
 
 @each
