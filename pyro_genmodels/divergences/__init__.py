@@ -1,4 +1,4 @@
-"""Divergences between two distributions, or two sets of draws: a value and its standard error."""
+"""Divergences between two distributions or two sets of samples; each returns a value and its standard error."""
 
 from pyro_genmodels.divergences.convex import (
     Alpha,

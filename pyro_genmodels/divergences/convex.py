@@ -1,10 +1,10 @@
-r"""The convex functions f of the divergences that have a name, and of all in the family of powers.
+r"""Convex functions f of the named f-divergences and of the family of powers.
 
 .. math:: D_f(p \| q) = \mathbb{E}_q\, f(p / q) + f'(\infty)\, P_p(q = 0)
 
-Each knows its limits, its conjugate and its critic in closed form (Nowozin et al., *f-GAN*, arXiv 1606.00709, table 6,
-which does not restrict the conjugate to u >= 0). The mean term of each is written so that no ratio
-overflows, with r = log p - log q. What an f is, and one of the user's own: `convexity`.
+Each class has its limits, its conjugate and its critic in closed form (Nowozin et al., *f-GAN*, arXiv 1606.00709, table 6,
+which does not restrict the conjugate to u >= 0). Mean terms are functions of r = log p - log q, so that no density ratio
+overflows. See `convexity` for the definitions, and for functions of your own.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class ReverseKullbackLeibler(ConvexFunction):
         return -1 / u
 
     def conjugate(self, t: Tensor) -> Tensor:
-        return _up_to(0.0, t, -1 - (-_below(0.0, t)).log())
+        return _infinite_above(0.0, t, -1 - (-_inside(0.0, t)).log())
 
     def critic(self, v: Tensor) -> Tensor:
         return -(-v).exp()
@@ -81,10 +81,10 @@ class ReverseKullbackLeibler(ConvexFunction):
 
 
 class Jeffreys(ConvexFunction):
-    r""":math:`f(u) = (u - 1) \log u`: the sum of both KL.
+    r""":math:`f(u) = (u - 1) \log u`: the sum of KL(p || q) and KL(q || p).
 
-    :math:`f^*(t) = u - 1 + \log u` where :math:`\log u + 1 - 1/u = t`, which is Lambert's function, u = 1 / W(exp(1 - t)),
-    found by Newton's iteration.
+    :math:`f^*(t) = u - 1 + \log u` with :math:`\log u + 1 - 1/u = t`. Its solution u = 1 / W(exp(1 - t)), with Lambert's
+    function W, is found by Newton's iteration.
     """
 
     at_zero: ClassVar[float] = inf
@@ -98,9 +98,7 @@ class Jeffreys(ConvexFunction):
 
     def conjugate(self, t: Tensor) -> Tensor:
         with torch.no_grad():
-            y = torch.where(
-                t > 0, (t - 1).clamp(min=0), -(-t.clamp(max=0)).log1p()
-            )  # left of the root, so that steps go up to it
+            y = torch.where(t > 0, (t - 1).clamp(min=0), -(-t.clamp(max=0)).log1p())  # left of the root: steps increase
             for _ in range(10):
                 y = y - (y - (-y).expm1() - t) / (1 + (-y).exp())
         y = y - (y - (-y).expm1() - t) / (1 + (-y).exp())  # the last step carries the gradient
@@ -132,7 +130,7 @@ class JensenShannon(ConvexFunction):
         return (2 * u / (u + 1)).log() / 2
 
     def conjugate(self, t: Tensor) -> Tensor:
-        return _up_to(log(2) / 2, t, -(2 - (2 * _below(log(2) / 2, t)).exp()).log() / 2)
+        return _infinite_above(log(2) / 2, t, -(2 - (2 * _inside(log(2) / 2, t)).exp()).log() / 2)
 
     def critic(self, v: Tensor) -> Tensor:
         return (log(2) + logsigmoid(v)) / 2
@@ -145,10 +143,10 @@ class JensenShannon(ConvexFunction):
 
 
 class TotalVariation(ConvexFunction):
-    r""":math:`f(u) = |u - 1| / 2`: the most that the probability of any event differs; at most 1.
+    r""":math:`f(u) = |u - 1| / 2`: the largest difference between the probabilities of an event; at most 1.
 
-    :math:`f^*(t) = \max(t, -\tfrac12)` for :math:`t \le \tfrac12`. The critic, tanh(v) / 2, is at best the sign of p - q,
-    and so says nothing of their ratio.
+    :math:`f^*(t) = \max(t, -\tfrac12)` for :math:`t \le \tfrac12`. The optimal critic is half the sign of p - q. It does
+    not determine the ratio p/q.
     """
 
     at_zero: ClassVar[float] = 0.5
@@ -161,7 +159,7 @@ class TotalVariation(ConvexFunction):
         return (u - 1).sign() / 2
 
     def conjugate(self, t: Tensor) -> Tensor:
-        return _up_to(0.5, t, t.clamp(min=-0.5))
+        return _infinite_above(0.5, t, t.clamp(min=-0.5))
 
     def critic(self, v: Tensor) -> Tensor:
         return v.tanh() / 2
@@ -171,7 +169,7 @@ class TotalVariation(ConvexFunction):
 
     def log_ratio(self, v: Tensor) -> Tensor:
         raise ValueError(
-            "TotalVariation wants its critic to be the sign of p - q, from which no ratio of the two is to be had. Use "
+            "The optimal critic of TotalVariation is the sign of p - q, which does not determine their ratio. Use "
             "JensenShannon, SquaredHellinger or KullbackLeibler."
         )
 
@@ -195,8 +193,8 @@ class SquaredHellinger(ConvexFunction):
         return (1 - u.rsqrt()) / 2
 
     def conjugate(self, t: Tensor) -> Tensor:
-        below = _below(0.5, t)
-        return _up_to(0.5, t, below / (1 - 2 * below))
+        below = _inside(0.5, t)
+        return _infinite_above(0.5, t, below / (1 - 2 * below))
 
     def critic(self, v: Tensor) -> Tensor:
         return -(-v / 2).expm1() / 2
@@ -211,9 +209,9 @@ class SquaredHellinger(ConvexFunction):
 class PearsonChiSquared(ConvexFunction):
     r""":math:`f(u) = (u - 1)^2`: the integral of :math:`(p - q)^2 / q`. :math:`f^*(t) = t + t^2 / 4` for t > -2, else -1.
 
-    The critic is v itself, at best 2 (p/q - 1), so that its loss is a square: 2 (e^v - 1) would have e^{2v} in it, which few
-    draws estimate and large steps follow. The log ratio it stands for is log(1 + v / 2), and never
-    less than that of the dtype's rounding.
+    The critic is v itself, which makes its loss a square; its optimum is 2 (p/q - 1). The critic f'(e^v) = 2 (e^v - 1) would
+    put e^{2v} into the loss, which needs many samples and gives large steps. The log ratio is log(1 + v / 2), bounded below by
+    the log of the dtype's rounding.
     """
 
     at_zero: ClassVar[float] = 1.0
@@ -257,7 +255,7 @@ class NeymanChiSquared(ConvexFunction):
         return 1 - u**-2
 
     def conjugate(self, t: Tensor) -> Tensor:
-        return _up_to(1.0, t, 2 - 2 * (1 - t.clamp(max=1)).sqrt())
+        return _infinite_above(1.0, t, 2 - 2 * (1 - t.clamp(max=1)).sqrt())
 
     def critic(self, v: Tensor) -> Tensor:
         return -(-2 * v).expm1()
@@ -271,18 +269,17 @@ class NeymanChiSquared(ConvexFunction):
 
 @dataclass(frozen=True)
 class Alpha(ConvexFunction):
-    r""":math:`f(u) = (u^\alpha - 1 - \alpha (u - 1)) / (\alpha (\alpha - 1))`: the powers.
+    r""":math:`f(u) = (u^\alpha - 1 - \alpha (u - 1)) / (\alpha (\alpha - 1))`: the family of powers.
 
-    Cressie and Read (1984); Amari's family.
-
-    :math:`f^*(t) = (u^\alpha - 1) / \alpha` with :math:`u = (1 + (\alpha - 1) t)_+^{1/(\alpha - 1)}`. Twice that of
-    alpha = 2 is Pearson's, twice that of -1 Neyman's, a quarter of that of 1/2 the squared Hellinger distance.
+    :math:`f^*(t) = (u^\alpha - 1) / \alpha` with :math:`u = (1 + (\alpha - 1) t)_+^{1/(\alpha - 1)}`. Twice the divergence of
+    alpha = 2 is Pearson's, twice that of -1 is Neyman's, and a quarter of that of 1/2 is the squared Hellinger distance.
+    Cressie and Read (1984); Amari's alpha divergences.
 
     Args:
-        alpha: any number but 0 and 1, to which KL(q || p) and KL(p || q) are the limits.
+        alpha: any finite number but 0 and 1, whose limits are KL(q || p) and KL(p || q).
 
     Raises:
-        ValueError: for alpha = 0 and 1, and where it is not finite.
+        ValueError: if alpha is 0, 1, or not finite.
 
     Example:
         >>> Alpha(2.0)(torch.tensor([1.0, 3.0]))
@@ -311,10 +308,9 @@ class Alpha(ConvexFunction):
         return (u ** (self.alpha - 1) - 1) / (self.alpha - 1)
 
     def conjugate(self, t: Tensor) -> Tensor:
-        power = self.alpha / (self.alpha - 1)  # of u^(alpha - 1)
-        base = 1 + (self.alpha - 1) * _below(self.slope_at_infinity, t)
-        value = (base.clamp(min=0) ** power - 1) / self.alpha
-        return _up_to(self.slope_at_infinity, t, value)
+        base = 1 + (self.alpha - 1) * _inside(self.slope_at_infinity, t)  # u^(alpha - 1)
+        value = (base.clamp(min=0) ** (self.alpha / (self.alpha - 1)) - 1) / self.alpha
+        return _infinite_above(self.slope_at_infinity, t, value)
 
     def critic(self, v: Tensor) -> Tensor:
         return ((self.alpha - 1) * v).expm1() / (self.alpha - 1)
@@ -328,11 +324,11 @@ class Alpha(ConvexFunction):
         return 2 * (power - linear) / (self.alpha * (self.alpha - 1))
 
 
-def _up_to(end: float, t: Tensor, value: Tensor) -> Tensor:
-    """The value where t is in the domain, which ends there, and infinity elsewhere."""
+def _infinite_above(end: float, t: Tensor, value: Tensor) -> Tensor:
+    """Return the value for t up to the end of the domain, and infinity beyond."""
     return value if end == inf else torch.where(t > end, inf, value)
 
 
-def _below(end: float, t: Tensor) -> Tensor:
-    """t, and a number of the domain in its place outside: no gradient is NaN there."""
+def _inside(end: float, t: Tensor) -> Tensor:
+    """Return t up to the end of the domain, and a number of the domain beyond, so that no gradient is NaN."""
     return torch.where(t > end, end - 1, t)

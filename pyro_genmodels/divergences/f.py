@@ -1,12 +1,12 @@
-r"""f-divergences: what the ratio of two densities says, weighed by a convex function.
+r"""f-divergences: means of a convex function of the ratio of two densities.
 
 .. math:: D_f(p \| q) = \mathbb{E}_q\, f(p / q) + f'(\infty)\, P_p(q = 0)
     = \tfrac12 \mathbb{E}_p\, h(r) + \tfrac12 \mathbb{E}_q\, h(r), \qquad
     h(r) = \frac{2 q f(p / q)}{p + q},\ r = \log p - \log q .
 
-The second form is the mean under the equal mixture of p and q. Its draws see where either has mass and the other has none, and
-h is bounded if f(0) and :math:`f'(\infty)` are. Csiszár (1967); Liese and Vajda, *On Divergences and Informations in Statistics
-and Information Theory* (2006).
+The second form is the mean under the equal mixture of p and q. Samples of the mixture reach the regions where only one of the
+two has mass, and h is bounded if f(0) and :math:`f'(\infty)` are finite. Csiszár (1967); Liese and Vajda, *On Divergences and
+Informations in Statistics and Information Theory* (2006).
 """
 
 from __future__ import annotations
@@ -25,31 +25,40 @@ from pyro_genmodels.divergences.convex import (
     ReverseKullbackLeibler,
     TotalVariation,
 )
-from pyro_genmodels.divergences.densities import check_densities, check_events, check_number, log_densities, mean_of, support_of
+from pyro_genmodels.divergences.densities import (
+    check_densities,
+    check_events,
+    check_num_samples,
+    log_densities,
+    mean_of,
+    support_of,
+)
 from pyro_genmodels.divergences.kullback_leibler import Divergence
 
 
 def f_divergence(p: Distribution, q: Distribution, f: ConvexFunction, *, num_samples: int = 10_000) -> Divergence:
-    """D_f(p || q): in closed form or as a sum where there is one, else the mean over draws from both.
+    """Return D_f(p || q), in closed form or as a finite sum if possible, and otherwise as a mean over samples of both.
 
-    The closed forms are torch's, of KL, reverse KL and Jeffreys. A sum is taken for numbers of two discrete distributions with
-    the same, finite support. The value carries gradients to the parameters of both by reparametrised draws or, without these,
-    by the score function; as everywhere, not through the ends of supports that move with the parameters.
+    Closed forms are torch's, for KL, reverse KL and Jeffreys. The sum is used for two discrete distributions of single numbers
+    with the same finite support. The value has gradients with respect to the parameters of both distributions, through
+    reparametrised samples or, without these, by the score function. It has none through the ends of a support that moves with
+    the parameters.
 
     Args:
-        p: a distribution with an exact density.
-        q: the other, of the same event shape.
-        f: a convex function, such as `JensenShannon()`, or a `Convex` of one's own.
-        num_samples: draws per batch element, at least 4: half from p, half from q.
+        p: distribution with an exact density.
+        q: other distribution, of the same event shape.
+        f: convex function, such as `JensenShannon()`, or your own in a `Convex`.
+        num_samples: number of samples per batch element, at least 4; half of them are from p and half from q.
 
     Returns:
-        Value and standard error (of both halves, added as strata are), of the two batch shapes broadcast. A draw that proves it
-        infinite makes it so, with error 0. Where f(0) or its slope at infinity are infinite, the mean may be that of a law
-        without variance, whose reported error is then too small.
+        Value and standard error (of the two strata together), of the broadcast batch shape. If a sample proves that the value
+        is infinite, the value is infinite and its error is 0. If f(0) or the slope at infinity is infinite, the terms may have
+        no variance, and the reported error is then too small.
 
     Raises:
-        ValueError: on different event shapes, on fewer than 4 draws, without two normalised densities, and for a density
-            against probabilities of integers.
+        TypeError: if f is no `ConvexFunction`.
+        ValueError: for different event shapes, fewer than 4 samples, a distribution without an exact, normalised density, or a
+            continuous against a discrete distribution.
 
     Example:
         >>> import pyro.distributions as dist
@@ -63,30 +72,32 @@ def f_divergence(p: Distribution, q: Distribution, f: ConvexFunction, *, num_sam
     if not isinstance(f, ConvexFunction):
         given = f"the class {f.__name__}; call it" if isinstance(f, type) else repr(f)
         raise TypeError(
-            f"f_divergence wants the f of a divergence, such as KullbackLeibler(), but found {given}. Put a function "
-            "of your own into Convex(function, at_zero=..., slope_at_infinity=...)."
+            f"f_divergence wants a convex function such as KullbackLeibler(), but found {given}. Wrap your own function: "
+            "Convex(function, at_zero=..., slope_at_infinity=...)."
         )
     if (known := in_closed_form(p, q, f)) is not None:
         return Divergence(known[0], torch.zeros_like(known[0].detach()))
-    check_number(num_samples, by="f_divergence", least=4)
+    check_num_samples(num_samples, by="f_divergence", least=4)
     check_densities(p, q, by="f_divergence")
     if support_of(p).is_discrete != support_of(q).is_discrete:
         raise ValueError(
-            f"f_divergence wants two densities, or probabilities on both sides, but p is a {type(p).__name__} over {p.support} "
-            f"and q a {type(q).__name__} over {q.support}. Spread integers by Dequantized, or compare draws by wasserstein."
+            f"f_divergence wants two continuous or two discrete distributions, but p is a {type(p).__name__} over {p.support} "
+            f"and q a {type(q).__name__} over {q.support}. Use Dequantized for integers, or compare samples by wasserstein."
         )
     shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
     p, q = p.expand(shape), q.expand(shape)
     log_p, log_q = log_densities(p, q, num_samples // 2)
-    of_p, variance_of_p = mean_of(f.mean_term(log_p - log_q), log_p, p)
+    mean_p, variance_p = mean_of(f.mean_term(log_p - log_q), log_p, p)
     log_q, log_p = log_densities(q, p, num_samples - num_samples // 2)
-    of_q, variance_of_q = mean_of(f.mean_term(log_p - log_q), log_q, q)
-    value, std_error = (of_p + of_q) / 2, (variance_of_p + variance_of_q).sqrt() / 2
+    mean_q, variance_q = mean_of(f.mean_term(log_p - log_q), log_q, q)
+    value, std_error = (mean_p + mean_q) / 2, (variance_p + variance_q).sqrt() / 2
     return Divergence(value, torch.where(value.detach().isinf(), torch.zeros_like(std_error), std_error))
 
 
 def js(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Divergence:
-    """The Jensen-Shannon divergence (KL(p || m) + KL(q || m)) / 2, m = (p + q) / 2, in nats, at most log 2; see `f_divergence`.
+    """Return the Jensen-Shannon divergence (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2, in nats, at most log 2.
+
+    See `f_divergence`.
 
     Example:
         >>> import pyro.distributions as dist
@@ -97,7 +108,9 @@ def js(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Diverg
 
 
 def tv(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Divergence:
-    """The total variation: the most by which p and q differ on the probability of an event, at most 1; see `f_divergence`.
+    """Return the total variation distance, the largest difference between the probabilities of an event, at most 1.
+
+    See `f_divergence`.
 
     Example:
         >>> import pyro.distributions as dist
@@ -108,7 +121,7 @@ def tv(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Diverg
 
 
 def in_closed_form(p: Distribution, q: Distribution, f: ConvexFunction) -> tuple[Tensor, str] | None:
-    """The value (batch...) and whether it is of a "closed form" or an "exact sum", if there is one.
+    """Return the value (batch...) and "closed form" or "exact sum"; None if the divergence must be estimated.
 
     Example:
         >>> import pyro.distributions as dist
@@ -121,22 +134,24 @@ def in_closed_form(p: Distribution, q: Distribution, f: ConvexFunction) -> tuple
             return torch.stack([kl_divergence(*pair) for pair in pairs]).sum(0), "closed form"
     except NotImplementedError:
         pass
-    return _sum(p, q, f)
+    total = _finite_sum(p, q, f)
+    return None if total is None else (total, "exact sum")
 
 
-def _sum(p: Distribution, q: Distribution, f: ConvexFunction) -> tuple[Tensor, str] | None:
+def _finite_sum(p: Distribution, q: Distribution, f: ConvexFunction) -> Tensor | None:
+    """Return the sum over the common support of two discrete distributions of numbers, (batch...); None if it is not finite."""
     if p.event_shape or not (p.has_enumerate_support and q.has_enumerate_support):
         return None
     shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
     p, q = p.expand(shape), q.expand(shape)
     try:
         x, y = p.enumerate_support(expand=False), q.enumerate_support(expand=False)
-    except NotImplementedError:  # elements of a batch differ in their support
+    except NotImplementedError:  # the supports differ within a batch
         return None
     if len(x) != len(y) or not torch.equal(x.flatten().double(), y.flatten().double()):
         return None
     log_p, log_q = p.log_prob(x), q.log_prob(y)
-    somewhere = (log_p > -torch.inf) | (log_q > -torch.inf)
+    possible = (log_p > -torch.inf) | (log_q > -torch.inf)
     weight = (log_p.exp() + log_q.exp()) / 2
-    terms = weight * f.mean_term(torch.where(somewhere, log_p - log_q, 0.0))
-    return terms.sum(0), "exact sum"
+    terms = weight * f.mean_term(torch.where(possible, log_p - log_q, 0.0))
+    return terms.sum(0)

@@ -1,4 +1,4 @@
-r"""Kernels: how alike two draws are, as a function of the distance between them.
+r"""Kernels: similarities of two samples as functions of the distance between them.
 
 With :math:`r = |x - y|` and a bandwidth h in the units of the data,
 
@@ -6,9 +6,9 @@ With :math:`r = |x - y|` and a bandwidth h in the units of the data,
     k_{\mathrm{RQ}} = \operatorname{mean}_\alpha \Bigl(1 + \frac{r^2}{2 \alpha h^2}\Bigr)^{-\alpha}, \quad
     k_{\mathrm{energy}} = -r .
 
-The first three are characteristic: no two laws are the same to them. So is the last, among laws of finite mean; it is only
-conditionally positive definite, which is enough for a discrepancy. A bandwidth of None is the median distance between two
-draws (Gretton et al., JMLR 2012).
+The first three are characteristic: they tell any two distributions apart. So is the last, for distributions with a finite mean;
+it is only conditionally positive definite, which is enough for a discrepancy. A bandwidth of None is the median distance
+between two samples (Gretton et al., JMLR 2012).
 
 Bińkowski et al., *Demystifying MMD GANs* (arXiv 1801.01401), for rational quadratics; Sejdinovic et al., *Equivalence of
 distance-based and RKHS-based statistics* (arXiv 1207.6076), for the energy distance.
@@ -31,24 +31,28 @@ import torch
 from torch import Tensor
 
 MAX_MEDIAN_ROWS = 2000
-"""Rows, evenly spaced among all, by which the median distance is found."""
+"""Largest number of rows, evenly spaced among all, whose median distance is computed."""
 
 
 class Kernel(ABC):
-    """A symmetric function of two draws. Subclasses are frozen dataclasses of their options."""
+    """Symmetric function of two samples. Subclasses are frozen dataclasses of their options."""
 
     @abstractmethod
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """Draws x (n, d) and y (m, d) -> (n, m), with gradients to both."""
+        """Return the kernel matrix (n, m) of samples x (n, d) and y (m, d), with gradients to both."""
 
     def fitted(self, x: Tensor, y: Tensor | None = None) -> Kernel:
-        """The kernel with what was left open set by draws x (n, d), and y (m, d) along with them."""
+        """Return the kernel with its open options set from samples x (n, d) and, if given, y (m, d)."""
         return self
 
 
 @dataclass(frozen=True)
 class ScaledKernel(Kernel):
-    """A kernel with a bandwidth."""
+    """Kernel with a bandwidth.
+
+    Args:
+        bandwidth: h, in the units of the data; None is the median distance.
+    """
 
     bandwidth: float | Tensor | None = None
 
@@ -68,13 +72,13 @@ class ScaledKernel(Kernel):
     def _width(self) -> Any:
         if self.bandwidth is None:
             raise ValueError(
-                f"{type(self).__name__} has no bandwidth yet. Give it one, or let draws set it: kernel.fitted(x, y)."
+                f"{type(self).__name__} has no bandwidth yet. Pass one, or set it from samples: kernel.fitted(x, y)."
             )
         return self.bandwidth
 
 
 class GaussianKernel(ScaledKernel):
-    """The Gaussian kernel.
+    """Gaussian kernel.
 
     Args:
         bandwidth: h, in the units of the data; None is the median distance.
@@ -89,7 +93,7 @@ class GaussianKernel(ScaledKernel):
 
 
 class LaplaceKernel(ScaledKernel):
-    """The Laplace kernel, of the Euclidean distance: less blind to small things than the Gaussian.
+    """Laplace kernel of the Euclidean distance, more sensitive to small differences than the Gaussian.
 
     Args:
         bandwidth: h, in the units of the data; None is the median distance.
@@ -105,11 +109,11 @@ class LaplaceKernel(ScaledKernel):
 
 @dataclass(frozen=True)
 class RationalQuadraticKernel(ScaledKernel):
-    """A mean of rational quadratics, whose gradients reach far: for training.
+    """Mean of rational quadratic kernels, for training: its gradients do not vanish at large distances.
 
     Args:
         bandwidth: h, in the units of the data; None is the median distance.
-        alphas: positive exponents; the smaller, the farther it reaches.
+        alphas: positive exponents; smaller ones give larger gradients at large distances.
 
     Example:
         >>> RationalQuadraticKernel(bandwidth=1.0, alphas=(1.0,))(torch.zeros(1, 2), torch.ones(1, 2))
@@ -133,10 +137,10 @@ class RationalQuadraticKernel(ScaledKernel):
 
 @dataclass(frozen=True)
 class EnergyKernel(Kernel):
-    r"""The energy distance's: :math:`-|x - y|`, so that the squared discrepancy is
-    :math:`2 \mathbb{E}|x - y| - \mathbb{E}|x - x'| - \mathbb{E}|y - y'|`, in the units of the data.
+    r"""Kernel of the energy distance, :math:`-|x - y|`.
 
-    It has no bandwidth, and no scale at which it is blind.
+    The squared discrepancy is :math:`2 \mathbb{E}|x - y| - \mathbb{E}|x - x'| - \mathbb{E}|y - y'|`, in the units of the data.
+    The kernel has no bandwidth, and is sensitive to differences at all scales.
 
     Example:
         >>> EnergyKernel()(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]))
@@ -148,7 +152,7 @@ class EnergyKernel(Kernel):
 
 
 def check_kernel(kernel: Any, *, by: str) -> Kernel:
-    """The kernel itself; anything else is a TypeError."""
+    """Return the kernel; raise a TypeError for anything else."""
     if not isinstance(kernel, Kernel):
         found = f"the class {kernel.__name__}" if isinstance(kernel, type) else repr(kernel)
         raise TypeError(f"{by} wants a kernel such as GaussianKernel() or EnergyKernel(), but found {found}.")
@@ -156,9 +160,9 @@ def check_kernel(kernel: Any, *, by: str) -> Kernel:
 
 
 def median_distance(x: Tensor, y: Tensor | None = None) -> Tensor:
-    """The median distance between two draws among x (n, d), and y (m, d) along with them, without graph: a scalar.
+    """Return the median distance between two samples of x (n, d) and, if given, y (m, d): a scalar without graph.
 
-    Where most draws are the same it is the mean distance, and 1 where all are.
+    It is the mean distance if most samples are equal, and 1 if all are.
     """
     with torch.no_grad():
         both = x if y is None else torch.cat([x, y])
@@ -172,12 +176,12 @@ def median_distance(x: Tensor, y: Tensor | None = None) -> Tensor:
 
 
 def _squares(x: Tensor, y: Tensor) -> Tensor:
-    """Squared distances, (n, m), about the middle of x, where little is lost to rounding."""
+    """Return squared distances, (n, m); x and y are centred first, against rounding errors."""
     middle = x.detach().mean(0)
     x, y = x - middle, y - middle
     return (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T).clamp(min=0)
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
-    """Distances, (n, m), whose gradient is zero where they are."""
+    """Return distances, (n, m), whose gradient is zero at zero distance."""
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")

@@ -2,7 +2,8 @@ r"""The Kullback-Leibler divergence between two distributions.
 
 .. math:: \mathrm{KL}(p \| q) = \mathbb{E}_p[\log p(x) - \log q(x)]
 
-It is infinite where p has mass and q has none, and not symmetric: fitted forward, q covers p's modes; in reverse, it picks one.
+It is infinite if p has mass where q has none, and it is not symmetric: minimising KL(p || q) makes q cover all modes of p,
+minimising KL(q || p) makes it pick one.
 Kullback and Leibler, *On Information and Sufficiency* (1951).
 """
 
@@ -16,13 +17,15 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
-from pyro_genmodels.divergences.densities import check_densities, check_events, check_number, log_densities, mean_of
+from pyro_genmodels.divergences.densities import check_densities, check_events, check_num_samples, log_densities, mean_of
 
 
 class Divergence(NamedTuple):
-    """A divergence, in nats unless its function says otherwise, and the standard error of its estimate (0 for a closed form).
+    """Estimate of a divergence and its standard error.
 
-    Both are of shape (batch...).
+    Attributes:
+        value: divergence, (batch...); in nats unless its function says otherwise.
+        std_error: standard error of the value, (batch...); 0 for a closed form.
     """
 
     value: Tensor
@@ -30,22 +33,22 @@ class Divergence(NamedTuple):
 
 
 def kl(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Divergence:
-    """KL(p || q): in closed form where torch knows one, else the mean over draws from p.
+    """Return KL(p || q), in closed form if torch knows one, and otherwise as a mean over samples of p.
 
-    The value carries gradients to the parameters of q, and to those of p by reparametrised draws or, without these, by the
-    score function.
+    The value has gradients with respect to the parameters of q and of p; for p they come from reparametrised samples or,
+    without these, from the score function.
 
     Args:
-        p: the distribution that is drawn from.
-        q: the other, of the same event shape.
-        num_samples: draws per batch element, at least 2.
+        p: distribution that is sampled from.
+        q: other distribution, of the same event shape.
+        num_samples: number of samples per batch element, at least 2.
 
     Returns:
-        Value and standard error, of the two batch shapes broadcast. A draw of p where q has no density makes the value
-        infinite, which is certain, and its error 0.
+        Value and standard error, of the broadcast batch shape. If a sample of p lies outside of the support of q, the value is
+        infinite and its error is 0.
 
     Raises:
-        ValueError: on different event shapes, on fewer than 2 draws, and without two normalised densities.
+        ValueError: for different event shapes, fewer than 2 samples, or a distribution without an exact, normalised density.
 
     Example:
         >>> import pyro.distributions as dist
@@ -61,7 +64,7 @@ def kl(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Diverg
 
 
 def reverse_kl(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Divergence:
-    """KL(q || p); see `kl`.
+    """Return KL(q || p); see `kl`.
 
     Example:
         >>> import pyro.distributions as dist
@@ -72,7 +75,8 @@ def reverse_kl(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -
 
 
 def _estimate(p: Distribution, q: Distribution, num_samples: int) -> Divergence:
-    check_number(num_samples, by="kl")
+    """Return the Monte Carlo estimate of KL(p || q)."""
+    check_num_samples(num_samples, by="kl")
     check_densities(p, q, by="kl")
     shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
     p, q = p.expand(shape), q.expand(shape)

@@ -1,15 +1,16 @@
-r"""The maximum mean discrepancy: how much better one law's draws like each other than they like the other's.
+r"""Maximum mean discrepancy (MMD): the mean similarity within two distributions minus the similarity between them.
 
 .. math:: \mathrm{MMD}^2(p, q) = \mathbb{E}\,k(x, x') + \mathbb{E}\,k(y, y') - 2\, \mathbb{E}\,k(x, y), \qquad
     x, x' \sim p, \quad y, y' \sim q .
 
-Of draws it is the mean of the *witnesses* that leave out a draw's likeness to itself,
+Its unbiased estimate is the sum of the means of two *witness* functions, which leave out the similarity of a sample to itself,
 
 .. math:: a_i = \frac{1}{n-1} \sum_{j \ne i} k(x_i, x_j) - \frac1m \sum_j k(x_i, y_j), \qquad
     \widehat{\mathrm{MMD}}^2 = \overline{a} + \overline{b}, \qquad
     \mathrm{se}^2 = \frac{4}{n} \operatorname{var}(a) + \frac{4}{m} \operatorname{var}(b),
 
-and b likewise of the y. Unbiased, so that it may be negative. Gretton et al., *A Kernel Two-Sample Test* (JMLR 2012).
+and b likewise for y. Since the estimate is unbiased, it can be negative. Gretton et al., *A Kernel Two-Sample Test* (JMLR
+2012).
 """
 
 from __future__ import annotations
@@ -26,24 +27,28 @@ from pyro_genmodels.divergences.kernels import GaussianKernel, Kernel, check_ker
 from pyro_genmodels.divergences.kullback_leibler import Divergence
 from pyro_genmodels.divergences.samples import as_matrices
 
-_BLOCK = 2**24  # entries of a kernel's matrix that are held at once
+_MAX_BLOCK_SIZE = 2**24  # largest number of entries of the kernel matrix in memory
 
 
 def mmd(x: Tensor, y: Tensor, *, kernel: Kernel = GaussianKernel()) -> Divergence:  # noqa: B008 (immutable)
-    """The squared maximum mean discrepancy between two sets of draws, without bias: it is zero on average for one law.
+    """Return an unbiased estimate of the squared maximum mean discrepancy between two sets of samples.
+
+    Its expectation is zero for equal distributions.
 
     Args:
-        x: draws, (n, ...). The first dimension counts them, all others are the event, which is flattened to d numbers.
-        y: draws of events of the same shape, (m, ...); n and m may differ.
-        kernel: of pairs of draws. A bandwidth of None is the median distance among both sets, a number without gradient.
+        x: samples, (n, ...). The dimensions after the first are the event, which is flattened to d numbers.
+        y: samples of events of the same shape, (m, ...); n and m may differ.
+        kernel: kernel of pairs of samples. A bandwidth of None is the median distance within both sets together, without
+            gradient.
 
     Returns:
-        Value, squared (of `EnergyKernel` in the units of the data, else without unit), with gradients to x and y, and its
-        standard error, scalars. The error is right in the limit of many draws where the laws differ. For one law the value is
-        not normal about zero, and the error, of the same order 1 / n, no more than a hint: there use `mmd_test`.
+        The squared value (in the units of the data for `EnergyKernel`, otherwise without unit), with gradients to x and y, and
+        its standard error, scalars. The error is correct for many samples of distributions that differ. For equal distributions
+        the estimate is not normally distributed and the error is only a rough guide: use `mmd_test`.
 
     Raises:
-        ValueError: for events of different shapes, two devices, fewer than 2 draws, and draws with NaN or infinity.
+        TypeError: if kernel is no `Kernel`.
+        ValueError: for events of different shapes, two devices, fewer than 2 samples, or samples with NaN or infinity.
 
     Example:
         >>> x = torch.randn(500, 2)
@@ -59,33 +64,33 @@ def mmd(x: Tensor, y: Tensor, *, kernel: Kernel = GaussianKernel()) -> Divergenc
 
 
 def witnesses(kernel: Kernel, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """What each draw adds to the discrepancy, (n,) and (m,), of draws (n, d) and (m, d) by a kernel that is fitted."""
+    """Return the terms a (n,) and b (m,) of the discrepancy, for samples (n, d) and (m, d) and a fitted kernel."""
     n, m = len(x), len(y)
-    xx, _ = _sums(kernel, x, x, apart=True)
-    yy, _ = _sums(kernel, y, y, apart=True)
-    xy, yx = _sums(kernel, x, y, apart=False)
+    xx, _ = _sums(kernel, x, x, skip_diagonal=True)
+    yy, _ = _sums(kernel, y, y, skip_diagonal=True)
+    xy, yx = _sums(kernel, x, y, skip_diagonal=False)
     return xx / (n - 1) - xy / m, yy / (m - 1) - yx / n
 
 
-def _sums(kernel: Kernel, x: Tensor, y: Tensor, *, apart: bool) -> tuple[Tensor, Tensor]:
-    """The sums of rows (n,) and of columns (m,) of the kernel's matrix, but for its diagonal if draws are to be apart.
+def _sums(kernel: Kernel, x: Tensor, y: Tensor, *, skip_diagonal: bool) -> tuple[Tensor, Tensor]:
+    """Return the row sums (n,) and column sums (m,) of the kernel matrix; the row sums can leave out the diagonal.
 
-    A matrix that is large is made in blocks, and made again for the gradient.
+    A large matrix is computed in blocks, and recomputed for the gradient.
     """
-    blocks = x.split(max(1, _BLOCK // len(y)))
+    blocks = x.split(max(1, _MAX_BLOCK_SIZE // len(y)))
     starts = accumulate(map(len, blocks), initial=0)
 
-    def of(block: Tensor, y: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    def sums(block: Tensor, y: Tensor, start: int) -> tuple[Tensor, Tensor]:
         k = kernel(block, y)
         rows, columns = k.sum(1), k.sum(0)
-        return rows - k.diagonal(start) if apart else rows, columns
+        return rows - k.diagonal(start) if skip_diagonal else rows, columns
 
     if len(blocks) == 1:
-        return of(x, y, 0)
-    again = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    made = [
-        checkpoint(of, block, y, start, use_reentrant=False) if again else of(block, y, start)
+        return sums(x, y, 0)
+    recompute = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    parts = [
+        checkpoint(sums, block, y, start, use_reentrant=False) if recompute else sums(block, y, start)
         for block, start in zip(blocks, starts, strict=False)
     ]
-    rows, columns = zip(*made, strict=True)
+    rows, columns = zip(*parts, strict=True)
     return torch.cat(rows), torch.stack(columns).sum(0)

@@ -1,4 +1,4 @@
-"""Every divergence that can be had of two distributions or sets of draws, in one table."""
+"""A table of all divergences that can be computed between two distributions or sets of samples."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from pyro_genmodels.divergences.sliced import sliced_wasserstein
 if TYPE_CHECKING:
     import pandas as pd
 
-_COSTS = 25_000_000  # that a linear programme may hold
+_MAX_COSTS = 25_000_000  # largest number of costs in the linear programme
 
-Sets = Distribution | Tensor
+DistributionOrSamples = Distribution | Tensor
 
-OF_DENSITIES: dict[str, ConvexFunction] = {
+DENSITY_DIVERGENCES: dict[str, ConvexFunction] = {
     "kl": KullbackLeibler(),
     "reverse_kl": ReverseKullbackLeibler(),
     "jeffreys": Jeffreys(),
@@ -47,59 +47,65 @@ OF_DENSITIES: dict[str, ConvexFunction] = {
     "pearson_chi_squared": PearsonChiSquared(),
     "neyman_chi_squared": NeymanChiSquared(),
 }
-OF_DRAWS: dict[str, tuple[Callable[[Tensor, Tensor], Divergence], str]] = {
+SAMPLE_DISTANCES: dict[str, tuple[Callable[[Tensor, Tensor], Divergence], str]] = {
     "wasserstein": (wasserstein, "optimal plan"),
-    "sliced_wasserstein": (sliced_wasserstein, "random lines"),
+    "sliced_wasserstein": (sliced_wasserstein, "random directions"),
     "mmd": (mmd, "Gaussian kernel"),
 }
 
 
 def divergence_table(
-    p: Sets, q: Sets, *, num_samples: int = 10_000, num_draws: int = 1000, seed: int | None = None
+    p: DistributionOrSamples,
+    q: DistributionOrSamples,
+    *,
+    num_samples: int = 10_000,
+    set_size: int = 1000,
+    seed: int | None = None,
 ) -> pd.DataFrame:
-    """What every divergence says of two distributions, or sets of draws, that it can be asked of.
+    """Return a table of all divergences between two distributions or sets of samples.
 
-    Densities are compared if both are known, scores likewise, and draws always. Values differ in their units (nats,
-    probabilities, those of the data), and standard errors in what they cover, for draws not the bias: see each function.
+    Densities are compared if both are known, scores likewise, and samples always. The values have different units (nats,
+    probabilities, those of the data), and the standard errors cover different things (for samples not the bias): see the
+    functions.
 
     Args:
-        p: a distribution of empty batch shape, or draws (n, ...).
-        q: the other, of the same event shape.
-        num_samples: draws for the rows of densities and scores.
-        num_draws: of a distribution, to compare as draws.
-        seed: of all the draws, which leaves torch's generator as it is; None goes on from that.
+        p: distribution of empty batch shape, or set of samples (n, ...).
+        q: other distribution or set, of the same event shape.
+        num_samples: number of samples for divergences of densities and scores.
+        set_size: number of samples to take from a distribution where sets of samples are compared.
+        seed: seed of all samples; torch's generator is then left as it was. None uses torch's generator.
 
     Returns:
-        A row for each divergence, by its name, with columns ``value``, ``std_error``, ``kind`` ("densities", "scores" or
-        "draws") and ``how`` ("closed form", "exact sum", "Monte Carlo", ...). Why others are not there is said by
-        ``table.attrs["left_out"]``, a dict from name to reason.
+        One row per divergence, by its name, with columns ``value``, ``std_error``, ``kind`` ("densities", "scores" or
+        "samples") and ``method`` ("closed form", "exact sum", "Monte Carlo", ...). ``table.attrs["left_out"]`` is a dict from
+        the names of the missing divergences to the reasons.
 
     Raises:
-        ValueError: on different event shapes and on batches.
+        ValueError: for different event shapes, and for distributions with a batch shape.
 
     Example:
         >>> import pyro.distributions as dist
         >>> table = divergence_table(dist.Normal(0.0, 1.0), dist.Normal(1.0, 1.0), seed=0)
-        >>> float(table.value["kl"]), table.how["kl"]
+        >>> float(table.value["kl"]), table.method["kl"]
         (0.5, 'closed form')
         >>> divergence_table(torch.randn(50), dist.Normal(0.0, 1.0)).attrs["left_out"]["js"]
-        'it takes two densities, and p is a set of draws.'
+        'It needs two densities, but p is a set of samples.'
     """
-    for name, one in (("p", p), ("q", q)):
-        if isinstance(one, Distribution) and one.batch_shape:
+    for name, dist in (("p", p), ("q", q)):
+        if isinstance(dist, Distribution) and dist.batch_shape:
             raise ValueError(
-                f"divergence_table wants one distribution on each side, but {name} has batch shape {tuple(one.batch_shape)}. "
-                "Take its elements one by one, or .to_event() if they are parts of one event."
+                f"divergence_table wants distributions without a batch, but {name} has batch shape {tuple(dist.batch_shape)}. "
+                "Compare its elements one by one, or use .to_event() if they are parts of one event."
             )
     if isinstance(p, Distribution) and isinstance(q, Distribution):
         check_events(p, q, by="divergence_table")
     rows: dict[str, dict[str, float | str]] = {}
     left_out: dict[str, str] = {}
 
-    def add(name: str, kind: str, how: str, divergence: Callable[[], Divergence]) -> None:
+    def add(name: str, kind: str, method: str, divergence: Callable[[], Divergence]) -> None:
         try:
             value, std_error = divergence()
-            rows[name] = {"value": float(value), "std_error": float(std_error), "kind": kind, "how": how}
+            rows[name] = {"value": float(value), "std_error": float(std_error), "kind": kind, "method": method}
         except (ValueError, NotImplementedError, ImportError) as error:
             left_out[name] = str(error)
 
@@ -107,25 +113,28 @@ def divergence_table(
         if seed is not None:
             torch.manual_seed(seed)
         _add_densities(add, p, q, num_samples, left_out)
-        _add_draws(add, *(one.sample((num_draws,)) if isinstance(one, Distribution) else one for one in (p, q)))
-    import pandas as pd  # slow to import
+        _add_samples(add, *(side.sample((set_size,)) if isinstance(side, Distribution) else side for side in (p, q)))
+    import pandas as pd  # pandas is slow to import
 
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=["value", "std_error", "kind", "how"])
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["value", "std_error", "kind", "method"])
     table.index.name, table.attrs["left_out"] = "divergence", left_out
     return table
 
 
-def _add_densities(add: Callable[..., None], p: Sets, q: Sets, num_samples: int, left_out: dict[str, str]) -> None:
+def _add_densities(
+    add: Callable[..., None], p: DistributionOrSamples, q: DistributionOrSamples, num_samples: int, left_out: dict[str, str]
+) -> None:
+    """Add the divergences of densities and scores, or the reasons why they cannot be computed."""
     if not (isinstance(p, Distribution) and isinstance(q, Distribution)):
-        which = " and ".join(name for name, one in (("p", p), ("q", q)) if not isinstance(one, Distribution))
-        are = "are sets" if " " in which else "is a set"
-        for name in OF_DENSITIES:
-            left_out[name] = f"it takes two densities, and {which} {are} of draws."
+        sets = [name for name, side in (("p", p), ("q", q)) if not isinstance(side, Distribution)]
+        reason = f"{' and '.join(sets)} {'are sets' if len(sets) > 1 else 'is a set'} of samples."
+        for name in DENSITY_DIVERGENCES:
+            left_out[name] = f"It needs two densities, but {reason}"
         for name in ("fisher", "reverse_fisher"):
-            left_out[name] = f"it takes two scores, and {which} {are} of draws."
+            left_out[name] = f"It needs two scores, but {reason}"
         return
     by_name = {"kl": kl, "reverse_kl": reverse_kl}
-    for name, f in OF_DENSITIES.items():
+    for name, f in DENSITY_DIVERGENCES.items():
         known = in_closed_form(p, q, f)
         if known is not None:
             add(name, "densities", known[1], lambda known=known: Divergence(known[0], torch.zeros(())))
@@ -137,14 +146,16 @@ def _add_densities(add: Callable[..., None], p: Sets, q: Sets, num_samples: int,
     add("reverse_fisher", "scores", "Monte Carlo", lambda: fisher(q, p, num_samples=num_samples))
 
 
-def _add_draws(add: Callable[..., None], x: Tensor, y: Tensor) -> None:
-    for name, (divergence, how) in OF_DRAWS.items():
-        add(name, "draws", how, lambda name=name, divergence=divergence: _checked(name, divergence, x, y))
+def _add_samples(add: Callable[..., None], x: Tensor, y: Tensor) -> None:
+    """Add the distances between two sets of samples."""
+    for name, (divergence, method) in SAMPLE_DISTANCES.items():
+        add(name, "samples", method, lambda name=name, divergence=divergence: _checked(name, divergence, x, y))
 
 
 def _checked(name: str, divergence: Callable[[Tensor, Tensor], Divergence], x: Tensor, y: Tensor) -> Divergence:
-    if name == "wasserstein" and x[0].numel() > 1 and len(x) * len(y) > _COSTS:
+    """Return a distance between two sets of samples; raise a ValueError if its linear programme would be too large."""
+    if name == "wasserstein" and x[0].numel() > 1 and len(x) * len(y) > _MAX_COSTS:
         raise ValueError(
-            f"of {len(x)} x {len(y)} draws, its linear programme would hold more than {_COSTS:,} costs. Give fewer."
+            f"Its linear programme of {len(x)} x {len(y)} samples would hold more than {_MAX_COSTS:,} costs. Use fewer samples."
         )
     return divergence(x, y)

@@ -176,7 +176,7 @@ def test_bounds_are_reached_by_what_has_nothing_in_common():
         (lambda: Alpha(0.0), r"found 0\.0\. Use ReverseKullbackLeibler"),
         (lambda: Alpha(inf), "found inf"),
         (lambda: Convex(lambda u: u, at_zero=0.0, slope_at_infinity=1.0), r"f\(1\) = 0, but found 1"),
-        (lambda: Convex(torch.log, at_zero=-inf, slope_at_infinity=0.0), "slope never falls, but at u = .*sign"),
+        (lambda: Convex(torch.log, at_zero=-inf, slope_at_infinity=0.0), "slope never falls, but it falls at u = .*sign"),
         (lambda: Convex(lambda u: (3 * (u - 1)).sin(), at_zero=0.0, slope_at_infinity=1.0), "slope never falls"),
         (lambda: Convex(lambda u: (u - 1).sum(), at_zero=0.0, slope_at_infinity=1.0), "shape \\(\\)"),
         (lambda: Convex(lambda u: (u - 0.5).log(), at_zero=0.0, slope_at_infinity=1.0), "f\\(1\\) = 0"),

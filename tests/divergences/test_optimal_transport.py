@@ -109,12 +109,12 @@ def test_what_cannot_be_compared_is_refused():
 
 def test_a_solver_that_does_not_end_is_an_error(monkeypatch):
     x, y = torch.randn(40, 2), torch.randn(40, 2) + 1
-    module = sys.modules["pyro_genmodels.divergences.wasserstein"]
-    monkeypatch.setattr(module, "_PIVOTS", 3)
-    monkeypatch.setattr(module, "_SWEEPS", 2)
-    with pytest.raises(ValueError, match=r"linear programme of 40 x 40 draws solved, but POT says.*Use fewer draws"):
+    module = sys.modules["pyro_genmodels.divergences.optimal_transport"]
+    monkeypatch.setattr(module, "_MAX_PIVOTS", 3)
+    monkeypatch.setattr(module, "_MAX_SWEEPS", 2)
+    with pytest.raises(ValueError, match=r"could not solve the linear programme of 40 x 40 samples: .*Use fewer samples"):
         wasserstein(x, y)
-    with pytest.raises(ValueError, match=r"iteration to end, but after 2 sweeps.*Use a larger one"):
+    with pytest.raises(ValueError, match=r"iteration did not converge. After 2 sweeps.*Use a larger regularization"):
         wasserstein(x, y, regularization=0.01)
 
 

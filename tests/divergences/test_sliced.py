@@ -173,7 +173,7 @@ def test_directions_are_unit_vectors_without_preference():
 def test_cutting_the_directions_into_blocks_changes_nothing(monkeypatch):
     x, y = torch.randn(30, 3), torch.randn(41, 3)
     whole = sliced_wasserstein(x, y, seed=3)
-    monkeypatch.setattr("pyro_genmodels.divergences.sliced._BLOCK", 1000)
+    monkeypatch.setattr("pyro_genmodels.divergences.sliced._MAX_BLOCK_SIZE", 1000)
     torch.testing.assert_close(sliced_wasserstein(x, y, seed=3), whole)
 
 
@@ -205,12 +205,12 @@ HOLED = torch.zeros(10, 2).index_fill(0, torch.tensor([3, 7]), torch.nan)
         (TEN[:, 0], TEN[:, :1], r"x has shape \(10,\) and y \(10, 1\)"),
         (TEN, torch.zeros(10, 2, 1), r"y \(10, 2, 1\)"),
         (TEN[:, :0], TEN[:, :0], r"\(10, 0\)"),
-        (TEN[:1], TEN, r"at least 2 draws on each side.*x has shape \(1, 2\)"),
-        (TEN, TEN[:0], r"at least 2 draws on each side.*y has shape \(0, 2\)"),
+        (TEN[:1], TEN, r"at least 2 samples in each set.*x has shape \(1, 2\)"),
+        (TEN, TEN[:0], r"at least 2 samples in each set.*y has shape \(0, 2\)"),
         (torch.tensor(1.0), TEN, r"x has shape \(\)"),
-        (TEN, HOLED, "of the 10 of y 2 hold NaN or infinity, the first at 3"),
-        (TEN.log(), TEN, "of x 10 hold"),
-        (TEN.to(torch.complex64), TEN, "real numbers, but x is of torch.complex64"),
+        (TEN, HOLED, "2 of the 10 samples of y hold NaN or infinity, the first at 3"),
+        (TEN.log(), TEN, "10 of the 10 samples of x hold"),
+        (TEN.to(torch.complex64), TEN, "real numbers, but x has dtype torch.complex64"),
         (TEN, TEN.to("meta"), "x is on cpu and y on meta"),
     ],
 )
@@ -220,7 +220,7 @@ def test_what_cannot_be_compared_is_refused(x, y, match):
 
 
 def test_arrays_are_refused():
-    with pytest.raises(TypeError, match=r"y is of ndarray\. Use torch\.as_tensor"):
+    with pytest.raises(TypeError, match=r"y is a ndarray\. Use torch\.as_tensor"):
         sliced_wasserstein(TEN, TEN.numpy())
 
 

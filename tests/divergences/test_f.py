@@ -8,8 +8,8 @@ from math import inf, log
 import pyro.distributions as dist
 import pytest
 import torch
+from normals import FORMS, not_reparametrised, reparametrised
 from teachers import integral
-from test_divergences import FORMS, not_reparametrised, reparametrised
 
 from pyro_genmodels import Autoregressive, BernoulliLikelihood, Dequantized, Flow
 from pyro_genmodels.divergences import (
@@ -152,9 +152,9 @@ def test_a_family_of_discrete_vectors_is_drawn_from():
     ("build", "match"),
     [
         (lambda: js(Flow((2,))(), dist.Normal(0.0, 1.0)), r"\(2,\) and q \(\).*to_event"),
-        (lambda: js(dist.Normal(0.0, 1.0), dist.Normal(1.0, 1.0), num_samples=3), "at least 4 draws"),
+        (lambda: js(dist.Normal(0.0, 1.0), dist.Normal(1.0, 1.0), num_samples=3), "at least 4 samples"),
         (lambda: js(Flow((2,))(), Dequantized(Flow((2,))(), levels=4)), "Dequantized, whose density is: lower bound"),
-        (lambda: js(dist.Normal(0.0, 1.0), dist.Poisson(1.0)), "two densities, or probabilities on both sides.*Dequantized"),
+        (lambda: js(dist.Normal(0.0, 1.0), dist.Poisson(1.0)), "two continuous or two discrete distributions.*Dequantized"),
     ],
 )
 def test_what_has_no_ratio_is_refused(build, match):

@@ -7,20 +7,20 @@ import torch
 from pyro_genmodels import VAE, Autoregressive, BernoulliLikelihood, Flow
 from pyro_genmodels.distributions import Energy
 from pyro_genmodels.divergences import divergence_table, js, kl
-from pyro_genmodels.divergences.table import OF_DENSITIES, OF_DRAWS
+from pyro_genmodels.divergences.table import DENSITY_DIVERGENCES, SAMPLE_DISTANCES
 
-DENSITIES, SCORES, DRAWS = list(OF_DENSITIES), ["fisher", "reverse_fisher"], list(OF_DRAWS)
+DENSITIES, SCORES, DRAWS = list(DENSITY_DIVERGENCES), ["fisher", "reverse_fisher"], list(SAMPLE_DISTANCES)
 P, Q = dist.Normal(0.0, 1.0), dist.Normal(1.0, 2.0)
 
 
 def test_two_densities_have_every_row_from_where_it_is_best():
-    table = divergence_table(P, Q, num_samples=2000, num_draws=200, seed=1)
+    table = divergence_table(P, Q, num_samples=2000, set_size=200, seed=1)
     assert list(table.index) == DENSITIES + SCORES + DRAWS
-    assert list(table.columns) == ["value", "std_error", "kind", "how"]
+    assert list(table.columns) == ["value", "std_error", "kind", "method"]
     assert table.attrs["left_out"] == {}
-    assert table.kind.tolist() == ["densities"] * 8 + ["scores"] * 2 + ["draws"] * 3
-    assert (table.how[["kl", "reverse_kl", "jeffreys"]] == "closed form").all()
-    assert table.how["js"] == "Monte Carlo"
+    assert table.kind.tolist() == ["densities"] * 8 + ["scores"] * 2 + ["samples"] * 3
+    assert (table.method[["kl", "reverse_kl", "jeffreys"]] == "closed form").all()
+    assert table.method["js"] == "Monte Carlo"
     assert table.value["kl"] == pytest.approx(kl(P, Q).value.item())
     assert abs(table.value["js"] - js(P, Q).value.item()) < 6 * 2 * table.std_error["js"]  # 2e-9, by two errors
     assert table.notna().all(axis=None)
@@ -28,7 +28,7 @@ def test_two_densities_have_every_row_from_where_it_is_best():
 
 def test_a_seed_fixes_it_and_leaves_torchs_generator_alone():
     before = torch.random.get_rng_state()
-    first, again, other = (divergence_table(P, Q, num_samples=100, num_draws=50, seed=s) for s in (3, 3, 4))
+    first, again, other = (divergence_table(P, Q, num_samples=100, set_size=50, seed=s) for s in (3, 3, 4))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert first.equals(again)
     assert not first.equals(other)
@@ -37,7 +37,7 @@ def test_a_seed_fixes_it_and_leaves_torchs_generator_alone():
 def test_draws_leave_the_rest_out_and_say_why():
     x = torch.randn(60, 2)
     for p, q, which in ((x, x + 1, "p and q are sets"), (Flow((2,))(), x, "q is a set"), (x, Flow((2,))(), "p is a set")):
-        table = divergence_table(p, q, num_draws=60)
+        table = divergence_table(p, q, set_size=60)
         assert list(table.index) == DRAWS
         assert list(table.attrs["left_out"]) == DENSITIES + SCORES
         assert all(which in reason for reason in table.attrs["left_out"].values())
@@ -45,32 +45,32 @@ def test_draws_leave_the_rest_out_and_say_why():
 
 def test_what_has_no_density_is_compared_by_what_it_has():
     energy = Energy(lambda x: x.square().sum(-1), (2,), num_steps=20)
-    table = divergence_table(energy, Flow((2,))(), num_samples=50, num_draws=50)
+    table = divergence_table(energy, Flow((2,))(), num_samples=50, set_size=50)
     assert list(table.index) == SCORES + DRAWS
     assert "density is: unnormalized" in table.attrs["left_out"]["js"]
-    table = divergence_table(VAE((2,), latent_dim=1)(), Flow((2,))(), num_samples=50, num_draws=50)
+    table = divergence_table(VAE((2,), latent_dim=1)(), Flow((2,))(), num_samples=50, set_size=50)
     assert list(table.index) == DRAWS
     bits = Autoregressive((2,), likelihood=BernoulliLikelihood())()
-    table = divergence_table(bits, bits, num_samples=50, num_draws=50)
+    table = divergence_table(bits, bits, num_samples=50, set_size=50)
     assert list(table.index) == DENSITIES + DRAWS
     assert "over real numbers" in table.attrs["left_out"]["fisher"]
 
 
 def test_sums_are_called_sums():
-    table = divergence_table(dist.Bernoulli(0.2), dist.Bernoulli(0.5), num_samples=50, num_draws=50)
-    assert table.how["tv"] == "exact sum"
+    table = divergence_table(dist.Bernoulli(0.2), dist.Bernoulli(0.5), num_samples=50, set_size=50)
+    assert table.method["tv"] == "exact sum"
     assert table.std_error["tv"] == 0
 
 
 def test_what_would_not_end_is_left_out(monkeypatch):
-    monkeypatch.setattr("pyro_genmodels.divergences.table._COSTS", 1000)
+    monkeypatch.setattr("pyro_genmodels.divergences.table._MAX_COSTS", 1000)
     table = divergence_table(torch.randn(60, 2), torch.randn(60, 2))
     assert list(table.index) == ["sliced_wasserstein", "mmd"]
-    assert "60 x 60 draws" in table.attrs["left_out"]["wasserstein"]
+    assert "60 x 60 samples" in table.attrs["left_out"]["wasserstein"]
 
 
 def test_batches_and_different_events_are_refused():
-    with pytest.raises(ValueError, match=r"divergence_table wants one.*q has batch shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"divergence_table wants distributions without a batch.*q has batch shape \(3,\)"):
         divergence_table(P, Q.expand((3,)))
     with pytest.raises(ValueError, match="one event shape"):
         divergence_table(P, Flow((2,))())
