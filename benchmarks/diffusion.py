@@ -46,7 +46,7 @@ from pyro_genmodels.evaluation import c2st
 from pyro_genmodels.families import Ancestral, Family
 from pyro_genmodels.infer import LikelihoodWeighting, LogNormalWeighting
 from pyro_genmodels.optim.averaging import moving_average
-from pyro_genmodels.training import checkpoints
+from pyro_genmodels.training import Checkpoint, checkpoints
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -225,8 +225,7 @@ def images(
         x[:rows],
         objective=DenoisingScoreMatching(weighting=LikelihoodWeighting()),
         epochs=epochs,
-        checkpoint=out / name,
-        resume=(out / f"{name}.training.safetensors").exists(),
+        checkpoint=Checkpoint(out / name, resume=(out / f"{name}.training.safetensors").exists()),
         seed=seed,
     )
     trained = fit.history[-1]["seconds"]

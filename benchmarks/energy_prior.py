@@ -29,7 +29,7 @@ def fit(name: str, prior: EnergyModel | None) -> Tensor:
     pyro.set_rng_seed(0)
     likelihood = DiscretizedLogisticLikelihood(17, components=3)
     vae = VAE((8, 8), latent_dim=16, likelihood=likelihood, hidden=(256, 256), dropout=0.1, prior=prior)
-    options = {"epochs": 300, "batch_size": 64, "patience": 60, "average": 0.99, "seed": 0}
+    options = {"epochs": 300, "batch_size": 64, "patience": 60, "ema_decay": 0.99, "seed": 0}
     train(vae, digits.train, valid=digits.valid, **options)
     pyro.set_rng_seed(0)
     found = log_likelihood(vae, digits.test, num_samples=512)

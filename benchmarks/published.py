@@ -34,7 +34,7 @@ from pyro_genmodels import (
     train,
 )
 from pyro_genmodels.evaluation import conservative_log_likelihood
-from pyro_genmodels.training import checkpoints
+from pyro_genmodels.training import Checkpoint, checkpoints
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -133,8 +133,7 @@ def rbm(
             batch_size=128,
             patience=epochs,
             ema_decay=average,
-            checkpoint=checkpoint,
-            resume=run.exists(),
+            checkpoint=Checkpoint(checkpoint, resume=run.exists()),
             seed=seed + stage,
         )
         spent[f"stage {stage}"] = fit.history[-1]["seconds"]

@@ -70,7 +70,7 @@ from pyro_genmodels.infer import (
 )
 from pyro_genmodels.infer.adversarial import R1, R2, Relativistic
 from pyro_genmodels.optim.adapters import Optim
-from pyro_genmodels.training import Fit, checkpoints, train
+from pyro_genmodels.training import Checkpoint, Fit, checkpoints, train
 from pyro_genmodels.utils.errors import unknown_name
 
 
@@ -305,9 +305,7 @@ def fit(
         batch_size=notes.batch_size,
         patience=patience,
         ema_decay=recipe.ema_decay,
-        checkpoint=checkpoint,
-        resume=resume,
-        notes=asdict(notes),
+        checkpoint=Checkpoint(checkpoint, resume=resume, notes=asdict(notes)),
         seed=source.seed,
         progress=progress,
     )

@@ -15,6 +15,7 @@ __all__ = ["TrainedWeights", "moving_average"]
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,21 +90,23 @@ class TrainedWeights:
             part.reread()  # type: ignore[operator]
 
     def best_state(self) -> dict[str, Tensor]:
-        """Return copies of the best parameters and buffers.
+        """Return the best parameters and buffers, which are not copied: later calls of `keep_best` leave them unchanged.
 
-        Keys are the names in the fit's modules, and names in Pyro's param store for parameters outside of modules.
+        Keys are the names in the fit's modules, and names in Pyro's param store for parameters outside of modules. What is
+        not trained, such as a frozen parameter, is copied.
         """
-        with self._swapped(self.best):
-            owned = {id(p) for m in self.modules for p in m.parameters()}
-            state = {
-                name: p
-                for name, p in zip(self.names, self.live, strict=True)
-                if id(p) not in owned and name not in self.excluded
-            }
-            for i, module in enumerate(self.modules):
-                prefix = f"{getattr(module, 'name', None) or i}." if len(self.modules) > 1 else ""
-                state |= {prefix + name: t for name, t in module.state_dict().items()}
-            return {name: t.detach().clone().contiguous() for name, t in state.items()}
+        best = {_address(t): value for t, value in zip((*self.live, *self.buffers), self.best, strict=True)}
+        owned = {_address(p) for m in self.modules for p in m.parameters()}
+        state = {
+            name: p
+            for name, p in zip(self.names, self.live, strict=True)
+            if _address(p) not in owned and name not in self.excluded
+        }
+        for i, module in enumerate(self.modules):
+            prefix = f"{getattr(module, 'name', None) or i}." if len(self.modules) > 1 else ""
+            state |= {prefix + name: t for name, t in module.state_dict().items()}
+        kept = {name: best.get(_address(t)) for name, t in state.items()}
+        return {name: t.detach().clone() if (value := kept[name]) is None else value for name, t in state.items()}
 
     def restore_best(self) -> None:
         """Replace the current parameters and buffers by the best."""
@@ -135,6 +138,11 @@ def moving_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor]
         get_ema_multi_avg_fn(min(decay, (1 + t) / (10 + t)))(averages, parameters, t)  # type: ignore[arg-type]
 
     return average
+
+
+def _address(t: Tensor) -> tuple[Any, ...]:
+    """Return a key that two tensors share only if they are the same numbers in memory."""
+    return t.data_ptr(), tuple(t.shape), t.stride(), t.dtype
 
 
 def _copy(targets: list[Tensor], values: list[Tensor]) -> None:

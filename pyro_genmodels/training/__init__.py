@@ -1,5 +1,7 @@
-"""Training: one loop for every fit, and what it leaves on disk."""
+"""Training: one loop for every fit, and its checkpoints."""
 
-from pyro_genmodels.training.loop import Fit, train
+from pyro_genmodels.training.fit import Fit
+from pyro_genmodels.training.loop import TrainingInterrupted, train
+from pyro_genmodels.training.snapshots import Checkpoint
 
-__all__ = ["Fit", "train"]
+__all__ = ["Checkpoint", "Fit", "TrainingInterrupted", "train"]

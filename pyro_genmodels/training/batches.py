@@ -1,4 +1,4 @@
-"""Rows in minibatches, wherever they come from: tensors, or a loader."""
+"""Data in minibatches, from tensors or from a `DataLoader`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,21 @@ Batch = tuple[Tensor, Tensor | None]
 
 
 class Batches:
-    """Rows of data in minibatches (x, context), from tensors or from a DataLoader.
+    """Data in minibatches (x, context), from tensors or from a `DataLoader`.
 
     Args:
-        data: rows of x, (N, ...), or a DataLoader of x or (x, context).
-        context: one per row, (N, ...), or None.
-        batch_size: rows in a minibatch, at most; their sizes differ by one at most.
-        like: a tensor of the device and precision wanted.
+        data: rows of x, (N, ...), or a `DataLoader` of x or (x, context).
+        context: context of each row, (N, ...), or None.
+        batch_size: largest number of rows in a minibatch. The sizes differ by one at most.
+        like: tensor with the device and precision for the batches.
+
+    Attributes:
+        rows: number of rows.
+        count: number of minibatches.
 
     Raises:
-        ValueError: on no rows, or rows of context that do not match.
+        ValueError: if there are no rows, or another number of rows of context.
+        TypeError: if the number of rows is unknown.
     """
 
     def __init__(self, data: Any, context: Any, batch_size: int, like: Tensor) -> None:
@@ -34,13 +39,13 @@ class Batches:
         self.loader = data if isinstance(data, DataLoader) else None
         if self.loader is not None:
             if context is not None:
-                raise ValueError("With a DataLoader the context comes in its batches, as (x, context): leave context out.")
+                raise ValueError("A DataLoader yields the context in its batches, as (x, context): leave context out.")
             self.x: Any = None
             self.context: Any = None
             if not hasattr(data.dataset, "__len__"):
                 raise TypeError(
-                    f"Training wants to know the number of data, but a {type(data.dataset).__name__} has no length. Use a "
-                    "map-style dataset, or SVI with size=."
+                    f"Training wants a dataset with a length, but {type(data.dataset).__name__} has none. Use a map-style "
+                    "dataset, or SVI with size=."
                 )
             self.rows = len(data.dataset)
         else:
@@ -56,26 +61,26 @@ class Batches:
         self.count = ceil(self.rows / batch_size)
 
     def to(self, t: Tensor) -> Tensor:
-        """The tensor on the device, and if it is of floats in the precision, of `like`."""
+        """Return the tensor on the device of `like`, and in its precision if it holds floats."""
         return t.to(self.device, self.dtype if t.is_floating_point() else t.dtype, non_blocking=True)
 
     @property
     def digest(self) -> str | None:
-        """A checksum of all rows, by which data are known again; None of a DataLoader."""
+        """Checksum of all rows, by which a resumed run recognises its data. None for a `DataLoader`."""
         if self.loader is not None:
             return None
         parts = [self.x] if self.context is None else [self.x, self.context]
         digest = sha256()
         for t in parts:
-            digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
     def first(self) -> Batch:
-        """The first batch in order."""
+        """Return the first batch in order."""
         return next(self.in_order())
 
     def head(self, rows: int) -> Tensor:
-        """All rows of x, or of a DataLoader's at least so many, if it has them."""
+        """Return all rows of x, or of a `DataLoader` at least this many if it has them."""
         if self.loader is None:
             return self.x
         parts: list[Tensor] = []
@@ -86,14 +91,15 @@ class Batches:
         return torch.cat(parts)
 
     def in_order(self) -> Iterator[Batch]:
-        """All rows as they stand."""
-        return self._by(torch.arange(self.rows))
+        """Return the batches of all rows in order."""
+        return self._in_batches(torch.arange(self.rows))
 
     def shuffled(self) -> Iterator[Batch]:
-        """All rows in a random order (a DataLoader has its own)."""
-        return self._by(torch.randperm(self.rows))
+        """Return the batches of all rows in a random order. A `DataLoader` has its own order."""
+        return self._in_batches(torch.randperm(self.rows))
 
-    def _by(self, order: Tensor) -> Iterator[Batch]:
+    def _in_batches(self, order: Tensor) -> Iterator[Batch]:
+        """Yield the rows of the given numbers in batches."""
         if self.loader is not None:
             for batch in self.loader:
                 x, context = pair_of(batch)
@@ -104,9 +110,9 @@ class Batches:
 
 
 def pair_of(batch: Any) -> tuple[Any, Any]:
-    """(x, context) of x or of [x] or of [x, context]."""
+    """Return (x, context) from x, [x] or [x, context]. The context is None where there is none."""
     if not isinstance(batch, (tuple, list)):
         return batch, None
     if len(batch) > 2:
-        raise ValueError(f"A batch wants x or (x, context), but found {len(batch)} parts. Put them together in the dataset.")
+        raise ValueError(f"A batch wants x or (x, context), but found {len(batch)} parts. Combine them in the dataset.")
     return batch[0], batch[1] if len(batch) == 2 else None

@@ -1,8 +1,8 @@
-r"""What training leaves on disk: tensors as safetensors, the record of how they came about as JSON in their header.
+"""Checkpoints: tensors as safetensors, with a record of the family and its training as JSON in the header.
 
-A checkpoint holds no code, and reading one runs none: a family is described by the names and arguments of its parts, and built
-again from those of `pyro_genmodels.families` alone. The file is written whole or not at all, and a checksum over record and
-tensors tells damage from change. The JSON beside it is a copy for human eyes.
+A checkpoint holds no code, and reading one runs none: a family is described by the names and arguments of its parts, and is
+rebuilt from the classes of `pyro_genmodels.families` alone. A file is written completely or not at all. A checksum of record
+and tensors reveals damage. The JSON file beside it is a copy for people to read.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ from pyro_genmodels.utils.errors import import_extra, unknown_name
 from pyro_genmodels.utils.files import atomic_write
 
 FORMAT = 1
-"""Of the record. A reader refuses what is newer."""
+"""Version of the record's format. Files of a newer format are refused."""
 
 DTYPES = {
     str(t).removeprefix("torch."): t
     for t in (torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.bool)
 }
-"""Types of tensors that are told as lists."""
+"""Data types of tensors that a record may hold as lists."""
+MAX_RECORD_TENSOR_SIZE = 10_000
+"""Largest number of elements of a tensor that a record may hold as a list."""
 
 _PARTS = {name: getattr(families, name) for name in families.__all__ if name != "Family"}
 _CONSTRAINTS: dict[str, Any] = {
@@ -49,20 +51,20 @@ _CONSTRAINTS: dict[str, Any] = {
 
 
 def save(path: str | Path, family: Family, **record: Any) -> Path:
-    """Writes a family to ``path.safetensors``.
+    """Write a family to ``path.safetensors``.
 
     Args:
-        path: with or without that suffix; its folder is made.
-        family: what to save.
-        record: what else JSON can say, under names of your own.
+        path: path with or without suffix; its folder is made.
+        family: the family.
+        record: further entries of the record, of types that JSON has.
 
     Returns:
         The path of the file.
 
     Raises:
-        ValueError: if the record has names that a checkpoint uses itself.
-        ImportError: without safetensors.
-        OSError: if it cannot be written; an older file then stays as it was.
+        ValueError: if an entry has a name that checkpoints use themselves.
+        ImportError: if safetensors is not installed.
+        OSError: if the file cannot be written. An older file then stays as it was.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -74,33 +76,40 @@ def save(path: str | Path, family: Family, **record: Any) -> Path:
         torch.Size([5, 2])
     """
     if reserved := {"format", "pyro_genmodels", "class", "arguments", "own", "options"} & set(record):
-        raise ValueError(f"A record cannot have {', '.join(map(repr, sorted(reserved)))}, which a checkpoint says of itself.")
-    return write(path, {name: t.detach().clone() for name, t in family.state_dict().items()}, {**record, **describe(family)})
+        raise ValueError(
+            f"The record cannot have entries named {', '.join(map(repr, sorted(reserved)))}, which checkpoints use themselves."
+        )
+    return write(path, family.state_dict(), {**record, **describe(family)})
 
 
 def load(path: str | Path, family: Family | None = None) -> Family:
-    """The family of a checkpoint, of `save` or of ``train(..., checkpoint=...)``, in evaluation mode.
+    """Return the family of a checkpoint in evaluation mode, as written by `save` or ``train(..., checkpoint=...)``.
 
     Args:
-        path: with or without its suffix.
-        family: to load the parameters into, if it was built with networks of your own, which a checkpoint cannot hold.
+        path: path with or without suffix.
+        family: family to load the parameters into. It is needed for networks of your own, which a checkpoint cannot hold.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is damaged, not of this package, of a newer version, of another family, or if it has parts that
-            only you can build.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, is not of this package, or is of a newer format; if it holds another family than the
+            given one; or if it describes parts of your own and no family is given.
+
+    Example:
+        >>> load("flow")
+        Traceback (most recent call last):
+        FileNotFoundError: There is no checkpoint flow.safetensors.
     """
     state, record = read(path)
     if family is None:
         family = rebuild(record, path)
     elif record.get("class") not in (None, type(family).__name__):
-        raise ValueError(f"{path} holds a {record['class']}, but was to be loaded into a {type(family).__name__}.")
+        raise ValueError(f"{path} holds a {record['class']}, which cannot be loaded into a {type(family).__name__}.")
     own = family.state_dict()
     if set(own) != set(state) or any(own[name].shape != state[name].shape for name in own):
         wrong = sorted(set(own) ^ set(state)) or [name for name in own if own[name].shape != state[name].shape]
         raise ValueError(
-            f"The parameters in {path} are not those of this {type(family).__name__}: {len(wrong)} differ in name or shape, "
-            f"first {wrong[0]!r}. Build the family with the arguments it was saved with."
+            f"The parameters in {path} do not fit this {type(family).__name__}: {len(wrong)} differ in name or shape, first "
+            f"{wrong[0]!r}. Build the family with the arguments it was saved with."
         )
     dtypes = {t.dtype for t in state.values() if t.is_floating_point()}
     if len(dtypes) == 1:
@@ -113,17 +122,23 @@ def load(path: str | Path, family: Family | None = None) -> Family:
 
 
 def write(path: str | Path, state: Mapping[str, Tensor], record: Mapping[str, Any], *, readable: bool = True) -> Path:
-    """Writes tensors and a record to ``path.safetensors``, and if it is to be readable, the record to ``path.json``.
+    """Write tensors and a record to ``path.safetensors``.
+
+    Args:
+        path: path with or without suffix.
+        state: tensors by name.
+        record: entries of the record, of types that JSON has.
+        readable: True to write the record to ``path.json`` too.
 
     Returns:
         The path of the tensors.
 
     Raises:
-        ImportError: without safetensors.
-        OSError: if they cannot be written.
+        ImportError: if safetensors is not installed.
+        OSError: if a file cannot be written.
     """
     target = tensors_of(path)
-    tensors = {name: t.contiguous().cpu() for name, t in state.items()}
+    tensors = _apart({name: t.detach().contiguous().cpu() for name, t in state.items()})
     full = {"format": FORMAT, "pyro_genmodels": __version__, **record}
     text = json.dumps(full)
     with atomic_write(target) as part:
@@ -139,12 +154,12 @@ def write(path: str | Path, state: Mapping[str, Tensor], record: Mapping[str, An
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and record of a checkpoint, which is read without running anything in it.
+    """Return the tensors and the record of a checkpoint. Nothing in it is executed.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is no checkpoint of this package, damaged, or of a newer version.
-        ImportError: without safetensors.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is no checkpoint of this package, is damaged, or is of a newer format.
+        ImportError: if safetensors is not installed.
     """
     _safetensors()
     given, path = Path(path), tensors_of(path)
@@ -159,23 +174,21 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
         metadata = header.get("__metadata__") or {}
     except _safetensors().SafetensorError as error:
-        raise ValueError(
-            f"{path} is no checkpoint, or is damaged: it cannot be read as safetensors ({_brief(error)})."
-        ) from error
-    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:  # of types torch does not know
+        raise ValueError(f"{path} is no checkpoint, or is damaged: it is not a safetensors file ({_brief(error)}).") from error
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:  # data types that torch does not have
         raise ValueError(f"{path} is damaged: its tensors cannot be read ({_brief(error)}).") from error
     if "pyro_genmodels" not in metadata:
         raise ValueError(
-            f"{path} is not a checkpoint of pyro_genmodels: its header has no record. Tensors of others can be read by "
-            "safetensors.torch.load_file and given to a family's load_state_dict."
+            f"{path} is not a checkpoint of pyro_genmodels: its header has no record. Read other safetensors files by "
+            "safetensors.torch.load_file, and pass the tensors to a family's load_state_dict."
         )
     text = metadata["pyro_genmodels"]
     if metadata.get("sha256") != _digest(state, text):
-        raise ValueError(f"{path} is damaged: its checksum is not that of its contents. Take another copy of it.")
+        raise ValueError(f"{path} is damaged: its checksum does not match its contents. Use another copy of the file.")
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: its record is no JSON.") from error
+        raise ValueError(f"{path} is damaged: its record is not JSON.") from error
     if not isinstance(record, dict) or not isinstance(record.get("format", 0), int):
         raise ValueError(f"{path} is damaged: its record is not one of pyro_genmodels.")
     if record.get("format", 0) > FORMAT:
@@ -187,11 +200,11 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def tensors_of(path: str | Path) -> Path:
-    """The path of a checkpoint's tensors, given with or without a suffix of its own."""
+    """Return the path of a checkpoint's tensors, for a path with or without suffix."""
     path = Path(path)
     name = path.name.removesuffix(".safetensors").removesuffix(".json")
     if not name:
-        raise ValueError(f"A checkpoint wants the name of a file, but found {str(path)!r}.")
+        raise ValueError(f"A checkpoint wants a path that ends in a file name, but found {str(path)!r}.")
     return path.with_name(name + ".safetensors")
 
 
@@ -199,15 +212,28 @@ def _safetensors(part: str = "") -> Any:
     return import_extra(f"safetensors{part}", extra="cli", by="A checkpoint")
 
 
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with copies of those that share memory with an earlier one, which safetensors refuses."""
+    seen: set[int] = set()
+    apart: dict[str, Tensor] = {}
+    for name, t in tensors.items():
+        memory = t.untyped_storage().data_ptr()
+        apart[name] = t.clone() if memory in seen else t
+        seen.add(memory)
+    return apart
+
+
 def _digest(state: Mapping[str, Tensor], text: str) -> str:
+    """Return the checksum of tensors and record."""
     digest = hashlib.sha256(text.encode())
     for name, t in sorted(state.items()):
         digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        digest.update(t.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(t.contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def _brief(error: Exception) -> str:
+    """Return the first line of an error's message, shortened."""
     return str(error).splitlines()[0][:100] if str(error) else type(error).__name__
 
 
@@ -215,7 +241,7 @@ def _brief(error: Exception) -> str:
 
 
 def describe(family: Any) -> dict[str, Any]:
-    """A family's class and, where they can be told as data, its arguments; else what cannot."""
+    """Return a family's class and arguments as JSON, or its class and the arguments that JSON cannot express."""
     if not isinstance(family, Family):
         return {"class": type(family).__name__}
     description: dict[str, Any] = {"class": type(family).__name__}
@@ -227,29 +253,29 @@ def describe(family: Any) -> dict[str, Any]:
 
 
 def rebuild(record: Mapping[str, Any], path: str | Path) -> Family:
-    """The untrained family that a record describes.
+    """Return the untrained family that a record describes.
 
     Raises:
         ValueError: if it cannot be built from parts of this package.
     """
     if "options" in record:
         name = Path(path).name.removesuffix(".safetensors").removesuffix(".training")
-        raise ValueError(f"{path} is what training goes on from; the parameters are in {name}.safetensors beside it.")
+        raise ValueError(f"{path} is a run to resume training from. The parameters are in {name}.safetensors beside it.")
     kind = str(record.get("class", "model"))
     if own := record.get("own"):
         parts = ", ".join(map(str, own)) if isinstance(own, list) else str(own)
         raise ValueError(
-            f"{path} holds a {kind} with parts of your own ({parts}), which only you can build. Build the family as it was and "
-            "load by checkpoints.load(path, family)."
+            f"{path} holds a {kind} with parts of your own ({parts}), which a checkpoint cannot rebuild. Build the family with "
+            "the same arguments and load it by checkpoints.load(path, family)."
         )
     if "arguments" not in record:
         raise ValueError(
             f"{path} holds the parameters of a {kind} that is no family of pyro_genmodels: read them by checkpoints.read and "
-            "load_state_dict."
+            "pass them to load_state_dict."
         )
     try:
         family = _decode({"class": kind, "arguments": record["arguments"]})
-    except Exception as error:  # whatever the parts say to arguments that are not theirs
+    except Exception as error:  # any error that wrong arguments may cause
         raise ValueError(f"{path} describes a {kind} that this version cannot build: {_brief(error)}.") from error
     if not isinstance(family, Family):
         raise ValueError(f"{path} holds a {kind}, which is no family.")
@@ -257,14 +283,20 @@ def rebuild(record: Mapping[str, Any], path: str | Path) -> Family:
 
 
 def _encode(value: Any, where: str, own: list[str]) -> Any:
-    """A value as JSON; what JSON cannot say goes to `own`."""
+    """Return an argument as JSON. If that is impossible, append its name to `own`.
+
+    Args:
+        value: the argument.
+        where: its name.
+        own: names of the arguments that JSON cannot express.
+    """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, (Integral, Real)):  # of numpy
+    if isinstance(value, (Integral, Real)):  # numbers of numpy
         return int(value) if isinstance(value, Integral) else float(value)
     if isinstance(value, Sequence):
         return [_encode(v, where, own) for v in value]
-    if isinstance(value, Tensor) and value.numel() <= 10_000:
+    if isinstance(value, Tensor) and value.numel() <= MAX_RECORD_TENSOR_SIZE:
         return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
     if isinstance(value, Labels):
         return {"class": "Labels", "arguments": {"num_classes": value.num_classes}}
@@ -288,7 +320,7 @@ def _encode(value: Any, where: str, own: list[str]) -> Any:
 
 
 def _decode(value: Any) -> Any:
-    """The value that JSON says, made of parts of this package."""
+    """Return the value that `_encode` encoded, built from classes of this package."""
     if isinstance(value, list):
         return [_decode(v) for v in value]
     if not isinstance(value, Mapping):

@@ -1,109 +1,139 @@
-r"""What a step of training is: one of a Pyro loss by an optimiser, or a turn of each player of a game.
+r"""One step of training: of a Pyro loss by one optimiser, or of an adversarial loss by two.
 
-The loss is nats per datum, and so is the gradient: each minibatch of B out of N rows is scaled by N / B by the model's plate,
-and the sum divided by N here.
+The loss is in nats per datum, and so is the gradient: the model's plate scales each minibatch of B out of N rows by N / B, and
+the sum is divided by N here.
 """
 
 from __future__ import annotations
 
-__all__ = ["AdversarialStep", "LossStep", "step_of"]
+__all__ = ["AdversarialStep", "LossStep", "make_step"]
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import inf, isfinite
 from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
+from pyro.nn import PyroModule
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from pyro_genmodels._pyro import traces
-from pyro_genmodels.distributions.energy import Energy
+from pyro_genmodels.distributions.capabilities import Capabilities, capabilities
 from pyro_genmodels.distributions.energy.partition import quick_log_partition
 from pyro_genmodels.divergences import EnergyKernel, mmd
 from pyro_genmodels.infer.adversarial import Adversarial
 from pyro_genmodels.infer.adversarial.losses import AdversarialLoss
 from pyro_genmodels.infer.adversarial.pairings import JointPairing, ObservationsPairing
 from pyro_genmodels.infer.contrastive import ContrastiveDivergence, NoiseContrastive
-from pyro_genmodels.infer.denoising import DenoisingScoreMatching, is_diffusion
+from pyro_genmodels.infer.denoising import DenoisingScoreMatching
 from pyro_genmodels.infer.flow_matching import FlowMatching
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
 from pyro_genmodels.optim.adapters import make_optimizer
 from pyro_genmodels.training.batches import Batch, Batches
-from pyro_genmodels.utils.distributions import unwrap
+from pyro_genmodels.utils.distributions import modules_and_tensors, unwrap
 
 
-def step_of(fit: Any, objective: Any, optim: Any, batches: Batches, clip_norm: float | None) -> LossStep | AdversarialStep:
-    """What a step is, for this fit by this objective.
+def make_step(fit: Any, objective: Any, optim: Any, batches: Batches, clip_norm: float | None) -> LossStep | AdversarialStep:
+    """Return the training step of a fit by an objective, or by the default objective of the fit if that is None.
 
     Raises:
-        TypeError: if the objective is none.
-        ValueError: if a game lacks its critic, or has optimisers already.
+        TypeError: if the objective is neither a Pyro loss nor an adversarial one.
+        ValueError: if an adversarial loss lacks a critic, or has optimisers already.
     """
     model, guide = traces.as_pair(fit)
-    if objective is None and isinstance(getattr(fit, "critic", None), nn.Module):
-        objective = Adversarial(model, fit.critic, optim=optim)
+    critic = getattr(fit, "critic", None)
+    if objective is None and isinstance(critic, nn.Module):
+        objective = Adversarial(model, critic, optim=optim)
     elif isinstance(objective, AdversarialLoss):
-        critic = getattr(fit, "critic", None)
         if not isinstance(critic, nn.Module):
             raise ValueError(
-                f"{type(objective).__name__} is a game against a critic, which this fit does not bring. Pass "
-                "objective=Adversarial(model, critic, ...)."
+                f"{type(objective).__name__} wants a critic, but this fit has none. Pass objective=Adversarial(model, critic, "
+                "...)."
             )
         objective = Adversarial(model, critic, objective, optim)
     elif isinstance(objective, Adversarial) and optim is not None:
-        raise ValueError("An Adversarial has its optimisers already: pass optim= there.")
+        raise ValueError("An Adversarial has optimisers of its own: pass optim= to Adversarial(...).")
     if isinstance(objective, Adversarial):
         return AdversarialStep(objective, model, guide, batches)
     if objective is not None and not isinstance(objective, ELBO):
         found = f"the class {objective.__name__}" if isinstance(objective, type) else type(objective).__name__
         raise TypeError(f"objective wants a Pyro loss, an object such as MaximumLikelihood(), but found {found}.")
-    return LossStep(model, guide, objective or _default_objective(model, guide, batches.first()), batches, optim, clip_norm)
+    return LossStep(model, guide, objective, batches, optim, clip_norm)
 
 
 class LossStep:
-    """Steps by whatever Pyro loss."""
+    """Training steps by any Pyro loss.
+
+    The fit is run once when the step is built, which shows its parameters, its distributions and its default objective.
+
+    Args:
+        model: the fit's model.
+        guide: the fit's guide.
+        objective: the loss, or None for the default of the fit.
+        batches: the data.
+        optim: function parameters -> torch optimiser, one of Pyro's optimisers, or None for Adam.
+        clip_norm: largest norm of the gradient, or None.
+
+    Attributes:
+        parameters: trained parameters by name.
+        optimiser: their optimiser.
+        excluded: names of parameters that belong to the objective, not to the fit.
+        extra_modules: modules that do not belong to the fit.
+        wants_average: True if samples take many passes through the network, which the last parameters serve badly.
+    """
 
     def __init__(
         self,
         model: Callable[..., Any],
         guide: Callable[..., Any],
-        objective: Any,
+        objective: ELBO | None,
         batches: Batches,
         optim: Any,
         clip_norm: float | None,
     ) -> None:
-        self.model, self.guide, self.objective, self.rows = model, guide, objective, batches.rows
-        self.sized = "size" in inspect.signature(model).parameters
-        self.clip_norm = clip_norm
-        self.warned = False
-        self.averages = self._needs_average(batches.first())
-        self.parameters = self._find_parameters(batches.first())
+        self.model, self.guide, self.rows = model, guide, batches.rows
+        self.takes_size = "size" in inspect.signature(model).parameters
+        self.clip_norm = inf if clip_norm is None else clip_norm
+        self.objective: Any
+        self.objective, sites = self._first_run(objective, batches.first())
+        self.distributions, self.parameters = sites.distributions, sites.trainable()
         self.optimiser = make_optimizer(optim, list(self.parameters.values()))
-        self.aside = getattr(objective, "own", ())
-        self.modules = traces.modules_of(model, guide)
-        self.others: list[nn.Module] = []
+        self.excluded = getattr(self.objective, "own", ())
+        self.extra_modules: list[nn.Module] = []
+        self.wants_average = isinstance(self.objective, FlowMatching) or (
+            isinstance(self.objective, DenoisingScoreMatching)
+            and any(capabilities(d).has_noise_error for d in self.distributions)
+        )
+        self._warned = False
 
     def step(self, batch: Batch, number: int) -> dict[str, float]:
-        """A step, of that number in its epoch; returns the loss of the batch.
+        """Take one step.
+
+        Args:
+            batch: rows of x and of the context.
+            number: number of the step in its epoch, for the error.
+
+        Returns:
+            The loss of the batch, in nats per datum, as "train".
 
         Raises:
-            FloatingPointError: if the loss or its gradient is not finite, as where a distribution refused what it was given.
+            FloatingPointError: if the loss or its gradient is not finite.
         """
         for p in self.parameters.values():
             p.grad = None
-        loss = self._guarded(self.objective.loss_and_grads, batch, self.rows)
-        rows = self.rows if self.sized else len(batch[0])
+        loss = self._loss(self.objective.loss_and_grads, batch, self.rows)
+        rows = self.rows if self.takes_size else len(batch[0])
         for p in self.parameters.values():
             if p.grad is not None:
                 p.grad.div_(rows)
-        bound = inf if self.clip_norm is None else self.clip_norm
-        norm = clip_grad_norm_(list(self.parameters.values()), bound, foreach=True).item()
+        norm = clip_grad_norm_(list(self.parameters.values()), self.clip_norm, foreach=True).item()
         for name, value in (("loss", loss), ("norm of the gradient", norm)):
             if not isfinite(value):
                 raise FloatingPointError(
@@ -113,32 +143,55 @@ class LossStep:
         return {"train": loss}
 
     def validate(self, held_out: Batches) -> float:
-        """The loss of held-out data."""
-        self._know_constants(held_out.first())
+        """Return the mean loss of held-out data, in nats per datum."""
+        if energies := [d for d in self.distributions if capabilities(d).intractable]:
+            self._prepare_log_partition(energies, held_out.first())
         with torch.no_grad():
-            return _mean([(self._guarded(self.objective.loss, b, held_out.rows), len(b[0])) for b in held_out.in_order()])
+            return _mean([(self._loss(self.objective.loss, b, held_out.rows), len(b[0])) for b in held_out.in_order()])
 
-    def _know_constants(self, batch: Batch) -> None:
-        """Has the energies in the model know their log Z, or losses of different parameters could not be compared."""
-        with pyro.validation_enabled(is_validate=False):  # what is not finite shows in the loss
-            dists = _distributions(self.model, self.guide, batch)
-            for dist in dists:
-                if isinstance(dist, Energy) and dist.context is None and dist.sampler is not None:
-                    quick_log_partition(dist)
-        known = isinstance(self.objective, (ContrastiveDivergence, NoiseContrastive))
-        if not (known or self.warned) and any(isinstance(d, Energy) and d.context is not None for d in dists):
-            self.warned = True
+    def _first_run(self, objective: ELBO | None, batch: Batch) -> tuple[ELBO, _Sites]:
+        """Run the fit once, or twice if its parameters show only in the loss; return the objective and the recorded sites."""
+        with _Sites() as sites:
+            if objective is None:
+                objective = _default_objective(self._traces(batch))
+                if not self._hides_parameters(sites.distributions):
+                    return objective, sites
+            self._call(objective.loss_and_grads, batch, self.rows)
+        return objective, sites
+
+    def _hides_parameters(self, distributions: list[Any]) -> bool:
+        """Return True if scoring may show parameters that a run does not: those of Pyro modules inside a distribution."""
+        ours = [d for d in distributions if isinstance(d, Capabilities)]
+        modules = [part for d in ours for module in modules_and_tensors(d)[0] for part in module.modules()]
+        return any(isinstance(m, PyroModule) for m in modules) or (bool(ours) and not traces.is_family(self.model))
+
+    def _prepare_log_partition(self, energies: list[Any], batch: Batch) -> None:
+        """Estimate log Z of the energies in the model, without which losses of different parameters cannot be compared."""
+        if any(map(_has_one_constant, energies)):
+            with pyro.validation_enabled(is_validate=False), _Sites() as sites:  # NaN will show in the loss
+                self._traces(batch)
+                for d in filter(_has_one_constant, sites.distributions):
+                    quick_log_partition(d)
+        knows_constants = isinstance(self.objective, (ContrastiveDivergence, NoiseContrastive))
+        if not (knows_constants or self._warned) and any(d.context is not None for d in energies):
+            self._warned = True
             warnings.warn(
-                "The validation losses of energies with a context lack log Z of each, which changes with the parameters, so "
-                "that early stopping cannot rely on them. Use ContrastiveDivergence(), or leave valid out.",
+                "The validation losses of energies with a context lack log Z of each context, which changes with the "
+                "parameters, so that early stopping cannot rely on them. Use ContrastiveDivergence(), or leave valid out.",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
-    def _guarded(self, loss: Callable[..., float], batch: Batch, rows: int) -> float:
+    def _traces(self, batch: Batch) -> tuple[Trace, Trace]:
+        """Run model and guide once without gradients, and return their traces."""
+        with torch.no_grad():
+            return traces.run_pair(self.model, self.guide, _args(batch), {})
+
+    def _loss(self, loss: Callable[..., float], batch: Batch, rows: int) -> float:
+        """Return the loss, which is NaN or infinite also where a distribution refuses such parameters by a ValueError."""
         try:
             return self._call(loss, batch, rows)
-        except ValueError:  # NaN parameters of a distribution are refused before the loss can be NaN
+        except ValueError:
             with torch.no_grad(), pyro.validation_enabled(is_validate=False):
                 value = self._call(self.objective.loss, batch, rows)
             if isfinite(value):
@@ -146,91 +199,84 @@ class LossStep:
             return value
 
     def _call(self, loss: Callable[..., float], batch: Batch, rows: int) -> float:
-        kwargs = {"size": rows} if self.sized else {}
-        return loss(self.model, self.guide, *_args(batch), **kwargs) / (rows if self.sized else len(batch[0]))
-
-    def _needs_average(self, batch: Batch) -> bool:
-        """Whether the loss is of networks that are drawn from by many steps, which last weights alone serve badly."""
-        if not isinstance(self.objective, DenoisingScoreMatching):
-            return isinstance(self.objective, FlowMatching)
-        return any(map(is_diffusion, _distributions(self.model, self.guide, batch)))
-
-    def _find_parameters(self, batch: Batch) -> dict[str, nn.Parameter]:
-        """What a step trains: the parameters Pyro sees in one, by its names."""
-        with poutine.trace(param_only=True) as capture:
-            self._call(self.objective.loss_and_grads, batch, self.rows)
-        sites = capture.trace.nodes.items()
-        values: dict[str, Any] = {name: site["value"] for name, site in sites}
-        found = {name: v.unconstrained() if hasattr(v, "unconstrained") else v for name, v in values.items()}
-        found = {name: p for name, p in found.items() if p.requires_grad}
-        if not found:
-            raise ValueError(
-                "The fit has nothing to train: no parameter that requires a gradient is met in its model and guide."
-            )
-        return found
+        kwargs = {"size": rows} if self.takes_size else {}
+        return loss(self.model, self.guide, *_args(batch), **kwargs) / (rows if self.takes_size else len(batch[0]))
 
 
 class AdversarialStep:
-    """Turns of the players of a game."""
+    """Training steps of a generator and its critic.
 
-    def __init__(self, game: Adversarial, model: Callable[..., Any], guide: Callable[..., Any], batches: Batches) -> None:
-        own = traces.modules_of(model, guide)
-        players = traces.modules_of(game.model, game.guide)
-        if own and not any(part is player for module in own for part in module.modules() for player in players):
+    Args:
+        trainer: the adversarial training, of the fit's model.
+        model: the fit's model.
+        guide: the fit's guide.
+        batches: the data.
+
+    Attributes:
+        parameters: trained parameters of both by name; those of the critic begin with ``critic.``.
+        optimiser: both optimisers as one.
+        excluded: names of the critic's parameters, if the critic does not belong to the fit.
+        extra_modules: the critic, if it does not belong to the fit.
+        wants_average: True: the generator's parameters circle around their optimum.
+    """
+
+    def __init__(self, trainer: Adversarial, model: Callable[..., Any], guide: Callable[..., Any], batches: Batches) -> None:
+        fit_modules = {m for module in traces.modules_of(model, guide) for m in module.modules()}
+        if fit_modules and not fit_modules.intersection(traces.modules_of(trainer.model, trainer.guide)):
             raise ValueError("The objective is an Adversarial of another model than this fit: build it of fit.model.")
-        self.game, self.rows = game, batches.rows
-        self.sized = "size" in inspect.signature(game.model).parameters
-        within = any(game.critic is m for module in own for m in module.modules())
-        self.others: list[nn.Module] = [] if within else [game.critic]
-        self.modules = [*own, *self.others]
-        game.prepare(*_args(batches.first()), **self._size(self.rows))
-        critic = {f"critic.{name}": p for name, p in game.players["critic"].items()}
-        self.parameters = {**game.players["generator"], **critic}
-        self.optimiser: Any = _Both([game.optimisers[player] for player in game.players])
-        self.aside = () if within else tuple(critic)
-        self.averages = True
+        self.trainer, self.rows = trainer, batches.rows
+        self.takes_size = "size" in inspect.signature(trainer.model).parameters
+        trainer.prepare(*_args(batches.first()), **self._size(self.rows))
+        critic = {f"critic.{name}": p for name, p in trainer.players["critic"].items()}
+        self.parameters = {**trainer.players["generator"], **critic}
+        self.optimiser: Any = _TwoOptimizers(list(trainer.optimisers.values()))
+        owns_critic = trainer.critic in fit_modules
+        self.excluded = () if owns_critic else tuple(critic)
+        self.extra_modules: list[nn.Module] = [] if owns_critic else [trainer.critic]
+        self.wants_average = True
 
     def step(self, batch: Batch, number: int) -> dict[str, float]:
-        """A turn of each; returns what each lost."""
-        lost = self.game.step(*_args(batch), **self._size(self.rows))
-        return {"train": lost["generator"], "critic": lost["critic"]}
+        """Take one step of each, and return the loss of the generator as "train" and of the critic as "critic"."""
+        losses = self.trainer.step(*_args(batch), **self._size(self.rows))
+        return {"train": losses["generator"], "critic": losses["critic"]}
 
     @torch.no_grad()
     def validate(self, held_out: Batches) -> float:
-        """How far draws are from held-out data: the squared energy distance, where draws are what is matched.
+        """Return the squared energy distance of samples from held-out data, if the critic compares samples with data.
 
-        Else it is what the model loses, by the critic of the day.
+        Otherwise return the loss of the generator by the present critic.
         """
-        game, size = self.game, self._size(held_out.rows)
-        if not isinstance(game.pairing, ObservationsPairing | JointPairing) or game.beside is not None:
-            return _mean([(game.evaluate_loss(*_args(b), **size)["generator"], len(b[0])) for b in held_out.in_order()])
-        sides = [game.pairing.sides(game.model, game.guide, _args(batch), size) for batch in held_out.in_order()]
+        trainer, size = self.trainer, self._size(held_out.rows)
+        if not isinstance(trainer.pairing, ObservationsPairing | JointPairing) or trainer.beside is not None:
+            losses = [(trainer.evaluate_loss(*_args(b), **size)["generator"], len(b[0])) for b in held_out.in_order()]
+            return _mean(losses)
+        sides = [trainer.pairing.sides(trainer.model, trainer.guide, _args(batch), size) for batch in held_out.in_order()]
         real, fake = (torch.cat([getattr(side, name)[0] for side in sides]) for name in ("real", "fake"))
         return mmd(real, fake, kernel=EnergyKernel()).value.item() if fake.isfinite().all() else float("nan")
 
     def _size(self, rows: int) -> dict[str, int]:
-        return {"size": rows} if self.sized else {}
+        return {"size": rows} if self.takes_size else {}
 
 
-class _Both:
-    """Two optimisers as one, for what is kept of a run."""
+class _TwoOptimizers:
+    """Two optimisers whose state is saved and loaded as that of one."""
 
     def __init__(self, optimisers: list[Optimizer]) -> None:
         self.optimisers = optimisers
 
     def state_dict(self) -> dict[str, Any]:
-        """Of both, the parameters of the second counted on from those of the first."""
+        """Return the state of both, with the second's parameters numbered after the first's."""
         state: dict[int, Any] = {}
         groups: list[dict[str, Any]] = []
         for optimiser in self.optimisers:
             first = sum(len(group["params"]) for group in groups)
-            found = optimiser.state_dict()
-            state |= {first + i: values for i, values in found["state"].items()}
-            groups += [{**group, "params": [first + i for i in group["params"]]} for group in found["param_groups"]]
+            own = optimiser.state_dict()
+            state |= {first + i: values for i, values in own["state"].items()}
+            groups += [{**group, "params": [first + i for i in group["params"]]} for group in own["param_groups"]]
         return {"state": state, "param_groups": groups}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts back what was told."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returned."""
         groups, first = list(state["param_groups"]), 0
         for optimiser in self.optimisers:
             own, groups = groups[: len(optimiser.param_groups)], groups[len(optimiser.param_groups) :]
@@ -244,7 +290,32 @@ class _Both:
             first += count
 
 
+class _Sites(Messenger):
+    """Handler that records the distributions and parameters that a run meets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.distributions: list[Any] = []
+        self.parameters: dict[str, Any] = {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self.distributions.append(unwrap(msg["fn"]))
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        self.parameters[msg["name"]] = msg["value"]
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return the recorded parameters that require a gradient, unconstrained, by name."""
+        values = self.parameters.items()
+        unconstrained = {name: v.unconstrained() if hasattr(v, "unconstrained") else v for name, v in values}
+        found = {name: p for name, p in unconstrained.items() if p.requires_grad}
+        if not found:
+            raise ValueError("The fit has nothing to train: its model and guide have no parameter that requires a gradient.")
+        return found
+
+
 def _mean(losses: list[tuple[float, int]]) -> float:
+    """Return the mean of (loss, rows) pairs, weighted by rows."""
     return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
 
 
@@ -252,20 +323,17 @@ def _args(batch: Batch) -> tuple[Tensor, ...]:
     return (batch[0],) if batch[1] is None else (batch[0], batch[1])
 
 
-def _distributions(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> list[Any]:
-    """Out of Pyro's wrappers, those at the sites of model and guide."""
-    with torch.no_grad(), poutine.block():
-        pair: Any = traces.run_pair(model, guide, _args(batch), {})
-    return [unwrap(site["fn"]) for trace in pair for site in traces.sample_sites(trace).values()]
+def _has_one_constant(fn: Any) -> bool:
+    """Return True for an energy whose log Z is one number, which its sampler can estimate."""
+    return capabilities(fn).intractable and fn.context is None and getattr(fn, "sampler", None) is not None
 
 
-def _default_objective(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> ELBO:
-    """What the fit offers decides: energies, diffusions, latent variables, or a density alone."""
-    with torch.no_grad(), poutine.block():
-        model_trace, _ = traces.run_pair(model, guide, _args(batch), {})
+def _default_objective(pair: tuple[Trace, Trace]) -> ELBO:
+    """Return the objective for the traces of a fit: for diffusions, energies, latent variables, or a density alone."""
+    model_trace, _ = pair
     sites: Any = traces.sample_sites(model_trace)
-    if any(is_diffusion(site["fn"]) for site in sites.values()):
+    if any(capabilities(unwrap(site["fn"])).has_noise_error for site in sites.values()):
         return DenoisingScoreMatching()
-    if any(getattr(unwrap(sites[name]["fn"]), "intractable", False) for name in traces.observed(model_trace)):
+    if any(capabilities(unwrap(sites[name]["fn"])).intractable for name in traces.observed(model_trace)):
         return ContrastiveDivergence()
     return Trace_ELBO() if traces.latents(model_trace) else MaximumLikelihood()

@@ -40,7 +40,7 @@ from pyro_genmodels.evaluation import log_partition
 from pyro_genmodels.families import Annealed, BoltzmannMachine
 from pyro_genmodels.samplers import Sampler
 from pyro_genmodels.samplers.kernel import State
-from pyro_genmodels.training import checkpoints
+from pyro_genmodels.training import Checkpoint, checkpoints
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -608,7 +608,7 @@ def test_a_resumed_run_ends_as_if_it_had_never_stopped(make, tmp_path):
     first, last = make(), make()
     whole = trained(first, epochs=3)
     trained(make(), epochs=1, checkpoint=tmp_path / "parts")
-    fit = trained(last, epochs=3, checkpoint=tmp_path / "parts", resume=True, start=1)
+    fit = trained(last, epochs=3, checkpoint=Checkpoint(tmp_path / "parts", resume=True), start=1)
     assert [r["valid"] for r in fit.history] == [r["valid"] for r in whole.history]
     torch.testing.assert_close(fit.family.state_dict(), whole.family.state_dict(), rtol=0, atol=0, equal_nan=True)
     if make is standard:

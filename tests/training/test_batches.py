@@ -63,7 +63,7 @@ class Endless(IterableDataset):
         (torch.tensor(1.0), None, ValueError, "at least one row"),
         (torch.zeros(3, 2), torch.zeros(2, 1), ValueError, "3 rows of data but 2 of context"),
         (DataLoader(torch.zeros(3, 2)), torch.zeros(3), ValueError, "leave context out"),
-        (DataLoader(Endless()), None, TypeError, "has no length"),
+        (DataLoader(Endless()), None, TypeError, "a length, but Endless has none"),
     ],
 )
 def test_what_cannot_be_batched_is_refused(data, context, error, message):

@@ -46,7 +46,7 @@ from pyro_genmodels import (
     train,
 )
 from pyro_genmodels.families import NICE, SOSPF
-from pyro_genmodels.training import checkpoints
+from pyro_genmodels.training import Checkpoint, checkpoints
 
 SMALL = MAF(transforms=1, hidden=(4,))
 
@@ -91,11 +91,9 @@ def forge(path, record, state=None):
 
 
 def check_refusal(path, *words, load=checkpoints.load):
-    """Refused by name, in one line, at once (warnings are errors here)."""
-    start = time.perf_counter()
+    """Check that a file is refused by its name, in one line."""
     with pytest.raises((ValueError, OSError)) as caught:
         load(path)
-    assert time.perf_counter() - start < 5
     text = str(caught.value)
     assert path.name in text
     assert "\n" not in text
@@ -235,7 +233,8 @@ def test_a_name_of_its_own_is_not_taken_from_one_that_is_there(path):
 
 def test_what_training_wrote_is_loaded_alike(path):
     flow, x = small_flow(), torch.randn(30, 2)
-    train(flow, x, valid=x, epochs=2, checkpoint=path, notes={"source": "a b"}, progress=False)
+    checkpoint = Checkpoint(path, notes={"source": "a b"})
+    train(flow, x, valid=x, epochs=2, checkpoint=checkpoint, progress=False)
     assert same_state(checkpoints.load(path), flow)
     assert checkpoints.read(path)[1]["notes"] == {"source": "a b"}
 
@@ -354,7 +353,7 @@ def test_what_is_no_family_says_what_it_is(path):
 
 def test_the_run_is_not_taken_for_the_parameters(path):
     train(small_flow(), torch.randn(9, 2), epochs=1, checkpoint=path, progress=False)
-    check_refusal(path.with_name("family.training"), "goes on from", "family.safetensors")
+    check_refusal(path.with_name("family.training"), "resume training", "family.safetensors")
 
 
 # What does not fit.
@@ -855,7 +854,7 @@ def test_processes_may_save_at_once(path):
     code = """
         import sys, torch
         from pyro_genmodels import Flow, MAF
-        from pyro_genmodels.training import checkpoints
+        from pyro_genmodels.training import Checkpoint, checkpoints
         torch.set_num_threads(1)
         flow = Flow((2,), transform=MAF(transforms=1, hidden=(4,)))
         for p in flow.parameters():
