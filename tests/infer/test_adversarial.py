@@ -58,7 +58,7 @@ from pyro_genmodels.infer.adversarial import (
     WeightClipping,
     spectral_normalized,
 )
-from pyro_genmodels.training import checkpoints
+from pyro_genmodels.training import Checkpoint, checkpoints
 
 GAMES = [Minimax(), NonSaturating(), LeastSquares(), Hinge(), WGAN(), Relativistic(), FGAN(JensenShannon())]
 FS = [
@@ -654,7 +654,8 @@ def test_train_resumes_both_players_and_optimisers(optim, tmp_path):
         torch.manual_seed(0)
         gan = GAN((2,), name="gan")
         game = Adversarial(gan.model, gan.critic, optim=optim)
-        train(gan, x, objective=game, epochs=epochs, batch_size=32, checkpoint=tmp_path / name, resume=resume, progress=False)
+        checkpoint = Checkpoint(tmp_path / name, resume=resume)
+        train(gan, x, objective=game, epochs=epochs, batch_size=32, checkpoint=checkpoint, progress=False)
         return gan
 
     whole = run("whole", 4)
@@ -713,7 +714,7 @@ def test_a_gan_has_no_density_and_says_what_to_use():
     with pytest.raises(NotImplementedError, match="Adversarial"):
         GAN((2,))().log_prob(torch.zeros(2))
     for bad in ({"latent_dim": 0}, {"pack": 1.5}):
-        with pytest.raises(ValueError, match="positive integer"):
+        with pytest.raises(ValueError, match="GAN wants an integer"):
             GAN((2,), **bad)
     with pytest.raises(ValueError, match="The generator should return"):
         GAN((2,), generator=nn.Linear(16, 3))().sample((4,))
