@@ -57,9 +57,8 @@ def test_it_runs_in_the_small_setting(script, monkeypatch, capsys):
 
 @each
 def test_the_notebook_has_the_cells_of_the_script(script):
-    in_script, in_notebook = (
-        [(cell.cell_type, cell.source) for cell in read.cells] for read in (jupytext.read(script), notebook(script))
-    )
+    scripts = jupytext.read(script), notebook(script)
+    in_script, in_notebook = ([(cell.cell_type, cell.source) for cell in read.cells] for read in scripts)
     assert in_notebook == in_script
 
 
