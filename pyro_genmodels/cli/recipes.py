@@ -29,7 +29,7 @@ from pyro.infer import ELBO
 from torch import Size, Tensor
 from torch.distributions import constraints
 
-from pyro_genmodels.datasets import DATASETS, Dataset, load, rows
+from pyro_genmodels.datasets import DATASETS, Dataset, load, load_rows
 from pyro_genmodels.evaluation import LogLikelihood, SampleQuality, has_likelihood, log_likelihood, no_likelihood
 from pyro_genmodels.evaluation.sample_quality import sample_quality, split_rows
 from pyro_genmodels.families import (
@@ -385,7 +385,7 @@ def rows_of(
         split = split or "all"
     name = f"{Path(source.data).name} ({split})"
     if source.data not in DATASETS and split == "all":
-        return *rows(source.data, columns=source.columns, labels=source.labels, levels=notes.levels), name
+        return *load_rows(source.data, columns=source.columns, labels=source.labels, levels=notes.levels), name
     dataset = source.load()
     parts = ("train", "valid", "test") if split == "all" else (split,)
     x = torch.cat([getattr(dataset, part) for part in parts])

@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the house."""
+"""The record of a data set."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Dataset:
-    """Rows for training, for validation and for the final judgement.
+    """Rows for training, validation and test.
 
     Attributes:
-        name: the data set's.
-        train: (N, *event_shape), like valid and test; float32 or, of integer levels, int64.
-        train_labels: (N,) int64, like valid_labels and test_labels, or None.
-        levels: number of integer levels of a coordinate, 0 .. levels - 1; None for real numbers.
-        num_classes: labels are below it.
-        columns: names of the coordinates.
-        density: that the rows were drawn from, where it is known.
+        name: name of the data set.
+        train: training rows, (N, *event_shape), float32, or int64 for integer levels.
+        valid: validation rows, likewise.
+        test: test rows, likewise.
+        train_labels: labels of the training rows, (N,) int64, or None.
+        valid_labels: labels of the validation rows, likewise.
+        test_labels: labels of the test rows, likewise.
+        levels: number of integer levels of one coordinate, 0 .. levels - 1; None for real numbers.
+        num_classes: number of classes; labels run from 0 to num_classes - 1.
+        columns: names of the coordinates, or None.
+        density: distribution that the rows were drawn from, or None if it is not known.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The data sets that have a name."""
+"""The data sets that are known by name."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pyro_genmodels.utils.errors import import_extra
 
 
 def digits(seed: int = 0) -> Dataset:
-    """Scikit-learn's bundled digits: 1797 images of 8 x 8 pixels, 17 levels, labels 0 to 9; 1437 / 180 / 180 rows.
+    """Return scikit-learn's digits: 1797 images of 8 x 8 pixels in 17 levels, labels 0 to 9; 1437 / 180 / 180 rows.
 
     Args:
-        seed: of the permutation that splits them.
+        seed: seed of the permutation that splits the rows.
 
     Raises:
         ImportError: without scikit-learn.
@@ -39,4 +39,4 @@ DATASETS: Mapping[str, Callable[[int], Dataset]] = {
     "pinwheel": pinwheel,
     "checkerboard": checkerboard,
 }
-"""What is known by name: seed -> data set."""
+"""Functions from a seed to a data set, by the name of the data set."""
