@@ -108,11 +108,11 @@ def gaussian_observation_likelihood(
         pyro.set_rng_seed(seed)
     annealing = _Annealing(fit, num_steps, batch_size, Hamiltonian() if sampler is None else sampler)
     x = _centred(x)
-    with handlers.side_effect_free():
+    with handlers.side_effect_free(*traces.as_pair(fit)):
         if sigma is None:
             pilot = (x, context) if valid is None else valid if isinstance(valid, tuple) else (valid, None)
-            rows, pilot_context = (None if part is None else part[:MAX_PILOT_ROWS] for part in pilot)
-            rows = _centred(rows)
+            rows = _centred(pilot[0][:MAX_PILOT_ROWS])
+            pilot_context = None if pilot[1] is None else pilot[1][:MAX_PILOT_ROWS]
             scale = _standard_deviation(rows if valid is None else x)
             sigma = annealing.best_sigma(rows, pilot_context, scale, min(num_chains, MAX_PILOT_CHAINS))
         values, errors = annealing.estimate(x, context, sigma, num_chains, progress=progress)

@@ -116,7 +116,7 @@ def test_integers_and_draws_with_a_graph_are_taken():
     ("x", "y", "choice", "match"),
     [
         (torch.zeros(100, 2), torch.zeros(100, 3), {}, r"\(100, 2\) and y \(100, 3\)"),
-        (torch.zeros(100, 2), torch.full((100, 2), torch.nan), {}, "of the 100 of y 100 hold NaN"),
+        (torch.zeros(100, 2), torch.full((100, 2), torch.nan), {}, "100 of the 100 samples of y hold NaN"),
         (
             torch.zeros(100, 2),
             torch.zeros(60, 2),
@@ -124,7 +124,7 @@ def test_integers_and_draws_with_a_graph_are_taken():
             r"100 and 60 samples. Take 60 of the larger set: x\[torch.randperm\(len\(x\)\)\[:60\]\]",
         ),
         (torch.zeros(60, 2), torch.zeros(100, 2), {}, r"60 and 100 samples. Take 60 of the larger set: y\["),
-        (torch.zeros(49, 2), torch.zeros(49, 2), {}, "at least 50 draws"),
+        (torch.zeros(49, 2), torch.zeros(49, 2), {}, "at least 50 samples"),
         (torch.zeros(49, 2), torch.zeros(49, 2), {"folds": 1}, "at least 2 folds, got folds=1"),
     ],
 )

@@ -23,11 +23,15 @@ from pyro_genmodels import (
     Autoregressive,
     BernoulliLikelihood,
     CategoricalLikelihood,
+    DenseField,
     Dequantized,
+    Diffusion,
     Flow,
+    FlowDensity,
     Labels,
     MaximumLikelihood,
     NormalLikelihood,
+    ODEFlow,
     compare,
     log_likelihood,
     train,
@@ -323,6 +327,36 @@ def test_dropout_is_off_and_nothing_learned_behind_a_function_too(hide):
     torch.testing.assert_close(a, b)
 
 
+FAMILIES_WITH_DROPOUT = {
+    "autoregressive": lambda: Autoregressive((2,), hidden=(8,), dropout=0.9),
+    "flow": lambda: Flow((2,), transform=MAF(transforms=1, hidden=(8,), dropout=0.9)),
+    "ode flow": lambda: ODEFlow((2,), network=DenseField(8, 1, dropout=0.9)),
+    "diffusion": lambda: Diffusion((2,), network=DenseField(8, 1, dropout=0.9), likelihood=FlowDensity()),
+    "vae": lambda: VAE((2,), latent_dim=1, hidden=(8,), dropout=0.9),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES_WITH_DROPOUT)
+def test_families_with_dropout_in_training_mode_run_in_evaluation_mode_and_are_put_back(name):
+    made, x = FAMILIES_WITH_DROPOUT[name](), torch.randn(12, 2)
+    made.prepare(x)
+    with torch.no_grad():
+        for parameter in made.parameters():  # output layers may start at zero, and hide what is dropped
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    before = {part: m.training for part, m in made.named_modules()}
+    options = {"num_samples": 3, "quality_samples": 6}
+    assert has_likelihood(made, x)
+    pyro.set_rng_seed(1)
+    found = compare({"fit": made}, x, **options)
+    assert {part: m.training for part, m in made.named_modules()} == before
+    assert any(before.values())
+    made.eval()
+    pyro.set_rng_seed(1)
+    wanted = compare({"fit": made}, x, **options)
+    torch.testing.assert_close(found.log_likelihoods["fit"].values, wanted.log_likelihoods["fit"].values)
+    assert found.sample_quality == wanted.sample_quality
+
+
 def test_the_mode_is_put_back_after_an_error_too():
     vae = VAE((2,), latent_dim=1, hidden=(4,))
     vae.encoder = Counting(vae.encoder)
@@ -530,6 +564,18 @@ def test_stacking_weights_of_very_small_densities_are_the_same():
     np.testing.assert_allclose(shifted["weight"], table["weight"], atol=1e-9)
     far = compare({"a": judged(np.full(4, -1000.0)), "b": judged(np.full(4, -2000.0))}).table
     np.testing.assert_allclose(far["weight"], [1, 0], atol=1e-9)
+
+
+def test_stacking_weights_are_computed_once(monkeypatch):
+    calls = []
+    module = importlib.import_module("pyro_genmodels.evaluation.comparison")
+    monkeypatch.setattr(module, "stacking_weights", lambda values: calls.append(1) or stacking_weights(values))
+    comparison = compare({"a": judged(A), "b": judged(B)})
+    pd.testing.assert_frame_equal(comparison.table, comparison.table)
+    comparison.plot()
+    assert str(comparison) == str(comparison)
+    assert len(calls) == 1
+    assert comparison.table is not comparison.table  # a change of one does not show in the other
 
 
 def test_equal_fits_share_the_weight():

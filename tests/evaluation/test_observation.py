@@ -110,6 +110,27 @@ def test_a_comparison_shows_the_noise():
     assert "linear: Gaussian observation noise 0.5 was added" in str(comparison)
 
 
+class Dropping(Linear):
+    """A linear map of z, of which half is dropped in training mode."""
+
+    def __init__(self, dims, latent):
+        super().__init__(dims, latent)
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def forward(self, context=None):
+        made = super().forward(context)
+        return Implicit(made.prior, lambda z, c: made.likelihood(self.dropout(z), c), self.event_shape)
+
+
+def test_dropout_is_off_and_the_mode_is_put_back():
+    fit, x = Dropping(3, 2), torch.randn(4, 3)
+    options = {"sigma": 0.5, "num_steps": 10, "num_chains": 2, "seed": 1}
+    found = gaussian_observation_likelihood(fit, x, **options)
+    assert fit.training
+    assert fit.dropout.training
+    assert torch.equal(found.values, gaussian_observation_likelihood(Linear(3, 2), x, **options).values)
+
+
 def test_a_seed_fixes_the_answer_and_one_chain_knows_no_error():
     x = torch.randn(4, 3)
     a, b = (gaussian_observation_likelihood(Linear(3, 2), x, sigma=0.5, num_steps=10, num_chains=1, seed=7) for _ in range(2))
