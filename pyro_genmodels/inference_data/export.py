@@ -1,8 +1,8 @@
-r"""From a fit to ArviZ: the only file that imports arviz.
+r"""Export of a fit to ArviZ. This is the only file that imports arviz.
 
-Draw :math:`s` of the posterior carries :math:`\log p(x, z_s)`, :math:`\log q(z_s)` and their difference, the log weight that
-Pareto-smoothed importance sampling starts from (Yao et al., *Yes, but Did It Work?*, arXiv 1802.02538), and with
-:math:`\log p(x_n \mid z_s)` of every row what leave-one-out cross-validation needs (Vehtari et al., arXiv 1507.04544).
+Each draw :math:`s` of the posterior has :math:`\log p(x, z_s)`, :math:`\log q(z_s)` and their difference. The difference is the
+log weight that Pareto-smoothed importance sampling starts from (Yao et al., *Yes, but Did It Work?*, arXiv 1802.02538).
+Leave-one-out cross-validation (Vehtari et al., arXiv 1507.04544) needs :math:`\log p(x_n \mid z_s)` of every row as well.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ __all__ = ["to_arviz"]
 
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,8 @@ import numpy as np
 import pyro
 
 from pyro_genmodels._pyro import handlers, params, traces
-from pyro_genmodels.inference_data.groups import GROUPS, Groups, collect, in_chains
-from pyro_genmodels.inference_data.sources import check_apart, source_of
+from pyro_genmodels.inference_data.groups import GROUPS, CollectOptions, Groups, collect, concatenate_chains
+from pyro_genmodels.inference_data.sources import check_separate_parameters, source_of
 
 if TYPE_CHECKING:
     import arviz
@@ -40,48 +39,52 @@ def to_arviz(
     progress: bool = True,
     **kwargs: Any,
 ) -> arviz.InferenceData:
-    """What a fit says, as ArviZ data.
+    """Return draws, densities and data of a fit as ArviZ data.
 
-    Groups, each where it has something to say:
+    The groups, each if the fit has it:
 
-    - ``posterior``: draws of the latent variables, and of `pyro.deterministic`;
-    - ``posterior_predictive``: draws of what the model observes;
+    - ``posterior``: draws of the latent variables and of `pyro.deterministic`;
+    - ``posterior_predictive``: draws of the observed variables;
     - ``prior``, ``prior_predictive``: draws of the model without guide and data;
-    - ``log_likelihood``: of each observed value under each draw, in nats, without any scale; a masked value has 0. Where the
-      density is itself a lower bound (`Dequantized`), the attribute ``kind`` of the variable says so. A model without latent
-      variables has none: its parameters have seen the data, and the leave-one-out of ArviZ would not know; see
-      `log_likelihood`;
-    - ``log_prior``: of each latent variable;
-    - ``sample_stats``: of each draw ``log_p``, the joint density of latent variables and data, and (unless the guide is a
-      point mass) ``log_q`` and ``log_weight`` = log_p - log_q, in nats; of MCMC ``diverging``;
-    - ``observed_data``; ``constant_data``, the tensors among the model's arguments that it does not observe.
+    - ``log_likelihood``: log density of each observed value for each draw, in nats, without any scale; 0 for a masked value. If
+      the density is itself a lower bound (`Dequantized`), the variable has the attribute ``kind``. A model without latent
+      variables has no such group: its parameters were trained on the data, which the leave-one-out of ArviZ cannot take into
+      account. Use `log_likelihood` instead;
+    - ``log_prior``: log density of each latent variable, in nats;
+    - ``sample_stats``: for each draw ``log_p``, the joint density of latent variables and data, and (unless the guide is a
+      point mass) ``log_q`` and ``log_weight`` = log_p - log_q, in nats; for MCMC also ``diverging``;
+    - ``observed_data``;
+    - ``constant_data``: tensors among the model's arguments that it does not observe.
 
-    Dimensions are (chain, draw), then plates by their names, then the event's. Plates that the model subsamples are walked
-    through: all rows appear, and log_p and log_q are those of all rows. In a minibatch of a family (``size=``) they are scaled
+    Dimensions are (chain, draw), then the plates by name, then the event's. If the model subsamples a plate, all of its rows
+    are run block by block, and log_p and log_q are those of all rows. For a minibatch of a family (``size=``) they are scaled
     estimates.
+
+    All modules of the fit are in evaluation mode during the call. A plain model runs four times for one block of draws: once
+    to find its sites and plates, once for the block, once for a single draw (to find out if draws can be made together), and
+    once for the prior. It runs once more if it has several observed sites, or a site after the observed one.
 
     Args:
         fit: a family, an `SVI` or a pair (model, guide); an `MCMC` run; a run of `Importance` or the result of
-            `WeighedPredictive`, whose draws stand with their weights, not resampled; `Chains`; `WeightedDraws`, whose weights
-            are in ``sample_stats``; draws by name, (chain, draw, ...); or a list of these, whose chains are put together. The
-            fits of a list must have parameters of their own; that their chains agree says little unless they started apart
-            (`init_to_sample`).
-        args: the model's own arguments. A family called without data gives draws of x, and of its latent variables
-            from their prior, as ``posterior_predictive`` and ``posterior``.
-        num_samples: draws, 1000 by default; of a run that has its own draws, all of them.
-        batch_size: draws made at once, which bounds memory.
-        groups: those wanted.
-        model: of draws that do not bring one (plain draws, `WeighedPredictive`); without it these have a ``posterior`` only.
-        parallel: whether draws are made together in one run, which a model must allow (no ``z[0]`` or ``z.sum()``); None tries
-            out whether it does.
+            `WeighedPredictive`, with draws that are weighted and not resampled; `Chains`; `WeightedDraws`, with weights in
+            ``sample_stats``; draws by name, (chain, draw, ...); or a list of these, whose chains are concatenated. The
+            fits of a list must have separate parameters. Agreement of their chains is informative only if they started from
+            different points (`init_to_sample`).
+        args: positional arguments of the model. A family called without data gives draws of x as ``posterior_predictive``,
+            and of its latent variables from their prior as ``posterior``.
+        num_samples: number of draws, 1000 by default. A fit that has draws gives all of them.
+        batch_size: largest number of draws made in one run, which bounds memory.
+        groups: names of the wanted groups.
+        model: model of a fit that has only draws (plain draws, `WeighedPredictive`); without it there is a ``posterior`` only.
+        parallel: True to make the draws of a block in one run. The model must allow it (no ``z[0]`` or ``z.sum()``). None
+            finds out if it does.
         coords: labels of dimensions.
         dims: names of the event dimensions of a variable, by its name.
-        progress: whether a progress bar is shown after two seconds.
-        kwargs: the model's own keyword arguments.
+        progress: True to show a progress bar after two seconds.
+        kwargs: keyword arguments of the model.
 
     Raises:
-        ValueError: on counts that are not positive, unknown groups, fits that share parameters, and draws of shapes that do not
-            go together.
+        ValueError: if a count is not positive, a group is unknown, fits share parameters, or shapes of draws do not agree.
 
     Warns:
         UserWarning: naming each group and variable that cannot be computed, and why.
@@ -95,26 +98,27 @@ def to_arviz(
         raise ValueError(f"num_samples and batch_size must be positive, got {num_samples} and {batch_size}.")
     if unknown := [group for group in groups if group not in GROUPS]:
         raise ValueError(f"Unknown groups {', '.join(map(repr, unknown))}: known are {', '.join(GROUPS)}.")
-    options = {"batch_size": batch_size, "wanted": set(groups), "parallel": parallel, "dims": dims or {}, "progress": progress}
+    options = CollectOptions(frozenset(groups), batch_size, parallel, dims or {}, progress)
     fits = fit if isinstance(fit, list) else [fit]
     if not fits:
         raise ValueError("to_arviz wants at least one fit, but found an empty list.")
     sources = [source_of(one, args, kwargs, num_samples, model) for one in fits]
     if len(sources) > 1:
-        check_apart(sources)
+        check_separate_parameters(sources)
     reports: dict[str, str] = {}
     parts = []
     for source in sources:
-        modules = traces.modules_of(source.model, source.guide)
-        with handlers.side_effect_free(), params.isolated_param_store(modules) if len(sources) > 1 else nullcontext():
-            parts.append(collect(source, reports, **options))
+        modules = traces.modules_of(source.model, source.guide) if len(sources) > 1 else []
+        with handlers.side_effect_free(source.model, source.guide), params.isolated_param_store(modules):
+            parts.append(collect(source, reports, options))
     if reports:
-        left = "; ".join(f"{what} ({why})" for what, why in reports.items())
-        warnings.warn(f"to_arviz leaves out: {left}.", UserWarning, stacklevel=2)
-    return _inference_data(in_chains(parts), coords or {})
+        left_out = "; ".join(f"{name} ({why})" for name, why in reports.items())
+        warnings.warn(f"to_arviz leaves out: {left_out}.", UserWarning, stacklevel=2)
+    return _inference_data(concatenate_chains(parts), coords or {})
 
 
 def _inference_data(groups: Groups, coords: Mapping[str, Sequence[Any]]) -> arviz.InferenceData:
+    """Return groups as `InferenceData` (ArviZ 0.x) or as `DataTree` (ArviZ 1.x)."""
     import arviz as az
     import xarray as xr
 

@@ -1,14 +1,8 @@
-r"""Groups of variables as ArviZ names them: draws, densities and data of a fit, put together block by block.
-
-Latent variables :math:`k` that inference has summed out have no draws. Where they lie in the rows of the one observed variable,
-its log-likelihood is that of the sum,
-
-.. math:: \log p(x_n \mid z) = \log \sum_{k_n} p(k_n \mid z)\, p(x_n \mid k_n, z).
-"""
+"""Groups of variables as ArviZ names them: draws, densities and data of a fit, put together block by block."""
 
 from __future__ import annotations
 
-__all__ = ["GROUPS", "Groups", "collect", "in_chains"]
+__all__ = ["GROUPS", "CollectOptions", "Groups", "collect", "concatenate_chains"]
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -20,9 +14,11 @@ from pyro.distributions import Unit
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_genmodels._pyro import handlers, traces
-from pyro_genmodels.inference_data.replay import Replay, ReplayBlock, Shaped, numpy
+from pyro_genmodels._pyro import sites
+from pyro_genmodels.inference_data.arrays import BlockValues, GroupArrays, Variables, same_array, to_numpy
+from pyro_genmodels.inference_data.replay import Replay, ReplayBlock
 from pyro_genmodels.inference_data.sources import DrawSource
+from pyro_genmodels.inference_data.undrawn import find_undrawn
 from pyro_genmodels.utils.distributions import density_of, unwrap
 
 GROUPS = (
@@ -30,326 +26,292 @@ GROUPS = (
     "observed_data", "constant_data",
 )  # fmt: skip
 
-Variables = dict[str, tuple[np.ndarray, list[str]]]
-"""Arrays with the names of their dimensions, by name."""
+PROGRESS_DELAY = 2
+"""Seconds after which a progress bar is shown."""
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Groups of variables; labels of dimensions; the kinds of log-likelihoods that are not exact."""
+    """Groups of variables of one or more chains.
+
+    Attributes:
+        variables: variables of each group, with the dimensions (chain, draw, plates, event).
+        coords: labels of dimensions.
+        kinds: kind of each log-likelihood that is not exact, by variable.
+    """
 
     variables: dict[str, Variables]
     coords: Mapping[str, Any]
     kinds: Mapping[str, str]
 
 
-def collect(source: DrawSource, reports: dict[str, str], **options: Any) -> Groups:
-    """All wanted groups of a source, with dimensions (chain, draw, ...).
+@dataclass(frozen=True)
+class CollectOptions:
+    """Options of `to_arviz`, with the same names.
 
-    Args:
-        source: what is asked.
-        reports: takes what cannot be computed, with the reason.
-        options: see `_Collection`.
+    Attributes:
+        groups: names of the wanted groups.
+        batch_size: largest number of draws made in one run.
+        parallel: True to make the draws of a block in one run; None finds out if the model allows it.
+        dims: names of the event dimensions of a variable, by its name.
+        progress: True to show progress bars.
     """
-    return _Collection(source, reports, **options).groups()
+
+    groups: frozenset[str]
+    batch_size: int
+    parallel: bool | None
+    dims: Mapping[str, Sequence[str]]
+    progress: bool
 
 
-def in_chains(parts: Sequence[Groups]) -> Groups:
-    """The chains of several fits to the same data in one.
+def concatenate_chains(parts: Sequence[Groups]) -> Groups:
+    """Return the chains of several fits to the same data together.
 
     Raises:
-        ValueError: if their data or the shapes of their variables differ.
+        ValueError: if their data, their variables or the shapes of these differ.
     """
     first = parts[0]
-    said = [{f"{group}.{name}" for group, names in part.variables.items() for name in names} for part in parts]
-    if odd := {what for some in said for what in some if any(what not in others for others in said)}:
-        raise ValueError(f"The fits do not go together: only some have {', '.join(sorted(odd))}. Choose groups= that all have.")
+    names_of = [{f"{group}.{name}" for group, names in part.variables.items() for name in names} for part in parts]
+    if partial := set.union(*names_of) - set.intersection(*names_of):
+        raise ValueError(
+            f"The fits do not go together: only some have {', '.join(sorted(partial))}. Choose groups= that all have."
+        )
     joined: dict[str, Variables] = {}
     for group, variables in first.variables.items():
-        for name, (array, names) in variables.items():
+        for name, (array, dims) in variables.items():
             others = [part.variables[group][name][0] for part in parts[1:]]
-            shapes = [other.shape[int("chain" in names) :] for other in others]
-            if any(shape != array.shape[int("chain" in names) :] for shape in shapes):
+            shapes = [other.shape[int("chain" in dims) :] for other in others]
+            if any(shape != array.shape[int("chain" in dims) :] for shape in shapes):
                 raise ValueError(
                     f"The fits do not go together: their {group} of {name!r} have shapes {array.shape} and {shapes}."
                 )
-            if "chain" in names:
+            if "chain" in dims:
                 array = np.concatenate([array, *others])
-            elif not all(_same(array, other) for other in others):
+            elif not all(same_array(array, other) for other in others):
                 raise ValueError(f"The fits do not go together: their {group} of {name!r} differ.")
-            joined.setdefault(group, {})[name] = (array, names)
+            joined.setdefault(group, {})[name] = (array, dims)
     return Groups(joined, first.coords, first.kinds)
 
 
-class _Collection:
-    """All groups of a source, filled block by block."""
+def collect(source: DrawSource, reports: dict[str, str], options: CollectOptions) -> Groups:
+    """Return all wanted groups of a source of draws, with the dimensions (chain, draw, plates, event).
 
-    def __init__(
-        self,
-        source: DrawSource,
-        reports: dict[str, str],
-        *,
-        batch_size: int,
-        wanted: set[str],
-        parallel: bool | None,
-        dims: Mapping[str, Sequence[str]],
-        progress: bool,
-    ) -> None:
-        self.source, self.reports, self.batch_size, self.wanted = source, reports, batch_size, set(wanted)
-        self.parallel, self.dims, self.progress = parallel, dims, progress
-        self.arrays: dict[str, Variables] = {}
+    Args:
+        source: source of draws.
+        reports: dictionary to which this adds what cannot be computed, with the reason.
+        options: options of `to_arviz`.
+
+    Raises:
+        ValueError: if a plate is called "chain" or "draw", or if a variable is not in all runs.
+    """
+    arrays = GroupArrays(source.num_samples, options.groups, options.dims)
+    if source.model is None:
+        arrays.put_all_draws(source.guide)
+        arrays.put_stats(source.stats)
+        return Groups(arrays.by_chain(source.num_chains), {}, {})
+    model, guide, args, kwargs = source.model, source.guide, source.args, source.kwargs
+    sizes = {"num_samples": source.num_samples, "batch_size": options.batch_size}
+    replay = Replay(model, guide, args, kwargs, **sizes, parallel=options.parallel)
+    coords = replay.layout.rows.coords
+    if reserved := {"chain", "draw"} & set(coords):
+        raise ValueError(f"A plate is called {reserved.pop()!r}, which in ArviZ is a dimension of draws: give it another name.")
+    posterior = _Posterior(source, replay, arrays, reports)
+    posterior.collect(progress=options.progress)
+    if replay.layout.latents and not source.is_family_prior and arrays.wants("prior", "prior_predictive"):
+        _collect_prior(replay, arrays, reports, progress=options.progress)
+    if not source.is_family_prior:
+        _collect_constants(source, replay, arrays)
+    elif source.kwargs.get("size") == 1:  # one row for each draw
+        arrays.without_plate("data")
+    return Groups(arrays.by_chain(source.num_chains), coords, posterior.densities.kinds)
+
+
+class _Densities:
+    """Log densities of sites, where these have one.
+
+    Args:
+        reports: dictionary to which this adds the sites without a density.
+
+    Attributes:
+        kinds: kind of each log-likelihood that is not exact, by site.
+    """
+
+    def __init__(self, reports: dict[str, str]) -> None:
+        self._reports = reports
         self.kinds: dict[str, str] = {}
-        self.coords: dict[str, Any] = {}
-        self.hidden: list[str] = []
-        self.predicted: list[str] = []
-        self.summed_out = ""
-        self.skipped: set[str] = set()
-        self.no_prior: set[str] = set()
-        self.filled: dict[tuple[str, str], int] = {}
 
-    def groups(self) -> Groups:
-        source = self.source
-        if source.model is None:
-            self._put_draws(source.guide)
-            self._put_stats(source.stats)
-        else:
-            at_once = min(self.batch_size, source.total)
-            walk = Replay(source.model, source.guide, source.args, source.kwargs, parallel=self.parallel, at_once=at_once)
-            if taken := {"chain", "draw"} & set(walk.coords):
-                raise ValueError(
-                    f"A plate is called {taken.pop()!r}, which in ArviZ is a dimension of draws: call it otherwise."
-                )
-            self.coords = walk.coords
-            self._posterior(walk)
-            if walk.latents and not source.alone and self.wanted & {"prior", "prior_predictive"}:
-                self._prior(parallel=walk.parallel)
-            if not source.alone:
-                self._constants(walk)
-        if source.alone and source.kwargs.get("size") == 1:  # one row per draw: the plate says nothing
-            self.arrays = {g: {n: _without_plate(*v) for n, v in group.items()} for g, group in self.arrays.items()}
-        for (group, name), count in self.filled.items():
-            array, names = self.arrays[group][name]
-            if "draw" in names and count != array.size:
-                raise ValueError(f"The model has the site {name!r} in some runs only, which ArviZ cannot hold.")
-        chains = {
-            group: {
-                name: (array.reshape(source.chains, -1, *array.shape[1:]), ["chain", *names])
-                if "draw" in names
-                else (array, names)
-                for name, (array, names) in variables.items()
-            }
-            for group, variables in self.arrays.items()
-            if group in self.wanted
-        }
-        return Groups(chains, self.coords, self.kinds)
-
-    def _posterior(self, walk: Replay) -> None:
-        source = self.source
-        given = isinstance(source.guide, Mapping)
-        if walk.factors and not walk.observed:
-            self.reports["log_likelihood"] = f"the model has it in pyro.factor {walk.factors[0]!r}, which has no rows"
-        derived = {n: v for n, v in source.guide.items() if n not in {*walk.latents, *walk.observed}} if given else {}
-        self._put_draws(derived)
-        self._sort_out(walk, given=given)
-        why = "a sequential plate that the model subsamples cannot be walked through: log_p is an estimate"
-        self.reports |= {f"most rows of {plate!r}": why for plate in walk.sequential}
-        known = ["log_p"] if given or walk.point_mass else ["log_p", "log_q"]
-        if source.alone or not walk.latents or (self.hidden and not self.summed_out):
-            known = []
-        stats = {stat: np.zeros(source.total) for stat in known}
-        for draws in self._blocks(walk, source.total, "posterior"):
-            for run in walk.runs(draws):
-                if self.summed_out in run.model:
-                    run.model[self.summed_out]["unscaled_log_prob"] = run.summed_out(self.hidden, self.summed_out)
-                self._take(run)
-                self._add(run, stats)
-        own = source.stats
-        if walk.sizes:  # then a run's own are estimates from a few rows
-            own = {stat: values for stat, values in own.items() if stat not in ("log_p", "log_weight")}
-        stats = {**stats, **own}
-        if {"log_p", "log_q"} <= set(stats):
-            stats.setdefault("log_weight", stats["log_p"] - stats["log_q"])
-        self._put_stats(stats)
-
-    def _sort_out(self, walk: Replay, *, given: bool) -> None:
-        """Finds out about variables without draws: those that are predicted, and those that inference has summed out."""
-        unguided = walk.unguided
-        discrete = [n for n, s in unguided.items() if s["fn"].has_enumerate_support]
-        if not walk.observed and not self.source.alone:
-            self.predicted = [n for n, s in unguided.items() if not s["infer"].get("enumerate")]
-        elif self.source.complete:
-            self.predicted = [n for n in unguided if n not in discrete]
-        self.hidden = [n for n, s in unguided.items() if n not in self.predicted and (s["infer"].get("enumerate") or given)]
-        if missing := [n for n in self.hidden if n not in discrete]:
-            raise ValueError(
-                f"There are no draws of {', '.join(map(repr, missing))}, which the model has. Give draws of all latent "
-                "variables; of WeighedPredictive they are wanted by return_sites=."
-            )
-        if not self.hidden:
-            return
-        names = ", ".join(map(repr, self.hidden))
-        self.reports |= {f"posterior[{n!r}]": "inference has summed it out: there are no draws of it" for n in self.hidden}
-        hanging, chained = walk.hang_on(self.hidden)
-        computed = [n for n in hanging if sites.is_deterministic(walk.sites[n])]
-        self.reports |= {f"posterior[{n!r}]": f"it depends on {names}, of which there are no draws" for n in computed}
-        self.skipped = {*self.hidden, *computed}
-        others = [n for n in hanging if n not in computed]
-        plates = {frozenset(f.name for f in walk.sites[n]["cond_indep_stack"]) for n in (*self.hidden, *others)}
-        if len(others) == 1 and others[0] in walk.observed and len(plates) == 1 and not chained:
-            self.summed_out = others[0]
-            return
-        why = f"{names} cannot be summed out row by row, as where one observed variable in their own plates depends on them"
-        self.reports |= dict.fromkeys(["log_likelihood", "sample_stats.log_p"], why)
-        self.reports |= {f"log_prior[{n!r}]": f"it depends on {names}" for n in others if n not in walk.observed}
-        self.wanted -= {"log_likelihood"}
-        self.no_prior = set(others)
-
-    def _take(self, run: ReplayBlock) -> None:
-        """Puts the values of a run where they belong."""
-        predicted = run.predict() if "posterior_predictive" in self.wanted and set(run.walk.observed) & set(run.model) else {}
-        for name, site in run.model.items():
-            if isinstance(site["fn"], Unit) or name in self.skipped:  # pyro.factor: a term, not a variable
-                continue
-            if name not in run.walk.observed:
-                predicted_here = name in self.predicted or (self.source.alone and name == "x")
-                self._put("posterior_predictive" if predicted_here else "posterior", run, name, run.value(name, site))
-                if not (self.source.alone or predicted_here or name in self.no_prior or sites.is_deterministic(site)):
-                    self._put("log_prior", run, name, self._log_prob(run, "log_prior", name, site), event=False)
-                continue
-            if predicted:
-                self._put("posterior_predictive", run, name, run.value(name, predicted[name]))
-            if run.walk.latents:
-                self._put("log_likelihood", run, name, self._log_prob(run, "log_likelihood", name, site), event=False)
-            if run.draws.start == 0:
-                self._put("observed_data", run, name, run.value(name, site), drawn=False)
-
-    def _add(self, run: ReplayBlock, stats: dict[str, np.ndarray]) -> None:
-        """Adds a run's terms to log p and log q; what the guide leaves to the model is drawn from its prior."""
-        drawn = {**run.guide, **{n: s for n, s in run.model.items() if n in run.walk.unguided}}
-        for stat, sites in (("log_p", run.model), ("log_q", drawn)):
-            for name, site in sites.items() if stat in stats and "sample_stats" in self.wanted else ():
-                if name in self.hidden or name in self.predicted:
-                    continue
-                shaped = self._log_prob(run, f"sample_stats.{stat}", name, site, scaled=True)
-                if shaped is None:
-                    stats.pop(stat)
-                    break
-                stats[stat][run.draws] += numpy(shaped[0].double().reshape(len(shaped[0]), -1).sum(1))
-
-    def _log_prob(self, run: ReplayBlock, what: str, name: str, site: dict[str, Any], *, scaled: bool = False) -> Shaped | None:
-        if not scaled and what not in self.wanted:
-            return None
+    def log_prob(self, block: ReplayBlock, group: str, site: dict[str, Any], *, scaled: bool = False) -> BlockValues | None:
+        """Return the log density (nats) of a site of a block for a group, or None if it has none."""
         density, _ = density_of(site["fn"])
-        kind = type(unwrap(site["fn"])).__name__
+        name, kind = site["name"], type(unwrap(site["fn"])).__name__
         if density in ("none", "unnormalized"):
-            self.reports[f"{what}[{name!r}]"] = f"a {kind} has " + ("no density" if density == "none" else "none normalised")
+            missing = "no density" if density == "none" else "no normalised density"
+            self._reports[f"{group}[{name!r}]"] = f"a {kind} has {missing}"
             return None
-        if density != "exact" and what == "log_likelihood":
+        if density != "exact" and group == "log_likelihood":
             self.kinds[name] = density
         try:
-            return run.log_prob(site, scaled=scaled)
+            return block.log_prob(site, scaled=scaled)
         except NotImplementedError:
-            self.reports[f"{what}[{name!r}]"] = f"a {kind} has no log_prob"
+            self._reports[f"{group}[{name!r}]"] = f"a {kind} has no log_prob"
             return None
 
-    def _prior(self, *, parallel: bool) -> None:
-        source = self.source
-        total = source.total
-        model = handlers.unobserving()(source.model)
-        try:
-            walk = Replay(model, traces.no_latents, source.args, source.kwargs, parallel=parallel)
-            for draws in self._blocks(walk, total, "prior"):
-                for run in walk.runs(draws):
-                    for name, site in run.model.items():
-                        if isinstance(site["fn"], Unit):
-                            continue
-                        observed = site["infer"].get("was_observed") and not sites.is_deterministic(site)
-                        self._put("prior_predictive" if observed else "prior", run, name, run.value(name, site))
-        except NotImplementedError as error:
-            self.reports["prior"] = str(error) or "a variable of the model cannot be drawn"
-            self.wanted -= {"prior", "prior_predictive"}
 
-    def _constants(self, walk: Replay) -> None:
-        """The model's arguments that are tensors and that it does not observe; rows are of the one plate that is as long."""
-        observed = [array for array, _ in self.arrays.get("observed_data", {}).values()]
-        lengths = {plate: walk.sizes.get(plate, len(rows)) for plate, rows in walk.coords.items()}
-        for name, value in _arguments(self.source).items():
-            array = numpy(value) if isinstance(value, Tensor) else np.asarray(value)
-            if any(_same(array, x) for x in observed):
+class _Posterior:
+    """Draws of the posterior, predictions, densities and data.
+
+    Args:
+        source: source of draws.
+        replay: runs of its model.
+        arrays: arrays to fill.
+        reports: dictionary to which this adds what cannot be computed, with the reason.
+    """
+
+    def __init__(self, source: DrawSource, replay: Replay, arrays: GroupArrays, reports: dict[str, str]) -> None:
+        self.source, self.replay, self.arrays, self.reports = source, replay, arrays, reports
+        self.densities = _Densities(reports)
+        self.undrawn = find_undrawn(replay, source)
+
+    def collect(self, *, progress: bool) -> None:
+        """Run all blocks, and put their values into the arrays."""
+        self._report()
+        if self.undrawn.leaves_no_likelihood:
+            self.arrays.leave_out("log_likelihood")
+        layout, guide, summed_out_at = self.replay.layout, self.source.guide, self.undrawn.summed_out_at
+        if isinstance(guide, Mapping):
+            of_the_model = {*layout.latents, *layout.observed}
+            self.arrays.put_all_draws({name: draws for name, draws in guide.items() if name not in of_the_model})
+        stats = {name: np.zeros(self.source.num_samples) for name in self._computed_stats()}
+        for draws in _with_progress(self.replay, "posterior", progress=progress):
+            for block in self.replay.runs(draws):
+                if summed_out_at in block.model:
+                    log_p = block.log_prob_summed_out(self.undrawn.hidden, summed_out_at)
+                    block.model[summed_out_at]["unscaled_log_prob"] = log_p
+                self._put_values(block)
+                self._add_to_stats(block, stats)
+        known = self.source.stats
+        if layout.rows.sizes:  # the source's own are estimates from a subsample
+            known = {name: values for name, values in known.items() if name not in ("log_p", "log_weight")}
+        stats = {**stats, **known}
+        if {"log_p", "log_q"} <= set(stats):
+            stats.setdefault("log_weight", stats["log_p"] - stats["log_q"])
+        self.arrays.put_stats(stats)
+
+    def _report(self) -> None:
+        layout = self.replay.layout
+        if layout.factors and not layout.observed:
+            self.reports["log_likelihood"] = f"the model has it in pyro.factor {layout.factors[0]!r}, which has no rows"
+        self.reports |= self.undrawn.reports
+        why = "the model subsamples this plate in a Python loop, so only one subsample is run: log_p is an estimate"
+        self.reports |= {f"most rows of {plate!r}": why for plate in layout.rows.sequential}
+
+    def _computed_stats(self) -> list[str]:
+        """Return which of log_p and log_q can be computed for each draw."""
+        layout = self.replay.layout
+        if self.source.is_family_prior or not layout.latents or self.undrawn.leaves_no_likelihood:
+            return []
+        return ["log_p"] if isinstance(self.source.guide, Mapping) or layout.is_point_mass else ["log_p", "log_q"]
+
+    def _put_values(self, block: ReplayBlock) -> None:
+        """Put the values and densities of a block into the arrays."""
+        observed = self.replay.layout.observed
+        predict = self.arrays.wants("posterior_predictive") and not block.model.keys().isdisjoint(observed)
+        predicted = block.predict() if predict else {}
+        for name, site in block.model.items():
+            if isinstance(site["fn"], Unit) or name in self.undrawn.skipped:  # a pyro.factor is a term, not a variable
                 continue
-            plates = [plate for plate, length in lengths.items() if array.ndim and len(array) == length]
-            first = plates if len(plates) == 1 and name not in plates else []  # a name is a variable's or a dimension's
-            names = first + _names(self.dims, name, array.ndim - len(first))
-            self.arrays.setdefault("constant_data", {})[name] = (array, names)
+            if name in observed:
+                self._put_observed(block, name, site, predicted)
+            else:
+                self._put_latent(block, name, site)
 
-    # Where it is put.
+    def _put_latent(self, block: ReplayBlock, name: str, site: dict[str, Any]) -> None:
+        source = self.source
+        is_predicted = name in self.undrawn.predicted or (source.is_family_prior and name == "x")
+        self.arrays.put_draws("posterior_predictive" if is_predicted else "posterior", name, block.value(name, site))
+        without_prior = source.is_family_prior or is_predicted or name in self.undrawn.without_prior
+        if not (without_prior or sites.is_deterministic(site)):
+            self._put_log_prob(block, "log_prior", site)
 
-    def _blocks(self, walk: Replay, total: int, what: str) -> Any:
-        blocks = walk.draw_blocks(total, self.batch_size)
-        return tqdm(blocks, desc=what, unit="block", delay=2, disable=not self.progress or len(blocks) == 1, leave=False)
+    def _put_observed(self, block: ReplayBlock, name: str, site: dict[str, Any], predicted: Mapping[str, Any]) -> None:
+        if predicted:
+            self.arrays.put_draws("posterior_predictive", name, block.value(name, predicted[name]))
+        if self.replay.layout.latents:
+            self._put_log_prob(block, "log_likelihood", site)
+        if block.draws.start == 0:
+            self.arrays.put_observed(name, block.value(name, site))
 
-    def _put(
-        self, group: str, run: ReplayBlock, name: str, shaped: Shaped | None, *, drawn: bool = True, event: bool = True
-    ) -> None:
-        """Puts a block (draws, plates, event) of a variable in its place; if not `drawn`, its first draw stands for all."""
-        if shaped is None or group not in {*self.wanted, "observed_data"}:  # that tells which arguments are constants
-            return
-        array, plates = numpy(shaped[0]), shaped[1]
-        variables = self.arrays.setdefault(group, {})
-        if name not in variables:
-            sizes = [run.walk.sizes.get(frame.name, frame.size) for frame in plates]
-            names = [frame.name for frame in plates]
-            rest = array.ndim - 1 - len(plates)  # of a log density, what the model draws at once outside all plates
-            names += _names(self.dims, name, rest) if event else [*self.dims.get(name, _names({}, name, rest))][:rest]
-            shape = [*([self.source.total] if drawn else []), *sizes, *array.shape[1 + len(plates) :]]
-            variables[name] = (np.zeros(shape, array.dtype), ["draw", *names] if drawn else names)
-        where = run.places(plates)
-        self.filled[group, name] = self.filled.get((group, name), 0) + (array.size if drawn else 0)
-        if drawn:
-            variables[name][0][(run.draws, *where)] = array
-        else:
-            variables[name][0][where] = array[0]
+    def _put_log_prob(self, block: ReplayBlock, group: str, site: dict[str, Any]) -> None:
+        log_p = self.densities.log_prob(block, group, site) if self.arrays.wants(group) else None
+        if log_p is not None:
+            self.arrays.put_log_prob(group, site["name"], log_p)
 
-    def _put_draws(self, draws: Mapping[str, Tensor]) -> None:
-        """Draws of which nothing is known but their values."""
-        for name, value in draws.items() if "posterior" in self.wanted else ():
-            names = ["draw", *_names(self.dims, name, value.dim() - 1)]
-            self.arrays.setdefault("posterior", {})[name] = (numpy(value), names)
-
-    def _put_stats(self, stats: Mapping[str, np.ndarray]) -> None:
-        if stats and "sample_stats" in self.wanted:
-            self.arrays["sample_stats"] = {name: (values, ["draw"]) for name, values in stats.items()}
+    def _add_to_stats(self, block: ReplayBlock, stats: dict[str, np.ndarray]) -> None:
+        """Add a block's terms to log p and log q. The model samples what the guide leaves out, so its prior is in log q."""
+        guided = block.guide | {name: site for name, site in block.model.items() if name in self.replay.layout.unguided}
+        left_out = {*self.undrawn.hidden, *self.undrawn.predicted}
+        for stat, found in (("log_p", block.model), ("log_q", guided)):
+            for name, site in found.items() if stat in stats and self.arrays.wants("sample_stats") else ():
+                if name in left_out:
+                    continue
+                log_p = self.densities.log_prob(block, f"sample_stats.{stat}", site, scaled=True)
+                if log_p is None:
+                    stats.pop(stat)
+                    break
+                stats[stat][block.draws] += to_numpy(log_p.values.double().reshape(len(log_p.values), -1).sum(1))
 
 
-def _arguments(source: DrawSource) -> dict[str, Any]:
-    """The model's arguments that are tensors or arrays, by their names."""
-    model = getattr(source.model, "forward", source.model)  # of a module, whose own call takes anything
+def _collect_prior(replay: Replay, arrays: GroupArrays, reports: dict[str, str], *, progress: bool) -> None:
+    """Put draws of the model without guide and data into the arrays."""
+    prior = replay.prior()
+    try:
+        for draws in _with_progress(prior, "prior", progress=progress):
+            for block in prior.runs(draws):
+                for name, site in block.model.items():
+                    if isinstance(site["fn"], Unit):
+                        continue
+                    is_data = sites.was_observed(site) and not sites.is_deterministic(site)
+                    arrays.put_draws("prior_predictive" if is_data else "prior", name, block.value(name, site))
+    except NotImplementedError as error:
+        reports["prior"] = str(error) or "a variable of the model cannot be sampled"
+        arrays.leave_out("prior", "prior_predictive")
+
+
+def _collect_constants(source: DrawSource, replay: Replay, arrays: GroupArrays) -> None:
+    """Put the tensors among the model's arguments that it does not observe into the arrays.
+
+    If exactly one plate is as long as a tensor, the tensor's first dimension is that plate.
+    """
+    observed = [array for array, _ in arrays.groups.get("observed_data", {}).values()]
+    rows = replay.layout.rows
+    lengths = {plate: rows.sizes.get(plate, len(indices)) for plate, indices in rows.coords.items()}
+    for name, value in _tensor_arguments(source).items():
+        array = to_numpy(value) if isinstance(value, Tensor) else np.asarray(value)
+        if any(same_array(array, data) for data in observed):
+            continue
+        plates = [plate for plate, length in lengths.items() if array.ndim and len(array) == length]
+        is_plate = len(plates) == 1 and name not in plates  # xarray has no variable that is called as one of its dimensions
+        arrays.put_constant(name, array, plates if is_plate else [])
+
+
+def _with_progress(replay: Replay, name: str, *, progress: bool) -> Any:
+    """Return the blocks of draws, with a progress bar if there is more than one."""
+    blocks = replay.draw_blocks()
+    show = progress and len(blocks) > 1
+    return tqdm(blocks, desc=name, unit="block", delay=PROGRESS_DELAY, disable=not show, leave=False)
+
+
+def _tensor_arguments(source: DrawSource) -> dict[str, Any]:
+    """Return the model's arguments that are tensors or arrays, by their names."""
+    model = getattr(source.model, "forward", source.model)  # the call of a module takes anything
     signature = inspect.signature(model)
     named: dict[str, Any] = {}
     for name, value in signature.bind(*source.args, **source.kwargs).arguments.items():
         kind = signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_POSITIONAL:
-            named |= {f"{name}_{i}": v for i, v in enumerate(value)}
+            named |= {f"{name}_{i}": item for i, item in enumerate(value)}
         elif kind is inspect.Parameter.VAR_KEYWORD:
             named |= value
         else:
             named[name] = value
-    return {n: v for n, v in named.items() if isinstance(v, (Tensor, np.ndarray))}
-
-
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and np.array_equal(a, b, equal_nan=a.dtype.kind == b.dtype.kind == "f")
-
-
-def _names(dims: Mapping[str, Sequence[str]], variable: str, count: int) -> list[str]:
-    names = list(dims.get(variable, [f"{variable}_dim_{i}" for i in range(count)]))
-    if len(names) != count:
-        raise ValueError(f"dims[{variable!r}] names {len(names)} dimensions, but the variable's event has {count}.")
-    return names
-
-
-def _without_plate(values: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:
-    if "data" not in names:
-        return values, names
-    axis = names.index("data")
-    return values.squeeze(axis), names[:axis] + names[axis + 1 :]
+    return {name: value for name, value in named.items() if isinstance(value, (Tensor, np.ndarray))}

@@ -1,350 +1,389 @@
-r"""A model run in blocks of draws and blocks of rows, whose values are put together whole.
+r"""Runs of a model and its guide over blocks of draws and blocks of rows.
 
-The draws of a block run together, in a plate of particles. Rows that a model subsamples are walked through: variables outside
-the plate are drawn once, :math:`z \sim q`, and then those of its rows, :math:`B` of :math:`N` at a time,
+All draws of a block are made in one run, in a plate of particles. If the model subsamples a plate, its rows are run block by
+block: variables outside the plate are sampled once, :math:`z \sim q`, and then those of the rows, :math:`B` of :math:`N` at
+a time,
 
 .. math:: z_n \sim q(z_n \mid z), \qquad \log p(z, z_{1:N}, x_{1:N}) = \log p(z) + \sum_{n=1}^{N} \log p(z_n, x_n \mid z),
 
-so that every row counts once and nothing is an estimate from a subsample.
+so that every row counts once, and nothing is estimated from a subsample.
+
+Number of runs of the model for one block of draws and rows: one that shows its layout, one for the block, and one of a single
+particle that shows whether particles can be sampled together. `ReplayBlock.predict` needs another one only if there is more
+than one observed site, or a site after it.
 """
 
 from __future__ import annotations
 
-__all__ = ["Replay", "ReplayBlock", "numpy"]
+__all__ = ["Replay", "ReplayBlock"]
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pyro
-import torch
 from pyro import poutine
-from pyro.distributions import Delta, Unit
+from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide import AutoContinuous, AutoGaussian, AutoStructured
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from pyro_genmodels._pyro import handlers, traces, vectorize
+from pyro_genmodels._pyro import handlers, sites, traces, vectorize
+from pyro_genmodels.inference_data.arrays import BlockValues, PlateRows
+from pyro_genmodels.inference_data.layout import ModelLayout, RowBlock
 
-Shaped = tuple[Tensor, list[Any]]
-"""A tensor (draws, plates from the left, event) and the frames of the plates."""
-
-
-class RowBlock(NamedTuple):
-    """Some rows of a plate: which a run sees, where the new ones stand among these, and where they go among all."""
-
-    indices: Tensor
-    new: slice
-    to: slice
+Sites = dict[str, Any]
+"""Sites of a trace, by name."""
 
 
 class Replay:
-    """A model, and a guide or draws in its place.
+    """Runs of a model, with a guide or with given draws.
 
     Args:
-        model: a function with Pyro statements.
-        guide: likewise; or draws of the latent variables by name, (draws, *shape of the site).
-        args: of both.
-        kwargs: of both.
-        parallel: whether the draws of a block are made in one run; None tries out whether the model allows it.
-        at_once: draws that may be made together, also in trying.
+        model: function with Pyro statements.
+        guide: function with Pyro statements; or draws of the latent variables by name, (draws, *shape of the site).
+        args: positional arguments of both.
+        kwargs: keyword arguments of both.
+        num_samples: number of draws.
+        batch_size: largest number of draws made in one run.
+        parallel: True to make the draws of a block in one run; None finds out if the model allows it.
+        layout: layout of the model, if it is known.
 
     Attributes:
-        sizes: of the plates that are walked through.
-        coords: the rows that are seen of each plate.
-        sequential: plates that are subsampled but cannot be walked through, of which one subsample is seen.
-        latents: names of the model's latent variables.
-        observed: the sites of what it observes.
-        sites: all of them, the guide's too.
-        factors: names of those of `pyro.factor`.
-        unguided: the sites of those that the model draws by itself.
-        point_mass: whether the guide draws nothing.
+        layout: sites and plates of the model.
+        parallel: True if the draws of a block are made in one run.
+
+    Raises:
+        ValueError: if the shapes of given draws are not those of the sites, or rows cannot be run block by block.
     """
 
     def __init__(
-        self, model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], *, parallel: bool | None = None, at_once: int = 3
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any] | Mapping[str, Tensor],
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        *,
+        num_samples: int,
+        batch_size: int,
+        parallel: bool | None = None,
+        layout: ModelLayout | None = None,
     ) -> None:
         self.model = lambda: model(*args, **kwargs)
-        given = isinstance(guide, Mapping)
-        self.wraps_model = not given and isinstance(poutine.unwrap(guide), Messenger)
-        first = _given_trace(guide) if given else self._own(poutine.trace(lambda: guide(*args, **kwargs)).get_trace())
-        model_trace = poutine.trace(poutine.replay(self.model, trace=first)).get_trace()
-        sites = ({} if given else traces.sample_sites(first)) | traces.sample_sites(model_trace)
-        self.nesting = max(map(sites.plate_depth, sites.values()), default=0)
-        # what a model draws at once outside all plates is, for us, one event
-        self.loose = {
-            n: len(s["fn"].batch_shape)
-            for n, s in sites.items()
-            if not (isinstance(s["fn"], (_Subsample, Unit)) or sites.is_deterministic(s) or sites.plate_depth(s))
-        }
-        # Pyro takes every dimension of a deterministic value for its event; those of its plates are not
-        self.event_dims = {
-            n: max(s["value"].dim() - sites.plate_depth(s), 0)
-            if sites.is_deterministic(s)
-            else s["fn"].event_dim + self.loose.get(n, 0)
-            for n, s in sites.items()
-            if not isinstance(s["fn"], _Subsample)
-        }
-        self.latents = traces.latents(prune_subsample_sites(model_trace))
-        self.unguided = {n: sites[n] for n in self.latents if n not in first.nodes}
-        self.point_mass = not given and traces.is_point_mass(prune_subsample_sites(first))
-        self.sites = sites
-        self.observed = {n: sites[n] for n in traces.observed(model_trace) if not isinstance(sites[n]["fn"], Unit)}
-        self.factors = [n for n, s in sites.items() if isinstance(s["fn"], Unit)]
-        self._find_rows(sites)
-        if self.sizes and isinstance(poutine.unwrap(guide), (AutoContinuous, AutoGaussian, AutoStructured)):
-            within = [n for n in self.latents if any(f.name in self.sizes for f in sites[n]["cond_indep_stack"])]
-            if within:
-                raise ValueError(
-                    f"{type(guide).__name__} has one latent for the rows of a subsample, not one for each row, so that "
-                    f"{', '.join(map(repr, within))} of all rows cannot be drawn. Use AutoNormal, or no subsample_size."
-                )
-        self._guide: Callable[[slice, bool], Callable] = lambda *_: lambda: guide(*args, **kwargs)
-        trials = min(3, at_once)
-        if given:
-            values = {n: v for n, v in guide.items() if n in self.latents}
-            self._check_given(sites, values)
-            self._guide = self._given(values)
-            trials = min([trials, *map(len, values.values())])
-        if any(self.loose.values()) or (parallel is None and trials == 1):
-            parallel = False
-        if parallel is None:
-            pair = self._seeing(self.model), self._seeing(self._guide(slice(0, trials), True))
-            parallel = traces.is_family(model) or vectorize.can_vectorize(*pair, (), {}, self.nesting, trials=trials)
-        self.parallel = parallel
+        self._num_samples, self._batch_size = num_samples, batch_size
+        self._guide_runs_model = not isinstance(guide, Mapping) and isinstance(poutine.unwrap(guide), Messenger)
+        if isinstance(guide, Mapping):
+            self.layout = layout or self._find_layout(_first_draws(guide), guide_is_given=True)
+            latents = {name: values for name, values in guide.items() if name in self.layout.latents}
+            _check_draws(self.layout, latents)
+            self._guide_of = _DrawsAsGuide(latents, self.layout)
+        else:
+            guide_without_args = lambda: guide(*args, **kwargs)  # noqa: E731
+            first = None if layout else self._without_observed(poutine.trace(guide_without_args).get_trace())
+            self.layout = layout or self._find_layout(first, guide_is_given=False)
+            _check_autoguide(self.layout, poutine.unwrap(guide))
+            self._guide_of = lambda draws, *, together: guide_without_args
+        self._tried: tuple[Trace, Trace] | None = None
+        if self.layout.has_batch_outside_plates:
+            self.parallel = False
+        elif parallel is None:
+            self.parallel = min(num_samples, batch_size) > 1 and (traces.is_family(model) or self._try_parallel())
+        else:
+            self.parallel = parallel
 
-    def hang_on(self, hidden: Collection[str]) -> tuple[list[str], bool]:
-        """What depends on discrete variables that are summed out, and whether these are a chain in `pyro.markov`."""
-        guide = traces.sample_sites(self._own(self._trace(self._guide(slice(0, 1), False), {}, self.row_blocks[0])))
-        enumerated = _enumerating(self.model, hidden, self.nesting)
-        sites = traces.sample_sites(self._trace(enumerated, guide, self.row_blocks[0]))
+    def prior(self) -> Replay:
+        """Return runs of the model alone, with its observed sites sampled."""
+        model = handlers.draw_observed(self.model)
+        sizes = {"num_samples": self._num_samples, "batch_size": self._batch_size}
+        return Replay(model, traces.no_latents, (), {}, **sizes, parallel=self.parallel, layout=self.layout)
 
-        def hangs(name: str, site: Any) -> bool:
-            if sites.is_deterministic(site):
-                return site["value"].dim() - self.event_dims[name] > self.nesting + 1
-            return site["fn"].log_prob(site["value"]).dim() > self.nesting + 1
-
-        dims = [sites[n]["infer"].get("_enumerate_dim") for n in hidden]
-        return [n for n, s in sites.items() if n not in hidden and hangs(n, s)], len(set(dims)) < len(dims)
-
-    def draw_blocks(self, total: int, batch_size: int) -> list[slice]:
-        """The blocks of that many draws, which bound memory."""
-        step = batch_size if self.parallel else 1
-        return [slice(start, min(start + step, total)) for start in range(0, total, step)]
+    def draw_blocks(self) -> list[slice]:
+        """Return blocks of draws that are all draws together, each small enough for one run."""
+        step = self._batch_size if self.parallel else 1
+        return [slice(start, min(start + step, self._num_samples)) for start in range(0, self._num_samples, step)]
 
     def runs(self, draws: slice) -> Iterator[ReplayBlock]:
-        """The runs of a block of draws, one for each block of rows."""
-        guide, seen = self._guide(draws, self.parallel), set[tuple]()
-        latents: dict[tuple, Any] = {}
-        for rows in self.row_blocks:
-            yield self._run(guide, draws, rows, seen, latents)
+        """Yield the runs of a block of draws, one for each block of rows."""
+        earlier = _EarlierSites()
+        for rows in self.layout.rows.blocks:
+            known = earlier.latents(rows)
+            guide_trace, model_trace = self._take_tried(draws, rows) or self._run(draws, rows, known, together=self.parallel)
+            guide_sites, model_sites = traces.sample_sites(guide_trace), traces.sample_sites(model_trace)
+            known = known | _unobserved(guide_sites) | _unobserved(model_sites)
+            new_guide, new_model = earlier.add("guide", guide_sites, rows), earlier.add("model", model_sites, rows)
+            yield ReplayBlock(self, draws, rows, new_model, new_guide, known)
 
-    def _run(self, guide: Callable, draws: slice, rows: Mapping[str, RowBlock], seen: set[tuple], latents: dict) -> ReplayBlock:
-        plate: Callable = traces.particles(draws.stop - draws.start, self.nesting) if self.parallel else lambda fn: fn
+    def run_model(self, model: Callable[[], Any], draws: slice, rows: Mapping[str, RowBlock], known: Sites) -> Sites:
+        """Return the sites of the model under other handlers, run with known latent variables."""
+        return traces.sample_sites(self._trace(self._in_plate(model, draws, together=self.parallel), known, rows))
 
-        def key(role: str, name: str, site: Mapping[str, Any]) -> tuple:
-            """Of a site for these rows: the rows it depends on are those of its own plates."""
-            plates = {f.name for f in site["cond_indep_stack"]}
-            return (role, name, *((plate, block.to.start) for plate, block in rows.items() if plate in plates))
+    def depends_on(self, hidden: Collection[str]) -> tuple[list[str], bool]:
+        """Find what depends on discrete variables that are summed out.
 
-        known = {k[1]: s for k, s in latents.items() if all(rows[plate].to.start == start for plate, start in k[2:])}
-        sites = {"guide": traces.sample_sites(self._own(self._trace(plate(guide), known, rows)))}
-        known = known | {n: s for n, s in sites["guide"].items() if not s["is_observed"]}
-        sites["model"] = traces.sample_sites(self._trace(plate(self.model), known, rows))
-        known = known | {n: s for n, s in sites["model"].items() if not s["is_observed"]}
-        new = {role: {n: s for n, s in found.items() if key(role, n, s) not in seen} for role, found in sites.items()}
-        for role, found in new.items():
-            seen.update(key(role, n, s) for n, s in found.items())
-            latents.update({key(role, n, s): s for n, s in found.items() if not s["is_observed"]})
+        Returns:
+            The names of the sites that depend on them; True if they are a chain in `pyro.markov`.
+        """
+        rows, nesting = self.layout.rows.blocks[0], self.layout.nesting
+        guide = self._guide_of(slice(0, 1), together=False)
+        guide_sites = traces.sample_sites(self._without_observed(self._trace(guide, {}, rows)))
+        found = traces.sample_sites(self._trace(_enumerated(self.model, hidden, nesting), guide_sites, rows))
 
-        def again(handled: Callable, but: Collection[str] = ()) -> dict[str, Any]:
-            return traces.sample_sites(self._trace(plate(handled), {n: s for n, s in known.items() if n not in but}, rows))
+        def has_enumerated_dims(name: str, site: Any) -> bool:
+            if sites.is_deterministic(site):
+                return site["value"].dim() - self.layout.event_dims[name] > nesting + 1
+            return site["fn"].log_prob(site["value"]).dim() > nesting + 1
 
-        return ReplayBlock(self, draws, rows, new["model"], new["guide"], again)
+        dims = [sites.enumeration_dim(found[name]) for name in hidden]
+        dependent = [name for name, site in found.items() if name not in hidden and has_enumerated_dims(name, site)]
+        return dependent, len(set(dims)) < len(dims)
 
-    def _own(self, trace: Trace) -> Trace:
-        """A guide's trace without what it observes, where the guide runs the model inside."""
-        for name in [n for n, s in traces.sample_sites(trace).items() if s["is_observed"]] if self.wraps_model else ():
-            trace.remove_node(name)
-        return trace
+    # Single runs.
 
-    def _trace(self, fn: Callable, known: Mapping[str, Any], rows: Mapping[str, RowBlock]) -> Trace:
-        return prune_subsample_sites(poutine.trace(self._seeing(fn, known, rows)).get_trace())
+    def _find_layout(self, guide_trace: Trace, *, guide_is_given: bool) -> ModelLayout:
+        model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace()
+        return ModelLayout(model_trace, guide_trace, guide_is_given=guide_is_given)
 
-    def _seeing(
-        self, fn: Callable, known: Mapping[str, Any] | None = None, rows: Mapping[str, RowBlock] | None = None
-    ) -> Callable:
-        """A function that sees these rows, by default the first block of them, and the values of what is known."""
-        rows, trace = self.row_blocks[0] if rows is None else rows, Trace()
-        for name, site in (known or {}).items():
+    def _try_parallel(self) -> bool:
+        """Return True if the first block of draws can be made in one run, which is kept for `runs`."""
+        if self._guide_runs_model:
+            return False
+        draws, rows = slice(0, min(self._num_samples, self._batch_size)), self.layout.rows.blocks[0]
+        try:
+            guide_trace, model_trace = self._run(draws, rows, {}, together=True)
+            model, guide = (self._with_rows(fn, rows, {}) for fn in (self.model, self._guide_of(draws, together=True)))
+            checked = vectorize.most_different_particle(model_trace, draws.stop, self.layout.nesting)
+            pair, nesting = (model_trace, guide_trace), self.layout.nesting
+            agrees = vectorize.agree_alone(model, guide, pair, draws.stop, nesting, [checked])
+        except vectorize.SHAPE_ERRORS:
+            return False
+        self._tried = (guide_trace, model_trace) if agrees else None
+        return agrees
+
+    def _take_tried(self, draws: slice, rows: Mapping[str, RowBlock]) -> tuple[Trace, Trace] | None:
+        """Return the run of `_try_parallel`, once, if it is the run of these draws and rows."""
+        if draws.start != 0 or rows is not self.layout.rows.blocks[0]:
+            return None
+        tried, self._tried = self._tried, None
+        return tried
+
+    def _run(self, draws: slice, rows: Mapping[str, RowBlock], known: Sites, *, together: bool) -> tuple[Trace, Trace]:
+        """Run the guide and then the model for some draws and rows, and return (guide trace, model trace)."""
+        guide = self._in_plate(self._guide_of(draws, together=together), draws, together=together)
+        guide_trace = self._without_observed(self._trace(guide, known, rows))
+        known = known | _unobserved(traces.sample_sites(guide_trace))
+        return guide_trace, self._trace(self._in_plate(self.model, draws, together=together), known, rows)
+
+    def _in_plate(self, fn: Callable[[], Any], draws: slice, *, together: bool) -> Callable[[], Any]:
+        return traces.particles(draws.stop - draws.start, self.layout.nesting)(fn) if together else fn
+
+    def _without_observed(self, guide_trace: Trace) -> Trace:
+        """Return a guide's trace without observed sites, which it has if the guide runs the model inside."""
+        observed = [name for name, site in traces.sample_sites(guide_trace).items() if site["is_observed"]]
+        for name in observed if self._guide_runs_model else ():
+            guide_trace.remove_node(name)
+        return guide_trace
+
+    def _trace(self, fn: Callable[[], Any], known: Sites, rows: Mapping[str, RowBlock]) -> Trace:
+        return prune_subsample_sites(poutine.trace(self._with_rows(fn, rows, known)).get_trace())
+
+    def _with_rows(self, fn: Callable[[], Any], rows: Mapping[str, RowBlock], known: Sites) -> Callable[[], Any]:
+        """Return a function that runs with these rows of the plates and these values of latent variables."""
+        trace = Trace()
+        for name, site in known.items():
             trace.add_node(name, **site)
-        for name, site in self._subsamples.items():
+        for name, site in self.layout.rows.subsamples.items():
             trace.add_node(name, **{**site, "value": rows[name].indices if name in rows else site["value"]})
         return poutine.replay(fn, trace=trace)
 
-    # Rows.
 
-    def _find_rows(self, sites: Mapping[str, Any]) -> None:
-        """Finds out which plates are walked through, and their blocks of rows; of others every run sees the same rows."""
-        vectorised = {f.name for site in sites.values() for f in site["cond_indep_stack"] if f.vectorized}
-        self._subsamples = {n: s for n, s in sites.items() if isinstance(s["fn"], _Subsample)}
-        self.sizes: dict[str, int] = {}
-        self.coords: dict[str, np.ndarray] = {}
-        self.sequential: list[str] = []
-        blocks = []
-        for name, site in self._subsamples.items():
-            size, count = site["fn"].size, len(site["value"])
-            self.coords[name] = numpy(site["value"])
-            if count == size or site["fn"].subsample_size is None:
-                continue
-            if name in vectorised:
-                self.sizes[name], self.coords[name] = size, np.arange(size)
-                blocks.append([(name, rows) for rows in _row_blocks(size, count, site["value"].device)])
-            else:
-                self.sequential.append(name)
-        self.row_blocks = [dict(block) for block in product(*blocks)]
+class _EarlierSites:
+    """Sites of the runs of one block of draws over earlier blocks of rows.
 
-    # Given draws.
+    A site is the same in two runs if the rows of its own plates are the same.
+    """
 
-    def _check_given(self, sites: Mapping[str, Any], given: Mapping[str, Tensor]) -> None:
-        for name in given:
-            fn = sites[name]["fn"]
-            wanted = fn.batch_shape + fn.event_shape
-            if given[name][0].numel() != wanted.numel():
-                found = tuple(given[name].shape[1:])
-                raise ValueError(f"Each draw of {name!r} is wanted as {tuple(wanted)}, but found {found}.")
-            walked = [f.name for f in sites[name]["cond_indep_stack"] if f.name in self.sizes]
-            if walked:
-                raise ValueError(
-                    f"The draws of {name!r} lie in the plate {walked[0]!r}, which the model subsamples, so that nobody knows "
-                    "to which rows they belong. Give the model all rows, without subsample_size."
-                )
+    def __init__(self) -> None:
+        self._seen: set[tuple] = set()
+        self._latents: dict[tuple, Any] = {}
 
-    def _given(self, given: Mapping[str, Tensor]) -> Callable[[slice, bool], Callable]:
-        """A guide for each block of given draws."""
+    def latents(self, rows: Mapping[str, RowBlock]) -> Sites:
+        """Return the latent variables that were sampled for these rows, by name."""
+        return {
+            name: site
+            for (_, name, *plates), site in self._latents.items()
+            if all(rows[plate].to.start == start for plate, start in plates)
+        }
 
-        def block(draws: slice, vectorised: bool) -> Callable:  # noqa: FBT001
-            def guide() -> None:
-                for name, values in given.items():
-                    value, event_dim = values[draws], self.event_dims[name]
-                    if vectorised:
-                        value = value.reshape(
-                            len(value), *(1,) * (self.nesting + 1 + event_dim - value.dim()), *value.shape[1:]
-                        )
-                    else:
-                        value = value[0]
-                    pyro.sample(name, Delta(value, event_dim=event_dim).mask(False))
+    def add(self, role: str, found: Sites, rows: Mapping[str, RowBlock]) -> Sites:
+        """Add the sites of a run of the model or the guide, and return those that no earlier run has."""
+        keys = {name: _key(role, name, site, rows) for name, site in found.items()}
+        new = {name: site for name, site in found.items() if keys[name] not in self._seen}
+        self._seen.update(keys[name] for name in new)
+        self._latents.update({keys[name]: site for name, site in _unobserved(new).items()})
+        return new
 
-            return guide
 
-        return block
+def _key(role: str, name: str, site: Mapping[str, Any], rows: Mapping[str, RowBlock]) -> tuple:
+    plates = {frame.name for frame in site["cond_indep_stack"]}
+    return (role, name, *((plate, block.to.start) for plate, block in rows.items() if plate in plates))
 
 
 @dataclass(frozen=True)
 class ReplayBlock:
-    """One block of draws over one block of rows.
+    """One run: one block of draws over one block of rows.
 
     Attributes:
-        walk: of which this is a part.
-        draws: which draws these are.
-        rows: the rows of each plate that is walked through.
-        model: the model's sites that no earlier run of these draws has shown.
-        guide: the guide's.
-        again: runs the model under other handlers, with the same latent variables but some; gives all its sites.
+        replay: the runs of which this is one.
+        draws: position of the draws among all.
+        rows: rows of each plate that is run block by block.
+        model: sites of the model that no earlier run of these draws has.
+        guide: sites of the guide that no earlier run of these draws has.
+        known: all latent variables of the run.
     """
 
-    walk: Replay
+    replay: Replay
     draws: slice
     rows: Mapping[str, RowBlock]
-    model: Mapping[str, Any]
-    guide: Mapping[str, Any]
-    again: Callable[..., Mapping[str, Any]]
+    model: Sites
+    guide: Sites
+    known: Sites
 
-    def predict(self) -> Mapping[str, Any]:
-        """The model's sites with the same latent variables, but what it observes drawn."""
-        return self.again(handlers.unobserving()(self.walk.model))
+    def predict(self) -> Sites:
+        """Return sites with the same latent variables and sampled observations.
 
-    def summed_out(self, hidden: Collection[str], name: str) -> Tensor:
-        """The log probability (nats) of an observed site with the discrete variables of its rows summed out."""
-        sites = self.again(_enumerating(self.walk.model, hidden, self.walk.nesting), hidden)
-        terms = [scale_and_mask(sites[n]["fn"].log_prob(sites[n]["value"]), mask=sites[n]["mask"]) for n in (*hidden, name)]
+        If nothing depends on the observed value, it is sampled from the site's distribution. Otherwise the model runs again.
+        """
+        if name := self.replay.layout.last_observed:
+            return {name: {**self.model[name], "value": self.model[name]["fn"]()}}
+        return self.replay.run_model(handlers.draw_observed(self.replay.model), self.draws, self.rows, self.known)
+
+    def log_prob_summed_out(self, hidden: Collection[str], name: str) -> Tensor:
+        """Return the log probability (nats) of an observed site, with the discrete variables of its rows summed out."""
+        nesting = self.replay.layout.nesting
+        known = {n: site for n, site in self.known.items() if n not in hidden}
+        found = self.replay.run_model(_enumerated(self.replay.model, hidden, nesting), self.draws, self.rows, known)
+        terms = [scale_and_mask(found[n]["fn"].log_prob(found[n]["value"]), mask=found[n]["mask"]) for n in (*hidden, name)]
         log_p = sum(terms[1:], terms[0])
-        return log_p.logsumexp(list(range(log_p.dim() - self.walk.nesting - 1)))
+        return log_p.logsumexp(list(range(log_p.dim() - nesting - 1)))
 
-    def value(self, name: str, site: Mapping[str, Any]) -> Shaped:
-        """A site's value for its new rows."""
-        if name not in self.walk.event_dims:
+    def value(self, name: str, site: Mapping[str, Any]) -> BlockValues:
+        """Return a site's value for the rows that are new.
+
+        Raises:
+            ValueError: if the site was not in the run that showed the layout.
+        """
+        event_dims = self.replay.layout.event_dims
+        if name not in event_dims:
             raise ValueError(
-                f"The model has the site {name!r} in some runs only, which ArviZ cannot hold: leave it out of groups."
+                f"The model has the site {name!r} in some runs only, which ArviZ cannot represent: leave it out of groups."
             )
-        return self._shaped(site["value"], site, self.walk.event_dims[name])
+        return self._for_new_rows(site["value"], site, event_dims[name])
 
-    def log_prob(self, site: dict[str, Any], *, scaled: bool) -> Shaped:
-        """A site's masked log probability (nats) for its new rows.
+    def log_prob(self, site: dict[str, Any], *, scaled: bool) -> BlockValues:
+        """Return a site's masked log probability (nats) for the rows that are new.
 
         Args:
-            site: of a model or a guide.
-            scaled: whether scales count, those of plates aside that are walked through.
+            site: site of the model or the guide, whose "unscaled_log_prob" is used or set.
+            scaled: True to count scales, except those of plates that are run block by block.
         """
+        layout = self.replay.layout
         scale = site["scale"] if scaled else 1.0
         for frame in site["cond_indep_stack"]:
             if scaled and frame.name in self.rows:
-                scale = scale * (frame.size / self.walk.sizes[frame.name])
+                scale = scale * (frame.size / layout.rows.sizes[frame.name])
         if "unscaled_log_prob" not in site:
             site["unscaled_log_prob"] = site["fn"].log_prob(site["value"])
-        return self._shaped(
-            scale_and_mask(site["unscaled_log_prob"], scale, site["mask"]), site, self.walk.loose.get(site["name"], 0)
-        )
+        log_p = scale_and_mask(site["unscaled_log_prob"], scale, site["mask"])
+        return self._for_new_rows(log_p, site, layout.extra_event_dims.get(site["name"], 0))
 
-    def _shaped(self, value: Tensor, site: Mapping[str, Any], event_dim: int) -> Shaped:
-        n = self.draws.stop - self.draws.start
-        frames = {f.dim: f for f in site["cond_indep_stack"] if f.vectorized and f.name != sites.PARTICLES}
-        left = -self.walk.nesting - 1
-        value = value.reshape((1,) * (-left + event_dim - value.dim()) + value.shape)
-        batch, event = value.shape[: value.dim() - event_dim], value.shape[value.dim() - event_dim :]
-        sizes = {dim: frame.size for dim, frame in frames.items()} | {left: n}
-        value = value.expand([sizes.get(dim, batch[dim]) for dim in range(left, 0)] + list(event))
+    def _for_new_rows(self, value: Tensor, site: Mapping[str, Any], event_dim: int) -> BlockValues:
+        """Return a value with all dimensions of its plates and one of draws on the left, cut to the new rows."""
+        num_draws, draws_dim = self.draws.stop - self.draws.start, -self.replay.layout.nesting - 1
+        frames = {frame.dim: frame for frame in sites.plate_frames(site)}
+        value = value.reshape((1,) * (event_dim - draws_dim - value.dim()) + value.shape)
+        batch_shape, event_shape = value.shape[: value.dim() - event_dim], value.shape[value.dim() - event_dim :]
+        sizes = {dim: frame.size for dim, frame in frames.items()} | {draws_dim: num_draws}
+        value = value.expand([sizes.get(dim, batch_shape[dim]) for dim in range(draws_dim, 0)] + list(event_shape))
         plates = [frames[dim] for dim in sorted(frames)]
-        value = value.reshape([n, *(frame.size for frame in plates), *event])
+        value = value.reshape([num_draws, *(frame.size for frame in plates), *event_shape])
         new = [self.rows[frame.name].new if frame.name in self.rows else slice(None) for frame in plates]
-        return value[(slice(None), *new)], plates
+        return BlockValues(value[(slice(None), *new)], self.draws, [self._plate_rows(frame) for frame in plates])
 
-    def places(self, plates: list[Any]) -> tuple[slice, ...]:
-        """Where the new rows of these plates go among all."""
-        return tuple(self.rows[frame.name].to if frame.name in self.rows else slice(None) for frame in plates)
-
-
-def _enumerating(model: Callable, hidden: Collection[str], nesting: int) -> Callable:
-    """The model with all values of discrete variables side by side, left of the particles."""
-
-    def choose(site: Any) -> Any:
-        return {"enumerate": "parallel" if site["name"] in hidden else None}
-
-    return poutine.enum(poutine.infer_config(model, choose), first_available_dim=-nesting - 2)
+    def _plate_rows(self, frame: Any) -> PlateRows:
+        if frame.name in self.rows:
+            return PlateRows(frame.name, self.replay.layout.rows.sizes[frame.name], self.rows[frame.name].to)
+        return PlateRows(frame.name, frame.size, slice(None))
 
 
-def numpy(value: Tensor) -> np.ndarray:
-    """A tensor as an array, without gradient and on the CPU."""
-    return value.detach().cpu().numpy()
+class _DrawsAsGuide:
+    """Guides that replay given draws, one guide for each block.
+
+    Args:
+        draws: draws of each latent variable, (draws, *shape of the site).
+        layout: layout of the model.
+    """
+
+    def __init__(self, draws: Mapping[str, Tensor], layout: ModelLayout) -> None:
+        self._draws, self._layout = draws, layout
+
+    def __call__(self, block: slice, *, together: bool) -> Callable[[], None]:
+        """Return the guide of a block of draws, which is for a plate of particles if the draws are made together."""
+
+        def guide() -> None:
+            for name, draws in self._draws.items():
+                value, event_dim = draws[block], self._layout.event_dims[name]
+                if together:
+                    missing = self._layout.nesting + 1 + event_dim - value.dim()
+                    value = value.reshape(len(value), *(1,) * missing, *value.shape[1:])
+                else:
+                    value = value[0]
+                pyro.sample(name, Delta(value, event_dim=event_dim).mask(False))
+
+        return guide
 
 
-def _row_blocks(size: int, count: int, device: torch.device) -> Iterator[RowBlock]:
-    """All rows, so many at a time; the last block, which must be as long, begins with old ones."""
-    for start in range(0, size, count):
-        first = min(start, size - count)
-        indices = torch.arange(first, first + count, device=device)
-        yield RowBlock(indices, slice(start - first, count), slice(start, first + count))
+def _check_draws(layout: ModelLayout, draws: Mapping[str, Tensor]) -> None:
+    for name, values in draws.items():
+        fn = layout.sites[name]["fn"]
+        wanted = fn.batch_shape + fn.event_shape
+        if values[0].numel() != wanted.numel():
+            raise ValueError(f"Each draw of {name!r} must have the shape {tuple(wanted)}, but has {tuple(values.shape[1:])}.")
+        if plate := layout.subsampled_plate(name):
+            raise ValueError(
+                f"The draws of {name!r} lie in the plate {plate!r}, which the model subsamples, so it is unknown to which rows "
+                "they belong. Give the model all rows, without subsample_size."
+            )
 
 
-def _given_trace(given: Mapping[str, Tensor]) -> Trace:
-    """The first of given draws, as if a guide had drawn it."""
+def _check_autoguide(layout: ModelLayout, guide: Any) -> None:
+    if isinstance(guide, (AutoContinuous, AutoGaussian, AutoStructured)):
+        per_row = [name for name in layout.latents if layout.subsampled_plate(name)]
+        if per_row:
+            raise ValueError(
+                f"{type(guide).__name__} has one latent variable for the rows of a subsample, not one for each row, so "
+                f"{', '.join(map(repr, per_row))} cannot be sampled for all rows. Use AutoNormal, or no subsample_size."
+            )
+
+
+def _first_draws(draws: Mapping[str, Tensor]) -> Trace:
+    """Return a trace that holds the first of given draws."""
     trace = Trace()
-    for name, values in given.items():
+    for name, values in draws.items():
         trace.add_node(name, type="sample", name=name, is_observed=False, value=values[0], infer={}, cond_indep_stack=())
     return trace
+
+
+def _unobserved(found: Mapping[str, Any]) -> Sites:
+    return {name: site for name, site in found.items() if not site["is_observed"]}
+
+
+def _enumerated(model: Callable[[], Any], hidden: Collection[str], nesting: int) -> Callable[[], Any]:
+    """Return the model with all values of these discrete variables enumerated left of the particles."""
+
+    def enumerate_hidden(site: Any) -> Any:
+        return {"enumerate": "parallel" if site["name"] in hidden else None}
+
+    return poutine.enum(poutine.infer_config(model, enumerate_hidden), first_available_dim=-nesting - 2)

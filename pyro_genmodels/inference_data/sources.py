@@ -1,8 +1,8 @@
-"""Where draws come from: a model with its guide, or with draws in the guide's place."""
+"""Sources of draws: a model with its guide, or with draws in the guide's place."""
 
 from __future__ import annotations
 
-__all__ = ["DrawSource", "check_apart", "source_of"]
+__all__ = ["DrawSource", "check_separate_parameters", "source_of"]
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -18,105 +18,160 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_genmodels._pyro import handlers, params, traces
-from pyro_genmodels.inference_data.replay import numpy
+from pyro_genmodels.inference_data.arrays import to_numpy
+
+DEFAULT_NUM_SAMPLES = 1000
+MIN_DRAWS_OF_DIAGNOSTICS = 4
+"""Smallest number of draws per chain for which Pyro computes the diagnostics of an MCMC run."""
 
 
 @dataclass(frozen=True)
 class DrawSource:
-    """A model with a guide, or with draws in its place.
+    """A model with a guide, or with draws in the guide's place.
 
     Attributes:
-        model: None where nothing is known of it.
-        guide: a function, or draws by name (draws, ...).
-        args: of the model.
-        kwargs: of the model.
-        total: draws.
-        chains: that these are of, one after another.
-        complete: whether draws stand for all latent variables there are, as those of MCMC.
-        stats: what is known of each draw, (draws,).
-        alone: whether this is a family called without data.
+        model: model, or None if it is not known.
+        guide: function, or draws by name, (draws, ...).
+        args: positional arguments of the model.
+        kwargs: keyword arguments of the model.
+        num_samples: number of draws.
+        num_chains: number of chains that the draws are, one after another.
+        has_all_continuous: True if there are draws of all continuous latent variables, as from MCMC.
+        stats: statistics of each draw, (draws,).
+        is_family_prior: True for a family called without data.
     """
 
     model: Any
     guide: Any
     args: tuple
     kwargs: Mapping[str, Any]
-    total: int
-    chains: int = 1
-    complete: bool = False
+    num_samples: int
+    num_chains: int = 1
+    has_all_continuous: bool = False
     stats: Mapping[str, np.ndarray] = field(default_factory=dict)
-    alone: bool = False
+    is_family_prior: bool = False
 
 
 def source_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int | None, model: Any) -> DrawSource:
-    """Reads a fit.
+    """Return the source of draws that a fit is.
 
     Args:
-        fit: what offers a model and a guide (a family, an `SVI`, a pair), or draws (`MCMC`, `Importance`, the result of
+        fit: object with a model and a guide (a family, an `SVI`, a pair), or with draws (`MCMC`, `Importance`, the result of
             `WeighedPredictive`, `Chains`, or draws by name, (chain, draw, ...)).
-        args: the model's.
-        kwargs: the model's.
-        num_samples: draws to make, or None.
-        model: of draws that do not bring one.
+        args: positional arguments of the model.
+        kwargs: keyword arguments of the model.
+        num_samples: number of draws to make, or None.
+        model: model of a fit that has only draws.
 
     Raises:
-        ValueError: if the draws' shapes do not go together, or the arguments do not go with the fit.
+        ValueError: if the shapes of the draws differ in chains or draws, or the arguments do not go with the fit.
     """
-    stats: dict[str, np.ndarray] = {}
-    if hasattr(fit, "get_samples") and hasattr(fit, "kernel"):  # MCMC
-        model, draws = _one_model(fit, fit.kernel.model, model), fit.get_samples(group_by_chain=True)
-        stats = _divergences(fit, *next(iter(draws.values())).shape[:2])
-    elif hasattr(fit, "get_samples") and hasattr(fit, "stats"):  # chains of our own samplers
-        draws = fit.get_samples(group_by_chain=True)
-        stats = {name: numpy(values.flatten()) for name, values in fit.stats.items()}
-    elif isinstance(fit, Importance):
-        if not fit.exec_traces:
-            raise ValueError("This Importance has not been run. Call its .run(...) first.")
-        model, seen = _one_model(fit, fit.model, model), fit.exec_traces[0].nodes["_INPUT"]
-        args, kwargs = (args, kwargs) if args or kwargs else (seen["args"], seen["kwargs"])
-        names = traces.latents(prune_subsample_sites(fit.exec_traces[0]))
-        draws = {n: torch.stack([trace.nodes[n]["value"] for trace in fit.exec_traces])[None] for n in names}
-        log_weight, log_p = (
-            torch.stack([torch.as_tensor(value) for value in values]).detach()
-            for values in (fit.log_weights, [trace.log_prob_sum() for trace in fit.exec_traces])
-        )
-        stats = {"log_q": numpy(log_p - log_weight), "log_weight": numpy(log_weight)}
-    elif isinstance(fit, WeighedPredictiveResults):
-        draws = {n: v[None] for n, v in dict(fit.samples).items() if isinstance(v, Tensor)}
-        known = {"log_p": fit.model_log_prob, "log_q": fit.guide_log_prob, "log_weight": fit.log_weights}
-        stats = {n: numpy(v) for n, v in known.items()}
-    elif isinstance(fit, Mapping):
-        draws = {n: v if isinstance(v, Tensor) else torch.as_tensor(np.asarray(v)) for n, v in fit.items()}
-    else:
+    found = _draws_of(fit, args, kwargs, model)
+    if found is None:
         pair = traces.as_pair(fit)
         _one_model(fit, pair[0], model)
-        call = _own_call(pair[0], args, kwargs)
-        return DrawSource(*pair, *(call or (args, kwargs)), num_samples or 1000, alone=call is not None)
+        call = _family_call_without_data(pair[0], args, kwargs)
+        if call is not None:
+            return DrawSource(*pair, (), call, num_samples or DEFAULT_NUM_SAMPLES, is_family_prior=True)
+        return DrawSource(*pair, args, kwargs, num_samples or DEFAULT_NUM_SAMPLES)
     if num_samples is not None:
         raise ValueError(f"A {type(fit).__name__} has draws of its own: leave num_samples out.")
-    if model is None and (args or kwargs):
-        raise ValueError("These draws bring no model, so that the arguments say nothing: pass the model of them as model=.")
-    shapes = {tuple(v.shape[:2]) for v in draws.values()}
+    if found.model is None and (args or kwargs):
+        raise ValueError("These draws come without a model, so the arguments have no use: pass the model as model=.")
+    chains, per_chain = _chains_and_draws(found.draws)
+    flat = {name: values.flatten(0, 1) for name, values in found.draws.items()}
+    return DrawSource(
+        found.model,
+        flat,
+        found.args,
+        found.kwargs,
+        chains * per_chain,
+        chains,
+        has_all_continuous=hasattr(fit, "kernel"),
+        stats=found.stats,
+    )
+
+
+@dataclass(frozen=True)
+class _FoundDraws:
+    """Draws that a fit holds.
+
+    Attributes:
+        draws: draws by name, (chain, draw, ...).
+        model: their model, or None.
+        args: positional arguments of the model.
+        kwargs: keyword arguments of the model.
+        stats: statistics of each draw, (draws,).
+    """
+
+    draws: Mapping[str, Tensor]
+    model: Any
+    args: tuple
+    kwargs: Mapping[str, Any]
+    stats: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+def _draws_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], model: Any) -> _FoundDraws | None:
+    """Return the draws that a fit holds, or None if it has a model and a guide to make them."""
+    if hasattr(fit, "get_samples") and hasattr(fit, "kernel"):  # MCMC
+        draws = fit.get_samples(group_by_chain=True)
+        stats = _divergences(fit, *next(iter(draws.values())).shape[:2])
+        return _FoundDraws(draws, _one_model(fit, fit.kernel.model, model), args, kwargs, stats)
+    if hasattr(fit, "get_samples") and hasattr(fit, "stats"):  # Chains and WeightedDraws
+        stats = {name: to_numpy(values.flatten()) for name, values in fit.stats.items()}
+        return _FoundDraws(fit.get_samples(group_by_chain=True), model, args, kwargs, stats)
+    if isinstance(fit, Importance):
+        return _importance_draws(fit, args, kwargs, model)
+    if isinstance(fit, WeighedPredictiveResults):
+        draws = {name: values[None] for name, values in dict(fit.samples).items() if isinstance(values, Tensor)}
+        log_probs = {"log_p": fit.model_log_prob, "log_q": fit.guide_log_prob, "log_weight": fit.log_weights}
+        return _FoundDraws(draws, model, args, kwargs, {name: to_numpy(values) for name, values in log_probs.items()})
+    if isinstance(fit, Mapping):
+        draws = {n: v if isinstance(v, Tensor) else torch.as_tensor(np.asarray(v)) for n, v in fit.items()}
+        return _FoundDraws(draws, model, args, kwargs)
+    return None
+
+
+def _importance_draws(fit: Importance, args: tuple, kwargs: Mapping[str, Any], model: Any) -> _FoundDraws:
+    """Return the draws of a run of `Importance`, with their weights; its own arguments are the default."""
+    if not fit.exec_traces:
+        raise ValueError("This Importance has not been run. Call its .run(...) first.")
+    own_call = fit.exec_traces[0].nodes["_INPUT"]
+    if not (args or kwargs):
+        args, kwargs = own_call["args"], own_call["kwargs"]
+    names = traces.latents(prune_subsample_sites(fit.exec_traces[0]))
+    draws = {name: torch.stack([trace.nodes[name]["value"] for trace in fit.exec_traces])[None] for name in names}
+    log_weight, log_p = (
+        torch.stack([torch.as_tensor(value) for value in values]).detach()
+        for values in (fit.log_weights, [trace.log_prob_sum() for trace in fit.exec_traces])
+    )
+    stats = {"log_q": to_numpy(log_p - log_weight), "log_weight": to_numpy(log_weight)}
+    return _FoundDraws(draws, _one_model(fit, fit.model, model), args, kwargs, stats)
+
+
+def _chains_and_draws(draws: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Return the numbers of chains and of draws per chain that all variables share."""
+    shapes = {tuple(values.shape[:2]) for values in draws.values()}
     if len(shapes) != 1 or len(next(iter(shapes))) != 2 or 0 in next(iter(shapes)):
-        found = {n: tuple(v.shape) for n, v in draws.items()}
+        found = {name: tuple(values.shape) for name, values in draws.items()}
         raise ValueError(
-            f"Draws are wanted as (chain, draw, ...), of as many chains and draws each, but found {found or 'none'}."
+            "Draws must have the shape (chain, draw, ...), with the same numbers of chains and draws for all variables, but "
+            f"found {found or 'none'}."
         )
     chains, per_chain = next(iter(shapes))
-    complete = hasattr(fit, "kernel")
-    flat = {n: v.flatten(0, 1) for n, v in draws.items()}
-    return DrawSource(model, flat, args, kwargs, chains * per_chain, chains, complete, stats)
+    return chains, per_chain
 
 
 def _one_model(fit: Any, own: Any, given: Any) -> Any:
-    """The model a fit brings, or else the one that is given."""
+    """Return the model of a fit or the given one, of which only one may exist."""
     if own is not None and given is not None:
         raise ValueError(f"A {type(fit).__name__} has a model: leave model= out.")
     return given if own is None else own
 
 
 def _divergences(mcmc: Any, chains: int, draws: int) -> dict[str, np.ndarray]:
-    if draws < 4:  # Pyro's diagnostics want more
+    """Return the statistic "diverging" of each draw of an MCMC run, if its kernel reports divergences."""
+    if draws < MIN_DRAWS_OF_DIAGNOSTICS:
         return {}
     found = mcmc.diagnostics().get("divergences")
     if found is None:
@@ -127,33 +182,37 @@ def _divergences(mcmc: Any, chains: int, draws: int) -> dict[str, np.ndarray]:
     return {"diverging": diverging.reshape(-1)}
 
 
-def _own_call(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """The arguments that draw from a family, if this is a family's own model called without data."""
+def _family_call_without_data(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the keyword arguments that sample from a family, if the model is a family's and is called without data."""
     if not traces.is_family(model):
         return None
-    given = inspect.signature(model).bind_partial(*args, **kwargs).arguments
-    if given.get("x") is not None:
+    call = inspect.signature(model).bind_partial(*args, **kwargs).arguments
+    if call.get("x") is not None:
         return None
-    if given.get("context") is None:
-        given.setdefault("size", 1)
-    return (), given
+    if call.get("context") is None:
+        call.setdefault("size", 1)
+    return call
 
 
-def check_apart(sources: Sequence[DrawSource]) -> None:
-    """Refuses restarts that hold the same parameters: they are one fit, the last, told several times."""
-    owners: dict[int, int] = {}
+def check_separate_parameters(sources: Sequence[DrawSource]) -> None:
+    """Check that fits do not hold the same parameters; then all of them would be the one that was trained last.
+
+    Raises:
+        ValueError: naming the first parameter that two fits share.
+    """
+    fit_of_parameter: dict[int, int] = {}
     for i, source in enumerate(sources):
         if isinstance(source.guide, Mapping):
             continue
-        modules = traces.modules_of(source.model, source.guide)
-        with handlers.side_effect_free(), params.isolated_param_store(modules), poutine.trace(param_only=True) as capture:
+        isolated = params.isolated_param_store(traces.modules_of(source.model, source.guide))
+        with handlers.side_effect_free(source.model, source.guide), isolated, poutine.trace(param_only=True) as capture:
             traces.run_pair(source.model, source.guide, source.args, source.kwargs)
         for name, site in capture.trace.nodes.items():
             value: Any = site["value"]
             leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
-            if leaf.requires_grad and owners.setdefault(id(leaf), i) != i:
+            if leaf.requires_grad and fit_of_parameter.setdefault(id(leaf), i) != i:
                 raise ValueError(
-                    f"Fits {owners[id(leaf)]} and {i} share the parameter {name!r}, so that both say what was trained last. "
-                    "Train each between pyro.clear_param_store() with a guide of its own; if the guide is a plain function, "
-                    "call to_arviz after each and join the results by arviz's concat(..., dim='chain')."
+                    f"Fits {fit_of_parameter[id(leaf)]} and {i} share the parameter {name!r}, so both hold what was trained "
+                    "last. Train each between pyro.clear_param_store() with a guide of its own. If the guide is a plain "
+                    "function, call to_arviz after each and join the results by arviz's concat(..., dim='chain')."
                 )

@@ -1,0 +1,182 @@
+"""Arrays of the groups of ArviZ data, filled block by block."""
+
+from __future__ import annotations
+
+__all__ = ["BlockValues", "GroupArrays", "PlateRows", "Variables", "same_array", "to_numpy"]
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+Variables = dict[str, tuple[np.ndarray, list[str]]]
+"""Arrays with the names of their dimensions, by name of the variable."""
+
+
+def to_numpy(value: Tensor) -> np.ndarray:
+    """Return a tensor as an array, without gradient and on the CPU."""
+    return value.detach().cpu().numpy()
+
+
+def same_array(a: np.ndarray, b: np.ndarray) -> bool:
+    """Return True if two arrays have the same shape and values; NaN equals NaN."""
+    return a.shape == b.shape and np.array_equal(a, b, equal_nan=a.dtype.kind == b.dtype.kind == "f")
+
+
+@dataclass(frozen=True)
+class PlateRows:
+    """Rows of a plate that a block has.
+
+    Attributes:
+        name: name of the plate.
+        size: number of rows of the whole plate.
+        rows: position of the block's rows among all.
+    """
+
+    name: str
+    size: int
+    rows: slice
+
+
+@dataclass(frozen=True)
+class BlockValues:
+    """Values of one variable for a block of draws and rows.
+
+    Attributes:
+        values: values, (draws, plates from the left, event).
+        draws: position of the draws among all.
+        plates: rows of each plate.
+    """
+
+    values: Tensor
+    draws: slice
+    plates: list[PlateRows]
+
+    @property
+    def event_dim(self) -> int:
+        """Number of dimensions of the event."""
+        return self.values.dim() - 1 - len(self.plates)
+
+
+class GroupArrays:
+    """Arrays of all wanted groups, filled block by block.
+
+    Args:
+        num_samples: number of draws.
+        wanted: names of the groups to fill; the others are ignored.
+        dims: names of the event dimensions of a variable, by its name.
+    """
+
+    def __init__(self, num_samples: int, wanted: Collection[str], dims: Mapping[str, Sequence[str]]) -> None:
+        self.groups: dict[str, Variables] = {}
+        self._num_samples, self._wanted, self._dims = num_samples, set(wanted), dims
+        self._filled: Counter[tuple[str, str]] = Counter()
+
+    def wants(self, *groups: str) -> bool:
+        """Return True if one of these groups is wanted."""
+        return not self._wanted.isdisjoint(groups)
+
+    def leave_out(self, *groups: str) -> None:
+        """Ignore these groups from now on, and in the result."""
+        self._wanted -= set(groups)
+
+    def put_draws(self, group: str, name: str, block: BlockValues) -> None:
+        """Put a block of draws of a variable in its place."""
+        self._put(group, name, block, self._event_names(name, block.event_dim))
+
+    def put_log_prob(self, group: str, name: str, block: BlockValues) -> None:
+        """Put a block of log densities in its place.
+
+        What the model samples outside all plates in one batch has dimensions here too: the first of the variable's own.
+        """
+        names = list(self._dims.get(name, _default_names(name, block.event_dim)))
+        self._put(group, name, block, names[: block.event_dim])
+
+    def put_observed(self, name: str, block: BlockValues) -> None:
+        """Put a block of data in its place. It is the same for all draws, so the first stands for all.
+
+        The data are kept even if they are not wanted, because they tell which arguments of the model are constants.
+        """
+        if "observed_data" not in self.groups or name not in self.groups["observed_data"]:
+            sizes = [plate.size for plate in block.plates]
+            names = [plate.name for plate in block.plates] + self._event_names(name, block.event_dim)
+            self._add("observed_data", name, np.zeros(sizes + _event_shape(block), _dtype(block)), names)
+        array, _ = self.groups["observed_data"][name]
+        array[tuple(plate.rows for plate in block.plates)] = to_numpy(block.values[0])
+
+    def put_all_draws(self, draws: Mapping[str, Tensor]) -> None:
+        """Put variables of the posterior of which all draws are at hand, (draws, ...)."""
+        for name, value in draws.items() if self.wants("posterior") else ():
+            self._add("posterior", name, to_numpy(value), ["draw", *self._event_names(name, value.dim() - 1)])
+
+    def put_stats(self, stats: Mapping[str, np.ndarray]) -> None:
+        """Put statistics of each draw, (draws,)."""
+        for name, values in stats.items() if self.wants("sample_stats") else ():
+            self._add("sample_stats", name, values, ["draw"])
+
+    def put_constant(self, name: str, array: np.ndarray, plates: list[str]) -> None:
+        """Put a constant, whose first dimensions are these plates."""
+        self._add("constant_data", name, array, plates + self._event_names(name, array.ndim - len(plates)))
+
+    def by_chain(self, num_chains: int) -> dict[str, Variables]:
+        """Return the wanted groups with the dimensions (chain, draw) in place of (draw).
+
+        Raises:
+            ValueError: if a variable was not in all blocks.
+        """
+        for (group, name), count in self._filled.items():
+            if count != self.groups[group][name][0].size:
+                raise ValueError(f"The model has the site {name!r} in some runs only, which ArviZ cannot represent.")
+        return {
+            group: {
+                name: (array.reshape(num_chains, -1, *array.shape[1:]), ["chain", *names])
+                if "draw" in names
+                else (array, names)
+                for name, (array, names) in variables.items()
+            }
+            for group, variables in self.groups.items()
+            if group in self._wanted
+        }
+
+    def without_plate(self, plate: str) -> None:
+        """Remove the dimension of a plate of one row from all variables."""
+        for variables in self.groups.values():
+            for name, (array, names) in variables.items():
+                if plate in names:
+                    axis = names.index(plate)
+                    variables[name] = array.squeeze(axis), names[:axis] + names[axis + 1 :]
+
+    def _put(self, group: str, name: str, block: BlockValues, event_names: list[str]) -> None:
+        if group not in self._wanted:
+            return
+        if name not in self.groups.get(group, {}):
+            shape = [self._num_samples, *(plate.size for plate in block.plates), *_event_shape(block)]
+            names = ["draw", *(plate.name for plate in block.plates), *event_names]
+            self._add(group, name, np.zeros(shape, _dtype(block)), names)
+        array, _ = self.groups[group][name]
+        array[(block.draws, *(plate.rows for plate in block.plates))] = to_numpy(block.values)
+        self._filled[group, name] += block.values.numel()
+
+    def _add(self, group: str, name: str, array: np.ndarray, names: list[str]) -> None:
+        self.groups.setdefault(group, {})[name] = (array, names)
+
+    def _event_names(self, name: str, count: int) -> list[str]:
+        """Return the names of a variable's event dimensions: the user's, or the default ones."""
+        names = list(self._dims.get(name, _default_names(name, count)))
+        if len(names) != count:
+            raise ValueError(f"dims[{name!r}] names {len(names)} dimensions, but the variable's event has {count}.")
+        return names
+
+
+def _default_names(name: str, count: int) -> list[str]:
+    return [f"{name}_dim_{i}" for i in range(count)]
+
+
+def _event_shape(block: BlockValues) -> list[int]:
+    return list(block.values.shape[block.values.dim() - block.event_dim :])
+
+
+def _dtype(block: BlockValues) -> np.dtype:
+    return to_numpy(block.values[:0]).dtype

@@ -1,0 +1,138 @@
+"""The sites and plates of a model, as one run of the model and its guide shows them."""
+
+from __future__ import annotations
+
+__all__ = ["ModelLayout", "RowBlock", "SubsampledRows"]
+
+from collections.abc import Iterator, Mapping
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pyro.distributions import Unit
+from pyro.poutine import Trace
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+
+from pyro_genmodels._pyro import sites as site_questions
+from pyro_genmodels._pyro import traces
+from pyro_genmodels.inference_data.arrays import to_numpy
+
+
+class RowBlock(NamedTuple):
+    """Rows of a subsampled plate that one run sees.
+
+    Attributes:
+        indices: indices of these rows in the plate.
+        new: slice of them that no earlier block has.
+        to: position of the new rows among all.
+    """
+
+    indices: torch.Tensor
+    new: slice
+    to: slice
+
+
+class SubsampledRows:
+    """The plates of a model, and blocks of rows that together are all rows of the plates that it subsamples.
+
+    Args:
+        sites: all sites of a run, by name.
+
+    Attributes:
+        subsamples: sites at which plates choose their rows, by name of the plate.
+        sizes: number of rows of each plate that is subsampled and run block by block.
+        coords: indices of the rows of each plate that appear in the result.
+        sequential: plates that are subsampled in a Python loop; only one subsample of these is run.
+        blocks: combinations of one block of rows per plate in sizes.
+    """
+
+    def __init__(self, sites: Mapping[str, Any]) -> None:
+        vectorized = {frame.name for site in sites.values() for frame in site["cond_indep_stack"] if frame.vectorized}
+        self.subsamples = {name: site for name, site in sites.items() if site_is_subsample(site)}
+        self.sizes: dict[str, int] = {}
+        self.coords: dict[str, np.ndarray] = {}
+        self.sequential: list[str] = []
+        blocks = []
+        for name, site in self.subsamples.items():
+            size, count = site["fn"].size, len(site["value"])
+            self.coords[name] = to_numpy(site["value"])
+            if count == size or site["fn"].subsample_size is None:
+                continue
+            if name in vectorized:
+                self.sizes[name], self.coords[name] = size, np.arange(size)
+                blocks.append([(name, block) for block in _row_blocks(size, count, site["value"].device)])
+            else:
+                self.sequential.append(name)
+        self.blocks: list[dict[str, RowBlock]] = [dict(block) for block in product(*blocks)]
+
+
+class ModelLayout:
+    """The sites of a model and its guide, and the meaning of their dimensions.
+
+    Args:
+        model_trace: trace of the model, run with the guide's latent variables.
+        guide_trace: trace of the guide.
+        guide_is_given: True if draws stand in place of a guide; then guide_trace only holds the first of them.
+
+    Attributes:
+        sites: all sites, the guide's too.
+        nesting: number of batch dimensions that plates take.
+        extra_event_dims: number of batch dimensions of a site outside all plates. They count as dimensions of its event.
+        event_dims: number of event dimensions of each site's value.
+        latents: names of the model's latent variables.
+        unguided: sites of the latent variables that the guide leaves to the model.
+        observed: observed sites of the model.
+        factors: names of the sites of `pyro.factor`.
+        is_point_mass: True if the guide samples nothing, as `AutoDelta`.
+        rows: plates and their rows.
+    """
+
+    def __init__(self, model_trace: Trace, guide_trace: Trace, *, guide_is_given: bool) -> None:
+        model_sites = traces.sample_sites(model_trace)
+        self.sites = ({} if guide_is_given else traces.sample_sites(guide_trace)) | model_sites
+        self.nesting = max(map(site_questions.plate_depth, self.sites.values()), default=0)
+        variables = {name: site for name, site in self.sites.items() if not site_is_subsample(site)}
+        self.extra_event_dims = {
+            name: len(site["fn"].batch_shape)
+            for name, site in variables.items()
+            if not (_is_factor(site) or site_questions.is_deterministic(site) or site_questions.plate_depth(site))
+        }
+        self.event_dims = {name: self._event_dim(name, site) for name, site in variables.items()}
+        self.latents = traces.latents(prune_subsample_sites(model_trace))
+        self.unguided = {name: self.sites[name] for name in self.latents if name not in guide_trace.nodes}
+        self.observed = {n: self.sites[n] for n in traces.observed(model_trace) if not _is_factor(self.sites[n])}
+        self.factors = [name for name, site in self.sites.items() if _is_factor(site)]
+        self.is_point_mass = not guide_is_given and traces.is_point_mass(prune_subsample_sites(guide_trace))
+        self.rows = SubsampledRows(self.sites)
+
+    @property
+    def has_batch_outside_plates(self) -> bool:
+        """True if a site outside all plates has a batch shape, so that its dimensions leave no room for particles."""
+        return any(self.extra_event_dims.values())
+
+    @property
+    def last_observed(self) -> str | None:
+        """Name of the only observed site, if it is the model's last site, so that nothing depends on its value."""
+        return next(iter(self.observed)) if [*self.observed] == [*self.sites][-1:] else None
+
+    def subsampled_plate(self, name: str) -> str | None:
+        """Return the plate around a site that is run block by block, or None."""
+        return next((frame.name for frame in self.sites[name]["cond_indep_stack"] if frame.name in self.rows.sizes), None)
+
+    def _event_dim(self, name: str, site: Mapping[str, Any]) -> int:
+        if site_questions.is_deterministic(site):  # Pyro counts all its dimensions as the event's, also those of plates
+            return max(site["value"].dim() - site_questions.plate_depth(site), 0)
+        return site["fn"].event_dim + self.extra_event_dims.get(name, 0)
+
+
+def _is_factor(site: Mapping[str, Any]) -> bool:
+    return isinstance(site["fn"], Unit)
+
+
+def _row_blocks(size: int, count: int, device: torch.device) -> Iterator[RowBlock]:
+    """Yield blocks of ``count`` rows that are all rows together. The last begins with rows that an earlier block has."""
+    for start in range(0, size, count):
+        first = min(start, size - count)
+        indices = torch.arange(first, first + count, device=device)
+        yield RowBlock(indices, slice(start - first, count), slice(start, first + count))
