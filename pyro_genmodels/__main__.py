@@ -1,4 +1,4 @@
-"""`python -m pyro_genmodels`."""
+"""Entry point of `python -m pyro_genmodels`."""
 
 from pyro_genmodels.cli import main
 

@@ -1,4 +1,4 @@
-"""The command line: `pyro-genmodels`, or `python -m pyro_genmodels`."""
+"""Command line: `pyro-genmodels`, or `python -m pyro_genmodels`."""
 
 from pyro_genmodels.cli.app import main
 

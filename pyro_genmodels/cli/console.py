@@ -1,8 +1,8 @@
-"""The border of the command line: what is checked before work begins, and what is said when it ends, well or badly."""
+"""Checks before a command runs, and the words for its results, warnings and errors."""
 
 from __future__ import annotations
 
-__all__ = ["plainly", "prepare", "print_table", "require", "say", "terminate", "usable", "verdict", "warn"]
+__all__ = ["check_device", "check_modules", "describe", "prepare", "print_table", "report_errors", "say", "terminate", "warn"]
 
 import os
 import signal
@@ -20,9 +20,15 @@ if TYPE_CHECKING:
 
 
 def prepare(out: Path, device: str, *modules: str) -> None:
-    """Makes the folder that is written to, and refuses what training would fail for in the end."""
-    require(*modules)
-    usable(device)
+    """Make the output folder, and raise an error for anything that would make the command fail after training.
+
+    Args:
+        out: the output folder.
+        device: torch device.
+        modules: names of modules that the command imports.
+    """
+    check_modules(*modules)
+    check_device(device)
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f".probe{os.getpid()}"
@@ -32,8 +38,8 @@ def prepare(out: Path, device: str, *modules: str) -> None:
         raise OSError(f"cannot write to {out}: {error.strerror}") from error
 
 
-def require(*modules: str) -> None:
-    """Raises an ImportError with the line that installs them if modules are missing."""
+def check_modules(*modules: str) -> None:
+    """Raise an ImportError with the command that installs them if modules are missing."""
     from importlib.util import find_spec
 
     missing = [module for module in modules if find_spec(module) is None]
@@ -41,8 +47,8 @@ def require(*modules: str) -> None:
         raise ImportError(f"this command needs {', '.join(missing)}: pip install 'pyro-genmodels[cli]'")
 
 
-def usable(device: str) -> None:
-    """Raises a ValueError if there is no such device."""
+def check_device(device: str) -> None:
+    """Raise a ValueError if torch cannot use the device."""
     import torch
 
     try:
@@ -52,99 +58,129 @@ def usable(device: str) -> None:
 
 
 @contextmanager
-def plainly(context: typer.Context) -> Iterator[None]:
-    """Errors of input and output in a line, and exit code 2; a stopped run in a line, and the code of its signal."""
+def report_errors(context: typer.Context) -> Iterator[None]:
+    """Print errors of input and output in one line and exit with code 2, or with the code of a signal that stopped the run."""
     try:
         yield
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if context.obj:
             raise
-        text = str(error).split("\nTrace Shapes:")[0].split("\n  Trace Shapes:")[0].strip()  # Pyro's, for who wrote the model
-        if isinstance(error, OSError) and error.strerror:
-            text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-        typer.echo(f"pyro-genmodels: {text}" + ("" if text.endswith((".", "?", ")")) else "."), err=True)
+        typer.echo(f"pyro-genmodels: {_one_line(error)}", err=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as interrupt:
-        notes = [note.replace("train(..., resume=True), or ", "") for note in getattr(interrupt, "__notes__", [])]
-        typer.echo("\n".join(["", f"pyro-genmodels: stopped by {ended_by(interrupt).name}.", *notes]), err=True)
-        raise typer.Exit(128 + ended_by(interrupt)) from interrupt
+        number = _signal_of(interrupt)
+        typer.echo(f"\npyro-genmodels: stopped by {number.name}.", err=True)
+        path, epoch = getattr(interrupt, "path", None), getattr(interrupt, "epoch", 0)
+        if path is not None:
+            resume = f"pyro-genmodels fit --resume {path}"
+            typer.echo(f"The state after epoch {epoch} is in {path}. To continue: {resume}", err=True)
+        raise typer.Exit(128 + number) from interrupt
+
+
+def _one_line(error: Exception) -> str:
+    """Return the message of an error, in terms of the command line."""
+    text = str(error).split("\nTrace Shapes:")[0].split("\n  Trace Shapes:")[0].strip()  # Pyro adds shapes for model authors
+    if argument := getattr(error, "argument", None):  # of `datasets.tables.ArgumentError`
+        text += f" On the command line: --{argument} {getattr(error, 'example', '')}"
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return text if text.endswith((".", "?", ")")) else text + "."
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a run as Ctrl-C does."""
+    """SIGTERM, which stops a run as Ctrl-C does."""
 
 
-def ended_by(interrupt: KeyboardInterrupt) -> signal.Signals:
-    return signal.SIGTERM if isinstance(interrupt, _Terminated) else signal.SIGINT
+def _signal_of(interrupt: KeyboardInterrupt) -> signal.Signals:
+    """Return the signal that stopped a run. Training raises an interrupt of its own from the first one."""
+    return signal.SIGTERM if isinstance(interrupt.__cause__ or interrupt, _Terminated) else signal.SIGINT
 
 
 def terminate(*_: Any) -> None:
-    """The handler of SIGTERM."""
+    """Stop the run: the handler of SIGTERM."""
     raise _Terminated
 
 
 def warn(message: Any, *_: Any, **__: Any) -> None:
-    """Shows a warning in a line, in the place of `warnings.showwarning`."""
+    """Print a warning in one line. It replaces `warnings.showwarning`."""
     typer.echo(f"pyro-genmodels: warning: {message}", err=True)
 
 
 def say(text: str, *, quiet: bool) -> None:
-    """Prints a line, unless quiet."""
+    """Print a line, unless quiet."""
     if not quiet:
         typer.echo(text)
 
 
-def verdict(judged: LogLikelihood, levels: int | None, x: Any, sample_quality: Callable[[], SampleQuality]) -> str:
-    """A log-likelihood in words; where there is none, what draws are worth."""
-    if judged.kind == "none" and len(x) < 4:
+def describe(found: LogLikelihood, levels: int | None, x: Any, sample_quality: Callable[[], SampleQuality]) -> str:
+    """Return a log-likelihood in words, or the quality of samples if there is no likelihood.
+
+    Args:
+        found: log-likelihood of the rows.
+        levels: number of integer levels of the data; None for real numbers.
+        x: the rows.
+        sample_quality: function that compares samples with the rows. It is called only where it is needed.
+    """
+    if found.kind == "none" and len(x) < 4:
         return f"- (no likelihood, n={len(x)})"
-    if judged.kind == "none":
+    if found.kind == "none":
         quality = sample_quality()
         return (
-            f"- (no likelihood, n={len(x)}); draws off by {quality.sliced_wasserstein:.3f}, {quality.baseline:.3f} between data "
-            f"(sliced Wasserstein); MMD p={quality.test.p_value:.3f}"
+            f"- (no likelihood, n={len(x)}); sliced Wasserstein distance of samples "
+            f"{quality.sliced_wasserstein:.3f}, baseline {quality.baseline:.3f}; MMD p={quality.test.p_value:.3f}"
         )
-    kind = judged.kind if judged.kind == "exact" else f"{judged.kind}, k={judged.num_samples}"
-    bits = f"; {judged.bits_per_dim(x[0].numel()):.3f} bits per dimension" if levels else ""
-    error = f" ± {judged.mean_std_error:.3f}" if len(judged.values) > 1 else ""
-    return f"{-judged.mean:.3f}{error} nats per datum, lower is better ({kind}, n={len(x)}){bits}"
+    kind = found.kind if found.kind == "exact" else f"{found.kind}, k={found.num_samples}"
+    bits = f"; {found.bits_per_dim(x[0].numel()):.3f} bits per dimension" if levels else ""
+    error = f" ± {found.mean_std_error:.3f}" if len(found.values) > 1 else ""
+    return f"{-found.mean:.3f}{error} nats per datum, lower is better ({kind}, n={len(x)}){bits}"
 
 
 def print_table(comparison: Comparison, data: Dataset) -> None:
-    """Prints a comparison."""
+    """Print a comparison, with an explanation of its columns."""
     from rich.console import Console
     from rich.table import Table
 
-    n, digits, found = len(data.test), 2 if data.levels else 3, comparison.table
-    alike = "sliced_wasserstein" in found
+    rows, digits = comparison.table, 2 if data.levels else 3
+    has_samples = "sliced_wasserstein" in rows
     columns = ["family", "kind", "nats ± se", *(["bits/dim"] if data.levels else []), "Δelpd ± dse", "weight"]
-    table = Table(title=f"{data.name}: held-out log-likelihood of {n} data", title_justify="left")
-    for column in columns + (["draws off", "MMD p"] if alike else []):
+    table = Table(title=f"{data.name}: held-out log-likelihood of {len(data.test)} rows", title_justify="left")
+    for column in columns + (["SW distance", "MMD p"] if has_samples else []):
         table.add_column(column, justify="left" if column in ("family", "kind") else "right")
-    for family, row in found.iterrows():
-        own = ["-"] * (len(columns) - 2)
-        if row.kind != "none":
-            own = [
-                f"{row.nats:.{digits}f} ± {row.se / n:.{digits}f}",
-                *([f"{row.bits_per_dim:.3f}"] if data.levels else []),
-                f"{row.elpd_diff:.0f} ± {row.dse:.0f}",
-                f"{row.weight:.2f}",
-            ]
-        kinds = {"exact": "exact", "none": "- (no likelihood)"}
-        kind = kinds.get(row.kind, f"{row.kind} (k={row.num_samples})")
-        draws = [f"{row.sliced_wasserstein:.{digits}f}", f"{row.mmd_p:.3f}"] if alike else []
-        table.add_row(str(family), kind, *own, *draws)
+    for family, row in rows.iterrows():
+        table.add_row(str(family), *_likelihood_cells(row, data, digits), *_sample_cells(row, digits))
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(table)
     if data.density is not None:
-        own = data.density.log_prob(data.test)
-        console.print(f"The density they were drawn from: {-own.mean():.3f} ± {own.std() / n**0.5:.3f}.", highlight=False)
-    if alike:
+        truth = data.density.log_prob(data.test)
+        error = truth.std() / len(data.test) ** 0.5
+        console.print(f"The true density has {-truth.mean():.3f} ± {error:.3f} nats.", highlight=False)
+    if has_samples:
         console.print(
-            "Draws off: the sliced Wasserstein distance of draws from held-out data, "
-            f"{comparison.baseline:.{digits}f} between data; MMD p: how often draws of the same law would be as far off.",
+            "SW distance: sliced Wasserstein distance of samples from held-out data; the baseline is "
+            f"{comparison.baseline:.{digits}f}, between data and other data. MMD p: p-value of a two-sample test of samples "
+            "against data.",
             highlight=False,
         )
-    if len(set(comparison.table["kind"]) - {"none"}) > 1:
-        kinds = "a lower bound on the likelihood understates its family, an estimate (of log Z, of a trace) may overstate it."
-        console.print(f"Nats per datum, lower is better. Kinds differ: {kinds}")
+    if len(set(rows["kind"]) - {"none"}) > 1:
+        console.print(
+            "Nats per datum, lower is better. The kinds differ: a lower bound understates its family, an estimate (of log Z or "
+            "of a trace) may overstate it."
+        )
+
+
+def _likelihood_cells(row: Any, data: Dataset, digits: int) -> list[str]:
+    """Return the cells of a table row that say how likely the data are, from the kind to the weight."""
+    if row.kind == "none":
+        return ["- (no likelihood)", "-", *(["-"] if data.levels else []), "-", "-"]
+    return [
+        "exact" if row.kind == "exact" else f"{row.kind} (k={row.num_samples})",
+        f"{row.nats:.{digits}f} ± {row.se / len(data.test):.{digits}f}",
+        *([f"{row.bits_per_dim:.3f}"] if data.levels else []),
+        f"{row.elpd_diff:.0f} ± {row.dse:.0f}",
+        f"{row.weight:.2f}",
+    ]
+
+
+def _sample_cells(row: Any, digits: int) -> list[str]:
+    """Return the cells of a table row that compare samples with data, if they were compared."""
+    return [f"{row.sliced_wasserstein:.{digits}f}", f"{row.mmd_p:.3f}"] if "sliced_wasserstein" in row else []

@@ -1,4 +1,4 @@
-"""What the command line runs: how each family is built, trained and judged on each kind of data."""
+"""Recipes of the command line: how each family is built, trained and evaluated on each kind of data."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ __all__ = [
     "draw",
     "evaluate",
     "fit",
-    "notes_of",
-    "restored",
+    "load_family",
+    "read_notes",
     "rows_of",
     "sample_quality_of",
 ]
@@ -76,15 +76,15 @@ from pyro_genmodels.utils.errors import unknown_name
 
 @dataclass(frozen=True)
 class Recipe:
-    """A family for a kind of data.
+    """Settings for a family.
 
     Attributes:
-        build: data set, context -> family.
-        learning_rate: Adam's.
-        objective: data set, family, Adam -> what it is trained by; None is what the family asks for.
-        ema_decay: decay of the average of the weights.
-        epochs: passes over integers, or over reals, at most, where nobody says.
-        batch_size: rows per step, of integers or of reals.
+        build: function (data set, context) -> family.
+        learning_rate: learning rate of Adam.
+        objective: function (data set, family, optimiser) -> objective; None is the family's default.
+        ema_decay: decay of the average of the parameters.
+        epochs: default number of epochs for integers and for real numbers.
+        batch_size: default number of rows per step for integers and for real numbers.
     """
 
     build: Callable[[Dataset, Any], Family]
@@ -97,14 +97,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where data come from, as a checkpoint remembers it.
+    """Source of the data, as it is stored in a checkpoint.
 
     Attributes:
         data: name of a data set, or path of a file.
-        columns: of a file, that make x.
-        labels: of classes to condition on: a column or array of a file; "label" of a named data set.
-        levels: of the integers of a file.
-        seed: of the draws or the split.
+        columns: columns of the file that make x.
+        labels: name of the classes to condition on: a column or array of the file, or "label" for a data set by name.
+        levels: number of integer levels in a file.
+        seed: seed of a data set's samples and of the split.
     """
 
     data: str
@@ -114,31 +114,31 @@ class DataSource:
     seed: int = 0
 
     def load(self) -> Dataset:
-        """The data set.
+        """Return the data set.
 
         Raises:
             ValueError: see `pyro_genmodels.datasets.load`.
         """
-        named = self.data in DATASETS
-        if named and self.labels not in (None, "label"):
+        is_named = self.data in DATASETS
+        if is_named and self.labels not in (None, "label"):
             raise unknown_name(f"labels of {self.data}", str(self.labels), ["label"])
-        labels = None if named else self.labels
+        labels = None if is_named else self.labels
         return load(self.data, seed=self.seed, columns=self.columns, labels=labels, levels=self.levels)
 
 
 @dataclass(frozen=True)
 class Notes:
-    """What the command line writes into a checkpoint.
+    """Notes of the command line in a checkpoint.
 
     Attributes:
-        family: its name on the command line.
-        source: of the data, or None of a checkpoint made in Python.
-        columns: names of the coordinates, if they have any.
-        levels: of integers; None of reals.
-        batch_size: rows per step.
-        learning_rate: Adam's.
-        patience: epochs without a better validation loss before training stopped.
-        epochs: asked for.
+        family: name of the family on the command line.
+        source: source of the data; None for a checkpoint made in Python.
+        columns: names of the coordinates, if they have names.
+        levels: number of integer levels; None for real numbers.
+        batch_size: number of rows per step.
+        learning_rate: learning rate of Adam.
+        patience: number of epochs without a better validation loss after which training stops.
+        epochs: largest number of epochs.
     """
 
     family: str
@@ -205,36 +205,36 @@ def _diffusion(data: Dataset, context: Any) -> Family:
 def _gan(data: Dataset, context: Any) -> Family:
     event_shape = data.train.shape[1:]
     if data.levels:
-        players: dict[str, Any] = {"generator": DenseGenerator((256, 256)), "critic": DenseCritic((256, 256)), "latent_dim": 32}
-        players["standardize"] = "jointly" if _is_image(event_shape) else True
+        options: dict[str, Any] = {"generator": DenseGenerator((256, 256)), "critic": DenseCritic((256, 256)), "latent_dim": 32}
+        options["standardize"] = "jointly" if _is_image(event_shape) else True
     else:
-        few = 5 if event_shape.numel() <= 4 else 0
-        players = {"generator": DenseGenerator(octaves=3), "critic": DenseCritic(octaves=few), "latent_dim": 2}
-    return GAN(event_shape, context=context, levels=data.levels, **players)
+        octaves = 5 if event_shape.numel() <= 4 else 0
+        options = {"generator": DenseGenerator(octaves=3), "critic": DenseCritic(octaves=octaves), "latent_dim": 2}
+    return GAN(event_shape, context=context, levels=data.levels, **options)
 
 
 def _is_image(event_shape: Size) -> bool:
-    """Whether a U-Net of two resolutions can see it."""
+    """Return True for images that a U-Net with two resolutions can process."""
     return len(event_shape) in (2, 3) and all(n % 2 == 0 for n in event_shape[-2:])
 
 
-def _noise(data: Dataset, *_: Any) -> ELBO | None:
-    """Points in few dimensions are told from a normal law around them; in many that would be too easy to learn from."""
+def _noise_contrastive(data: Dataset, *_: Any) -> ELBO | None:
+    """Return noise-contrastive estimation for real data of few dimensions; in many, normal noise is too easy to recognise."""
     x = data.train.flatten(1)
     if data.levels or x.shape[1] > 4:
         return None
-    spread = torch.cov(x.T).reshape(x.shape[1], x.shape[1])
-    spread = spread + 1e-3 * spread.diagonal().clamp(min=1e-12).diag()  # also where columns depend on each other
-    return NoiseContrastive(dist.MultivariateNormal(x.mean(0), spread), ratio=8)
+    covariance = torch.cov(x.T).reshape(x.shape[1], x.shape[1])
+    covariance = covariance + 1e-3 * covariance.diagonal().clamp(min=1e-12).diag()  # columns may depend on each other
+    return NoiseContrastive(dist.MultivariateNormal(x.mean(0), covariance), ratio=8)
 
 
-def _weighted(data: Dataset, *_: Any) -> ELBO:
-    """Of integers by what counts in their bound; of reals with more weight on the noise that smooths their finest features."""
+def _denoising(data: Dataset, *_: Any) -> ELBO:
+    """Return denoising score matching: for integers with the weights of the bound, for reals with more weight on low noise."""
     return DenoisingScoreMatching(weighting=LikelihoodWeighting() if data.levels else LogNormalWeighting(-2.0, 1.5))
 
 
-def _game(data: Dataset, family: Any, optim: Any) -> Adversarial:
-    """Of integers, few and soon known by heart, with restraint; of reals with little, for their finest features."""
+def _adversarial(data: Dataset, family: Any, optim: Any) -> Adversarial:
+    """Return adversarial training: for integers with strong penalties against overfitting, for reals with weak ones."""
     gamma = 1.0 if data.levels else 0.003
     optim = partial(optim, betas=(0.0, 0.99))
     return Adversarial(family.model, family.critic, Relativistic(), optim, penalties=(R1(gamma), R2(gamma)))
@@ -244,7 +244,7 @@ FAMILIES: Mapping[str, Recipe] = {
     "flow": Recipe(_flow, learning_rate=2e-3, batch_size=(128, 256)),
     "vae": Recipe(_vae),
     "autoregressive": Recipe(_autoregressive),
-    "energy": Recipe(_energy, learning_rate=2e-3, objective=_noise, epochs=(45, 300), batch_size=(128, 256)),
+    "energy": Recipe(_energy, learning_rate=2e-3, objective=_noise_contrastive, epochs=(45, 300), batch_size=(128, 256)),
     "ode_flow": Recipe(
         _ode_flow,
         learning_rate=2e-3,
@@ -254,11 +254,11 @@ FAMILIES: Mapping[str, Recipe] = {
         batch_size=(128, 256),
     ),
     "diffusion": Recipe(
-        _diffusion, learning_rate=2e-3, objective=_weighted, ema_decay=0.999, epochs=(90, 300), batch_size=(128, 256)
+        _diffusion, learning_rate=2e-3, objective=_denoising, ema_decay=0.999, epochs=(90, 300), batch_size=(128, 256)
     ),
-    "gan": Recipe(_gan, objective=_game, ema_decay=0.999, epochs=(120, 300)),
+    "gan": Recipe(_gan, objective=_adversarial, ema_decay=0.999, epochs=(120, 300)),
 }
-"""What the command line knows by name."""
+"""Families by their names on the command line."""
 
 
 def fit(
@@ -275,17 +275,31 @@ def fit(
     progress: bool = True,
     resume: bool = False,
 ) -> Fit:
-    """Builds and trains the family of that name, its best state kept at `checkpoint`."""
+    """Build and train a family.
+
+    Args:
+        name: name of the family, from `FAMILIES`.
+        source: source of the data.
+        data: data set from that source.
+        checkpoint: path of the checkpoint, without suffix.
+        device: torch device.
+        epochs: largest number of epochs; None for the recipe's.
+        batch_size: number of rows per step; None for the recipe's.
+        learning_rate: learning rate of Adam; None for the recipe's.
+        patience: number of epochs without a better validation loss after which training stops.
+        progress: True to show a progress bar.
+        resume: True to continue the run of the checkpoint.
+    """
     recipe, kind = FAMILIES[name], 0 if data.levels else 1
     notes = Notes(
-        name,
-        source,
-        None if data.columns is None else list(data.columns),
-        data.levels,
-        batch_size or recipe.batch_size[kind],
-        learning_rate or recipe.learning_rate,
-        patience,
-        epochs or recipe.epochs[kind],
+        family=name,
+        source=source,
+        columns=None if data.columns is None else list(data.columns),
+        levels=data.levels,
+        batch_size=batch_size or recipe.batch_size[kind],
+        learning_rate=learning_rate or recipe.learning_rate,
+        patience=patience,
+        epochs=epochs or recipe.epochs[kind],
     )
     pyro.set_rng_seed(source.seed)
     context = Labels(data.num_classes or 1) if source.labels else 0
@@ -314,14 +328,14 @@ def fit(
 def evaluate(
     family: Any, x: Tensor, labels: Tensor | None, *, num_samples: int | None = None, progress: bool = False
 ) -> LogLikelihood:
-    """The log-likelihood of rows, given their labels if the family wants them; of the kind "none" if it has none.
+    """Return the log-likelihood of rows, given their labels if the family wants them; of kind "none" if it has none.
 
     Args:
-        family: or a fit.
-        x: rows.
-        labels: of them.
-        num_samples: draws per row behind a bound; by default 512, or 8 of estimates by an ODE.
-        progress: whether to show a progress bar where it takes long.
+        family: a family, or a fit of one.
+        x: rows, (N, *event_shape).
+        labels: labels of the rows, (N,).
+        num_samples: samples per row for a bound or an estimate. The default is 512, or 8 for estimates by an ODE.
+        progress: True to show a progress bar.
 
     Raises:
         ValueError: if the rows are not data of this family.
@@ -330,15 +344,15 @@ def evaluate(
     device = family.loc.device
     family.validate(x.to(device))
     if family.context is not None and labels is None:
-        raise ValueError("the model was fitted with labels, but these rows have none: say --labels, the name of their column")
+        raise ValueError("the model was fitted with labels, but these rows have none: pass --labels, the name of their column")
     context = () if family.context is None or labels is None else (labels.to(device),)
     family.embed(*context or (None,))  # checks the labels
     if not has_likelihood(family, x.to(device), *context):
         return no_likelihood(len(x))
     if num_samples is None:
-        law = family(*(labels[:1] for labels in context))
-        dear = law.density == "estimate" and not law.intractable
-        num_samples = 8 if dear else 512  # of traces along an ODE, which are dear, few do
+        fn = family(*(labels[:1] for labels in context))
+        by_ode = fn.density == "estimate" and not fn.intractable
+        num_samples = 8 if by_ode else 512  # an ODE for each sample is slow, and few samples suffice
     return log_likelihood(family, x.to(device), *context, num_samples=num_samples, progress=progress)
 
 
@@ -354,21 +368,21 @@ def sample_quality_of(family: Any, x: Tensor, labels: Tensor | None, *, num_samp
 def rows_of(
     notes: Notes, *, data: str | None, columns: list[str] | None, labels: str | None, split: str | None
 ) -> tuple[Tensor, Tensor | None, str]:
-    """Rows to judge a checkpoint by, their labels, and a name for them.
+    """Return rows to evaluate a checkpoint on, their labels, and a name for them.
 
     Args:
-        notes: of the checkpoint.
-        data: name or file; by default the checkpoint's own.
-        columns: of a file; by default those the checkpoint was fitted to.
-        labels: likewise.
-        split: train, valid, test or all; by default test of the checkpoint's own data and of named data sets, else all.
+        notes: notes of the checkpoint.
+        data: data set by name, or path of a file; None for the data that the checkpoint was fitted to.
+        columns: columns of a file; None for those that the checkpoint was fitted to.
+        labels: name of the labels; None for those that the checkpoint was fitted with.
+        split: train, valid, test or all. The default is all for another file, and otherwise test.
 
     Raises:
         ValueError: if the rows cannot be read, or have other columns, labels or levels.
     """
     own, wants_labels = notes.source, labels or (notes.source and notes.source.labels)
     if data is None and own is None:
-        raise ValueError("the checkpoint was made in Python, so its data are not known: say --data")
+        raise ValueError("the checkpoint was made in Python, so its data are not known: pass --data")
     if own is not None and (data is None or _same_file(data, own.data)):
         source = replace(own, columns=columns or own.columns, labels=labels or own.labels)
         split = split or "test"
@@ -393,38 +407,39 @@ def rows_of(
 
 
 def _same_file(a: str, b: str) -> bool:
+    """Return True if two names are of the same data set or file."""
     return a == b or (Path(a).exists() and Path(a).resolve() == Path(b).resolve())
 
 
-def draw(family: Any, n: int, labels: Tensor | None = None, *, at_once: int = 1000) -> Tensor:
-    """Draws, (n, *event_shape), given labels (n,) if the family wants them."""
+def draw(family: Any, num_samples: int, labels: Tensor | None = None, *, batch_size: int = 1000) -> Tensor:
+    """Return samples, (num_samples, *event_shape), given labels (num_samples,) if the family wants them."""
     family = family.family if isinstance(family, Fit) else family
     parts = []
     with torch.no_grad():
-        for start in range(0, n, at_once):
-            count = min(at_once, n - start)
+        for start in range(0, num_samples, batch_size):
+            count = min(batch_size, num_samples - start)
             context = None if labels is None else labels[start : start + count].to(family.loc.device)
             parts.append(family().sample((count,)) if context is None else family(context).sample())
     rows = torch.cat(parts).cpu()
     return rows.long() if family.data_support.is_discrete else rows
 
 
-def notes_of(record: Mapping[str, Any]) -> Notes | None:
-    """What `fit` wrote beside the parameters, if it did."""
+def read_notes(record: Mapping[str, Any]) -> Notes | None:
+    """Return the notes of the command line in a checkpoint's record, or None if it was made in Python."""
     try:
-        notes = dict(record["notes"])
-        found = Notes(**notes | {"source": DataSource(**notes["source"])})
-        texts = [found.family, found.source.data if found.source else "", *(found.columns or ())]
-    except (KeyError, TypeError, ValueError):  # a checkpoint made in Python, with notes of the user's own
+        fields = dict(record["notes"])
+        notes = Notes(**fields | {"source": DataSource(**fields["source"])})
+        texts = [notes.family, notes.source.data if notes.source else "", *(notes.columns or ())]
+    except (KeyError, TypeError, ValueError):  # a user's own notes
         return None
-    return found if all(isinstance(text, str) for text in texts) else None
+    return notes if all(isinstance(text, str) for text in texts) else None
 
 
-def restored(path: Path, *, device: str) -> tuple[Family, Notes]:
-    """The family of a checkpoint on a device, and what is known of its data."""
+def load_family(path: Path, *, device: str) -> tuple[Family, Notes]:
+    """Return the family of a checkpoint on a device, and its notes."""
     _, record = checkpoints.read(path)
     family = checkpoints.load(path)
-    notes = notes_of(record)
+    notes = read_notes(record)
     if notes is None:
         support = family.data_support
         levels = int(getattr(support, "upper_bound", 1)) + 1 if support.is_discrete else None

@@ -1,8 +1,11 @@
-"""What the command line writes down: draws, pictures, tables, and the record of a run. Every file is whole or not there."""
+"""Output files of the command line: samples, plots, tables, and the record of a run.
+
+A file is written completely or not at all.
+"""
 
 from __future__ import annotations
 
-__all__ = ["check_picture", "check_rows", "pictures", "save_figure", "save_rows", "write"]
+__all__ = ["check_picture", "check_rows", "plot_fits", "save_figure", "save_rows", "write"]
 
 import json
 import platform
@@ -29,11 +32,17 @@ from pyro_genmodels.utils.errors import import_extra, unknown_name
 from pyro_genmodels.utils.files import atomic_write
 
 FRAMES = 6
-"""Of a way from noise to data."""
+"""Number of frames of a trajectory from noise to data."""
+SAMPLES_IN_PLANE = 2000
+"""Number of plotted samples in the plane."""
+SAMPLES_IN_PLANE_OF_CHAINS = 500
+"""The same for families that sample by Markov chains, which take longer."""
+IMAGES = 100
+"""Number of plotted images."""
 
 
 def check_rows(path: Path) -> None:
-    """Raises an error if `save_rows` cannot write a file of that name."""
+    """Raise a ValueError if `save_rows` cannot write a file of that name."""
     if path.suffix not in (".npy", ".npz", ".csv", ".parquet"):
         raise unknown_name("kind of file", path.suffix or path.name, [".npy", ".npz", ".csv", ".parquet"])
     if path.suffix == ".parquet":
@@ -41,11 +50,11 @@ def check_rows(path: Path) -> None:
 
 
 def save_rows(path: Path, x: Tensor, labels: Tensor | None, notes: Notes) -> None:
-    """Writes rows to a .npy, .npz, .csv or .parquet file, under the names of the data the family was fitted to.
+    """Write rows to a .npy, .npz, .csv or .parquet file, with the column names of the data that the family was fitted to.
 
     Raises:
-        ValueError: if the suffix is none of these.
-        OSError: if it cannot be written.
+        ValueError: for another suffix.
+        OSError: if the file cannot be written.
     """
     import pandas as pd
 
@@ -57,13 +66,13 @@ def save_rows(path: Path, x: Tensor, labels: Tensor | None, notes: Notes) -> Non
         if path.suffix == ".npy":
             np.save(part, array)
         elif path.suffix == ".npz":
-            own = source.columns if source is not None and Path(source.data).suffix == ".npz" else None
-            arrays: Any = {(own or ["x"])[0]: array} | ({} if labels is None else {label: labels.numpy()})
+            names = source.columns if source is not None and Path(source.data).suffix == ".npz" else None
+            arrays: Any = {(names or ["x"])[0]: array} | ({} if labels is None else {label: labels.numpy()})
             np.savez_compressed(part, **arrays)
         else:
             flat = array.reshape(len(array), -1)
-            named = notes.columns if notes.columns and len(notes.columns) == flat.shape[1] else None
-            table = pd.DataFrame(flat, columns=named or [f"x{i}" for i in range(flat.shape[1])])
+            columns = notes.columns if notes.columns and len(notes.columns) == flat.shape[1] else None
+            table = pd.DataFrame(flat, columns=columns or [f"x{i}" for i in range(flat.shape[1])])
             if labels is not None:
                 table[label] = labels.numpy()
             if path.suffix == ".csv":  # a header of numbers would be read as a row
@@ -72,65 +81,83 @@ def save_rows(path: Path, x: Tensor, labels: Tensor | None, notes: Notes) -> Non
                 table.to_parquet(part, index=False)
 
 
-# Pictures.
+# Plots.
 
 
-def pictures(fits: Mapping[str, Fit], data: Dataset, out: Path, *, conditional: bool, seed: int = 0, mark: str = "") -> None:
-    """Draws pictures of training, and of what can be pictured of the data: images, or points in the plane.
+def plot_fits(fits: Mapping[str, Fit], data: Dataset, out: Path, *, conditional: bool, seed: int = 0, suffix: str = "") -> None:
+    """Plot the training, and for images and points in the plane what the fits have learned.
 
-    Writes `loss.png`, `samples.png` and, for points in the plane, `density.png` and of energies `energy.png`; of diffusions and
-    ODE flows `way.png`, from noise to data; each with the mark before its suffix. Of images, without a mark, also each family's
-    own draws.
+    Writes ``loss.png``; ``samples.png``; for points in the plane ``density.png``, and ``energy.png`` for energies; and for
+    diffusions and ODE flows ``trajectory.png``, from noise to data. For several fits to images, also the samples of each.
+
+    Args:
+        fits: name -> fit.
+        data: the data that they were fitted to.
+        out: folder.
+        conditional: True if the fits have labels as context.
+        seed: seed of the samples.
+        suffix: suffix of the file names.
     """
-    save_figure(plots.loss_curves({name: fit.history for name, fit in fits.items()}), out / f"loss{mark}.png")
+    save_figure(plots.loss_curves({name: fit.history for name, fit in fits.items()}), out / f"loss{suffix}.png")
     pyro.set_rng_seed(seed)
     plane, images = data.train.shape[1:] == (2,) and not data.levels, data.train.dim() == 3
     if not (plane or images):
         return
-    n = 2000 if plane else 100
-    labels = data.test_labels[torch.arange(n) % len(data.test)] if conditional and data.test_labels is not None else None
-    few = {name: 500 if plane and isinstance(fit.family, EnergyModel) else n for name, fit in fits.items()}  # chains take long
-    draws = {name: draw(fit, few[name], None if labels is None else labels[: few[name]]) for name, fit in fits.items()}
-    panels = {f"held-out {data.name}": data.test[:n], **draws}
+    samples = {name: _samples(fit, data, conditional=conditional) for name, fit in fits.items()}
+    panels = {f"held-out {data.name}": data.test[: SAMPLES_IN_PLANE if plane else IMAGES], **samples}
     if images:
-        panels = {name: shown[:40] for name, shown in panels.items()}
-        for name in fits if not mark else ():
-            save_figure(plots.image_grids({name: draws[name]}), out / f"samples_{name}.png")
-    save_figure((plots.scatters if plane else plots.image_grids)(panels), out / f"samples{mark}.png")
-    ways = {name: _way(fit, 500 if plane else 8, conditional=conditional) for name, fit in fits.items()}
-    walked = {name: way for name, way in ways.items() if way is not None}
-    if walked and images:
+        save_figure(plots.image_grids({name: shown[:40] for name, shown in panels.items()}), out / f"samples{suffix}.png")
+        for name in fits if not suffix else ():
+            save_figure(plots.image_grids({name: samples[name]}), out / f"samples_{name}.png")
+    else:
+        save_figure(plots.scatters(panels), out / f"samples{suffix}.png")
+    trajectories = {name: _trajectory(fit, 500 if plane else 8, conditional=conditional) for name, fit in fits.items()}
+    known = {name: pair for name, pair in trajectories.items() if pair is not None}
+    if known and images:
         low, high = data.test.min().item(), data.test.max().item()
-        strips = {name: frames.clamp(low, high).transpose(0, 1).flatten(0, 1) for name, (frames, _) in walked.items()}
-        save_figure(plots.image_grids(strips, columns=FRAMES), out / f"way{mark}.png")
-    elif walked:
-        save_figure(plots.velocity_fields({name: way for name, (_, way) in walked.items()}), out / f"way{mark}.png")
+        strips = {name: frames.clamp(low, high).transpose(0, 1).flatten(0, 1) for name, (frames, _) in known.items()}
+        save_figure(plots.image_grids(strips, columns=FRAMES), out / f"trajectory{suffix}.png")
+    elif known:
+        panels_of_velocity = {name: panel for name, (_, panel) in known.items()}
+        save_figure(plots.velocity_fields(panels_of_velocity), out / f"trajectory{suffix}.png")
     if plane:
-        low, high = plots.plot_limits(data.test)
-        points = plots.lattice(low, high, 100)
-        densities = {} if data.density is None else {f"{data.name} itself": data.density.log_prob(points)}
-        densities |= {name: _density(fit, points, data, conditional=conditional) for name, fit in fits.items()}
-        densities = {name: log_p for name, log_p in densities.items() if not log_p.isnan().all()}  # some have none
-        if densities:
-            save_figure(plots.densities(densities, low, high), out / f"density{mark}.png")
-        surfaces = {
-            name: energies for name, fit in fits.items() for name, energies in _surfaces(name, fit, points, data).items()
-        }
-        if surfaces:
-            save_figure(plots.surfaces(surfaces, low, high), out / f"energy{mark}.png")
+        _plot_densities(fits, data, out, conditional=conditional, suffix=suffix)
+
+
+def _samples(fit: Fit, data: Dataset, *, conditional: bool) -> Tensor:
+    """Return samples to plot, given the labels of the held-out data."""
+    num_samples = IMAGES if data.train.dim() == 3 else SAMPLES_IN_PLANE
+    if data.train.dim() == 2 and isinstance(fit.family, EnergyModel):
+        num_samples = SAMPLES_IN_PLANE_OF_CHAINS
+    labels = data.test_labels[torch.arange(num_samples) % len(data.test)] if conditional else None  # type: ignore[index]
+    return draw(fit, num_samples, labels)
+
+
+def _plot_densities(fits: Mapping[str, Fit], data: Dataset, out: Path, *, conditional: bool, suffix: str) -> None:
+    """Plot the densities over the plane of fits that have one, and the energies of those that have one."""
+    low, high = plots.plot_limits(data.test)
+    points = plots.lattice(low, high, 100)
+    densities = {} if data.density is None else {f"{data.name} itself": data.density.log_prob(points)}
+    densities |= {name: _log_density(fit, points, data, conditional=conditional) for name, fit in fits.items()}
+    densities = {name: log_p for name, log_p in densities.items() if not log_p.isnan().all()}
+    if densities:
+        save_figure(plots.densities(densities, low, high), out / f"density{suffix}.png")
+    energies = {title: e for name, fit in fits.items() for title, e in _energies(name, fit, points, data).items()}
+    if energies:
+        save_figure(plots.surfaces(energies, low, high), out / f"energy{suffix}.png")
 
 
 def check_picture(family: Family, path: Path) -> None:
-    """Raises a ValueError if what a family draws cannot be pictured, or not under that name."""
+    """Raise a ValueError if samples of the family cannot be plotted, or not to a file of that name."""
     if path.suffix not in (".png", ".pdf", ".svg"):
-        raise unknown_name("kind of picture", path.suffix or path.name, [".png", ".pdf", ".svg"])
+        raise unknown_name("kind of plot", path.suffix or path.name, [".png", ".pdf", ".svg"])
     shape = tuple(family.event_shape)
     if len(shape) != 2 and shape != (2,):
-        raise ValueError(f"images and points in the plane can be pictured, but not data of shape {shape}: leave --picture out")
+        raise ValueError(f"--picture plots images and points in the plane, but not data of shape {shape}: leave it out")
 
 
-def _density(family: Any, points: Tensor, data: Dataset, *, conditional: bool) -> Tensor:
-    """Log density at points, with labels as frequent as in the data."""
+def _log_density(family: Any, points: Tensor, data: Dataset, *, conditional: bool) -> Tensor:
+    """Return the log density at points, (N,), marginal over the labels as frequent as in the data."""
     if not conditional or data.train_labels is None or data.num_classes is None:
         return evaluate(family, points, None, num_samples=128).values.cpu()
     share = torch.bincount(data.train_labels, minlength=data.num_classes) / len(data.train_labels)
@@ -141,62 +168,64 @@ def _density(family: Any, points: Tensor, data: Dataset, *, conditional: bool) -
     return torch.stack(parts).logsumexp(0)
 
 
-def _surfaces(name: str, fit: Any, points: Tensor, data: Dataset) -> dict[str, Tensor]:
-    """Title -> the energies of points, given each of the first few labels where there are labels; nothing of other families."""
-    family = getattr(fit, "family", fit)
+def _energies(name: str, fit: Fit, points: Tensor, data: Dataset) -> dict[str, Tensor]:
+    """Return title -> energies at points, (N,), for each of the first five labels if there are labels; {} without energies."""
+    family = fit.family
     labels = [None] if family.context is None else list(range(min(data.num_classes or 1, 5)))
-    points, found = points.to(family.loc.device), {}
+    points, energies = points.to(family.loc.device), {}
     with torch.no_grad():
         for label in labels:
-            made = family() if label is None else family(torch.full((len(points),), label, device=points.device))
-            if made.intractable:
+            dist = family() if label is None else family(torch.full((len(points),), label, device=points.device))
+            if dist.intractable:
                 title = name if label is None else f"{name}, label {label}"
-                found[title] = -made.unnormalized_log_prob(points).cpu()
-    return found
+                energies[title] = -dist.unnormalized_log_prob(points).cpu()
+    return energies
 
 
-def _way(fit: Any, n: int, *, conditional: bool) -> tuple[Tensor, plots.VelocityPanel] | None:
-    """Of a family that carries noise to data: frames in the units of data, and the way in those of the network.
+def _trajectory(fit: Fit, num_samples: int, *, conditional: bool) -> tuple[Tensor, plots.VelocityPanel] | None:
+    """Return samples on their way from noise to data, for families that have a velocity.
 
-    A diffusion's is that of its sampler, as it looks on straight lines from noise to data.
+    Returns:
+        Frames in the units of the data, and the same in those of the network with the velocity. Those of a diffusion are scaled
+        as on straight lines from noise to data.
     """
-    family = getattr(fit, "family", fit)
-    labels = torch.zeros(n, dtype=torch.long, device=family.loc.device) if conditional else None
-    made = family(labels)
-    made = made.base if made.is_dequantized else made
-    if not capabilities(made).has_velocity:
+    family = fit.family
+    labels = torch.zeros(num_samples, dtype=torch.long, device=family.loc.device) if conditional else None
+    dist = family(labels)
+    dist = dist.base if dist.is_dequantized else dist
+    if not capabilities(dist).has_velocity:
         return None
-    trajectory = made.trajectory(() if conditional else (n,), num_frames=FRAMES)
+    trajectory = dist.trajectory(() if conditional else (num_samples,), num_frames=FRAMES)
     times, frames = trajectory.times, trajectory.frames
-    if made.has_noise_error:
-        alpha, sigma = made.denoiser.process.alpha(times), made.denoiser.process.sigma(times)
+    if dist.has_noise_error:
+        alpha, sigma = dist.denoiser.process.alpha(times), dist.denoiser.process.sigma(times)
         times, frames = alpha / (alpha + sigma), frames / along(alpha + sigma, frames)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        told = None if made.context is None else made.context[:1].expand(len(x), -1)
+        context = None if dist.context is None else dist.context[:1].expand(len(x), -1)
         with torch.no_grad():
-            return made.velocity(x, t, told)
+            return dist.velocity(x, t, context)
 
-    return made.pretransform.inv(frames) if made.pretransform else frames, plots.VelocityPanel(times, frames, velocity)
+    return dist.pretransform.inv(frames) if dist.pretransform else frames, plots.VelocityPanel(times, frames, velocity)
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Writes a figure."""
+    """Write a figure."""
     with atomic_write(path) as part:
         figure.savefig(part, dpi=120)
 
 
 def write(
     fits: Mapping[str, Fit],
-    judged: Mapping[str, LogLikelihood],
+    log_likelihoods: Mapping[str, LogLikelihood],
     data: Dataset,
     out: Path,
     arguments: Mapping[str, Any],
     *,
     conditional: bool,
 ) -> Comparison:
-    """Writes table, pictures, ArviZ files and the record of a comparison, and returns it."""
-    comparison = compare(judged, data.test)
+    """Write the table, plots, ArviZ files and record of a comparison, and return the comparison."""
+    comparison = compare(log_likelihoods, data.test)
     if len(data.test) >= 4:
         pyro.set_rng_seed(arguments["seed"])
         labels = data.test_labels if conditional else None
@@ -210,18 +239,18 @@ def write(
     columns += [name for name in ("mmd", "mmd_p", "sliced_wasserstein") if name in table]
     with atomic_write(out / "table.csv") as part:
         table[columns].to_csv(part, float_format="%.6g")
-    if any(one.kind != "none" for one in judged.values()):
-        picture: Any = comparison.plot().figure
-        save_figure(picture, out / "compare.png")
-        import_extra("matplotlib.pyplot", extra="eval", by="A picture").close(picture)
-    pictures(fits, data, out, conditional=conditional, seed=arguments["seed"])
+    if any(found.kind != "none" for found in log_likelihoods.values()):
+        figure: Any = comparison.plot().figure
+        save_figure(figure, out / "compare.png")
+        import_extra("matplotlib.pyplot", extra="eval", by="A plot").close(figure)
+    plot_fits(fits, data, out, conditional=conditional, seed=arguments["seed"])
     for name, fit in fits.items():
         context: dict[str, Any] = {"num_samples": 100}
         if conditional and data.test_labels is not None:
             context = {"num_samples": 10, "context": data.test_labels[:100]}
-        drawn = to_arviz(fit.family, progress=False, **context)
+        samples = to_arviz(fit.family, progress=False, **context)
         with atomic_write(out / f"{name}.nc") as part:
-            drawn.to_netcdf(str(part), engine="h5netcdf")
+            samples.to_netcdf(str(part), engine="h5netcdf")
     packages = ("pyro-genmodels", "pyro-ppl", "torch", "zuko", "arviz", "numpy", "scikit-learn")
     record = {
         "arguments": dict(arguments),

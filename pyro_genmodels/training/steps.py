@@ -30,7 +30,6 @@ from pyro_genmodels.distributions.energy.partition import quick_log_partition
 from pyro_genmodels.divergences import EnergyKernel, mmd
 from pyro_genmodels.infer.adversarial import Adversarial
 from pyro_genmodels.infer.adversarial.losses import AdversarialLoss
-from pyro_genmodels.infer.adversarial.pairings import JointPairing, ObservationsPairing
 from pyro_genmodels.infer.contrastive import ContrastiveDivergence, NoiseContrastive
 from pyro_genmodels.infer.denoising import DenoisingScoreMatching
 from pyro_genmodels.infer.flow_matching import FlowMatching
@@ -105,7 +104,7 @@ class LossStep:
         self.objective, sites = self._first_run(objective, batches.first())
         self.distributions, self.parameters = sites.distributions, sites.trainable()
         self.optimiser = make_optimizer(optim, list(self.parameters.values()))
-        self.excluded = getattr(self.objective, "own", ())
+        self.excluded = getattr(self.objective, "own_parameters", ())
         self.extra_modules: list[nn.Module] = []
         self.wants_average = isinstance(self.objective, FlowMatching) or (
             isinstance(self.objective, DenoisingScoreMatching)
@@ -227,8 +226,8 @@ class AdversarialStep:
         self.trainer, self.rows = trainer, batches.rows
         self.takes_size = "size" in inspect.signature(trainer.model).parameters
         trainer.prepare(*_args(batches.first()), **self._size(self.rows))
-        critic = {f"critic.{name}": p for name, p in trainer.players["critic"].items()}
-        self.parameters = {**trainer.players["generator"], **critic}
+        critic = {f"critic.{name}": p for name, p in trainer.parameters["critic"].items()}
+        self.parameters = {**trainer.parameters["generator"], **critic}
         self.optimiser: Any = _TwoOptimizers(list(trainer.optimisers.values()))
         owns_critic = trainer.critic in fit_modules
         self.excluded = () if owns_critic else tuple(critic)
@@ -247,11 +246,13 @@ class AdversarialStep:
         Otherwise return the loss of the generator by the present critic.
         """
         trainer, size = self.trainer, self._size(held_out.rows)
-        if not isinstance(trainer.pairing, ObservationsPairing | JointPairing) or trainer.beside is not None:
+        if not trainer.pairing.compares_data or trainer.extra_loss is not None:
             losses = [(trainer.evaluate_loss(*_args(b), **size)["generator"], len(b[0])) for b in held_out.in_order()]
             return _mean(losses)
-        sides = [trainer.pairing.sides(trainer.model, trainer.guide, _args(batch), size) for batch in held_out.in_order()]
-        real, fake = (torch.cat([getattr(side, name)[0] for side in sides]) for name in ("real", "fake"))
+        inputs = [
+            trainer.pairing.critic_inputs(trainer.model, trainer.guide, _args(batch), size) for batch in held_out.in_order()
+        ]
+        real, fake = (torch.cat([getattr(part, name)[0] for part in inputs]) for name in ("real", "fake"))
         return mmd(real, fake, kernel=EnergyKernel()).value.item() if fake.isfinite().all() else float("nan")
 
     def _size(self, rows: int) -> dict[str, int]:

@@ -117,8 +117,8 @@ VERDICT = re.compile(
     r"\((?P<kind>exact|(lower bound|estimate), k=\d+), n=(?P<n>\d+)\)(; (?P<bits>\S+) bits per dimension)?"
 )
 WITHOUT = re.compile(
-    r"(?P<family>gan) on (?P<data>\S+) \((?P<split>\w+)\): - \((?P<kind>no likelihood), n=(?P<n>\d+)\); draws off by "
-    r"(?P<nats>\S+), (?P<se>\S+) between data \(sliced Wasserstein\); MMD p=(?P<bits>\S+)"
+    r"(?P<family>gan) on (?P<data>\S+) \((?P<split>\w+)\): - \((?P<kind>no likelihood), n=(?P<n>\d+)\); "
+    r"sliced Wasserstein distance of samples (?P<nats>\S+), baseline (?P<se>\S+); MMD p=(?P<bits>\S+)"
 )
 
 
@@ -318,11 +318,11 @@ def test_a_family_without_a_likelihood_is_a_row_of_dashes(beside, tmp_path, caps
     made = {"implicit": Ring((2,))} | ({"flow": flow} if beside else {})
     fits = {name: Fit(family, history, history[0]) for name, family in made.items()}
     judged = {name: recipes.evaluate(fit, data.test, None) for name, fit in fits.items()}
-    said = console.verdict(
+    said = console.describe(
         judged["implicit"], None, data.test, lambda: recipes.sample_quality_of(fits["implicit"], data.test, None)
     )
-    assert said.startswith("- (no likelihood, n=50); draws off by ")
-    assert console.verdict(judged["implicit"], None, data.test[:3], pytest.fail) == "- (no likelihood, n=3)"
+    assert said.startswith("- (no likelihood, n=50); sliced Wasserstein distance of samples ")
+    assert console.describe(judged["implicit"], None, data.test[:3], pytest.fail) == "- (no likelihood, n=3)"
     comparison = reports.write(fits, judged, data, tmp_path, {"seed": 0}, conditional=False)
     console.print_table(comparison, data)
     assert "- (no likelihood)" in capsys.readouterr().out
@@ -337,7 +337,7 @@ def test_compare_of_the_plane_pictures_its_density_and_knows_the_truth(tmp_path)
     text = done("compare", "--data", "ring", "--families", "flow,autoregressive", "--epochs", 1, "--out", tmp_path)
     for picture in ("density.png", "samples.png"):
         check_png(tmp_path / picture, shape="wide")
-    said = re.search(r"The density they were drawn from: (\S+) ± (\S+)\.", text)
+    said = re.search(r"The true density has (\S+) ± (\S+) nats\.", text)
     # log 8 + the entropy of N(0, 0.01^2 I), which 10,000 rows give to 0.01 (variance 1): 4.5 standard errors, 7e-6
     assert float(said[1]) == pytest.approx(log(8) + 1 + log(2 * np.pi * 0.01**2), abs=0.045 + 5e-4)
     assert float(said[2]) == pytest.approx(0.01, abs=1e-3)
@@ -599,10 +599,10 @@ def test_ways_from_noise_to_data_are_pictured(name, conditional, tmp_path):
     }
     history = [{"epoch": 1, "train": 1.0, "valid": 1.0}]
     fits = {key: Fit(family.eval(), history) for key, family in families.items()}
-    reports.pictures(fits, data, tmp_path, conditional=conditional, mark="_all")
-    check_png(tmp_path / "way_all.png", shape="wide")
-    reports.pictures({"autoregressive": fits["autoregressive"]}, data, tmp_path, conditional=conditional, mark="_one")
-    assert not (tmp_path / "way_one.png").exists()
+    reports.plot_fits(fits, data, tmp_path, conditional=conditional, suffix="_all")
+    check_png(tmp_path / "trajectory_all.png", shape="wide")
+    reports.plot_fits({"autoregressive": fits["autoregressive"]}, data, tmp_path, conditional=conditional, suffix="_one")
+    assert not (tmp_path / "trajectory_one.png").exists()
 
 
 @pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])
@@ -847,7 +847,7 @@ def test_a_signal_in_training_keeps_the_run_and_says_where(number, code, data, t
 
 
 def stop_at(epoch, monkeypatch, error=KeyboardInterrupt):
-    original, epochs = loop._epoch, []
+    original, epochs = loop._train_epoch, []
 
     def stopped(*args):
         epochs.append(1)
@@ -855,7 +855,7 @@ def stop_at(epoch, monkeypatch, error=KeyboardInterrupt):
             raise error
         return original(*args)
 
-    monkeypatch.setattr(loop, "_epoch", stopped)
+    monkeypatch.setattr(loop, "_train_epoch", stopped)
 
 
 @pytest.mark.parametrize("command", ["fit", "compare"])
@@ -1181,7 +1181,7 @@ def test_integers_are_not_judged_by_a_family_of_reals_but_as_reals(flow, data):
         (["--label", "3"], ["--label", "0 to 2", "3"]),
         (["--out", "draws.pkl"], ["pkl", ".csv"]),
         (["--picture", "draws.jpg"], ["jpg", ".png"]),
-        (["--picture", "draws.png"], ["picture", "(3,)"]),
+        (["--picture", "draws.png"], ["--picture", "(3,)"]),
         (["--device", "banana"], ["banana"]),
     ],
     ids=" ".join,
