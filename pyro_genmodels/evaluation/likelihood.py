@@ -137,7 +137,7 @@ def log_likelihood(
     check_positive_int("log_likelihood", num_samples=num_samples, num_steps=num_steps, batch_size=batch_size)
     data = RowArguments((x, *args), kwargs)
     log_partitions = LogPartitions(num_samples, num_steps, progress=progress)
-    with handlers.side_effect_free(), fresh_probes():
+    with handlers.side_effect_free(model, guide), fresh_probes():
         structure = _structure(model, guide, data.take(slice(0, 1)), log_partitions)
         k = num_samples if structure.is_sampled else 1
         if parallel is None:
@@ -162,7 +162,7 @@ def has_likelihood(fit: Any, x: Tensor, *args: Any, **kwargs: Any) -> bool:
     """
     model, guide = traces.as_pair(fit)
     first = RowArguments((x, *args), kwargs).take(slice(0, 1))
-    with handlers.side_effect_free(), torch.random.fork_rng(devices=[]):
+    with handlers.side_effect_free(model, guide), torch.random.fork_rng(devices=[]):
         trace, _ = traces.run_pair(model, guide, first.args, first.kwargs)
     return all(density_of(site["fn"])[0] != "none" for site in traces.sample_sites(trace).values())
 

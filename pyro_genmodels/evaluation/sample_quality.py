@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_genmodels._pyro import handlers, traces
-from pyro_genmodels._pyro.predictive import replicated_data, replicating
+from pyro_genmodels._pyro.predictive import draw_replicates, replicated_data
 from pyro_genmodels.divergences import sliced_wasserstein
 from pyro_genmodels.evaluation.arguments import RowArguments
 from pyro_genmodels.evaluation.permutation_test import MMDTest, mmd_test
@@ -85,8 +85,8 @@ def sample_quality(fit: Any, x: Tensor, args: tuple, kwargs: Mapping[str, Any], 
     model, _ = traces.as_pair(fit)
     n = len(rows.compared)
     call = RowArguments((x, *args), dict(kwargs)).take(torch.cat([rows.compared, rows.sampled]))
-    with handlers.side_effect_free():
-        trace, _ = traces.run_pair(replicating(model), traces.no_latents, call.args, call.kwargs)
+    with handlers.side_effect_free(model):
+        trace, _ = traces.run_pair(draw_replicates(model), traces.no_latents, call.args, call.kwargs)
     replicated = replicated_data(trace, call.num_rows)
     samples, data = replicated.draws.flatten(0, 1)[n:], replicated.data[:n]
     return SampleQuality(mmd_test(samples, data), sliced_wasserstein(samples, data, seed=1).value.item(), rows.baseline)
