@@ -25,7 +25,7 @@ from pyro_genmodels.testing import check_distribution, check_family
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
-ALONE = ("examples", "extending", "recipes")  # pages whose sections run by themselves
+ALONE = ("examples", "recipes")  # pages whose sections run by themselves
 SLOW = {  # pages and sections that train for seconds; `make test-docs` runs them
     "adversarial",
     "energies",
@@ -186,16 +186,16 @@ def test_the_table_of_games_is_true(row):
     expression, _, log_ratio, divergence, penalties = row
     game = built(expression)
     assert game.estimates_ratio == {"yes": True, "no": False}[log_ratio]
-    assert game.bounds == (divergence != "-")
+    assert game.bounds_divergence == (divergence != "-")
     assert game.penalties == (() if penalties == "-" else built(f"({penalties},)"))
 
 
 def test_the_default_game_and_matchings_are_those_on_the_page():
     gan = GAN((2,))
     plain, guided = Adversarial(gan.model, gan.critic), Adversarial(gan.model, gan.critic, guide=gan.guide)
-    assert type(plain.objective).__name__ == "Relativistic"
+    assert type(plain.loss).__name__ == "Relativistic"
     by_default = {name.partition("(")[0]: what for name, _, what in table("adversarial", "matching") if "default" in what}
-    assert by_default.keys() == {type(plain.matching).__name__, type(guided.matching).__name__}
+    assert by_default.keys() == {type(plain.pairing).__name__, type(guided.pairing).__name__}
 
 
 def test_every_extra_is_named():

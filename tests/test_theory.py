@@ -1156,7 +1156,7 @@ def test_T24_the_best_discriminator_is_the_share_of_data_among_data_and_draws(ga
         nn.Unflatten(0, (-1, 1)), nn.Linear(1, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 1)
     )
     played = trained_critic(critic, game, steps=300, lr=2e-2)
-    sides, outputs = played.play(of_data().sample((5000,)))
+    sides, outputs = played.critic_outputs(of_data().sample((5000,)))
     x, v = torch.cat([*sides.real, *sides.fake]), torch.cat(outputs)
     share = (of_data().log_prob(x) - Simulator().law().log_prob(x)).sigmoid()
     assert (game.log_ratio(v).sigmoid() - share).abs().mean() < 0.015
@@ -1166,7 +1166,7 @@ def test_T24_the_loss_of_the_model_is_twice_js_less_log_4():
     model, n = Simulator(), 100_000
     game = Adversarial(model, BestCritic(Simulator().law()), Minimax())
     x = of_data().sample((n,))
-    values = Minimax().model_loss(*game.play(x)[1])
+    values = Minimax().model_loss(*game.critic_outputs(x)[1])
     truth = 2 * divergence_of_laws(JensenShannon(), model.law()) - log(4)
     error = values.std() / n**0.5
     assert abs(values.mean() - truth) < 5 * error

@@ -99,7 +99,7 @@ def diagnose(
         >>> diagnose(Adversarial(flow.model, GAN((2,)).critic), x).coverage > 0.5
         True
     """
-    if not hasattr(adversarial, "play"):
+    if not hasattr(adversarial, "critic_outputs"):
         raise TypeError(
             f"diagnose wants the Adversarial that trains the model, but found {type(adversarial).__name__}. For samples alone "
             "see coverage(x, samples)."
@@ -110,8 +110,8 @@ def diagnose(
         raise ValueError(
             f"log_ratio takes single rows, but this critic sees {adversarial.pack} rows at once. Leave it out, or use pack=1."
         )
-    inputs, (real, fake) = adversarial.play(x, *args)
-    loss = adversarial.objective
+    inputs, (real, fake) = adversarial.critic_outputs(x, *args)
+    loss = adversarial.loss
     calibration_error = distance = float("nan")
     if loss.estimates_ratio:
         probability = loss.log_ratio(torch.cat([real, fake])).sigmoid()
@@ -123,7 +123,7 @@ def diagnose(
     diagnosis = Diagnosis(
         calibration_error,
         distance,
-        loss.divergence(real, fake) if loss.bounds and adversarial.pack == 1 else None,
+        loss.divergence(real, fake) if loss.bounds_divergence and adversarial.pack == 1 else None,
         coverage(*rows),
         1 - 0.5**NUM_NEIGHBOURS,
     )

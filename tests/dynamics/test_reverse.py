@@ -319,7 +319,7 @@ def gaussian_denoiser(prediction, process, dtype):
 def test_estimates_in_single_precision_do_not_cancel(prediction, process):
     """Noise, data and flow velocity agree with double precision to 3e-6; the noise by (x - alpha D) / sigma only to about 1e-4.
 
-    Exceptions: at much noise the data by a network that predicts noise, and at little noise the noise by one that predicts data.
+    Exceptions: at high noise the data of a network that predicts noise, and at low noise the noise of one that predicts data.
     """
     z, worst = torch.randn(50, 2, dtype=torch.float64), dict.fromkeys(["noise", "data", "velocity", "difference"], 0.0)
     single, double = (gaussian_denoiser(prediction, process, dtype) for dtype in (torch.float32, torch.float64))

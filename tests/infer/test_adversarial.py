@@ -1,4 +1,4 @@
-"""Adversarial training: each game and penalty against closed forms, what the critic sees, and what ends a game."""
+"""Adversarial training: losses and penalties against closed forms, inputs of the critic, guides, and failures."""
 
 import copy
 from functools import partial
@@ -60,7 +60,7 @@ from pyro_genmodels.infer.adversarial import (
 )
 from pyro_genmodels.training import Checkpoint, checkpoints
 
-GAMES = [Minimax(), NonSaturating(), LeastSquares(), Hinge(), WGAN(), Relativistic(), FGAN(JensenShannon())]
+LOSSES = [Minimax(), NonSaturating(), LeastSquares(), Hinge(), WGAN(), Relativistic(), FGAN(JensenShannon())]
 FS = [
     KullbackLeibler(),
     ReverseKullbackLeibler(),
@@ -83,7 +83,7 @@ def mlp(inputs, width=32, outputs=1):
 
 
 class PairCritic(nn.Module):
-    """Of all that it is shown, flattened and joined."""
+    """A critic of all its inputs, flattened and joined."""
 
     def __init__(self, inputs):
         super().__init__()
@@ -109,10 +109,10 @@ def scalars():
     return nn.Sequential(nn.Unflatten(0, (-1, 1)), mlp(1))
 
 
-# The games.
+# Losses.
 
 
-def test_the_losses_of_each_game_are_its_own():
+def test_losses_equal_their_formulas():
     real, fake = torch.tensor([0.3]), torch.tensor([-1.2])
     d, g = real.sigmoid(), fake.sigmoid()
     cases = [
@@ -123,13 +123,13 @@ def test_the_losses_of_each_game_are_its_own():
         (WGAN(), fake - real, real - fake),
         (Relativistic(), -(real - fake).sigmoid().log(), -(fake - real).sigmoid().log()),
     ]
-    for game, critic, model in cases:
-        assert_close(game.critic_loss(real, fake), critic)
-        assert_close(game.model_loss(real, fake), model)
+    for loss, critic, model in cases:
+        assert_close(loss.critic_loss(real, fake), critic)
+        assert_close(loss.model_loss(real, fake), model)
 
 
 @pytest.mark.parametrize("f", FS, ids=lambda f: type(f).__name__)
-def test_the_best_critic_of_any_f_proves_its_divergence(f, float64):
+def test_the_optimal_critic_of_any_f_attains_its_divergence(f, float64):
     """A false-alarm rate of 5.7e-7 each: five standard errors, beside which quadrature is exact."""
     p, q = dist.Normal(0.0, 1.0), dist.Normal(0.7, 1.3)
     x = torch.linspace(-14, 14, 20_001)
@@ -144,18 +144,18 @@ def test_the_best_critic_of_any_f_proves_its_divergence(f, float64):
     assert found.std_error < 0.05 * exact + 0.01
 
 
-def test_what_estimates_no_ratio_and_bounds_nothing_says_so():
-    for game in (Hinge(), WGAN(), Relativistic(), FGAN(TotalVariation())):
-        assert not game.estimates_ratio
+def test_losses_without_a_ratio_or_a_divergence_raise():
+    for loss in (Hinge(), WGAN(), Relativistic(), FGAN(TotalVariation())):
+        assert not loss.estimates_ratio
         with pytest.raises(ValueError, match=r"ratio|JensenShannon"):
-            game.log_ratio(torch.zeros(1))
-    for game in (Hinge(), LeastSquares(), Relativistic()):
-        assert not game.bounds
+            loss.log_ratio(torch.zeros(1))
+    for loss in (Hinge(), LeastSquares(), Relativistic()):
+        assert not loss.bounds_divergence
         with pytest.raises(ValueError, match="bounds no divergence"):
-            game.divergence(torch.zeros(2), torch.zeros(2))
+            loss.divergence(torch.zeros(2), torch.zeros(2))
 
 
-# The penalties.
+# Penalties.
 
 
 def test_penalties_of_a_linear_critic_are_in_closed_form():
@@ -169,8 +169,8 @@ def test_penalties_of_a_linear_critic_are_in_closed_form():
 
 def test_a_clipped_critic_stays_within_its_bound():
     critic = mlp(2)
-    game = Adversarial(GAN((2,)).model, critic, WGAN(), penalties=[WeightClipping(0.05)])
-    game.step(torch.randn(16, 2))
+    trainer = Adversarial(GAN((2,)).model, critic, WGAN(), penalties=[WeightClipping(0.05)])
+    trainer.step(torch.randn(16, 2))
     assert max(p.abs().max() for p in critic.parameters()) <= 0.05
 
 
@@ -188,32 +188,31 @@ def test_weights_of_penalties_are_positive(bad):
         R1(bad)
 
 
-# Whose turn it is.
+# Steps.
 
 
-@pytest.mark.parametrize("game", GAMES, ids=lambda g: type(g).__name__)
-def test_gradients_flow_to_nothing_but_the_player_whose_turn_it_is(game):
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
+def test_a_step_changes_only_the_network_it_is_of(loss):
     gan, x = GAN((2,), standardize=False), torch.randn(32, 2)
     still = partial(SGD, lr=0.0)
     for optims, moving in (((still, partial(Adam, lr=0.1)), gan.critic), ((partial(Adam, lr=0.1), still), gan.generator)):
         before = {name: p.clone() for name, p in gan.named_parameters()}
-        Adversarial(gan.model, gan.critic, game, optims).step(x)
+        Adversarial(gan.model, gan.critic, loss, optims).step(x)
         own = {id(p) for p in moving.parameters()}
         for name, p in gan.named_parameters():
             assert torch.equal(before[name], p) == (id(p) not in own) or "bias" in name
             assert p.grad is None
 
 
-def test_looking_changes_nothing():
+def test_evaluation_has_no_side_effects():
     gan, x = GAN((2,)), torch.randn(64, 2)
-    game = Adversarial(gan.model, gan.critic)
-    game.step(x)
-    before = copy.deepcopy(game.state_dict())
-    said = game.evaluate_loss(x)
-    assert sorted(said) == ["critic", "generator"]
-    game.play(x)
-    for player, parameters in game.state_dict()["players"].items():
-        assert all(torch.equal(a, b) for a, b in zip(parameters, before["players"][player], strict=True))
+    trainer = Adversarial(gan.model, gan.critic)
+    trainer.step(x)
+    before = copy.deepcopy(trainer.state_dict())
+    assert sorted(trainer.evaluate_loss(x)) == ["critic", "generator"]
+    trainer.critic_outputs(x)
+    for name, parameters in trainer.state_dict()["parameters"].items():
+        assert all(torch.equal(a, b) for a, b in zip(parameters, before["parameters"][name], strict=True))
     assert gan.training
 
 
@@ -223,10 +222,10 @@ def test_more_steps_of_the_critic():
     critic.register_forward_hook(lambda *_: calls.append(1))
     steps = []
     for number in (1, 3):
-        game = Adversarial(GAN((2,)).model, critic, NonSaturating(), num_critic_steps=number)
-        game.prepare(torch.randn(8, 2))
+        trainer = Adversarial(GAN((2,)).model, critic, NonSaturating(), num_critic_steps=number)
+        trainer.prepare(torch.randn(8, 2))
         calls.clear()
-        game.step(torch.randn(8, 2))
+        trainer.step(torch.randn(8, 2))
         steps.append(len(calls))
     assert steps[1] - steps[0] == 2 * 2  # data and draws, in each of two more steps
 
@@ -236,16 +235,16 @@ def test_more_steps_of_the_critic():
 
 @pytest.mark.parametrize("by", ["SVI", "Adversarial"])
 def test_one_pyro_model_is_fitted_by_svi_and_by_a_critic(by):
-    """The mean of 4,000 data is within .03 of the truth (3 sd); the tolerance leaves the game's own noise .12 more."""
+    """The mean of 4,000 data is within .03 of the truth (3 sd); the tolerance leaves .12 more for the noise of training."""
     x, model = 1.5 + 0.5 * torch.randn(4000), LocationScale()
     if by == "SVI":
         svi = SVI(model, lambda x: None, PyroAdam({"lr": 0.05}), Trace_ELBO())
         for _ in range(200):
             svi.step(x)
     else:
-        game = Adversarial(model, scalars(), NonSaturating(), partial(Adam, lr=1e-2, betas=(0.0, 0.99)), penalties=[R1(0.1)])
+        trainer = Adversarial(model, scalars(), NonSaturating(), partial(Adam, lr=1e-2, betas=(0.0, 0.99)), penalties=[R1(0.1)])
         for _ in range(400):
-            game.step(x[torch.randint(len(x), (128,))])
+            trainer.step(x[torch.randint(len(x), (128,))])
     assert model.loc.item() == pytest.approx(1.5, abs=0.15)
     assert model.log_scale.exp().item() == pytest.approx(0.5, abs=0.15)
 
@@ -271,11 +270,11 @@ def test_the_score_function_is_an_unbiased_gradient(float64):
     exact = -3 * p * (1 - p)  # the model loses -E[v] = -3 p
     grads = []
     for _ in range(400):
-        game = Adversarial(model, Fixed(), WGAN(), partial(SGD, lr=1.0), penalties=[])
+        trainer = Adversarial(model, Fixed(), WGAN(), partial(SGD, lr=1.0), penalties=[])
         pyro.clear_param_store()
         before = logit.detach().clone()
-        game.optims = (partial(SGD, lr=1.0), partial(SGD, lr=0.0))
-        game.step(torch.zeros(20))
+        trainer.optims = (partial(SGD, lr=1.0), partial(SGD, lr=0.0))
+        trainer.step(torch.zeros(20))
         grads.append(before - logit.detach())
         with torch.no_grad():
             logit.copy_(before)
@@ -314,13 +313,13 @@ def test_a_subsampled_plate_shows_its_rows():
         with pyro.plate("data", 50, subsample_size=10) as rows:
             pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0), obs=x[rows])
 
-    sides, _ = Adversarial(model, scalars()).play(x)
-    assert all(value in x for value in sides.real[0])
-    assert len(sides.fake[0]) == 10
+    inputs, _ = Adversarial(model, scalars()).critic_outputs(x)
+    assert all(value in x for value in inputs.real[0])
+    assert len(inputs.fake[0]) == 10
 
 
-def test_a_context_is_shown_to_both_players():
-    """Rows of class k lie at 4 k: a conditional game finds where, within the noise of 400 steps."""
+def test_generator_and_critic_see_the_context():
+    """Rows of class k lie at 4 k: the conditional GAN finds where, within the noise of 400 steps."""
     c = torch.randint(2, (1000,))
     x = 4.0 * c[:, None] + 0.3 * torch.randn(1000, 1)
     small = {"generator": DenseGenerator((32,)), "critic": DenseCritic((32,))}
@@ -334,8 +333,8 @@ def test_a_context_is_shown_to_both_players():
 def test_integers_are_seen_with_noise_and_drawn_as_integers():
     gan, x = GAN((3,), levels=5), torch.randint(5, (40, 3))
     gan.standardize(x)
-    sides, _ = Adversarial(gan.model, gan.critic).play(x)
-    assert_close((gan.pretransform.inv(sides.real[0])).floor().long(), x)
+    inputs, _ = Adversarial(gan.model, gan.critic).critic_outputs(x)
+    assert_close((gan.pretransform.inv(inputs.real[0])).floor().long(), x)
     assert gan().sample((4,)).dtype == torch.long
 
 
@@ -353,7 +352,7 @@ def small_gan(**options):
 
 
 @pytest.mark.parametrize("moved", [lambda gan: gan, copy.deepcopy, lambda gan: gan.double()], ids=["", "copied", "in double"])
-def test_train_moves_every_parameter_of_both_players(moved):
+def test_train_changes_every_parameter_of_both_networks(moved):
     original = small_gan()
     gan = moved(original)
     dtype = next(gan.parameters()).dtype
@@ -391,8 +390,8 @@ def test_two_gans_in_one_model_learn_from_one_critic():
 @pytest.mark.parametrize("shape", [(8, 8), (3, 8, 8)], ids=str)
 def test_images_by_convolutions(shape):
     gan = GAN(shape, generator=ConvolutionalGenerator((8, 8)), critic=ConvolutionalCritic((8, 8)), context=2, pack=2)
-    said = Adversarial(gan.model, gan.critic).step(torch.randn(6, *shape), torch.randn(6, 2))
-    assert all(torch.tensor(list(said.values())).isfinite())
+    losses = Adversarial(gan.model, gan.critic).step(torch.randn(6, *shape), torch.randn(6, 2))
+    assert all(torch.tensor(list(losses.values())).isfinite())
     assert gan(torch.randn(5, 2)).sample().shape == (5, *shape)
     with pytest.raises(ValueError, match="DenseGenerator"):
         GAN((3,), generator=ConvolutionalGenerator())
@@ -429,18 +428,18 @@ class LinearGuide(pyro.nn.PyroModule):
     ids=["joint", "aggregate"],
 )
 def test_a_guide_is_trained_by_a_critic(pairing, slope, scale):
-    """Of a model that is known, x = 2 z + 1 + .5 e, a joint game finds the posterior, and an aggregate one inverts the mean.
+    """Of a model that is known, x = 2 z + 1 + .5 e, a joint pairing finds the posterior, and an aggregate one inverts the mean.
 
     The tolerances are three times the largest distance over ten seeds, but for the scale, which is still on its way from 1.
     """
     x, guide = linear_gaussian(), LinearGuide()
-    game = Adversarial(
-        linear_model, PairCritic(2 if pairing == JointPairing() else 1), NonSaturating(), partial(Adam, lr=1e-2, betas=(0.5, 0.99)),
-        guide=guide, pairing=pairing, penalties=[R1(0.1), R2(0.1)], ema_decay=0.99,
+    trainer = Adversarial(
+        linear_model, PairCritic(2 if pairing == JointPairing() else 1), NonSaturating(),
+        partial(Adam, lr=1e-2, betas=(0.5, 0.99)), guide=guide, pairing=pairing, penalties=[R1(0.1), R2(0.1)], ema_decay=0.99,
     )  # fmt: skip
     for _ in range(400):
-        game.step(x[torch.randint(len(x), (128,))])
-    with game.averaged():
+        trainer.step(x[torch.randint(len(x), (128,))])
+    with trainer.averaged():
         assert guide.loc.weight.item() == pytest.approx(slope, abs=0.02)
         assert guide.loc.bias.item() == pytest.approx(-slope, abs=0.05)
         if scale is not None:
@@ -449,7 +448,7 @@ def test_a_guide_is_trained_by_a_critic(pairing, slope, scale):
 
 @pytest.mark.slow
 def test_adversarial_variational_bayes_finds_a_posterior_that_is_not_normal():
-    """b given a is near 2 a^2 - 2: the guide's b follows a^2, which no AutoNormal can."""
+    """b given a is near 2 a^2 - 2: the guide's b follows a^2, which an AutoNormal cannot do."""
 
     def banana(y):
         with pyro.plate("data", 1):
@@ -460,7 +459,7 @@ def test_adversarial_variational_bayes_finds_a_posterior_that_is_not_normal():
     y = torch.zeros(1)
     guide = AutoFamily(banana, lambda n: GAN((n,), latent_dim=4, **SMALL))
     guide(y)
-    game = Adversarial(
+    trainer = Adversarial(
         banana,
         guide.family.critic,
         NonSaturating(),
@@ -469,7 +468,7 @@ def test_adversarial_variational_bayes_finds_a_posterior_that_is_not_normal():
         num_critic_steps=2,
     )
     for _ in range(400):
-        game.step(y)
+        trainer.step(y)
     draws = Predictive(guide, num_samples=1000)(y)
     a, b = (draws[name].flatten() for name in ("a", "b"))
     assert torch.corrcoef(torch.stack([a**2, b]))[0, 1] > 0.8
@@ -485,15 +484,15 @@ def test_a_posterior_of_a_model_without_plates_is_learned_from_its_draws():
 
     guide = AutoFamily(model, lambda n: GAN((n,), latent_dim=1, **SMALL))
     guide()
-    game = Adversarial(model, guide.family.critic, NonSaturating(), guide=guide, pairing=PosteriorPairing(num_particles=128))
+    trainer = Adversarial(model, guide.family.critic, NonSaturating(), guide=guide, pairing=PosteriorPairing(num_particles=128))
     for _ in range(300):
-        game.step()
+        trainer.step()
     draws = Predictive(guide, num_samples=1000)()["z"]
     assert draws.mean().item() == pytest.approx(1.0, abs=0.3)
     assert draws.std().item() == pytest.approx(0.5**0.5, abs=0.3)
 
 
-def test_a_guide_inside_the_plate_is_judged_beside_its_data():
+def test_a_guide_inside_the_plate_is_compared_together_with_its_data():
     class Guide(pyro.nn.PyroModule):
         def __init__(self):
             super().__init__()
@@ -504,7 +503,7 @@ def test_a_guide_inside_the_plate_is_judged_beside_its_data():
                 pyro.sample("z", self.gan(x))
 
     guide, x = Guide(), linear_gaussian()
-    game = Adversarial(
+    trainer = Adversarial(
         linear_model,
         PairCritic(2),
         NonSaturating(),
@@ -514,13 +513,13 @@ def test_a_guide_inside_the_plate_is_judged_beside_its_data():
         ema_decay=0.99,
     )
     for _ in range(400):
-        said = game.step(x[torch.randint(len(x), (128,))])
+        losses = trainer.step(x[torch.randint(len(x), (128,))])
     points = torch.tensor([[-3.0], [1.0], [5.0]]).repeat(500, 1)
-    with game.averaged():
+    with trainer.averaged():
         z = guide.gan(points).sample().reshape(500, 3)
     assert_close(z.mean(0), (points[:3, 0] - 1) * 2 / 4.25, atol=0.3, rtol=0)
     entropy = dist.Normal(1.0, 4.25**0.5).entropy().item()  # E[-log p(x)], nats
-    assert said["generator"] == pytest.approx(entropy, abs=0.7)
+    assert losses["generator"] == pytest.approx(entropy, abs=0.7)
 
 
 def test_a_flow_over_all_latent_variables_is_a_guide_with_a_density():
@@ -540,65 +539,65 @@ def test_a_flow_over_all_latent_variables_is_a_guide_with_a_density():
         AutoFamily(model, lambda n: Flow((n + 1,)))(y)
 
 
-def test_a_game_beside_the_elbo_adds_up():
+def test_the_adversarial_loss_and_the_elbo_add_up():
     vae, x = VAE((2,), latent_dim=1, likelihood=NormalLikelihood(), standardize=False), torch.randn(16, 2)
-    game = Adversarial(vae.model, mlp(2), NonSaturating(), guide=vae.guide, beside=Trace_ELBO(), weight=0.5)
+    trainer = Adversarial(vae.model, mlp(2), NonSaturating(), guide=vae.guide, extra_loss=Trace_ELBO(), weight=0.5)
     torch.manual_seed(0)
-    both = game.evaluate_loss(x)["generator"]
+    both = trainer.evaluate_loss(x)["generator"]
     torch.manual_seed(0)
-    sides = game.pairing.sides(vae.model, vae.guide, (x,), {})
-    alone = NonSaturating().model_loss(*game._outputs(sides)).mean()
+    inputs = trainer.pairing.critic_inputs(vae.model, vae.guide, (x,), {})
+    alone = NonSaturating().model_loss(*trainer._outputs(inputs)).mean()
     elbo = Trace_ELBO().differentiable_loss(vae.model, vae.guide, x) / 16
     assert both == pytest.approx((0.5 * alone + elbo).item(), rel=1e-5)
     before = [p.clone() for p in vae.encoder.parameters()]
-    game.step(x)
+    trainer.step(x)
     assert any(not torch.equal(a, b) for a, b in zip(before, vae.encoder.parameters(), strict=True))
 
 
-def test_a_flow_takes_an_adversarial_loss_beside_its_likelihood():
+def test_a_flow_takes_an_adversarial_loss_with_its_likelihood():
     from pyro_genmodels import MaximumLikelihood
 
     flow, x = Flow((2,), transform=NSF(transforms=1, hidden=(8,))), torch.randn(32, 2)
-    game = Adversarial(flow.model, mlp(2), NonSaturating(), beside=MaximumLikelihood())
-    assert torch.tensor(game.step(x)["generator"]).isfinite()
+    trainer = Adversarial(flow.model, mlp(2), NonSaturating(), extra_loss=MaximumLikelihood())
+    assert torch.tensor(trainer.step(x)["generator"]).isfinite()
 
 
-# What ends a game.
+# Failures.
 
 
-def test_a_critic_that_has_won_ends_the_game_and_the_last_good_state_is_kept():
+def test_a_critic_that_has_won_ends_training_in_the_last_good_state():
     model = LocationScale()
     with torch.no_grad():
         model.loc.fill_(50.0)
-    game = Adversarial(
+    trainer = Adversarial(
         model, scalars(), NonSaturating(), (partial(SGD, lr=0.0), partial(Adam, lr=1e-2)), penalties=[]
     )  # fmt: skip
 
-    def play():
+    def run():
         for _ in range(1000):
-            game.step(torch.randn(64))
+            trainer.step(torch.randn(64))
 
-    with pytest.raises(LostGameError, match=r"it has won\. Players and optimisers are back as they were at step"):
-        play()
-    assert game.evaluate_loss(torch.randn(64))["critic"] > 0
+    with pytest.raises(LostGameError, match=r"the critic has won.*Parameters and optimisers are back as they were at step"):
+        run()
+    assert trainer.evaluate_loss(torch.randn(64))["critic"] > 0
 
 
-@pytest.mark.parametrize("player", ["model", "critic"])
-def test_an_exploding_game_is_told_and_left_finite(player):
+@pytest.mark.parametrize("network", ["model", "critic"])
+def test_an_explosion_is_an_error_and_leaves_finite_parameters(network):
     gan, x = GAN((2,), standardize=False), torch.randn(32, 2)
     blown, calm = partial(SGD, lr=1e30), partial(SGD, lr=1e-3)
-    game = Adversarial(gan.model, gan.critic, WGAN(), (blown, calm) if player == "model" else (calm, blown))
+    trainer = Adversarial(gan.model, gan.critic, WGAN(), (blown, calm) if network == "model" else (calm, blown))
 
-    def play():
+    def run():
         for _ in range(10):
-            game.step(x)
+            trainer.step(x)
 
     with pytest.raises(LostGameError, match=r"the (generator|critic)'s loss is .* at step"):
-        play()
+        run()
     assert all(p.isfinite().all() for p in gan.parameters())
 
 
-def test_train_keeps_the_best_of_a_game_that_explodes(tmp_path):
+def test_train_keeps_the_best_epoch_before_an_explosion(tmp_path):
     gan, x = GAN((2,)), torch.randn(64, 2)
     rate = iter([1e-3] * 4 + [1e30] * 100)
 
@@ -607,55 +606,55 @@ def test_train_keeps_the_best_of_a_game_that_explodes(tmp_path):
             self.param_groups[0]["lr"] = next(rate)
             super().step()
 
-    game = Adversarial(gan.model, gan.critic, WGAN(), (partial(Blown, lr=1e-3), partial(SGD, lr=1e-3)))
+    trainer = Adversarial(gan.model, gan.critic, WGAN(), (partial(Blown, lr=1e-3), partial(SGD, lr=1e-3)))
     with pytest.warns(RuntimeWarning, match="Training stopped: the (generator|critic)'s loss"):
-        fit = train(gan, x, valid=x, objective=game, epochs=20, batch_size=32, checkpoint=tmp_path / "gan", progress=False)
+        fit = train(gan, x, valid=x, objective=trainer, epochs=20, batch_size=32, checkpoint=tmp_path / "gan", progress=False)
     assert all(p.isfinite().all() for p in gan.parameters())
     assert "is kept" in fit.stopped
     assert torch.equal(checkpoints.load(tmp_path / "gan").generator.mlp[0].weight, gan.generator.mlp[0].weight)
 
 
-# Coming and going.
+# States.
 
 
-def test_a_game_goes_on_as_if_it_had_never_stopped():
+def test_training_resumes_from_a_state_exactly():
     x = torch.randn(64, 2)
 
-    def game():
+    def start():
         torch.manual_seed(0)
         gan = GAN((2,))
         return gan, Adversarial(gan.model, gan.critic, ema_decay=0.9)
 
-    whole, straight = game()
+    whole, uninterrupted = start()
     for _ in range(6):
-        straight.step(x)
-    first, begun = game()
+        uninterrupted.step(x)
+    first, interrupted = start()
     for _ in range(3):
-        begun.step(x)
-    state = copy.deepcopy(begun.state_dict())
-    other, goes_on = game()
-    goes_on.prepare(x)
-    goes_on.load_state_dict(state)
+        interrupted.step(x)
+    state = copy.deepcopy(interrupted.state_dict())
+    other, resumed = start()
+    resumed.prepare(x)
+    resumed.load_state_dict(state)
     for _ in range(3):
-        goes_on.step(x)
+        resumed.step(x)
     for a, b in zip(whole.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
-    with straight.averaged(), goes_on.averaged():
+    with uninterrupted.averaged(), resumed.averaged():
         assert torch.equal(whole.generator.mlp[0].weight, other.generator.mlp[0].weight)
     with pytest.raises(ValueError, match="prepare"):
         Adversarial(first.model, first.critic).load_state_dict(state)
 
 
 @pytest.mark.parametrize("optim", [None, (partial(Adam, lr=1e-3), partial(SGD, lr=1e-2))], ids=["Adam", "two kinds"])
-def test_train_resumes_both_players_and_optimisers(optim, tmp_path):
+def test_train_resumes_both_networks_and_optimisers(optim, tmp_path):
     x = torch.randn(96, 2)
 
     def run(name, epochs, *, resume=False):
         torch.manual_seed(0)
         gan = GAN((2,), name="gan")
-        game = Adversarial(gan.model, gan.critic, optim=optim)
+        trainer = Adversarial(gan.model, gan.critic, optim=optim)
         checkpoint = Checkpoint(tmp_path / name, resume=resume)
-        train(gan, x, objective=game, epochs=epochs, batch_size=32, checkpoint=checkpoint, progress=False)
+        train(gan, x, objective=trainer, epochs=epochs, batch_size=32, checkpoint=checkpoint, progress=False)
         return gan
 
     whole = run("whole", 4)
@@ -665,21 +664,21 @@ def test_train_resumes_both_players_and_optimisers(optim, tmp_path):
         assert torch.equal(a, b), name
 
 
-def test_train_takes_a_game_by_name_and_judges_by_the_energy_distance():
+def test_train_takes_an_adversarial_loss_and_validates_by_the_energy_distance():
     x = torch.randn(128, 2)
     fit = train(GAN((2,)), x, valid=x, objective=Hinge(), epochs=2, progress=False)
     assert {"train", "critic", "valid"} <= fit.history[0].keys()
     with pytest.raises(ValueError, match="Pass objective=Adversarial"):
         train(Flow((2,)), x, objective=Hinge(), epochs=1, progress=False)
     gan = GAN((2,))
-    with pytest.raises(ValueError, match="pass optim= there"):
+    with pytest.raises(ValueError, match="pass optim= to Adversarial"):
         train(gan, x, objective=Adversarial(gan.model, gan.critic), optim=partial(Adam, lr=1e-3), epochs=1, progress=False)
 
 
-# What is refused.
+# Errors.
 
 
-def test_what_makes_no_game_is_refused():
+def test_bad_arguments_are_refused():
     gan, x = GAN((2,)), torch.randn(8, 2)
     with pytest.raises(TypeError, match="critic"):
         Adversarial(gan.model, lambda x: x)
@@ -691,11 +690,11 @@ def test_what_makes_no_game_is_refused():
         Adversarial(gan.model, mlp(2, outputs=2)).step(x)
     with pytest.raises(ValueError, match="larger batches"):
         Adversarial(gan.model, mlp(18), pack=9).step(x)
-    with pytest.raises(ValueError, match="observes nothing"):
+    with pytest.raises(ValueError, match="must be sampled, but it has none"):
         Adversarial(lambda x: pyro.sample("z", dist.Normal(0.0, 1.0)), gan.critic).step(x)
     with pytest.raises(ValueError, match="a plate of the data's rows"):
         Adversarial(lambda x: pyro.sample("x", dist.Normal(x.new_zeros(8, 2), 1.0).to_event(2), obs=x), gan.critic).step(x)
-    with pytest.raises(ValueError, match="keeps no moving average"):
+    with pytest.raises(ValueError, match="no moving average"):
         Adversarial(gan.model, gan.critic).averaged()
     vae = VAE((2,), likelihood=NormalLikelihood())
     with pytest.raises(ValueError, match="Use SVI with Trace_ELBO"):
@@ -720,20 +719,21 @@ def test_a_gan_has_no_density_and_says_what_to_use():
         GAN((2,), generator=nn.Linear(16, 3))().sample((4,))
 
 
-# Faults that were.
+# Regressions.
 
 
-def gradients(game, *args, draws=1, **kwargs):
-    game.prepare(*args, **kwargs)
-    total = dict.fromkeys(game.players["generator"], 0.0)
+def gradients(trainer, *args, draws=1, **kwargs):
+    trainer.prepare(*args, **kwargs)
+    total = dict.fromkeys(trainer.parameters["generator"], 0.0)
     for _ in range(draws):
-        loss = game._model_loss(game.pairing.sides(game.model, game.guide, args, kwargs), args, kwargs)
-        found = torch.autograd.grad(loss, list(game.players["generator"].values()))
+        inputs = trainer.pairing.critic_inputs(trainer.model, trainer.guide, args, kwargs)
+        loss = trainer._model_loss(inputs, args, kwargs)
+        found = torch.autograd.grad(loss, list(trainer.parameters["generator"].values()))
         total = {name: total[name] + g.abs().sum().item() for name, g in zip(total, found, strict=True)}
     return total
 
 
-def test_what_rows_share_is_weighed_by_all_of_them():
+def test_shared_samples_get_the_score_function_of_all_rows():
     def model(x):
         far = pyro.sample("far", dist.Bernoulli(logits=pyro.param("logit", torch.tensor(0.0))))
         with pyro.plate("data", len(x)):
@@ -745,7 +745,7 @@ def test_what_rows_share_is_weighed_by_all_of_them():
     assert found["rate"] > 1e-4
 
 
-def test_masked_values_are_shown_to_nobody():
+def test_masked_values_are_zero_for_the_critic():
     x, mask = torch.tensor([1.0, 99.0, 2.0, 99.0]), torch.tensor([True, False, True, False])
 
     def model(x):
@@ -753,12 +753,12 @@ def test_masked_values_are_shown_to_nobody():
         with pyro.plate("data", 4), pyro.poutine.mask(mask=mask):
             pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
 
-    sides, _ = Adversarial(model, scalars()).play(x)
-    assert torch.equal(sides.real[0], torch.tensor([1.0, 0.0, 2.0, 0.0]))
-    assert torch.equal(sides.fake[0] == 0, ~mask)
+    inputs, _ = Adversarial(model, scalars()).critic_outputs(x)
+    assert torch.equal(inputs.real[0], torch.tensor([1.0, 0.0, 2.0, 0.0]))
+    assert torch.equal(inputs.fake[0] == 0, ~mask)
 
 
-def test_a_learned_prior_is_trained_by_an_aggregate_game():
+def test_a_learned_prior_is_trained_by_an_aggregate_pairing():
     def model(x):
         loc = pyro.param("prior", torch.zeros(1))
         with pyro.plate("data", len(x)):
@@ -769,36 +769,36 @@ def test_a_learned_prior_is_trained_by_an_aggregate_game():
     assert gradients(Adversarial(model, mlp(1), guide=guide, pairing=AggregatePairing()), torch.ones(8, 1))["prior"] > 0
 
 
-def test_nothing_is_trained_in_silence():
+def test_a_generator_without_a_gradient_is_an_error():
     first, x = LocationScale(), torch.randn(8)
     Adversarial(first, scalars()).step(x)
     with pytest.raises(ValueError, match="store holds parameters of these names"):
         Adversarial(LocationScale(), scalars()).step(x)
 
 
-def test_train_tells_a_game_how_many_rows_there_are():
-    told = []
+def test_train_passes_the_number_of_rows():
+    sizes = []
 
     def model(x, size=None):
-        told.append(size)
+        sizes.append(size)
         with pyro.plate("data", size or len(x), subsample=torch.arange(len(x))):
             pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0), obs=x)
 
     x = torch.randn(12)
-    game = Adversarial(model, scalars(), beside=Trace_ELBO(), weight=1e-9)
-    train((model, lambda x, size=None: None), x, objective=game, epochs=1, batch_size=4, progress=False)
-    assert set(told) == {12}
-    said = game.evaluate_loss(x[:4], size=12)["generator"]
-    assert said == pytest.approx(-dist.Normal(pyro.param("loc"), 1.0).log_prob(x[:4]).mean().item(), rel=1e-4)
+    trainer = Adversarial(model, scalars(), extra_loss=Trace_ELBO(), weight=1e-9)
+    train((model, lambda x, size=None: None), x, objective=trainer, epochs=1, batch_size=4, progress=False)
+    assert set(sizes) == {12}
+    losses = trainer.evaluate_loss(x[:4], size=12)["generator"]
+    assert losses == pytest.approx(-dist.Normal(pyro.param("loc"), 1.0).log_prob(x[:4]).mean().item(), rel=1e-4)
 
 
-def test_a_fit_by_ones_own_critic_is_loaded_again(tmp_path):
+def test_a_fit_with_a_separate_critic_is_loaded_again(tmp_path):
     flow, x = Flow((2,), transform=NSF(transforms=1, hidden=(8,))), torch.randn(32, 2)
-    game = Adversarial(flow.model, nn.Sequential(nn.BatchNorm1d(2), mlp(2)), NonSaturating())
-    train(flow, x, objective=game, epochs=1, checkpoint=tmp_path / "flow", progress=False)
+    trainer = Adversarial(flow.model, nn.Sequential(nn.BatchNorm1d(2), mlp(2)), NonSaturating())
+    train(flow, x, objective=trainer, epochs=1, checkpoint=tmp_path / "flow", progress=False)
     assert_close(checkpoints.load(tmp_path / "flow")().log_prob(x), flow().log_prob(x))
     with pytest.raises(ValueError, match="another model than this fit"):
-        train(Flow((2,)), x, objective=game, epochs=1, progress=False)
+        train(Flow((2,)), x, objective=trainer, epochs=1, progress=False)
 
 
 def test_scalars_are_rows_of_one_number():
@@ -812,15 +812,15 @@ def test_scalars_are_rows_of_one_number():
     train(GAN((), **SMALL), torch.randn(16), valid=torch.randn(16), epochs=1, progress=False)
 
 
-def test_what_would_be_wrong_is_refused():
+def test_arguments_that_do_not_go_together_are_refused():
     gan, x = GAN((2,), pack=2, **SMALL), torch.randn(8, 2)
     with pytest.raises(ValueError, match="bounds the divergence of packs"):
         Adversarial(gan.model, gan.critic, Minimax()).divergence(x)
     with pytest.raises(ValueError, match="this critic sees packs"):
         Adversarial(gan.model, gan.critic, NonSaturating(), guide=gan.guide, pairing=PosteriorPairing())
-    with pytest.raises(ValueError, match="no use for a guide"):
+    with pytest.raises(ValueError, match="does not use a guide"):
         Adversarial(gan.model, gan.critic, guide=gan.guide, pairing=ObservationsPairing())
-    with pytest.raises(ValueError, match="beside another loss"):
+    with pytest.raises(ValueError, match="relative to another loss"):
         Adversarial(gan.model, gan.critic, weight=2.0)
     with pytest.raises(ValueError, match="at least 0 and less than 1"):
         Adversarial(gan.model, gan.critic, ema_decay=2.0)
@@ -835,17 +835,17 @@ def test_what_would_be_wrong_is_refused():
 
 def test_a_state_is_a_copy():
     gan, x = GAN((2,), **SMALL), torch.randn(16, 2)
-    game = Adversarial(gan.model, gan.critic, ema_decay=0.9)
-    game.step(x)
-    state = game.state_dict()
+    trainer = Adversarial(gan.model, gan.critic, ema_decay=0.9)
+    trainer.step(x)
+    state = trainer.state_dict()
     runs = []
     for _ in range(2):
-        game.load_state_dict(state)
-        runs.append([game.step(x) for _ in range(3)])
+        trainer.load_state_dict(state)
+        runs.append([trainer.step(x) for _ in range(3)])
     assert runs[0] == runs[1]
 
 
-def test_what_depends_on_integers_is_shown_beside_those_it_depends_on():
+def test_values_that_depend_on_integers_match_them():
     gan = GAN((1,), levels=9, **SMALL).requires_grad_(True)
 
     def model(x, y):
@@ -856,5 +856,5 @@ def test_what_depends_on_integers_is_shown_beside_those_it_depends_on():
     with torch.no_grad():
         gan.generator.mlp[-1].bias.fill_(4.0)
     x = torch.randint(9, (64, 1))
-    sides, _ = Adversarial(model, mlp(2)).play(x, x.squeeze(-1).float())
-    assert_close(sides.fake[0][:, 0].floor(), sides.fake[0][:, 1].round())
+    inputs, _ = Adversarial(model, mlp(2)).critic_outputs(x, x.squeeze(-1).float())
+    assert_close(inputs.fake[0][:, 0].floor(), inputs.fake[0][:, 1].round())

@@ -1,13 +1,13 @@
-r"""Games between a model and a critic: what each minimises, given what the critic says of data and of the model's draws.
+r"""Adversarial losses: a pair of losses for a model and a critic, as functions of the critic's outputs.
 
-With v(x) the critic's output on data of law p and on draws of law q, a game is a pair of losses, in expectation
+With the critic's output v(x) on real inputs of distribution p and on fake inputs of distribution q, an adversarial loss is
 
-.. math:: L_{\text{critic}}(v_p, v_q), \qquad L_{\text{model}}(v_p, v_q),
+.. math:: L_{\text{critic}}(v_p, v_q), \qquad L_{\text{model}}(v_p, v_q)
 
-both small where their player wins. Where the critic is at its best, v stands for the log density ratio :math:`\log p/q`
-(`Game.log_ratio`) and the critic's loss for a divergence between p and q (`Game.divergence`), of which any critic gives a lower
-bound. Both losses count both sides, data and draws: what a model minimises says something of data only where a guide draws
-beside them.
+in expectation. At the optimal critic, v determines the log density ratio :math:`\log p/q` (`AdversarialLoss.log_ratio`), and
+the critic's loss determines a divergence of p and q (`AdversarialLoss.divergence`), for which any critic gives a lower bound.
+Both losses have a term for real and a term for fake inputs. The model's term for real inputs matters only if they depend on a
+guide.
 
 Goodfellow et al., *Generative Adversarial Nets* (arXiv 1406.2661); Nowozin et al., *f-GAN* (arXiv 1606.00709).
 """
@@ -30,36 +30,42 @@ from pyro_genmodels.infer.adversarial.penalties import R1, R2, GradientPenalty, 
 
 @dataclass(frozen=True)
 class AdversarialLoss(ABC):
-    """Base of games. Of the critic's outputs `real`, on data, and `fake`, on draws, (rows,) each, row i is of a pair."""
+    """Base class of adversarial losses.
+
+    The critic's outputs `real` and `fake`, on real and fake inputs, have shape (rows,). Row i of both is a pair.
+    """
 
     penalties: ClassVar[tuple[Penalty, ...]] = ()
-    """What keeps the critic smooth, unless `Adversarial` is told otherwise."""
-    decided: ClassVar[bool] = True
-    """Whether a critic that has won for good shows in a loss of zero."""
+    """Penalties on the critic, if `Adversarial` is given none."""
+    zero_when_won: ClassVar[bool] = True
+    """True if the loss of a critic that separates real and fake inputs completely is 0."""
 
     @property
     def estimates_ratio(self) -> bool:
-        """Whether `log_ratio` has an answer."""
+        """True if `log_ratio` is available."""
         return type(self).log_ratio is not AdversarialLoss.log_ratio
 
     @property
-    def bounds(self) -> bool:
-        """Whether `divergence` has an answer."""
+    def bounds_divergence(self) -> bool:
+        """True if `divergence` is available."""
         return type(self).divergence is not AdversarialLoss.divergence
 
     @abstractmethod
     def critic_loss(self, real: Tensor, fake: Tensor) -> Tensor:
-        """What the critic minimises, one value for each row, (rows,)."""
+        """Return the loss of the critic for each row, (rows,)."""
 
     def model_loss(self, real: Tensor, fake: Tensor) -> Tensor:
-        """What the model minimises, (rows,); by default the critic's loss with the sides swapped, so that its slope stays."""
+        """Return the loss of the model for each row, (rows,).
+
+        By default it is the critic's loss with real and fake swapped, whose gradient does not vanish.
+        """
         return self.critic_loss(fake, real)
 
     def log_ratio(self, v: Tensor) -> Tensor:
-        """The log of the density ratio p/q that the output v of the best critic stands for.
+        """Return the log density ratio log p/q (nats) for outputs v of the optimal critic.
 
         Raises:
-            ValueError: in a game whose best critic is none.
+            ValueError: if the optimal critic does not determine the ratio.
         """
         raise ValueError(
             f"The critic of {type(self).__name__} does not estimate a density ratio. Use NonSaturating(), or FGAN with an f "
@@ -67,10 +73,10 @@ class AdversarialLoss(ABC):
         )
 
     def divergence(self, real: Tensor, fake: Tensor) -> Divergence:
-        """The lower bound of a divergence between p and q that a critic's outputs on fresh data and draws prove, by its name.
+        """Return a lower bound of a divergence between p and q, from a critic's outputs on held-out data and new samples.
 
         Raises:
-            ValueError: in a game that bounds none.
+            ValueError: if the loss bounds no divergence.
         """
         raise ValueError(
             f"The critic of {type(self).__name__} bounds no divergence. Train one by FGAN(f), Minimax() or WGAN()."
@@ -78,7 +84,7 @@ class AdversarialLoss(ABC):
 
 
 class _Logistic(AdversarialLoss):
-    """A critic that is a classifier: its output is the log odds of data."""
+    """Base class of losses whose critic is a classifier: its output is the log odds that an input is real."""
 
     def critic_loss(self, real: Tensor, fake: Tensor) -> Tensor:
         return F.softplus(-real) + F.softplus(fake)
@@ -87,16 +93,15 @@ class _Logistic(AdversarialLoss):
         return v
 
     def divergence(self, real: Tensor, fake: Tensor) -> Divergence:
-        """Jensen-Shannon (nats)."""
+        """Return a lower bound of the Jensen-Shannon divergence (nats)."""
         return FGAN(JensenShannon()).divergence(real, fake)
 
 
 class Minimax(_Logistic):
-    r"""The first game: :math:`\max_D \mathbb{E}_p \log D + \mathbb{E}_q \log(1 - D)`, :math:`D = \sigma(v)`, which the model
-    minimises.
+    r"""The original loss: :math:`\min_q \max_D \mathbb{E}_p \log D + \mathbb{E}_q \log(1 - D)`, with :math:`D = \sigma(v)`.
 
-    At the best critic, :math:`D = p / (p + q)`, it is :math:`2\,\mathrm{JS}(p, q) - \log 4`. A model far from the data gets
-    hardly any slope: `NonSaturating` is what one trains by.
+    At the optimal critic, :math:`D = p / (p + q)`, it is :math:`2\,\mathrm{JS}(p, q) - \log 4`. Its gradient vanishes for a
+    model far from the data; `NonSaturating` is better for training.
     """
 
     def model_loss(self, real: Tensor, fake: Tensor) -> Tensor:
@@ -104,13 +109,13 @@ class Minimax(_Logistic):
 
 
 class NonSaturating(_Logistic):
-    r"""The critic of `Minimax`, and a model that maximises :math:`\mathbb{E}_q \log D` (Goodfellow et al., section 3)."""
+    r"""The critic's loss of `Minimax`; the model maximises :math:`\mathbb{E}_q \log D` (Goodfellow et al., section 3)."""
 
 
 class LeastSquares(AdversarialLoss):
-    r"""Squared distances to 1 for data and 0 for draws. Mao et al., *Least Squares GANs* (arXiv 1611.04076).
+    r"""Squared distances to 1 for real and to 0 for fake inputs. Mao et al., *Least Squares GANs* (arXiv 1611.04076).
 
-    The best critic is p / (p + q) itself, cut here to within 1e-6 of its ends for `log_ratio`.
+    The optimal critic is p / (p + q). `log_ratio` clips it to [1e-6, 1 - 1e-6].
     """
 
     def critic_loss(self, real: Tensor, fake: Tensor) -> Tensor:
@@ -121,7 +126,7 @@ class LeastSquares(AdversarialLoss):
 
 
 class Hinge(AdversarialLoss):
-    r"""Margins of 1: :math:`\max(0, 1 - v_p) + \max(0, 1 + v_q)`, against :math:`-v_q`.
+    r"""Hinge loss :math:`\max(0, 1 - v_p) + \max(0, 1 + v_q)` of the critic, and :math:`-v_q` of the model.
 
     Lim and Ye, *Geometric GAN* (arXiv 1705.02894); with spectral normalisation Miyato et al. (arXiv 1802.05957).
     """
@@ -136,20 +141,22 @@ class Hinge(AdversarialLoss):
 class WGAN(AdversarialLoss):
     r"""The dual of optimal transport: :math:`W_1(p, q) = \sup_{|v|_L \le 1} \mathbb{E}_p v - \mathbb{E}_q v`.
 
-    The critic must be kept to slopes of at most 1, by `GradientPenalty`, the default, or, up to a constant, `WeightClipping`.
+    The critic must have a Lipschitz constant of at most 1: by `GradientPenalty`, the default, or up to a factor by
+    `WeightClipping`.
     Arjovsky et al., *Wasserstein GAN* (arXiv 1701.07875).
     """
 
     penalties: ClassVar[tuple[Penalty, ...]] = (GradientPenalty(10.0),)
-    decided: ClassVar[bool] = False
+    zero_when_won: ClassVar[bool] = False
 
     def critic_loss(self, real: Tensor, fake: Tensor) -> Tensor:
         return fake - real
 
     def divergence(self, real: Tensor, fake: Tensor) -> Divergence:
-        """Wasserstein-1, in the units the critic sees, as far as the critic's slopes keep to 1.
+        """Return a lower bound of the Wasserstein-1 distance, in the units of the critic's inputs.
 
-        `GradientPenalty` sees to that but about; `WeightClipping` leaves the scale open, and the value says nothing.
+        It is valid as far as the critic's gradient is at most 1. With `GradientPenalty` that holds approximately; with
+        `WeightClipping` the scale is arbitrary, and the value has no meaning.
         """
         return difference(real, fake)
 
@@ -161,14 +168,14 @@ class FGAN(AdversarialLoss):
     .. math:: D_f(p \| q) \ge \mathbb{E}_p[T(x)] - \mathbb{E}_q[f^*(T(x))] .
 
     Args:
-        f: the convex function, such as ``KullbackLeibler()``.
-        saturating: whether the model minimises that bound itself; else it maximises :math:`\mathbb{E}_q[T]`, as Nowozin et al.
-            do in practice (section 3.2).
+        f: convex function, such as ``KullbackLeibler()``.
+        saturating: True if the model minimises the bound itself. Otherwise it maximises :math:`\mathbb{E}_q[T]`, as Nowozin et
+            al. do in practice (section 3.2).
     """
 
     f: ConvexFunction
     saturating: bool = True
-    decided: ClassVar[bool] = False
+    zero_when_won: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.f, ConvexFunction):
@@ -186,7 +193,7 @@ class FGAN(AdversarialLoss):
     def estimates_ratio(self) -> bool:
         try:
             self.f.log_ratio(torch.zeros(1))
-        except ValueError:  # its critic tells none
+        except ValueError:
             return False
         return True
 
@@ -194,14 +201,14 @@ class FGAN(AdversarialLoss):
         return self.f.log_ratio(v)
 
     def divergence(self, real: Tensor, fake: Tensor) -> Divergence:
-        """The f-divergence."""
+        """Return a lower bound of the f-divergence."""
         return difference(self.f.critic(real), self.f.conjugate_of_critic(fake))
 
 
 class Relativistic(AdversarialLoss):
-    r"""Pairs: :math:`\mathrm{softplus}(-(v_p - v_q))` for the critic, who wants each datum above a draw, and its mirror image.
+    r"""Loss of pairs: :math:`\mathrm{softplus}(-(v_p - v_q))` for the critic, and with real and fake swapped for the model.
 
-    With the penalties `R1` and `R2`, its default, training converges locally: Huang et al., *The GAN is dead; long live the
+    With the penalties `R1` and `R2`, the default, training converges locally: Huang et al., *The GAN is dead; long live the
     GAN!* (R3GAN, arXiv 2501.05441); Jolicoeur-Martineau (arXiv 1807.00734).
     """
 
@@ -212,6 +219,6 @@ class Relativistic(AdversarialLoss):
 
 
 def difference(real: Tensor, fake: Tensor) -> Divergence:
-    """E[real] - E[fake] from independent values, with its standard error."""
+    """Return the estimate of E[real] - E[fake] from independent values, with its standard error."""
     error = (real.detach().var() / len(real) + fake.detach().var() / len(fake)).sqrt()
     return Divergence(real.mean() - fake.mean(), error)

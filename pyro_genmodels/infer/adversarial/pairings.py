@@ -1,16 +1,16 @@
-r"""What a critic is to tell apart: the two sides that a model, and its guide, put before it.
+r"""Pairings: the real and the fake inputs between which a critic discriminates.
 
-=============  ==========================================  =====================================================
-choice         the critic sees                             the model and its guide are led by
-=============  ==========================================  =====================================================
-`ObservationsPairing` x of the data, x of the model               the game
-`JointPairing`        (x, z of the guide), (x, z of the model)    the game: ALI, BiGAN
-`AggregatePairing`    z of the prior, z of the guide              the game, and :math:`-\log p(x \mid z)`: AAE
-`PosteriorPairing`    (x, z of the guide), (x, z of a reference)  the ELBO, the critic standing for the log ratio: AVB
-=============  ==========================================  =====================================================
+=====================  ==========================================  =====================================================
+pairing                inputs of the critic                        loss of the model and its guide
+=====================  ==========================================  =====================================================
+`ObservationsPairing`  x of the data, x of the model               adversarial loss: GAN
+`JointPairing`         (x, z of the guide), (x, z of the model)    adversarial loss: ALI, BiGAN
+`AggregatePairing`     z of the prior, z of the guide              adversarial loss and :math:`-\log p(x \mid z)`: AAE
+`PosteriorPairing`     (x, z of the guide), (x, z of a reference)  the ELBO, with the critic as the log ratio: AVB
+=====================  ==========================================  =====================================================
 
-The model runs without its observations, so that any program with `pyro.sample` statements is a model. Where a draw carries no
-gradient, the score function does instead, :math:`\nabla \mathbb{E}_q[\ell(x)] = \mathbb{E}_q[\ell(x) \nabla \log q(x)]`.
+The model runs with its observed sites sampled, so any program with `pyro.sample` statements can be the model. Samples without
+a gradient are trained by the score function, :math:`\nabla \mathbb{E}_q[\ell(x)] = \mathbb{E}_q[\ell(x) \nabla \log q(x)]`.
 
 Dumoulin et al., *Adversarially Learned Inference* (arXiv 1606.00704); Donahue et al. (arXiv 1605.09782); Makhzani et al.,
 *Adversarial Autoencoders* (arXiv 1511.05644); Mescheder et al., *Adversarial Variational Bayes* (arXiv 1701.04722).
@@ -23,7 +23,7 @@ __all__ = ["AggregatePairing", "JointPairing", "ObservationsPairing", "Pairing",
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -32,292 +32,229 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_genmodels._pyro import traces
-from pyro_genmodels._pyro.predictive import both_of, is_rounded, masked, observed_sites, plate_of, replicating, scores
+from pyro_genmodels._pyro.predictive import data_plate, draw_replicates
+from pyro_genmodels._pyro.sites import PARTICLES
+from pyro_genmodels.infer.adversarial import inputs
 from pyro_genmodels.infer.adversarial.losses import AdversarialLoss
 from pyro_genmodels.utils.distributions import density_of, unwrap
-from pyro_genmodels.utils.errors import listed
+from pyro_genmodels.utils.errors import check_positive_int, listed
 
 
 @dataclass(frozen=True)
 class RealAndFake:
-    """What one run puts before the critic.
+    """The critic's inputs from one run of a model and its guide.
 
     Attributes:
-        real: what it sees of one side, (rows, ...) each: the one that stands for p in the game.
-        fake: likewise of the other, q.
-        context: what it is told beside either, (rows, ...) each.
-        log_q: log probability (nats) of what was drawn without gradient on that other side, of each row, (rows,), and of what
-            rows share, (); None where nothing was.
-        rest: what the model and its guide minimise besides (nats per row).
-        size: rows of all data, of which these are a part.
+        real: real inputs, of distribution p in the adversarial loss, (rows, ...) each.
+        fake: fake inputs, of distribution q, (rows, ...) each.
+        context: inputs that go with both, (rows, ...) each.
+        log_q: log probability (nats) of the samples without gradient in the fake inputs: of each row, (rows,), and of what rows
+            share, (); None if there are none.
+        other_loss: further loss of the model and its guide (nats per row).
+        size: number of rows of all data.
     """
 
     real: tuple[Tensor, ...]
     fake: tuple[Tensor, ...]
     context: tuple[Tensor, ...] = ()
     log_q: tuple[Tensor | None, Tensor | None] = (None, None)
-    rest: Tensor | float = 0.0
+    other_loss: Tensor | float = 0.0
     size: int = 1
 
 
 @dataclass(frozen=True)
 class Pairing(ABC):
-    """Base of the choices; those without options are equal where their class is."""
+    """Base class of pairings. Pairings without options are equal if their classes are."""
+
+    compares_data: ClassVar[bool] = False
+    """True if the first inputs are data and samples of the data from the model."""
 
     @abstractmethod
-    def sides(
+    def critic_inputs(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
     ) -> RealAndFake:
-        """One run."""
+        """Run the model and its guide, and return the inputs of the critic."""
 
-    def loss(self, game: AdversarialLoss, real: Tensor, fake: Tensor) -> Tensor:
-        """What model and guide minimise of the critic's outputs, (rows,)."""
-        return game.model_loss(real, fake)
+    def model_loss(self, loss: AdversarialLoss, real: Tensor, fake: Tensor) -> Tensor:
+        """Return the loss of the model and its guide from the critic's outputs on real and fake inputs, (rows,)."""
+        return loss.model_loss(real, fake)
+
+    def check(self, loss: AdversarialLoss, *, pack: int, has_guide: bool, has_extra_loss: bool) -> None:  # noqa: B027
+        """Raise a ValueError if the pairing does not go with the other arguments of `Adversarial`."""
 
 
 class ObservationsPairing(Pairing):
-    """What the model observes, against what it draws in its place: the pairing of a GAN.
+    """Observed data and samples of the model in their place: the pairing of a GAN.
 
-    Several observed sites are flattened and joined. The model's other arguments with a row for each datum, such as a context or
-    covariates, are shown to the critic beside them, one by one. Our own distributions show themselves as their networks see
-    them: standardised where they standardise, and integers with noise (`Dequantized`).
+    Several observed sites are flattened and joined. Other arguments of the model with one row per datum, such as a context or
+    covariates, are further arguments of the critic. Values of the distributions of this package are given to the critic as
+    their networks see them: standardised, and integers with noise (`Dequantized`).
     """
 
-    def sides(
+    compares_data = True
+
+    def critic_inputs(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
     ) -> RealAndFake:
-        trace, plate, real, fake, context = _observations(model, args, kwargs)
-        return RealAndFake((real,), (fake,), context, _score(trace, plate), size=_size(plate))
+        run = inputs.draw_observations(model, args, kwargs)
+        log_q = inputs.log_q_without_gradient(run.trace, run.plate)
+        return RealAndFake((run.real,), (run.fake,), run.context, log_q, size=inputs.plate_size(run.plate))
+
+    def check(self, loss: AdversarialLoss, *, pack: int, has_guide: bool, has_extra_loss: bool) -> None:
+        if has_guide and not has_extra_loss:
+            raise ValueError(
+                "ObservationsPairing() does not use a guide: pass extra_loss=Trace_ELBO(), or pairing=JointPairing()."
+            )
 
 
 class JointPairing(Pairing):
-    """Data with the guide's latent variables against the model's draws with theirs: bidirectional GANs.
+    """Data with the guide's latent variables, and samples of the model with theirs: bidirectional GANs.
 
-    The guide needs reparametrised draws, but no density. The critic is called as ``critic(x, z)``, or with a context as
-    a third.
+    The guide needs reparametrised samples, but no density. The critic is called as ``critic(x, z)``, or with a context as a
+    third argument.
     """
 
-    def sides(
+    compares_data = True
+
+    def critic_inputs(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
     ) -> RealAndFake:
-        trace, plate, real, fake, context = _observations(model, args, kwargs)
-        guided = _guided(traces.trace_of(guide, args, kwargs), plate, "Joint")
-        z_real, z_fake = _latents(guided, plate), _latents(_counterparts(guided, trace), plate)
-        return RealAndFake((real, z_real), (fake, z_fake), context, _score(trace, plate), size=_size(plate))
+        run = inputs.draw_observations(model, args, kwargs)
+        guided = inputs.guide_sites(traces.trace_of(guide, args, kwargs), run.plate, "JointPairing")
+        z_real = inputs.joined_latents(guided, run.plate)
+        z_fake = inputs.joined_latents(inputs.matching_sites(guided, run.trace), run.plate)
+        log_q = inputs.log_q_without_gradient(run.trace, run.plate)
+        return RealAndFake((run.real, z_real), (run.fake, z_fake), run.context, log_q, size=inputs.plate_size(run.plate))
 
 
 class AggregatePairing(Pairing):
-    """The guide's latent variables over all data against the prior's, beside the model's reconstruction of the data.
+    """Latent variables of the prior and those of the guide over all data, with the model's reconstruction of the data.
 
-    The guide needs reparametrised draws, but no density. The critic is called as ``critic(z)``.
+    The guide needs reparametrised samples, but no density. The critic is called as ``critic(z)``.
     """
 
-    def sides(
+    def critic_inputs(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
     ) -> RealAndFake:
         model_trace, guide_trace = traces.run_pair(model, guide, args, kwargs)
-        observed = _observed(model_trace)
-        plate = plate_of(observed, _rows(args))
-        guided = _guided(guide_trace, plate, "Aggregate")
-        prior_trace = traces.trace_of(replicating(model), args, kwargs)
-        prior = _counterparts(guided, prior_trace)
+        observed = inputs.observed(model_trace)
+        plate = data_plate(observed, inputs.num_rows(args))
+        guided = inputs.guide_sites(guide_trace, plate, "AggregatePairing")
+        prior = inputs.matching_sites(guided, traces.trace_of(draw_replicates(model), args, kwargs))
         if not all(site["fn"].has_rsample for site in prior.values()):
             raise ValueError(
-                "Aggregate wants a prior whose draws carry gradients, so that it is trained along. Use JointPairing()."
+                "AggregatePairing wants a prior whose samples carry gradients, so that it is trained too. Use JointPairing()."
             )
         log_p = sum(
             traces.sum_to_dims(scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"]), (plate.dim,))
             for site in observed.values()
         )
-        rest = -torch.as_tensor(log_p).mean()
-        return RealAndFake((_latents(prior, plate),), (_latents(guided, plate),), rest=rest, size=_size(plate))
+        return RealAndFake(
+            (inputs.joined_latents(prior, plate),),
+            (inputs.joined_latents(guided, plate),),
+            other_loss=-torch.as_tensor(log_p).mean(),
+            size=inputs.plate_size(plate),
+        )
 
 
 @dataclass(frozen=True)
 class PosteriorPairing(Pairing):
-    r"""An implicit guide by the ELBO: the critic stands for the log ratio of guide and reference, for the lack of a density.
+    r"""The ELBO for a guide without a density: the critic estimates the log ratio of the guide to a reference.
 
     .. math:: \mathrm{ELBO} = \mathbb{E}_{q(z \mid x)}\Bigl[\log p(x, z) - \log r(z) - v(x, z)\Bigr], \qquad
         v \to \log \frac{q(z \mid x)}{r(z)} .
 
-    The reference r is a normal distribution with the mean and covariance of the guide's draws, moved to mean 0 and covariance 1
-    before the critic sees them (adaptive contrast, section 3.3 of the paper), so that the critic learns only what is not normal
-    about the guide. The game's critic must estimate a log ratio. A guide inside the data's plate is judged beside its x,
-    ``critic(x, z)``; one of latent variables that all data share by its draws alone, ``critic(z)``.
+    The reference r is a normal distribution with the mean and covariance of the guide's samples. The critic sees samples that
+    are transformed to mean 0 and covariance 1 (adaptive contrast, section 3.3 of the paper), so that it learns only how the
+    guide differs from a normal distribution. The critic of the adversarial loss must estimate a log ratio. For a guide inside
+    the data's plate the critic is called as ``critic(x, z)``; for latent variables that all data share, as ``critic(z)``.
 
     Args:
-        num_particles: draws from the guide in a step, for each row if it is inside the data's plate.
+        num_particles: number of samples from the guide in a step, for each row if the guide is inside the data's plate.
 
     Raises:
-        ValueError: for a number of particles that is not positive.
+        ValueError: if `num_particles` is no positive integer.
     """
 
     num_particles: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_particles, bool) or not isinstance(self.num_particles, int) or self.num_particles < 1:
-            raise ValueError(f"Posterior wants num_particles as a positive integer, but found {self.num_particles!r}.")
+        check_positive_int("PosteriorPairing", num_particles=self.num_particles)
 
-    def sides(
+    def check(self, loss: AdversarialLoss, *, pack: int, has_guide: bool, has_extra_loss: bool) -> None:
+        if not loss.estimates_ratio:
+            raise ValueError(
+                f"PosteriorPairing wants a critic that estimates a log ratio, but that of {type(loss).__name__} does not. Use "
+                "NonSaturating()."
+            )
+        if pack > 1:
+            raise ValueError(
+                f"PosteriorPairing wants the log ratio of single rows, but this critic sees packs of {pack}. Use pack=1."
+            )
+
+    def critic_inputs(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
     ) -> RealAndFake:
         nesting = traces.max_plate_nesting(model, guide, args, kwargs)
         model_trace, guide_trace = traces.run_pair(model, guide, args, kwargs, traces.particles(self.num_particles, nesting))
-        implicit = {
-            name: site for name, site in traces.sample_sites(guide_trace).items() if density_of(site["fn"])[0] == "none"
-        }
-        if not implicit:
+        implicit = _implicit_sites(guide_trace)
+        plate = _plate_around(implicit, model_trace, args)
+        dims = (-nesting - 1,) if plate is None else (-nesting - 1, plate.dim)
+        z = torch.cat([inputs.rows_of_batch(site, dims) for site in implicit.values()], -1)
+        if len(z) <= z.shape[1]:
             raise ValueError(
-                "Posterior is for a guide without a density, but every site of this one has one. Use SVI with Trace_ELBO."
-            )
-        for name in traces.latents(guide_trace):
-            fn = traces.sample_sites(guide_trace)[name]["fn"]
-            if not fn.has_rsample:
-                raise ValueError(
-                    f"Posterior wants a guide whose draws carry gradients, but site {name!r} holds {type(unwrap(fn)).__name__}."
-                )
-        plates = [{f.name for f in site["cond_indep_stack"]} - {traces.PARTICLES} for site in implicit.values()]
-        frame = plate_of(_observed(model_trace), _rows(args)) if any(plates) and traces.observed(model_trace) else None
-        within = [frame is not None and frame.name in names for names in plates]
-        local = all(within)
-        if any(within) and not local:
-            raise ValueError(
-                "Posterior wants all sites of the guide without a density inside the data's plate, or none, but found both "
-                f"among {listed(implicit)}. Join them, or give some a density."
-            )
-        dims = (-nesting - 1, frame.dim) if frame is not None and local else (-nesting - 1,)
-        u = torch.cat([_cells(site, dims) for site in implicit.values()], -1)
-        if len(u) <= u.shape[1]:
-            raise ValueError(
-                f"Posterior wants more draws from the guide than its {u.shape[1]} coordinates, for their covariance, but found "
-                f"{len(u)}. Raise num_particles."
+                f"PosteriorPairing wants more samples of the guide than its {z.shape[1]} coordinates, for their covariance, "
+                f"but found {len(z)}. Raise num_particles."
             )
         for name in implicit:
             guide_trace.remove_node(name)
         log_p, log_q = (traces.log_prob(t, (-nesting - 1,), scaled=True).mean() for t in (model_trace, guide_trace))
-        reference = _normal_of(u)
-        y = torch.linalg.solve_triangular(reference.scale_tril, (u - reference.loc).T, upper=False).T
-        size = _size(frame) if local else 1
-        rest = (log_q - log_p) / size + reference.log_prob(u).mean()
-        seen = (args[0].expand(self.num_particles, *args[0].shape).flatten(0, 1),) if local else ()
-        return RealAndFake((*seen, y), (*seen, torch.randn_like(y)), rest=rest, size=size)
+        reference = _normal_fit(z)
+        whitened = torch.linalg.solve_triangular(reference.scale_tril, (z - reference.loc).T, upper=False).T
+        size = 1 if plate is None else inputs.plate_size(plate)
+        other_loss = (log_q - log_p) / size + reference.log_prob(z).mean()
+        x = () if plate is None else (args[0].expand(self.num_particles, *args[0].shape).flatten(0, 1),)
+        return RealAndFake((*x, whitened), (*x, torch.randn_like(whitened)), other_loss=other_loss, size=size)
 
-    def loss(self, game: AdversarialLoss, real: Tensor, fake: Tensor) -> Tensor:
-        return game.log_ratio(real)
-
-
-# What is read from traces.
+    def model_loss(self, loss: AdversarialLoss, real: Tensor, fake: Tensor) -> Tensor:
+        return loss.log_ratio(real)
 
 
-def _observations(
-    model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
-) -> tuple[Trace, Any, Tensor, Tensor, tuple[Tensor, ...]]:
-    """A run that draws what it observes: its trace, the data's plate, what was observed and drawn, rows first, and the told."""
-    trace = traces.trace_of(replicating(model), args, kwargs)
-    sites = observed_sites(trace)
-    plate = plate_of(sites, _rows(args))
-    real, fake = (
-        _joined([(value, site["fn"].event_dim) for value, site in zip(side, sites.values(), strict=True)], plate)
-        for side in zip(*map(_both, sites.values()), strict=True)
-    )
-    return trace, plate, real, fake, _context(args, kwargs, sites, len(real))
-
-
-def _joined(values: list[tuple[Tensor, int]], plate: Any) -> Tensor:
-    """Values (batch..., *event_shape) with their event dimensions, rows first; several are flattened and joined."""
-    parts = [value.movedim(plate.dim - event_dim, 0) for value, event_dim in values]
-    return parts[0] if len(parts) == 1 else torch.cat([part.reshape(len(part), -1) for part in parts], 1)
-
-
-def _size(plate: Any) -> int:
-    return plate.full_size or plate.size
-
-
-def _rows(args: tuple) -> int | None:
-    return len(args[0]) if args and isinstance(args[0], Tensor) and args[0].dim() else None
-
-
-def _both(site: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """What was observed and what was drawn, as a network sees them: of one dtype, and 0 where it is masked."""
-    fn: Any = unwrap(site["fn"])
-    real, fake = both_of(site)
-    dtype = torch.promote_types(real.dtype, fake.dtype)
-    pretransform = getattr(fn.base if is_rounded(site) else fn, "pretransform", None)
-    both = (value.to(fake.device, dtype).expand(fake.shape) for value in (real, fake))
-    return masked(site, *(both if pretransform is None else map(pretransform, both)))
-
-
-def _context(args: tuple, kwargs: Mapping[str, Any], sites: Mapping[str, Any], rows: int) -> tuple[Tensor, ...]:
-    """What the model is told of each row: arguments with a row for each, but for those that it observes.
-
-    Where what it observes is none of them as it came, the first is taken for the data.
-    """
-    found = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() and len(a) == rows]
-    observed = [a for a in found if any(a is site["infer"]["obs"] for site in sites.values())] or found[:1]
-    return tuple(a for a in found if not any(a is data for data in observed))
-
-
-def _score(trace: Trace, plate: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Log probability of all that was drawn without a gradient: of each row, (rows,), and of what they share, ()."""
-
-    def log_prob(name: str, fn: Any, value: Tensor) -> Tensor:
-        density, advice = density_of(fn)
-        if density != "exact":
+def _implicit_sites(guide_trace: Trace) -> dict[str, Any]:
+    """Return the guide's sites without a density by name. All its latent variables must carry gradients."""
+    sites = traces.sample_sites(guide_trace)
+    implicit = {name: site for name, site in sites.items() if density_of(site["fn"])[0] == "none"}
+    if not implicit:
+        raise ValueError(
+            "PosteriorPairing wants a guide without a density, but every site of this one has one. Use SVI with Trace_ELBO."
+        )
+    for name in traces.latents(guide_trace):
+        if not sites[name]["fn"].has_rsample:
             raise ValueError(
-                f"Adversarial trains by draws with gradients, or by the score function of a density, but site {name!r} holds "
-                f"{type(unwrap(fn)).__name__}, which has neither. {advice}"
+                f"PosteriorPairing wants a guide whose samples carry gradients, but site {name!r} holds "
+                f"{type(unwrap(sites[name]['fn'])).__name__}."
             )
-        return fn.log_prob(value)
-
-    own, shared = scores(trace, plate.name, plate.dim, (1, plate.size), log_prob)
-    return None if own is None else own[0], None if shared is None else shared[0]
+    return implicit
 
 
-def _guided(guide_trace: Trace, plate: Any, by: str) -> dict[str, Any]:
-    """The guide's sites, once it is known that each is of single rows and drawn with gradients."""
-    found = {name: site for name, site in traces.sample_sites(guide_trace).items() if not site["is_observed"]}
-    if not found:
-        raise ValueError(f"{by} wants a guide that draws latent variables, but this one draws none. Pass guide=.")
-    for name, site in found.items():
-        if all(f.name != plate.name for f in site["cond_indep_stack"]):
-            raise ValueError(
-                f"{by} matches latent variables of single rows, but {name!r} lies outside the data's plate. Use PosteriorPairing()."
-            )
-        if not site["fn"].has_rsample:
-            raise ValueError(
-                f"{by} wants a guide whose draws carry gradients, but site {name!r} holds a "
-                f"{type(unwrap(site['fn'])).__name__}."
-            )
-    return found
-
-
-def _observed(trace: Trace) -> dict[str, Any]:
-    return {name: traces.sample_sites(trace)[name] for name in traces.observed(trace)}
-
-
-def _counterparts(guided: Mapping[str, Any], trace: Trace) -> dict[str, Any]:
-    """The model's sites of the guide's names."""
-    sites = traces.sample_sites(trace)
-    if missing := [name for name in guided if name not in sites]:
-        raise ValueError(f"The guide draws {listed(missing)}, which the model does not have.")
-    return {name: sites[name] for name in guided}
-
-
-def _latents(sites: Mapping[str, Any], plate: Any) -> Tensor:
-    """Their values, rows first; of several, flattened and joined."""
-    return _joined([(site["value"], site["fn"].event_dim) for site in sites.values()], plate)
-
-
-def _cells(site: Mapping[str, Any], dims: tuple[int, ...]) -> Tensor:
-    """A value as a matrix, a row for each cell of the given batch dimensions, the first of which is the outermost."""
-    value, event_dim = site["value"], site["fn"].event_dim
-    value = value.reshape((1,) * (event_dim - dims[0] - value.dim()) + value.shape)
-    return value.movedim([d - event_dim for d in dims], list(range(len(dims)))).flatten(len(dims)).flatten(0, len(dims) - 1)
+def _plate_around(implicit: Mapping[str, Any], model_trace: Trace, args: tuple) -> Any:
+    """Return the frame of the data's plate if all these sites are inside it, or None if none is."""
+    plates = [{f.name for f in site["cond_indep_stack"]} - {PARTICLES} for site in implicit.values()]
+    if not (any(plates) and traces.observed(model_trace)):
+        return None
+    plate = data_plate(inputs.observed(model_trace), inputs.num_rows(args))
+    inside = [plate.name in names for names in plates]
+    if any(inside) and not all(inside):
+        raise ValueError(
+            "PosteriorPairing wants all sites of the guide without a density inside the data's plate, or none, but found both "
+            f"among {listed(implicit)}. Join them, or give some a density."
+        )
+    return plate if all(inside) else None
 
 
 @torch.no_grad()
-def _normal_of(u: Tensor) -> dist.MultivariateNormal:
-    """The normal distribution with mean and covariance of draws, (n, d); of what hardly varies it is not singular."""
-    covariance = torch.cov(u.T).reshape(u.shape[1], u.shape[1])
-    covariance = covariance + 1e-6 * covariance.diagonal().mean().clamp(min=1e-12) * torch.eye(len(covariance)).to(u)
-    return dist.MultivariateNormal(u.mean(0), covariance)
+def _normal_fit(z: Tensor) -> dist.MultivariateNormal:
+    """Return the normal distribution with the mean and covariance of samples (n, d), regularised so that it is not singular."""
+    covariance = torch.cov(z.T).reshape(z.shape[1], z.shape[1])
+    covariance = covariance + 1e-6 * covariance.diagonal().mean().clamp(min=1e-12) * torch.eye(len(covariance)).to(z)
+    return dist.MultivariateNormal(z.mean(0), covariance)

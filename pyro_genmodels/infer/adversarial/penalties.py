@@ -1,14 +1,14 @@
-r"""What keeps a critic from running away: penalties on its slopes, or bounds on its weights.
+r"""Penalties on a critic: on the norm of its gradient, or bounds on its parameters.
 
 .. math:: R_1 = \frac\gamma2\, \mathbb{E}_p |\nabla v|^2, \qquad R_2 = \frac\gamma2\, \mathbb{E}_q |\nabla v|^2, \qquad
     \mathrm{GP} = \lambda\, \mathbb{E} (|\nabla v(\hat x)| - 1)^2,
 
-with :math:`\hat x` anywhere between a datum and a draw. Slopes are in what the critic tells apart, in its units; not in a
-context.
+with :math:`\hat x` uniform on the line between a real and a fake input. Gradients are with respect to these inputs, but not to
+a context.
 
 Mescheder et al., *Which Training Methods for GANs do actually Converge?* (arXiv 1801.04406); Gulrajani et al., *Improved
-Training of Wasserstein GANs* (arXiv 1704.00028). Spectral normalisation, which acts in the network, is torch's:
-`spectral_normalized` puts it on every layer (Miyato et al., arXiv 1802.05957).
+Training of Wasserstein GANs* (arXiv 1704.00028). Spectral normalisation is part of the network:
+`spectral_normalized` applies torch's to every layer (Miyato et al., arXiv 1802.05957).
 """
 
 from __future__ import annotations
@@ -23,98 +23,99 @@ import torch
 from torch import Tensor, nn
 
 Critic = Callable[..., Tensor]
-Seen = tuple[Tensor, ...]
+"""(inputs (rows, ...) each) -> (rows,)."""
+Inputs = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Penalty:
-    """Base of what restrains a critic; by itself it does not."""
+    """Base class of penalties. This class itself has no effect."""
 
-    def __call__(self, critic: Critic, real: Seen, fake: Seen) -> Tensor | float:
-        """What is added to the critic's loss.
+    def __call__(self, critic: Critic, real: Inputs, fake: Inputs) -> Tensor | float:
+        """Return the penalty to add to the critic's loss.
 
         Args:
-            critic: of what it sees, (rows, ...) each, -> (rows,).
-            real: what it sees of data.
-            fake: what it sees of draws.
+            critic: function of inputs, (rows, ...) each, that returns (rows,).
+            real: real inputs.
+            fake: fake inputs.
         """
         return 0.0
 
     def constrain(self, parameters: Iterable[Tensor]) -> None:
-        """Bounds the critic's parameters after each of its steps."""
+        """Bound the critic's parameters in place. Called after each of its steps."""
 
 
-def _weight(owner: object, value: float) -> None:
+def _check_positive(owner: object, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not (isfinite(value) and value > 0):
         raise ValueError(f"{type(owner).__name__} wants a positive number, but found {value!r}.")
 
 
 @dataclass(frozen=True)
-class _SquaredSlope(Penalty):
+class _SquaredGradient(Penalty):
     gamma: float = 1.0
 
     def __post_init__(self) -> None:
-        _weight(self, self.gamma)
+        _check_positive(self, self.gamma)
 
 
-class R1(_SquaredSlope):
-    """Half the squared slope at data, times gamma.
-
-    Args:
-        gamma: weight, positive.
-    """
-
-    def __call__(self, critic: Critic, real: Seen, fake: Seen) -> Tensor:
-        return self.gamma / 2 * _squared_slopes(critic, real).mean()
-
-
-class R2(_SquaredSlope):
-    """Half the squared slope at draws, times gamma.
+class R1(_SquaredGradient):
+    """Half the squared norm of the gradient at real inputs, times gamma.
 
     Args:
-        gamma: weight, positive.
+        gamma: positive weight.
     """
 
-    def __call__(self, critic: Critic, real: Seen, fake: Seen) -> Tensor:
-        return self.gamma / 2 * _squared_slopes(critic, fake).mean()
+    def __call__(self, critic: Critic, real: Inputs, fake: Inputs) -> Tensor:
+        return self.gamma / 2 * _squared_norms(critic, real).mean()
+
+
+class R2(_SquaredGradient):
+    """Half the squared norm of the gradient at fake inputs, times gamma.
+
+    Args:
+        gamma: positive weight.
+    """
+
+    def __call__(self, critic: Critic, real: Inputs, fake: Inputs) -> Tensor:
+        return self.gamma / 2 * _squared_norms(critic, fake).mean()
 
 
 @dataclass(frozen=True)
 class GradientPenalty(Penalty):
-    """The squared distance of slopes from 1, between data and draws.
+    """The squared distance of the gradient's norm from 1, at points between real and fake inputs.
 
     Args:
-        weight: positive.
+        weight: positive weight.
     """
 
     weight: float = 10.0
 
     def __post_init__(self) -> None:
-        _weight(self, self.weight)
+        _check_positive(self, self.weight)
 
-    def __call__(self, critic: Critic, real: Seen, fake: Seen) -> Tensor:
+    def __call__(self, critic: Critic, real: Inputs, fake: Inputs) -> Tensor:
         rows = len(real[0])
         share = torch.rand(rows, device=real[0].device)
         between = tuple(
             x.lerp(y, share.to(x).reshape(-1, *(1,) * (x.dim() - 1))) if x.is_floating_point() else x
             for x, y in zip(real, fake, strict=True)
         )
-        slopes = _squared_slopes(critic, between).clamp(min=1e-12).sqrt()  # the root has no slope at zero
-        return self.weight * (slopes - 1).square().mean()
+        norms = _squared_norms(critic, between).clamp(min=1e-12).sqrt()  # the root has no derivative at 0
+        return self.weight * (norms - 1).square().mean()
 
 
 @dataclass(frozen=True)
 class WeightClipping(Penalty):
-    """Every parameter of the critic within a bound after each step, as the first Wasserstein GAN does.
+    """Clipping of every parameter of the critic after each step, as in the first Wasserstein GAN.
 
     Args:
-        bound: positive.
+        bound: largest absolute value of a parameter.
     """
 
     bound: float = 0.01
 
     def __post_init__(self) -> None:
-        _weight(self, self.bound)
+        _check_positive(self, self.bound)
 
     @torch.no_grad()
     def constrain(self, parameters: Iterable[Tensor]) -> None:
@@ -122,20 +123,25 @@ class WeightClipping(Penalty):
             p.clamp_(-self.bound, self.bound)
 
 
-def _squared_slopes(critic: Critic, seen: Seen) -> Tensor:
-    """Of each row, (rows,), with a graph to the critic's parameters."""
-    if not all(part.requires_grad for part in seen if part.is_floating_point()):
-        seen = tuple(part.detach().requires_grad_(part.is_floating_point()) for part in seen)
-    inputs = [part for part in seen if part.requires_grad]
-    if not inputs:
-        raise ValueError("Penalties are on slopes, but the critic tells integers apart, which have none. Pass penalties=().")
+def _squared_norms(critic: Critic, inputs: Inputs) -> Tensor:
+    """Return the squared norm of the critic's gradient in each row, (rows,), with a graph to its parameters."""
+    if not all(part.requires_grad for part in inputs if part.is_floating_point()):
+        inputs = tuple(part.detach().requires_grad_(part.is_floating_point()) for part in inputs)
+    floats = [part for part in inputs if part.requires_grad]
+    if not floats:
+        raise ValueError("Gradient penalties want inputs that are real numbers, but found integers. Pass penalties=().")
     with torch.enable_grad():
-        slopes = torch.autograd.grad(critic(*seen).sum(), inputs, create_graph=True, allow_unused=True, materialize_grads=True)
-    return torch.stack([slope.reshape(len(slope), -1).square().sum(1) for slope in slopes]).sum(0)
+        grads = torch.autograd.grad(critic(*inputs).sum(), floats, create_graph=True, allow_unused=True, materialize_grads=True)
+    return torch.stack([grad.reshape(len(grad), -1).square().sum(1) for grad in grads]).sum(0)
 
 
 def spectral_normalized(network: nn.Module) -> nn.Module:
-    """The network, with the weight of every dense and convolutional layer divided by its largest singular value (torch's).
+    """Apply torch's spectral normalisation to every dense and convolutional layer, in place, and return the network.
+
+    The weight of a layer is divided by its largest singular value.
+
+    Raises:
+        TypeError: if the argument is no `torch.nn.Module`.
 
     Example:
         >>> critic = spectral_normalized(nn.Sequential(nn.Linear(2, 8), nn.SiLU(), nn.Linear(8, 1)))
