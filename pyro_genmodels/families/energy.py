@@ -1,7 +1,7 @@
 r"""Energy-based models: :math:`p(x \mid c) \propto p_0(x)\, e^{-E(x, c)}`. The constant is unknown; the score is not.
 
-LeCun et al., *A Tutorial on Energy-Based Learning* (2006). Trained by `ContrastiveDivergence`, `NoiseContrastive`, score
-matching, or within a model by Pyro's own losses; drawn by the samplers of `pyro_genmodels.samplers`.
+LeCun et al., *A Tutorial on Energy-Based Learning* (2006). They are trained by `ContrastiveDivergence`, `NoiseContrastive`,
+score matching, or in a model by Pyro's own losses, and sampled by the Markov chains of `pyro_genmodels.samplers`.
 """
 
 from __future__ import annotations
@@ -9,62 +9,66 @@ from __future__ import annotations
 __all__ = ["EnergyModel"]
 
 from collections.abc import Sequence
-from types import EllipsisType
-from typing import Any
+from typing import Any, Literal
 
-import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_genmodels._pyro import handlers
 from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.distributions.energy.negatives import Annealed, Negatives, Persistent
-from pyro_genmodels.distributions.energy.path import kind_of, positions
-from pyro_genmodels.distributions.energy.state import Memory
+from pyro_genmodels.distributions.energy.path import PathOptions, positions, space_of
+from pyro_genmodels.distributions.energy.state import PartitionCache, ReplayBuffer
 from pyro_genmodels.families.context import Context
 from pyro_genmodels.families.family import Family, Standardize
 from pyro_genmodels.nn.energies import DenseEnergy, EnergyChoice
-from pyro_genmodels.samplers import Gibbs, GibbsWithGradients, Langevin, Sampler
-from pyro_genmodels.utils.distributions import density_of, without_validation
+from pyro_genmodels.samplers import Gibbs, Langevin, Sampler, Space, default_sampler
+from pyro_genmodels.utils.distributions import check_exact_density, without_validation
+from pyro_genmodels.utils.errors import check_choice, check_positive_int
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class EnergyModel(Family):
     r"""An energy-based model.
 
-    In a model of your own, under any of Pyro's losses, its `log_prob` carries the gradient of log Z by negatives from its
-    sampler; its value lacks log Z until that is known (`density` of the distribution says whether it is). So it may stand where
-    gradients matter alone. What weighs by its value (NUTS over the context, enumeration, the score function) wants an energy
-    without a context, or one that is frozen.
+    Under any of Pyro's losses, its `log_prob` carries the gradient of log Z, estimated from negatives. The value of `log_prob`
+    lacks log Z until that is known; the distribution's `density` says whether it is. Where the value is used as a weight (NUTS
+    over the context, enumeration, the score function), the energy must have no context, or be frozen.
 
     Args:
         event_shape: shape of one datum.
         context: see `Family`.
-        energy: a choice such as ``DenseEnergy((128, 128))``, the default, ``ConvolutionalEnergy()``,
-            ``RestrictedBoltzmannMachine(64)`` or ``BoltzmannMachine()``; or a module of your own, called as ``energy(x)`` or
-            ``energy(x, context)`` with one batch dimension, -> energies (n,) in nats. It sees the standardised data; on an
-            interval, [-1, 1]; of classes, one-hot vectors.
-        base: what is tilted: a Pyro distribution over one datum, or a family without a context, which is trained along unless
-            frozen. None is:
-            under the choices above a standard normal of the standardised data, without which exp(-E) need have no integral, on
-            an interval the uniform law, over discrete data their frequencies, coordinate by coordinate; under a module of your
-            own a flat measure.
-        support: where one coordinate lies: the reals, an interval, `constraints.boolean`, or
+        energy: choice such as ``DenseEnergy((128, 128))``, the default, ``ConvolutionalEnergy()``,
+            ``RestrictedBoltzmannMachine(64)`` or ``BoltzmannMachine()``; or a module called as ``energy(x)`` or
+            ``energy(x, context)`` with one batch dimension, which returns energies (n,) in nats. Its input is the standardised
+            data; on an interval, data scaled to [-1, 1]; for classes, one-hot vectors.
+        base: density that is tilted: a Pyro distribution over one datum, or a family without a context, which is trained along
+            unless frozen. With None, an energy that is a choice tilts a standard normal of the standardised data (without which
+            exp(-E) need have no integral), on an interval a uniform distribution, and over discrete data their frequencies,
+            coordinate by coordinate; an energy that is a module has a flat measure.
+        support: support of one coordinate: the reals, an interval, `constraints.boolean`, or
             ``constraints.integer_interval(0, K - 1)``, whose order the energy does not know.
-        sampler: that moves chains: `Langevin` (the default over reals), `Hamiltonian`, `GibbsWithGradients` (the default over
-            discrete data), `Gibbs` (of Boltzmann machines), `ParallelTempering`. None: nothing can be drawn, and the objectives
-            that draw nothing remain.
-        negatives: where they come from: `Persistent` (the default), `Contrastive`, or `Annealed` (the default with a context).
-        num_steps: of the sampler to a draw.
-        noise: lowest and highest level of noise, in units of the standardised data, that the energy is told as the logarithm at
-            the end of its context, for `DenoisingScoreMatching` at many levels. It is then the energy of the data with the
-            lowest, and draws are led down from the highest.
-        standardize: see `Family`. Off, an energy of your own sees the data as they are.
+        sampler: Markov kernel: `Langevin`, `Hamiltonian`, `GibbsWithGradients`, `Gibbs` (Boltzmann machines only) or
+            `ParallelTempering`. "default" is `Gibbs` where the energy has sweeps, `Langevin` over real numbers and
+            `GibbsWithGradients` over discrete data. None draws nothing, and leaves the objectives that draw nothing.
+        negatives: source of negatives: `Persistent` (the default), `Contrastive`, or `Annealed` (the default with a context).
+        num_steps: steps of the sampler per draw.
+        noise: lowest and highest noise level, in units of the standardised data, for `DenoisingScoreMatching` at many levels.
+            The context of the energy then ends with the logarithm of the level. The distribution is that at the lowest level,
+            and draws are annealed from the highest.
+        standardize: see `Family`. Without it, the input of a module is the data as they are.
         name: see `Family`.
 
+    Attributes:
+        replay_buffer: chains of `Persistent` negatives and the tuned step size.
+        partition_cache: log Z and the parameters it holds for.
+        marginals: natural parameters of the frequencies of discrete data, of the shape of a position; else (0,).
+
     Raises:
-        ValueError: on a sampler, support and energy that do not go together.
+        TypeError: for an energy, base, sampler or negatives of another type.
+        ValueError: for a sampler, support and energy that cannot be combined.
 
     Example:
         >>> from pyro_genmodels import EnergyModel
@@ -83,7 +87,7 @@ class EnergyModel(Family):
         energy: EnergyChoice | nn.Module | None = None,
         base: Distribution | Family | None = None,
         support: constraints.Constraint = constraints.real,
-        sampler: Sampler | EllipsisType | None = ...,
+        sampler: Sampler | Literal["default"] | None = "default",
         negatives: Negatives | None = None,
         num_steps: int = 500,
         noise: tuple[float, float] | None = None,
@@ -91,108 +95,107 @@ class EnergyModel(Family):
         name: str | None = None,
     ) -> None:
         super().__init__(event_shape, context=context, support=support, standardize=standardize, name=name)
-        bounded = self._bounded and not support.is_discrete
-        self._standardize = bool(standardize) and not bounded  # discrete data too: their frequencies
-        kind, classes = kind_of(support)
-        position = torch.Size((*self.event_shape, classes)) if kind == "categorical" else self.event_shape
+        space = self.space
+        self._standardize = bool(standardize) and not space.bounded  # of discrete data too, whose frequencies it sets
         energy = DenseEnergy() if energy is None else energy
-        self.tilted, self.noise = isinstance(energy, EnergyChoice), _checked_noise(noise, kind)
-        size = self.context_size + (noise is not None)
-        self.energy = energy.build(position, kind, size) if isinstance(energy, EnergyChoice) else _checked_energy(energy)
+        self.tilted, self.noise = isinstance(energy, EnergyChoice), _checked_noise(noise, space)
+        if isinstance(energy, EnergyChoice):
+            self.energy = energy.build(self.event_shape, space, self.context_size + (noise is not None))
+        else:
+            self.energy = _checked_energy(energy)
         self.base = _checked_base(base, self.event_shape, support)
-        self.register_buffer("marginals", torch.zeros(position if kind != "real" else (0,)))
-        if sampler is ...:
-            gibbs = base is None and noise is None and hasattr(self.energy, "gibbs") and self.tilted and not bounded
-            sampler = Gibbs() if gibbs else Langevin() if kind == "real" else GibbsWithGradients()
-        for role, found, wanted in (("sampler", sampler, Sampler), ("negatives", negatives, Negatives)):
-            if not (found is None or isinstance(found, wanted)):
-                found = f"the class {found.__name__}" if isinstance(found, type) else repr(found)
-                example = "Langevin()" if role == "sampler" else "Persistent()"
-                raise TypeError(f"EnergyModel wants {role} such as {example}, but found {found}.")
-        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-            raise ValueError(f"EnergyModel wants num_steps of 1 or more to a draw, but found {num_steps!r}.")
-        self.sampler, self.num_steps = sampler, num_steps
-        plain = not self.tilted and not standardize  # an energy of the user's own, of the data as they are
-        self.features = None if plain else _to_unit if bounded else positions
-        self.arguments["sampler"] = sampler
-        self.negatives = (Persistent() if self.context is None else Annealed()) if negatives is None else negatives
+        self.register_buffer("marginals", torch.zeros(self.position_shape if space.is_discrete else (0,)))
+        sees_data = not self.tilted and not standardize
+        self.features = None if sees_data else _unit_interval if space.bounded else positions
+        check_positive_int("EnergyModel", num_steps=num_steps)
+        self.num_steps = num_steps
+        self.sampler = self._checked_sampler(sampler)
+        default = Persistent() if self.context is None else Annealed()
+        self.negatives = check_choice("EnergyModel", "source of negatives", negatives, default, Negatives)
         if self.context is not None and isinstance(self.negatives, Persistent):
             raise ValueError(
                 "Persistent chains cannot go on where every row has a context of its own. Use negatives=Annealed() or "
                 "Contrastive()."
             )
-        if noise is not None and sampler not in (None, Langevin()):
+        capacity = self.negatives.capacity if isinstance(self.negatives, Persistent) and self.sampler is not None else 0
+        self.replay_buffer = ReplayBuffer(self.sampler, torch.zeros(capacity, *self.position_shape))
+        self.partition_cache = PartitionCache()
+        self._distribution(None)  # raises errors about parts that cannot be combined
+
+    def _checked_sampler(self, sampler: Any) -> Sampler | None:
+        if sampler is None:
+            return None
+        if sampler == "default":
+            has_sweeps = self.tilted and self.base is None and self.noise is None and hasattr(self.energy, "gibbs")
+            return Gibbs() if has_sweeps and not self.space.bounded else default_sampler(self.space)
+        sampler = check_choice("EnergyModel", "sampler", sampler, None, Sampler)
+        if self.noise is not None and sampler != Langevin():
             raise ValueError(
-                f"Draws of an energy at several levels of noise are led down by annealed Langevin, not by {sampler}. Leave the "
-                "sampler out, or the noise."
+                f"EnergyModel with noise levels is sampled by annealed Langevin dynamics, but found sampler={sampler}. Leave "
+                "the sampler out, or the noise."
             )
-        kept = self.negatives.kept if isinstance(self.negatives, Persistent) and sampler is not None else 0
-        like = torch.zeros(kept, *position)
-        self.memory = Memory(sampler, like)
-        self._energy(None)  # so that what does not go together is told here
+        return sampler
 
     def forward(self, context: Tensor | None = None) -> Energy:
         base = self.base() if isinstance(self.base, Family) else self.base
         embedded = self.embed(context)
-        if embedded is not None and handlers.is_enumerated(embedded.dim() - 1):
+        if embedded is not None and handlers.has_enumerated_dims(embedded.dim() - 1):
             raise ValueError(
-                f"{self.name} is given a variable that is enumerated, whose values are weighed by log Z of each, which is not "
-                "known. Draw it in the guide, or take a family with an exact density, such as Flow."
+                f"{self.name} has a context that is enumerated, but the weight of each value depends on its log Z, which is "
+                "not known. Sample it in the guide, or use a family with an exact density, such as Flow."
             )
-        return self._energy(base, embedded)
+        return self._distribution(base, embedded)
 
-    def _energy(self, base: Distribution | None, context: Tensor | None = None) -> Energy:
-        return Energy(
+    def _distribution(self, base: Distribution | None, context: Tensor | None = None) -> Energy:
+        energy = Energy(
             self.energy,
             self.event_shape,
             context=context,
             base=None if base is None else without_validation(base),
             support=self.support,
-            coordinates=None if self.pretransform is None else self.pretransform.inv,
-            features=self.features,
-            start=self._start(),
-            tilted=self.tilted and self.base is None,
+            path=PathOptions(
+                coordinates=None if self.pretransform is None else self.pretransform.inv,
+                features=self.features,
+                start=self._start(),
+                tilt_start=self.tilted and self.base is None,
+            ),
             sampler=self.sampler,
             negatives=self.negatives,
-            memory=self.memory,
             num_steps=self.num_steps,
             noise=self.noise,
-            weighs=() if context is None else handlers.drawn_without_gradient(),
+            replay_buffer=self.replay_buffer,
+            partition_cache=self.partition_cache,
         )
+        return energy if context is None else energy.replace(latents_without_gradient=handlers.latents_without_gradient())
 
     def _start(self) -> Distribution:
-        """Of positions: the frequencies of discrete data, uniform on an interval, else standard normal."""
-        if self.support.is_discrete:
-            law = dist.Bernoulli if kind_of(self.support)[0] == "binary" else dist.OneHotCategorical
-            return law(logits=self.marginals, validate_args=False)
-        zero, one = torch.zeros_like(self.loc), torch.ones_like(self.loc)
-        return (dist.Logistic if self._bounded else dist.Normal)(zero, one, validate_args=False)
+        """Return the start of the path: frequencies of discrete data, uniform on an interval, or a standard normal."""
+        return self.space.start(self.marginals if self.space.is_discrete else torch.zeros_like(self.loc))
 
     @property
-    def _bounded(self) -> bool:
-        """Whether the data lie on an interval, with two ends."""
-        return all(hasattr(self.support, name) for name in ("lower_bound", "upper_bound"))
+    def space(self) -> Space:
+        """Space of the chain positions."""
+        return space_of(self.support)
+
+    @property
+    def position_shape(self) -> Size:
+        """Shape of one chain's position."""
+        return self.space.position_shape(self.event_shape)
 
     @property
     def pretransform(self) -> Transform | None:
-        """To the positions of chains; on an interval and of discrete data nothing, for these need no standardisation."""
-        return None if self._bounded or self.support.is_discrete else super().pretransform
+        """Bijection from data to positions; None on an interval and for discrete data, which need no standardisation."""
+        return None if self.space.bounded or self.space.is_discrete else super().pretransform
 
     def standardize(self, x: Tensor) -> None:
-        """Takes mean and standard deviation from data, (N, *event_shape), or of discrete data their frequencies."""
+        """Set mean and standard deviation to those of the data x, (N, *event_shape); or the frequencies of discrete data."""
         if isinstance(self.base, Family):
             self.base.prepare(x)
-        if not self.support.is_discrete:
+        if not self.space.is_discrete:
             return super().standardize(x)
         if self._standardize:
             with torch.no_grad():
-                x = x.to(self.marginals.device)
-                if kind_of(self.support)[0] == "binary":
-                    count = x.to(self.marginals.dtype).sum(0) + 0.5
-                    self.marginals.copy_((count / (len(x) + 1 - count)).log())
-                else:
-                    one_hot = torch.nn.functional.one_hot(x.long(), self.marginals.shape[-1])
-                    self.marginals.copy_(((one_hot.sum(0) + 0.5) / (len(x) + 0.5 * one_hot.shape[-1])).log())
+                self.marginals.copy_(self.space.frequencies(x.to(self.marginals.device)))
                 if isinstance(centre := getattr(self.energy, "centre", None), Tensor):
                     centre.copy_(self._start().mean.reshape(-1))
                 self.standardized.fill_(True)
@@ -200,8 +203,8 @@ class EnergyModel(Family):
         return None
 
 
-def _to_unit(u: Tensor) -> Tensor:
-    """Positions of data on an interval -> the data, its ends at -1 and 1."""
+def _unit_interval(u: Tensor) -> Tensor:
+    """Return the data at positions u, scaled from their interval to [-1, 1]."""
     return (u / 2).tanh()
 
 
@@ -209,26 +212,26 @@ def _checked_energy(energy: Any) -> nn.Module:
     if not isinstance(energy, nn.Module):
         found = f"the class {energy.__name__}" if isinstance(energy, type) else type(energy).__name__
         raise TypeError(
-            f"EnergyModel wants a choice such as DenseEnergy() or a torch.nn.Module as its energy, but found {found}. A plain "
-            "function can be an energy of pyro_genmodels.distributions.Energy."
+            f"EnergyModel wants a choice such as DenseEnergy() or a torch.nn.Module as its energy, but found {found}. For a "
+            "plain function use pyro_genmodels.distributions.Energy."
         )
     if any(getattr(part, "_pyro_samples", ()) for part in energy.modules()):
         raise ValueError(
-            f"The weights of {type(energy).__name__} are random (PyroSample), and log Z of every draw of them is out of reach. "
-            "Give it weights that are parameters."
+            f"The weights of {type(energy).__name__} are random (PyroSample), and log Z depends on each draw of them. Use "
+            "weights that are parameters."
         )
-    if any(isinstance(part, _BatchNorm) for part in energy.modules()):
+    if any(isinstance(part, BATCH_NORMS) for part in energy.modules()):
         raise ValueError(
-            f"{type(energy).__name__} has BatchNorm, by which the energy of one datum depends on others. Use GroupNorm or "
+            f"{type(energy).__name__} has BatchNorm, so that the energy of one datum depends on others. Use GroupNorm or "
             "LayerNorm."
         )
     return energy
 
 
-def _checked_noise(noise: Any, kind: str) -> tuple[float, float] | None:
+def _checked_noise(noise: Any, space: Space) -> tuple[float, float] | None:
     if noise is None:
         return None
-    if kind != "real":
+    if space.is_discrete:
         raise ValueError("Noise is added to real numbers: leave noise out, or give a support of real numbers.")
     low, high = map(float, noise) if isinstance(noise, Sequence) and len(noise) == 2 else (0.0, 0.0)
     if not 0 < low < high < float("inf"):
@@ -236,37 +239,23 @@ def _checked_noise(noise: Any, kind: str) -> tuple[float, float] | None:
     return low, high
 
 
-def _checked_base(base: Any, event_shape: torch.Size, support: constraints.Constraint) -> Any:
+def _checked_base(base: Any, event_shape: Size, support: constraints.Constraint) -> Any:
     if base is None:
         return None
-    if not isinstance(base, (Distribution, Family)):
-        found = f"the class {base.__name__}" if isinstance(base, type) else type(base).__name__
-        raise TypeError(
-            f"EnergyModel wants a Pyro distribution or a family as its base, such as Flow((8,)), but found {found}."
-        )
-    if isinstance(base, Distribution) and base.batch_shape:
-        raise ValueError(
-            f"EnergyModel wants a base over one datum, but found a batch of shape {tuple(base.batch_shape)}. Use "
-            f"base.to_event({len(base.batch_shape)})."
-        )
     if isinstance(base, Family) and base.context is not None:
-        raise ValueError("EnergyModel wants a base without a context: what depends on the context is for the energy to say.")
-    if base.event_shape != event_shape:
-        raise ValueError(f"The base is over events {tuple(base.event_shape)}, but the energy over {tuple(event_shape)}.")
-    found = base.data_support if isinstance(base, Family) else base.support
-    if found is None or _ends(found) != _ends(support):
-        raise ValueError(f"The base has the support {found}, but the energy {support}. Give the energy that of the base.")
-    density, advice = density_of(base() if isinstance(base, Family) else base)
-    if density != "exact":
-        raise ValueError(f"EnergyModel tilts an exact density, but that of the base is: {density}. {advice}")
+        raise ValueError("EnergyModel wants a base without a context: only the energy may depend on the context.")
+    density = check_exact_density("EnergyModel", "base", base, event_shape)
+    found = base.data_support if isinstance(base, Family) else density.support
+    if found is None or _coordinate_range(found) != _coordinate_range(support):
+        raise ValueError(f"EnergyModel wants a base over {support}, its support, but found one over {found}. Make them equal.")
     return base
 
 
-def _ends(support: Any) -> tuple[Any, ...]:
-    """Of what kind coordinates are, and where they end."""
+def _coordinate_range(support: Any) -> tuple[Any, ...]:
+    """Return (is discrete, lower bound, upper bound) of the coordinates of a support."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    ends = [getattr(support, name, None) for name in ("lower_bound", "upper_bound")]
     if isinstance(support, type(constraints.boolean)):
         return True, 0.0, 1.0
+    ends = [getattr(support, name, None) for name in ("lower_bound", "upper_bound")]
     return support.is_discrete, *(None if end is None else float(end) for end in ends)

@@ -1,8 +1,8 @@
-r"""Energies to choose from: positions in, one number out.
+r"""Energy networks: chain positions in, one number out.
 
-Each is a *choice*, an immutable record of options whose ``build(shape, kind, context)`` makes a module, (x, context) ->
-energies (n,), for positions x (n, *shape) of one kind: real numbers, zeros and ones, or classes one-hot in the last dimension.
-The constant term that no density knows is left out, so that every parameter has a gradient.
+Each is a *choice*, an immutable record of options. Its ``build(event_shape, space, context)`` returns a module (x, context) ->
+energies (n,), for positions x (n, *position) in a space of chains (`pyro_genmodels.samplers.Space`). Constant terms, which no
+density depends on, are left out, so that every parameter has a gradient.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ __all__ = ["ConvolutionalEnergy", "DenseEnergy", "EnergyChoice"]
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +22,39 @@ from pyro_genmodels.nn.mlp import MLP
 from pyro_genmodels.nn.residual import Residual
 
 
+class Units(Protocol):
+    """The parts of a space of chain positions that networks use; see `pyro_genmodels.samplers.Space`."""
+
+    @property
+    def is_discrete(self) -> bool: ...
+
+    @property
+    def width(self) -> int: ...
+
+    def position_shape(self, event_shape: Sequence[int]) -> Size: ...
+
+    def scaled(self, u: Tensor) -> Tensor: ...
+
+    def draw(self, natural: Tensor) -> Tensor: ...
+
+    def log_sum(self, natural: Tensor) -> Tensor: ...
+
+
 class EnergyChoice(ABC):
-    """An energy, to be built for positions of a shape and kind."""
+    """An energy network that has yet to be built for an event shape and a space of positions."""
 
     @abstractmethod
-    def build(self, shape: Size, kind: str, context: int) -> nn.Module:
-        """The module for positions (n, *shape) of that kind and contexts (n, context), or none if that is 0."""
+    def build(self, event_shape: Size, space: Units, context: int) -> nn.Module:
+        """Build the network.
+
+        Args:
+            event_shape: shape of one datum.
+            space: space of the positions, which are real numbers, zeros and ones, or one-hot in a further last dimension.
+            context: length of the context vector; 0 is none.
+
+        Returns:
+            A module (x (n, *position), context (n, context)) -> energies (n,) in nats.
+        """
 
 
 @dataclass(frozen=True)
@@ -35,6 +63,9 @@ class DenseEnergy(EnergyChoice):
 
     Args:
         hidden: widths of the hidden layers.
+
+    Raises:
+        TypeError: if the widths are not a sequence.
     """
 
     hidden: Sequence[int] = (128, 128)
@@ -43,19 +74,18 @@ class DenseEnergy(EnergyChoice):
         if not isinstance(self.hidden, Sequence):
             raise TypeError(f"DenseEnergy wants widths of its hidden layers, such as (128, 128), but found {self.hidden!r}.")
 
-    def build(self, shape: Size, kind: str, context: int) -> nn.Module:
-        return _Dense(shape.numel() + context, self.hidden, centred=kind == "binary")
+    def build(self, event_shape: Size, space: Units, context: int) -> nn.Module:
+        return _Dense(space, space.position_shape(event_shape).numel() + context, self.hidden)
 
 
 class _Dense(nn.Module):
-    def __init__(self, inputs: int, hidden: Sequence[int], *, centred: bool) -> None:
+    def __init__(self, space: Units, inputs: int, hidden: Sequence[int]) -> None:
         super().__init__()
-        self.centred = centred
+        self.space = space
         self.mlp = MLP(inputs, 1, hidden, last_bias=False)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        x = x.flatten(1) if x.dim() > 1 else x[:, None]
-        x = 2 * x - 1 if self.centred else x
+        x = self.space.scaled(x.flatten(1) if x.dim() > 1 else x[:, None])
         return self.mlp(x if context is None else torch.cat([x, context], -1)).squeeze(-1)
 
 
@@ -64,40 +94,37 @@ class ConvolutionalEnergy(EnergyChoice):
     """A residual network over images (h, w) or (c, h, w), each stage at half the resolution of the one before.
 
     Args:
-        channels: of each stage.
+        channels: channels of each stage.
 
     Raises:
-        ValueError: by `build`, of what is no image, or too small to be halved so often.
+        ValueError: by `build`, if the data are not images, or too small for the number of stages.
     """
 
     channels: Sequence[int] = (32, 64, 64)
 
-    def build(self, shape: Size, kind: str, context: int) -> nn.Module:
-        image = shape[:-1] if kind == "categorical" else shape
-        if len(image) not in (2, 3) or min(image[-2:]) < 2 ** (len(self.channels) - 1):
+    def build(self, event_shape: Size, space: Units, context: int) -> nn.Module:
+        if len(event_shape) not in (2, 3) or min(event_shape[-2:]) < 2 ** (len(self.channels) - 1):
             raise ValueError(
                 f"ConvolutionalEnergy{tuple(self.channels)} wants images (h, w) or (c, h, w) of at least "
-                f"{2 ** (len(self.channels) - 1)} rows and columns, but found {tuple(image)}. Use DenseEnergy, or fewer stages."
+                f"{2 ** (len(self.channels) - 1)} rows and columns, but found {tuple(event_shape)}. Use DenseEnergy, or fewer "
+                "stages."
             )
-        return _Convolutional(shape, kind, context, self.channels)
+        return _Convolutional(event_shape, space, context, self.channels)
 
 
 class _Convolutional(nn.Module):
-    def __init__(self, shape: Size, kind: str, context: int, channels: Sequence[int]) -> None:
+    def __init__(self, event_shape: Size, space: Units, context: int, channels: Sequence[int]) -> None:
         super().__init__()
-        self.kind, self.images = kind, len(shape) - (kind == "categorical") == 2
-        planes = (1 if self.images else shape[0]) * (shape[-1] if kind == "categorical" else 1)
+        self.space, self.image_shape = space, Size((1, *event_shape)[-3:])
+        planes = self.image_shape[0] * space.width
         self.first = nn.Conv2d(planes, channels[0], 3, padding=1)
         self.context = nn.Linear(context, channels[0], bias=False) if context else None
         self.stages = nn.ModuleList(Residual(a, b) for a, b in zip((channels[0], *channels), channels, strict=False))
         self.last = nn.Linear(channels[-1], 1, bias=False)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        if self.images:
-            x = x.unsqueeze(1)
-        if self.kind == "categorical":
-            x = x.movedim(-1, 2).flatten(1, 2)
-        h = self.first(2 * x - 1 if self.kind == "binary" else x)
+        x = x.reshape(len(x), *self.image_shape, self.space.width).movedim(-1, 2).flatten(1, 2)  # classes as channels
+        h = self.first(self.space.scaled(x))
         if self.context is not None:
             h = h + self.context(context)[..., None, None]
         for i, stage in enumerate(self.stages):

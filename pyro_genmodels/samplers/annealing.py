@@ -1,13 +1,13 @@
-r"""Annealing: chains led along a path of densities, with the weights that make up for the haste.
+r"""Annealing: chains that follow a path of densities, with importance weights that correct for the finite number of steps.
 
-Chains begin with draws of :math:`f_0`, whose integral is known to be 1. At each of :math:`0 = \beta_0 < \dots < \beta_K = 1`
+Chains start at samples of :math:`f_0`, whose integral is 1. At each of :math:`0 = \beta_0 < \dots < \beta_K = 1`
 
 .. math:: \log w \leftarrow \log w + \log f_{\beta_k}(x) - \log f_{\beta_{k-1}}(x), \qquad x \leftarrow T_{\beta_k}(x),
 
 where :math:`T_\beta` leaves :math:`f_\beta` invariant. Then :math:`\mathbb{E}\, w = Z`, the integral of :math:`f_1`, for any
-number of steps, so that :math:`\log \overline{w}` is too low in expectation (Jensen). Led backwards from draws of
-:math:`f_1 / Z`, moved before they are weighed, the same sum has :math:`\mathbb{E}\, w = 1 / Z`, and the estimate is too high.
-Led backwards from any :math:`x`, by kernels that are their own reversal, it says how likely the forward run is to end there:
+number of steps, and :math:`\log \overline{w}` is too low in expectation (Jensen). Backwards, from samples of :math:`f_1 / Z`
+that are moved before they are weighted, the same sum has :math:`\mathbb{E}\, w = 1 / Z`, and the estimate is too high.
+Backwards from any :math:`x`, with kernels that are their own reversal, it bounds the density of the forward run's end at x:
 
 .. math:: \log p_{\mathrm{RAISE}}(x) \ge \mathbb{E}[\log f_1(x) + \log w] .
 
@@ -28,7 +28,7 @@ from pyro_genmodels.samplers.target import Target
 
 
 def schedule(steps: int, like: Tensor, *, bend: float = 4.0) -> Tensor:
-    """Betas from 0 to 1, denser at both ends, (steps + 1,): a sigmoid, as Grosse et al. (arXiv 1511.02543) take."""
+    """Return betas (steps + 1,) from 0 to 1 along a sigmoid, denser at both ends (Grosse et al., arXiv 1511.02543)."""
     s = torch.sigmoid(bend * torch.linspace(-1.0, 1.0, steps + 1, dtype=torch.float64, device=like.device))
     return ((s - s[0]) / (s[-1] - s[0])).to(like.dtype)
 
@@ -44,26 +44,26 @@ def anneal(
     progress: bool = False,
     label: str = "annealing",
 ) -> tuple[Tensor, Tensor]:
-    """Leads chains along the path, at each beta by one step of the sampler.
+    """Move chains along the path, with one step of the sampler at each beta.
 
     Args:
-        target: the path.
-        sampler: whose steps leave each density invariant.
-        x: positions to begin with, (chains..., *event_shape).
-        betas: ascending: chains are weighed, then moved; descending: moved, then weighed. (K + 1,).
-        step_sizes: of the sampler at each beta, (K + 1,); None takes its own.
-        rate: without step_sizes, that of tuning on the way, which bends the weights.
-        progress: whether to show a progress bar.
-        label: beside it.
+        target: target with the path.
+        sampler: sampler whose steps leave each density invariant.
+        x: first positions, (chains..., *event_shape).
+        betas: (K + 1,). Ascending: chains are weighted, then moved. Descending: they are moved, then weighted.
+        step_sizes: step sizes of the sampler at each beta, (K + 1,); None takes its own.
+        rate: rate of tuning during the run if there are no step_sizes; tuning biases the weights.
+        progress: True to show a progress bar.
+        label: label of the progress bar.
 
     Returns:
         Positions, (chains..., *event_shape), and log weights, (chains...).
 
     Raises:
-        ValueError: with a sampler that tempers.
+        ValueError: for a sampler with temperatures.
     """
     if sampler.temperatures is not None:
-        raise ValueError(f"Annealing goes through temperatures itself: use the sampler inside {type(sampler).__name__}.")
+        raise ValueError(f"Annealing has temperatures of its own: use the sampler inside {type(sampler).__name__}.")
     ascending = bool(betas[0] < betas[-1])
     x = x.detach()
     chains = x.shape[: x.dim() - target.event_dim]
@@ -80,24 +80,27 @@ def anneal(
         with torch.no_grad():
             before, after = target.log_prob(x, betas[k - 1 : k + 1].reshape(2, *(1 for _ in chains))).expand(2, *chains)
         step = (after - before).masked_fill(after.isnan() | before.isnan() | (before == -torch.inf), -torch.inf)
-        log_w = torch.where(log_w == -torch.inf, log_w, log_w + step)  # what once weighs nothing stays so
+        log_w = torch.where(log_w == -torch.inf, log_w, log_w + step)  # a weight of zero stays zero
         if ascending:
             move(k)
     return x, log_w
 
 
 def tune(target: Target, sampler: Sampler, x: Tensor, betas: Tensor, *, steps: int = 3, rate: float = 0.7) -> Tensor | None:
-    """Step sizes of a sampler along the path, (K + 1,), by a run whose chains are then thrown away; None where none is tuned.
+    """Tune the step sizes of a sampler along the path, by a run whose chains are thrown away.
 
-    Sizes that were tuned by the weighed chains themselves would bend their weights.
+    Step sizes that depend on the weighted chains would bias their weights.
 
     Args:
-        target: the path.
-        sampler: to be tuned.
-        x: draws of f_0, (chains, *event_shape).
+        target: target with the path.
+        sampler: sampler to tune.
+        x: samples of f_0, (chains, *event_shape).
         betas: (K + 1,), ascending.
-        steps: of the sampler at each of some twenty betas.
+        steps: steps of the sampler at each of up to twenty betas.
         rate: see `run`.
+
+    Returns:
+        Step sizes (K + 1,), or None if the sampler has nothing to tune.
     """
     if sampler.target_acceptance is None:
         return None

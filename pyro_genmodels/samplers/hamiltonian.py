@@ -1,9 +1,9 @@
-r"""Hamiltonian Monte Carlo: a momentum is drawn, and position and momentum follow Hamilton's equations for a while.
+r"""Hamiltonian Monte Carlo: a momentum is drawn, and position and momentum follow Hamilton's equations for some steps.
 
 .. math:: H(x, v) = -\log f(x) + \tfrac12 |v|^2, \qquad v \sim N(0, I)
 
-The leapfrog's error in H decides whether the end is accepted. Step sizes vary by a fifth from trajectory to trajectory. Neal,
-*MCMC using Hamiltonian Dynamics* (arXiv 1206.1901). NUTS, which chooses the length itself, is Pyro's: see `potential`.
+The end is accepted with a probability given by the leapfrog's error in H. Step sizes vary by a fifth between trajectories, so
+that none is periodic. Neal, *MCMC using Hamiltonian Dynamics* (arXiv 1206.1901). `potential` hands a target to Pyro's NUTS.
 """
 
 from __future__ import annotations
@@ -17,14 +17,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_genmodels.samplers.kernel import Sampler, State, beside_event, check_counts, check_positive, metropolis, per_chain
+from pyro_genmodels.samplers.kernel import (
+    Sampler,
+    State,
+    check_counts,
+    check_positive,
+    flatten_event,
+    metropolis,
+    step_size_per_event,
+)
 from pyro_genmodels.samplers.target import Beta, Target, check_target, value_and_score
 
 
 def leapfrog(
     x: Tensor, v: Tensor, state: State, value_and_score: Callable[[Tensor], tuple[Tensor, Tensor]], step_size: Any, steps: int
 ) -> tuple[State, Tensor]:
-    """Steps of the leapfrog from position x and momentum v, both (chains..., *event_shape): the state and momentum there."""
+    """Take leapfrog steps from position x and momentum v, both (chains..., *event_shape).
+
+    Args:
+        x: position.
+        v: momentum.
+        state: state at x.
+        value_and_score: x -> log density and its gradient.
+        step_size: step size, which broadcasts with x.
+        steps: number of steps.
+
+    Returns:
+        The state and the momentum at the end.
+    """
     log_prob, score = state.log_prob, state.score
     v = v + 0.5 * step_size * score
     for i in range(steps):
@@ -39,11 +59,11 @@ class Hamiltonian(Sampler):
     """Hamiltonian Monte Carlo over real numbers.
 
     Args:
-        step_size: of the leapfrog, in units of the standardised data; tuned to an acceptance of 0.8.
-        num_leapfrog: its steps to one proposal.
+        step_size: step size of the leapfrog in units of the standardised data, before it is tuned to an acceptance of 0.8.
+        num_leapfrog: leapfrog steps per proposal.
 
     Raises:
-        ValueError: if one of them is not positive.
+        ValueError: if either is not positive.
 
     Example:
         >>> from pyro_genmodels.samplers import Hamiltonian, sample_chains
@@ -67,27 +87,27 @@ class Hamiltonian(Sampler):
 
     def step(self, state: State, target: Target, step_size: Tensor, beta: Beta = 1.0) -> tuple[State, Tensor]:
         v = torch.randn_like(state.x)
-        both = lambda x: value_and_score(target, x, beta)  # noqa: E731
-        jitter = step_size * (0.8 + 0.4 * torch.rand_like(state.log_prob))  # or a trajectory may end where it began
-        new, w = leapfrog(state.x, v, state, both, beside_event(jitter, target.event_dim), self.num_leapfrog)
-        kinetic = 0.5 * per_chain(v.square() - w.square(), new.log_prob.dim()).sum(-1)
+        jitter = step_size * (0.8 + 0.4 * torch.rand_like(state.log_prob))
+        jitter = step_size_per_event(jitter, target.event_dim)
+        new, w = leapfrog(state.x, v, state, lambda x: value_and_score(target, x, beta), jitter, self.num_leapfrog)
+        kinetic = 0.5 * flatten_event(v.square() - w.square(), new.log_prob.dim()).sum(-1)
         return metropolis(state, new, new.log_prob - state.log_prob + kinetic)
 
 
 def potential(target: Any, name: str = "x") -> Callable[[dict[str, Tensor]], Tensor]:
-    """An energy as Pyro's `NUTS` and `HMC` want it, by the name of its one variable.
+    """Return a target's potential energy in the form that Pyro's `NUTS` and `HMC` take.
 
-    It is of positions, which for data with bounds are not the data: ``target.decode`` leads to these.
+    The variable is a chain position. Positions of bounded data are unbounded: ``target.decode`` converts them to data.
 
     Args:
-        target: log density x (chains, ...) -> (chains,), an energy distribution, or a `Target`, of real numbers.
-        name: of the variable.
+        target: log density x (chains, ...) -> (chains,), an energy's distribution, or a `Target`, over real numbers.
+        name: name of the variable.
 
     Returns:
         {name: x (*event_shape)} -> potential energy (), for ``NUTS(potential_fn=...)``.
 
     Raises:
-        ValueError: if the target is not of real numbers, or an energy of many contexts.
+        ValueError: if the target is not over real numbers, or is an energy with several contexts.
 
     Example:
         >>> from pyro.infer import MCMC, NUTS
@@ -97,9 +117,8 @@ def potential(target: Any, name: str = "x") -> Callable[[dict[str, Tensor]], Ten
         torch.Size([10, 3])
     """
     checked = check_target(target, 1)
-    if checked.chains not in (None, 1):
-        raise ValueError(
-            f"potential wants the energy of one context, but found {checked.chains}. Give it one: energy(context[:1])."
-        )
+    contexts = None if checked.data is None else checked.data.num_contexts
+    if contexts not in (None, 1):
+        raise ValueError(f"potential wants the energy of one context, but found {contexts}. Give it one: energy(context[:1]).")
     Hamiltonian().check(checked)
     return lambda values: -checked.log_prob(values[name][None], 1.0)[0]

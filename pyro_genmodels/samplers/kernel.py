@@ -1,7 +1,7 @@
-r"""What every sampler is: an immutable choice of Markov kernel, with a pure step; and the loop that runs it.
+r"""Markov kernels: an immutable choice of options with a pure step, and the loop that runs it.
 
-A step takes a state to the next and tells with what probability its proposal was accepted. Step sizes are handed in, one for
-all chains, and tuned between steps towards a wanted acceptance: on the run by
+A step maps a state to the next and returns the acceptance probability of its proposal. Step sizes are arguments, one for all
+chains. They are tuned between steps towards a target acceptance :math:`a^*`: in `run` by
 
 .. math:: \log \epsilon \leftarrow \log \epsilon + \eta\,(\bar a - a^*), \qquad \bar a \text{ the mean over chains},
 
@@ -15,14 +15,14 @@ __all__ = [
     "DualAveraging",
     "Sampler",
     "State",
-    "beside",
-    "beside_event",
     "check_counts",
     "check_positive",
+    "expand_right",
+    "flatten_event",
+    "mean_over_chains",
     "metropolis",
-    "over_chains",
-    "per_chain",
     "run",
+    "step_size_per_event",
 ]  # fmt: skip
 
 from abc import ABC, abstractmethod
@@ -32,16 +32,16 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_genmodels.samplers.target import Beta, Kind, Target
+from pyro_genmodels.samplers.target import Beta, Target
 
 
 class State(NamedTuple):
-    """Where chains are.
+    """The state of chains.
 
     Attributes:
         x: positions, (chains..., *event_shape).
-        log_prob: log f_beta(x), (chains...), where the kernel needs it.
-        score: its gradient, where the kernel needs it.
+        log_prob: log f_beta(x), (chains...); None if the kernel does not need it.
+        score: gradient of log_prob in x; None if the kernel does not need it.
     """
 
     x: Tensor
@@ -50,11 +50,11 @@ class State(NamedTuple):
 
 
 class ChainRun(NamedTuple):
-    """What a run of chains ends with.
+    """The result of a run of chains.
 
     Attributes:
         x: positions, (chains..., *event_shape).
-        step_size: as tuned.
+        step_size: step size after tuning.
         acceptance: mean acceptance probability over steps and chains, of the shape of step_size.
     """
 
@@ -64,46 +64,54 @@ class ChainRun(NamedTuple):
 
 
 class Sampler(ABC):
-    """A Markov kernel. Subclasses are frozen dataclasses of their options."""
+    """A Markov kernel. Subclasses are frozen dataclasses of their options.
 
-    kinds: ClassVar[tuple[Kind, ...]] = ("real",)
-    """What it can move."""
+    Attributes:
+        needs_sweep: True if the kernel is the target's own sweep.
+        moves_discrete: True if the kernel moves discrete positions, False if it moves real numbers.
+        target_acceptance: mean acceptance that the step size is tuned to; None if nothing is tuned.
+        temperatures: number of copies of each chain, in a dimension after that of the chains; None for a plain chain.
+    """
+
+    needs_sweep: ClassVar[bool] = False
+    moves_discrete: ClassVar[bool] = False
     target_acceptance: ClassVar[float | None] = None
-    """What its step size is tuned to; None where nothing is tuned."""
     temperatures: int | None = None
-    """How many copies of a chain run beside each other, in a dimension after that of chains; None is a plain chain."""
 
     @property
     def base_kernel(self) -> Sampler:
-        """What moves one copy."""
+        """The kernel that moves one copy of a chain."""
+        return self
+
+    def unbiased(self) -> Sampler:
+        """Return the kernel with the corrections that make it leave the target invariant."""
         return self
 
     @abstractmethod
     def init(self, x: Tensor, target: Target, beta: Beta = 1.0) -> State:
-        """The state at positions x, (chains..., *event_shape)."""
+        """Return the state at positions x, (chains..., *event_shape)."""
 
     @abstractmethod
     def step(self, state: State, target: Target, step_size: Tensor, beta: Beta = 1.0) -> tuple[State, Tensor]:
-        """The next state, and the acceptance probability of each chain, (chains...)."""
+        """Return the next state and the acceptance probability of each chain, (chains...)."""
 
     def first_step_size(self, like: Tensor) -> Tensor:
-        """The step size to begin with."""
+        """Return the step size before tuning, of the type and device of `like`."""
         return like.new_tensor(getattr(self, "step_size", 1.0))
 
     def replicate(self, x: Tensor) -> Tensor:
-        """Positions to begin with, from points x (chains, *event_shape)."""
+        """Copy points x (chains, *event_shape) to all temperatures."""
         return x
 
     def cold(self, x: Tensor) -> Tensor:
-        """Of positions, those that follow the target itself, (chains, *event_shape)."""
+        """Return the positions at the temperature of the target, (chains, *event_shape)."""
         return x
 
     def check(self, target: Target) -> None:
-        """Raises a ValueError if it cannot move what the target is of, naming what can."""
-        if target.kind not in self.kinds:
-            cure = "Langevin() or Hamiltonian()" if target.kind == "real" else "GibbsWithGradients()"
-            found = {"real": "real numbers", "binary": "zeros and ones", "categorical": "classes"}[target.kind]
-            raise ValueError(f"{type(self).__name__} cannot move {found}. Use {cure}.")
+        """Raise a ValueError that names the right samplers if this one cannot move chains in the target's space."""
+        space = target.space
+        if space.is_discrete != self.moves_discrete:
+            raise ValueError(f"{type(self).__name__} cannot move {space.description}. Use {space.samplers}.")
 
 
 def run(
@@ -116,98 +124,108 @@ def run(
     beta: Beta = 1.0,
     rate: float = 0.0,
 ) -> ChainRun:
-    """Moves chains by a number of steps.
+    """Move chains by a number of steps.
 
     Args:
         sampler: the kernel.
         target: the density.
         x: positions, (chains..., *event_shape).
-        steps: how many.
-        step_size: to begin with; by default the sampler's own.
-        beta: where on the path, broadcast with (chains...).
-        rate: by which the logarithm of the step size follows the acceptance; 0 leaves it.
+        steps: number of steps.
+        step_size: first step size; None takes the sampler's own.
+        beta: position on the path, which broadcasts with (chains...).
+        rate: rate at which the log of the step size follows the acceptance; 0 turns tuning off.
+
+    Returns:
+        Positions, step size and mean acceptance.
     """
     step_size = sampler.first_step_size(x) if step_size is None else step_size
-    wanted = sampler.target_acceptance if rate else None
+    target_acceptance = sampler.target_acceptance if rate else None
     total = torch.zeros_like(step_size)
     state = sampler.init(x.detach(), target, beta)
     for _ in range(steps):
         state, accepted = sampler.step(state, target, step_size, beta)
-        accepted = over_chains(accepted, step_size)
+        accepted = mean_over_chains(accepted, step_size)
         total = total + accepted
-        if wanted is not None:
-            step_size = step_size * (rate * (accepted - wanted)).exp()
+        if target_acceptance is not None:
+            step_size = step_size * (rate * (accepted - target_acceptance)).exp()
     return ChainRun(state.x, step_size, total / max(steps, 1))
 
 
-def over_chains(values: Tensor, like: Tensor) -> Tensor:
-    """Values (chains..., *shape of like), averaged over the chains."""
+def mean_over_chains(values: Tensor, like: Tensor) -> Tensor:
+    """Average values (chains..., *shape of like) over the chains."""
     return values.flatten(0, values.dim() - like.dim() - 1).mean(0) if values.dim() > like.dim() else values
 
 
 class DualAveraging:
-    """A step size tuned by the averages of Nesterov: it moves in large steps at first, and settles at their weighted mean.
+    """Tuning of a step size by Nesterov's dual averaging: large changes at first, then convergence to a weighted mean.
 
     Args:
-        step_size: to begin with.
-        wanted: the mean acceptance.
+        step_size: first step size.
+        target_acceptance: mean acceptance to reach.
+        shrinkage: gamma of Hoffman and Gelman (arXiv 1111.4246), section 3.2.
+        delay: their t_0.
+        power: their kappa.
     """
 
-    def __init__(self, step_size: Tensor, wanted: float, *, shrinkage: float = 0.05, delay: float = 10, power: float = 0.75):
-        self.wanted, self.shrinkage, self.delay, self.power = wanted, shrinkage, delay, power
+    def __init__(
+        self, step_size: Tensor, target_acceptance: float, *, shrinkage: float = 0.05, delay: float = 10, power: float = 0.75
+    ) -> None:
+        self.target_acceptance, self.shrinkage, self.delay, self.power = target_acceptance, shrinkage, delay, power
         self.centre = log(10) + step_size.log()
         self.error, self.mean, self.count = torch.zeros_like(step_size), torch.zeros_like(step_size), 0
         self.log_step = step_size.log()
 
     def update(self, accepted: Tensor) -> None:
-        """Takes in the mean acceptance of a step."""
+        """Update the averages with the mean acceptance of one step."""
         self.count += 1
         weight = 1 / (self.count + self.delay)
-        self.error = (1 - weight) * self.error + weight * (self.wanted - accepted)
+        self.error = (1 - weight) * self.error + weight * (self.target_acceptance - accepted)
         self.log_step = self.centre - sqrt(self.count) / self.shrinkage * self.error
         weight = self.count**-self.power
         self.mean = weight * self.log_step + (1 - weight) * self.mean
 
     @property
     def step_size(self) -> Tensor:
-        """To try next."""
+        """The step size to try next."""
         return self.log_step.exp()
 
     @property
     def final_step_size(self) -> Tensor:
-        """To go on with."""
+        """The step size to keep after tuning."""
         return self.mean.exp() if self.count else self.step_size
 
 
-# What the samplers share.
+# Helpers of all samplers.
 
 
 def metropolis(state: State, new: State, log_ratio: Tensor) -> tuple[State, Tensor]:
-    """Accepts the new state of each chain with probability min(1, exp(log_ratio)); an infinite or NaN density is refused."""
+    """Accept the new state of each chain with probability min(1, exp(log_ratio)); infinite or NaN densities are rejected."""
     log_ratio = log_ratio.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     log_ratio = log_ratio.masked_fill(new.log_prob == torch.inf, -torch.inf)
     accept = torch.rand_like(log_ratio).log() < log_ratio
-    chosen = [None if a is None or b is None else torch.where(beside(accept, a), a, b) for a, b in zip(new, state, strict=True)]
-    return State(*chosen), log_ratio.clamp(max=0).exp()  # type: ignore[arg-type]
+    parts = [
+        None if a is None or b is None else torch.where(expand_right(accept, a), a, b) for a, b in zip(new, state, strict=True)
+    ]
+    return State(*parts), log_ratio.clamp(max=0).exp()  # type: ignore[arg-type]
 
 
-def per_chain(values: Tensor, chains: int) -> Tensor:
-    """Values (chains..., *event_shape) as (chains..., n), given how many dimensions those of chains are."""
-    return values.reshape(*values.shape[:chains], -1)
+def flatten_event(values: Tensor, chain_dim: int) -> Tensor:
+    """Reshape values (chains..., *event_shape) to (chains..., n), given the number of dimensions of chains."""
+    return values.reshape(*values.shape[:chain_dim], -1)
 
 
-def beside(values: Tensor, like: Tensor) -> Tensor:
-    """Values (chains...) as (chains..., 1, ...), of as many dimensions as `like`."""
+def expand_right(values: Tensor, like: Tensor) -> Tensor:
+    """Reshape values (chains...) to (chains..., 1, ...), with as many dimensions as `like`."""
     return values.reshape(values.shape + (1,) * (like.dim() - values.dim()))
 
 
-def beside_event(step_size: Tensor, event_dim: int) -> Tensor:
-    """Step sizes of chains beside the dimensions of a position."""
+def step_size_per_event(step_size: Tensor, event_dim: int) -> Tensor:
+    """Reshape step sizes of chains so that they broadcast with positions."""
     return step_size.reshape(step_size.shape + (1,) * event_dim) if step_size.dim() else step_size
 
 
 def check_counts(choice: Any, *names: str) -> None:
-    """Raises a ValueError if an option is not a whole number of 1 or more."""
+    """Raise a ValueError if an option is not an integer of 1 or more."""
     for name in names:
         value = getattr(choice, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -215,7 +233,7 @@ def check_counts(choice: Any, *names: str) -> None:
 
 
 def check_positive(choice: Any, *names: str) -> None:
-    """Raises a ValueError if an option is not a positive finite number."""
+    """Raise a ValueError if an option is not a positive finite number."""
     for name in names:
         value = getattr(choice, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):

@@ -1,10 +1,10 @@
-r"""Langevin dynamics: a step along the score, and noise.
+r"""Langevin dynamics: a step along the score plus noise.
 
 .. math:: x' = x + \epsilon\, \nabla \log f(x) + \sqrt{2 \epsilon}\, \xi, \qquad \xi \sim N(0, I)
 
-As :math:`\epsilon \to 0` it draws from :math:`f`. With a finite step it draws from something near, or, where each step is a
-proposal of Metropolis and Hastings, from :math:`f` itself. Roberts and Tweedie, *Exponential Convergence of Langevin
-Distributions and Their Discrete Approximations* (1996). Annealed over levels of noise: Song and Ermon (arXiv 1907.05600).
+As :math:`\epsilon \to 0` its samples follow :math:`f`. With a finite step they are biased, unless each step is a proposal that
+is accepted or rejected by Metropolis and Hastings. Roberts and Tweedie, *Exponential Convergence of Langevin
+Distributions and Their Discrete Approximations* (1996). Annealing over noise levels: Song and Ermon (arXiv 1907.05600).
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ from __future__ import annotations
 __all__ = ["Langevin", "annealed_langevin", "langevin_step"]
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_genmodels.samplers.kernel import Sampler, State, beside_event, check_positive, metropolis, per_chain
+from pyro_genmodels.samplers.kernel import Sampler, State, check_positive, flatten_event, metropolis, step_size_per_event
 from pyro_genmodels.samplers.target import Beta, Target, value_and_score
 
 
 def langevin_step(x: Tensor, score: Tensor, step_size: Any) -> Tensor:
-    """One unadjusted step from x, at which the score is given, both (chains..., *event_shape)."""
+    """Take one unadjusted step from x, given the score at x, both (chains..., *event_shape)."""
     return x + step_size * score + (2 * step_size) ** 0.5 * torch.randn_like(x)
 
 
 @dataclass(frozen=True)
 class Langevin(Sampler):
-    """Langevin dynamics of real numbers.
+    """Langevin dynamics over real numbers.
 
     Args:
         step_size: epsilon above, in squared units of the standardised data.
-        adjusted: whether steps are accepted or refused, so that the draws are of the target itself. The step size is then tuned
-            to an acceptance of 0.57 (Roberts and Rosenthal, 1998).
+        adjusted: True to accept or reject each step by Metropolis and Hastings, so that samples are unbiased. The step size is
+            then tuned to an acceptance of 0.574 (Roberts and Rosenthal, 1998).
 
     Raises:
         ValueError: if the step size is not positive.
@@ -58,18 +58,21 @@ class Langevin(Sampler):
     def target_acceptance(self) -> float | None:
         return 0.574 if self.adjusted else None
 
+    def unbiased(self) -> Langevin:
+        return replace(self, adjusted=True)
+
     def init(self, x: Tensor, target: Target, beta: Beta = 1.0) -> State:
         return State(x, *value_and_score(target, x, beta))
 
     def step(self, state: State, target: Target, step_size: Tensor, beta: Beta = 1.0) -> tuple[State, Tensor]:
         x, log_prob, score = state
-        step_size = beside_event(step_size, target.event_dim)
+        step_size = step_size_per_event(step_size, target.event_dim)
         proposed = langevin_step(x, score, step_size)
         new = State(proposed, *value_and_score(target, proposed, beta))
         if not self.adjusted:
             return new, torch.ones_like(log_prob)
-        forth, back = (proposed - x - step_size * score).square(), (x - proposed - step_size * new.score).square()
-        hastings = per_chain((forth - back) / (4 * step_size), log_prob.dim()).sum(-1)
+        forward, backward = (proposed - x - step_size * score).square(), (x - proposed - step_size * new.score).square()
+        hastings = flatten_event((forward - backward) / (4 * step_size), log_prob.dim()).sum(-1)
         return metropolis(state, new, new.log_prob - log_prob + hastings)
 
 
@@ -83,24 +86,24 @@ def annealed_langevin(
     denoise: bool = True,
     progress: bool = False,
 ) -> Tensor:
-    r"""Draws by a score that knows levels of noise, from the loudest to the quietest.
+    r"""Draw samples with a noise-conditional score, from the highest noise level to the lowest.
 
-    At the level :math:`\sigma` the step is :math:`\epsilon = \texttt{step\_size} \cdot \sigma^2`, the same in its units.
+    The step at the noise level :math:`\sigma` is :math:`\epsilon = \texttt{step\_size} \cdot \sigma^2`.
 
     Args:
-        score: (x, sigma) -> score of the data with noise of that standard deviation, of the shape of x; sigma is ().
-        x: where to begin, (chains..., *event_shape), say noise of the loudest level.
-        noise: standard deviations, descending.
-        steps: per level.
-        step_size: in units of the variance of the noise.
-        denoise: whether the end is moved to the mean of the data given it, x + sigma^2 score.
-        progress: whether to show a progress bar.
+        score: (x, sigma) -> score, of the shape of x, of the data with noise of that standard deviation; sigma is ().
+        x: first positions, (chains..., *event_shape), such as noise of the highest level.
+        noise: standard deviations in descending order.
+        steps: steps per level.
+        step_size: step size in units of the variance of the noise.
+        denoise: True to replace the last position by the mean of the data given it, x + sigma^2 score.
+        progress: True to show a progress bar.
 
     Returns:
-        Draws of the shape of x.
+        Samples of the shape of x.
 
     Raises:
-        ValueError: if the levels are not positive and descending, or steps or the step size not positive.
+        ValueError: if levels are not positive and descending, or steps or step_size is not positive.
 
     Example:
         >>> noise = torch.logspace(0.5, -2, 10)

@@ -1,9 +1,9 @@
-r"""Parallel tempering: copies of a chain at several temperatures, which trade places.
+r"""Parallel tempering: copies of a chain at several temperatures, which swap positions.
 
 .. math:: \min\Bigl(1, \frac{f_{\beta}(x')\, f_{\beta'}(x)}{f_{\beta}(x)\, f_{\beta'}(x')}\Bigr)
 
-is the probability that neighbours :math:`x` at :math:`\beta` and :math:`x'` at :math:`\beta'` trade. The hot ones cross where
-the cold one, which follows the target, could not. Swendsen and Wang (1986); Geyer (1991).
+is the probability that neighbours :math:`x` at :math:`\beta` and :math:`x'` at :math:`\beta'` swap. Hot copies cross between
+modes where the cold copy, which follows the target, cannot. Swendsen and Wang (1986); Geyer (1991).
 """
 
 from __future__ import annotations
@@ -15,26 +15,27 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pyro_genmodels.samplers.kernel import Sampler, State, beside, check_counts
+from pyro_genmodels.samplers.kernel import Sampler, State, check_counts, expand_right
 from pyro_genmodels.samplers.langevin import Langevin
 from pyro_genmodels.samplers.target import Beta, Target
 
 
 @dataclass(frozen=True)
 class ParallelTempering(Sampler):
-    """Copies at temperatures from the target to what is easily drawn, each moved by a sampler, with trades between neighbours.
+    """Copies of each chain at several temperatures, each moved by a sampler, with swaps between neighbours.
 
-    The tempered densities are those of the target's path: an energy's lead to its start; a plain log density's are its powers,
-    of which the last should still have an integral (see `hottest`).
+    The tempered densities are those of the target's path. The path of an energy ends at its start; that of a plain log density
+    consists of its powers, and the hottest of these must have an integral (see `hottest`).
 
     Args:
-        sampler: that moves each copy.
-        temperatures: how many copies.
-        hottest: the lowest beta.
-        steps: of the sampler between two rounds of trades.
+        sampler: sampler that moves each copy.
+        temperatures: number of copies.
+        hottest: lowest beta.
+        steps: steps of the sampler between two rounds of swaps.
 
     Raises:
-        ValueError: on fewer than two temperatures, or a hottest that is not in [0, 1).
+        TypeError: if the sampler is not one, or is tempered itself.
+        ValueError: for fewer than two temperatures, or a hottest beta outside of [0, 1).
 
     Example:
         >>> from pyro_genmodels.samplers import Langevin, ParallelTempering, sample_chains
@@ -72,8 +73,8 @@ class ParallelTempering(Sampler):
         self.sampler.check(target)
         if target.start is None and not self.hottest:
             raise ValueError(
-                "ParallelTempering of a plain log density has powers of it, of which that with beta = 0 has no integral. Give "
-                "the lowest beta, ParallelTempering(..., hottest=0.05), or a Target with a path."
+                "ParallelTempering of a plain log density uses its powers, and the power 0 has no integral. Give the lowest "
+                "beta, ParallelTempering(..., hottest=0.05), or a Target with a path."
             )
 
     def first_step_size(self, like: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ class ParallelTempering(Sampler):
         return x[:, 0]
 
     def betas(self, x: Tensor, beta: Beta) -> Tensor:
-        """(temperatures,), from the coldest, which is beta itself: evenly down to 0, or by equal factors to the hottest."""
+        """Return the betas (temperatures,), from beta itself evenly down to 0, or by equal factors down to the hottest."""
         ladder = torch.linspace(1.0, 0.0, self.temperatures, dtype=x.dtype, device=x.device)
         return beta * (self.hottest ** (1 - ladder) if self.hottest else ladder)
 
@@ -99,27 +100,30 @@ class ParallelTempering(Sampler):
         for _ in range(self.steps):
             state, accepted = self.sampler.step(state, target, step_size, betas)
             total = total + accepted
-        return self.sampler.init(trade(state.x, target, betas), target, betas), total / self.steps
+        return self.sampler.init(swap(state.x, target, betas), target, betas), total / self.steps
 
 
-def trade(x: Tensor, target: Target, betas: Tensor) -> Tensor:
-    """One round of trades between neighbours, first of the even pairs, then of the odd ones.
+def swap(x: Tensor, target: Target, betas: Tensor) -> Tensor:
+    """Swap neighbours at random, first the even pairs, then the odd ones.
 
     Args:
         x: positions, (chains, temperatures, *event_shape).
-        target: the densities.
-        betas: (temperatures,).
+        target: target whose path has the tempered densities.
+        betas: betas of the copies, (temperatures,).
+
+    Returns:
+        Positions of the same shape.
     """
     with torch.no_grad():
-        table = target.log_prob(x, betas[:, None, None]).movedim(0, -1)  # (chains, place, beta)
+        table = target.log_prob(x, betas[:, None, None]).movedim(0, -1)  # (chains, copy, beta)
         order = torch.arange(len(betas), device=x.device).expand(x.shape[0], -1)
         for first in (0, 1):
-            order = _trade_pairs(order, table, first)
-    return x.gather(1, beside(order, x).expand(x.shape))
+            order = _swap_pairs(order, table, first)
+    return x.gather(1, expand_right(order, x).expand(x.shape))
 
 
-def _trade_pairs(order: Tensor, table: Tensor, first: int) -> Tensor:
-    """Trades the copies at betas (first, first + 1), (first + 2, first + 3), ...; order (chains, beta) says which is where."""
+def _swap_pairs(order: Tensor, table: Tensor, first: int) -> Tensor:
+    """Swap the pairs of betas that begin at `first`, given the copy at each beta, order (chains, betas)."""
     count = (order.shape[1] - first) // 2
     if not count:
         return order
@@ -128,5 +132,5 @@ def _trade_pairs(order: Tensor, table: Tensor, first: int) -> Tensor:
     chain = torch.arange(len(order), device=order.device)[:, None, None]
     log_ratio = table[chain, pairs.flip(-1), at].sum(-1) - table[chain, pairs, at].sum(-1)
     accept = torch.rand_like(log_ratio).log() < log_ratio
-    traded = torch.where(accept[..., None], pairs.flip(-1), pairs).flatten(1)
-    return torch.cat([order[:, :first], traded, order[:, first + 2 * count :]], 1)
+    swapped = torch.where(accept[..., None], pairs.flip(-1), pairs).flatten(1)
+    return torch.cat([order[:, :first], swapped, order[:, first + 2 * count :]], 1)

@@ -51,7 +51,7 @@ from pyro_genmodels.families import (
     Hamiltonian,
     ParallelTempering,
 )
-from pyro_genmodels.samplers import Sampler
+from pyro_genmodels.samplers import Reals, Sampler
 from pyro_genmodels.samplers.kernel import State
 from pyro_genmodels.training import checkpoints
 
@@ -105,8 +105,8 @@ def exact_draws(fn, states, n):
 
 def equilibrate(family, states):
     """Puts exact draws in the place of the chains that go on."""
-    fn, chains = family(), family.memory.chains
-    family.memory.put_chains(fn.path.encode(exact_draws(fn, states, len(chains))))
+    fn, chains = family(), family.replay_buffer.chains
+    family.replay_buffer.put(fn.path.encode(exact_draws(fn, states, len(chains))))
 
 
 def gradient(loss, wanted):
@@ -166,7 +166,7 @@ ELSEWHERE = {
 @pytest.mark.parametrize("of", ["restricted, zeros and ones", "dense, classes", "dense, the line", "restricted, the line"])
 def test_chains_from_elsewhere_come_to_follow_the_model(of, name):
     """All data are one point, so that chains from the data have a long way to go."""
-    family, states, _ = SYSTEMS[of](sampler=Hamiltonian(0.3) if of == "dense, the line" else ..., **ELSEWHERE[name])
+    family, states, _ = SYSTEMS[of](sampler=Hamiltonian(0.3) if of == "dense, the line" else "default", **ELSEWHERE[name])
     fn = family()
     u = fn.draw_negatives(states[len(states) // 2].expand(5000, -1)).reshape(-1, *fn.path.position_shape)
     with torch.no_grad():
@@ -185,7 +185,7 @@ def test_draws_and_tempered_negatives_follow_the_model(name):
         law = fn.unnormalized_log_prob(states).softmax(0)
     assert_means(moments(fn.path.encode(fn.sample((2000,)))), law @ moments(fn.path.encode(states)))
     assert_means(moments(fn.draw_negatives(states)), law @ moments(fn.path.encode(states)))
-    assert family.memory.chains.shape == (2000, 3, *states.shape[1:])
+    assert family.replay_buffer.chains.shape == (2000, 3, *states.shape[1:])
 
 
 def sweeps(family, states):
@@ -365,7 +365,7 @@ def shifting(chains=4, steps=3, **options):
         num_steps=1,
         **options,
     )
-    family.memory.put_chains(10.0 * torch.arange(1, len(family.memory.chains) + 1)[:, None])
+    family.replay_buffer.put(10.0 * torch.arange(1, len(family.replay_buffer.chains) + 1)[:, None])
     return family.eval()
 
 
@@ -394,10 +394,10 @@ def shifting_base(family):
 @by_name(QUIET)
 def test_no_negatives_are_drawn_where_nobody_needs_them(name):
     family = shifting()
-    before = family.memory.chains.clone()
+    before = family.replay_buffer.chains.clone()
     QUIET[name](family)
     assert family.sampler.steps == []
-    assert torch.equal(family.memory.chains, before)
+    assert torch.equal(family.replay_buffer.chains, before)
 
 
 LOUD = {
@@ -414,7 +414,7 @@ def test_negatives_are_drawn_once_a_call_where_a_gradient_needs_them(name):
     family = shifting()
     LOUD[name](family)
     assert family.sampler.steps == [4, 4, 4]
-    torch.testing.assert_close(family.memory.chains, 10.0 * torch.arange(1, 5)[:, None] + 3)
+    torch.testing.assert_close(family.replay_buffer.chains, 10.0 * torch.arange(1, 5)[:, None] + 3)
 
 
 def test_frozen_parameters_draw_negatives_for_a_context_that_needs_them_and_for_no_other():
@@ -518,22 +518,22 @@ COPIES = {
 @by_name(COPIES)
 def test_chains_are_buffers_that_go_along(name, tmp_path):
     family = shifting()
-    family.memory.put_step_size(torch.tensor(0.375), torch.tensor(0.5))
+    family.replay_buffer.put_step_size(torch.tensor(0.375), torch.tensor(0.5))
     family().log_prob(X)
     new = COPIES[name](family, tmp_path)
-    assert new.memory.has_begun
-    assert torch.equal(new.memory.chains, family.memory.chains)
-    assert torch.equal(new.memory.step_size, family.memory.step_size)
-    before = family.memory.chains.clone()
+    assert new.replay_buffer.is_started
+    assert torch.equal(new.replay_buffer.chains, family.replay_buffer.chains)
+    assert torch.equal(new.replay_buffer.step_size, family.replay_buffer.step_size)
+    before = family.replay_buffer.chains.clone()
     new().log_prob(X)
-    assert torch.equal(new.memory.chains, before + 3)
-    assert torch.equal(family.memory.chains, before)
+    assert torch.equal(new.replay_buffer.chains, before + 3)
+    assert torch.equal(family.replay_buffer.chains, before)
 
 
 def test_chains_move_with_the_family_to_single_precision():
     family = EnergyModel((3,), negatives=Persistent(8, steps=2)).float()
     family().log_prob(torch.randn(4, 3).float()).sum().backward()
-    assert family.memory.chains.dtype == torch.float32
+    assert family.replay_buffer.chains.dtype == torch.float32
 
 
 def test_chains_go_on_from_call_to_call():
@@ -546,28 +546,28 @@ def test_chains_go_on_from_call_to_call():
 def test_of_a_larger_buffer_as_many_as_are_moved_change_and_all_have_their_turn():
     """One of ten is left out of 60 calls with probability 0.6^60 < 1e-12."""
     family = shifting(kept={"buffer_size": 10})
-    start = family.memory.chains.clone()
+    start = family.replay_buffer.chains.clone()
     for _ in range(60):
-        before = family.memory.chains.clone()
+        before = family.replay_buffer.chains.clone()
         u = family().draw_negatives(X)
-        moved = (family.memory.chains - before).squeeze(-1)
+        moved = (family.replay_buffer.chains - before).squeeze(-1)
         assert sorted(moved.tolist()) == [0.0] * 6 + [3.0] * 4
-        assert torch.equal(u.sort(0).values, family.memory.chains[moved > 0].sort(0).values)
-    assert (family.memory.chains > start).all()
+        assert torch.equal(u.sort(0).values, family.replay_buffer.chains[moved > 0].sort(0).values)
+    assert (family.replay_buffer.chains > start).all()
 
 
 @pytest.mark.parametrize("restart", [0.0, 0.25, 1.0])
 def test_chains_begin_anew_with_the_probability_that_is_asked_for(restart):
     """A tenth off with probability below 1e-6: of 1000 chains the share has a standard error of 0.014."""
     family = shifting(1000, kept={"restart": restart})
-    family.memory.put_chains(torch.full((1000, 1), 30.0))
+    family.replay_buffer.put(torch.full((1000, 1), 30.0))
     anew = family().draw_negatives(X) < 20.0
     assert abs(anew.double().mean() - restart) <= (0.0 if restart in (0, 1) else 0.07)
 
 
 def test_a_distribution_by_itself_keeps_no_chains():
-    fn = Energy(DenseEnergy((4,)).build(torch.Size([2]), "real", 0), (2,), negatives=Persistent(7, steps=1))
-    assert fn.memory is None
+    fn = Energy(DenseEnergy((4,)).build(torch.Size([2]), Reals(), 0), (2,), negatives=Persistent(7, steps=1))
+    assert fn.replay_buffer is None
     assert fn.draw_negatives(torch.zeros(3, 2)).shape == (7, 2)
 
 
@@ -669,7 +669,7 @@ def test_a_family_that_is_tilted_is_standardised_with_the_energy():
 
 
 def test_energies_that_are_no_function_of_one_datum_are_refused():
-    with pytest.raises(ValueError, match="BatchNorm, by which the energy of one datum depends on others"):
+    with pytest.raises(ValueError, match="BatchNorm, so that the energy of one datum depends on others"):
         EnergyModel((2,), energy=nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))
     random = PyroModule[nn.Linear](2, 1)
     random.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 2]).to_event(2))
@@ -681,7 +681,7 @@ def test_energies_that_are_no_function_of_one_datum_are_refused():
 
 
 def test_samplers_that_noise_would_ignore_are_refused():
-    with pytest.raises(ValueError, match="led down by annealed Langevin, not by Hamiltonian"):
+    with pytest.raises(ValueError, match="sampled by annealed Langevin dynamics, but found sampler=Hamiltonian"):
         EnergyModel((2,), noise=(0.1, 1.0), sampler=Hamiltonian())
 
 
@@ -818,9 +818,9 @@ def test_the_energy_of_a_machine_is_a_sum_over_its_hidden_units(name):
         hidden = hidden - e.centre @ e.weight
         constant = (visible + e.weight.sum(-1) / 2) @ e.centre + hidden.sum() / 2
     else:
-        pairs = e.pairs.triu(1)
-        if support_classes := e.classes > 1:
-            site = torch.arange(n) // e.classes
+        pairs = e.couplings.triu(1)
+        if support_classes := e.space.width > 1:
+            site = torch.arange(n) // e.space.width
             pairs[:n, :n] = pairs[:n, :n] * (site[:, None] != site)
         assert support_classes == ("classes" in name)
     with torch.no_grad():
@@ -928,8 +928,8 @@ REFUSED = {
     "negatives that are none": (built(negatives=3), "egatives"),
     "no steps": (built(num_steps=0), "num_steps"),
     "counts without an end": (built(support=constraints.nonnegative_integer), "integer_interval"),
-    "a base over other events": (built(base=dist.Normal(torch.zeros(2), 1.0).to_event(1)), "but the energy over"),
-    "a base over batches": (built(base=dist.Normal(torch.zeros(3), 1.0)), r"base.to_event\(1\)"),
+    "a base over other events": (built(base=dist.Normal(torch.zeros(2), 1.0).to_event(1)), r"base over one event of shape \(3,\)"),
+    "a base over batches": (built(base=dist.Normal(torch.zeros(3), 1.0)), r"Use .to_event\(1\)"),
     "a base that is a class": (built(base=dist.Normal), "found the class Normal"),
     "a base over counts": (built(base=dist.Poisson(torch.ones(3)).to_event(1)), "base"),
     "a base over real numbers for zeros and ones": (built(support=BINARY, base=NORMAL), "base"),
@@ -939,7 +939,7 @@ REFUSED = {
     "an energy that is a class": (built(energy=DenseEnergy), "found the class DenseEnergy"),
     "an energy that is a function": (built(energy=lambda x: x.sum(-1)), "distributions.Energy"),
     "too many hidden units": (lambda: BoltzmannMachine(17), r"RestrictedBoltzmannMachine\(num_hidden=...\)"),
-    "no hidden units": (lambda: RestrictedBoltzmannMachine(0), "wants hidden units"),
+    "no hidden units": (lambda: RestrictedBoltzmannMachine(0), "num_hidden of 1 or more"),
     "a small buffer": (lambda: Persistent(10, buffer_size=5), "at least 10"),
     "an unlikely restart": (lambda: Persistent(restart=1.5), "probability"),
     "no chains": (lambda: Annealed(0), "num_chains"),
@@ -1029,4 +1029,4 @@ def test_training_keeps_the_best_state_when_energies_explode():
         fit = train(family, x, valid=x, epochs=5, progress=False)
     assert [record["epoch"] for record in fit.history] == [1]
     assert 0 < family.energy.loc.abs().max() < 0.01
-    assert family.memory.chains.isfinite().all()
+    assert family.replay_buffer.chains.isfinite().all()

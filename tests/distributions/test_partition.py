@@ -50,6 +50,7 @@ from pyro_genmodels import (
     log_likelihood,
 )
 from pyro_genmodels.distributions import Energy
+from pyro_genmodels.distributions.energy.path import PathOptions
 from pyro_genmodels.distributions.energy.state import LogPartition, fingerprint
 from pyro_genmodels.evaluation import conservative_log_likelihood, log_partition
 from pyro_genmodels.families import Hamiltonian, ParallelTempering
@@ -78,7 +79,7 @@ def test_a_sum_over_hidden_units_is_that_over_all_outcomes(name, monkeypatch):
     family.energy.centre.uniform_()
     fn = family(torch.tensor([2, 0, 1])) if labelled else family()
     over_outcomes = log_partition(fn)
-    monkeypatch.setattr("pyro_genmodels.distributions.energy.exact.MOST_STATES", 1)
+    monkeypatch.setattr("pyro_genmodels.distributions.energy.exact.MAX_STATES", 1)
     over_hidden = log_partition(fn)
     assert (over_outcomes.num_steps, over_hidden.num_steps) == (27 if support is CLASSES else 16, 8)
     assert over_outcomes.kind == over_hidden.kind == "exact"
@@ -513,7 +514,7 @@ def normal():
     """Of the line, in units other than those of chains: N(5, 0.01), from a start at N(5.1, 0.04)."""
     coordinates = torch.distributions.AffineTransform(torch.tensor([5.1]), torch.tensor([0.2]), event_dim=1)
     exact = dist.Normal(torch.tensor([5.0]), 0.1).to_event(1)
-    fn = flat(lambda x: 50 * (x - 5.0).square().sum(-1), coordinates=coordinates, sampler=Langevin(0.1))
+    fn = flat(lambda x: 50 * (x - 5.0).square().sum(-1), path=PathOptions(coordinates=coordinates), sampler=Langevin(0.1))
     return fn, exact.sample((3000,)), exact.log_prob
 
 
@@ -700,7 +701,8 @@ def test_as_the_prior_of_a_latent_variable_its_log_z_is_in_the_likelihood(exact,
             pyro.sample("z", dist.Normal(y, 1.0).to_event(1))
 
     if not exact:
-        monkeypatch.setattr(import_module("pyro_genmodels.distributions.energy.partition"), "exactly", lambda *_, **__: None)
+        module = import_module("pyro_genmodels.distributions.energy.partition")
+        monkeypatch.setattr(module, "exact_log_partition", lambda *_, **__: None)
     found = log_likelihood((lambda y: latent(family, y), lambda y: guide(family, y)), y, num_samples=4000, num_steps=50)
     with torch.no_grad():
         joint = exact_log_prob(family(), z, z, volume)[:, None] + dist.Normal(y.T, 0.7).log_prob(z)

@@ -178,17 +178,17 @@ def test_chains_from_the_data_begin_there_and_take_as_many_steps_as_told(steps):
     wanted = log_f(family, x + (steps or 1)).sum() - log_f(family, x).sum()
     torch.testing.assert_close(loss, wanted)
     torch.testing.assert_close(gradients(loss, family.parameters()), gradients(wanted, family.parameters()))
-    assert not family.memory.has_begun
+    assert not family.replay_buffer.is_started
 
 
 @pytest.mark.parametrize("steps", [None, 1, 4])
 def test_chains_of_the_energys_own_go_on_by_as_many_steps_as_told(steps):
     family, x = smooth(negatives=Persistent(7, steps=3)), torch.randn(5, 2)
     loss_of(ContrastiveDivergence(), family.model, x)
-    before = family.memory.chains.clone()
+    before = family.replay_buffer.chains.clone()
     loss = loss_of(ContrastiveDivergence(steps=steps), family.model, x)
-    torch.testing.assert_close(family.memory.chains, before + (steps or 3))
-    torch.testing.assert_close(loss, 5 * log_f(family, family.memory.chains).mean() - log_f(family, x).sum())
+    torch.testing.assert_close(family.replay_buffer.chains, before + (steps or 3))
+    torch.testing.assert_close(loss, 5 * log_f(family, family.replay_buffer.chains).mean() - log_f(family, x).sum())
 
 
 def test_steps_of_annealed_negatives_are_those_of_the_path():
@@ -213,7 +213,7 @@ def test_scales_masks_and_minibatches_of_contrastive_divergence(persistent):
     x[~present] = 100.0  # nobody knows what stands there
     model = poutine.mask(poutine.scale(family.model, scale=0.5), mask=present)
     loss = loss_of(ContrastiveDivergence(persistent=persistent), model, x, size=20)
-    negatives = family.memory.chains if persistent else x[present] + 1
+    negatives = family.replay_buffer.chains if persistent else x[present] + 1
     wanted = 0.5 * 4 * 3 * (log_f(family, negatives).mean() - log_f(family, x[present]).mean())
     torch.testing.assert_close(loss, wanted)
     torch.testing.assert_close(gradients(loss, family.parameters()), gradients(wanted, family.parameters()))
@@ -224,7 +224,7 @@ def test_without_gradients_it_is_the_likelihood_in_nats_and_moves_no_chain(name)
     family = SYSTEMS[name](negatives=Persistent(10))
     x, exact_z = data(family, 10), log_z(family).item()
     loss_of(ContrastiveDivergence(), family.model, x)
-    kept = {n: t.clone() for n, t in family.memory.state_dict().items() if not n.startswith("log_z")}
+    kept = {n: t.clone() for n, t in family.replay_buffer.state_dict().items() if not n.startswith("log_z")}
     svi = SVI(family.model, family.guide, SGD({"lr": 1e-3}), ContrastiveDivergence(steps=3))
     value = svi.evaluate_loss(x)
     assert ContrastiveDivergence(persistent=False, regularization=1.0).loss(family.model, family.guide, x) == value
@@ -233,7 +233,7 @@ def test_without_gradients_it_is_the_likelihood_in_nats_and_moves_no_chain(name)
     assert 0 <= known.std_error < 0.2
     assert abs(known.value - exact_z) <= 6 * known.std_error + 1e-9
     torch.testing.assert_close(value, (len(x) * known.value - log_f(family, x).sum()).item())
-    assert all(torch.equal(family.memory.state_dict()[n], t) for n, t in kept.items())
+    assert all(torch.equal(family.replay_buffer.state_dict()[n], t) for n, t in kept.items())
 
 
 def test_without_gradients_it_is_the_conditional_likelihood_in_nats():
@@ -559,7 +559,7 @@ def test_maximum_likelihood_refuses_energies_and_names_the_objectives(known):
 
 @pytest.mark.parametrize("objective", [ContrastiveDivergence, standard], ids=["contrastive divergence", "noise"])
 def test_a_loss_and_its_gradient_are_captured_as_one_graph(objective):
-    family, objective = smooth(sampler=..., negatives=Persistent(6, steps=2)), objective()
+    family, objective = smooth(sampler="default", negatives=Persistent(6, steps=2)), objective()
     x, fresh = torch.randn(2, 5, 2)
     loss_of(objective, family.model, x)  # chains begin
     family.eval()
@@ -572,10 +572,10 @@ def test_a_loss_and_its_gradient_are_captured_as_one_graph(objective):
         graph, before = make_fx(step)(x), copy.deepcopy(family.state_dict())
         with torch.no_grad():
             pyro.set_rng_seed(6)
-            found = [*graph(fresh), family.memory.chains.clone()]
+            found = [*graph(fresh), family.replay_buffer.chains.clone()]
         family.load_state_dict(before)
         pyro.set_rng_seed(6)
-        torch.testing.assert_close(found, [*step(fresh), family.memory.chains])
+        torch.testing.assert_close(found, [*step(fresh), family.replay_buffer.chains])
 
 
 # Training.

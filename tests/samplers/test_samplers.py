@@ -23,11 +23,13 @@ from torch.distributions import constraints
 from pyro_genmodels.distributions import Energy
 from pyro_genmodels.families import BoltzmannMachine, EnergyModel, RestrictedBoltzmannMachine
 from pyro_genmodels.samplers import (
+    Binary,
     Chains,
     Gibbs,
     GibbsWithGradients,
     Hamiltonian,
     Langevin,
+    OneHot,
     ParallelTempering,
     Target,
     anneal,
@@ -40,7 +42,7 @@ from pyro_genmodels.samplers import (
 from pyro_genmodels.samplers.annealing import schedule, tune
 from pyro_genmodels.samplers.hamiltonian import leapfrog
 from pyro_genmodels.samplers.kernel import DualAveraging, State
-from pyro_genmodels.samplers.tempering import trade
+from pyro_genmodels.samplers.tempering import swap
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -206,7 +208,7 @@ def test_a_nan_density_is_as_good_as_none():
 
 
 def test_a_copy_at_temperature_infinity_without_an_integral_is_refused():
-    with pytest.raises(ValueError, match=r"beta = 0 has no integral.*hottest=0\.05"):
+    with pytest.raises(ValueError, match=r"the power 0 has no integral.*hottest=0\.05"):
         sample_chains(correlated().log_prob, torch.zeros(5, 2), sampler=ParallelTempering(), progress=False)
 
 
@@ -381,7 +383,7 @@ class Table:
         return beta * (x @ self.b + 0.5 * (x @ self.J * x).sum(-1)) - (1 - beta) * self.sites * log(self.levels or 2)
 
     def target(self):
-        return Target(self.log_prob, self.event_dim, "categorical" if self.levels else "binary", start=self.start)
+        return Target(self.log_prob, self.event_dim, OneHot(self.levels) if self.levels else Binary(), start=self.start)
 
     def start(self, shape):
         return self.states[torch.randint(len(self.states), tuple(shape))]
@@ -684,7 +686,7 @@ def test_trades_leave_the_joint_law_as_it_is(temperatures):
     betas = torch.linspace(1, -1, temperatures)
     laws = [(b * SCORES).softmax(0) for b in betas]
     x = torch.stack([torch.multinomial(law, 100_000, replacement=True) for law in laws], -1).double()
-    traded = trade(x, Target(scored, 0), betas)
+    traded = swap(x, Target(scored, 0), betas)
     joint = laws[0]
     for law in laws[1:]:
         joint = joint[..., None] * law
@@ -698,7 +700,7 @@ def test_neighbours_trade_as_often_as_metropolis_says():
     betas, n = torch.tensor([1.0, -0.5]), 100_000
     cold, hot = ((b * SCORES).softmax(0) for b in betas)
     x = torch.stack([torch.multinomial(law, n, replacement=True) for law in (cold, hot)], -1).double()
-    traded = trade(x, Target(scored, 0), betas)
+    traded = swap(x, Target(scored, 0), betas)
     gain = SCORES - SCORES[:, None]  # [i, j]: of j in place of i
     share = (cold[:, None] * hot * ((betas[0] - betas[1]) * gain).exp().clamp(max=1))[gain != 0].sum()
     assert_means((traded != x).any(-1).double(), share)
@@ -706,7 +708,7 @@ def test_neighbours_trade_as_often_as_metropolis_says():
 
 def test_trades_move_whole_positions():
     x = torch.randn(50, 4, 2, 3)
-    traded = trade(x, Target(lambda x, beta: -beta * x.square().sum((-1, -2)), 2), torch.linspace(1, 0.1, 4))
+    traded = swap(x, Target(lambda x, beta: -beta * x.square().sum((-1, -2)), 2), torch.linspace(1, 0.1, 4))
     rows = {tuple(row.tolist()) for row in x.flatten(0, 1).flatten(1)}
     assert {tuple(row.tolist()) for row in traded.flatten(0, 1).flatten(1)} == rows
     assert not torch.equal(traded, x)
@@ -1423,9 +1425,9 @@ def test_starting_points_without_a_density_are_refused(value):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_samples": 0}, "num_samples must be positive, but is 0"),
-        ({"thin": 0}, "thin must be positive, but is 0"),
-        ({"warmup": -1}, "warmup must not be negative, but is -1"),
+        ({"num_samples": 0}, "an integer num_samples of 1 or more, but found 0"),
+        ({"thin": 0}, "an integer thin of 1 or more, but found 0"),
+        ({"warmup": -1}, "an integer warmup of 0 or more, but found -1"),
     ],
     ids=str,
 )
@@ -1634,7 +1636,7 @@ def test_a_chain_that_accepts_nothing_among_others_that_do_is_told():
     [
         ({"sampler": Langevin}, TypeError, "but found the class Langevin"),
         ({"sampler": "langevin"}, TypeError, "wants a sampler such as"),
-        ({"num_samples": 10.5}, ValueError, "num_samples wants a whole number, but is 10.5"),
+        ({"num_samples": 10.5}, ValueError, "an integer num_samples of 1 or more, but found 10.5"),
         ({"target": lambda x: 0.0}, TypeError, "should be a tensor, one number a chain, but is float"),
         (
             {"target": Energy(lambda x, c: x.square().sum(-1), (1,), context=torch.zeros(5, 2))},

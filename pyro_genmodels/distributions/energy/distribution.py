@@ -1,11 +1,13 @@
-r"""Energies: :math:`p(x \mid c) = p_0(x)\, e^{-E(x, c)} / Z(c)`. The constant is unknown; its gradient is a mean.
+r"""Energies: :math:`p(x \mid c) = p_0(x)\, e^{-E(x, c)} / Z(c)`. The constant is unknown; its gradient is an expectation.
 
 .. math:: \nabla_\theta \log Z = -\mathbb{E}_{x \sim p}[\nabla_\theta E(x)], \qquad
     \nabla_x \log p(x) = \nabla_x \log p_0(x) - \nabla_x E(x).
 
-:math:`p_0` is a flat measure, or a density that is *tilted*. `log_prob` carries the gradient of log Z by *negatives*, draws
-from the energy as it stands; the score knows nothing of Z. LeCun et al., *A Tutorial on Energy-Based Learning* (2006); Song
-and Kingma, *How to Train Your Energy-Based Models* (arXiv 2101.03288).
+The density is relative to :math:`p_0`, a flat measure or a density that is *tilted*. `log_prob` estimates the gradient of log Z
+from *negatives*, samples of the present energy; the score does not depend on Z.
+
+LeCun et al., *A Tutorial on Energy-Based Learning* (2006); Song and Kingma, *How to Train Your Energy-Based Models* (arXiv
+2101.03288).
 """
 
 from __future__ import annotations
@@ -15,33 +17,35 @@ __all__ = ["Energy"]
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import log10
-from types import EllipsisType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Size, Tensor, nn
-from torch.distributions import Distribution, Transform, biject_to, constraints
+from torch.distributions import Distribution, biject_to, constraints
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.capabilities import ContrastiveTerms, ScoreJumps
+from pyro_genmodels.distributions.energy.chains import EnergyChains
 from pyro_genmodels.distributions.energy.negatives import Annealed, Contrastive, Negatives, Persistent
-from pyro_genmodels.distributions.energy.noise import Noisy
-from pyro_genmodels.distributions.energy.path import AnnealingPath, kind_of, start_of
-from pyro_genmodels.distributions.energy.state import LogPartition, Memory, fingerprint
-from pyro_genmodels.samplers import GibbsWithGradients, Langevin, Sampler, Target, anneal, annealed_langevin, run
-from pyro_genmodels.samplers.annealing import schedule
+from pyro_genmodels.distributions.energy.noise import NoiseConditionalEnergy
+from pyro_genmodels.distributions.energy.path import AnnealingPath, PathOptions, space_of
+from pyro_genmodels.distributions.energy.state import LogPartition, PartitionCache, ReplayBuffer
+from pyro_genmodels.samplers import Sampler, Target, annealed_langevin, default_sampler
 from pyro_genmodels.samplers.target import value_and_score
 from pyro_genmodels.utils.distributions import (
     Density,
-    has_active_dropout,
+    check_exact_density,
     is_real,
     map_tensors,
     modules_and_tensors,
     over_events,
 )
+from pyro_genmodels.utils.errors import check_positive_int
 
 MAX_LOG_DENSITY = 1e6
-"""Log densities (nats) beyond this are taken for an explosion: in single precision they are no longer told apart."""
+"""Absolute log density (nats) above which an energy counts as exploded: single precision no longer resolves differences."""
+NUM_NOISE_LEVELS = 20
+"""Noise levels of annealed Langevin sampling, from the highest to the lowest."""
 
 LAYERS_WITH_KINKS = (
     nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ReLU6, nn.Hardtanh, nn.Threshold, nn.Hardswish, nn.MaxPool2d,
@@ -53,32 +57,30 @@ class Energy(GenerativeDistribution):
     """The distribution of an energy.
 
     Args:
-        energy: (x, context) -> energies (n,) in nats, with x (n, ...) as `features` says; called without context where there is
-            none. It may offer ``tempered(x, context, beta)``, a path of its own, and ``gibbs(x, context, beta, natural)``, a
-            sweep (see `RestrictedBoltzmannMachine`).
+        energy: (x, context) -> energies (n,) in nats, for features x (n, ...); called as energy(x) without a context. It may
+            have the methods ``tempered(x, context, beta)``, an annealing path of its own, and ``gibbs(x, context, beta,
+            natural)``, a Gibbs sweep (see `RestrictedBoltzmannMachine`).
         event_shape: shape of one datum.
         context: (batch..., c) or None.
-        base: density of the data that is tilted; None is a flat measure, or with `tilted` the start.
-        support: where one coordinate lies: the reals, an interval or another set that the reals can be mapped to, `boolean`,
-            or integers 0 .. K - 1.
-        coordinates: bijection from positions of chains to data, over whole events; by default what the support asks for. Of
-            discrete data there is none: positions are zeros and ones, or one-hot in a last dimension.
-        features: positions -> what the energy is given; by default the data, or of discrete data the positions.
-        start: distribution of positions that paths start with; by default standard normal, uniform over the data of an
-            interval, even over discrete data.
-        tilted: whether without a base the start is tilted.
-        sampler: that moves chains; by default `Langevin` or `GibbsWithGradients`. None draws nothing.
-        negatives: where they come from; by default chains that go on, or with a context annealed ones.
-        memory: where chains go on and log Z is kept; None remembers nothing.
-        num_steps: of the sampler to a draw.
-        noise: lowest and highest level of noise that the energy is told, as the logarithm at the end of its context; it is then
-            the energy of the data with the lowest, unless `at_noise` says otherwise.
-        weighs: names of latent variables that log Z of each context may weigh, as far as is known where this was made.
-        validate_args: as everywhere in torch.
+        base: density of the data that is tilted; None is a flat measure, or the start if the path options say so.
+        support: support of one coordinate: the reals, an interval or another set with a bijection from the reals, `boolean`, or
+            integers 0 .. K - 1.
+        path: coordinates, features and start of the annealing path; None takes the defaults of `PathOptions`.
+        sampler: Markov kernel of the chains. "default" is `Langevin` over real numbers and `GibbsWithGradients` over discrete
+            data; None has no chains.
+        negatives: source of negatives; None is `Persistent`, or `Annealed` with a context.
+        num_steps: steps of the sampler per draw.
+        noise: lowest and highest noise level of a noise-conditional energy, whose context ends with the logarithm of the level.
+            The distribution is that at the lowest level; see `at_noise`.
+        replay_buffer: chains that continue from call to call; None keeps none.
+        partition_cache: log Z and the parameters it holds for; None keeps none.
+        validate_args: see `torch.distributions.Distribution`.
 
     Raises:
-        ValueError: on drawing, or on a gradient of log Z, without a sampler; on energies of another shape than (n,).
-        FloatingPointError: by `log_prob`, if chains run away or energies explode, saying what to change.
+        TypeError: if the sampler is not one.
+        ValueError: for a base over other events, or a sampler that cannot move the data; by draws and gradients of log Z,
+            without a sampler; by all densities, for energies of another shape than (n,).
+        FloatingPointError: by `log_prob`, if chains reach infinity or energies explode, with advice.
 
     Example:
         >>> double_well = Energy(lambda x: (x**2 - 1).square().sum(-1), (1,))
@@ -93,6 +95,8 @@ class Energy(GenerativeDistribution):
         "Train it by ContrastiveDivergence(), NoiseContrastive(noise=...) or score matching, or in a model by Pyro's losses; "
         "log_likelihood(fit, x) estimates log Z, and so does log_partition(energy())."
     )
+    latents_without_gradient: Sequence[str] = ()
+    """Names of latent variables that were drawn without a gradient, and whose values `log_prob` may therefore weight."""
 
     def __init__(
         self,
@@ -102,47 +106,54 @@ class Energy(GenerativeDistribution):
         context: Tensor | None = None,
         base: Distribution | None = None,
         support: constraints.Constraint = constraints.real,
-        coordinates: Transform | None = None,
-        features: Callable[[Tensor], Tensor] | None = None,
-        start: Distribution | None = None,
-        tilted: bool = False,
-        sampler: Sampler | EllipsisType | None = ...,
+        path: PathOptions | None = None,
+        sampler: Sampler | Literal["default"] | None = "default",
         negatives: Negatives | None = None,
-        memory: Memory | None = None,
         num_steps: int = 500,
         noise: tuple[float, float] | None = None,
-        weighs: Sequence[str] = (),
+        replay_buffer: ReplayBuffer | None = None,
+        partition_cache: PartitionCache | None = None,
         validate_args: bool | None = None,
     ) -> None:
         super().__init__(event_shape, context=context, support=support, validate_args=validate_args)
-        if not (sampler is None or sampler is ... or isinstance(sampler, Sampler)):
-            raise TypeError(f"Energy wants a sampler such as Langevin(), but found {sampler!r}.")
-        if not isinstance(num_steps, int) or num_steps < 1:
-            raise ValueError(f"Energy wants num_steps of 1 or more to a draw, but found {num_steps!r}.")
-        if base is not None and (base.batch_shape or base.event_shape != self.event_shape):
-            raise ValueError(
-                f"An energy tilts a density of one datum, of event shape {tuple(self.event_shape)}, but the base has batch "
-                f"shape {tuple(base.batch_shape)} and event shape {tuple(base.event_shape)}."
-            )
-        kind, classes = kind_of(support)
-        if kind == "real" and coordinates is None and not is_real(support):
-            coordinates = over_events(biject_to(support), len(self.event_shape))
-        if start is None:
-            modules, tensors = modules_and_tensors((energy, context))
-            tensors += [t for module in modules for t in (*module.parameters(), *module.buffers())]
-            start = start_of(support, self.event_shape)
-            if like := [t for t in tensors if t.is_floating_point()]:
-                start = map_tensors(start, lambda t: t.to(like[0]))
-        self.network = energy
-        if noise is not None:
-            energy = Noisy(energy, noise[0], scaled=tilted and base is None)
-        self.path = AnnealingPath(energy, self.event_shape, kind, classes, start, base, tilted, coordinates, features)
-        self.sampler = (Langevin() if kind == "real" else GibbsWithGradients()) if sampler is ... else sampler
-        self.negatives = negatives or (Persistent() if context is None else Annealed())
-        self.memory, self.num_steps, self.noise, self.weighs = memory, num_steps, noise, weighs
-        self._log_z: LogPartition | None = None
+        check_positive_int("Energy", num_steps=num_steps)
+        if base is not None:
+            check_exact_density("Energy", "base", base, self.event_shape)
+        self.network, self.noise = energy, noise
+        self.path = self._built_path(energy, base, support, path or PathOptions())
+        self.sampler = default_sampler(self.path.space) if sampler == "default" else sampler
         if self.sampler is not None:
+            if not isinstance(self.sampler, Sampler):
+                raise TypeError(f"Energy wants a sampler such as Langevin(), but found {sampler!r}.")
             self.sampler.check(self.path.target())
+        self.negatives = negatives or (Persistent() if context is None else Annealed())
+        self.num_steps, self.replay_buffer, self.partition_cache = num_steps, replay_buffer, partition_cache
+        self._given_log_partition: LogPartition | None = None
+
+    def _built_path(
+        self,
+        energy: Callable[..., Tensor],
+        base: Distribution | None,
+        support: constraints.Constraint,
+        options: PathOptions,
+    ) -> AnnealingPath:
+        coordinates, start = options.coordinates, options.start
+        if coordinates is None and not (support.is_discrete or is_real(support)):
+            coordinates = over_events(biject_to(support), len(self.event_shape))
+        space = space_of(support, coordinates)
+        if start is None:
+            start = space.start(torch.zeros(space.position_shape(self.event_shape)))
+            if like := [t for t in _tensors_of((energy, self.context)) if t.is_floating_point()]:
+                start = map_tensors(start, lambda t: t.to(like[0]))
+        tilts_start = options.tilt_start and base is None
+        if self.noise is not None:
+            energy = NoiseConditionalEnergy(energy, self.noise[0], tilts_normal=tilts_start)
+        return AnnealingPath(energy, self.event_shape, space, start, base, options.tilt_start, options.features)
+
+    @property
+    def chains(self) -> EnergyChains:
+        """What it takes to move chains: path, sampler and replay buffer."""
+        return EnergyChains(self.path, self.sampler, self.replay_buffer, self.num_steps, validate=self._validate_args)
 
     # Densities.
 
@@ -153,55 +164,51 @@ class Energy(GenerativeDistribution):
 
     @property
     def log_partition(self) -> LogPartition | None:
-        """What is known of log Z with the parameters as they are; None where nothing is."""
-        if self._log_z is not None or self.memory is None or self.context is not None or self.memory.kind < 0:
-            return self._log_z
-        return self.memory.log_partition(self.fingerprint())
+        """The value of log Z for the present parameters, or None if it is not known."""
+        given, cache = self._given_log_partition, self.partition_cache
+        if given is not None or self.context is not None or cache is None or cache.is_empty:
+            return given
+        return cache.get(self._dependencies())
 
     def normalized(self, log_partition: LogPartition) -> Energy:
-        """The same distribution with log Z given, () or of its batch shape, and kept whatever becomes of the parameters."""
-        return self.replace(_log_z=log_partition)
+        """Return the same distribution with the given log Z, () or of its batch shape, even if parameters change."""
+        return self.replace(_given_log_partition=log_partition)
 
     def remember_log_partition(self, log_partition: LogPartition) -> None:
-        """Has the family, where there is one and no context, remember the best log Z until its parameters change."""
-        known = self.log_partition
-        worse = known is not None and known.kind != "unreliable" and log_partition.kind != "exact"
-        if worse and (known.kind == "exact" or known.std_error <= log_partition.std_error):  # type: ignore[union-attr]
+        """Store log Z in the family's cache until its parameters change, unless a better value is stored already."""
+        if self.partition_cache is None or self.context is not None:
             return
-        if self.memory is not None and self.context is None:
-            self.memory.put_log_partition(log_partition, self.fingerprint())
+        known = self.log_partition
+        replaces = known is None or known.kind == "unreliable" or log_partition.kind == "exact"
+        if replaces or (known.kind != "exact" and not known.std_error <= log_partition.std_error):  # type: ignore[union-attr]
+            self.partition_cache.put(log_partition, self._dependencies())
 
-    def fingerprint(self) -> Tensor:
-        """Of all that log Z depends on."""
+    def _dependencies(self) -> list[Tensor]:
+        """Return all tensors that log Z depends on."""
         path = self.path
-        modules, tensors = modules_and_tensors((path.energy, path.base, path.start if path.tilted else None, path.coordinates))
-        return fingerprint([t for module in modules for t in (*module.parameters(), *module.buffers())] + tensors)
+        return _tensors_of((path.energy, path.base, path.start if path.tilted else None, path.space))
 
     def unnormalized_log_prob(self, value: Tensor) -> Tensor:
-        """The log density (nats) up to log Z, without negatives: (sample..., *batch_shape)."""
+        """Return the log density (nats) without log Z and without negatives: (sample..., *batch_shape)."""
         return self.path.log_density(*self.aligned(value)[:2])
 
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
         log_p, known = self.path.log_density(y, context), self.log_partition
-        if known is None and self.weighs and torch.is_grad_enabled():
+        if known is None and self.latents_without_gradient and torch.is_grad_enabled():
             raise ValueError(
-                f"The variable {self.weighs[0]!r}, drawn without a gradient, would be weighed by the energy of each of its "
-                "values without log Z of each, which is not known. Draw it after the energy's site if it is not in the "
-                "context; else relax it, or take a family with an exact density, such as Flow."
+                f"The variable {self.latents_without_gradient[0]!r}, drawn without a gradient, would be weighed by energies "
+                "without log Z of each of its values, which is not known. Draw it after the energy's site if it is not in the "
+                "context; else relax it, or use a family with an exact density, such as Flow."
             )
         if known is not None:
             log_p = log_p - known.value.to(log_p)
-        if self.wants_negatives:
-            log_f = self.checked(self.path.log_f(self.negatives.draw(self, y, context), context)).mean(0)
+        if self.needs_negatives:
+            log_f = self._checked(self.path.log_f(self.negatives.draw(self.chains, y, context), context)).mean(0)
             log_p = log_p - (log_f - log_f.detach())
         return log_p
 
-    def checked(self, log_f: Tensor) -> Tensor:
-        """Log densities of negatives as they are.
-
-        Raises:
-            FloatingPointError: if energies explode, where arguments are validated.
-        """
+    def _checked(self, log_f: Tensor) -> Tensor:
+        """Return the log densities of negatives as they are, or raise a FloatingPointError if energies explode."""
         if self._validate_args and not (log_f.abs() < MAX_LOG_DENSITY).all():
             raise FloatingPointError(
                 f"energies explode: a negative has a log density of {log_f.flatten()[log_f.abs().argmax()]:.3g} nats. Lower "
@@ -210,8 +217,8 @@ class Energy(GenerativeDistribution):
         return log_f
 
     @property
-    def wants_negatives(self) -> bool:
-        """Whether a gradient of log Z is asked for: where gradients are, of parameters or of the context."""
+    def needs_negatives(self) -> bool:
+        """True if gradients are enabled and log Z depends on a parameter, or on a context, that requires one."""
         if not torch.is_grad_enabled():
             return False
         modules, tensors = modules_and_tensors((self.context, self.path.energy, self.path.base))
@@ -219,10 +226,10 @@ class Energy(GenerativeDistribution):
             return True
         if isinstance(self.path.energy, nn.Module):
             return False
-        with torch.random.fork_rng():  # of a plain function nobody knows the parameters: one datum shows them
+        with torch.random.fork_rng():  # a plain function may hold parameters: evaluating it at one position shows them
             u, context = self.path.begin((1,)), self.context
-            one = None if context is None else context.reshape(-1, context.shape[-1])[:1].detach()
-            return self.path.energies(u, one).requires_grad
+            row = None if context is None else context.reshape(-1, context.shape[-1])[:1].detach()
+            return self.path.energies(u, row).requires_grad
 
     # Capabilities.
 
@@ -251,103 +258,79 @@ class Energy(GenerativeDistribution):
             if not hasattr(negatives, "steps"):
                 raise ValueError(f"{type(negatives).__name__} has no steps to set, but found steps={steps}. Leave steps out.")
             negatives = replace(negatives, steps=steps)
-        data, others = self.path.encode(y), negatives.draw(self, y, context)
+        data, others = self.path.encode(y), negatives.draw(self.chains, y, context)
 
         def squared_energies() -> Tensor:
             return self.path.energies(data, context).square() + self.path.energies(others, context).square().mean(0)
 
-        log_f = self.checked(self.path.log_f(others, context))
+        log_f = self._checked(self.path.log_f(others, context))
         return ContrastiveTerms(self.path.log_f(data, context), log_f, squared_energies)
 
     # Draws.
 
     def draw_negatives(self, value: Tensor) -> Tensor:
-        """Positions of negatives for data, (m, *position); where each datum has its own, (m, batch..., *position)."""
-        return self.negatives.draw(self, *self.aligned(value)[:2])
-
-    def chains(self, what: str) -> Sampler:
-        """The sampler.
-
-        Raises:
-            ValueError: if there is none, or if the energy drops units at random.
-        """
-        if self.sampler is None:
-            raise ValueError(
-                f"This energy has no sampler, and so no {what}. Build it with one such as Langevin(), or train it by "
-                "NoiseContrastive(noise=...), SlicedScoreMatching() or DenoisingScoreMatching(), which draw nothing from it."
-            )
-        if has_active_dropout(self.network, self.path.base):
-            raise ValueError(
-                f"An energy whose dropout is active has no {what}, for it has no density. Build it without dropout."
-            )
-        return self.sampler
-
-    def _draw(self, shape: Size, context: Tensor | None) -> Tensor:
-        sampler, memory, n = self.chains("draws"), self.memory, shape.numel()
-        if self.noise is not None:
-            return self._denoised_draw(shape)
-        target = self.path.target(None if context is None else context.reshape(-1, context.shape[-1]))
-        step_size = None if memory is None else memory.step_size
-        if context is None and memory is not None and memory.has_begun:
-            u = memory.chains[torch.randint(len(memory.chains), (n,), device=memory.chains.device)]
-        else:
-            u = self.path.begin((n,))
-            u = sampler.replicate(anneal(target, sampler.base_kernel, u, schedule(self.num_steps, u), rate=0.1)[0])
-        u = sampler.cold(run(sampler, target, u, self.num_steps, step_size=step_size, rate=0.1).x)
-        u = self.path.decode(self.sound(u))
-        return u.reshape(shape + self.event_shape)
+        """Draw positions of negatives, (m, *position); or (m, batch..., *position), if each datum has its own."""
+        return self.negatives.draw(self.chains, *self.aligned(value)[:2])
 
     def target(self) -> Target:
-        """The path to the density, as samplers want it; with a context, of one chain for each row."""
-        context = None if self.context is None else self.context.reshape(-1, self.context.shape[-1])
-        return replace(self.path.target(context), support=self.support, chains=None if context is None else len(context))
+        """Return the density as a target of samplers; with a context, it has one chain per row."""
+        return self.path.target(self._context_rows(self.context), self.support)
+
+    def _context_rows(self, context: Tensor | None) -> Tensor | None:
+        return None if context is None else context.reshape(-1, context.shape[-1])
+
+    def _draw(self, shape: Size, context: Tensor | None) -> Tensor:
+        if self.noise is not None:
+            return self._denoised_draw(shape)
+        u = self.chains.draw(shape.numel(), self._context_rows(context))
+        return self.path.decode(u).reshape(shape + self.event_shape)
 
     def _denoised_draw(self, shape: Size) -> Tensor:
-        """Draws led down the levels of noise."""
-        low, high = self.noise
-        whole = self.expand(shape)
+        """Draw by annealed Langevin dynamics, from the highest noise level to the lowest."""
+        self.chains.required_sampler("draws")
+        low, high = self.noise  # type: ignore[misc]
+        expanded = self.expand(shape)
 
         def score(u: Tensor, sigma: Tensor) -> Tensor:
-            at = whole.at_noise(sigma.expand(shape))
-            target = Target(lambda u, _: at.path.log_f(u, at.context), len(self.path.position_shape))
+            noisy = expanded.at_noise(sigma.expand(shape))
+            target = Target(lambda u, _: noisy.path.log_f(u, noisy.context), len(self.path.position_shape))
             return value_and_score(target, u, 1.0)[1]
 
         u = self.path.begin(shape)
-        levels = torch.logspace(log10(high), log10(low), 20, dtype=u.dtype, device=u.device)
+        levels = torch.logspace(log10(high), log10(low), NUM_NOISE_LEVELS, dtype=u.dtype, device=u.device)
         u = u + high * torch.randn_like(u)
-        return self.path.decode(self.sound(annealed_langevin(score, u, levels, steps=max(self.num_steps // 20, 1))))
-
-    def sound(self, u: Tensor) -> Tensor:
-        """Positions of draws as they are.
-
-        Raises:
-            FloatingPointError: if a chain ran away, where arguments are validated.
-        """
-        lost = ~u.reshape(-1, self.path.position_shape.numel()).isfinite().all(1)
-        if self._validate_args and lost.any():
-            raise FloatingPointError(
-                f"{int(lost.sum())} of {len(lost)} chains ran away to infinity: the energy does not rise far from the data, or "
-                "steps are too large. Use Langevin(adjusted=True), a smaller step_size, or a base to be tilted"
-            )
-        return u
+        u = annealed_langevin(score, u, levels, steps=max(self.num_steps // NUM_NOISE_LEVELS, 1))
+        return self.path.decode(self.chains.check_finite(u))
 
     def at_noise(self, sigma: Tensor) -> Energy:
-        """The distribution of the data with noise of deviation sigma (batch...) added, in the coordinates of chains.
+        """Return the distribution of the data with noise of deviation sigma (batch...) added, in the coordinates of chains.
 
         Raises:
-            ValueError: if the energy is not told the level of noise.
+            ValueError: if the energy is not noise-conditional.
         """
-        if not isinstance(self.path.energy, Noisy):
-            raise ValueError("This energy is not told the level of noise. Build it with EnergyModel(..., noise=(low, high)).")
+        energy = self.path.energy
+        if not isinstance(energy, NoiseConditionalEnergy):
+            raise ValueError("This energy has no noise levels. Build it with EnergyModel(..., noise=(low, high)).")
         shape = torch.broadcast_shapes(sigma.shape, self.batch_shape)
         level = sigma.log().expand(shape)[..., None]
         own = None if self.context is None else self.context.expand(*shape, self.context.shape[-1])
-        context = level if own is None else torch.cat([own, level], -1)
-        path = replace(self.path, energy=replace(self.path.energy, told=True))
-        return self.replace(path=path, context=context, noise=None, _batch_shape=shape, negatives=Annealed(), _log_z=None)
+        return self.replace(
+            path=replace(self.path, energy=replace(energy, level_in_context=True)),
+            context=level if own is None else torch.cat([own, level], -1),
+            noise=None,
+            negatives=Annealed(),
+            _batch_shape=shape,
+            _given_log_partition=None,
+        )
 
     def replace(self, **changes: Any) -> Energy:
-        """The same distribution with other attributes; nothing is copied."""
+        """Return the same distribution with other attributes; nothing is copied."""
         new = self.__class__.__new__(self.__class__)
         new.__dict__.update(self.__dict__, **changes)
         return new
+
+
+def _tensors_of(parts: Any) -> list[Tensor]:
+    """Return the parameters and buffers of all modules in the parts, and all other tensors."""
+    modules, tensors = modules_and_tensors(parts)
+    return [t for module in modules for t in (*module.parameters(), *module.buffers())] + tensors

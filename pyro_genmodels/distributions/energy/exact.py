@@ -1,8 +1,9 @@
 r"""Partition functions by sums and integrals.
 
-Over all outcomes where these are few; over the states of the hidden units of a restricted Boltzmann machine, the visible ones
-summed out; by the trapezoidal rule on a square, refined until it stands still, in one and two real dimensions. For a density
-that is smooth and falls off on all sides the rule's error falls faster than any power of the spacing.
+Discrete data are summed over all outcomes, if these are few. Restricted Boltzmann machines are summed over the states of their
+hidden units, with the visible ones summed out in closed form. One and two real dimensions are integrated by the trapezoidal
+rule on a square that is refined until the value is stable. For a smooth density that decays on all sides the error of the rule
+decays faster than any power of the spacing.
 """
 
 from __future__ import annotations
@@ -14,32 +15,43 @@ from math import log
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_genmodels.distributions.energy import Energy
+from pyro_genmodels.distributions.energy.distribution import Energy
+from pyro_genmodels.distributions.energy.path import AnnealingPath
 from pyro_genmodels.distributions.energy.state import LogPartition
 
 MAX_STATES = 2**20
-"""Of a sum over all there is."""
+"""Largest number of terms of a sum."""
+MAX_HIDDEN_UNITS = 20
+"""Largest number of hidden units that are summed over."""
 NUM_SQUARES = 13
-"""Of squares that are looked at, each twice as wide as the one before."""
-ROWS_AT_ONCE = 2**16
-"""Rows evaluated together."""
+"""Number of squares, each twice as wide as the one before, that are searched for the density."""
+BATCH_ROWS = 2**16
+"""Number of energies that are evaluated together."""
 
 
-def exact_log_partition(dist: Energy, most: int | None = None, *, progress: bool = False) -> LogPartition | None:
-    """By a sum or an integral, for each context in turn; None where one takes too many terms, or all more than `most`."""
+def exact_log_partition(dist: Energy, max_terms: int | None = None, *, progress: bool = False) -> LogPartition | None:
+    """Compute log Z of each context by a sum or an integral.
+
+    Args:
+        dist: distribution of the energy, with contexts (n, c) or none.
+        max_terms: largest number of energies to evaluate, over all contexts; None has no such limit.
+        progress: True to show a progress bar over contexts.
+
+    Returns:
+        log Z, or None if that takes too many terms.
+    """
     rows = [None] if dist.context is None else list(dist.context.split(1))
-    if most is not None and len(rows) * _terms(dist) > most:
+    if max_terms is not None and len(rows) * _num_terms(dist.path) > max_terms:
         return None
     values, errors, terms = [], [], 0
     for context in tqdm(rows, desc="log Z", unit="context", disable=not progress or len(rows) == 1, leave=False):
-        found = _sum(dist, context) or _integral(dist, context)
-        if found is None:
+        result = _sum(dist.path, context) or _integral(dist.path, context)
+        if result is None:
             return None
-        value, error, terms = found
+        value, error, terms = result
         values.append(value)
         errors.append(error)
     value, error = torch.stack(values), torch.stack(errors)
@@ -47,55 +59,58 @@ def exact_log_partition(dist: Energy, most: int | None = None, *, progress: bool
     return LogPartition(value, error, "exact" if not error.any() else "estimate", num_steps=terms)
 
 
-def _terms(dist: Energy) -> int:
-    """About how many evaluations one context takes."""
-    path: Any = dist.path
-    if path.kind == "real":
-        return 2**18 if path.event_shape.numel() == 1 else 2**23
-    return min(MAX_STATES, {"binary": 2, "categorical": path.classes}[path.kind] ** path.event_shape.numel())
-
-
-def _sum(dist: Energy, context: Tensor | None) -> tuple[Tensor, Tensor, int] | None:
-    path: Any = dist.path
-    energy = path.energy
-    levels = {"binary": 2, "categorical": path.classes}.get(path.kind, 0)
+def _num_terms(path: AnnealingPath) -> int:
+    """Return about how many energies one context takes."""
     coordinates = path.event_shape.numel()
+    if path.space.is_discrete:
+        return min(MAX_STATES, path.space.num_levels**coordinates)
+    return 2**18 if coordinates == 1 else 2**23
+
+
+def _sum(path: AnnealingPath, context: Tensor | None) -> tuple[Tensor, Tensor, int] | None:
+    """Return log Z by a sum over outcomes or hidden states, its error 0 and the number of terms; None if they are too many."""
+    levels, coordinates = path.space.num_levels, path.event_shape.numel()
     if levels and coordinates * log(levels) <= log(MAX_STATES) + 1e-9:
-        count = levels**coordinates
-
-        def terms(states: Tensor) -> Tensor:
-            x = _digits(states, levels, coordinates).reshape(-1, *path.event_shape)
-            return path.log_f(path.encode(x), context)
-
-    elif path.is_conjugate and hasattr(energy, "log_sum_visible") and energy.num_hidden <= 20:
-        count = 2**energy.num_hidden
-        natural, constant = (0.0, 0.0) if path.kind == "real" else (path.start.logits.flatten(), _log_normalizer(path))
-
-        def terms(states: Tensor) -> Tensor:
-            h = _digits(states, 2, energy.num_hidden).to(energy.visible)
-            return energy.log_sum_visible(h, context, natural) - constant
-
+        count, terms = levels**coordinates, _outcomes(path, context)
+    elif path.is_conjugate and hasattr(path.energy, "log_sum_visible") and path.energy.num_hidden <= MAX_HIDDEN_UNITS:
+        count, terms = 2**path.energy.num_hidden, _hidden_states(path, context)
     else:
         return None
-    total = _log_total(terms, torch.arange(count, device=_device(dist)))
+    total = _log_total(terms, torch.arange(count, device=path.begin((1,)).device))
     return total, torch.zeros_like(total), count
 
 
-def _log_normalizer(path: Any) -> Tensor:
-    """The log of the sum over all outcomes of exp(natural parameters of the start . outcome)."""
-    logits = path.start.logits
-    return F.softplus(logits).sum() if path.kind == "binary" else logits.logsumexp(-1).sum()
+def _outcomes(path: AnnealingPath, context: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """Return the function from numbers of outcomes (n,) to their log weights (n,)."""
+
+    def terms(numbers: Tensor) -> Tensor:
+        x = _digits(numbers, path.space.num_levels, path.event_shape.numel()).reshape(-1, *path.event_shape)
+        return path.log_f(path.encode(x), context)
+
+    return terms
 
 
-def _integral(dist: Energy, context: Tensor | None) -> tuple[Tensor, Tensor, int] | None:
-    """By the trapezoidal rule on a square that holds all but e^-30 of the largest value, refined until two agree to 1e-5.
+def _hidden_states(path: AnnealingPath, context: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """Return the function from numbers of hidden states (n,) to their log weights (n,), visible units summed out."""
+    machine: Any = path.energy
+    natural = path.space.natural(path.start)
 
-    Where the last two do not, but to 0.1, their difference is the error; else there is no value.
-    What is narrower than a thousandth of the square's side, or a hundredth of its distance, may be missed.
+    def terms(numbers: Tensor) -> Tensor:
+        h = _digits(numbers, 2, machine.num_hidden).to(machine.visible)
+        return machine.log_sum_visible(h, context, natural) - path.space.log_sum(natural)
+
+    return terms
+
+
+def _integral(path: AnnealingPath, context: Tensor | None) -> tuple[Tensor, Tensor, int] | None:
+    """Return log Z by the trapezoidal rule on a square outside of which the density is below e^-30 of its maximum.
+
+    The grid is refined until two values agree to 1e-5. If the last two agree to 0.1 only, their difference is the error; if
+    they do not, or the density does not decay, there is no value. Modes that are narrower than a thousandth of the square's
+    side, or than a hundredth of their distance, may be missed.
     """
-    path = dist.path
     dims = path.event_shape.numel()
-    if path.kind != "real" or dims > 2:
+    if path.space.is_discrete or dims > 2:
         return None
     like = path.begin((1,))
 
@@ -105,13 +120,13 @@ def _integral(dist: Energy, context: Tensor | None) -> tuple[Tensor, Tensor, int
     def on_grid(half: float, n: int) -> tuple[Tensor, Tensor]:
         axis = _axis(half, n, like)
         points = torch.cartesian_prod(*[axis] * dims).reshape(-1, dims)
-        height = torch.cat([log_f(part) for part in points.split(ROWS_AT_ONCE)])
-        return points.abs().amax(-1), height.nan_to_num(nan=-torch.inf)  # where data overflow
+        height = torch.cat([log_f(part) for part in points.split(BATCH_ROWS)])
+        return points.abs().amax(-1), height.nan_to_num(nan=-torch.inf)  # NaN where data overflow
 
-    looks = [on_grid(8.0 * 2**k, 4097 if dims == 1 else 257) for k in range(NUM_SQUARES)]
-    radius, height = (torch.cat(part) for part in zip(*looks, strict=True))
-    high = radius[height > height.max() - 30]
-    half = next((8.0 * 2**k for k in range(NUM_SQUARES) if high.max() < 8.0 * 2**k), None)
+    grids = [on_grid(8.0 * 2**k, 4097 if dims == 1 else 257) for k in range(NUM_SQUARES)]
+    radius, height = (torch.cat(part) for part in zip(*grids, strict=True))
+    significant = radius[height > height.max() - 30]
+    half = next((8.0 * 2**k for k in range(NUM_SQUARES) if significant.max() < 8.0 * 2**k), None)
     if half is None or not height.max().isfinite():
         return None
     before = None
@@ -130,14 +145,10 @@ def _axis(half: float, n: int, like: Tensor) -> Tensor:
 
 
 def _log_total(terms: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    return torch.stack([terms(part).logsumexp(0) for part in rows.split(ROWS_AT_ONCE)]).logsumexp(0)
+    return torch.stack([terms(part).logsumexp(0) for part in rows.split(BATCH_ROWS)]).logsumexp(0)
 
 
 def _digits(numbers: Tensor, base: int, digits: int) -> Tensor:
-    """The digits of whole numbers (n,) in a base, (n, digits)."""
+    """Return the digits of integers (n,) in a base, (n, digits)."""
     powers = base ** torch.arange(digits, device=numbers.device)
     return numbers[:, None] // powers % base
-
-
-def _device(dist: Energy) -> torch.device:
-    return dist.path.begin((1,)).device

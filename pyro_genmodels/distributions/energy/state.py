@@ -1,14 +1,15 @@
-r"""What an energy remembers from one call to the next: where its chains are, and log Z of the parameters it had.
+r"""State of an energy between calls: chains in a replay buffer, and log Z of the parameters it was estimated for.
 
-Both belong to the family, as buffers: they are saved, moved and copied with it. An estimate of log Z holds for the parameters
-it was made with and no others; it is known by their *fingerprint*, a sum over their bits, the same on every device.
+Both belong to the family, as buffers of a module: they are saved, moved and copied with it. An estimate of log Z holds for one
+set of parameters. The cache recognises these by a copy of them, which it compares bit by bit, and after saving, copying or
+moving by a *fingerprint*: a sum over their bits that is the same on every device.
 """
 
 from __future__ import annotations
 
-__all__ = ["LogPartition", "Memory", "PartitionKind", "fingerprint"]
+__all__ = ["LogPartition", "PartitionCache", "PartitionKind", "ReplayBuffer", "fingerprint"]
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,18 +25,18 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class LogPartition:
-    """The logarithm of an energy's partition function, and what is known of it.
+    """The logarithm of an energy's partition function, and what is known of its error.
 
     Attributes:
-        value: log Z (nats), (); or (batch...) of a conditional energy, one for each context.
-        std_error: its standard error, of the same shape; 0 where it is exact.
-        kind: "exact" (a sum or an integral over all there is); "estimate" (of annealed importance sampling, too low in
-            expectation); "unreliable" (an estimate that other signs speak against).
-        reverse: where draws of the model itself could be had, the estimate of annealing backwards, too high in expectation.
-        reverse_std_error: its standard error.
-        effective_sample_size: of the weights; of as many chains as this, had they equal weights.
-        num_chains: behind the estimate; 0 where nothing was drawn.
-        num_steps: betas of the path; or points of a sum or an integral.
+        value: log Z (nats), (), or (batch...) for a conditional energy, one per context.
+        std_error: standard error of the value, of the same shape; 0 if it is exact.
+        kind: "exact" (a sum or an integral), "estimate" (by annealed importance sampling, too low in expectation), or
+            "unreliable" (an estimate that its diagnostics contradict).
+        reverse: estimate by annealing backwards from exact samples, too high in expectation; None without such samples.
+        reverse_std_error: standard error of `reverse`.
+        effective_sample_size: effective sample size of the importance weights.
+        num_chains: number of chains; 0 if nothing was sampled.
+        num_steps: number of betas of the annealing path, or of terms of a sum or an integral.
     """
 
     value: Tensor
@@ -55,92 +56,162 @@ class LogPartition:
         return f"log Z = {self.value:.3f}{error} nats ({self.kind}{reverse})"
 
 
-class Memory(nn.Module):
-    """Chains and log Z, as buffers.
+class ReplayBuffer(nn.Module):
+    """Chains that continue from call to call, and the step size that their sampler was tuned to.
 
     Args:
-        sampler: that moves the chains, or None.
-        like: as many positions as chains are to be kept, (chains, *position).
+        sampler: sampler that moves the chains, or None.
+        positions: first content, (chains, *position).
+
+    Attributes:
+        chains: (chains, *position), or (chains, temperatures, *position).
+        is_started: True once chains have been stored.
+        step_size: tuned step size.
+        acceptance: mean acceptance at that step size.
     """
 
     chains: Tensor
-    begun: Tensor
+    started: Tensor
     step_size: Tensor
     acceptance: Tensor
-    log_z: Tensor
-    log_z_kind: Tensor
-    log_z_of: Tensor
 
-    def __init__(self, sampler: Sampler | None, like: Tensor) -> None:
+    def __init__(self, sampler: Sampler | None, positions: Tensor) -> None:
         super().__init__()
-        step_size = torch.ones(()) if sampler is None else sampler.first_step_size(like)
-        self.register_buffer("chains", like if sampler is None else sampler.replicate(like))
-        self.register_buffer("begun", torch.tensor(False))
+        step_size = torch.ones(()) if sampler is None else sampler.first_step_size(positions)
+        self.register_buffer("chains", positions if sampler is None else sampler.replicate(positions))
+        self.register_buffer("started", torch.tensor(False))
         self.register_buffer("step_size", step_size)
         self.register_buffer("acceptance", torch.zeros_like(step_size))
-        self.register_buffer("log_z", torch.zeros(5))  # value, error, chains, steps, effective size
-        self.register_buffer("log_z_kind", torch.tensor(-1))
-        self.register_buffer("log_z_of", torch.tensor(0))
         self.reread()
         self.register_load_state_dict_post_hook(_reread)
 
     def reread(self) -> None:
-        """Reads what Python branches on from the buffers, after others have changed these."""
-        self.has_begun, self.kind = bool(self.begun), int(self.log_z_kind)
+        """Update the Python attributes after the buffers have changed."""
+        self.is_started = bool(self.started)
 
-    def put_chains(self, chains: Tensor, rows: Tensor | slice = slice(None)) -> None:
-        """Puts chains at rows of those that are kept."""
+    def put(self, chains: Tensor, rows: Tensor | slice = slice(None)) -> None:
+        """Store chains at the given rows."""
         with torch.no_grad():
             self.chains[rows] = chains.to(self.chains)
-            self.begun.fill_(True)
-        self.has_begun = True
+            self.started.fill_(True)
+        self.is_started = True
 
     def put_step_size(self, step_size: Tensor, acceptance: Tensor) -> None:
-        """Keeps what the sampler was tuned to, and the share of proposals it accepted."""
+        """Store a tuned step size and its acceptance."""
         with torch.no_grad():
             self.step_size.copy_(step_size)
             self.acceptance.copy_(acceptance)
 
-    def put_log_partition(self, found: LogPartition, of: Tensor) -> None:
-        """Keeps log Z for the parameters of that fingerprint."""
-        size = 0.0 if found.effective_sample_size is None else found.effective_sample_size
-        with torch.no_grad():
-            known = (found.value, found.std_error, found.num_chains, found.num_steps, size)
-            self.log_z.copy_(torch.stack([torch.as_tensor(v).to(self.log_z) for v in known]))
-            self.log_z_kind.fill_(_KINDS.index(found.kind))
-            self.log_z_of.copy_(of)
-        self.kind = _KINDS.index(found.kind)
+    def random(self, n: int) -> Tensor:
+        """Return n random chains, with replacement."""
+        return self.chains[torch.randint(len(self.chains), (n,), device=self.chains.device)]
 
-    def log_partition(self, of: Tensor) -> LogPartition | None:
-        """What is known of log Z for the parameters of that fingerprint; what was known for others is dropped."""
-        if self.kind < 0:
+
+class PartitionCache(nn.Module):
+    """Log Z, and the parameters it holds for.
+
+    `get` never returns a value for other parameters, however these were changed (in place, through ``.data``, by loading or by
+    conversion): it compares all their bits with a copy made when they were last seen. Without a copy (after loading, copying or
+    moving to another device) it compares fingerprints, which are slow to compute.
+    """
+
+    values: Tensor
+    kind_index: Tensor
+    fingerprint: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("values", torch.zeros(5))  # value, standard error, chains, steps, effective sample size
+        self.register_buffer("kind_index", torch.tensor(-1))
+        self.register_buffer("fingerprint", torch.tensor(0))
+        self.reread()
+        self.register_load_state_dict_post_hook(_reread)
+
+    def reread(self) -> None:
+        """Update the Python attributes after the buffers have changed."""
+        self._kind = int(self.kind_index)
+        self._snapshot: list[Tensor] | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """True if no log Z is stored."""
+        return self._kind < 0
+
+    def put(self, log_partition: LogPartition, tensors: Sequence[Tensor]) -> None:
+        """Store log Z for the present values of the tensors that it depends on."""
+        size = log_partition.effective_sample_size
+        values = (
+            log_partition.value,
+            log_partition.std_error,
+            log_partition.num_chains,
+            log_partition.num_steps,
+            0.0 if size is None else size,
+        )
+        with torch.no_grad():
+            self.values.copy_(torch.stack([torch.as_tensor(v).to(self.values) for v in values]))
+            self.fingerprint.copy_(fingerprint(tensors))
+            self._set_kind(_KINDS.index(log_partition.kind))
+        self._snapshot = _copies(tensors)
+
+    def get(self, tensors: Sequence[Tensor]) -> LogPartition | None:
+        """Return log Z if it holds for the present values of these tensors; otherwise clear the cache and return None."""
+        if self.is_empty:
             return None
-        if not torch.equal(self.log_z_of, of.to(self.log_z_of)):
-            self.log_z_kind.fill_(-1)
-            self.kind = -1
+        if not self._matches(tensors):
+            self._set_kind(-1)
+            self._snapshot = None
             return None
-        value, error, chains, steps, size = self.log_z.clone().unbind()
+        value, error, chains, steps, size = self.values.clone().unbind()
         return LogPartition(
             value,
             error,
-            _KINDS[self.kind],
+            _KINDS[self._kind],
             effective_sample_size=size if size else None,
             num_chains=int(chains),
             num_steps=int(steps),
         )
 
+    def _set_kind(self, index: int) -> None:
+        with torch.no_grad():
+            self.kind_index.fill_(index)
+        self._kind = index
 
-def _reread(memory: Memory, _: Any) -> None:
-    memory.reread()
+    def _matches(self, tensors: Sequence[Tensor]) -> bool:
+        if self._snapshot is not None and list(map(_form, self._snapshot)) == list(map(_form, tensors)):
+            return all(torch.equal(_bits(a), _bits(b)) for a, b in zip(self._snapshot, tensors, strict=True))
+        matches = torch.equal(self.fingerprint, fingerprint(tensors).to(self.fingerprint))
+        if matches:
+            self._snapshot = _copies(tensors)
+        return matches
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for copying and pickling, without the copy of the parameters."""
+        return {**self.__dict__, "_snapshot": None}
+
+
+def _reread(module: ReplayBuffer | PartitionCache, _: Any) -> None:
+    module.reread()
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().view(_BITS[tensor.element_size()])
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.detach().clone() for t in tensors]
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
-    """A sum over the bits of tensors, each mixed with its place, modulo 2^64."""
+    """Return a sum over the bits of tensors, each mixed with its place, modulo 2^64."""
     total = torch.tensor(0)
     for i, t in enumerate(tensors):
-        bits = t.detach().contiguous().reshape(-1).view(_BITS[t.element_size()]).to(torch.int64)
+        bits = _bits(t.contiguous().reshape(-1)).to(torch.int64)
         places = torch.arange(len(bits), device=bits.device) * 2 + 1
-        mixed = (bits ^ (bits >> 29)) * 0x9E3779B97F4A7C1 + places  # or the sign bits of two numbers would cancel
+        mixed = (bits ^ (bits >> 29)) * 0x9E3779B97F4A7C1 + places  # otherwise the sign bits of two numbers would cancel
         mixed = (mixed ^ (mixed >> 31)) * places * (2 * i + 1)
         total = total + (mixed ^ (mixed >> 30)).sum().to(total.device)
     return total
