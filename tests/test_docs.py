@@ -198,6 +198,16 @@ def test_the_default_game_and_matchings_are_those_on_the_page():
     assert by_default.keys() == {type(plain.pairing).__name__, type(guided.pairing).__name__}
 
 
+@pytest.mark.parametrize("row", table("extending", "base class"), ids=lambda row: row[0])
+def test_the_table_of_extension_points_names_what_is_abstract(row):
+    """Penalty is the only base class without an abstract method: it may also only constrain parameters."""
+    name, required, _ = row
+    modules = [module for path, module in sys.modules.items() if path.startswith("pyro_genmodels.") and hasattr(module, name)]
+    (base,) = {getattr(module, name) for module in modules if getattr(module, name).__module__ == module.__name__}
+    assert set(required.split(", ")) == (base.__abstractmethods__ if name != "Penalty" else {"__call__"})
+    assert re.search(rf"class \w+\({name}\)|class RoundedPairing", PAGES["extending"])
+
+
 def test_every_extra_is_named():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {row[0] for row in table("getting_started", "extra")} == extras.keys() - {"all"}
