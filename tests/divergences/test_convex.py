@@ -146,7 +146,7 @@ def test_the_mean_term_is_that_of_its_definition_and_right_at_the_ends(f):
     assert not f.mean_term(torch.tensor([-90.0, -300.0, 90.0, 300.0], dtype=torch.float32)).isnan().any()
 
 
-def test_the_best_of_total_variation_tells_no_ratio():
+def test_the_critic_of_total_variation_gives_no_ratio():
     with pytest.raises(ValueError, match=r"sign of p - q.*Use JensenShannon"):
         TotalVariation().log_ratio(torch.zeros(3))
 
@@ -163,7 +163,7 @@ def test_the_family_of_powers_has_the_named_as_members():
         torch.testing.assert_close(member(u), named(u) + linear * (u - 1), rtol=1e-4, atol=1e-5)
 
 
-def test_bounds_are_reached_by_what_has_nothing_in_common():
+def test_bounds_are_reached_by_disjoint_distributions():
     assert JensenShannon().at_zero + JensenShannon().slope_at_infinity == log(2)
     for f in (TotalVariation(), SquaredHellinger()):
         assert f.at_zero + f.slope_at_infinity == 1
@@ -185,6 +185,6 @@ def test_bounds_are_reached_by_what_has_nothing_in_common():
         (lambda: Convex(softened, at_zero=1.0, slope_at_infinity=0.9), "slope_at_infinity to be a limit, but found 0.9"),
     ],
 )
-def test_what_makes_no_divergence_is_refused(build, match):
+def test_functions_that_define_no_divergence_are_refused(build, match):
     with pytest.raises(ValueError, match=match):
         build()

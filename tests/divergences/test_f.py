@@ -115,7 +115,7 @@ def test_disjoint_supports_are_at_the_largest_distance_without_error(f):
         assert error < 1e-7
 
 
-def test_points_that_only_one_side_has_are_judged_by_that_side():
+def test_points_outside_of_one_support_contribute_the_limits():
     """U(0, 1) and U(0, 4): half of p's ratio is known, and three quarters of q are outside."""
     p, q = dist.Uniform(torch.tensor(0.0), 1.0), dist.Uniform(torch.tensor(0.0), 4.0)
     for f in (JensenShannon(), TotalVariation(), SquaredHellinger(), PearsonChiSquared(), TRIANGULAR):
@@ -140,7 +140,7 @@ def test_nothing_diverges_from_itself_and_batches_broadcast(f):
     assert value.shape == error.shape == (3, 2)
 
 
-def test_a_family_of_discrete_vectors_is_drawn_from():
+def test_discrete_vectors_are_sampled():
     made, q = Autoregressive((2,), likelihood=BernoulliLikelihood())(), dist.Bernoulli(torch.tensor([0.2, 0.7])).to_event(1)
     x = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 2)
     truth = (made.log_prob(x).exp() - q.log_prob(x).exp()).abs().sum() / 2
@@ -157,6 +157,6 @@ def test_a_family_of_discrete_vectors_is_drawn_from():
         (lambda: js(dist.Normal(0.0, 1.0), dist.Poisson(1.0)), "two continuous or two discrete distributions.*Dequantized"),
     ],
 )
-def test_what_has_no_ratio_is_refused(build, match):
+def test_distributions_without_a_density_ratio_are_refused(build, match):
     with pytest.raises(ValueError, match=f"f_divergence wants.*{match}|{match}"):
         build()

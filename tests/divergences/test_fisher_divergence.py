@@ -51,7 +51,7 @@ def test_a_family_can_be_fitted_by_fisher():
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 2)], ids=str)
-def test_fisher_of_every_event_shape_and_of_energies_by_their_draws(shape):
+def test_fisher_of_every_event_shape_and_of_energies(shape):
     n = torch.Size(shape).numel()
     p, q = (dist.Normal(torch.full(shape, loc), 1.0).to_event(len(shape)) for loc in (0.0, 0.5))
     assert abs(fisher(p, q, num_samples=10).value - n / 4) < 1e-12
@@ -93,12 +93,12 @@ def test_fisher_broadcasts_batches_and_contexts():
     ],
     ids=["event shape", "discrete", "dequantized", "no density"],
 )
-def test_what_has_no_score_is_refused_by_fisher(build, match):
+def test_distributions_without_a_score_are_refused_by_fisher(build, match):
     with pytest.raises(ValueError, match=match):
         fisher(Flow((2,))(), build())
 
 
 @pytest.mark.parametrize("num_samples", [0, 1])
-def test_an_error_of_fisher_takes_two_draws(num_samples):
+def test_a_standard_error_of_fisher_takes_two_samples(num_samples):
     with pytest.raises(ValueError, match="num_samples"):
         fisher(dist.Normal(torch.zeros(()), 1.0), dist.Normal(0.0, 1.0), num_samples=num_samples)

@@ -19,7 +19,7 @@ def test_the_kernels_are_their_formulas():
     torch.testing.assert_close(RationalQuadraticKernel(2.0, alphas=(1.0, 0.25))(x, y), quadratics)
 
 
-def test_the_median_distance_of_draws_that_are_mostly_or_all_the_same():
+def test_the_median_distance_of_mostly_equal_samples():
     x = torch.zeros(10, 2)
     assert median_distance(x) == 1
     x[0] = 3

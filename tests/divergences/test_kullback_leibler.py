@@ -131,7 +131,7 @@ def test_families_broadcast_over_their_context():
     assert value.shape == error.shape == (5,)
 
 
-def test_the_answer_names_its_parts():
+def test_summary_of_the_result():
     divergence = kl(dist.Normal(0.0, 1.0), dist.Normal(0.0, 2.0))
     assert divergence.value is divergence[0]
     assert divergence.std_error is divergence[1]
@@ -149,13 +149,13 @@ def test_a_lower_bound_is_no_density_for_kl():
         kl(bound, bound)
 
 
-def test_draws_alone_are_no_density_for_kl():
+def test_implicit_distributions_have_no_density_for_kl():
     vae = VAE((2,), latent_dim=1)
     with pytest.raises(ValueError, match="Implicit, whose density is: none"):
         kl(Flow((2,))(), vae())
 
 
 @pytest.mark.parametrize("num_samples", [0, 1])
-def test_an_error_takes_two_draws(num_samples):
+def test_a_standard_error_takes_two_samples(num_samples):
     with pytest.raises(ValueError, match="num_samples"):
         kl(reparametrised(torch.zeros(()), torch.ones(())), dist.Normal(0.0, 1.0), num_samples=num_samples)

@@ -27,7 +27,7 @@ def closed_form(shift, scale, dims, h):
 
 
 @pytest.mark.parametrize(("shift", "scale", "dims"), [(1.0, 1.0, 1), (0.5, 2.0, 3), (0.0, 1.5, 2)])
-def test_of_gaussians_it_is_the_closed_form_and_its_error_is_what_it_says(shift, scale, dims):
+def test_gaussians_meet_the_closed_form_and_the_error_is_calibrated(shift, scale, dims):
     """200 pairs of sets of 60 and 90 draws: their mean is without bias, and their deviation what is reported, to a third."""
     found = [mmd(torch.randn(60, dims), shift + scale * torch.randn(90, dims), kernel=GaussianKernel(1.3)) for _ in range(200)]
     values, errors = (torch.stack(part) for part in zip(*found, strict=True))
@@ -36,7 +36,7 @@ def test_of_gaussians_it_is_the_closed_form_and_its_error_is_what_it_says(shift,
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
-def test_of_one_law_it_is_zero_on_average(kernel):
+def test_the_mean_for_equal_distributions_is_zero(kernel):
     values = torch.stack([mmd(torch.randn(20, 2), torch.randn(30, 2), kernel=kernel).value for _ in range(300)])
     assert abs(values.mean()) < 6 * values.std() / 300**0.5
     assert (values < 0).any()
@@ -89,7 +89,7 @@ def test_equal_draws_have_a_finite_gradient():
         assert slope.isfinite().all()
 
 
-def test_a_kernel_of_ones_own_is_taken():
+def test_custom_kernels_are_accepted():
     class Product(Kernel):
         def __call__(self, x, y):
             return x @ y.T

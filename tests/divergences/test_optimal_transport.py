@@ -97,12 +97,12 @@ def test_events_are_flattened_and_the_wider_dtype_is_kept():
     ],
     ids=str,
 )
-def test_numbers_that_make_no_sense_are_refused(options, match):
+def test_invalid_options_are_refused(options, match):
     with pytest.raises(ValueError, match=f"wasserstein wants.*{match}"):
         wasserstein(TEN, TEN, **options)
 
 
-def test_what_cannot_be_compared_is_refused():
+def test_sets_that_cannot_be_compared_are_refused():
     with pytest.raises(ValueError, match=r"wasserstein wants.*x has shape \(10, 2\) and y \(10, 3\)"):
         wasserstein(TEN, torch.zeros(10, 3))
 

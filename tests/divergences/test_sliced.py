@@ -34,7 +34,7 @@ def test_in_one_dimension_it_is_the_distance_of_gaussians():
 
 
 @pytest.mark.parametrize("dims", [2, 5])
-def test_of_draws_of_round_gaussians_it_is_the_closed_form(dims):
+def test_isotropic_gaussians_meet_the_closed_form(dims):
     """The square is |v|^2 / d and that of the deviations' difference; 50 pairs of sets, with a bias of at most 10 / n."""
     shift, n = torch.arange(1.0, dims + 1), 500
     squares = torch.stack([
@@ -56,7 +56,7 @@ def test_a_shift_is_as_far_as_its_length_over_the_root_of_the_dimension(dims):
     assert abs(value - shift.norm() * gamma(dims / 2) / (pi**0.5 * gamma((dims + 1) / 2))) < 6 * error
 
 
-def test_between_disjoint_supports_it_is_finite_and_grows_with_the_distance():
+def test_disjoint_supports_have_a_finite_distance_that_grows_with_the_shift():
     x, y = torch.rand(200, 2), torch.rand(200, 2)
     values = [sliced_wasserstein(x, y + shift, seed=1) for shift in (2.0, 4.0, 8.0)]
     for shift, (value, error) in zip((2.0, 4.0, 8.0), values, strict=True):
@@ -102,7 +102,7 @@ def test_the_standard_error_is_that_over_directions():
     torch.testing.assert_close(errors.mean(), values.std(), rtol=1 / 6, atol=0)
 
 
-def test_two_sets_from_one_law_are_apart_by_a_floor_that_falls_with_the_root_of_their_size():
+def test_the_baseline_falls_with_the_root_of_the_size():
     """40 pairs of sets of each size; their mean is known to 3 %."""
     floors = [
         torch.stack([sliced_wasserstein(torch.randn(n, 3), torch.randn(n, 3), num_projections=100).value for _ in range(40)])
@@ -131,7 +131,7 @@ def test_where_the_distance_is_zero_the_gradient_is_too(p):
     assert (x.grad == 0).all()
 
 
-def test_draws_move_to_the_data_by_it():
+def test_samples_can_be_moved_to_the_data_by_its_gradient():
     """Every step draws its own directions."""
     target = torch.randn(50, 2) * torch.tensor([0.5, 2.0]) + 3
     x = torch.randn(50, 2).requires_grad_()
@@ -214,7 +214,7 @@ HOLED = torch.zeros(10, 2).index_fill(0, torch.tensor([3, 7]), torch.nan)
         (TEN, TEN.to("meta"), "x is on cpu and y on meta"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(x, y, match):
+def test_sets_that_cannot_be_compared_are_refused(x, y, match):
     with pytest.raises(ValueError, match=f"sliced_wasserstein wants.*{match}"):
         sliced_wasserstein(x, y)
 
@@ -227,7 +227,7 @@ def test_arrays_are_refused():
 @pytest.mark.parametrize(
     "choice", [{"num_projections": 1}, {"num_projections": 0}, {"p": 0.5}, {"p": torch.inf}, {"p": torch.nan}], ids=str
 )
-def test_numbers_that_make_no_sense_are_refused(choice):
+def test_invalid_options_are_refused(choice):
     with pytest.raises(ValueError, match=f"sliced_wasserstein wants at least 2 directions|order p.*{choice.get('p')}"):
         sliced_wasserstein(TEN, TEN, **choice)
 
@@ -239,7 +239,7 @@ def test_without_pot_the_line_that_installs_it_is_given(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_draws_stay_on_their_device():
+def test_results_are_on_the_device_of_the_samples():
     x, y = torch.randn(30, 3), torch.randn(41, 3)
     on_cpu, on_gpu = sliced_wasserstein(x, y, seed=3), sliced_wasserstein(x.cuda(), y.cuda(), seed=3)
     assert on_gpu.value.is_cuda

@@ -13,7 +13,7 @@ DENSITIES, SCORES, DRAWS = list(DENSITY_DIVERGENCES), ["fisher", "reverse_fisher
 P, Q = dist.Normal(0.0, 1.0), dist.Normal(1.0, 2.0)
 
 
-def test_two_densities_have_every_row_from_where_it_is_best():
+def test_two_densities_have_every_row_by_the_best_method():
     table = divergence_table(P, Q, num_samples=2000, set_size=200, seed=1)
     assert list(table.index) == DENSITIES + SCORES + DRAWS
     assert list(table.columns) == ["value", "std_error", "kind", "method"]
@@ -34,7 +34,7 @@ def test_a_seed_fixes_it_and_leaves_torchs_generator_alone():
     assert not first.equals(other)
 
 
-def test_draws_leave_the_rest_out_and_say_why():
+def test_sets_of_samples_leave_other_rows_out_with_reasons():
     x = torch.randn(60, 2)
     for p, q, which in ((x, x + 1, "p and q are sets"), (Flow((2,))(), x, "q is a set"), (x, Flow((2,))(), "p is a set")):
         table = divergence_table(p, q, set_size=60)
@@ -43,7 +43,7 @@ def test_draws_leave_the_rest_out_and_say_why():
         assert all(which in reason for reason in table.attrs["left_out"].values())
 
 
-def test_what_has_no_density_is_compared_by_what_it_has():
+def test_distributions_without_a_density_are_compared_by_scores_or_samples():
     energy = Energy(lambda x: x.square().sum(-1), (2,), num_steps=20)
     table = divergence_table(energy, Flow((2,))(), num_samples=50, set_size=50)
     assert list(table.index) == SCORES + DRAWS
@@ -56,13 +56,13 @@ def test_what_has_no_density_is_compared_by_what_it_has():
     assert "over real numbers" in table.attrs["left_out"]["fisher"]
 
 
-def test_sums_are_called_sums():
+def test_the_method_names_exact_sums():
     table = divergence_table(dist.Bernoulli(0.2), dist.Bernoulli(0.5), num_samples=50, set_size=50)
     assert table.method["tv"] == "exact sum"
     assert table.std_error["tv"] == 0
 
 
-def test_what_would_not_end_is_left_out(monkeypatch):
+def test_too_large_linear_programmes_are_left_out(monkeypatch):
     monkeypatch.setattr("pyro_genmodels.divergences.table._MAX_COSTS", 1000)
     table = divergence_table(torch.randn(60, 2), torch.randn(60, 2))
     assert list(table.index) == ["sliced_wasserstein", "mmd"]

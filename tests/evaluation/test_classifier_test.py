@@ -22,7 +22,7 @@ def deviation(share, n):
 
 
 @pytest.mark.parametrize("dims", [1, 2])
-def test_draws_of_one_law_are_told_apart_by_chance(dims):
+def test_equal_distributions_are_classified_by_chance(dims):
     """Each draw is held out once: the accuracy is a share of 2000. Its error, from five folds, may be far off: with a rate of
     false alarms of 2e-8 it is within these bounds.
     """
@@ -32,7 +32,7 @@ def test_draws_of_one_law_are_told_apart_by_chance(dims):
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.5, 3.0])
-def test_two_gaussians_are_told_apart_as_well_as_the_best_can(shift):
+def test_the_accuracy_of_two_gaussians_is_that_of_the_best_classifier(shift):
     """Which is Phi(shift / 2). No classifier does better but by chance; this one does worse by 0.01 at most."""
     x, y = torch.randn(2000, 1), torch.randn(2000, 1) + shift
     best = 0.5 * (1 + erf(shift / 8**0.5))
@@ -40,14 +40,14 @@ def test_two_gaussians_are_told_apart_as_well_as_the_best_can(shift):
     assert -6 * deviation(best, 4000) < lost < 6 * deviation(best, 4000) + 0.01
 
 
-def test_what_no_line_can_part_is_seen():
+def test_nonlinear_differences_are_found():
     """The same mean and deviation, on a circle and in its middle; the best has 1."""
     angles = 2 * torch.pi * torch.rand(500)
     ring = torch.stack([angles.cos(), angles.sin()], 1)
     assert c2st(ring, torch.randn(500, 2) * 0.1).value > 0.99
 
 
-def test_the_answer_is_that_of_the_protocol():
+def test_the_accuracies_are_those_of_the_protocol():
     """As `cross_val_score` has it, standardised by x."""
     x, y = torch.randn(100, 2) * 5 + 1, torch.randn(100, 2) * 5 + 9
     rows = torch.cat([x, y]).sub(x.mean(0)).div(x.std(0)).numpy()
@@ -57,7 +57,7 @@ def test_the_answer_is_that_of_the_protocol():
     assert c2st(x, y).values.tolist() == truth.tolist()
 
 
-def test_a_seed_fixes_the_answer_and_leaves_others_alone():
+def test_a_seed_fixes_the_accuracies_and_leaves_torchs_generator():
     x, y = torch.randn(100, 2), torch.randn(100, 2) * 2
     before = torch.random.get_rng_state()
     first = c2st(x, y, **SMALL)
@@ -66,7 +66,7 @@ def test_a_seed_fixes_the_answer_and_leaves_others_alone():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_the_answer_names_its_parts():
+def test_summary_of_the_result():
     answer = ClassifierTest(torch.tensor([0.4, 0.5, 0.6, 0.5]), 100)
     assert answer.value == pytest.approx(0.5)
     assert answer.std_error == pytest.approx((0.02 / 3 / 4) ** 0.5)
@@ -85,7 +85,7 @@ def test_units_and_origin_make_no_difference():
     torch.testing.assert_close(rows[:100].std(0), torch.ones(2).double())
 
 
-def test_what_varies_nowhere_tells_nothing_and_what_varies_in_one_set_tells_all():
+def test_constant_columns():
     constant = torch.full((100, 1), 0.1)
     x, y = torch.randn(100, 1), torch.randn(100, 1)
     rows = standardised(torch.cat([x, constant], 1), torch.cat([y, constant], 1))
@@ -104,7 +104,7 @@ def test_events_are_flattened_and_numbers_need_no_dimension():
     assert torch.equal(c2st(x[:, 0, 0], y[:, 0, 0], **SMALL).values, c2st(x[:, 0], y[:, 0], **SMALL).values)
 
 
-def test_integers_and_draws_with_a_graph_are_taken():
+def test_integers_and_samples_with_a_graph_are_accepted():
     x = torch.randint(2, (100, 1))
     assert c2st(x, x + 9 * torch.ones(1, requires_grad=True), **SMALL).values.shape == (2,)
 
@@ -128,7 +128,7 @@ def test_integers_and_draws_with_a_graph_are_taken():
         (torch.zeros(49, 2), torch.zeros(49, 2), {"folds": 1}, "at least 2 folds, got folds=1"),
     ],
 )
-def test_what_cannot_be_judged_is_refused(x, y, choice, match):
+def test_sets_that_cannot_be_compared_are_refused(x, y, choice, match):
     with pytest.raises(ValueError, match=f"c2st wants.*{match}"):
         c2st(x, y, **choice)
 

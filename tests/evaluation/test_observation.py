@@ -39,7 +39,7 @@ class Linear(Family):
 
 
 @pytest.mark.parametrize(("dims", "latent", "steps"), [(3, 2, 150), (25, 20, 300)])
-def test_of_a_linear_map_it_is_the_closed_form(dims, latent, steps):
+def test_a_linear_map_meets_the_closed_form(dims, latent, steps):
     """Each mean weight is right on average: within six of its errors, and what the path is too short for."""
     fit = Linear(dims, latent)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_more_steps_are_tighter_and_it_is_low_on_average():
     assert means[-1] > -0.2
 
 
-def test_a_context_is_that_of_its_row_in_whatever_batches():
+def test_each_row_has_its_own_context_in_batches_of_any_size():
     short = {"num_steps": 100, "num_chains": 16}
     fit, context = Linear(3, 2, context=1), torch.arange(6.0)[:, None]
     with torch.no_grad():
@@ -93,7 +93,7 @@ def bounded(x):
         pyro.sample("x", Implicit(prior, lambda z, c: dist.Normal(z, 9.0).to_event(1), (2,)), obs=x)
 
 
-def test_a_bounded_prior_and_the_mean_of_a_noisy_likelihood_of_a_model_of_ones_own():
+def test_a_model_with_a_bounded_prior_and_a_noisy_likelihood():
     """A uniform square, blurred."""
     x = torch.tensor([[0.5, 0.5], [0.0, 1.2]])
     found = gaussian_observation_likelihood((bounded, lambda x: None), x, sigma=0.3, num_steps=100, num_chains=64, seed=1)
@@ -131,7 +131,7 @@ def test_dropout_is_off_and_the_mode_is_put_back():
     assert torch.equal(found.values, gaussian_observation_likelihood(Linear(3, 2), x, **options).values)
 
 
-def test_a_seed_fixes_the_answer_and_one_chain_knows_no_error():
+def test_a_seed_fixes_the_values_and_one_chain_has_no_error():
     x = torch.randn(4, 3)
     a, b = (gaussian_observation_likelihood(Linear(3, 2), x, sigma=0.5, num_steps=10, num_chains=1, seed=7) for _ in range(2))
     assert torch.equal(a.values, b.values)
@@ -150,7 +150,7 @@ def model_of(law):
     return model, lambda x: None
 
 
-def test_what_has_no_such_distribution_is_refused():
+def test_fits_without_an_implicit_distribution_are_refused():
     x = torch.randn(4, 2)
     discrete = Implicit(dist.Bernoulli(0.5), lambda z, c: dist.Delta(torch.stack([z, z], -1), event_dim=1), (2,))
     cases = [
@@ -169,7 +169,7 @@ def test_options_are_checked(options):
         gaussian_observation_likelihood(Linear(3, 2), torch.randn(4, 3), **{"sigma": 1.0, **options})
 
 
-def test_integers_are_judged_at_the_middle_of_their_unit():
+def test_integers_are_scored_at_the_middle_of_their_unit():
     gan, x = GAN((2,), levels=5, **SMALL), torch.randint(5, (6, 2))
     reals = GAN((2,), **SMALL)
     reals.load_state_dict(gan.state_dict())

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 KERNELS = [GaussianKernel(), GaussianKernel(0.7), LaplaceKernel(), RationalQuadraticKernel(), EnergyKernel()]
 
 
-def test_it_raises_false_alarms_as_often_as_it_says():
+def test_the_rate_of_false_alarms_is_the_level():
     """Rejections at 5 % among 300 pairs of sets from one distribution lie within their binomial interval (1e-7)."""
     alarms = sum(
         mmd_test(torch.randn(20, 2), torch.randn(30, 2), num_permutations=99, seed=seed).p_value <= 0.05 for seed in range(300)
@@ -34,7 +34,7 @@ def test_differences_in_the_mean_and_in_the_scale_are_found(kernel):
     assert mmd_test(x, torch.randn(200, 2) * 2.5, kernel=kernel).p_value == 1 / 1001
 
 
-def test_the_value_is_mmds_and_a_seed_fixes_the_answer():
+def test_the_value_is_that_of_mmd_in_single_precision_and_a_seed_fixes_the_result():
     x, y = torch.randn(40, 3).float(), torch.randn(50, 3).float() * 1.1
     before = torch.random.get_rng_state()
     found = mmd_test(x, y, num_permutations=200)
@@ -52,7 +52,7 @@ def test_permutations_that_give_the_same_sets_count():
     assert p == pytest.approx(1 / 3, abs=6 * (2 / 9 / 3000) ** 0.5)
 
 
-def test_the_answer_in_a_line():
+def test_summary_of_the_result_in_a_line():
     assert str(MMDTest(0.0123, 0.004, 0.25, 99)) == "squared MMD 0.0123 ± 0.004 (p = 0.25, 99 permutations)"
     assert "p ≤ 0.01" in str(MMDTest(0.0123, 0.004, 0.01, 99))
 
