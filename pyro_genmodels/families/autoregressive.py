@@ -1,4 +1,4 @@
-r"""Autoregressive models: one conditional per coordinate, all from one masked network.
+r"""Autoregressive models: one conditional distribution per coordinate, all from one masked network.
 
 .. math:: \log p(x \mid c) = \sum_i \log p(x_i \mid x_{<i}, c)
 
@@ -28,16 +28,19 @@ class Autoregressive(Family):
     Args:
         event_shape: shape of one datum.
         context: see `Family`.
-        likelihood: what one coordinate is: `Normal()`, `BernoulliLikelihood()`, `Categorical(k)` or `DiscretizedLogisticLikelihood(levels)`.
-        order: the coordinates of the flattened event in the order they are drawn, a permutation; by default as they stand.
+        likelihood: conditional distribution of one coordinate: `NormalLikelihood()`, the default, `BernoulliLikelihood()`,
+            `CategoricalLikelihood(k)` or `DiscretizedLogisticLikelihood(levels)`.
+        order: permutation of the coordinates of the flattened event, in the order in which they are drawn; by default
+            0, 1, 2, ...
         hidden: widths of the hidden layers.
         dropout: rate at which hidden units are dropped in training.
-        support: with `Normal` conditionals, where one coordinate lies.
-        standardize: with `Normal` conditionals, see `Family`.
+        support: set in which one coordinate lies; only with `NormalLikelihood`.
+        standardize: see `Family`; only with `NormalLikelihood`.
         name: see `Family`.
 
     Raises:
-        ValueError: if the order is no permutation.
+        TypeError: if `likelihood` is not one of these choices.
+        ValueError: if the order is not a permutation.
 
     Example:
         >>> from pyro_genmodels import Autoregressive, BernoulliLikelihood
@@ -67,7 +70,7 @@ class Autoregressive(Family):
         features = self.event_shape.numel()
         order = torch.arange(features) if order is None else torch.as_tensor(order)
         if order.shape != (features,) or not order.sort().values.equal(torch.arange(features)):
-            raise ValueError(f"order wants a permutation of 0 .. {features - 1}, got {order.tolist()}.")
+            raise ValueError(f"order wants a permutation of 0 .. {features - 1}, but found {order.tolist()}.")
         self.register_buffer("order", order)
         self.conditionals = MADE(
             features,

@@ -1,4 +1,4 @@
-"""What families of densities over the reals share: that they take integers too, by dequantisation."""
+"""The base of families of densities over the reals, which take integers too by dequantisation."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ class ContinuousFamily(Family):
 
     Args:
         event_shape: shape of one datum.
-        levels: with K given, data are integers 0 .. K - 1, and the distribution is a `Dequantized` density.
-        kwargs: see `Family`.
+        levels: number K of levels, for data that are integers 0 .. K - 1; the distribution is then a `Dequantized` density.
+            None for real numbers.
+        kwargs: passed to `Family`.
 
     Raises:
         ValueError: for fewer than 2 levels.
@@ -30,12 +31,12 @@ class ContinuousFamily(Family):
 
     def __init__(self, event_shape: Sequence[int], *, levels: int | None, **kwargs: Any) -> None:
         if levels is not None and (isinstance(levels, bool) or not isinstance(levels, int) or levels < 2):
-            raise ValueError(f"{type(self).__name__} wants levels as an integer of at least 2, got {levels!r}.")
+            raise ValueError(f"{type(self).__name__} wants levels as an integer of at least 2, but found {levels!r}.")
         super().__init__(event_shape, **kwargs)
         self.levels = levels
 
-    def _of_data(self, density: GenerativeDistribution) -> GenerativeDistribution:
-        """The density itself, or that of integers."""
+    def _over_data(self, density: GenerativeDistribution) -> GenerativeDistribution:
+        """Return the density itself, or for data with levels the dequantised density of integers."""
         return density if self.levels is None else Dequantized(density, self.levels, dtype=self.loc.dtype)
 
     @property
@@ -44,8 +45,8 @@ class ContinuousFamily(Family):
 
     @property
     def _continuous_support(self) -> constraints.Constraint:
-        """Of the density, before any rounding to levels."""
+        """Support of the density, before any rounding to levels."""
         return self.support
 
-    def _continuous(self, x: Tensor) -> Tensor:
+    def _as_reals(self, x: Tensor) -> Tensor:
         return x if self.levels is None else x + torch.rand_like(x, dtype=self.loc.dtype)

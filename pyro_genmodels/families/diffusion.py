@@ -1,4 +1,4 @@
-r"""Diffusion models as a family: a network that finds the data behind noise, and a way back.
+r"""Diffusion models: a process turns data into noise, and a network that removes noise leads from noise back to data.
 
 .. math:: x_t = \alpha(t)\, x_0 + \sigma(t)\, \varepsilon, \qquad D(x_t, t, c) \approx \mathbb{E}[x_0 \mid x_t, c]
 
@@ -20,12 +20,13 @@ from torch.distributions import constraints
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.diffusion import DequantizedDiffusion, FlowDensity, ReverseDiffusion, VariationalBound
 from pyro_genmodels.dynamics.denoiser import Denoiser, Prediction, VelocityPrediction
+from pyro_genmodels.dynamics.probability_flow import DPMSolver
 from pyro_genmodels.dynamics.processes import Process, VariancePreserving
-from pyro_genmodels.dynamics.reverse import DPMSolver, ReverseSampler
+from pyro_genmodels.dynamics.reverse import ReverseSampler
 from pyro_genmodels.families.context import Context
 from pyro_genmodels.families.continuous import ContinuousFamily
 from pyro_genmodels.families.family import Standardize
-from pyro_genmodels.nn.fields import DenseField, UNet
+from pyro_genmodels.nn.fields import DenseField, FieldChoice
 from pyro_genmodels.utils.errors import check_choice
 
 
@@ -35,27 +36,31 @@ class Diffusion(ContinuousFamily):
     Args:
         event_shape: shape of one datum.
         context: see `Family`.
-        network: a choice, `DenseField()`, the default, with five octaves of sines up to four coordinates, or `UNet()`; or a
-            module of your own, called as ``network(x, t, context)`` with x (n, *event_shape) of deviation 1, the time t (n,) of
-            the process and the embedded context (n, c) or None.
-        process: how data become noise, such as ``VariancePreserving()``, `CosineVariancePreserving`, `SubVariancePreserving`,
-            `VarianceExploding` or `Karras`.
-        prediction: what the network says: `VelocityPrediction`, `NoisePrediction`, `DataPrediction`, `ScorePrediction`, or
-            `Preconditioned`, EDM's.
-        sampler: how it is drawn: `DPMSolver`, `DDIM`, `Ancestral`, `EulerMaruyama`, `Heun`, `PredictorCorrector` or
-            `ProbabilityFlow`; ``diffusion().with_sampler(...)`` takes another. Draws that carry gradients, as Pyro asks for while
-            the family is not frozen, are by the ODE of the likelihood.
-        likelihood: what `log_prob` is: `FlowDensity` or `VariationalBound`; ``diffusion().with_likelihood(...)`` takes another.
-        drop_context: how often training goes without the context, so that draws can exaggerate it.
-        guidance: weight of the context in draws and their density: 1 takes it as it is, more exaggerates it, 0 goes without.
-            Training goes without guidance. It can be set, and ``diffusion(context).guided(...)`` takes another.
-        support: where one coordinate lies; see `Family`.
-        levels: with K given, data are integers 0 .. K - 1, and the diffusion is a `Dequantized` density.
-        standardize: see `Family`; by default jointly for a `UNet`, and in each coordinate else.
+        network: denoising network: a choice, `DenseField()`, the default (with five octaves of sines for up to four
+            coordinates), or `UNet()`; or your own module, called as ``network(x, t, context)`` with x (n, *event_shape) of
+            deviation 1, the time t (n,) of the process and the embedded context (n, c) or None.
+        process: process that turns data into noise: `VariancePreserving`, the default, `CosineVariancePreserving`,
+            `SubVariancePreserving`, `VarianceExploding` or `Karras`.
+        prediction: meaning of the network's output: `VelocityPrediction`, the default, `NoisePrediction`, `DataPrediction`,
+            `ScorePrediction`, or `Preconditioned` as in EDM.
+        sampler: reverse sampler: `DPMSolver`, the default, `DDIM`, `Ancestral`, `EulerMaruyama`, `Heun`, `PredictorCorrector`
+            or `ProbabilityFlow`. ``diffusion().with_sampler(...)`` changes it. Draws that carry gradients, which Pyro asks for
+            while the family is not frozen, are made by the ODE of the likelihood instead.
+        likelihood: method of `log_prob`: `FlowDensity`, the default, or `VariationalBound`.
+            ``diffusion().with_likelihood(...)`` changes it.
+        drop_context: rate at which the context is dropped in training, so that the network also learns the distribution
+            without a context, which guidance needs.
+        guidance: weight of the context in draws and their density: 1 for the distribution given the context, above 1 to
+            exaggerate the context, 0 to ignore it. Training uses no guidance. The attribute can be set, and
+            ``diffusion(context).guided(...)`` changes it for one distribution.
+        support: set in which one coordinate lies; see `Family`.
+        levels: number K of levels, for data that are integers 0 .. K - 1. The diffusion is then a `Dequantized` density.
+        standardize: see `Family`; by default "jointly" for a `UNet` and True otherwise.
         name: see `Family`.
 
     Raises:
-        ValueError: on options that do not go together.
+        ValueError: if options do not go together.
+        TypeError: if an argument is not one of its choices.
 
     Example:
         >>> from pyro_genmodels import Diffusion
@@ -68,7 +73,7 @@ class Diffusion(ContinuousFamily):
         event_shape: Sequence[int],
         *,
         context: Context = 0,
-        network: DenseField | UNet | nn.Module | None = None,
+        network: FieldChoice | nn.Module | None = None,
         process: Process | None = None,
         prediction: Prediction | None = None,
         sampler: ReverseSampler | None = None,
@@ -80,14 +85,14 @@ class Diffusion(ContinuousFamily):
         standardize: Standardize | None = None,
         name: str | None = None,
     ) -> None:
-        standardize = ("jointly" if isinstance(network, UNet) else True) if standardize is None else standardize
+        if standardize is None:
+            standardize = network.standardize if isinstance(network, FieldChoice) else True
         super().__init__(event_shape, context=context, support=support, levels=levels, standardize=standardize, name=name)
-        few = self.event_shape.numel() <= 4
-        network = check_choice(
-            "Diffusion", "network", network, DenseField(octaves=5 if few else 0), DenseField | UNet | nn.Module
-        )
-        self.clock = not isinstance(network, nn.Module)
-        self.network = network if isinstance(network, nn.Module) else network.build(self.event_shape, self.context_size)
+        default = DenseField(octaves=5 if self.event_shape.numel() <= 4 else 0)
+        network = check_choice("Diffusion", "network", network, default, FieldChoice | nn.Module)
+        own = isinstance(network, nn.Module)
+        self.clock = not own
+        self.network = network if own else network.build(self.event_shape, self.context_size)
         self.process = check_choice("Diffusion", "process", process, VariancePreserving(), Process)
         self.prediction = check_choice("Diffusion", "prediction", prediction, VelocityPrediction(), Prediction)
         self.sampler = check_choice("Diffusion", "sampler", sampler, DPMSolver(), ReverseSampler)
@@ -103,7 +108,7 @@ class Diffusion(ContinuousFamily):
             raise ValueError(f"Diffusion wants guidance as a number, 1 for none, but found {guidance!r}.")
         self.guidance = guidance
         with torch.no_grad():
-            self._denoiser()  # so that what does not go together is told here
+            self._denoiser()  # raises here if options do not go together
 
     def forward(self, context: Tensor | None = None) -> GenerativeDistribution:
         diffusion = ReverseDiffusion(

@@ -89,7 +89,7 @@ class Family(PyroModule):
         standardize: Standardize = False,
         name: str | None = None,
     ) -> None:
-        super().__init__(name or params.fresh_name(self))
+        super().__init__(name or params.unused_name(self))
         if not isinstance(support, constraints.Constraint):
             raise TypeError(f"support wants a constraint such as constraints.interval(0.0, 1.0), but found {support!r}.")
         if isinstance(event_shape, int) or not all(isinstance(n, int) and n > 0 for n in event_shape):
@@ -199,18 +199,16 @@ class Family(PyroModule):
     @property
     def name(self) -> str:
         """Name under which Pyro stores the parameters. It can be set, and no two families have the same."""
-        return self._pyro_name
+        return params.pyro_name(self)
 
     @name.setter
     def name(self, name: str) -> None:
-        former = params.claim(self, name)
-        self._pyro_context.used = False  # otherwise Pyro refuses to rename the submodules
-        self._pyro_set_supermodule(name, self._pyro_context)
+        former = params.register_name(self, name)
         if isinstance(former, Family) and former.name == name:
-            former.name = params.fresh_name(former)
+            former.name = params.unused_name(former)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        params.take_over(self)
+        params.remove_foreign_parameters(self)
         return super().__call__(*args, **kwargs)
 
     @pyro_method
@@ -240,7 +238,7 @@ class Family(PyroModule):
         Raises:
             ValueError: if the number of rows is not known, or context or size do not agree with x.
         """
-        params.take_over(self)
+        params.remove_foreign_parameters(self)
         rows = len(x) if x is not None else size if size is not None else None if context is None else len(context)
         if rows is None:
             raise ValueError(f"{self.name}.model wants data x, a context or size=, the number of rows to draw.")
@@ -329,8 +327,9 @@ class Family(PyroModule):
         """Return a copy with a name of its own, so that both can be trained independently."""
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo), _pyro_name="")
-        new.name = params.fresh_name(new)
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        params.clear_name(new)
+        new.name = params.unused_name(new)
         return new
 
     def __copy__(self) -> Family:
@@ -340,8 +339,9 @@ class Family(PyroModule):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled family under its old name, or under a new one if that is taken."""
         super().__setstate__(state)
-        name, self._pyro_name = self._pyro_name, ""
-        self.name = params.fresh_name(self) if params.is_taken(name) else name
+        name = params.pyro_name(self)
+        params.clear_name(self)
+        self.name = params.unused_name(self) if params.is_registered(name) else name
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Family:  # noqa: FBT001, FBT002
         """Move parameters, as torch does, and the tensors of the constraints and distributions that the family holds."""

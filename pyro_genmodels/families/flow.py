@@ -1,4 +1,4 @@
-r"""Normalizing flows as a family: an invertible network between the data and a simple base distribution.
+r"""Normalizing flows: an invertible network between the data and a simple base distribution.
 
 .. math:: \log p(x \mid c) = \log p_u(f(x \mid c)) + \log |\det \partial f / \partial x|
 
@@ -10,9 +10,7 @@ from __future__ import annotations
 __all__ = ["Flow"]
 
 from collections.abc import Sequence
-from math import pi
 
-import pyro.distributions as dist
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -21,8 +19,9 @@ from pyro_genmodels.distributions.flow import NormalizingFlow
 from pyro_genmodels.families.context import Context
 from pyro_genmodels.families.continuous import ContinuousFamily
 from pyro_genmodels.families.family import Standardize
-from pyro_genmodels.nn.transforms import NCSF, NSF, FlowTransform, adopt
+from pyro_genmodels.nn.transforms import NSF, FlowTransform, flow_options, lazy_transform
 from pyro_genmodels.utils.distributions import is_real
+from pyro_genmodels.utils.errors import check_choice
 
 
 class Flow(ContinuousFamily):
@@ -31,15 +30,17 @@ class Flow(ContinuousFamily):
     Args:
         event_shape: shape of one datum.
         context: see `Family`.
-        transform: a choice such as ``NSF(transforms=5)``, ``RealNVP()``, ``MAF()``, or a zuko flow or lazy transform of your
-            own over the flattened event.
-        support: where one coordinate lies, say ``constraints.interval(0.0, 1.0)``, which puts a logit before the transform.
-        levels: with K given, data are integers 0 .. K - 1, and the flow is a `Dequantized` density on [0, K].
-        standardize: see `Family`; not with `NCSF`, whose angles have no scale.
+        transform: choice of layers such as ``NSF(transforms=5)``, ``RealNVP()`` or ``MAF()``; or your own zuko flow or lazy
+            transform over the flattened event. `NSF` by default.
+        support: set in which one coordinate lies. ``constraints.interval(0.0, 1.0)``, for example, puts a logit before the
+            transform.
+        levels: number K of levels, for data that are integers 0 .. K - 1. The flow is then a `Dequantized` density on [0, K].
+        standardize: see `Family`; ignored for `NCSF`, whose angles have no scale.
         name: see `Family`.
 
     Raises:
-        ValueError: on options that do not go together.
+        TypeError: if `transform` is neither a choice nor a module.
+        ValueError: if options do not go together.
 
     Example:
         >>> import torch
@@ -60,40 +61,31 @@ class Flow(ContinuousFamily):
         standardize: Standardize = True,
         name: str | None = None,
     ) -> None:
-        transform = NSF() if transform is None else transform
-        circular = isinstance(transform, NCSF)
-        if circular and not (is_real(support) and levels is None):
-            raise ValueError("NCSF models angles in [-pi, pi): give neither support nor levels with it.")
-        standardize = False if circular else standardize
+        transform = check_choice("Flow", "transform", transform, NSF(), FlowTransform | nn.Module)
+        choice = transform if isinstance(transform, FlowTransform) else FlowTransform  # for your own module the defaults
+        bounded = not is_real(choice.support)
+        if bounded and not (is_real(support) and levels is None):
+            raise ValueError(f"{type(transform).__name__} has the support {choice.support}: leave out support and levels.")
+        standardize = False if bounded else standardize
         super().__init__(event_shape, context=context, support=support, levels=levels, standardize=standardize, name=name)
-        self.circular = circular
-        self.transform, self.inverse = adopt(_build(transform, self.event_shape.numel(), self.context_size))
+        if isinstance(transform, FlowTransform):
+            transform = transform.build(self.event_shape.numel(), self.context_size)
+        self.transform = lazy_transform(transform)
+        self._options = flow_options(self.transform)
+        self._base, self._bounds = choice.base, choice.support if bounded else None
 
     def forward(self, context: Tensor | None = None) -> GenerativeDistribution:
-        zero, one = self.loc.new_zeros(()), self.loc.new_ones(())
-        base = dist.Uniform(-pi * one, pi * one, validate_args=False) if self.circular else dist.Normal(zero, one)
         flow = NormalizingFlow(
             self.transform,
-            base,
+            self._base(self.loc),
             self.event_shape,
             context=self.embed(context),
             support=self._continuous_support,
             pretransform=self.pretransform,
-            **self.inverse,
+            **self._options,
         )
-        return self._of_data(flow)
+        return self._over_data(flow)
 
     @property
     def _continuous_support(self) -> constraints.Constraint:
-        return NCSF.support if self.circular else self.support
-
-
-def _build(transform: FlowTransform | nn.Module, features: int, context: int) -> nn.Module:
-    if isinstance(transform, FlowTransform):
-        return transform.build(features, context)
-    if isinstance(transform, nn.Module):
-        return transform
-    raise TypeError(
-        f"Flow wants a transform such as NSF(transforms=5), or a zuko flow, but found {type(transform).__name__}."
-        + (" Call it: transform=NSF()." if isinstance(transform, type) else "")
-    )
+        return self.support if self._bounds is None else self._bounds

@@ -1,8 +1,8 @@
-r"""Generative adversarial networks as a family: noise through a network, and a critic to train it by.
+r"""Generative adversarial networks: a generator turns noise into data, and a critic trains it.
 
 .. math:: x = G(z, c), \qquad z \sim \mathcal{N}(0, I)
 
-There is no density. Trained by `Adversarial`. Goodfellow et al., *Generative Adversarial Nets* (arXiv 1406.2661).
+The model has no density. Trained by `Adversarial`. Goodfellow et al., *Generative Adversarial Nets* (arXiv 1406.2661).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pyro_genmodels.families.continuous import ContinuousFamily
 from pyro_genmodels.families.family import Standardize
 from pyro_genmodels.nn.gan import CriticChoice, DenseCritic, DenseGenerator, GeneratorChoice
 from pyro_genmodels.nn.mlp import call_batched
-from pyro_genmodels.utils.errors import check_choice
+from pyro_genmodels.utils.errors import check_choice, check_positive_int
 
 
 class GAN(ContinuousFamily):
@@ -32,27 +32,28 @@ class GAN(ContinuousFamily):
 
     Args:
         event_shape: shape of one datum.
-        context: see `Family`; generator and critic are both told. A module of one's own that embeds is copied for the critic,
-            so that each player trains its own.
-        latent_dim: coordinates of the noise.
-        generator: a choice, `DenseGenerator()`, the default, or `ConvolutionalGenerator()`; or a module of your own,
-            ``generator(z)`` or ``generator(z, context)`` -> (n, *event_shape), z (n, latent_dim).
-        critic: a choice, `DenseCritic()`, the default, with five octaves of sines up to four coordinates, or
-            `ConvolutionalCritic()`; or a module of your own, ``critic(x)`` or ``critic(x, context)`` -> (n,). It sees what the
-            generator makes: data of mean 0 and deviation 1.
-        pack: rows that the critic sees at once, (n, pack, *event_shape), so that it sees a lack of variety (PacGAN, arXiv
-            1712.04086); its context is (n, pack * c).
-        support: where one coordinate lies; see `Family`.
-        levels: with K given, data are integers 0 .. K - 1: the players see these with uniform noise, and draws are rounded.
-        standardize: see `Family`; by default jointly for convolutions, and in each coordinate else.
+        context: see `Family`; generator and critic are both given the context. Your own embedding module is copied for the
+            critic, so that generator and critic each train their own.
+        latent_dim: number of coordinates of the noise.
+        generator: choice, `DenseGenerator()`, the default, or `ConvolutionalGenerator()`; or your own module, called as
+            ``generator(z)`` or ``generator(z, context)`` with z (n, latent_dim), which returns (n, *event_shape).
+        critic: choice, `DenseCritic()`, the default (with five octaves of sines for up to four coordinates), or
+            `ConvolutionalCritic()`; or your own module, called as ``critic(x)`` or ``critic(x, context)``, which returns (n,).
+            Its inputs are on the generator's scale: data of mean 0 and deviation 1.
+        pack: number of rows that the critic is given together, as (n, pack, *event_shape), so that it can notice a lack of
+            variety (PacGAN, arXiv 1712.04086); its context is then (n, pack * c).
+        support: set in which one coordinate lies; see `Family`.
+        levels: number K of levels, for data that are integers 0 .. K - 1. Generator and critic are trained on these with
+            uniform noise added, and draws are rounded.
+        standardize: see `Family`; by default True for a `DenseGenerator` and "jointly" otherwise.
         name: see `Family`.
 
     Attributes:
-        critic: the module to pass to `Adversarial`; with a context, it takes labels or vectors as they come.
+        critic: module to pass to `Adversarial`; with a context, it takes the labels or vectors themselves.
 
     Raises:
-        TypeError: for a generator or critic that is none.
-        ValueError: for sizes that are not positive, and by networks of your own whose output has another shape.
+        TypeError: if the generator or critic is neither a choice nor a module.
+        ValueError: if a size is not positive; later, if your own network's output has another shape.
 
     Example:
         >>> from pyro_genmodels import GAN, train
@@ -77,16 +78,14 @@ class GAN(ContinuousFamily):
         standardize: Standardize | None = None,
         name: str | None = None,
     ) -> None:
-        if standardize is None:
-            standardize = True if isinstance(generator, DenseGenerator | None) else "jointly"
-        super().__init__(event_shape, context=context, support=support, levels=levels, standardize=standardize, name=name)
-        for role, value in (("latent_dim", latent_dim), ("pack", pack)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"GAN wants {role} as a positive integer, but found {value!r}.")
-        self.latent_dim = latent_dim
-        few = self.event_shape.numel() <= 4
+        check_positive_int("GAN", latent_dim=latent_dim, pack=pack)
         generator = check_choice("GAN", "generator", generator, DenseGenerator(), GeneratorChoice | nn.Module)
-        critic = check_choice("GAN", "critic", critic, DenseCritic(octaves=5 if few else 0), CriticChoice | nn.Module)
+        if standardize is None:
+            standardize = generator.standardize if isinstance(generator, GeneratorChoice) else "jointly"
+        super().__init__(event_shape, context=context, support=support, levels=levels, standardize=standardize, name=name)
+        self.latent_dim = latent_dim
+        default = DenseCritic(octaves=5 if self.event_shape.numel() <= 4 else 0)
+        critic = check_choice("GAN", "critic", critic, default, CriticChoice | nn.Module)
         own = isinstance(generator, nn.Module)
         self.generator = generator if own else generator.build(self.event_shape, latent_dim, self.context_size)
         network = critic if isinstance(critic, nn.Module) else critic.build(self.event_shape, pack, pack * self.context_size)
@@ -105,16 +104,16 @@ class GAN(ContinuousFamily):
             advice="Train it by Adversarial. Judge its draws by c2st, mmd_test or sliced_wasserstein, or see "
             "gaussian_observation_likelihood.",
         )
-        return self._of_data(implicit)
+        return self._over_data(implicit)
 
 
 class Critic(nn.Module):
-    """A critic that embeds its context.
+    """A critic network with a module that embeds its context.
 
     Args:
-        network: (x, embedded context) -> (n,).
-        context: a module that embeds, or None.
-        pack: rows it sees at once.
+        network: network called as network(x) or network(x, embedded context), which returns (n,).
+        context: module that embeds the context, or None.
+        pack: number of rows that the network is given together.
     """
 
     def __init__(self, network: nn.Module, context: nn.Module | None, pack: int) -> None:
@@ -122,17 +121,17 @@ class Critic(nn.Module):
         self.network, self.context, self.pack = network, context, pack
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """What it says of rows x (n, *event_shape), or of packs (n, pack, *event_shape): (n,)."""
+        """Return the critic's values (n,) at rows x, (n, *event_shape), or at packs of rows, (n, pack, *event_shape)."""
         if self.context is None:
             return self.network(x)
         if context is None:
-            raise ValueError("This critic wants a context beside x, and was given none. Call it as critic(x, context).")
+            raise ValueError("This critic wants a context, but was given none. Call it as critic(x, context).")
         return self.network(x, self.context(context).reshape(len(x), -1))
 
 
 @dataclass(frozen=True)
 class _Generate:
-    """z (batch..., latent) and context (batch..., c) -> x, a point."""
+    """The map from z (batch..., latent) and context (batch..., c) to a point mass at x."""
 
     generator: Callable[..., Tensor]
     event_shape: Size
@@ -141,5 +140,6 @@ class _Generate:
         batch = z.shape[:-1]
         x = call_batched(self.generator, batch, z, context)
         if x.shape != batch + self.event_shape:
-            raise ValueError(f"The generator should return {(*batch, *self.event_shape)}, but returned {tuple(x.shape)}.")
+            wanted = (*batch, *self.event_shape)
+            raise ValueError(f"The generator should return a tensor of shape {wanted}, but it returned {tuple(x.shape)}.")
         return dist.Delta(x, event_dim=len(self.event_shape))

@@ -1,10 +1,10 @@
-r"""Continuous flows as a family: a network says where points move, from a base distribution at time 0 to the data at time 1.
+r"""Continuous flows: a network gives the velocity of points, which move from a base distribution at time 0 to data at time 1.
 
 .. math:: \dot x = v(x, t, c), \qquad
     \log p(x \mid c) = \log p_0(x(0)) - \int_0^1 \operatorname{tr} \frac{\partial v}{\partial x}\, dt
 
-Trained by `MaximumLikelihood`, which solves the ODE at each step, or by `FlowMatching`, which does not. Chen et al. (arXiv
-1806.07366); Grathwohl et al. (arXiv 1810.01367); Lipman et al. (arXiv 2210.02747).
+Trained by `MaximumLikelihood`, which solves the ODE at each training step, or by `FlowMatching`, which does not. Chen et al.
+(arXiv 1806.07366); Grathwohl et al. (arXiv 1810.01367); Lipman et al. (arXiv 2210.02747).
 """
 
 from __future__ import annotations
@@ -26,39 +26,41 @@ from pyro_genmodels.dynamics.ode import Dopri5, Solver
 from pyro_genmodels.families.context import Context
 from pyro_genmodels.families.continuous import ContinuousFamily
 from pyro_genmodels.families.family import Family, Standardize
-from pyro_genmodels.nn.fields import DenseField, UNet
-from pyro_genmodels.utils.distributions import density_of, is_real, without_validation
+from pyro_genmodels.nn.fields import DenseField, FieldChoice
+from pyro_genmodels.utils.distributions import check_exact_density, is_real, without_validation
 from pyro_genmodels.utils.errors import check_choice
 
 
 class ODEFlow(ContinuousFamily):
-    """A flow by an ordinary differential equation.
+    """A flow along the solutions of an ordinary differential equation.
 
-    ``family.evaluations.last`` says how often the network was asked in the last solution, and ``.total`` in all.
+    ``family.evaluations.last`` is the number of network evaluations in the last solution, ``family.evaluations.total`` the
+    number in all solutions so far.
 
     Args:
         event_shape: shape of one datum.
         context: see `Family`.
-        network: the velocity: a choice, `DenseField()` or `UNet()`; or a module of your own, called as
+        network: velocity field: a choice, `DenseField()`, the default, or `UNet()`; or your own module, called as
             ``network(x, t, context)`` with x (n, *event_shape) of deviation 1, the time t (n,) and the embedded context (n, c)
             or None. It should be smooth: SiLU or tanh, not ReLU.
-        solver: of the ODE: `Dopri5`, `Dopri8`, `Euler`, `Midpoint` or `RK4`, each with its accuracy and, where memory is short,
-            ``adjoint=True``.
-        trace: of the Jacobian in densities: `ExactTrace` or `Hutchinson`, whose density is an estimate; by default exact up to
-            16 coordinates.
-        base: of the start: a Pyro distribution over one datum, or a family without a context, which is trained along by
-            `MaximumLikelihood` unless frozen; over all reals, in units of the standardised data. Standard normal by default.
-        kinetic: weight of the kinetic energy, which keeps ways straight and the ODE easy, in training by `MaximumLikelihood`:
-            nats per datum, unit of squared speed and time. Not in `log_prob`, nor in evaluation mode.
-        jacobian: weight of the squared size of the Jacobian; likewise.
-        support: where one coordinate lies; see `Family`.
-        levels: with K given, data are integers 0 .. K - 1, and the flow is a `Dequantized` density.
-        standardize: see `Family`; by default jointly for a `UNet`, and in each coordinate else.
+        solver: solver of the ODE: `Dopri5`, the default, `Dopri8`, `Euler`, `Midpoint` or `RK4`, each with an accuracy and with
+            ``adjoint=True`` to save memory.
+        trace: method for the trace of the Jacobian in densities: `ExactTrace`, or `Hutchinson`, with which the density is an
+            estimate. By default the trace is exact for up to 16 coordinates.
+        base: distribution at time 0: a Pyro distribution over one datum, or a family without a context, which
+            `MaximumLikelihood` trains too unless it is frozen. It is over all real numbers, in units of the standardised data.
+            Standard normal by default.
+        kinetic: weight of the kinetic energy, a penalty in training by `MaximumLikelihood`, in nats per datum and unit of
+            squared speed and time. It keeps trajectories straight and the ODE easy to solve. `log_prob` does not include it.
+        jacobian: weight of the squared Frobenius norm of the Jacobian, used as `kinetic` is.
+        support: set in which one coordinate lies; see `Family`.
+        levels: number K of levels, for data that are integers 0 .. K - 1. The flow is then a `Dequantized` density.
+        standardize: see `Family`; by default "jointly" for a `UNet` and True otherwise.
         name: see `Family`.
 
     Raises:
-        ValueError: on options that do not go together.
-        TypeError: for a choice that is none.
+        ValueError: if options do not go together.
+        TypeError: if an argument is not one of its choices.
 
     Example:
         >>> from pyro_genmodels import ODEFlow
@@ -72,7 +74,7 @@ class ODEFlow(ContinuousFamily):
         event_shape: Sequence[int],
         *,
         context: Context = 0,
-        network: DenseField | UNet | nn.Module | None = None,
+        network: FieldChoice | nn.Module | None = None,
         solver: Solver | None = None,
         trace: Trace | None = None,
         base: Distribution | Family | None = None,
@@ -85,10 +87,12 @@ class ODEFlow(ContinuousFamily):
     ) -> None:
         if not (0 <= kinetic < inf and 0 <= jacobian < inf):
             raise ValueError(f"ODEFlow wants weights of 0 or more, but found kinetic={kinetic}, jacobian={jacobian}.")
-        standardize = ("jointly" if isinstance(network, UNet) else True) if standardize is None else standardize
+        network = check_choice("ODEFlow", "network", network, DenseField(), FieldChoice | nn.Module)
+        if standardize is None:
+            standardize = network.standardize if isinstance(network, FieldChoice) else True
         super().__init__(event_shape, context=context, support=support, levels=levels, standardize=standardize, name=name)
-        network = check_choice("ODEFlow", "network", network, DenseField(), DenseField | UNet | nn.Module)
-        self.network = network if isinstance(network, nn.Module) else network.build(self.event_shape, self.context_size)
+        own = isinstance(network, nn.Module)
+        self.network = network if own else network.build(self.event_shape, self.context_size)
         self.solver = check_choice("ODEFlow", "solver", solver, Dopri5(), Solver)
         self.trace = None if trace is None else check_choice("ODEFlow", "trace", trace, Hutchinson(), Trace)
         self.base = _checked_base(base, self.event_shape)
@@ -98,7 +102,7 @@ class ODEFlow(ContinuousFamily):
     def forward(self, context: Tensor | None = None) -> GenerativeDistribution:
         flow = ContinuousFlow(
             self.network,
-            self._start(),
+            self._base_distribution(),
             self.event_shape,
             solver=self.solver,
             trace=self.trace,
@@ -109,35 +113,28 @@ class ODEFlow(ContinuousFamily):
             support=self.support,
             pretransform=self.pretransform,
         )
-        return self._of_data(flow)
+        return self._over_data(flow)
 
-    def _start(self) -> Distribution:
+    def _base_distribution(self) -> Distribution:
         if self.base is None:
             zero, one = torch.zeros_like(self.loc), torch.ones_like(self.loc)
             return dist.Normal(zero, one, validate_args=False).to_event(self.loc.dim())
-        return without_validation(self.base() if isinstance(self.base, Family) else self.base)
+        return without_validation(self.base if isinstance(self.base, Distribution) else self.base())
 
 
 def _checked_base(base: Any, event_shape: torch.Size) -> Any:
+    """Return the base if it is an exact density over events of real numbers that depends on no context."""
     if base is None:
         return None
-    if not isinstance(base, (Distribution, Family)):
-        given = f"the class {base.__name__}; call it" if isinstance(base, type) else repr(base)
-        raise TypeError(f"ODEFlow wants a Pyro distribution or a family as its base, but found {given}.")
     if isinstance(base, Family) and base.context is not None:
-        raise ValueError("ODEFlow wants a base without a context: what depends on the context is for the velocity to say.")
-    law: Any = base() if isinstance(base, Family) else base
-    if law.batch_shape or law.event_shape != event_shape:
-        raise ValueError(
-            f"ODEFlow wants a base over events {tuple(event_shape)}, but found batch shape {tuple(law.batch_shape)} and event "
-            f"shape {tuple(law.event_shape)}. See base.expand({tuple(event_shape)}).to_event({len(event_shape)})."
-        )
-    support = law.support
-    while hasattr(support, "base_constraint"):  # of mixtures too
+        raise ValueError("ODEFlow wants a base without a context. Give the context to the flow: its network is passed it.")
+    distribution = check_exact_density("ODEFlow", "base", base, event_shape)
+    support: Any = distribution.support
+    while hasattr(support, "base_constraint"):  # of `independent`, and of mixtures
         support = support.base_constraint
     if not is_real(support):
-        raise ValueError(f"ODEFlow wants a base over all reals, but this one has the support {law.support}.")
-    density, advice = density_of(law)
-    if density != "exact":
-        raise ValueError(f"ODEFlow starts from an exact density, but that of the base is: {density}. {advice}")
+        raise ValueError(
+            f"ODEFlow wants a base over all real numbers, but found the support {distribution.support}. Transform the base, or "
+            "leave it out for a standard normal."
+        )
     return base

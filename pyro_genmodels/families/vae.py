@@ -1,8 +1,8 @@
-r"""Variational autoencoders: a latent :math:`z`, a decoder :math:`p(x \mid z)` and an encoder :math:`q(z \mid x)`.
+r"""Variational autoencoders: a latent variable :math:`z`, a decoder :math:`p(x \mid z)` and an encoder :math:`q(z \mid x)`.
 
 .. math:: \log p(x) \ge \mathbb{E}_{q(z \mid x)}[\log p(x \mid z) + \log p(z) - \log q(z \mid x)]
 
-with a gap of :math:`\mathrm{KL}(q(z \mid x) \| p(z \mid x))`. Trained by `Trace_ELBO`. Kingma and Welling (arXiv 1312.6114).
+The gap is :math:`\mathrm{KL}(q(z \mid x) \| p(z \mid x))`. Trained by `Trace_ELBO`. Kingma and Welling (arXiv 1312.6114).
 """
 
 from __future__ import annotations
@@ -37,24 +37,25 @@ class VAE(Family):
     Args:
         event_shape: shape of one datum.
         context: see `Family`.
-        latent_dim: length of z, where no prior says otherwise.
-        likelihood: what one coordinate is, given z: `Normal()`, `BernoulliLikelihood()`, `Categorical(k)` or
-            `DiscretizedLogisticLikelihood(levels)`.
-        prior: distribution of z, over one event of any shape: a Pyro distribution, a family (conditional if it takes a
-            context), or None for a standard normal.
-        encoder: your own network, ``encoder(x)`` or ``encoder(x, context)`` -> the parameters (batch, 2 * latent size) of a
-            normal, location first, or the pair (location, scale). It sees x in about -1 to 1, (batch, *event_shape) (with
-            `Categorical`, one-hot in a last dimension).
-        decoder: your own network, ``decoder(z)`` or ``decoder(z, context)`` -> (batch, *event_shape, likelihood.num_outputs),
-            the last left out where it is 1.
-        hidden: widths of the hidden layers of the networks you do not name.
-        dropout: rate at which their hidden units are dropped in training.
-        support: with a `Normal` likelihood, where one coordinate lies.
-        standardize: with a `Normal` likelihood, see `Family`.
+        latent_dim: length of z; ignored if `prior` is given.
+        likelihood: distribution of one coordinate given z: `NormalLikelihood()`, the default, `BernoulliLikelihood()`,
+            `CategoricalLikelihood(k)` or `DiscretizedLogisticLikelihood(levels)`.
+        prior: distribution of z, over one event of any shape: a Pyro distribution, a family (given the context if it takes
+            one), or None for a standard normal.
+        encoder: your own network, called as ``encoder(x)`` or ``encoder(x, context)``. It returns the parameters
+            (batch, 2 * latent size) of a normal, location first, or the pair (location, scale). Its input x is
+            (batch, *event_shape) with values of about -1 to 1 (with `CategoricalLikelihood` one-hot in a last dimension).
+        decoder: your own network, called as ``decoder(z)`` or ``decoder(z, context)``. It returns
+            (batch, *event_shape, likelihood.num_outputs); the last dimension may be left out if it is 1.
+        hidden: widths of the hidden layers of the default encoder and decoder.
+        dropout: rate at which hidden units of the default encoder and decoder are dropped in training.
+        support: set in which one coordinate lies; only with `NormalLikelihood`.
+        standardize: see `Family`; only with `NormalLikelihood`.
         name: see `Family`.
 
     Raises:
-        ValueError: by a network of your own whose output has another shape.
+        TypeError: if `likelihood`, `prior`, `encoder` or `decoder` is of the wrong kind.
+        ValueError: if the prior is not over one event of real numbers; later, if your own network's output has another shape.
 
     Example:
         >>> from pyro_genmodels import VAE, BernoulliLikelihood
@@ -111,7 +112,7 @@ class VAE(Family):
 
     @pyro_method
     def model(self, x: Tensor | None = None, context: Tensor | None = None, *, size: int | None = None) -> Tensor:
-        """Draws z from the prior, then x given z; arguments as in `Family.model`."""
+        """Draw z from the prior, then x given z. The arguments are those of `Family.model`."""
         self._accept(x)
         if x is not None:
             x = self.likelihood.cast(x, self.loc.dtype)
@@ -123,7 +124,7 @@ class VAE(Family):
 
     @pyro_method
     def guide(self, x: Tensor | None = None, context: Tensor | None = None, *, size: int | None = None) -> Tensor | None:
-        """Draws z given x, normal in each coordinate; nothing where there is no x."""
+        """Draw z given x from the encoder's normal distribution; without x, nothing is drawn."""
         if x is None:
             return None
         self._accept(x)
@@ -132,7 +133,7 @@ class VAE(Family):
 
     @pyro_method
     def posterior(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
-        """The encoder's distribution of z given data x, (batch..., *event_shape): batch shape (batch...)."""
+        """Return the encoder's distribution of z, of batch shape (batch...), given data x, (batch..., *event_shape)."""
         batch = x.shape[: x.dim() - len(self.event_shape)]
         x = self.likelihood.cast(x, self.loc.dtype)
         x = x if self.pretransform is None else self.pretransform(x)
@@ -147,14 +148,17 @@ class VAE(Family):
         shapes = [tuple(part.shape) for part in parts]
         if shapes not in ([(*batch, latents)] * 2, [(*batch, *self.latent_shape)] * 2):
             raise ValueError(
-                f"The encoder should return {(*batch, 2 * latents)}, or a pair (loc, scale) of {(*batch, *self.latent_shape)} "
-                f"each, but returned {', '.join(map(str, shapes))}."
+                f"The encoder should return a tensor of shape {(*batch, 2 * latents)}, or a pair (loc, scale) of shape "
+                f"{(*batch, *self.latent_shape)} each, but it returned {', '.join(map(str, shapes))}."
             )
         loc, scale = (part.reshape(batch + self.latent_shape) for part in parts)
         return dist.Normal(loc, scale).to_event(len(self.latent_shape))
 
     def _decode(self) -> _Decode:
-        """The decoder, read from the module here so that Pyro sees its parameters."""
+        """Return the map from z to the distribution of x.
+
+        The decoder is read from `self` at each call, so that Pyro sees its parameters.
+        """
         return _Decode(self.decoder, self.likelihood, self.latent_shape, self.event_shape, self.pretransform)
 
     def _prior(self, context: Tensor | None) -> Any:
@@ -168,7 +172,7 @@ class VAE(Family):
 
 @dataclass(frozen=True)
 class _Decode:
-    """z (batch..., *latent_shape) and context (batch..., c) -> the distribution of x."""
+    """The map from z (batch..., *latent_shape) and context (batch..., c) to the distribution of x."""
 
     decoder: nn.Module
     likelihood: Likelihood
@@ -183,13 +187,13 @@ class _Decode:
         if wanted[-1] == 1 and params.shape == wanted[:-1]:
             params = params.unsqueeze(-1)
         if params.shape != wanted:
-            raise ValueError(f"The decoder should return {wanted}, but returned {tuple(params.shape)}.")
+            raise ValueError(f"The decoder should return a tensor of shape {wanted}, but it returned {tuple(params.shape)}.")
         x = self.likelihood(params).to_event(len(self.event_shape))
         return x if self.pretransform is None else dist.TransformedDistribution(x, [self.pretransform.inv])
 
 
 class _Flat(nn.Module):
-    """A dense network over the flattened input and the context."""
+    """A dense network of the flattened input and the context."""
 
     def __init__(self, inputs: int, output_shape: Sequence[int], hidden: Sequence[int], dropout: float) -> None:
         super().__init__()
@@ -202,7 +206,7 @@ class _Flat(nn.Module):
 
 
 def _draw_weights(network: nn.Module) -> None:
-    """Has a Bayesian network draw its weights (`PyroSample`) here, outside the data's plate; its context remembers them."""
+    """Draw the random weights (`PyroSample`) of a Bayesian network outside the plate of the data; Pyro then reuses them."""
     for module in network.modules():
         for name in getattr(module, "_pyro_samples", ()):
             getattr(module, name)
@@ -213,10 +217,12 @@ def _check_prior(prior: Distribution | Family) -> None:
         found = f"the class {prior.__name__}" if isinstance(prior, type) else type(prior).__name__
         raise TypeError(f"VAE wants a Pyro distribution or a family as its prior, such as Flow((8,)), but found {found}.")
     if isinstance(prior, GenerativeDistribution):
-        raise ValueError(f"VAE wants the family that made this {type(prior).__name__} as its prior, so as to train it along.")
+        raise ValueError(
+            f"VAE wants the family that made this {type(prior).__name__} as its prior, so that the prior is trained."
+        )
     if isinstance(prior, Distribution) and prior.batch_shape:
         raise ValueError(
-            f"VAE wants a prior over one z, but found a batch of shape {tuple(prior.batch_shape)}. Use "
+            f"VAE wants a prior over one z, but found a prior of batch shape {tuple(prior.batch_shape)}. Use "
             f"prior.to_event({len(prior.batch_shape)})."
         )
     support = prior.data_support if isinstance(prior, Family) else prior.support

@@ -1,1 +1,1 @@
-"""Networks: tensors in, tensors out. Only families build them."""
+"""Neural networks. Only families import this package."""

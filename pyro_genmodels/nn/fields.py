@@ -1,37 +1,52 @@
-"""Networks of a point and a time, for scores and velocities: dense ones for vectors, U-Nets for images.
+"""Networks for scores and velocities, which depend on a point and a time: dense networks for vectors, U-Nets for images.
 
-The choice `DenseField` or `UNet` is built by a family for its event shape. Each is called as network(x, t, context), with x
-(N, ...), t (N,) and context (N, c) or None, and returns the shape of x. It begins at zero.
+Each choice, `DenseField` or `UNet`, is an immutable record of options whose `build` makes a module for a family's event shape.
+The module is called as network(x, t, context), with x (n, *event_shape), t (n,) and context (n, c) or None. It returns a tensor
+of the shape of x, which is zero before training.
 
 Sinusoidal embedding of time: Vaswani et al. (arXiv 1706.03762), of coordinates: Tancik et al. (arXiv 2006.10739); U-Nets
-of scores: Ho et al. (arXiv 2006.11239), Ronneberger et al. (arXiv 1505.04597).
+for scores: Ho et al. (arXiv 2006.11239), Ronneberger et al. (arXiv 1505.04597).
 """
 
 from __future__ import annotations
 
-__all__ = ["DenseField", "UNet"]
+__all__ = ["DenseField", "FieldChoice", "UNet"]
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
+from typing import ClassVar, Literal
 
 import torch
 from torch import Size, Tensor, nn
 from torch.nn import functional as F
 
-TIME_FEATURES = 64
+NUM_TIME_FEATURES = 64
+"""Length of the sinusoidal embedding of time."""
+
+
+class FieldChoice(ABC):
+    """A choice of a network for scores or velocities."""
+
+    standardize: ClassVar[bool | Literal["jointly"]] = True
+    """The family's default for its argument `standardize`."""
+
+    @abstractmethod
+    def build(self, shape: Size, context: int) -> nn.Module:
+        """Build the network for events of a shape and contexts of a length, 0 for none."""
 
 
 @dataclass(frozen=True)
-class DenseField:
+class DenseField(FieldChoice):
     """A dense network with residual blocks.
 
     Attributes:
-        width: of each layer.
-        blocks: of two layers each.
+        width: width of each layer.
+        blocks: number of residual blocks, of two layers each.
         dropout: rate at which units are dropped in training.
-        octaves: of sines and cosines of each coordinate, at frequencies 1, 2, 4, ..., that the network is given too, by which
-            it sees what is fine in few dimensions.
+        octaves: number of octaves of additional inputs: sines and cosines of each coordinate at frequencies 1, 2, 4, ..., with
+            which the network learns fine structure in few dimensions.
     """
 
     width: int = 256
@@ -40,50 +55,52 @@ class DenseField:
     octaves: int = 0
 
     def build(self, shape: Size, context: int) -> nn.Module:
-        """The network for events of that shape and contexts of that length."""
         return _Dense(shape, context, self.width, self.blocks, self.dropout, self.octaves)
 
 
 @dataclass(frozen=True)
-class UNet:
+class UNet(FieldChoice):
     """A U-Net for images (h, w) or (c, h, w).
 
     Attributes:
-        channels: of each resolution, from fine to coarse; each halves the image.
-        attention: whether pixels attend to each other at the coarsest resolution.
+        channels: number of channels at each resolution, from fine to coarse; each resolution is half of the one before.
+        attention: True for attention between pixels at the coarsest resolution.
         dropout: rate at which units are dropped in training.
 
     Raises:
-        ValueError: by `build`, of what is no image, or cannot be halved so often.
+        ValueError: in `build`, if events are not images or their sides cannot be halved that often.
     """
+
+    standardize: ClassVar[bool | Literal["jointly"]] = "jointly"
 
     channels: Sequence[int] = (32, 64, 64)
     attention: bool = True
     dropout: float = 0.0
 
     def build(self, shape: Size, context: int) -> nn.Module:
-        """The network for events of that shape and contexts of that length."""
-        times = 2 ** (len(self.channels) - 1)
+        factor = 2 ** (len(self.channels) - 1)
         if not self.channels or any(n < 8 or n % 8 for n in self.channels):
             raise ValueError(f"UNet wants channels in multiples of 8, such as (32, 64, 64), but found {tuple(self.channels)}.")
-        if len(shape) not in (2, 3) or any(n % times for n in shape[-2:]):
+        if len(shape) not in (2, 3) or any(n % factor for n in shape[-2:]):
             raise ValueError(
-                f"UNet{tuple(self.channels)} wants images (h, w) or (c, h, w) whose sides {times} divides, but found "
-                f"{tuple(shape)}. Use DenseField, other channels, or pad the images."
+                f"UNet{tuple(self.channels)} wants images (h, w) or (c, h, w) whose sides are multiples of {factor}, but "
+                f"found {tuple(shape)}. Use DenseField, other channels, or pad the images."
             )
         return _UNet(shape, context, self.channels, attention=self.attention, dropout=self.dropout)
 
 
 class _Condition(nn.Module):
-    """One vector of time and context, on which every layer depends."""
+    """A network that embeds time and context in one vector, which every layer is given."""
 
     frequencies: Tensor
 
     def __init__(self, context: int, width: int) -> None:
         super().__init__()
-        frequencies = torch.exp(torch.linspace(0, log(100.0), TIME_FEATURES // 2))
+        frequencies = torch.exp(torch.linspace(0, log(100.0), NUM_TIME_FEATURES // 2))
         self.register_buffer("frequencies", frequencies, persistent=False)
-        self.layers = nn.Sequential(nn.Linear(TIME_FEATURES + context, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.layers = nn.Sequential(
+            nn.Linear(NUM_TIME_FEATURES + context, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+        )
 
     def forward(self, t: Tensor, context: Tensor | None) -> Tensor:
         angles = t.unsqueeze(-1) * self.frequencies
@@ -126,9 +143,9 @@ class _DenseBlock(nn.Module):
 class _UNet(nn.Module):
     def __init__(self, shape: Size, context: int, channels: Sequence[int], *, attention: bool, dropout: float) -> None:
         super().__init__()
-        planes, width = (1 if len(shape) == 2 else shape[0]), 4 * channels[0]
+        image_channels, width = (1 if len(shape) == 2 else shape[0]), 4 * channels[0]
         self.condition = _Condition(context, width)
-        self.first = nn.Conv2d(planes, channels[0], 3, padding=1)
+        self.first = nn.Conv2d(image_channels, channels[0], 3, padding=1)
         pairs = list(zip((channels[0], *channels), channels, strict=False))
         self.down = nn.ModuleList(_ConvolutionalBlock(a, b, width, dropout) for a, b in pairs)
         self.middle = _ConvolutionalBlock(channels[-1], channels[-1], width, dropout)
@@ -136,20 +153,20 @@ class _UNet(nn.Module):
         back = zip(channels[::-1], (*channels[-2::-1], channels[0]), strict=True)
         self.up = nn.ModuleList(_ConvolutionalBlock(2 * a, b, width, dropout) for a, b in back)
         self.norm = nn.GroupNorm(8, channels[0])
-        self.last = _zero(nn.Conv2d(channels[0], planes, 3, padding=1))
+        self.last = _zero(nn.Conv2d(channels[0], image_channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         condition = self.condition(t, context)
-        h, kept = self.first(x if x.dim() == 4 else x.unsqueeze(1)), []
+        h, skips = self.first(x if x.dim() == 4 else x.unsqueeze(1)), []
         for i, block in enumerate(self.down):
             h = block(F.avg_pool2d(h, 2) if i else h, condition)
-            kept.append(h)
+            skips.append(h)
         h = self.middle(h, condition)
         if self.attention is not None:
             h = self.attention(h)
         for i, block in enumerate(self.up):
             h = F.interpolate(h, scale_factor=2.0, mode="nearest") if i else h
-            h = block(torch.cat([h, kept.pop()], 1), condition)
+            h = block(torch.cat([h, skips.pop()], 1), condition)
         return self.last(F.silu(self.norm(h))).reshape(x.shape)
 
 
@@ -168,7 +185,7 @@ class _ConvolutionalBlock(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Of every pixel to every other, by four heads."""
+    """Self-attention between all pixels, with four heads."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -178,11 +195,12 @@ class _Attention(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         n, c, height, width = h.shape
         q, k, v = self.inputs(self.norm(h)).reshape(n, 3, 4, c // 4, height * width).transpose(-1, -2).unbind(1)
-        found = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(n, c, height, width)
-        return h + self.output(found)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(n, c, height, width)
+        return h + self.output(attended)
 
 
 def _zero(layer: nn.Module) -> nn.Module:
+    """Set the layer's parameters to zero and return it."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer

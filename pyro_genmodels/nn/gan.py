@@ -1,7 +1,8 @@
-r"""Both players of an adversarial game as networks: generators, from noise to an event, and critics, from events to one number.
+r"""The networks of a GAN: generators, which map noise to events, and critics, which map events to one number each.
 
-Each is a *choice*, an immutable record of options whose `build` makes a module: of a generator (z, context) -> events (n,
-*shape), z (n, latent); of a critic (x, context) -> (n,), for x (n, *shape) or, of several rows seen at once, (n, pack, *shape).
+Each class is a *choice*, an immutable record of options whose `build` makes a module. A generator is called as (z, context),
+with z (n, latent), and returns events (n, *shape). A critic is called as (x, context) and returns (n,); its x is (n, *shape),
+or (n, pack, *shape) if it is given several rows together.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ __all__ = ["ConvolutionalCritic", "ConvolutionalGenerator", "CriticChoice", "Den
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,19 +23,34 @@ from pyro_genmodels.nn.residual import Residual
 
 
 class GeneratorChoice(ABC):
-    """A generator, to be built for events of a shape."""
+    """A choice of a generator network."""
+
+    standardize: ClassVar[bool | Literal["jointly"]] = "jointly"
+    """The family's default for its argument `standardize`."""
 
     @abstractmethod
     def build(self, shape: Size, latent: int, context: int) -> nn.Module:
-        """The module for that many coordinates of noise and contexts of that length, or none if that is 0."""
+        """Build the generator.
+
+        Args:
+            shape: shape of one event.
+            latent: number of coordinates of the noise.
+            context: length of the context vector, 0 for none.
+        """
 
 
 class CriticChoice(ABC):
-    """A critic, to be built for events of a shape."""
+    """A choice of a critic network."""
 
     @abstractmethod
     def build(self, shape: Size, pack: int, context: int) -> nn.Module:
-        """The module for so many events at once and contexts of that length in all, or none if that is 0."""
+        """Build the critic.
+
+        Args:
+            shape: shape of one event.
+            pack: number of events that the critic is given together.
+            context: total length of the context vectors of these events, 0 for none.
+        """
 
 
 @dataclass(frozen=True)
@@ -42,12 +59,13 @@ class DenseGenerator(GeneratorChoice):
 
     Args:
         hidden: widths of the hidden layers.
-        octaves: sines and cosines of 1, 2, 4, ... radians per unit of each coordinate of the noise, beside it: for data in
-            separate clusters, between which a smooth map leaves a bridge.
+        octaves: number of octaves of additional inputs: sines and cosines of each coordinate of the noise at 1, 2, 4, ...
+            radians per unit. They help with data in separate clusters, which a smooth map joins by bridges.
     """
 
     hidden: Sequence[int] = (128, 128, 128)
     octaves: int = 0
+    standardize: ClassVar[bool | Literal["jointly"]] = True
 
     def build(self, shape: Size, latent: int, context: int) -> nn.Module:
         return _DenseGenerator(shape, latent, context, self.hidden, self.octaves)
@@ -57,7 +75,7 @@ class _DenseGenerator(nn.Module):
     def __init__(self, shape: Size, latent: int, context: int, hidden: Sequence[int], octaves: int) -> None:
         super().__init__()
         self.shape, self.features = shape, _Octaves(octaves)
-        self.mlp = MLP(latent * self.features.times + context, shape.numel(), hidden)
+        self.mlp = MLP(latent * self.features.factor + context, shape.numel(), hidden)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         z = self.features(z)
@@ -70,8 +88,8 @@ class DenseCritic(CriticChoice):
 
     Args:
         hidden: widths of the hidden layers.
-        octaves: sines and cosines of 1, 2, 4, ... radians per unit of each coordinate that it sees beside it: for fine features
-            in few dimensions.
+        octaves: number of octaves of additional inputs: sines and cosines of each coordinate at 1, 2, 4, ... radians per unit.
+            They help with fine structure in few dimensions.
     """
 
     hidden: Sequence[int] = (128, 128, 128)
@@ -85,7 +103,7 @@ class _DenseCritic(nn.Module):
     def __init__(self, inputs: int, context: int, hidden: Sequence[int], octaves: int) -> None:
         super().__init__()
         self.features = _Octaves(octaves)
-        self.mlp = MLP(inputs * self.features.times + context, 1, hidden)
+        self.mlp = MLP(inputs * self.features.factor + context, 1, hidden)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         x = self.features(x.reshape(len(x), -1))
@@ -93,17 +111,17 @@ class _DenseCritic(nn.Module):
 
 
 class _Octaves(nn.Module):
-    """Each coordinate, and its sines and cosines at so many octaves: (n, d) -> (n, times * d)."""
+    """Fourier features: each coordinate with its sines and cosines at `octaves` frequencies, (n, d) -> (n, factor * d)."""
 
     frequencies: Tensor
 
     def __init__(self, octaves: int) -> None:
         super().__init__()
-        self.times = 1 + 2 * octaves
+        self.factor = 1 + 2 * octaves
         self.register_buffer("frequencies", 2.0 ** torch.arange(octaves), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.times == 1:
+        if self.factor == 1:
             return x
         angles = (x.unsqueeze(-1) * self.frequencies).flatten(1)
         return torch.cat([x, angles.sin(), angles.cos()], -1)
@@ -114,10 +132,10 @@ class ConvolutionalGenerator(GeneratorChoice):
     """A residual network from a coarse image to a fine one, each stage at twice the resolution of the one before.
 
     Args:
-        channels: of each stage, from coarse to fine.
+        channels: number of channels of each stage, from coarse to fine.
 
     Raises:
-        ValueError: by `build`, of what is no image, or cannot be halved so often.
+        ValueError: in `build`, if events are not images or their sides cannot be halved that often.
     """
 
     channels: Sequence[int] = (64, 64, 32)
@@ -130,9 +148,9 @@ class ConvolutionalGenerator(GeneratorChoice):
 class _ConvolutionalGenerator(nn.Module):
     def __init__(self, shape: Size, inputs: int, channels: Sequence[int]) -> None:
         super().__init__()
-        times = 2 ** (len(channels) - 1)
+        factor = 2 ** (len(channels) - 1)
         self.shape = shape
-        self.coarse = (channels[0], shape[-2] // times, shape[-1] // times)
+        self.coarse = (channels[0], shape[-2] // factor, shape[-1] // factor)
         self.first = nn.Linear(inputs, Size(self.coarse).numel())
         self.stages = nn.ModuleList(Residual(a, b) for a, b in zip((channels[0], *channels), channels, strict=False))
         self.last = nn.Conv2d(channels[-1], 1 if len(shape) == 2 else shape[0], 3, padding=1)
@@ -149,10 +167,10 @@ class ConvolutionalCritic(CriticChoice):
     """A residual network over images (h, w) or (c, h, w), each stage at half the resolution of the one before.
 
     Args:
-        channels: of each stage, from fine to coarse.
+        channels: number of channels of each stage, from fine to coarse.
 
     Raises:
-        ValueError: by `build`, of what is no image, or cannot be halved so often.
+        ValueError: in `build`, if events are not images or their sides cannot be halved that often.
     """
 
     channels: Sequence[int] = (32, 64, 64)
@@ -165,15 +183,15 @@ class ConvolutionalCritic(CriticChoice):
 class _ConvolutionalCritic(nn.Module):
     def __init__(self, shape: Size, pack: int, context: int, channels: Sequence[int]) -> None:
         super().__init__()
-        self.planes, self.sides = pack * (1 if len(shape) == 2 else shape[0]), shape[-2:]
-        self.first = nn.Conv2d(self.planes, channels[0], 3, padding=1)
+        self.input_channels, self.sides = pack * (1 if len(shape) == 2 else shape[0]), shape[-2:]
+        self.first = nn.Conv2d(self.input_channels, channels[0], 3, padding=1)
         self.context = nn.Linear(context, channels[0], bias=False) if context else None
         self.stages = nn.ModuleList(Residual(a, b) for a, b in zip((channels[0], *channels), channels, strict=False))
-        times = 2 ** (len(channels) - 1)
-        self.last = nn.Linear(channels[-1] * (shape[-2] // times) * (shape[-1] // times), 1)
+        factor = 2 ** (len(channels) - 1)
+        self.last = nn.Linear(channels[-1] * (shape[-2] // factor) * (shape[-1] // factor), 1)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        h = self.first(x.reshape(len(x), self.planes, *self.sides))
+        h = self.first(x.reshape(len(x), self.input_channels, *self.sides))
         if self.context is not None:
             h = h + self.context(context)[..., None, None]
         for i, stage in enumerate(self.stages):
@@ -182,9 +200,9 @@ class _ConvolutionalCritic(nn.Module):
 
 
 def _check_image(owner: str, shape: Size, channels: Sequence[int]) -> None:
-    times = 2 ** (len(channels) - 1)
-    if not channels or len(shape) not in (2, 3) or any(n % times for n in shape[-2:]):
+    factor = 2 ** (len(channels) - 1)
+    if not channels or len(shape) not in (2, 3) or any(n % factor for n in shape[-2:]):
         raise ValueError(
-            f"{owner}{tuple(channels)} wants images (h, w) or (c, h, w) whose sides {times} divides, but found {tuple(shape)}. "
-            f"Use {owner.replace('Convolutional', 'Dense')}, fewer stages, or pad the images."
+            f"{owner}{tuple(channels)} wants images (h, w) or (c, h, w) whose sides are multiples of {factor}, but found "
+            f"{tuple(shape)}. Use {owner.replace('Convolutional', 'Dense')}, fewer stages, or pad the images."
         )

@@ -1,8 +1,8 @@
-r"""A masked network: output i sees inputs before i only.
+r"""A masked network: output i depends only on the inputs before i.
 
-Every unit has a *degree*, the last input it sees; a unit is joined to units of no higher degree, an output to units of lower
-degree than its own place. Units are kept sorted by degree, so what is known after i inputs is a prefix of every layer, and a
-draw of all outputs, input by input, computes every unit once. Germain et al., *MADE* (arXiv 1502.03509).
+Every unit has a *degree*, the index of the last input that it depends on. A unit is connected to units of no higher degree, and
+output i to units of a degree lower than i. Units are sorted by degree, so the units that are known after i inputs are a prefix
+of every layer, and drawing all outputs one after another computes every unit once. Germain et al., *MADE* (arXiv 1502.03509).
 """
 
 from __future__ import annotations
@@ -18,53 +18,53 @@ from torch import Size, Tensor, nn
 
 
 class MaskedLinear(nn.Linear):
-    """A linear layer between units of given degrees.
+    """A linear layer that connects units by their degrees.
 
     Args:
         in_degrees: degree of each input, ascending.
         out_degrees: degree of each output, ascending.
-        strict: whether an output must have a higher degree than the inputs it sees, or may have the same.
+        strict: True to connect an output only to inputs of lower degree; False to allow the same degree too.
     """
 
     mask: Tensor
 
     def __init__(self, in_degrees: Tensor, out_degrees: Tensor, *, strict: bool = False) -> None:
         super().__init__(len(in_degrees), len(out_degrees))
-        seen = out_degrees[:, None] - int(strict) >= in_degrees[None, :]
-        self.register_buffer("mask", seen)
+        mask = out_degrees[:, None] - int(strict) >= in_degrees[None, :]
+        self.register_buffer("mask", mask)
         self.in_degrees, self.out_degrees, self.strict = in_degrees.tolist(), out_degrees.tolist(), strict
-        fan_in = seen.sum(1, keepdim=True).clamp(min=1)
-        with torch.no_grad():  # the layer's scale as if each unit had only the inputs it sees
+        fan_in = mask.sum(1, keepdim=True).clamp(min=1)
+        with torch.no_grad():  # torch initialises by all inputs, of which each unit has only some
             self.weight.mul_((len(in_degrees) / fan_in).sqrt())
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight * self.mask, self.bias)
 
     def rows(self, degree: int) -> slice:
-        """The outputs of that degree."""
+        """Return the slice of the outputs of that degree."""
         return slice(bisect_left(self.out_degrees, degree), bisect_right(self.out_degrees, degree))
 
     def outputs(self, known: Tensor, degree: int) -> Tensor:
-        """The outputs of one degree, (..., rows), from the prefix of the inputs that is known, (..., prefix)."""
+        """Return the outputs of one degree, (..., rows), given the prefix of the inputs that is known, (..., prefix)."""
         rows = self.rows(degree)
-        seen = bisect_right(self.in_degrees, degree - int(self.strict))
-        return F.linear(known[..., :seen], self.weight[rows, :seen], self.bias[rows])
+        stop = bisect_right(self.in_degrees, degree - int(self.strict))
+        return F.linear(known[..., :stop], self.weight[rows, :stop], self.bias[rows])
 
 
 class MADE(nn.Module):
-    """Conditionals of d coordinates by one masked perceptron.
+    """A masked multilayer perceptron for the conditional distributions of d coordinates.
 
     Args:
-        features: d, how many coordinates.
-        num_inputs: features that stand for one coordinate.
-        num_outputs: parameters of one conditional.
-        context: length of the context vector, which every unit sees.
+        features: number of coordinates, d.
+        num_inputs: number of input features per coordinate.
+        num_outputs: number of parameters of one conditional distribution.
+        context: length of the context vector, on which every unit may depend.
         hidden: widths of the hidden layers.
         dropout: rate at which hidden units are dropped in training.
         activation: constructor of the nonlinearity.
     """
 
-    layers: Sequence[MaskedLinear]  # in truth a ModuleList of them
+    layers: Sequence[MaskedLinear]  # a ModuleList, which has no type of its items
 
     def __init__(
         self,
@@ -84,20 +84,20 @@ class MADE(nn.Module):
         degrees = torch.cat([torch.full((context,), -1), places.repeat_interleave(num_inputs)])
         layers = []
         for width in hidden:
-            above = first + torch.arange(width) * (features - 1 - first) // width
-            layers.append(MaskedLinear(degrees, above))
-            degrees = above
+            out_degrees = first + torch.arange(width) * (features - 1 - first) // width
+            layers.append(MaskedLinear(degrees, out_degrees))
+            degrees = out_degrees
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
         self.output = MaskedLinear(degrees, places.repeat_interleave(num_outputs), strict=True)
         self.activation = nn.Sequential(activation(), nn.Dropout(dropout))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters."""
+        """The dtype of the parameters."""
         return self.output.weight.dtype
 
     def forward(self, features: Tensor, context: Tensor | None = None) -> Tensor:
-        """Features (..., d, num_inputs), context (..., c) -> parameters (..., d, num_outputs)."""
+        """Return parameters (..., d, num_outputs) for features (..., d, num_inputs) and context (..., c)."""
         h = features.flatten(-2)
         if context is not None:
             h = torch.cat([context, h], -1)
@@ -106,11 +106,14 @@ class MADE(nn.Module):
         return self.output(h).unflatten(-1, (self.features, self.num_outputs))
 
     def steps(self, shape: Size, context: Tensor | None = None) -> Generator[Tensor, Tensor, None]:
-        """Parameters (*shape, num_outputs) of each coordinate in turn; send it the last one's inputs (*shape, num_inputs)."""
+        """Yield the parameters (*shape, num_outputs) of one coordinate after another.
+
+        After each, send the generator the input features (*shape, num_inputs) of the value drawn for that coordinate.
+        """
         empty = self.output.weight.new_empty((*shape, 0))
         known = [empty if context is None else context] + [empty] * len(self.layers)
         for place in range(self.features):
-            for i, layer in enumerate(self.layers):  # the units that see coordinates before `place`, and no others
+            for i, layer in enumerate(self.layers):  # units that depend on coordinate place - 1, but on none after it
                 known[i + 1] = torch.cat([known[i + 1], self.activation(layer.outputs(known[i], place - 1))], -1)
             x = yield self.output.outputs(known[-1], place)
             known[0] = torch.cat([known[0], x], -1)

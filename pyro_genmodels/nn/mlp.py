@@ -1,4 +1,4 @@
-"""The dense network used where a user names no other."""
+"""The default dense network, and a call of a network on any batch shape."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class MLP(nn.Sequential):
         hidden: widths of the hidden layers.
         dropout: rate at which hidden units are dropped in training.
         activation: constructor of the nonlinearity.
-        last_bias: whether the output has a bias.
+        last_bias: True for a bias in the last layer.
     """
 
     def __init__(
@@ -40,16 +40,16 @@ class MLP(nn.Sequential):
 
 
 def call_batched(network: Callable[..., Any], batch: Size, x: Tensor, context: Tensor | None) -> Any:
-    """Calls a network that knows one batch dimension on inputs that have any number.
+    """Call a network that takes one batch dimension on inputs with any number of them.
 
     Args:
-        network: called as network(x) or, with a context, as network(x, context).
-        batch: the batch shape.
-        x: (*batch, ...).
-        context: (..., c), broadcast to (*batch, c), or None.
+        network: function called as network(x) or, with a context, as network(x, context).
+        batch: batch shape.
+        x: input, (*batch, ...).
+        context: context, (..., c), which is broadcast to (*batch, c); or None.
 
     Returns:
-        What the network returns, a tensor or a tuple, each with the first dimension unflattened to the batch shape.
+        The network's output, a tensor or a tuple of tensors, with the first dimension of each unflattened to the batch shape.
     """
     inputs = [x.reshape(-1, *x.shape[len(batch) :])]
     if context is not None:

@@ -1,4 +1,4 @@
-"""The block of layers that convolutional energies, critics and generators are made of."""
+"""The residual block of convolutional energies, critics and generators."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 
 class Residual(nn.Module):
-    """Two convolutions beside a way around them, (n, inputs, h, w) -> (n, outputs, h, w).
+    """Two convolutions with a skip connection, (n, inputs, h, w) -> (n, outputs, h, w).
 
     Args:
-        inputs: channels.
-        outputs: channels.
+        inputs: number of input channels.
+        outputs: number of output channels.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:

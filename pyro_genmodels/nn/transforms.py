@@ -1,9 +1,11 @@
-r"""The transforms of normalizing flows, by name: the only file that imports zuko.
+r"""The transforms of normalizing flows. This is the only file that imports zuko.
 
-A flow is a bijection :math:`f` that carries data to a base distribution. Each class here is a *choice*: an immutable
-record of options whose ``build(features, context)`` makes zuko's lazy transform, a module that given a context returns
-:math:`f`. Zuko switches torch's argument validation off for the whole process on import; here it is put back.
-The errors are the largest of 200 rings of points in two dimensions, in float32, fresh and trained (`benchmarks/inverses.py`).
+A flow is a bijection :math:`f` from data to a base distribution. Each class here is a *choice*: an immutable record of options
+whose ``build(features, context)`` makes zuko's lazy transform, a module that returns :math:`f` given a context. Importing zuko
+switches torch's argument validation off for the whole process; this file restores it.
+
+The table's errors are the largest over 200 rings of points in two dimensions, in float32, for untrained and trained transforms
+(`benchmarks/inverses.py`).
 
 ==========  ==================  =========================================  ===============================
 choice      inverse             measured round-trip error                  paper
@@ -22,7 +24,21 @@ BPF         bisection           1e-5                                       arXiv
 
 from __future__ import annotations
 
-__all__ = ["BPF", "GF", "MAF", "NAF", "NCSF", "NICE", "NSF", "SOSPF", "UNAF", "FlowTransform", "RealNVP", "adopt"]
+__all__ = [
+    "BPF",
+    "GF",
+    "MAF",
+    "NAF",
+    "NCSF",
+    "NICE",
+    "NSF",
+    "SOSPF",
+    "UNAF",
+    "FlowTransform",
+    "RealNVP",
+    "flow_options",
+    "lazy_transform",
+]
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -31,8 +47,9 @@ from functools import partial
 from math import pi
 from typing import Any, ClassVar
 
+import pyro.distributions as dist
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 _validation = Distribution._validate_args
@@ -43,13 +60,17 @@ Distribution.set_default_validate_args(_validation)
 
 @dataclass(frozen=True)
 class FlowTransform(ABC):
-    """A stack of conditional bijections, to be built for a number of features and of context features.
+    """A choice of a stack of conditional bijections.
 
     Args:
-        transforms: how many layers.
-        hidden: widths of each layer's network.
-        randperm: whether coordinates are permuted at random between layers, else reversed (or alternated).
-        dropout: rate at which hidden units are dropped in training. Such a flow draws only in ``.eval()``.
+        transforms: number of layers.
+        hidden: widths of the hidden layers of each layer's network.
+        randperm: True for random permutations of the coordinates between layers; otherwise they are reversed or alternated.
+        dropout: rate at which hidden units are dropped in training. A flow with dropout can be sampled only after ``.eval()``.
+
+    Raises:
+        TypeError: if `hidden` is a number.
+        ValueError: for fewer than one transform, or a dropout rate outside [0, 1).
     """
 
     transforms: int = 3
@@ -58,29 +79,45 @@ class FlowTransform(ABC):
     dropout: float = 0.0
 
     tolerance: ClassVar[float] = 1e-5
-    """Largest round-trip error in float32, per coordinate of standardised data, that the tests allow."""
+    """Largest round-trip error that the tests allow, per coordinate of standardised data in float32."""
     support: ClassVar[constraints.Constraint] = constraints.real
-    """Where one coordinate of the data may lie."""
+    """Set in which one coordinate of the transform's input lies."""
 
     def __post_init__(self) -> None:
         if isinstance(self.hidden, int):
             raise TypeError(
-                f"{type(self).__name__} wants the widths of its hidden layers, hidden=({self.hidden},), not a number."
+                f"{type(self).__name__} wants the widths of its hidden layers as a sequence, but found {self.hidden}. Use "
+                f"hidden=({self.hidden},)."
             )
         if self.transforms < 1:
-            raise ValueError(f"{type(self).__name__} needs at least one transform, got transforms={self.transforms}.")
+            raise ValueError(f"{type(self).__name__} wants at least one transform, but found transforms={self.transforms}.")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"{type(self).__name__} needs 0 <= dropout < 1, got {self.dropout}.")
+            raise ValueError(f"{type(self).__name__} wants 0 <= dropout < 1, but found {self.dropout}.")
 
     @abstractmethod
     def build(self, features: int, context: int) -> nn.Module:
-        """The lazy transform: a module, context (..., context) or None -> bijection from data to base, both (..., features)."""
+        """Build the lazy transform.
+
+        Args:
+            features: number of coordinates.
+            context: length of the context vector, 0 for none.
+
+        Returns:
+            A module that takes the context (..., context) or None and returns a bijection from data to base, both
+            (..., features).
+        """
+
+    @staticmethod
+    def base(like: Tensor) -> dist.TorchDistribution:
+        """Return the base distribution of one coordinate, of the dtype and device of `like`: a standard normal."""
+        return dist.Normal(like.new_zeros(()), like.new_ones(()), validate_args=False)
 
     def network(self) -> dict[str, Any]:
-        """Zuko's keyword arguments for the network inside each layer."""
+        """Return zuko's keyword arguments for the network in each layer."""
         return {"hidden_features": tuple(self.hidden), "activation": partial(_activation, self.dropout)}
 
     def stack(self, flow: Callable[..., Any], features: int, context: int, **kwargs: Any) -> nn.Module:
+        """Return the lazy transform of one of zuko's flows, built with these options and `kwargs`."""
         return flow(features, context, transforms=self.transforms, **self.network(), **kwargs).transform
 
 
@@ -89,7 +126,7 @@ def _activation(dropout: float) -> nn.Module:
 
 
 class NICE(FlowTransform):
-    """Additive coupling layers, then one learned scale per coordinate: the volume changes only there."""
+    """Additive coupling layers followed by one learned scale per coordinate, which alone changes the volume."""
 
     def build(self, features: int, context: int) -> nn.Module:
         couplings = [
@@ -115,7 +152,7 @@ def _coupling_mask(features: int, layer: int, *, randperm: bool) -> torch.Tensor
 
 
 class _LastUnconditional(nn.Module):
-    """A conditional transform, then one that knows no context."""
+    """A conditional transform followed by one that does not depend on the context."""
 
     def __init__(self, first: nn.Module, last: nn.Module) -> None:
         super().__init__()
@@ -126,7 +163,7 @@ class _LastUnconditional(nn.Module):
 
 
 class RealNVP(FlowTransform):
-    """Affine coupling layers: one network pass each way."""
+    """Affine coupling layers: one network pass in each direction."""
 
     def build(self, features: int, context: int) -> nn.Module:
         return self.stack(zuko.flows.RealNVP, features, context, randmask=self.randperm)
@@ -137,7 +174,7 @@ class MAF(FlowTransform):
     """Affine autoregressive layers.
 
     Args:
-        passes: network passes of the inverse; None is one per coordinate (fully autoregressive), 2 is a coupling.
+        passes: number of network passes of the inverse; None for one per coordinate (fully autoregressive), 2 for a coupling.
     """
 
     passes: int | None = None
@@ -148,10 +185,10 @@ class MAF(FlowTransform):
 
 @dataclass(frozen=True)
 class NSF(MAF):
-    """Rational-quadratic spline layers on [-5, 5], the identity outside: give it standardised data.
+    """Rational-quadratic spline layers on [-5, 5] that are the identity outside, so that the data should be standardised.
 
     Args:
-        bins: pieces of each spline.
+        bins: number of pieces of each spline.
     """
 
     bins: int = 8
@@ -166,18 +203,24 @@ class NCSF(NSF):
 
     support: ClassVar[constraints.Constraint] = constraints.half_open_interval(-pi, pi)
 
+    @staticmethod
+    def base(like: Tensor) -> dist.TorchDistribution:
+        """Return the uniform distribution of one angle."""
+        angle = like.new_full((), pi)
+        return dist.Uniform(-angle, angle, validate_args=False)
+
     def build(self, features: int, context: int) -> nn.Module:
         return self.stack(zuko.flows.NCSF, features, context, randperm=self.randperm, passes=self.passes, bins=self.bins)
 
 
 @dataclass(frozen=True)
 class NAF(FlowTransform):
-    """Monotonic networks, inverted by bisection, slowly and within [-10, 10]: for densities, not for guides.
+    """Monotonic networks. Bisection inverts them, slowly and only within [-10, 10]: use them for densities, not as guides.
 
-    Zuko's gradients of its draws are wrong, so there are none.
+    Zuko's gradients of their draws are wrong, so a flow of them has no `rsample`.
 
     Args:
-        signal: length of the vector that steers each monotonic network.
+        signal: length of the vector that conditions each monotonic network.
     """
 
     signal: int = 16
@@ -188,14 +231,14 @@ class NAF(FlowTransform):
 
 
 class UNAF(NAF):
-    """Integrals of positive networks, inverted by bisection, ten times slower than `NAF`'s, with the same limits."""
+    """Integrals of positive networks, inverted by bisection. They are ten times slower than `NAF` and have the same limits."""
 
     def build(self, features: int, context: int) -> nn.Module:
         return self.stack(zuko.flows.UNAF, features, context, randperm=self.randperm, signal=self.signal)
 
 
 class _TrainableUMNN(zuko.flows.neural.UMNN):
-    """Zuko's integrand network, which outside training mode forgets the gradients of its own weights."""
+    """Zuko's integrand network with gradients of its weights in evaluation mode too, where zuko drops them."""
 
     def forward(self, signal: torch.Tensor, constant: torch.Tensor) -> torch.distributions.Transform:
         weights = [p for p in self.parameters() if p.requires_grad]
@@ -209,7 +252,7 @@ class SOSPF(FlowTransform):
 
     Args:
         degree: degree of each polynomial.
-        polynomials: how many are squared and summed.
+        polynomials: number of polynomials that are squared and summed.
     """
 
     degree: int = 4
@@ -229,7 +272,7 @@ class SOSPF(FlowTransform):
 
 @dataclass(frozen=True)
 class BPF(FlowTransform):
-    """Bernstein polynomials on [-5, 5], the identity outside, inverted by bisection.
+    """Bernstein polynomials on [-5, 5] that are the identity outside, inverted by bisection.
 
     Args:
         degree: degree of each polynomial.
@@ -243,7 +286,7 @@ class BPF(FlowTransform):
 
 
 class GF(FlowTransform):
-    """Gaussianization flows, refused: see the error."""
+    """Gaussianization flows. `Flow` refuses them, because zuko's do not invert."""
 
     def build(self, features: int, context: int) -> nn.Module:
         return self.stack(zuko.flows.GF, features, context)
@@ -252,29 +295,35 @@ class GF(FlowTransform):
         return {"hidden_features": tuple(self.hidden)}
 
 
-def adopt(module: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
-    """The lazy transform of a zuko flow, or the module itself, and what `NormalizingFlow` must be told of it.
+def lazy_transform(module: nn.Module) -> nn.Module:
+    """Return the lazy transform of a zuko flow, or the module itself if it is one.
 
     Raises:
-        ValueError: for a transform that does not invert.
+        ValueError: for a Gaussianization flow, which does not invert.
     """
     lazy = getattr(module, "transform", module)
     for part in lazy.modules():
         if getattr(part, "univariate", None) is zuko.transforms.GaussianizationTransform:
             raise ValueError(
-                "Flow got a Gaussianization flow (GF), a transform that cannot be used: zuko's does not invert (round-trip "
-                "error 1.3 at its own initialisation) and the gradients of its draws are wrong. Use NSF() or MAF()."
+                "Flow got a Gaussianization flow (GF), which cannot be used: zuko's does not invert (round-trip error 1.3 at "
+                "its own initialisation) and the gradients of its draws are wrong. Use NSF() or MAF()."
             )
         if type(part) is zuko.flows.neural.UMNN:
             part.__class__ = _TrainableUMNN
+    return lazy
+
+
+def flow_options(lazy: nn.Module) -> dict[str, Any]:
+    """Return the keyword arguments of `NormalizingFlow` that follow from a lazy transform's layers."""
     networks = zuko.flows.neural.MNN, zuko.flows.neural.UMNN
     bisected = any(isinstance(part, networks) for part in lazy.modules())
-    return lazy, {"smooth": _is_smooth(lazy)} | ({"has_rsample": False, "bound": 10.0} if bisected else {})
+    return {"smooth": _is_smooth(lazy)} | ({"has_rsample": False, "bound": 10.0} if bisected else {})
 
 
 def _is_smooth(lazy: nn.Module) -> bool:
-    """Whether the gradient of its log density is without jumps, as those of ReLU and of pieces put together are not."""
-    parts = [(part, getattr(part, "univariate", None)) for part in lazy.modules()]
-    names = [getattr(getattr(univariate, "func", univariate), "__name__", "") for _, univariate in parts]
-    pieces = any("RQS" in name or "Bernstein" in name for name in names)
-    return not pieces and not any(isinstance(part, (nn.ReLU, nn.LeakyReLU, nn.Hardtanh)) for part, _ in parts)
+    """Return True if the gradient of the log density has no jumps, such as those of ReLU and of piecewise functions."""
+    layers = list(lazy.modules())
+    univariate = [getattr(layer, "univariate", None) for layer in layers]
+    names = [getattr(getattr(function, "func", function), "__name__", "") for function in univariate]
+    piecewise = any("RQS" in name or "Bernstein" in name for name in names)
+    return not piecewise and not any(isinstance(layer, (nn.ReLU, nn.LeakyReLU, nn.Hardtanh)) for layer in layers)

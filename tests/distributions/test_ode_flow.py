@@ -367,7 +367,7 @@ def test_a_family_is_trained_along_as_the_base():
     [
         (dist.Normal(torch.zeros(3), 1.0), "batch shape"),
         (standard(2), "event shape"),
-        (dist.Uniform(torch.zeros(3), 1.0).to_event(1), "all reals"),
+        (dist.Uniform(torch.zeros(3), 1.0).to_event(1), "all real numbers"),
         (Flow((3,), context=1), "without a context"),
         (ODEFlow((3,), trace=Hutchinson()), "exact density"),
     ],

@@ -484,13 +484,13 @@ def test_gaussianization_flows_are_refused_with_the_reason():
 
 @pytest.mark.parametrize("bad", [NSF, "NSF", 3])
 def test_what_is_no_transform_is_refused(bad):
-    with refused(TypeError, "NSF", *(["Call it"] if bad is NSF else [])):
+    with refused(TypeError, "NSF", *(["call it"] if bad is NSF else [])):
         Flow((2,), transform=bad)
 
 
 @pytest.mark.parametrize("options", [{"support": UNIT}, {"levels": 4}])
 def test_angles_go_with_neither_support_nor_levels(options):
-    with refused(ValueError, "NCSF models angles", "neither support nor levels"):
+    with refused(ValueError, "NCSF has the support", "leave out support and levels"):
         Flow((2,), transform=NCSF(), **options)
 
 
