@@ -11,7 +11,8 @@ from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from pyro import poutine
+from pyro.distributions import ConditionalDistribution, ConditionalTransform
+from pyro.poutine.messenger import Messenger
 from torch import nn
 from torch.distributions import Distribution, Transform
 
@@ -20,6 +21,9 @@ _LIBRARIES = sys.stdlib_module_names | {"numpy", "pyro", "torch"}
 
 _THIS_PACKAGE = __name__.split(".", maxsplit=1)[0]
 """This package, whose functions refer to no module by a global."""
+
+_SEARCHED = (Distribution, Transform, ConditionalDistribution, ConditionalTransform, Messenger)
+"""Classes of libraries whose objects are searched."""
 
 
 def reachable_modules(*parts: Any) -> list[nn.Module]:
@@ -76,7 +80,7 @@ def _parts_of(part: Any) -> Iterable[Any]:
         return part
     if isinstance(part, nn.Module):
         return [vars(part), *_methods_of(part)]
-    if isinstance(part, (Distribution, Transform, poutine.messenger.Messenger)) or not _is_library(type(part)):
+    if isinstance(part, _SEARCHED) or not _is_library(type(part)):
         return [getattr(part, "__dict__", {}), *_methods_of(part)]
     return []
 

@@ -12,6 +12,7 @@ __all__ = [
     "isolated_param_store",
     "named_parameters",
     "pyro_name",
+    "random_parameters",
     "register_name",
     "remove_foreign_parameters",
     "unused_name",
@@ -78,6 +79,12 @@ def named_parameters(module: PyroModule) -> Iterator[tuple[str, nn.Parameter]]:
             yield from named_parameters(child)
         elif child is not None:
             yield from ((f"{prefix}{name}$$${inner}", parameter) for inner, parameter in child.named_parameters())
+
+
+def random_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Yield (submodule, attribute) for the random parameters, Pyro's `PyroSample`, of a module and its submodules."""
+    for part in module.modules():
+        yield from ((part, name) for name in getattr(part, "_pyro_samples", ()))
 
 
 def remove_foreign_parameters(module: PyroModule) -> None:

@@ -126,7 +126,7 @@ def draw_replicates(model: Callable[..., Any]) -> Callable[..., Any]:
 
 def is_rounded(site: Mapping[str, Any]) -> bool:
     """Return True if the integers sampled at an observed site are rounded from samples that carry gradients."""
-    fn = unwrap(site["fn"])
+    fn: Any = unwrap(site["fn"])
     return bool(getattr(fn, "is_dequantized", False) and fn.base.has_rsample and sites.was_observed(site))
 
 

@@ -66,8 +66,8 @@ def agree_alone(
     if not any(map(traces.latents, pair)):  # nothing to index; and the noise of a dequantised density is drawn at each call
         return True
     for i in checked:
-        replays = [poutine.replay(fn, trace=_particle(trace, i, dim)) for fn, trace in zip((model, guide), pair, strict=True)]
-        alone = traces.run_pair(*replays, (), {})
+        model_i, guide_i = (poutine.replay(fn, trace=_particle(t, i, dim)) for fn, t in zip((model, guide), pair, strict=True))
+        alone = traces.run_pair(model_i, guide_i, (), {})
         for name, site in traces.sample_sites(alone[0]).items():
             if sites.is_deterministic(site):
                 value = _deterministic_value(traces.sample_sites(pair[0])[name]["value"], site, i, dim)
@@ -87,7 +87,7 @@ def most_different_particle(trace: Trace, num_particles: int, nesting: int) -> i
     dim = -nesting - 1
     different = torch.zeros(num_particles)
     for name in traces.latents(trace):
-        site = trace.nodes[name]
+        site: Any = trace.nodes[name]
         value = site["value"]
         axis = value.dim() - site["fn"].event_dim + dim
         if axis >= 0 and value.shape[axis] == num_particles:

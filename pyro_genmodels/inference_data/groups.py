@@ -72,7 +72,7 @@ def concatenate_chains(parts: Sequence[Groups]) -> Groups:
     """
     first = parts[0]
     names_of = [{f"{group}.{name}" for group, names in part.variables.items() for name in names} for part in parts]
-    if partial := set.union(*names_of) - set.intersection(*names_of):
+    if partial := names_of[0].union(*names_of) - names_of[0].intersection(*names_of):
         raise ValueError(
             f"The fits do not go together: only some have {', '.join(sorted(partial))}. Choose groups= that all have."
         )
@@ -109,9 +109,15 @@ def collect(source: DrawSource, reports: dict[str, str], options: CollectOptions
         arrays.put_all_draws(source.guide)
         arrays.put_stats(source.stats)
         return Groups(arrays.by_chain(source.num_chains), {}, {})
-    model, guide, args, kwargs = source.model, source.guide, source.args, source.kwargs
-    sizes = {"num_samples": source.num_samples, "batch_size": options.batch_size}
-    replay = Replay(model, guide, args, kwargs, **sizes, parallel=options.parallel)
+    replay = Replay(
+        source.model,
+        source.guide,
+        source.args,
+        source.kwargs,
+        num_samples=source.num_samples,
+        batch_size=options.batch_size,
+        parallel=options.parallel,
+    )
     coords = replay.layout.rows.coords
     if reserved := {"chain", "draw"} & set(coords):
         raise ValueError(f"A plate is called {reserved.pop()!r}, which in ArviZ is a dimension of draws: give it another name.")

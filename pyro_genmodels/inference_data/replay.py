@@ -75,6 +75,7 @@ class Replay:
         self.model = lambda: model(*args, **kwargs)
         self._num_samples, self._batch_size = num_samples, batch_size
         self._guide_runs_model = not isinstance(guide, Mapping) and isinstance(poutine.unwrap(guide), Messenger)
+        self._guide_of: Callable[..., Callable[[], Any]]
         if isinstance(guide, Mapping):
             self.layout = layout or self._find_layout(_first_draws(guide), guide_is_given=True)
             latents = {name: values for name, values in guide.items() if name in self.layout.latents}
@@ -82,8 +83,10 @@ class Replay:
             self._guide_of = _DrawsAsGuide(latents, self.layout)
         else:
             guide_without_args = lambda: guide(*args, **kwargs)  # noqa: E731
-            first = None if layout else self._without_observed(poutine.trace(guide_without_args).get_trace())
-            self.layout = layout or self._find_layout(first, guide_is_given=False)
+            if layout is None:
+                guide_trace = self._without_observed(poutine.trace(guide_without_args).get_trace())
+                layout = self._find_layout(guide_trace, guide_is_given=False)
+            self.layout = layout
             _check_autoguide(self.layout, poutine.unwrap(guide))
             self._guide_of = lambda draws, *, together: guide_without_args
         self._tried: tuple[Trace, Trace] | None = None
@@ -97,8 +100,16 @@ class Replay:
     def prior(self) -> Replay:
         """Return runs of the model alone, with its observed sites sampled."""
         model = handlers.draw_observed(self.model)
-        sizes = {"num_samples": self._num_samples, "batch_size": self._batch_size}
-        return Replay(model, traces.no_latents, (), {}, **sizes, parallel=self.parallel, layout=self.layout)
+        return Replay(
+            model,
+            traces.no_latents,
+            (),
+            {},
+            num_samples=self._num_samples,
+            batch_size=self._batch_size,
+            parallel=self.parallel,
+            layout=self.layout,
+        )
 
     def draw_blocks(self) -> list[slice]:
         """Return blocks of draws that are all draws together, each small enough for one run."""
