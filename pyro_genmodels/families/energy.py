@@ -15,7 +15,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
-from pyro_genmodels._pyro import handlers
+from pyro_genmodels._pyro import handlers, params
 from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.distributions.energy.negatives import Annealed, Negatives, Persistent
 from pyro_genmodels.distributions.energy.path import PathOptions, positions, space_of
@@ -215,7 +215,7 @@ def _checked_energy(energy: Any) -> nn.Module:
             f"EnergyModel wants a choice such as DenseEnergy() or a torch.nn.Module as its energy, but found {found}. For a "
             "plain function use pyro_genmodels.distributions.Energy."
         )
-    if any(getattr(part, "_pyro_samples", ()) for part in energy.modules()):
+    if any(params.random_parameters(energy)):
         raise ValueError(
             f"The weights of {type(energy).__name__} are random (PyroSample), and log Z depends on each draw of them. Use "
             "weights that are parameters."

@@ -22,6 +22,7 @@ from pyro.nn import pyro_method
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
+from pyro_genmodels._pyro.params import random_parameters
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.implicit import Implicit
 from pyro_genmodels.distributions.likelihoods import Likelihood, check_likelihood
@@ -207,9 +208,8 @@ class _Flat(nn.Module):
 
 def _draw_weights(network: nn.Module) -> None:
     """Draw the random weights (`PyroSample`) of a Bayesian network outside the plate of the data; Pyro then reuses them."""
-    for module in network.modules():
-        for name in getattr(module, "_pyro_samples", ()):
-            getattr(module, name)
+    for module, name in random_parameters(network):
+        getattr(module, name)
 
 
 def _check_prior(prior: Distribution | Family) -> None:
