@@ -559,7 +559,7 @@ def test_a_model_that_does_not_vectorise_is_weighed_draw_by_draw(rows):
 
 
 def test_progress_is_shown(capsys, monkeypatch):
-    module = importlib.import_module("pyro_genmodels.evaluation.likelihood")
+    module = importlib.import_module("pyro_genmodels.evaluation.importance")
     monkeypatch.setattr(module, "PROGRESS_DELAY", 0.0)
     vae, x = linear_vae().eval(), torch.randn(6, 3)
     log_likelihood(vae, x, num_samples=7)
