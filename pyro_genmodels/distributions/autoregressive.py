@@ -1,7 +1,7 @@
-r"""The chain rule as a distribution: :math:`p(x \mid c) = \prod_i p(x_i \mid x_{<i}, c)`, in any order of the coordinates.
+r"""Autoregressive distributions: :math:`p(x \mid c) = \prod_i p(x_i \mid x_{<i}, c)`, in any order of the coordinates.
 
-A density takes one pass of the network, which sees all of x but lets output i depend on earlier coordinates only; a draw
-takes one step per coordinate. Larochelle and Murray, *NADE* (2011); Germain et al., *MADE* (arXiv 1502.03509).
+A density takes one pass of a network whose output i depends on earlier coordinates only. A sample takes one step per
+coordinate. Larochelle and Murray, *NADE* (2011); Germain et al., *MADE* (arXiv 1502.03509).
 """
 
 from __future__ import annotations
@@ -19,30 +19,31 @@ from pyro_genmodels.distributions.likelihoods import Likelihood
 
 
 class Conditionals(Protocol):
-    """A network of the conditionals, over d coordinates in the order they are drawn."""
+    """A network of the conditionals, over d coordinates in the order in which they are sampled."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """What its features and parameters are made of."""
+        """Dtype of the features and the parameters."""
 
     def __call__(self, features: Tensor, context: Tensor | None) -> Tensor:
-        """Features (..., d, num_inputs) of all coordinates -> parameters (..., d, num_outputs) of all conditionals."""
+        """Return the parameters (..., d, num_outputs) of all conditionals, given features (..., d, num_inputs)."""
 
     def steps(self, shape: Size, context: Tensor | None) -> Any:
-        """A generator of the parameters (*shape, num_outputs) of each conditional in turn; it is sent (`send`) the features
-        (*shape, num_inputs) of the coordinate just drawn.
+        """Return a generator of the parameters (*shape, num_outputs) of each conditional in turn.
+
+        Its method `send` takes the features (*shape, num_inputs) of the coordinate that was sampled last.
         """
 
 
 class Autoregression(GenerativeDistribution):
-    """A product of conditionals, one network pass for a density and one step per coordinate for a draw.
+    """A product of conditionals: one pass of the network for a density, and one step per coordinate for a sample.
 
     Args:
-        conditionals: the network.
-        likelihood: what one coordinate is, given the network's parameters.
-        order: the coordinates of the flattened event in the order they are drawn, (d,).
-        event_shape: shape of one datum, of d coordinates in all.
-        kwargs: passed to `GenerativeDistribution`.
+        conditionals: network of the conditionals.
+        likelihood: distribution of one coordinate, given the network's parameters.
+        order: indices of the flattened event's coordinates in the order of sampling, (d,).
+        event_shape: shape of one datum, with d coordinates in all.
+        kwargs: further arguments of `GenerativeDistribution`.
     """
 
     def __init__(

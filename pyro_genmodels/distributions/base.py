@@ -1,11 +1,12 @@
-r"""What every distribution of this library can do, and how ours are found inside Pyro's wrappers.
+r"""The base of all distributions of the library.
 
-A generative distribution :math:`p(x \mid c)` is a network and a context. The network is shared, never copied; the context
-carries the batch shape. A *pretransform* :math:`y = g(x)` leads from the data to the space the network models, and is
-counted in the density: :math:`\log p(x) = \log p_y(g(x)) + \log |\det \partial g / \partial x|`.
+A generative distribution :math:`p(x \mid c)` consists of a network and a context. The network is shared and never copied. The
+context carries the batch shape. A *pretransform* :math:`y = g(x)` maps the data to the space that the network models:
 
-A subclass says only how to score and how to draw in that space, for a value and a context that already have one common
-batch shape: the broadcasting, once and before any transform, is done here.
+.. math:: \log p(x) = \log p_y(g(x)) + \log |\det \partial g / \partial x| .
+
+A subclass defines the density and the samples in that space, for values and contexts of one common batch shape. The base
+broadcasts both before it applies any transform.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
 
     Args:
         event_shape: shape of one datum.
-        context: what the network is told, (batch..., c), or None.
-        support: where one coordinate may lie, or a constraint over the whole event.
-        pretransform: bijection from data to the space the network models, over whole events; None is the identity.
-        validate_args: as everywhere in torch.
+        context: conditioning input of the network, (batch..., c), or None.
+        batch_shape: batch shape; by default that of the context, or () without one.
+        support: support of one coordinate, or of the whole event.
+        pretransform: bijection from data to the space that the network models, over whole events. None is the identity.
+        validate_args: True checks values; None is torch's default.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -62,27 +64,27 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
 
     @abstractmethod
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
-        """The log of p_y, (batch...), for y (batch..., *event_shape) and context (batch..., c)."""
+        """Return the log density of y (batch..., *event_shape), given context (batch..., c) or None: (batch...)."""
 
     @abstractmethod
     def _draw(self, shape: Size, context: Tensor | None) -> Tensor:
-        """Draws of y, (*shape, *event_shape), given context (*shape, c)."""
+        """Return samples of y, (*shape, *event_shape), given context (*shape, c) or None."""
 
     @property
     def support(self) -> constraints.Constraint:
         return self._support
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density (nats) of value, (sample..., *batch_shape, *event_shape) -> (sample..., *batch_shape)."""
+        """Return the log density (nats) of value (sample..., *batch_shape, *event_shape): (sample..., *batch_shape)."""
         y, context, log_det = self.aligned(value)
         return self._log_prob(y, context) + log_det
 
     def unnormalized_log_prob(self, value: Tensor) -> Tensor:
-        """`log_prob` up to a constant, where that is to be had for less."""
+        """Return the log density (nats) up to a constant, which is cheaper than `log_prob` for some distributions."""
         return self.log_prob(value)
 
     def aligned(self, value: Tensor) -> tuple[Tensor, Tensor | None, Tensor | float]:
-        """The value in the space the network models and the context, of one batch shape, and the log volume between them."""
+        """Return the value in the network's space, the context in the same batch shape, and the log determinant."""
         if not (value.is_floating_point() or self.support.is_discrete):
             raise ValueError(
                 f"{type(self).__name__} has a density over real numbers, but the value holds {value.dtype}. Convert it "
@@ -99,24 +101,24 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
         return y, self._context_at(shape), log_det
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draws without gradient, (*sample_shape, *batch_shape, *event_shape)."""
+        """Return samples without gradient, (*sample_shape, *batch_shape, *event_shape)."""
         with torch.no_grad():
             return self._transformed_draw(sample_shape)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draws that carry the gradient of the parameters, (*sample_shape, *batch_shape, *event_shape)."""
+        """Return samples with the gradient of the parameters, (*sample_shape, *batch_shape, *event_shape)."""
         if not self.has_rsample:
             raise NotImplementedError(
-                f"{type(self).__name__} has no reparametrised draws (rsample). Use sample(), or SVI, which then uses "
-                "the score function."
+                f"{type(self).__name__} has no reparametrised samples (rsample). Use sample(), or SVI, which then uses the "
+                "score function."
             )
         return self._transformed_draw(sample_shape)
 
     def _check_draws(self) -> None:
         if has_active_dropout(self.network):
             raise ValueError(
-                f"{type(self).__name__} was asked for draws while its dropout is active, which would be draws of another "
-                "distribution. Call .eval() on the family first, or build it with dropout=0."
+                f"{type(self).__name__} cannot be sampled while its dropout is active: each pass would use another network. "
+                "Call .eval() on the family first, or build it with dropout=0."
             )
 
     def _transformed_draw(self, sample_shape: Sequence[int]) -> Tensor:
@@ -126,10 +128,10 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
         return y if self.pretransform is None else self.pretransform.inv(y)
 
     def score(self, value: Tensor) -> Tensor:
-        r"""Score :math:`\nabla_x \log p(x)`, of the shape of the value broadcast with the batch shape.
+        r"""Return the score :math:`\nabla_x \log p(x)`, of the shape of the value broadcast with the batch shape.
 
         Raises:
-            ValueError: over integers, which have none.
+            ValueError: if the distribution is over integers.
         """
         if self.support.is_discrete:
             raise ValueError(f"{type(self).__name__} is a distribution over integers, which has no score.")
@@ -142,7 +144,7 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
         return score
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> GenerativeDistribution:
-        """The same distribution with a larger batch shape; nothing is copied."""
+        """Return the same distribution with a larger batch shape. Nothing is copied."""
         batch_shape = Size(batch_shape)
         own = (1,) * (len(batch_shape) - len(self.batch_shape)) + tuple(self.batch_shape)
         if len(own) != len(batch_shape) or any(a not in (1, b) for a, b in zip(own, batch_shape, strict=True)):
@@ -166,11 +168,11 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
         return f"{type(self).__name__} has no closed-form {name}. Estimate it: dist.sample((10_000,)).{method}."
 
     def flat(self, y: Tensor) -> Tensor:
-        """(batch..., *event_shape) -> (batch..., number of coordinates)."""
+        """Return y (batch..., *event_shape) as vectors, (batch..., number of coordinates)."""
         return y.reshape(*y.shape[: y.dim() - self.event_dim], self.event_shape.numel())
 
     def unflat(self, y: Tensor) -> Tensor:
-        """(batch..., number of coordinates) -> (batch..., *event_shape)."""
+        """Return vectors (batch..., number of coordinates) as events, (batch..., *event_shape)."""
         return y.reshape(y.shape[:-1] + self.event_shape)
 
     def _context_at(self, shape: Size) -> Tensor | None:
@@ -180,8 +182,8 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(
                 f"{type(self).__name__} was given a value of shape {tuple(value.shape)} with "
-                f"{int((~value.isfinite()).sum())} NaN or infinite entries. Drop or impute these first, or mask their "
-                "rows with dist.mask(...) after filling them."
+                f"{int((~value.isfinite()).sum())} NaN or infinite entries. Drop or impute these first, or fill them and mask "
+                "their rows with dist.mask(...)."
             )
         super()._validate_sample(value)
 
@@ -189,14 +191,14 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
         return f"{type(self).__name__}(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GenerativeDistribution:
-        """A copy with tensors of its own, cut from the graph, and the same modules."""
-        memo[id(self)] = new = map_tensors(self, _cut)
+        """Return a copy with its own detached tensors, and the same modules."""
+        memo[id(self)] = new = map_tensors(self, _detached_copy)
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickling, which the weak references that Pyro leaves on parameters would hinder."""
-        return vars(map_tensors(self, _cut, modules=copy.deepcopy))
+        """Return the state for pickling, without the weak references that Pyro sets on parameters."""
+        return vars(map_tensors(self, _detached_copy, modules=copy.deepcopy))
 
 
-def _cut(tensor: Tensor) -> Tensor:
+def _detached_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()

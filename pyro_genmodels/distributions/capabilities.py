@@ -107,7 +107,7 @@ class Capabilities:
     # Denoising, for `DenoisingScoreMatching`.
 
     has_noise_error: bool = False
-    """True if `noise_error` is the loss of a denoiser at the times of `process` (a `pyro_genmodels.dynamics.processes.Process`)."""
+    """True if `noise_error` is the loss of a denoiser at the times of `process`, a `dynamics.processes.Process`."""
     denoiser: Any = None
     """`Denoiser` of the process, or None: what guided sampling of a posterior needs."""
 

@@ -1,12 +1,12 @@
 r"""Integers under a continuous density: uniform dequantisation.
 
-Where a density :math:`p` lives on :math:`[0, K]^d`, the integers :math:`x \in \{0, \dots, K-1\}^d` have probability
-:math:`P(x) = \int_{[0,1]^d} p(x + u)\,du`, and by Jensen's inequality
+A density :math:`p` on :math:`[0, K]^d` gives the integers :math:`x \in \{0, \dots, K-1\}^d` the probability
+:math:`P(x) = \int_{[0,1]^d} p(x + u)\,du`. By Jensen's inequality
 
 .. math:: \log P(x) \ge \mathbb{E}_{u \sim U[0,1]^d} \log p(x + u).
 
-The noise is drawn at every call, so each call is an unbiased estimate of the bound; the log of a mean over k draws is a
-tighter one. Theis et al., *A note on the evaluation of generative models* (arXiv 1511.01844).
+Each call draws new noise and is an unbiased estimate of the bound. The log of the mean of exp(log_prob) over k calls is
+tighter. Theis et al., *A note on the evaluation of generative models* (arXiv 1511.01844).
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from pyro_genmodels.utils.distributions import Density, density_of
 class Dequantized(GenerativeDistribution):
     """Integers 0 .. levels - 1 in every coordinate, from a density over the reals.
 
-    Draws are rounded down and, where the density reaches outside [0, levels], clipped to the nearest level: give the density
-    the support ``interval(0, levels)`` and nothing is clipped.
+    Samples of the base are rounded down, and clipped to the nearest level if they are outside [0, levels]. With the support
+    ``interval(0, levels)`` for the base, nothing is clipped.
 
     Args:
         base: continuous distribution of the same event shape, in units of levels.
         levels: number of levels per coordinate, at least 2.
-        dtype: of the noise, and so of what the base is asked to score; torch's default if None.
+        dtype: dtype of the noise, and so of the values that the base scores. None is torch's default.
+        validate_args: True checks values; None is torch's default.
 
     Example:
         >>> import pyro.distributions as dist
@@ -43,11 +44,13 @@ class Dequantized(GenerativeDistribution):
         tensor(0.0625)
     """
 
+    is_dequantized = True
+
     def __init__(
         self, base: Distribution, levels: int, *, dtype: torch.dtype | None = None, validate_args: bool | None = None
     ) -> None:
         if levels < 2:
-            raise ValueError(f"Dequantized needs at least 2 levels, got {levels}.")
+            raise ValueError(f"Dequantized wants at least 2 levels, but found {levels}.")
         self.base = base
         self.levels = levels
         self.dtype = dtype or torch.get_default_dtype()
@@ -60,13 +63,13 @@ class Dequantized(GenerativeDistribution):
 
     @property
     def density(self) -> Density:
-        """A lower bound, or an estimate of it where the base has only that; none where the base has none."""
-        found = density_of(self.base)[0]
-        return found if found in ("estimate", "none") else "lower bound"
+        """Kind of density: a lower bound, or the kind of the base if that is an estimate or none."""
+        kind = density_of(self.base)[0]
+        return kind if kind in ("estimate", "none") else "lower bound"
 
     @property
     def advice(self) -> str:
-        """The base's."""
+        """Advice of the base."""
         return density_of(self.base)[1]
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Dequantized:
@@ -77,8 +80,6 @@ class Dequantized(GenerativeDistribution):
     @property
     def _base_capabilities(self) -> Any:
         return capabilities(self.base)
-
-    is_dequantized = True
 
     @property
     def is_unbiased(self) -> bool:

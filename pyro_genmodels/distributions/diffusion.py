@@ -1,16 +1,18 @@
-r"""Diffusions: data by way back from noise.
+r"""Diffusions: the reverse of a process that turns data into noise.
 
-A process adds noise to data, :math:`x_t = \alpha x_0 + \sigma \varepsilon`; a *denoiser* estimates the data behind it, and so
-knows the score at every level of noise. Draws follow a reverse process (`pyro_genmodels.dynamics.reverse`). There are two
-densities, equal if the score is exact, and not for one that is learned:
+The process adds noise to data, :math:`x_t = \alpha x_0 + \sigma \varepsilon`. A *denoiser* estimates the data in x_t, and so
+determines the score at every noise level. Samples follow a reverse process (`pyro_genmodels.dynamics.reverse`). There are two
+densities, which are equal for the exact score but not for a learned one:
 
-- of the probability flow, an ODE on the clock :math:`\lambda = \log(\alpha / \sigma)`, by change of variables: `FlowDensity`;
-- of the reverse SDE, from below: with :math:`\tilde\sigma_0 = e^{-\lambda_{\max}}`, the noise that is left at the start,
+- `FlowDensity`: that of the probability flow, an ODE in :math:`\lambda = \log(\alpha / \sigma)`, by change of variables;
+- `VariationalBound`: a lower bound for the reverse SDE. With the noise :math:`\tilde\sigma_0 = e^{-\lambda_{\max}}` that is
+left
+  at the start,
 
 .. math:: \log p(x) \ge -\tfrac{d}{2} \log(2 \pi e \tilde\sigma_0^2) - \mathrm{KL}\bigl(q(x_1 \mid x) \,\|\, N(0, r^2)\bigr)
-    - \int_{\lambda_{\min}}^{\lambda_{\max}} \mathbb{E}\,|\hat\varepsilon - \varepsilon|^2\, d\lambda : \quad
+    - \int_{\lambda_{\min}}^{\lambda_{\max}} \mathbb{E}\,|\hat\varepsilon - \varepsilon|^2\, d\lambda .
 
-`VariationalBound`, of which each call is an unbiased estimate. Both are of data with the least noise of the process.
+Each call of the bound is an unbiased estimate. Both densities are those of data with the smallest noise of the process.
 
 Song et al. (arXiv 2011.13456); Kingma et al., *Variational Diffusion Models* (arXiv 2107.00630).
 """
@@ -119,15 +121,15 @@ class VariationalBound(DiffusionLikelihood):
 
 
 class ReverseDiffusion(GenerativeDistribution):
-    """The distribution of what a diffusion makes of noise.
+    """The distribution of a diffusion's samples, from noise by a reverse process.
 
     Args:
-        denoiser: the network and its process.
+        denoiser: network and process.
         event_shape: shape of one datum.
-        sampler: how it is drawn; where draws can carry gradients, `rsample` follows the probability flow.
-        likelihood: what `log_prob` is.
-        drop_context: how often training goes without the context.
-        kwargs: passed to `GenerativeDistribution`.
+        sampler: sampler of the reverse process. `rsample` follows the probability flow instead, if parameters need gradients.
+        likelihood: choice of `log_prob`: `FlowDensity`, the default, or `VariationalBound`.
+        drop_context: probability with which training replaces the context by the null context.
+        kwargs: further arguments of `GenerativeDistribution`.
 
     Example:
         >>> from pyro_genmodels.dynamics.denoiser import DataPrediction
@@ -170,14 +172,14 @@ class ReverseDiffusion(GenerativeDistribution):
         """True if the log of a mean of exp(log_prob) over calls is a tighter bound."""
         return self.likelihood.mean_inside_log(self)
 
-    # The same with other choices.
+    # Variants.
 
     def with_sampler(self, sampler: ReverseSampler) -> ReverseDiffusion:
-        """The same, drawn in another way."""
+        """Return the diffusion with another sampler."""
         return self._with(sampler=_sampler(sampler))
 
     def with_likelihood(self, likelihood: FlowDensity | VariationalBound) -> ReverseDiffusion:
-        """The same, with another density as `log_prob`."""
+        """Return the diffusion with another `log_prob`."""
         return self._with(likelihood=_likelihood(likelihood))
 
     def with_training_bound(self) -> ReverseDiffusion:
@@ -185,7 +187,7 @@ class ReverseDiffusion(GenerativeDistribution):
         return self.with_likelihood(VariationalBound())
 
     def guided(self, weight: float) -> ReverseDiffusion:
-        """The same, with its context taken that many times; see `Denoiser.guided`."""
+        """Return the diffusion with that weight of its context: see `Denoiser.guided`."""
         return self._with(denoiser=self.denoiser.guided(weight))
 
     @property
@@ -203,13 +205,13 @@ class ReverseDiffusion(GenerativeDistribution):
         """The process that adds noise to data."""
         return self.denoiser.process
 
-    # Draws.
+    # Samples.
 
     def _draw(self, shape: Size, context: Tensor | None) -> Tensor:
         return self._reverse(shape, context).x.reshape(shape + self.event_shape)
 
     def _like(self) -> Tensor:
-        """A tensor of the precision and device of the network."""
+        """Return a tensor with the dtype and device of the network."""
         modules, tensors = modules_and_tensors(self)
         return next((t for t in (*(p for module in modules for p in module.parameters()), *tensors)), torch.empty(0))
 
@@ -221,36 +223,36 @@ class ReverseDiffusion(GenerativeDistribution):
         return simulate_reverse(self.sampler, lambda x, t: denoiser.estimate(x, t, rows), denoiser.process, noise, **kwargs)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draws by the probability flow, with its solver, that carry the gradient of the parameters.
+        """Return samples of the probability flow, by its solver, with the gradient of the parameters.
 
-        Where nothing wants a gradient, of frozen families and under ``torch.no_grad()``, they are those of `sample`.
+        If no parameter needs a gradient, or under ``torch.no_grad()``, they are those of `sample`.
         """
         modules, tensors = modules_and_tensors(self)
         learned = any(t.requires_grad for t in (*tensors, *(p for module in modules for p in module.parameters())))
         return self.flow.rsample(sample_shape) if learned and torch.is_grad_enabled() else self.sample(sample_shape)
 
     def trajectory(self, sample_shape: Sequence[int] = (), *, num_frames: int = 20, progress: bool | None = None) -> Trajectory:
-        """Draws, with what happened on the way.
+        """Return samples with their trajectories.
 
         Args:
-            sample_shape: of the draws.
-            num_frames: positions to keep on the way, at least 2: its start and its end.
-            progress: whether to show a progress bar; None where it takes long.
-
-        Raises:
-            ValueError: for fewer than 2 frames; while the network drops units at random.
+            sample_shape: shape of the samples.
+            num_frames: number of positions to keep, including the start and the end, at least 2.
+            progress: True shows a progress bar, False does not; None shows it if sampling takes long.
 
         Returns:
-            x (*sample_shape, *batch_shape, *event_shape), the evaluations of the network, and frames in the scale of the
-            process, of standardised data: (frames, *sample_shape, *batch_shape, *event_shape).
+            Trajectory with x (*sample_shape, *batch_shape, *event_shape), the evaluations of the network, and frames in the
+            scale of the process, of standardised data: (frames, *sample_shape, *batch_shape, *event_shape).
+
+        Raises:
+            ValueError: if there are fewer than 2 frames, or if dropout is active.
         """
         self._check_draws()
         shape = Size(sample_shape) + self.batch_shape
         with torch.no_grad():
-            found = self._reverse(shape, self._context_at(shape), num_frames=num_frames, progress=progress)
-        x = found.x.reshape(shape + self.event_shape)
-        frames = found.frames.reshape(len(found.frames), *shape, *self.event_shape)
-        return replace(found, x=x if self.pretransform is None else self.pretransform.inv(x), frames=frames)
+            trajectory = self._reverse(shape, self._context_at(shape), num_frames=num_frames, progress=progress)
+        x = trajectory.x.reshape(shape + self.event_shape)
+        frames = trajectory.frames.reshape(len(trajectory.frames), *shape, *self.event_shape)
+        return replace(trajectory, x=x if self.pretransform is None else self.pretransform.inv(x), frames=frames)
 
     # Densities and scores.
 
@@ -262,9 +264,9 @@ class ReverseDiffusion(GenerativeDistribution):
 
     @property
     def flow(self) -> ContinuousFlow:
-        """The probability flow as a distribution by itself, noise at time 0 and data at time 1: see `log_prob_with_error`."""
+        """The probability flow as a distribution, with noise at time 0 and data at time 1: see `log_prob_with_error`."""
         likelihood = self.likelihood.flow_density
-        kept = (1 + exp(-2 * self.denoiser.process.log_snr_range[1])) ** -0.5  # alpha at the start, over its r
+        shrinkage = (1 + exp(-2 * self.denoiser.process.log_snr_range[1])) ** -0.5  # alpha / hypot(alpha, sigma) at the start
         own = [] if self.pretransform is None else [self.pretransform]
         return ContinuousFlow(
             _Velocity(self.denoiser),
@@ -276,21 +278,27 @@ class ReverseDiffusion(GenerativeDistribution):
             context=self.context,
             batch_shape=self.batch_shape,
             support=self.support,
-            pretransform=ComposeTransform([*own, AffineTransform(0.0, kept, event_dim=self.event_dim)]),
+            pretransform=ComposeTransform([*own, AffineTransform(0.0, shrinkage, event_dim=self.event_dim)]),
             validate_args=self._validate_args,
         )
 
-    # As a flow along straight lines, for `FlowMatching`.
+    # A flow along straight paths, for `FlowMatching`.
 
     @property
     def base(self) -> dist.Independent:
-        """Standard normal, of one event."""
+        """Standard normal distribution over one event."""
         zero = self._like().new_zeros(self.event_shape)
         return dist.Normal(zero, zero + 1, validate_args=False).to_event(self.event_dim)
 
     def velocity(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-        """The mean of data less noise at (1 - t) noise + t data, x (n, *event_shape), for t (n,) and context (n, c) or None."""
-        process, context = self.denoiser.process, self._seen_in_training(context)
+        """Return the conditional mean of data - noise at x = (1 - t) noise + t data, (n, *event_shape).
+
+        Args:
+            x: points, (n, *event_shape).
+            t: times in [0, 1], (n,).
+            context: context of each point, (n, c), or None.
+        """
+        process, context = self.denoiser.process, self._with_dropped_context(context)
         log_snr = torch.logit(t, eps=1e-6).clamp(*process.log_snr_range)
         time, t = process.time(log_snr), torch.sigmoid(log_snr)
         scale = torch.hypot(process.alpha(time), process.sigma(time)) / torch.hypot(t, 1 - t)
@@ -305,28 +313,27 @@ class ReverseDiffusion(GenerativeDistribution):
             num_times: noise levels over which the integral is averaged.
         """
         (low, high), d = self.denoiser.process.log_snr_range, self.event_shape.numel()
-        kept = torch.sigmoid(torch.tensor(2 * low, dtype=torch.float64)).item()  # of the data's variance, at the end
-        end = 0.5 * (kept * sum_event(y.square(), self.event_dim) - d * (kept + log(1 - kept)))
+        # the share of the data in the variance at the end
+        signal = torch.sigmoid(torch.tensor(2 * low, dtype=torch.float64)).item()
+        end = 0.5 * (signal * sum_event(y.square(), self.event_dim) - d * (signal + log(1 - signal)))
         start = 0.5 * d * (log(2 * pi) + 1 - 2 * high)
-        many = y.expand(num_times, *y.shape)
-        log_snr = low + (high - low) * stratified(many.shape[: many.dim() - self.event_dim], y)
+        copies = y.expand(num_times, *y.shape)
+        log_snr = low + (high - low) * stratified(copies.shape[: copies.dim() - self.event_dim], y)
         t = self.denoiser.process.time(log_snr)
-        return -start - end - (high - low) * self.noise_error(many, t, context).mean(0)
+        return -start - end - (high - low) * self.noise_error(copies, t, context).mean(0)
 
     def noise_error(self, y: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
-        r"""The squared error of the estimate of noise that is added to data, :math:`|\hat\varepsilon - \varepsilon|^2`.
+        r"""Return the squared error of the predicted noise, :math:`|\hat\varepsilon - \varepsilon|^2`, (batch...).
 
-        Less :math:`\bar\alpha^4 (|\varepsilon|^2 - d)`, of mean 0, which takes away most of its chance at little noise.
+        The term :math:`\bar\alpha^4 (|\varepsilon|^2 - d)` of mean 0 is subtracted, which removes most of the variance at small
+        noise.
 
         Args:
             y: data in the space of the network, (batch..., *event_shape).
             t: times of the process, (batch...).
-            context: (batch..., c) or None.
-
-        Returns:
-            (batch...).
+            context: context of each datum, (batch..., c), or None.
         """
-        rows, t, context = y.reshape(-1, *self.event_shape), t.reshape(-1), self._seen_in_training(context)
+        rows, t, context = y.reshape(-1, *self.event_shape), t.reshape(-1), self._with_dropped_context(context)
         context = None if context is None else context.expand(*y.shape[: y.dim() - self.event_dim], -1).flatten(0, -2)
         noise = torch.randn_like(rows)
         process = self.denoiser.process
@@ -335,8 +342,8 @@ class ReverseDiffusion(GenerativeDistribution):
         known = torch.sigmoid(2 * process.log_snr(t)).square() * excess
         return (error - known).reshape(y.shape[: y.dim() - self.event_dim])
 
-    def _seen_in_training(self, context: Tensor | None) -> Tensor | None:
-        """Contexts (..., c), of which now and then one is taken away while gradients train the network."""
+    def _with_dropped_context(self, context: Tensor | None) -> Tensor | None:
+        """Return contexts (..., c), of which a random part is replaced by the null context in training."""
         null = self.denoiser.null
         if context is None or null is None or not (self.drop_context and self.network.training and torch.is_grad_enabled()):
             return context
@@ -344,14 +351,12 @@ class ReverseDiffusion(GenerativeDistribution):
         return torch.where(dropped.unsqueeze(-1), null, context)
 
     def noisy_score(self, value: Tensor, t: Tensor) -> Tensor:
-        """The score of noisy data at times t of the process, by the network alone.
+        """Return the network's score of noisy data at times t of the process, of the shape of the value broadcast with the
+        batch.
 
         Args:
-            value: in the scale of the process, of standardised data, (batch..., *event_shape).
-            t: () or (batch...).
-
-        Returns:
-            The gradient of the log density of x_t, of the shape of the value broadcast with the batch shape.
+            value: noisy standardised data in the scale of the process, (batch..., *event_shape).
+            t: times of the process, () or (batch...).
         """
         shape = torch.broadcast_shapes(value.shape[: value.dim() - self.event_dim], self.batch_shape)
         x, t, context = value.expand(shape + self.event_shape), t.expand(shape).reshape(-1), self._context_at(shape)
@@ -361,7 +366,7 @@ class ReverseDiffusion(GenerativeDistribution):
         return (-noise / along(self.denoiser.process.sigma(t), flat)).reshape(x.shape)
 
     def score(self, value: Tensor) -> Tensor:
-        """The score of data with the least noise of the process, by the network alone, without integrating any density."""
+        """Return the network's score of data with the smallest noise of the process. No density is integrated."""
         process, create_graph = self.denoiser.process, torch.is_grad_enabled()
         with torch.enable_grad():
             x = value if value.requires_grad else value.detach().clone().requires_grad_()
@@ -387,7 +392,7 @@ def _likelihood(found: Any) -> FlowDensity | VariationalBound:
 
 @dataclass(frozen=True)
 class _Velocity:
-    """Of the probability flow, from noise at time 0 to data at time 1, on an even clock of the log signal-to-noise ratio."""
+    """Velocity of the probability flow, from noise at time 0 to data at time 1, with time linear in log(alpha / sigma)."""
 
     denoiser: Denoiser
 
@@ -398,12 +403,12 @@ class _Velocity:
 
 
 class DequantizedDiffusion(Dequantized):
-    """Integers by way back from noise, with the choices of a diffusion.
+    """A dequantised diffusion over integers, with the variants of `ReverseDiffusion`.
 
     Args:
         base: the diffusion.
-        levels: see `Dequantized`.
-        kwargs: see `Dequantized`.
+        levels: number of levels: see `Dequantized`.
+        kwargs: further arguments of `Dequantized`.
 
     Example:
         >>> from pyro_genmodels.families import DDIM
@@ -415,18 +420,18 @@ class DequantizedDiffusion(Dequantized):
     base: ReverseDiffusion
 
     def with_sampler(self, sampler: ReverseSampler) -> DequantizedDiffusion:
-        """See `ReverseDiffusion.with_sampler`."""
+        """Return the distribution with another sampler: see `ReverseDiffusion.with_sampler`."""
         return self._over(self.base.with_sampler(sampler))
 
     def with_likelihood(self, likelihood: FlowDensity | VariationalBound) -> DequantizedDiffusion:
-        """See `ReverseDiffusion.with_likelihood`."""
+        """Return the distribution with another likelihood: see `ReverseDiffusion.with_likelihood`."""
         return self._over(self.base.with_likelihood(likelihood))
 
     def guided(self, weight: float) -> DequantizedDiffusion:
-        """See `ReverseDiffusion.guided`."""
+        """Return the distribution with another weight of its context: see `ReverseDiffusion.guided`."""
         return self._over(self.base.guided(weight))
 
     def trajectory(self, sample_shape: Sequence[int] = (), **kwargs: Any) -> Trajectory:
-        """See `ReverseDiffusion.trajectory`."""
-        found = self.base.trajectory(sample_shape, **kwargs)
-        return replace(found, x=self.quantize(found.x))
+        """Return samples with their trajectories, whose frames are not rounded: see `ReverseDiffusion.trajectory`."""
+        trajectory = self.base.trajectory(sample_shape, **kwargs)
+        return replace(trajectory, x=self.quantize(trajectory.x))

@@ -1,12 +1,12 @@
-r"""Mixtures of logistics, discretised: ordered integers whose neighbours are alike.
+r"""Discretised mixtures of logistics, for ordered integers.
 
-Level :math:`k \in \{0, \dots, K-1\}` has the mass the mixture puts between :math:`k - 1/2` and :math:`k + 1/2`; the two end
-levels take the tails, so the masses sum to one exactly. With :math:`\sigma` the logistic function and
+Level :math:`k \in \{0, \dots, K-1\}` has the mass of the mixture between :math:`k - 1/2` and :math:`k + 1/2`. The first and the
+last level also have the tails, so the masses sum to one exactly. With :math:`\sigma` the logistic function and
 :math:`u = (k + 1/2 - \mu)/s`, :math:`l = (k - 1/2 - \mu)/s`,
 
 .. math:: \sigma(u) - \sigma(l) = \sigma(u)\,\sigma(-l)\,(1 - e^{-1/s}),
 
-a product, so its log is exact far out in the tails. Salimans et al., *PixelCNN++* (arXiv 1701.05517).
+a product, so its logarithm is accurate far out in the tails. Salimans et al., *PixelCNN++* (arXiv 1701.05517).
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ class DiscretizedLogisticMixture(TorchDistribution):
 
     Args:
         logits: unnormalised log weights of the components, (batch..., components).
-        loc: their centres, in units of levels, of the same shape.
-        scale: their scales, in units of levels, of the same shape.
+        loc: locations of the components in units of levels, (batch..., components).
+        scale: scales of the components in units of levels, (batch..., components).
         levels: number of levels, at least 2.
+        validate_args: True checks values; None is torch's default.
 
     Example:
         >>> d = DiscretizedLogisticMixture(torch.zeros(1), torch.tensor([1.0]), torch.tensor([0.5]), levels=3)
@@ -47,7 +48,7 @@ class DiscretizedLogisticMixture(TorchDistribution):
 
     def __init__(self, logits: Tensor, loc: Tensor, scale: Tensor, levels: int, *, validate_args: bool | None = None) -> None:
         if levels < 2:
-            raise ValueError(f"DiscretizedLogisticMixture needs at least 2 levels, got {levels}.")
+            raise ValueError(f"DiscretizedLogisticMixture wants at least 2 levels, but found {levels}.")
         self.logits, self.loc, self.scale = torch.broadcast_tensors(logits, loc, scale)
         self.levels = levels
         super().__init__(self.logits.shape[:-1], Size(), validate_args=validate_args)

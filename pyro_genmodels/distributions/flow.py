@@ -21,20 +21,22 @@ from pyro_genmodels.distributions.capabilities import ScoreJumps
 
 
 class NormalizingFlow(GenerativeDistribution):
-    """The distribution of a bijection's preimage of a base distribution.
+    """The distribution of a base distribution's samples, mapped by the inverse of a bijection.
 
     Args:
-        transform: context (batch..., c) or None -> bijection of vectors, from the data side to the base.
+        transform: function context (batch..., c) or None -> bijection of vectors, from the data to the base.
         base: univariate distribution of the base's coordinates, of batch shape () or (d,).
-        event_shape: shape of one datum, of d coordinates in all.
-        has_rsample: whether the inverse carries the gradient of the transform's parameters.
-        bound: where the inverse is a search, how far from 0 it looks; None if it is not.
-        smooth: whether the score has no jumps, as that of splines and of networks with ReLU has.
-        kwargs: passed to `GenerativeDistribution`.
+        event_shape: shape of one datum, with d coordinates in all.
+        has_rsample: True if the inverse carries the gradient of the transform's parameters.
+        bound: largest distance from 0 at which a numerical inverse searches, or None for an analytic inverse.
+        smooth: True if the score is continuous. It is not for splines and for networks with ReLU.
+        kwargs: further arguments of `GenerativeDistribution`.
 
     Raises:
-        ValueError: if the transform's domain is not vectors; on drawing while the network drops units at random, since each
-            pass would invert another function. On a draw at the end of the inverse's search it warns.
+        ValueError: if the transform's domain is not vectors, or if samples are drawn while dropout is active.
+
+    Warns:
+        RuntimeWarning: if a sample lies at the bound of the numerical inverse.
 
     Example:
         >>> import torch, pyro.distributions as dist
@@ -71,8 +73,8 @@ class NormalizingFlow(GenerativeDistribution):
         y = self.transform(context).inv(u)
         if self._validate_args and self.bound is not None and (y.abs() > 0.999 * self.bound).any():
             warnings.warn(
-                f"A draw lies at the end of this flow's search for the inverse, {self.bound:g} from 0, and may have another "
-                "density than it should. Use NSF() or MAF(), above all for guides.",
+                f"A sample lies at the bound of this flow's numerical inverse, {self.bound:g} from 0, so its density may be "
+                "wrong. Use NSF() or MAF(), especially for guides.",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -82,11 +84,10 @@ class NormalizingFlow(GenerativeDistribution):
 def _call_with_log_det(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
     if transform.domain.event_dim != 1:
         raise ValueError(
-            f"A flow wants a transform of vectors, with one event dimension, but this one has "
-            f"{transform.domain.event_dim}: {transform}. "
-            "Wrap it in torch.distributions.IndependentTransform."
+            f"A flow wants a transform with one event dimension, but found {transform.domain.event_dim}: {transform}. Wrap it "
+            "in torch.distributions.IndependentTransform."
         )
-    if hasattr(transform, "call_and_ladj"):  # zuko's: both from one pass of the network
+    if hasattr(transform, "call_and_ladj"):  # zuko computes both in one pass of the network
         return transform.call_and_ladj(y)
     u = transform(y)
     return u, transform.log_abs_det_jacobian(y, u)

@@ -1,8 +1,8 @@
-r"""Implicit distributions: :math:`z \sim p(z)`, then :math:`x \sim p(x \mid z)`, with the integral over z out of reach.
+r"""Implicit distributions: :math:`z \sim p(z)`, then :math:`x \sim p(x \mid z)`, with an intractable integral over z.
 
 .. math:: p(x \mid c) = \int p(x \mid z, c)\, p(z \mid c)\, dz
 
-They can be drawn, and the draws may carry gradients, but there is no `log_prob`.
+They can be sampled, and the samples may carry gradients, but there is no `log_prob`.
 Mohamed and Lakshminarayanan, *Learning in Implicit Generative Models* (arXiv 1610.03483).
 """
 
@@ -21,18 +21,18 @@ from pyro_genmodels.utils.distributions import Density
 
 
 class Implicit(GenerativeDistribution):
-    """Draws of x by way of a latent z.
+    """The distribution of x with a latent variable z.
 
     Args:
-        prior: distribution of z, of batch shape () or the context's.
-        likelihood: (z, context) -> distribution of x, of z's batch shape and event shape `event_shape`.
+        prior: distribution of z, with batch shape () or that of the context.
+        likelihood: function (z, context) -> distribution of x, with the batch shape of z and the event shape `event_shape`.
         event_shape: shape of one datum.
-        reparametrised: whether the draws carry gradients, which takes a prior and a likelihood that do.
-        advice: what to do instead of `log_prob`, for its error.
-        kwargs: passed to `GenerativeDistribution`.
+        reparametrised: True if samples carry gradients. Prior and likelihood must have reparametrised samples.
+        advice: sentence for the error of `log_prob` that says what to use instead.
+        kwargs: further arguments of `GenerativeDistribution`.
 
     Raises:
-        NotImplementedError: by `log_prob`, always.
+        NotImplementedError: if `log_prob` is called.
 
     Example:
         >>> import torch, pyro.distributions as dist
@@ -62,7 +62,7 @@ class Implicit(GenerativeDistribution):
         return self.reparametrised
 
     def log_prob(self, value: Tensor) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} has draws but no density. {self.advice}")
+        raise NotImplementedError(f"{type(self).__name__} has samples but no density. {self.advice}")
 
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
         return self.log_prob(y)

@@ -1,7 +1,8 @@
-r"""What one coordinate of the data is, given what a network says about it: the choices shared by `VAE` and `Autoregressive`.
+r"""Likelihoods: the distribution of one coordinate of the data, given the outputs of a network.
 
-Each is an immutable record that turns raw outputs of a network, (..., num_outputs), into a Pyro distribution of batch shape
-(...), and values of that distribution into features a network can read, (..., num_inputs).
+`VAE` and `Autoregressive` share these choices. Each is an immutable object that maps raw outputs of a network,
+(..., num_outputs), to a Pyro distribution of batch shape (...), and values of that distribution to input features of a network,
+(..., num_inputs).
 """
 
 from __future__ import annotations
@@ -28,63 +29,64 @@ from torch.distributions import constraints
 
 from pyro_genmodels.distributions.discretized import DiscretizedLogisticMixture
 from pyro_genmodels.utils.distributions import is_real
+from pyro_genmodels.utils.errors import check_choice, check_positive_int
 
 
 class Likelihood(ABC):
-    """A univariate distribution whose parameters a network gives."""
+    """A univariate distribution whose parameters are outputs of a network."""
 
     num_inputs: int = 1
-    """Features that stand for one value."""
+    """Number of features of one value."""
 
     has_rsample: bool = False
-    """Whether draws carry gradients."""
+    """True if samples carry gradients."""
 
     @property
     @abstractmethod
     def num_outputs(self) -> int:
-        """Raw parameters per coordinate."""
+        """Number of raw parameters per coordinate."""
 
     @property
     @abstractmethod
     def support(self) -> constraints.Constraint:
-        """Where a value may lie."""
+        """Support of one value."""
 
     @abstractmethod
     def __call__(self, params: Tensor) -> dist.TorchDistribution:
-        """Raw parameters (..., num_outputs) -> distribution of batch shape (...)."""
+        """Return the distribution, of batch shape (...), with raw parameters (..., num_outputs)."""
 
     def support_within(self, support: constraints.Constraint) -> constraints.Constraint:
-        """The support of a family of this likelihood, which for real values alone may be set to another."""
+        """Return the support of a family with this likelihood; a likelihood of real values allows any other support."""
         if is_real(self.support):
             return support
         if not is_real(support):
-            raise ValueError(f"{type(self).__name__} has the support {self.support}, and cannot have {support}: leave it out.")
+            raise ValueError(
+                f"{type(self).__name__} has the support {self.support}, but found support={support}. Leave it out."
+            )
         return self.support
 
     def encode(self, x: Tensor) -> Tensor:
-        """Values (...) -> features (..., num_inputs), about -1 to 1."""
+        """Return features (..., num_inputs) of values (...), roughly between -1 and 1."""
         return x.unsqueeze(-1)
 
     def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Values in the type their distribution scores: dtype, or integers."""
+        """Return values in the dtype that the distribution scores: the given dtype, or integers."""
         return x.to(dtype)
 
 
 def check_likelihood(likelihood: Any) -> Likelihood:
-    """The likelihood itself, `NormalLikelihood` for None; anything else is a TypeError."""
-    if likelihood is None:
-        return NormalLikelihood()
-    if not isinstance(likelihood, Likelihood):
-        found = f"the class {likelihood.__name__}" if isinstance(likelihood, type) else repr(likelihood)
-        raise TypeError(
-            f"likelihood wants one of this library's choices, such as BernoulliLikelihood() or NormalLikelihood(), but found {found}."
-        )
-    return likelihood
+    """Return a likelihood, or `NormalLikelihood()` for None.
+
+    Raises:
+        TypeError: if it is not a likelihood.
+    """
+    checked: Likelihood = check_choice("A family", "likelihood", likelihood, NormalLikelihood(), Likelihood)
+    return checked
 
 
 @dataclass(frozen=True)
 class BernoulliLikelihood(Likelihood):
-    """Zeros and ones, from one logit."""
+    """A Bernoulli distribution over zeros and ones, with one logit."""
 
     num_outputs = 1
     support = constraints.boolean
@@ -98,13 +100,13 @@ class BernoulliLikelihood(Likelihood):
 
 @dataclass(frozen=True)
 class CategoricalLikelihood(Likelihood):
-    """Integers 0 .. num_classes - 1 in no order, from a logit each. Ordered levels fit `DiscretizedLogisticLikelihood` better."""
+    """A categorical distribution over 0 .. num_classes - 1. For ordered levels see `DiscretizedLogisticLikelihood`."""
 
     num_classes: int
 
     def __post_init__(self) -> None:
         if self.num_classes < 2:
-            raise ValueError(f"Categorical needs at least 2 classes, got {self.num_classes}.")
+            raise ValueError(f"CategoricalLikelihood wants at least 2 classes, but found {self.num_classes}.")
 
     @property
     def num_outputs(self) -> int:
@@ -130,11 +132,11 @@ class CategoricalLikelihood(Likelihood):
 
 @dataclass(frozen=True)
 class DiscretizedLogisticLikelihood(Likelihood):
-    """Integers 0 .. levels - 1 in their order, from a mixture of logistics (`DiscretizedLogisticMixture`).
+    """A discretised mixture of logistics over the ordered integers 0 .. levels - 1: see `DiscretizedLogisticMixture`.
 
     Args:
         levels: number of levels.
-        components: logistics in the mixture.
+        components: number of logistics in the mixture.
     """
 
     levels: int
@@ -143,7 +145,8 @@ class DiscretizedLogisticLikelihood(Likelihood):
     def __post_init__(self) -> None:
         if self.levels < 2 or self.components < 1:
             raise ValueError(
-                f"DiscretizedLogistic needs at least 2 levels and 1 component, got {self.levels} and {self.components}."
+                f"DiscretizedLogisticLikelihood wants at least 2 levels and 1 component, but found {self.levels} and "
+                f"{self.components}."
             )
 
     @property
@@ -170,14 +173,14 @@ class DiscretizedLogisticLikelihood(Likelihood):
 
 @dataclass(frozen=True)
 class NormalLikelihood(Likelihood):
-    """Real numbers.
+    """A normal distribution over the real numbers, or a mixture of normal distributions.
 
     Args:
-        scale: "learned" (the network gives one per coordinate) or the standard deviation itself, in units of the
-            standardised data where the family standardises.
+        scale: "learned" for a standard deviation that the network predicts for each coordinate, or a fixed standard deviation,
+            in units of the standardised data if the family standardises.
         min_scale: lower bound of a learned scale, which keeps the density finite.
-        components: of a mixture whose weights the network gives too (Bishop, *Mixture Density Networks*, 1994); the draws of a
-            mixture carry no gradients.
+        components: number of components of a mixture with learned weights (Bishop, *Mixture Density Networks*, 1994). Samples
+            of a mixture carry no gradients.
     """
 
     scale: float | Literal["learned"] = "learned"
@@ -187,10 +190,9 @@ class NormalLikelihood(Likelihood):
     support = constraints.real
 
     def __post_init__(self) -> None:
-        if not isinstance(self.components, int) or self.components < 1:
-            raise ValueError(f"Normal needs at least one component, got {self.components!r}.")
+        check_positive_int("NormalLikelihood", components=self.components)
         if self.scale != "learned" and not (isinstance(self.scale, (int, float)) and self.scale > 0):
-            raise ValueError(f'Normal needs scale="learned" or a positive number, got {self.scale!r}.')
+            raise ValueError(f'NormalLikelihood wants scale="learned" or a positive number, but found {self.scale!r}.')
 
     @property
     def num_outputs(self) -> int:
@@ -198,7 +200,7 @@ class NormalLikelihood(Likelihood):
 
     @property
     def has_rsample(self) -> bool:
-        """Whether draws carry gradients."""
+        """True if samples carry gradients."""
         return self.components == 1
 
     def __call__(self, params: Tensor) -> dist.TorchDistribution:
@@ -209,7 +211,7 @@ class NormalLikelihood(Likelihood):
         if self.components == 1:
             scale = scale.squeeze(-1) if isinstance(scale, Tensor) else scale
             return dist.Normal(loc.squeeze(-1), scale, validate_args=False)
-        # apart from each other from the start
+        # different initial locations, or the components would stay equal
         loc = loc + torch.linspace(-1.5, 1.5, self.components, dtype=loc.dtype, device=loc.device)
         weights = dist.Categorical(logits=others[-1], validate_args=False)
         return dist.MixtureSameFamily(weights, dist.Normal(loc, scale, validate_args=False), validate_args=False)

@@ -1,10 +1,10 @@
-r"""Continuous flows: :math:`x = x(1)`, where :math:`\dot x = v(x, t, c)` from a draw :math:`x(0)` of a base distribution.
+r"""Continuous flows: :math:`x = x(1)`, where :math:`\dot x = v(x, t, c)` from a sample :math:`x(0)` of a base distribution.
 
 .. math:: \log p(x \mid c) = \log p_0(x(0)) - \int_0^1 \operatorname{tr} \frac{\partial v}{\partial x}\, dt,
 
-along the way back from the data at time 1. The trace is exact, or Hutchinson's estimate, and then `log_prob` is an unbiased
-estimate, whose probes are fresh in training and the same at every other call, so that it is a function one can walk on; but
-for `fresh_probes`.
+along the trajectory back from the data at time 1. The trace is exact, or Hutchinson's estimate, with which `log_prob` is an
+unbiased estimate. Probes are redrawn in training and fixed otherwise, so that `log_prob` is deterministic (NUTS needs this).
+`fresh_probes` redraws them everywhere.
 
 Chen et al. (arXiv 1806.07366); Grathwohl et al., *FFJORD* (arXiv 1810.01367); Finlay et al. (arXiv 2002.02798).
 """
@@ -12,8 +12,8 @@ Chen et al. (arXiv 1806.07366); Grathwohl et al., *FFJORD* (arXiv 1810.01367); F
 from __future__ import annotations
 
 __all__ = [
-    "Assessed", "ContinuousFlow", "Evaluations", "ExactTrace", "GaussianProbes", "Hutchinson", "RademacherProbes", "Trace",
-    "fresh_probes",
+    "ContinuousFlow", "Evaluations", "ExactTrace", "GaussianProbes", "Hutchinson", "LogProbWithError", "RademacherProbes",
+    "Trace", "fresh_probes",
 ]  # fmt: skip
 
 from abc import ABC, abstractmethod
@@ -33,35 +33,41 @@ from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.dynamics.ode import Dopri5, ODESolution, Solver, integrate, integrate_with_divergence
 from pyro_genmodels.dynamics.reverse import Trajectory
 from pyro_genmodels.utils.distributions import Density, has_active_dropout, modules_and_tensors
+from pyro_genmodels.utils.errors import check_choice, check_positive_int
 
 MAX_EXACT_TRACE_DIMS = 16
-"""Coordinates, up to which the trace is exact unless asked otherwise."""
+"""Number of coordinates up to which the trace is exact by default."""
 
 
-_FRESH = ContextVar("fresh", default=False)
+_FRESH_PROBES = ContextVar("fresh_probes", default=False)
 
 
 @contextmanager
 def fresh_probes() -> Iterator[None]:
-    """Has every estimate of a trace draw probes of its own, so that a mean over calls comes nearer."""
-    token = _FRESH.set(True)
+    """Redraw the probes at every estimate of a trace, so that the mean over calls has a smaller error."""
+    token = _FRESH_PROBES.set(True)
     try:
         yield
     finally:
-        _FRESH.reset(token)
+        _FRESH_PROBES.reset(token)
 
 
 class Trace(ABC):
-    """How the trace of a Jacobian is found."""
+    """A choice of how the trace of a Jacobian is computed."""
 
     @abstractmethod
     def probes(self, x: Tensor, *, fresh: bool) -> Tensor | None:
-        """Vectors (k, *shape of x), of mean 0 and covariance I, drawn anew or the same at every call; None is exact."""
+        """Return probes (k, *shape of x) of mean 0 and covariance I, or None for the exact trace.
+
+        Args:
+            x: points, (N, d).
+            fresh: True for new probes, False for the same ones at every call.
+        """
 
 
 @dataclass(frozen=True)
 class ExactTrace(Trace):
-    """The trace itself: as many backward passes as coordinates, in one."""
+    """The exact trace, by one backward pass per coordinate."""
 
     def probes(self, x: Tensor, *, fresh: bool) -> Tensor | None:
         return None
@@ -69,7 +75,7 @@ class ExactTrace(Trace):
 
 @dataclass(frozen=True)
 class RademacherProbes:
-    """Signs: of all probes those of the least variance, and without any where the Jacobian is diagonal."""
+    """Random signs. They have the smallest variance of all probes, and none if the Jacobian is diagonal."""
 
     def __call__(self, shape: Sequence[int], generator: Generator | None, device: torch.device, dtype: torch.dtype) -> Tensor:
         return torch.randint(2, shape, generator=generator, device=device).to(dtype) * 2 - 1
@@ -77,7 +83,7 @@ class RademacherProbes:
 
 @dataclass(frozen=True)
 class GaussianProbes:
-    """Standard normal."""
+    """Standard normal probes."""
 
     def __call__(self, shape: Sequence[int], generator: Generator | None, device: torch.device, dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=dtype)
@@ -85,56 +91,54 @@ class GaussianProbes:
 
 @dataclass(frozen=True)
 class Hutchinson(Trace):
-    """The trace by random probes, unbiased.
+    """An unbiased estimate of the trace by random probes.
 
     Attributes:
-        num_probes: for each row, the same all along its way.
-        law: of the probes: `RademacherProbes` or `GaussianProbes`.
-        seed: of the probes outside of training.
+        num_probes: number of probes for each row. They are the same along its whole trajectory.
+        distribution: distribution of the probes: `RademacherProbes` or `GaussianProbes`.
+        seed: seed of the fixed probes outside of training.
     """
 
     num_probes: int = 1
-    law: RademacherProbes | GaussianProbes = field(default_factory=RademacherProbes)
+    distribution: RademacherProbes | GaussianProbes = field(default_factory=RademacherProbes)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_probes, bool) or not isinstance(self.num_probes, int) or self.num_probes < 1:
-            raise ValueError(f"Hutchinson wants num_probes of 1 or more, but found {self.num_probes!r}.")
-        if not isinstance(self.law, (RademacherProbes, GaussianProbes)):
-            raise TypeError(f"Hutchinson wants RademacherProbes() or GaussianProbes() as its law, but found {self.law!r}.")
+        check_positive_int("Hutchinson", num_probes=self.num_probes)
+        check_choice("Hutchinson", "distribution", self.distribution, RademacherProbes(), RademacherProbes | GaussianProbes)
 
     def probes(self, x: Tensor, *, fresh: bool) -> Tensor | None:
         generator = None if fresh else Generator(x.device).manual_seed(self.seed)
-        return self.law((self.num_probes, *x.shape), generator, x.device, x.dtype)
+        return self.distribution((self.num_probes, *x.shape), generator, x.device, x.dtype)
 
 
 @dataclass
 class Evaluations:
-    """How often a velocity was asked, for all rows at once.
+    """A count of evaluations of a velocity, each for all rows at once.
 
     Attributes:
-        last: in the last solution of its ODE.
-        total: in all of them.
+        last: evaluations in the last solution of the ODE.
+        total: evaluations in all solutions.
     """
 
     last: int = 0
     total: int = 0
 
     def add(self, count: int) -> None:
-        """One more solution."""
+        """Count the evaluations of one more solution."""
         self.last, self.total = count, self.total + count
 
 
 @dataclass(frozen=True)
-class Assessed:
-    """Log densities, and what they may be off by.
+class LogProbWithError:
+    """Log densities with estimates of their errors.
 
     Attributes:
-        values: nats, (batch...).
-        probe_error: standard error by the probes of the trace, 0 where it is exact.
-        solver_error: difference to a solution with ten times the tolerances, or half the steps. The error itself is less, where
-            steps are small enough for the velocity to look smooth.
-        evaluations: of the velocity, for all rows at once, in both.
+        values: log densities (nats), (batch...).
+        probe_error: standard error due to the probes of the trace, (batch...); 0 if the trace is exact.
+        solver_error: difference to a solution with ten times the tolerances, or half the steps, (batch...). The error itself is
+            smaller if the velocity is smooth over a step.
+        evaluations: evaluations of the velocity in both solutions, each for all rows at once.
     """
 
     values: Tensor
@@ -144,25 +148,24 @@ class Assessed:
 
 
 class ContinuousFlow(GenerativeDistribution):
-    """The distribution of where a velocity carries draws from a base: from time 0 to time 1.
+    """The distribution of a base's samples after a velocity has moved them from time 0 to time 1.
 
     Args:
-        velocity: called as velocity(x, t, context), with x (N, *event_shape), t (N,) and context (N, c) or None; -> the shape
-            of x.
-        base: of x at time 0, over one datum; not 0 anywhere, or the density of what comes from there is 0.
+        velocity: function (x (N, *event_shape), t (N,), context (N, c) or None) -> velocities, of the shape of x.
+        base: distribution of x at time 0, over one event. Its density should be positive everywhere.
         event_shape: shape of one datum.
-        solver: of the ODE.
-        trace: of the Jacobian: `ExactTrace` or `Hutchinson`; by default exact up to 16 coordinates.
-        network: the module behind a velocity that is a function: whose parameters want gradients, and whose mode says whether
-            this is training.
-        kinetic: weight of the squared speed along the way in `training_log_prob`.
-        jacobian: weight of the squared size of the Jacobian there.
-        evaluations: where evaluations of the velocity are counted.
-        kwargs: passed to `GenerativeDistribution`.
+        solver: solver of the ODE; by default `Dopri5`.
+        trace: trace of the Jacobian: `ExactTrace` or `Hutchinson`. The default is exact up to 16 coordinates.
+        network: module behind a velocity that is a plain function. Its parameters get gradients, and its mode says whether
+            probes are redrawn.
+        kinetic: weight of the integrated squared speed in `training_log_prob`.
+        jacobian: weight of the integrated squared norm of the Jacobian in `training_log_prob`.
+        evaluations: counter of the evaluations of the velocity.
+        kwargs: further arguments of `GenerativeDistribution`.
 
     Raises:
-        ValueError: if the base is not over one such event; on use while the network drops units at random.
-        FloatingPointError: where the ODE cannot be solved.
+        ValueError: if the base is not over one event of this shape, or if the flow is used while dropout is active.
+        FloatingPointError: if the ODE cannot be solved.
 
     Example:
         >>> import pyro.distributions as dist
@@ -191,8 +194,8 @@ class ContinuousFlow(GenerativeDistribution):
         super().__init__(event_shape, **kwargs)
         if base.batch_shape or base.event_shape != self.event_shape:
             raise ValueError(
-                f"ContinuousFlow over events {tuple(self.event_shape)} wants a base over one of them, but found batch shape "
-                f"{tuple(base.batch_shape)} and event shape {tuple(base.event_shape)}. See base.expand(...).to_event(n)."
+                f"ContinuousFlow wants a base over one event of shape {tuple(self.event_shape)}, but found batch shape "
+                f"{tuple(base.batch_shape)} and event shape {tuple(base.event_shape)}. Use base.expand(...).to_event(n)."
             )
         self.field, self.base = velocity, base
         self.network = velocity if network is None else network
@@ -204,38 +207,35 @@ class ContinuousFlow(GenerativeDistribution):
 
     @property
     def density(self) -> Density:
-        """What `log_prob` returns."""
+        """Kind of density: exact with an exact trace, else an estimate."""
         return "exact" if isinstance(self.trace, ExactTrace) else "estimate"
 
     @property
     def mean_inside_log(self) -> bool:
-        """Only the mean of estimates of a logarithm is one."""
+        """True with an exact trace; the mean of exp(log_prob) of an estimate is biased."""
         return isinstance(self.trace, ExactTrace)
 
     @property
     def has_rsample(self) -> bool:
-        """Whether draws carry all gradients: those of the base too, where it has any."""
+        """True if samples carry the gradients of all parameters, including those of the base."""
         modules, tensors = modules_and_tensors(self.base)
         learned = any(p.requires_grad for p in (*tensors, *(p for module in modules for p in module.parameters())))
         return self.base.has_rsample or not learned
 
     def velocity(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-        """Where points of the space of the network move.
+        """Return the velocities of points in the space of the network, (N, *event_shape) per unit of time.
 
         Args:
             x: points, (N, *event_shape).
             t: times in [0, 1], (N,).
-            context: (N, c) or None.
-
-        Returns:
-            Of the shape of x, per unit of time.
+            context: context of each point, (N, c), or None.
 
         Raises:
-            ValueError: if the velocity has another shape.
+            ValueError: if the function that was given returns another shape.
         """
         v = self.field(x, t, context)
         if v.shape != x.shape:
-            raise ValueError(f"The velocity should return {tuple(x.shape)}, as it was given, not {tuple(v.shape)}.")
+            raise ValueError(f"A velocity should have the shape of its points, {tuple(x.shape)}, but found {tuple(v.shape)}.")
         return v
 
     # Densities.
@@ -244,7 +244,7 @@ class ContinuousFlow(GenerativeDistribution):
         return self._back(y, context, self.solver, self.trace)[0]
 
     def training_log_prob(self, value: Tensor) -> Tensor:
-        r"""`log_prob` less the regularisers of arXiv 2002.02798, for training.
+        r"""Return `log_prob` minus the regularisers of arXiv 2002.02798, (sample..., *batch_shape).
 
         .. math:: \log p(x) - \lambda_K \int |v|^2 dt - \lambda_J \int \|\partial v / \partial x\|_F^2 dt
         """
@@ -256,44 +256,44 @@ class ContinuousFlow(GenerativeDistribution):
         return log_prob + log_det - penalty.reshape(log_prob.shape)
 
     def score(self, value: Tensor) -> Tensor:
-        """See `GenerativeDistribution.score`; without an adjoint, whose gradient has none."""
+        """Return the score: see `GenerativeDistribution.score`. No adjoint is used, since it cannot be differentiated twice."""
         if not self.solver.adjoint:
             return super().score(value)
         new: Any = self.expand(self.batch_shape)
         new.solver = self.solver.direct
         return new.score(value)
 
-    def log_prob_with_error(self, value: Tensor, *, num_probes: int = 8) -> Assessed:
-        """`log_prob`, and how exact it is.
+    def log_prob_with_error(self, value: Tensor, *, num_probes: int = 8) -> LogProbWithError:
+        """Return `log_prob` with estimates of its error.
 
         Args:
-            value: (sample..., *batch_shape, *event_shape).
-            num_probes: over whose spread the trace is judged, unless it is exact; at least 2.
+            value: data, (sample..., *batch_shape, *event_shape).
+            num_probes: number of probes whose spread gives the standard error, at least 2. An exact trace ignores it.
 
         Raises:
-            ValueError: for fewer probes.
+            ValueError: if there are fewer than 2 probes.
         """
         exact = isinstance(self.trace, ExactTrace)
         if not exact and num_probes < 2:
-            raise ValueError(f"The spread over probes wants num_probes of 2 or more, but found {num_probes}.")
+            raise ValueError(f"log_prob_with_error wants num_probes of 2 or more, but found {num_probes}.")
         with torch.no_grad():
             y, context, log_det = self.aligned(value)
             k = 1 if exact else num_probes
             y, context = y.expand(k, *y.shape), None if context is None else context.expand(k, *context.shape)
             trace = replace(self.trace, num_probes=1) if isinstance(self.trace, Hutchinson) else self.trace
             values, path = self._back(y, context, self.solver, trace)
-            rough, rougher = self._back(y, context, self.solver.coarser, trace)
+            coarse, coarse_solution = self._back(y, context, self.solver.coarser, trace)
         probe_error = torch.zeros_like(values[0]) if exact else values.std(0) / sqrt(k)
-        error = (values - rough).mean(0).abs()
-        return Assessed(values.mean(0) + log_det, probe_error, error, path.evaluations + rougher.evaluations)
+        error = (values - coarse).mean(0).abs()
+        return LogProbWithError(values.mean(0) + log_det, probe_error, error, path.evaluations + coarse_solution.evaluations)
 
     def _back(
         self, y: Tensor, context: Tensor | None, solver: Solver, trace: Trace, *, regularize: bool = False
     ) -> tuple[Tensor, ODESolution]:
-        """Log densities in the space of the network, and the way to the base."""
+        """Return log densities in the space of the network, and the solution of the ODE back to the base."""
         rows, velocity, parameters = self._start(y, context)
         training = torch.is_grad_enabled() and getattr(self.network, "training", True)
-        fresh = _FRESH.get() or (training and any(p.requires_grad for p in parameters))
+        fresh = _FRESH_PROBES.get() or (training and any(p.requires_grad for p in parameters))
         probes = trace.probes(rows, fresh=fresh)
         path = integrate_with_divergence(
             velocity, rows, 1.0, 0.0, solver, probes=probes, regularize=regularize, parameters=parameters
@@ -312,18 +312,19 @@ class ContinuousFlow(GenerativeDistribution):
         return path.x.reshape(y.shape)
 
     def trajectory(self, sample_shape: Sequence[int] = (), *, num_frames: int = 20) -> Trajectory:
-        """Draws, with what happened on the way.
+        """Return samples with their trajectories.
 
         Args:
-            sample_shape: of the draws.
-            num_frames: positions to keep, at even times from 0 to 1, at least 2; the solver starts anew at each.
+            sample_shape: shape of the samples.
+            num_frames: number of positions to keep, including the start and the end, at least 2. The solver restarts at each
+                of these evenly spaced times.
 
         Returns:
-            x (*sample_shape, *batch_shape, *event_shape), the evaluations of the velocity, and frames in the space of the
-            network, of standardised data: (frames, *sample_shape, *batch_shape, *event_shape).
+            Trajectory with x (*sample_shape, *batch_shape, *event_shape), the evaluations of the velocity, and frames in the
+            space of the network, of standardised data: (frames, *sample_shape, *batch_shape, *event_shape).
 
         Raises:
-            ValueError: for fewer frames.
+            ValueError: if there are fewer than 2 frames, or if dropout is active.
         """
         if num_frames < 2:
             raise ValueError(f"A trajectory wants num_frames of 2 or more, for its start and its end, but found {num_frames}.")
@@ -342,18 +343,18 @@ class ContinuousFlow(GenerativeDistribution):
         return Trajectory(x, evaluations, times, positions)
 
     def _start(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor], list[Tensor]]:
-        """Points as rows (N, d), the velocity of rows, and what it depends on."""
+        """Return points as rows (N, d), the velocity of rows, and the tensors on which it depends."""
         if has_active_dropout(self.network):
             raise ValueError(
-                f"The ODE of {type(self).__name__} has no solution while its dropout is active, each evaluation being of "
-                "another velocity. Call .eval() on the family first, train it by FlowMatching(), or build it with dropout=0."
+                f"The ODE of {type(self).__name__} cannot be solved while its dropout is active: each evaluation would use "
+                "another network. Call .eval() on the family first, train it by FlowMatching(), or build it with dropout=0."
             )
         rows = y.reshape(-1, self.event_shape.numel())
-        told = None if context is None else context.reshape(len(rows), context.shape[-1])
+        contexts = None if context is None else context.reshape(len(rows), context.shape[-1])
 
         def velocity(t: Tensor, x: Tensor) -> Tensor:
-            return self.velocity(x.reshape(-1, *self.event_shape), t.expand(len(x)), told).reshape(x.shape)
+            return self.velocity(x.reshape(-1, *self.event_shape), t.expand(len(x)), contexts).reshape(x.shape)
 
         modules, tensors = modules_and_tensors((self.network, self.field))
-        found = (*(p for module in modules for p in module.parameters()), *tensors, *([] if told is None else [told]))
-        return rows, velocity, list({id(p): p for p in found}.values())
+        parts = (*(p for module in modules for p in module.parameters()), *tensors, *([] if contexts is None else [contexts]))
+        return rows, velocity, list({id(p): p for p in parts}.values())

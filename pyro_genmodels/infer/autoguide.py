@@ -1,10 +1,10 @@
-r"""A family of distributions as the guide of any model: one law of all its latent variables together.
+r"""A family as the guide of any model: one joint distribution of all its latent variables.
 
 .. math:: u \sim q_\phi, \qquad z_i = T_i(u_i),
 
-with :math:`T_i` from the real numbers to the support of latent variable i, whose volume is counted. A flow gives a guide with a
-density, for `pyro.infer.Trace_ELBO`; a GAN one without, for `Adversarial` with `Posterior` (Mescheder et al., *Adversarial
-Variational Bayes*, arXiv 1701.04722).
+where :math:`T_i` maps the real numbers to the support of latent variable i, and its Jacobian is part of the density. A flow
+gives a guide with a density, for `pyro.infer.Trace_ELBO`. A GAN gives a guide without one, for `Adversarial` with
+`PosteriorPairing` (Mescheder et al., *Adversarial Variational Bayes*, arXiv 1701.04722).
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import nn
 
 
 class AutoFamily(AutoContinuous):
-    """A guide whose latent variables, unconstrained and joined, follow a family's distribution.
+    """A guide whose latent variables, unconstrained and concatenated, follow a family's distribution.
 
     Args:
-        model: with continuous latent variables of fixed shapes.
-        build: the number of coordinates -> a family over that many, such as ``lambda n: GAN((n,))`` or ``lambda n:
-            Flow((n,))``; called at the guide's first run.
+        model: model with continuous latent variables of fixed shapes.
+        build: function of the number of coordinates that returns a family over as many, such as ``lambda n: GAN((n,))`` or
+            ``lambda n: Flow((n,))``. The guide's first run calls it.
 
     Raises:
-        ValueError: by that run, if the family is over events of another shape, or has a context.
+        ValueError: at the first run, if the family is over events of another shape, or has a context.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -43,15 +43,15 @@ class AutoFamily(AutoContinuous):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
-        like = self._init_loc()  # of the latent variables' dtype and device
+        like = self._init_loc()  # has the dtype and device of the latent variables
         self.family = self.build(self.latent_dim).to(like)
         shape: Any = self.family.event_shape
         if tuple(shape) != (self.latent_dim,) or self.family.context is not None:
             raise ValueError(
-                f"AutoFamily wants a family over ({self.latent_dim},), the model's latent variables together, without a "
-                f"context, but build({self.latent_dim}) made a {type(self.family).__name__} over {tuple(shape)}."
+                f"AutoFamily wants a family over ({self.latent_dim},), all latent variables of the model, without a context, "
+                f"but build({self.latent_dim}) returned a {type(self.family).__name__} over {tuple(shape)}."
             )
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
-        """The family's distribution, of the unconstrained latent variables together."""
+        """Return the distribution of the unconstrained latent variables."""
         return self.family()

@@ -1,15 +1,15 @@
-r"""Objectives that tell data from other draws: from the model's own, or from noise.
+r"""Objectives that contrast the data with other samples: those of the model, or noise.
 
-*Contrastive divergence* follows :math:`-\nabla \log p(x) = \nabla E(x) - \mathbb{E}_{x' \sim p}[\nabla E(x')]`, the mean
-taken over negatives: chains begun at the data, which bias it, or chains that go on from step to step. Hinton, *Training
-Products of Experts by Minimizing Contrastive Divergence* (2002); Tieleman (2008).
+*Contrastive divergence* follows :math:`-\nabla \log p(x) = \nabla E(x) - \mathbb{E}_{x' \sim p}[\nabla E(x')]`. The mean is
+taken over negatives, which are chains that begin at the data (this biases the mean), or chains that continue from step to step.
+Hinton, *Training Products of Experts by Minimizing Contrastive Divergence* (2002); Tieleman (2008).
 
-*Noise-contrastive estimation* has the energy tell data from draws of a known density q, as a classifier with log odds
+*Noise-contrastive estimation* trains the energy as a classifier between data and samples of a known density q, with log odds
 
 .. math:: G(x) = \log p_0(x) - E(x) - \log Z - \log q(x) - \log \nu, \qquad
     \ell(x) = -\log \sigma(G(x)) - \sum_{i=1}^{\nu} \log \sigma(-G(x_i)), \quad x_i \sim q,
 
-in which log Z is one more parameter. Gutmann and Hyvärinen (2010; JMLR 2012).
+where log Z is one more parameter. Gutmann and Hyvärinen (2010; JMLR 2012).
 """
 
 from __future__ import annotations
@@ -34,25 +34,27 @@ from pyro_genmodels.distributions.energy.partition import quick_log_partition
 from pyro_genmodels.distributions.energy.state import LogPartition
 from pyro_genmodels.infer.objective import Objective
 from pyro_genmodels.utils.distributions import check_exact_density, density_of, unwrap
+from pyro_genmodels.utils.errors import check_positive_int
 
 
 class ContrastiveDivergence(Objective):
-    r"""Contrastive divergence of the energies at the observed sites; other observed sites count by their density.
+    r"""Contrastive divergence of the energies at the observed sites; other observed sites contribute their log density.
 
-    Its gradient is that of the negative log-likelihood, as far as the negatives follow the model. Its value under gradients is
-    the difference of the mean log densities of negatives and data, in the coordinates of the chains; without gradients
-    (`evaluate_loss`, validation) it is the negative log-likelihood in nats, with log Z by a short run of annealed importance
-    sampling, and no chain is moved.
+    If the negatives follow the model, the gradient is that of the negative log-likelihood. The value of the loss while
+    gradients are enabled is the difference between the mean log densities of negatives and data, in the coordinates of the
+    chains. Without gradients (`evaluate_loss`, validation) it is the negative log-likelihood in nats, with log Z from a short
+    run of annealed importance sampling, and no chain moves.
 
     Args:
-        steps: of the sampler, each time; by default as the energy's own negatives say, or 1 from the data.
-        persistent: whether negatives are the energy's own, by default chains that go on; else chains begin at the data (CD-k).
-        regularization: :math:`\alpha` of the penalty :math:`\alpha (E(x)^2 + \mathbb{E}_{x'} E(x')^2)`, which keeps energies
-            from running away (Du and Mordatch, arXiv 1903.08689).
-        kwargs: see `Objective`.
+        steps: steps of the sampler at each call. The default is that of the energy's negatives, or 1 from the data.
+        persistent: True uses the energy's own negatives, by default chains that continue from call to call. False starts
+            chains at the data (CD-k).
+        regularization: weight :math:`\alpha` of the penalty :math:`\alpha (E(x)^2 + \mathbb{E}_{x'} E(x')^2)`, which keeps
+            energies from diverging (Du and Mordatch, arXiv 1903.08689).
+        kwargs: further arguments of `Objective`.
 
     Raises:
-        ValueError: for a model without an energy, or a site without a density, naming the objective to use.
+        ValueError: if the model has no energy, or a site has no density; the error says which objective to use.
 
     Example:
         >>> from pyro.infer import SVI
@@ -66,8 +68,8 @@ class ContrastiveDivergence(Objective):
         self, *, steps: int | None = None, persistent: bool = True, regularization: float = 0.0, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        if steps is not None and not (isinstance(steps, int) and steps >= 1):
-            raise ValueError(f"ContrastiveDivergence wants steps of 1 or more, but found {steps!r}.")
+        if steps is not None:
+            check_positive_int("ContrastiveDivergence", steps=steps)
         if not 0 <= regularization < float("inf"):
             raise ValueError(f"ContrastiveDivergence wants a regularization of 0 or more, but found {regularization}.")
         self.steps, self.persistent, self.regularization = steps, persistent, regularization
@@ -99,22 +101,23 @@ _numbers = count(1)
 
 
 class NoiseContrastive(Objective):
-    """Noise-contrastive estimation of the energies at the observed sites, which learns log Z along.
+    """Noise-contrastive estimation of the energies at the observed sites, with log Z as a parameter.
 
     Args:
-        noise: density that can be drawn from, over one datum: a Pyro distribution or a family without a context, near the data
-            if possible, and nowhere zero where they lie. It is not trained.
-        ratio: draws of noise for each datum.
-        kwargs: see `Objective`.
+        noise: distribution over one event with an exact density, or a family without a context. It should be close to the data,
+            and its density positive wherever data can be. It is not trained.
+        ratio: samples of noise for each datum.
+        kwargs: further arguments of `Objective`.
 
     Attributes:
-        log_partition: the parameter log Z, (); of a conditional energy the part that does not depend on the context: the rest
-            is for the energy itself to learn, which a network of both can and a Boltzmann machine cannot. Without gradients
-            (`evaluate_loss`, validation) the family is told of it, and its densities count it until its parameters change.
+        log_partition: parameter log Z, (). For a conditional energy it is the part that does not depend on the context. The
+            energy must learn the rest, which a network of data and context can and a Boltzmann machine cannot. Without
+            gradients (`evaluate_loss`, validation) the family stores it, and its densities contain it until its parameters
+            change.
 
     Raises:
-        TypeError: if the noise is no distribution.
-        ValueError: for a site that is not an energy, or a Boltzmann machine with a context, or noise over other events.
+        TypeError: if the noise is not a distribution.
+        ValueError: if a site is not an energy, or is a Boltzmann machine with a context, or if the noise is over other events.
 
     Example:
         >>> import pyro.distributions as dist
@@ -129,28 +132,27 @@ class NoiseContrastive(Objective):
     def __init__(self, noise: Any, *, ratio: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         noise = check_exact_density("NoiseContrastive", "noise", noise)
-        if ratio < 1:
-            raise ValueError(f"NoiseContrastive wants a ratio of 1 or more, but found {ratio}.")
+        check_positive_int("NoiseContrastive", ratio=ratio)
         self.noise, self.ratio = noise, ratio
         self.log_partition = nn.Parameter(torch.zeros(()))
         self.network: Any = None
-        self.learning = False  # before it has begun log Z is anyone's guess
-        self._name()
+        self.has_started = False  # before the first training step log Z is arbitrary
+        self._name_parameter()
 
-    def _name(self) -> None:
-        self.own = {f"NoiseContrastive_{next(_numbers)}.log_partition": self.log_partition}
+    def _name_parameter(self) -> None:
+        self.own_parameters = {f"NoiseContrastive_{next(_numbers)}.log_partition": self.log_partition}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy learns a log Z of its own, under a name of its own."""
+        """Give a copy its own log Z, under a new name."""
         self.__dict__.update(state, network=None)
-        self._name()
+        self._name_parameter()
 
     def check(self, name: str, dist: Any) -> None:
         check_energy(type(self).__name__, name, dist)
         if self.network is not None and dist.network is not self.network:
             raise ValueError(
-                f"NoiseContrastive learns the log Z of one energy, but site {name!r} holds another. Take an objective for each "
-                "fit; two energies in one model are trained by ContrastiveDivergence()."
+                f"NoiseContrastive learns the log Z of one energy, but site {name!r} holds another. Use an objective for each "
+                "fit; for two energies in one model use ContrastiveDivergence()."
             )
         if dist.event_shape != self.noise.event_shape:
             raise ValueError(
@@ -158,33 +160,33 @@ class NoiseContrastive(Objective):
             )
         if self.network is None and not self._inside(dist.support):
             raise ValueError(
-                f"Site {name!r} is over {dist.support}, but draws of the noise, {type(self.noise).__name__}, lie outside. Take "
-                "noise over the support of the energy."
+                f"Site {name!r} is over {dist.support}, but samples of the noise, {type(self.noise).__name__}, lie outside. "
+                "Use noise over the support of the energy."
             )
         if dist.context is not None and hasattr(dist.network, "gibbs"):
             raise ValueError(
-                f"NoiseContrastive cannot learn log Z of every context, and no term of the Boltzmann machine at site {name!r} "
-                "depends on its context alone to do so. Use ContrastiveDivergence()."
+                f"NoiseContrastive cannot learn log Z of every context, and the Boltzmann machine at site {name!r} has no term "
+                "that depends on the context alone. Use ContrastiveDivergence()."
             )
         self.network = dist.network
 
     def _inside(self, support: Any) -> bool:
-        """Whether noise lies in a support, as far as some draws tell, for which no random number is used up."""
+        """Return True if 100 samples of the noise lie in the support, without advancing the random number generator."""
         with torch.random.fork_rng():
             return bool(support.check(self.noise.sample((100,))).all())
 
     def per_datum(self, dist: Any, x: Tensor) -> Tensor:
-        ((name, parameter),) = self.own.items()
+        ((name, parameter),) = self.own_parameters.items()
         log_z = pyro.param(name, parameter).to(x.device)
         y = x.expand(torch.broadcast_shapes(x.shape[: x.dim() - dist.event_dim], dist.batch_shape) + dist.event_shape)
         support: Any = self.noise.support
         if is_validation_enabled() and not support.check(y).all():
-            raise ValueError(f"NoiseContrastive wants noise wherever data are, but some lie outside its support {support}.")
+            raise ValueError(f"NoiseContrastive wants noise with the data in its support, but some lie outside of {support}.")
         with torch.no_grad():
             noise = self.noise.sample((self.ratio, *y.shape[: y.dim() - dist.event_dim]))
             log_q, log_q_noise = self.noise.log_prob(y), self.noise.log_prob(noise)
-        self.learning = self.learning or torch.is_grad_enabled()
-        if not torch.is_grad_enabled() and self.learning and dist.density != "exact":
+        self.has_started = self.has_started or torch.is_grad_enabled()
+        if not torch.is_grad_enabled() and self.has_started and dist.density != "exact":
             dist.remember_log_partition(LogPartition(log_z.detach(), torch.full_like(log_z, torch.nan), "estimate"))
         odds = dist.unnormalized_log_prob(y) - log_z - log_q - log(self.ratio)
         odds_of_noise = dist.unnormalized_log_prob(noise) - log_z - log_q_noise - log(self.ratio)
@@ -200,5 +202,6 @@ def check_energy(objective: str, name: str, dist: Distribution) -> None:
     found = capabilities(dist)
     if not (found.intractable or found.has_negatives):
         is_normalized = density_of(dist)[0] in ("exact", "lower bound")
-        cure = f"Use {'MaximumLikelihood(), or ' if is_normalized else ''}Trace_ELBO with a guide where there are latent variables."
-        raise ValueError(f"{objective} needs an energy, but site {name!r} holds {type(dist).__name__}. {found.advice or cure}")
+        choice = "MaximumLikelihood(), or " if is_normalized else ""
+        advice = found.advice or f"Use {choice}Trace_ELBO with a guide where there are latent variables."
+        raise ValueError(f"{objective} needs an energy, but site {name!r} holds {type(dist).__name__}. {advice}")

@@ -1,7 +1,6 @@
-r"""Denoising score matching: the score of data with noise, fitted by what the noise was.
+r"""Denoising score matching: a regression of the score of noisy data on the noise.
 
-With :math:`u_\sigma = u + \sigma \epsilon`, half the Fisher divergence from the data with noise is, up to a constant, the
-mean of
+With :math:`u_\sigma = u + \sigma \epsilon`, half the Fisher divergence from the noisy data is, up to a constant, the mean of
 
 .. math:: \tfrac12 \lambda(\sigma)\, \bigl| s(u_\sigma) + \epsilon / \sigma \bigr|^2 .
 
@@ -10,8 +9,8 @@ A diffusion learns all levels of its process at once: with :math:`\hat\varepsilo
 .. math:: \mathbb{E}_{t, \varepsilon}\, w(t)\, |\hat\varepsilon(x_t, t) - \varepsilon|^2, \qquad
     x_t = \alpha x_0 + \sigma \varepsilon,
 
-where a *weighting* says how times are drawn and what each counts. Vincent (2011); Song et al., *Maximum Likelihood Training of
-Score-Based Diffusion Models* (arXiv 2101.09258); Kingma et al. (arXiv 2107.00630).
+where a *weighting* defines the distribution of times and the weight of each. Vincent (2011); Song et al., *Maximum Likelihood
+Training of Score-Based Diffusion Models* (arXiv 2101.09258); Kingma et al. (arXiv 2107.00630).
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from pyro.poutine import Trace
 from torch import Size, Tensor
 
 from pyro_genmodels._pyro import traces
-from pyro_genmodels._pyro.handlers import map_inner
+from pyro_genmodels._pyro.wrappers import map_inner
 from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.dynamics.processes import Karras, Process, stratified
 from pyro_genmodels.infer.score_matching import ScoreMatching, score_of
@@ -42,16 +41,16 @@ from pyro_genmodels.utils.distributions import sum_event, unwrap
 
 
 class TimeWeighting(ABC):
-    """How the times of a process are drawn in training, and what the error of the noise at each of them counts."""
+    """Distribution of the times in training, and the weight of the error at each time."""
 
     @abstractmethod
     def __call__(self, process: Process, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Times and weights, from uniform numbers, all of one shape."""
+        """Return times and weights for uniform random numbers u in [0, 1), all of one shape."""
 
 
 @dataclass(frozen=True)
 class UniformWeighting(TimeWeighting):
-    """Times are uniform, and all count alike: the simple loss of DDPM (arXiv 2006.11239)."""
+    """Uniform times with equal weights: the simple loss of DDPM (arXiv 2006.11239)."""
 
     def __call__(self, process: Process, u: Tensor) -> tuple[Tensor, Tensor]:
         return process.start + (process.end - process.start) * u, torch.ones_like(u)
@@ -59,11 +58,11 @@ class UniformWeighting(TimeWeighting):
 
 @dataclass(frozen=True)
 class LikelihoodWeighting(TimeWeighting):
-    """Times count as they do in the variational bound, so that the loss is that bound but for a constant (nats).
+    """The weights of the variational bound, so that the loss is that bound up to a constant (nats).
 
     Attributes:
-        importance: whether times are drawn as often as they count, so that all weights are one number, of less variance; else
-            they are uniform, and few of them, near the data, count for nearly all: the loss then jumps.
+        importance: True draws times in proportion to their weights, which makes all weights equal and reduces the variance.
+            False draws uniform times, and the loss is noisy, because few times near the data have nearly all the weight.
     """
 
     importance: bool = True
@@ -79,11 +78,11 @@ class LikelihoodWeighting(TimeWeighting):
 
 @dataclass(frozen=True)
 class LogNormalWeighting(TimeWeighting):
-    """sigma / alpha is log-normal, and errors count as in EDM (arXiv 2206.00364), for data of deviation 1.
+    """Log-normal sigma / alpha with the weights of EDM (arXiv 2206.00364), for data of deviation 1.
 
     Attributes:
         loc: mean of log(sigma / alpha).
-        scale: its standard deviation.
+        scale: standard deviation of log(sigma / alpha).
     """
 
     loc: float = -1.2
@@ -102,22 +101,25 @@ class LogNormalWeighting(TimeWeighting):
 class DenoisingScoreMatching(ScoreMatching):
     """Denoising score matching at one or several levels of noise, or at all levels of a diffusion.
 
-    At one level the model learns the data with that noise. At several it must be told at which it is asked, as an
-    `EnergyModel(..., noise=(low, high))` is. A `Diffusion` that is observed learns at the times of its process; one that is
-    the prior of a latent variable counts there by its variational bound, and what else is observed then counts by its
-    likelihood, so that model, guide and prior are trained by one loss, the negative of a bound on the log-likelihood.
+    With one noise level, the model learns the density of the data with that noise. Several levels need a model with the level
+    as an input, such as ``EnergyModel(..., noise=(low, high))``. A `Diffusion` at an observed site is trained at the times of
+    its process. A diffusion that is the prior of a latent variable contributes its variational bound, and the observed sites
+    then contribute their likelihood. The loss is then the negative of a bound on the log-likelihood, which trains model,
+    guide and prior together.
 
     Args:
-        noise: standard deviation of the noise in the distribution's own coordinates (of standardised data, in their units); or
-            several, of which each datum is given one at random. By default 0.1, or all that the model was built for, as likely
-            in each order of magnitude.
-        weighting: of a diffusion `UniformWeighting`, `LikelihoodWeighting` or `LogNormalWeighting`; by default the first, but
-            the last for a `Karras` process, most of whose times see nothing but noise. Of other models sigma (batch...) ->
-            weight of the loss there; by default sigma squared, so that all levels count alike.
-        kwargs: see `Objective`.
+        noise: standard deviation of the noise in the distribution's score coordinates (those of standardised data, if it
+            standardises), or several, of which each datum gets one at random. The default is 0.1, or the range that the model
+            was built for, log-uniformly.
+        weighting: for a diffusion, `UniformWeighting`, `LikelihoodWeighting` or `LogNormalWeighting`. The default is the first,
+            and the last for a `Karras` process, most of whose times are almost pure noise. For other models, a function
+            sigma (batch...) -> weight of the loss (batch...). The default is sigma squared, which makes the losses of all
+            levels comparable.
+        kwargs: further arguments of `Objective`.
 
     Raises:
-        ValueError: for a site without a density over real numbers, or several levels with a model that is told none.
+        ValueError: if a site has no density over real numbers, or several levels are given to a model without the level as
+            input.
 
     Example:
         >>> from pyro_genmodels import DenoisingScoreMatching, EnergyModel
@@ -143,24 +145,24 @@ class DenoisingScoreMatching(ScoreMatching):
         if self.weighting is not None and isinstance(self.weighting, TimeWeighting) != diffusion:
             wanted = "UniformWeighting()" if diffusion else "torch.square"
             raise ValueError(
-                f"DenoisingScoreMatching was given {self.weighting!r}, but site {name!r} holds {type(dist).__name__}, which "
-                f"wants a weighting such as {wanted}."
+                f"DenoisingScoreMatching wants a weighting such as {wanted} for {type(dist).__name__} at site {name!r}, but "
+                f"found {self.weighting!r}."
             )
         if diffusion:
             if self.noise is not None:
                 raise ValueError(
-                    f"DenoisingScoreMatching(noise=...) is for energies; the diffusion at site {name!r} learns at the levels "
-                    "of its own process. Leave noise out, or build the family with another process."
+                    f"DenoisingScoreMatching(noise=...) is for energies; the diffusion at site {name!r} is trained at the "
+                    "levels of its own process. Leave noise out, or build the family with another process."
                 )
             return
         super().check(name, dist)
         if self.noise is not None and len(self.noise) > 1 and capabilities(dist).noise is None:
             raise ValueError(
-                f"DenoisingScoreMatching at {len(self.noise)} levels needs a model that is told the level, but site {name!r} "
-                f"holds a {type(dist).__name__} that is not. Build EnergyModel(..., noise=(low, high)), or give one level."
+                f"DenoisingScoreMatching at {len(self.noise)} levels needs a model with the level as input, but site {name!r} "
+                f"holds a {type(dist).__name__} without. Build EnergyModel(..., noise=(low, high)), or give one level."
             )
 
-    def of(self, dist: Any, x: Tensor) -> Tensor:
+    def score_loss(self, dist: Any, x: Tensor) -> Tensor:
         dist, x = capabilities(dist).dequantize(x)
         dist = capabilities(dist)
         if dist.has_noise_error:
@@ -189,11 +191,11 @@ class DenoisingScoreMatching(ScoreMatching):
         super()._score(model_trace, guide_trace)
 
     def _times(self, process: Process, u: Tensor) -> tuple[Tensor, Tensor]:
-        usual: TimeWeighting = LogNormalWeighting() if isinstance(process, Karras) else UniformWeighting()
-        return (self.weighting if isinstance(self.weighting, TimeWeighting) else usual)(process, u)
+        default: TimeWeighting = LogNormalWeighting() if isinstance(process, Karras) else UniformWeighting()
+        return (self.weighting if isinstance(self.weighting, TimeWeighting) else default)(process, u)
 
     def _levels(self, dist: Any, batch: Size, x: Tensor) -> Tensor:
-        """A level for each datum, (batch...)."""
+        """Return a noise level for each datum, (batch...)."""
         dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
         if self.noise is not None:
             levels = self.noise.to(x.device, dtype)

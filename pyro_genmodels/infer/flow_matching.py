@@ -1,12 +1,12 @@
-r"""Flow matching: a velocity is fitted to that of random ways from noise to data, and no ODE is solved.
+r"""Flow matching: a regression of a velocity on that of random paths from noise to data, without solving an ODE.
 
-A *coupling* pairs draws :math:`x_0` of the base with data :math:`x_1`, a *path* joins the two, and
+A *coupling* pairs samples :math:`x_0` of the base with data :math:`x_1`, an *interpolant* joins the two by a path, and
 
 .. math:: L(\theta) = \mathbb{E}_{t, x_0, x_1} \bigl| v_\theta(x_t, t, c) - \dot x_t \bigr|^2, \qquad
     x_t = a(t)\, x_0 + b(t)\, x_1,
 
-has as its minimiser :math:`v(x, t) = \mathbb{E}[\dot x_t \mid x_t = x]`, whose ODE carries the law of :math:`x_0` to that of
-:math:`x_1`. The loss is a squared speed in the space that the network models, not nats.
+is minimised by :math:`v(x, t) = \mathbb{E}[\dot x_t \mid x_t = x]`. The ODE of this velocity carries the distribution of
+:math:`x_0` to that of :math:`x_1`. The loss is a squared speed in the space that the network models; it is not in nats.
 
 Lipman et al. (arXiv 2210.02747); Albergo and Vanden-Eijnden (arXiv 2209.15571); couplings by optimal transport: Tong et al.
 (arXiv 2302.00482), Pooladian et al. (arXiv 2304.14772).
@@ -41,25 +41,22 @@ from pyro_genmodels.utils.errors import check_choice, import_extra
 
 
 class Coupling(ABC):
-    """How draws of the base and data are paired."""
+    """Rule that pairs samples of the base with data."""
 
     @abstractmethod
     def __call__(self, x0: Tensor, x1: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Both ends of each way.
+        """Return the two ends of each path, (N, ...) both, with the data in their original order.
 
         Args:
-            x0: independent draws of the base, (N, ...).
+            x0: independent samples of the base, (N, ...).
             x1: data, (N, ...).
-            context: of the data, (N, c), or None.
-
-        Returns:
-            Both in pairs, the data in the same order as before.
+            context: context of the data, (N, c), or None.
         """
 
 
 @dataclass(frozen=True)
 class IndependentCoupling(Coupling):
-    """Each datum has a draw of its own, as they come."""
+    """Independent coupling: each datum gets an independent sample."""
 
     def __call__(self, x0: Tensor, x1: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return x0, x1
@@ -67,18 +64,18 @@ class IndependentCoupling(Coupling):
 
 @dataclass(frozen=True)
 class GaussianTargetCoupling(Coupling):
-    """Each datum has a draw of its own, and is the centre of a small copy of the base.
+    """Independent coupling in which each path ends at its datum plus a small multiple of its sample.
 
     Attributes:
-        sigma_min: deviation of that copy, in units of the base. The flow learns the data with that noise, along the paths of
-            Lipman et al.: in one straight line of deviation 1 - (1 - sigma_min) t.
+        sigma_min: the multiple. The flow learns the data with noise of that deviation, in units of the base, along the paths of
+            Lipman et al.: straight lines of deviation 1 - (1 - sigma_min) t.
     """
 
     sigma_min: float = 1e-2
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < 1:
-            raise ValueError(f"Target wants a sigma_min between 0 and 1, but found {self.sigma_min!r}.")
+            raise ValueError(f"GaussianTargetCoupling wants a sigma_min between 0 and 1, but found {self.sigma_min!r}.")
 
     def __call__(self, x0: Tensor, x1: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return x0, x1 + self.sigma_min * x0
@@ -86,16 +83,16 @@ class GaussianTargetCoupling(Coupling):
 
 @dataclass(frozen=True)
 class OptimalTransportCoupling(Coupling):
-    """Draws and data of a batch are paired so that the sum of their squared distances is least: ways hardly cross.
+    """Coupling that minimises the sum of squared distances between the samples and the data of a batch, so paths hardly cross.
 
-    With a context only rows of equal contexts, such as labels, change their draws among themselves: otherwise a draw would tell
-    of the context, as it does not in sampling (arXiv 2503.10636). Where no two are equal, this is `IndependentCoupling`. Needs POT; a
-    batch of N rows takes time as N^3.
+    With a context, samples are exchanged only between rows of equal context, such as the same label. Otherwise a sample would
+    depend on the context, which it does not when the flow is sampled (arXiv 2503.10636). If no two contexts are equal, this is
+    `IndependentCoupling`. It needs POT, and takes time proportional to N^3 for a batch of N rows.
     """
 
     def __call__(self, x0: Tensor, x1: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        transport = import_extra("ot", extra="eval", by="OptimalTransport")
-        groups = torch.zeros(len(x1), dtype=torch.long) if context is None else _equal(context)
+        transport = import_extra("ot", extra="eval", by="OptimalTransportCoupling")
+        groups = torch.zeros(len(x1), dtype=torch.long) if context is None else _group_numbers(context)
         order = torch.arange(len(x1))
         for group in groups.unique():
             rows = (groups == group).nonzero().squeeze(1)
@@ -106,8 +103,8 @@ class OptimalTransportCoupling(Coupling):
         return x0[order.to(x0.device)], x1
 
 
-def _equal(context: Tensor) -> Tensor:
-    """A number for each row, the same for equal ones."""
+def _group_numbers(context: Tensor) -> Tensor:
+    """Return a number for each row (N,), the same for equal rows."""
     return context.detach().cpu().unique(dim=0, return_inverse=True)[1]
 
 
@@ -119,7 +116,7 @@ class Interpolant(ABC):
 
     @abstractmethod
     def __call__(self, x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the way is at time t, and its velocity there; t has a shape that broadcasts with both ends."""
+        """Return the position and the velocity at time t, whose shape broadcasts with both ends."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,7 @@ class LinearInterpolant(Interpolant):
 
 @dataclass(frozen=True)
 class TrigonometricInterpolant(Interpolant):
-    """A quarter of an ellipse, along which the variance of standardised ends is kept."""
+    """A quarter of an ellipse, which preserves the variance of standardised ends."""
 
     def __call__(self, x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = (pi / 2 * t).cos(), (pi / 2 * t).sin()
@@ -144,16 +141,16 @@ class TrigonometricInterpolant(Interpolant):
 class FlowMatching(Objective):
     """Flow matching of the velocities at the observed sites.
 
-    It asks a distribution for its `velocity(x, t, context)`, from a `base` at time 0 to the data at time 1, as those of
-    `ODEFlow` have it, and those of `Diffusion` along straight paths. The base itself is not trained.
+    A distribution needs a `velocity(x, t, context)`, from its `base` at time 0 to the data at time 1. `ODEFlow` has one, and
+    `Diffusion` has one along straight paths. The base itself is not trained.
 
     Args:
         coupling: `IndependentCoupling`, `OptimalTransportCoupling` or `GaussianTargetCoupling`.
         path: `LinearInterpolant` or `TrigonometricInterpolant`.
-        kwargs: see `Objective`.
+        kwargs: further arguments of `Objective`.
 
     Raises:
-        ValueError: for a site without a velocity, or a model with latent variables, naming the objective to use.
+        ValueError: if a site has no velocity, or the model has latent variables; the error says which objective to use.
 
     Example:
         >>> from pyro_genmodels import FlowMatching, ODEFlow
@@ -173,19 +170,19 @@ class FlowMatching(Objective):
         flow = capabilities(flow).training_form
         y, context, _ = flow.aligned(x)
         x1 = y.reshape(-1, *flow.event_shape)
-        told = None if context is None else context.reshape(len(x1), -1)
-        with torch.no_grad():  # the ends are data
-            x0, x1 = self.coupling(flow.base.sample((len(x1),)), x1, told)
+        rows = None if context is None else context.reshape(len(x1), -1)
+        with torch.no_grad():  # the base is not trained
+            x0, x1 = self.coupling(flow.base.sample((len(x1),)), x1, rows)
             t = stratified((len(x1),), x1)
-            at, velocity = self.path(x0, x1, t.reshape(-1, *(1 for _ in flow.event_shape)))
-        error = flow.velocity(at, t, told) - velocity
+            x_t, velocity = self.path(x0, x1, t.reshape(-1, *(1 for _ in flow.event_shape)))
+        error = flow.velocity(x_t, t, rows) - velocity
         return error.square().reshape(len(x1), -1).sum(1).reshape(y.shape[: y.dim() - flow.event_dim])
 
     def check(self, name: str, dist: Distribution) -> None:
         found = capabilities(dist)
         if found.only_linear_paths and not self.path.is_linear:
             raise ValueError(
-                f"The velocity of {type(dist).__name__} at site {name!r} is that of straight paths: use path=LinearInterpolant()."
+                f"The velocity of {type(dist).__name__} at site {name!r} has straight paths only: use path=LinearInterpolant()."
             )
         if not found.has_velocity:
             cures = {"none": "Trace_ELBO() with a guide"}
@@ -199,6 +196,6 @@ class FlowMatching(Objective):
 
     def check_latents(self, names: list[str]) -> None:
         raise ValueError(
-            f"FlowMatching's loss is no density that latent variables could be weighed by, but the model has "
-            f"{', '.join(map(repr, names))}. Use pyro.infer.Trace_ELBO with a guide for them."
+            f"FlowMatching has no density that could train latent variables, but the model has {', '.join(map(repr, names))}. "
+            "Use pyro.infer.Trace_ELBO with a guide for them."
         )

@@ -2,7 +2,7 @@ r"""Maximum likelihood: the minimiser of the forward KL divergence from the data
 
 .. math:: L(\theta) = -\sum_{n=1}^{N} \log p_\theta(x_n) \approx -\frac{N}{B} \sum_{n \in \text{batch}} \log p_\theta(x_n)
 
-The second form is what a subsampled plate gives: an unbiased estimate, with an unbiased gradient.
+The second form is the loss under a subsampled plate. It is an unbiased estimate, with an unbiased gradient.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pyro_genmodels.utils.distributions import density_of
 class MaximumLikelihood(Objective):
     """The negative log-likelihood (nats) of the observed sites, scaled by the plates.
 
-    Of an `ODEFlow` in training with the penalties that it was built with.
+    The loss contains the regularisers of the distribution, such as those of an `ODEFlow` in training mode.
 
     Raises:
-        ValueError: for a model with latent variables, or a site whose density is missing or not normalised; it names the
+        ValueError: if the model has latent variables, or an observed site has no normalised density; the error says which
             objective to use.
 
     Example:
@@ -45,7 +45,7 @@ class MaximumLikelihood(Objective):
         if capabilities(dist).intractable:
             density = "unnormalized"  # log Z may be known for these parameters, but not for the next
         if density not in ("exact", "lower bound") and not (density == "estimate" and capabilities(dist).is_unbiased):
-            found = "no density" if density == "none" else f"an {density} density"
+            found = "no density" if density == "none" else f"a density of kind {density!r}"
             raise ValueError(
                 f"MaximumLikelihood needs a density, but site {name!r} holds {type(dist).__name__}, which has {found}. {advice}"
             )

@@ -1,13 +1,13 @@
-r"""What every objective is: a Pyro loss that speaks of one datum.
+r"""Objectives: Pyro losses that are defined for one datum.
 
-Run the guide, run the model against it, and add up over the sites
+An objective runs the guide, runs the model conditioned on the guide's samples, and adds up over the sites
 
 .. math:: L = \sum_{x \text{ observed}} s_x\, m_x\, \ell(p_x, x) - \sum_z s_z\, m_z\, (\log p_z - \log q_z),
 
-with :math:`s` the scale and :math:`m` the mask that plates and handlers give a site. An objective supplies :math:`\ell`
-(`per_datum`); with :math:`\ell = -\log p` this is the negative ELBO. Gradients pass through reparametrised draws, and by the
-score function, Rao-Blackwellised over plates, through others. Nothing here reads a tensor's value, so a loss can be captured
-as one graph (with Pyro's validation off).
+where :math:`s` is the scale and :math:`m` the mask that plates and handlers give a site. A subclass defines :math:`\ell`
+(`per_datum`). With :math:`\ell = -\log p` the sum is the negative ELBO. The gradient uses reparametrised samples where there
+are any, and otherwise the score function, Rao-Blackwellised over plates. No code branches on a tensor's value, so a loss can
+be captured as one graph (with Pyro's validation switched off).
 
 Wingate and Weber (arXiv 1301.1299); Ranganath et al., *Black Box Variational Inference* (arXiv 1401.0118).
 """
@@ -36,27 +36,29 @@ from pyro_genmodels._pyro.wrappers import through_wrappers
 
 
 class Loss(ELBO):
-    """Pyro's two doors, a call by `SVI` and a differentiable loss. The arguments are those of `pyro.infer.ELBO`; users set:
+    """Base of all losses, for use with `SVI` or as a differentiable function.
 
     Args:
-        num_particles: runs of guide and model that are averaged.
-        vectorize_particles: whether these are one run in an outermost plate.
-        max_plate_nesting: how many dimensions plates take, if that should not be found out by a run.
+        num_particles: number of runs of guide and model that are averaged.
+        vectorize_particles: True for a single run of all particles, in an outermost plate.
+        max_plate_nesting: number of dimensions that plates take. By default a run of the model finds it.
+
+    Further arguments are those of `pyro.infer.ELBO`.
     """
 
-    own: Mapping[str, nn.Parameter] = MappingProxyType({})
-    """Parameters of the objective itself, by the names under which Pyro knows them."""
+    own_parameters: Mapping[str, nn.Parameter] = MappingProxyType({})
+    """Parameters of the objective itself, by their names in Pyro's param store."""
 
     @abstractmethod
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss, summed over the data, whose gradient is the estimate."""
+        """Return the loss, summed over the data, (). Its gradient is the gradient estimate."""
 
     def __call__(self, model: Any, guide: Any = None) -> ELBOModule:
-        """A module whose call is the loss and whose parameters are the model's and the guide's.
+        """Return a module whose call is the loss, with the parameters of the model and the guide.
 
         Args:
-            model: a module, a bound method of one, a function, or (without a guide) a family.
-            guide: likewise; None is the family's own, or an empty one.
+            model: module, bound method of a module, function, or (without a guide) family.
+            guide: module, bound method or function. None is the family's own guide, or an empty one.
         """
         if guide is None:
             try:
@@ -66,12 +68,12 @@ class Loss(ELBO):
         return _ObjectiveModule(model, guide, self)
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss as a number, without gradients."""
+        """Return the loss as a number, computed without gradients."""
         with torch.no_grad():
             return torch_item(self.differentiable_loss(model, guide, *args, **kwargs))
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss as a number, its gradients added to the parameters'."""
+        """Return the loss as a number, and add its gradients to those of the parameters."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
@@ -79,7 +81,7 @@ class Loss(ELBO):
 
     def _get_traces(self, model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[tuple[Trace, Trace]]:
         if self.vectorize_particles and self.num_particles > 1:
-            nesting = self.max_plate_nesting - 1  # pyro.infer.ELBO counts the particles' plate in
+            nesting = self.max_plate_nesting - 1  # pyro.infer.ELBO has added the plate of the particles
             if nesting == float("inf"):
                 nesting = traces.max_plate_nesting(model, guide, args, kwargs)
                 self.max_plate_nesting = nesting + 1
@@ -93,27 +95,22 @@ class Loss(ELBO):
 
 
 class Objective(Loss):
-    """Base of all objectives that speak of one datum at a time; see `Loss` for its arguments."""
+    """Base of all losses that are defined for one datum. See `Loss` for the arguments."""
 
     @abstractmethod
     def per_datum(self, dist: Distribution, x: Tensor) -> Tensor:
-        """The loss (nats) of each datum at an observed site.
+        """Return the loss (nats) of each datum at an observed site, (batch...).
 
         Args:
-            dist: the site's distribution, out of Pyro's wrappers.
-            x: the observed value, (batch..., *event_shape).
-
-        Returns:
-            (batch...).
+            dist: distribution at the site, without Pyro's wrappers.
+            x: observed value, (batch..., *event_shape).
         """
 
     def check(self, name: str, dist: Distribution) -> None:
-        """Raises a ValueError if the distribution at the observed site `name` cannot be used, naming what can."""
+        """Raise a ValueError if the distribution at the observed site `name` cannot be used; the error says what to use."""
 
     def check_latents(self, names: list[str]) -> None:
-        """Raises a ValueError if the model's latent variables of these names cannot be there, naming what to use."""
-
-    # What traces add up to.
+        """Raise a ValueError if the objective does not allow latent variables; the error says what to use."""
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         losses = [self._particle(*pair) for pair in self._get_traces(model, guide, args, kwargs)]
@@ -123,7 +120,7 @@ class Objective(Loss):
         return loss
 
     def _particle(self, model_trace: Trace, guide_trace: Trace) -> Any:
-        """The loss of a run, averaged over vectorised particles, with the gradient that estimates its own."""
+        """Return the loss of one run, averaged over vectorised particles, with the gradient estimate as its gradient."""
         self._score(model_trace, guide_trace)
         loss, log_q, surrogate = 0.0, 0.0, 0.0
         for site in traces.sample_sites(model_trace).values():
@@ -142,7 +139,7 @@ class Objective(Loss):
         return (loss + log_q + surrogate) / (self.num_particles if self.vectorize_particles else 1)
 
     def _score(self, model_trace: Trace, guide_trace: Trace) -> None:
-        """Writes into the traces what Pyro's estimators read there, with this objective's word for the observed sites."""
+        """Store in the traces the terms that Pyro's estimators read, with the objective's loss at observed sites."""
         names = traces.latents(model_trace)
         if names:
             self.check_latents(names)
@@ -168,9 +165,9 @@ class Objective(Loss):
 
 
 class _ObjectiveModule(ELBOModule):
-    """Pyro's module of a loss, which also finds the parameters behind bound methods."""
+    """Pyro's module of a loss, which also holds the modules behind bound methods."""
 
     def __init__(self, model: Any, guide: Any, elbo: ELBO) -> None:
         super().__init__(model, guide, elbo)
         self.owners = nn.ModuleList(traces.modules_of(model, guide))
-        self.own = nn.ParameterList(getattr(elbo, "own", {}).values())
+        self.own = nn.ParameterList(getattr(elbo, "own_parameters", {}).values())

@@ -1,13 +1,14 @@
-r"""Score matching: the score of the model is fitted to that of the data, and no constant of the density is ever needed.
+r"""Score matching: a fit of the model's score to that of the data, without the normalising constant of the density.
 
 With :math:`s = \nabla_u \log p_\theta(u)`, per datum and up to a constant in the parameters,
 
 .. math:: \tfrac12 |s(u)|^2 + \operatorname{tr} \nabla s(u), \qquad
     \tfrac12 |s(u)|^2 + v^\top \nabla s(u)\, v
 
-are half the Fisher divergence from the data (implicit: Hyvärinen, JMLR 2005), and its estimate by random projections v (sliced:
-Song et al., arXiv 1905.07088). Denoising score matching is in `denoising.py`. Scores are taken in the distribution's own
-coordinates :math:`u`: without bounds, and standardised where it standardises, so that units of the data do not weigh.
+are half the Fisher divergence from the data (implicit: Hyvärinen, JMLR 2005), and an estimate of it by random projections v
+(sliced: Song et al., arXiv 1905.07088). Denoising score matching is in `denoising.py`. The coordinates :math:`u` are unbounded,
+and standardised if the distribution standardises, so that the loss does not depend on the units of the data: see
+`Capabilities.score_coordinates`.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.dynamics.jacobian import pull_back
 from pyro_genmodels.infer.objective import Objective
 from pyro_genmodels.utils.distributions import density_of, sum_event
+from pyro_genmodels.utils.errors import check_positive_int
 
 
 class ScoreMatching(Objective):
-    """What the three share: a density that can be differentiated, in coordinates without bounds."""
+    """Base of the three objectives, for densities that can be differentiated in unbounded coordinates."""
 
     def check(self, name: str, dist: Any) -> None:
         density, advice = density_of(dist)
@@ -43,15 +45,15 @@ class ScoreMatching(Objective):
 
     def per_datum(self, dist: Any, x: Tensor) -> Tensor:
         with torch.enable_grad():
-            return self.of(dist, x)
+            return self.score_loss(dist, x)
 
     @abstractmethod
-    def of(self, dist: Any, x: Tensor) -> Tensor:
-        """The loss of each datum, computed with gradients enabled."""
+    def score_loss(self, dist: Any, x: Tensor) -> Tensor:
+        """Return the loss of each datum, (batch...). Gradients are enabled at the call."""
 
 
 class _ByParts(ScoreMatching):
-    """What rests on integration by parts, and so on scores that do not jump."""
+    """Base of the objectives that integrate by parts, and so need a continuous score."""
 
     def check(self, name: str, dist: Any) -> None:
         super().check(name, dist)
@@ -64,13 +66,14 @@ class _ByParts(ScoreMatching):
 
 
 class ImplicitScoreMatching(_ByParts):
-    """Implicit score matching, with the trace of the score's Jacobian exact: as many backward passes as coordinates, in one.
+    """Implicit score matching with the exact trace of the score's Jacobian, which takes one backward pass per coordinate.
 
     Args:
-        kwargs: see `Objective`.
+        kwargs: arguments of `Objective`.
 
     Raises:
-        ValueError: for a site without a density over real numbers, or whose score jumps (splines, ReLU), naming what to use.
+        ValueError: if a site has no density over real numbers, or a discontinuous score (splines, ReLU); the error says what to
+            use.
 
     Example:
         >>> from pyro_genmodels import EnergyModel, ImplicitScoreMatching
@@ -78,7 +81,7 @@ class ImplicitScoreMatching(_ByParts):
         >>> ImplicitScoreMatching()(model)(x).backward()
     """
 
-    def of(self, dist: Any, x: Tensor) -> Tensor:
+    def score_loss(self, dist: Any, x: Tensor) -> Tensor:
         score, u, event_dim = differentiable_score(dist, x)
         flat = score.reshape(*score.shape[: score.dim() - event_dim], -1)
         units = torch.eye(flat.shape[-1], dtype=u.dtype, device=u.device)
@@ -89,15 +92,16 @@ class ImplicitScoreMatching(_ByParts):
 
 
 class SlicedScoreMatching(_ByParts):
-    """Sliced score matching: the trace by random signs.
+    """Sliced score matching with an estimate of the trace by random signs.
 
     Args:
-        num_projections: for each datum.
-        variance_reduced: whether the square of the score is exact as well, instead of that of its projections.
-        kwargs: see `Objective`.
+        num_projections: number of random projections for each datum.
+        variance_reduced: True for the exact square of the score, False for the square of its projections.
+        kwargs: further arguments of `Objective`.
 
     Raises:
-        ValueError: for a site without a density over real numbers, or whose score jumps (splines, ReLU), naming what to use.
+        ValueError: if a site has no density over real numbers, or a discontinuous score (splines, ReLU); the error says what to
+            use.
 
     Example:
         >>> from pyro_genmodels import EnergyModel, SlicedScoreMatching
@@ -107,11 +111,10 @@ class SlicedScoreMatching(_ByParts):
 
     def __init__(self, *, num_projections: int = 1, variance_reduced: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if num_projections < 1:
-            raise ValueError(f"SlicedScoreMatching wants num_projections of 1 or more, but found {num_projections}.")
+        check_positive_int("SlicedScoreMatching", num_projections=num_projections)
         self.num_projections, self.variance_reduced = num_projections, variance_reduced
 
-    def of(self, dist: Any, x: Tensor) -> Tensor:
+    def score_loss(self, dist: Any, x: Tensor) -> Tensor:
         score, u, event_dim = differentiable_score(dist, x)
         v = torch.randint(2, (self.num_projections, *u.shape), device=u.device).to(u) * 2 - 1
         curvature = sum_event(v * pull_back(score, u, v, create_graph=True), event_dim).mean(0)

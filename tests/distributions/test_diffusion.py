@@ -346,7 +346,7 @@ def test_kinds_are_told():
     kinds = [FlowDensity(), FlowDensity(trace=Hutchinson()), VariationalBound()]
     assert [diffusion().with_likelihood(kind).density for kind in kinds] == ["estimate", "estimate", "lower bound"]
     assert [small()().with_likelihood(kind).density for kind in kinds] == ["exact", "estimate", "lower bound"]
-    assert [small()().with_likelihood(kind).tightens for kind in kinds] == [True, False, False]
+    assert [small()().with_likelihood(kind).mean_inside_log for kind in kinds] == [True, False, False]
     x = torch.randn(3, 2)
     for kind, name in zip(kinds, ["exact", "estimate", "lower bound"], strict=True):
         assert log_likelihood(small(likelihood=kind), x, num_samples=3).kind == name
@@ -466,7 +466,7 @@ def test_draws_have_the_moments_of_the_data(sampler, float64):
     )
 
 
-def test_a_walk_tells_what_happened_on_the_way(capsys):
+def test_a_trajectory_records_its_frames_and_evaluations(capsys):
     diffusion = small(context=2, sampler=DDIM(8))
     diffusion.standardize(5 + torch.randn(50, 2))
     d = diffusion.eval()(torch.randn(3, 2))
@@ -482,7 +482,7 @@ def test_a_walk_tells_what_happened_on_the_way(capsys):
 
 
 @pytest.mark.parametrize("sampler", [ProbabilityFlow(Dopri5(1e-6, 1e-6)), DPMSolver(3), Ancestral(30)], ids=repr)
-def test_a_walk_has_as_many_frames_as_asked_for(sampler):
+def test_a_trajectory_has_as_many_frames_as_asked_for(sampler):
     d = small(sampler=sampler).eval()()
     pyro.set_rng_seed(2)
     found = d.trajectory((4,), num_frames=6)
@@ -507,9 +507,9 @@ def test_integers_keep_the_choices_of_a_diffusion():
     diffusion = small((2,), levels=4, context=2, drop_context=0.1, standardize=False).eval()
     d, x = diffusion(torch.randn(3, 2)), torch.randint(4, (3, 2))
     assert d.with_sampler(DDIM(3)).trajectory(num_frames=2).evaluations == 3
-    walked = d.trajectory(num_frames=2).x
-    assert walked.dtype == torch.long
-    assert d.support.check(walked).all()
+    drawn = d.trajectory(num_frames=2).x
+    assert drawn.dtype == torch.long
+    assert d.support.check(drawn).all()
     flow, bound = (d.with_likelihood(likelihood).expand((5, 3)) for likelihood in (FlowDensity(RK4(2)), VariationalBound()))
     assert flow.log_prob(x).shape == bound.log_prob(x).shape == (5, 3)
     assert isinstance(bound.base.likelihood, VariationalBound)

@@ -71,7 +71,7 @@ def test_flags_of_the_row_hold(case):
 def test_rows_without_rsample_say_so(case):
     d = one(case)
     assert not d.has_rsample
-    with pytest.raises(NotImplementedError, match=r"reparametrised draws .*sample\(\)"):
+    with pytest.raises(NotImplementedError, match=r"reparametrised samples .*sample\(\)"):
         d.rsample()
 
 
@@ -400,7 +400,7 @@ def test_implicit_draws_through_its_latent():
     # 8 means within 5.5 standard errors: 3.2e-7
     assert ((x.mean(0) - 1).abs() < 5.5 / 1000**0.5).all()
     assert d.has_rsample
-    with pytest.raises(NotImplementedError, match="draws but no density"):
+    with pytest.raises(NotImplementedError, match="samples but no density"):
         d.log_prob(x)
 
 

@@ -185,10 +185,10 @@ def test_gradients_are_kept_only_where_they_are_wanted():
 
 
 @pytest.mark.parametrize("solver", [Dopri5(), RK4(20)], ids=["adaptive", "fixed"])
-def test_a_velocity_that_explodes_is_told_with_what_to_change(solver):
+def test_a_velocity_that_explodes_is_an_error_with_what_to_change(solver):
     with pytest.raises(FloatingPointError, match=r"(gave up|NaN).*learning rate.*tolerances"):
         integrate(lambda t, x: 1e4 * x**3, torch.ones(2, 3), 0.0, 1.0, solver)
-    with pytest.raises(FloatingPointError, match=r"(gave up|NaN).*from time 1 to 0"):
+    with pytest.raises(FloatingPointError, match=r"(gave up|NaN).*between time 1 and 0"):
         integrate(lambda t, x: x * float("nan"), torch.ones(2, 3), 1.0, 0.0, solver)
 
 
@@ -237,18 +237,18 @@ def test_what_is_no_choice_is_refused(options):
     with pytest.raises(TypeError, match=r"wants a .* but found"):
         ODEFlow((2,), **options)
     with pytest.raises(TypeError, match="RademacherProbes"):
-        Hutchinson(law="signs")
+        Hutchinson(distribution="signs")
 
 
 # Traces and regularisers.
 
 
-@pytest.mark.parametrize("law", [RademacherProbes(), GaussianProbes()], ids=["signs", "Gaussian"])
-def test_hutchinsons_trace_and_size_of_the_jacobian_are_unbiased(law, float64):
+@pytest.mark.parametrize("distribution", [RademacherProbes(), GaussianProbes()], ids=["signs", "Gaussian"])
+def test_hutchinsons_trace_and_size_of_the_jacobian_are_unbiased(distribution, float64):
     module, x = net(), torch.randn(1, 3).expand(5000, 3)
     exact = integrate_with_divergence(at_time(module), x[:1], 0.0, 1.0, RK4(4), regularize=True)
     with torch.no_grad():
-        probes = Hutchinson(2, law).probes(x, fresh=True)
+        probes = Hutchinson(2, distribution).probes(x, fresh=True)
         path = integrate_with_divergence(at_time(module), x, 0.0, 1.0, RK4(4), probes=probes, regularize=True)
     assert path.divergence.std() > 0.01
     assert_means(path.divergence.unsqueeze(1), exact.divergence)
@@ -259,10 +259,10 @@ def test_hutchinsons_trace_and_size_of_the_jacobian_are_unbiased(law, float64):
 def test_signs_are_exact_for_a_diagonal_jacobian_and_gaussians_spread_by_its_size():
     scale, x = torch.tensor([0.5, -1.0, 2.0]), torch.randn(4000, 3)
     spread = {}
-    for law in (RademacherProbes(), GaussianProbes()):
-        probes = Hutchinson(1, law).probes(x, fresh=True)
+    for distribution in (RademacherProbes(), GaussianProbes()):
+        probes = Hutchinson(1, distribution).probes(x, fresh=True)
         path = integrate_with_divergence(lambda t, x: x * scale, x, 0.0, 1.0, RK4(2), probes=probes)
-        spread[law] = path.divergence
+        spread[distribution] = path.divergence
     assert_close(spread[RademacherProbes()], torch.full((4000,), 1.5))
     off = (spread[GaussianProbes()] - 1.5).square()  # of variance 2 |J|^2
     assert_means(off.unsqueeze(1), 2 * scale.square().sum())
@@ -477,7 +477,7 @@ def test_probes_of_evaluation_leave_the_random_numbers_alone():
     assert torch.get_rng_state().equal(before)
 
 
-def test_nuts_walks_on_an_estimate_as_a_prior():
+def test_nuts_runs_with_an_estimated_density_as_prior():
     flow = small((2,), trace=Hutchinson(), solver=RK4(2)).eval()
 
     def model():
@@ -535,7 +535,7 @@ def test_many_coordinates_are_estimated_and_few_are_exact():
     assert isinstance(small((17,), trace=ExactTrace())().trace, ExactTrace)
 
 
-def test_a_walk_tells_what_happened_on_the_way():
+def test_a_trajectory_records_its_frames_and_evaluations():
     """The frames are those of the same ODE, and the last are the draws."""
     flow = small((2,), context=2, solver=RK4(4))
     flow.standardize(5 + 3 * torch.randn(50, 2))
