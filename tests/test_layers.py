@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent / "pyro_genmodels"
 MAX_FLOORS = 6
 DOORS = {"zuko": "nn/transforms.py", "torchdiffeq": "dynamics/ode.py", "arviz": "inference_data/export.py"}
 ARCHITECTURE = ROOT.parent / "docs" / "architecture.md"
-PRIVATE_ATTRIBUTES = {"_mask", "_params", "_pyro_context", "_pyro_name", "_pyro_set_supermodule"}
+PRIVATE_ATTRIBUTES = {"_mask", "_params", "_pyro_context", "_pyro_name", "_pyro_samples", "_pyro_set_supermodule"}
 PRIVATE_KEYS = {"$$$", "_deterministic", "_enumerate_dim", "_pyro_samples", "_unconstrained", "was_observed"}
 FILES = {p.relative_to(ROOT).as_posix(): p.read_text() for p in sorted(ROOT.rglob("*.py"))}
 

@@ -1,4 +1,4 @@
-"""All rows of a subsampled plate, each counted once; draws that run together or alone; nothing made that was not asked for."""
+"""All rows of a subsampled plate count once; draws made together equal draws made alone; few runs, and no side effects."""
 
 import numpy as np
 import pyro
@@ -513,3 +513,90 @@ def test_no_gradient_and_no_memory_of_it_is_left(y):
     to_arviz((model, guide), y, num_samples=2)
     assert loc.grad is None
     assert torch.is_grad_enabled()
+
+
+# The number of runs.
+
+
+def counted(model):
+    """Return a model, and a list that grows by one in each of its runs."""
+    runs = []
+
+    def counting(*args):
+        runs.append(1)
+        return model(*args)
+
+    return counting, runs
+
+
+def sequence(y):
+    """Two observed sites, of which the second depends on the value of the first."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        first = pyro.sample("first", dist.Normal(100 * mu, 1.0), obs=y)
+        pyro.sample("second", dist.Normal(first, 1e-3), obs=y)
+
+
+def computed(y):
+    """A deterministic site that depends on the observed value."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        value = pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        pyro.deterministic("twice", 2 * value)
+
+
+def mean(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+@pytest.mark.parametrize(("model", "expected"), [(mean, 4), (sequence, 5), (computed, 5)])
+def test_a_plain_model_runs_few_times_for_one_block_of_draws(model, expected, y):
+    """The runs are for the layout, the block, a single particle and the prior; and for predictions that depend on others."""
+    model, runs = counted(model)
+    data = to_arviz((model, mean_guide), y, num_samples=20)
+    assert len(runs) == expected
+    assert {"posterior", "posterior_predictive", "prior", "prior_predictive", "log_likelihood"} <= groups(data)
+
+
+def test_each_block_more_is_one_run_more(y):
+    model, runs = counted(mean)
+    to_arviz((model, mean_guide), y, num_samples=30, batch_size=10, groups=["posterior"])
+    assert len(runs) == 2 + 3
+
+
+def test_a_prediction_that_depends_on_another_is_of_the_same_run(y):
+    data = to_arviz((sequence, mean_guide), y, num_samples=20)
+    first, second = (draws(data, name, "posterior_predictive") for name in ("first", "second"))
+    assert (first - y).abs().max() > 10
+    torch.testing.assert_close(first, second, rtol=0, atol=0.01)
+
+
+def test_predictions_are_of_their_own_draw_of_the_latents(y):
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1e-4), obs=y)
+
+    data = to_arviz((model, mean_guide), y, num_samples=20)
+    predicted, mu = draws(data, "y", "posterior_predictive"), draws(data, "mu")
+    torch.testing.assert_close(predicted, mu[:, None].expand_as(predicted), rtol=0, atol=0.01)
+
+
+def test_a_discrete_latent_that_is_read_from_the_left_is_run_draw_by_draw(y):
+    """A particle may have the value that the model reads by chance, so the one that differs most from the first runs alone."""
+    levels = torch.tensor([-5.0, 5.0])
+
+    def model(y):
+        k = pyro.sample("k", dist.Bernoulli(0.5))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(levels[k.flatten()[0].long()], 1.0), obs=y)
+
+    def guide(y):
+        pyro.sample("k", dist.Bernoulli(0.5))
+
+    data = to_arviz((model, guide), y, num_samples=20)
+    k, log_p = draws(data, "k").to(levels), stat(data, "log_p")
+    expected = normal(levels[k.long()][:, None], 1.0, y).sum(1) + torch.tensor(0.5).log()
+    close(log_p, expected)
