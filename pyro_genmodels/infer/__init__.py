@@ -15,7 +15,13 @@ from pyro_genmodels.infer.flow_matching import (
 from pyro_genmodels.infer.guided_posterior import GuidedDiffusion, TwistedDiffusion, WeightedDraws, diffusion_posterior, inpaint
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
 from pyro_genmodels.infer.objective import Loss, Objective
-from pyro_genmodels.infer.sample_losses import DrawLoss, DrawSets, MaximumMeanDiscrepancy, SlicedWasserstein, SpreadDivergence
+from pyro_genmodels.infer.sample_losses import (
+    MaximumMeanDiscrepancy,
+    SampleLoss,
+    SampleSets,
+    SlicedWasserstein,
+    SpreadDivergence,
+)
 from pyro_genmodels.infer.score_matching import ImplicitScoreMatching, SlicedScoreMatching
 
 __all__ = [
@@ -23,8 +29,6 @@ __all__ = [
     "AutoFamily",
     "ContrastiveDivergence",
     "DenoisingScoreMatching",
-    "DrawLoss",
-    "DrawSets",
     "FlowMatching",
     "GaussianTargetCoupling",
     "GuidedDiffusion",
@@ -39,6 +43,8 @@ __all__ = [
     "NoiseContrastive",
     "Objective",
     "OptimalTransportCoupling",
+    "SampleLoss",
+    "SampleSets",
     "SlicedScoreMatching",
     "SlicedWasserstein",
     "SpreadDivergence",

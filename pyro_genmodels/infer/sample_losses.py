@@ -1,14 +1,16 @@
-r"""Losses between what a model draws and data: for any Pyro model, with a density or without.
+r"""Losses that compare samples of a model with data: for any Pyro model, with or without a density.
 
-The model is run without its observations, and its draws are compared with these as two sets of rows,
+The model runs with its observed sites sampled, and the samples are compared with the data as two sets of rows,
 
 .. math:: L(\theta) = N\, D\bigl(\{\tilde x_n \sim p_\theta(x \mid c_n)\}, \{x_n\}\bigr) .
 
-Gradients pass through reparametrised draws. Where a draw z has none, of row n or shared by all rows, an unbiased loss adds
+Gradients pass through reparametrised samples. For a sample z without a gradient, of row n or shared by all rows, the gradient
+has a term of the score function,
 
-.. math:: \mathbb{E}\bigl[R_n\, \nabla \log p_\theta(z_n)\bigr], \qquad R_n \text{ what of the loss depends on row } n .
+.. math:: \mathbb{E}\bigl[R_n\, \nabla \log p_\theta(z_n)\bigr], \qquad R_n \text{ what depends on row } n \text{ in the loss} .
 
-Of the squared maximum mean discrepancy that is twice a draw's witness, from which what row n has no part in is subtracted.
+For the squared maximum mean discrepancy R is twice the witness function at the sample, minus a baseline of the other rows.
+
 Dziugaite et al. (arXiv 1505.03906) and Li et al., *Generative Moment Matching Networks* (arXiv 1502.02761); Zhang et al.,
 *Spread Divergence* (arXiv 1811.08968); Deshpande et al., *Generative Modeling using the Sliced Wasserstein Distance* (arXiv
 1803.11188).
@@ -16,7 +18,7 @@ Dziugaite et al. (arXiv 1505.03906) and Li et al., *Generative Moment Matching N
 
 from __future__ import annotations
 
-__all__ = ["DrawLoss", "DrawSets", "MaximumMeanDiscrepancy", "SlicedWasserstein", "SpreadDivergence"]
+__all__ = ["MaximumMeanDiscrepancy", "SampleLoss", "SampleSets", "SlicedWasserstein", "SpreadDivergence"]
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -30,7 +32,13 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 
 from pyro_genmodels._pyro import traces
-from pyro_genmodels._pyro.predictive import ReplicatedData, conditions, replicated_data, replicating, scores
+from pyro_genmodels._pyro.predictive import (
+    ReplicatedData,
+    draw_replicates,
+    embedded_context,
+    log_probs_without_gradient,
+    replicated_data,
+)
 from pyro_genmodels.divergences import ConvexFunction, KullbackLeibler, sliced_wasserstein
 from pyro_genmodels.divergences.kernels import GaussianKernel, Kernel, check_kernel, median_distance
 from pyro_genmodels.infer.objective import Loss
@@ -38,121 +46,123 @@ from pyro_genmodels.utils.distributions import density_of, unwrap
 
 
 @dataclass(frozen=True)
-class DrawSets:
-    """What a loss compares.
+class SampleSets:
+    """Samples of a model and data, as two sets of rows.
 
     Attributes:
-        draws: (n, d), n = particles * rows, those of a particle side by side.
-        data: (rows, d).
-        paired: whether a draw and the datum of its row are conditioned on the same.
+        samples: samples, (n, d), with n = particles * rows. The rows of one particle are adjacent.
+        data: data, (rows, d).
+        paired: True if a sample and the datum of its row have the same context.
     """
 
-    draws: Tensor
+    samples: Tensor
     data: Tensor
     paired: bool
 
     @property
     def same_row(self) -> Tensor:
-        """Which draws (n,) are of which row (rows,): (n, rows) of zeros and ones."""
+        """Matrix (n, rows) with 1 where a sample belongs to a row, and 0 elsewhere."""
         rows = len(self.data)
-        return torch.eye(rows).to(self.data).repeat(len(self.draws) // rows, 1)
+        return torch.eye(rows).to(self.data).repeat(len(self.samples) // rows, 1)
 
 
-class DrawLoss(Loss):
-    """Base of the losses between draws and data.
+class SampleLoss(Loss):
+    """Base class of losses between samples and data.
 
-    The guide is not run: draws are from the model, its latent variables from their priors. All observed sites of a row are
-    joined; a family's context is joined to both sides, so that what is compared is the law of the pair. A model of your own
-    names what it is conditioned on as a site, ``pyro.sample("c", dist.Delta(c, event_dim=1), obs=c)``, or only the laws of x
-    alone are compared. Values are compared as they are: bring coordinates to one scale first; but integers rounded from
-    draws with gradients (`Dequantized`) before they are, and the data with uniform noise. A batch of one row says nothing, and
-    has the loss 0.
+    The guide is not run: latent variables of the model are sampled from their priors. All observed sites of a row are joined.
+    A family's context is appended on both sides, so that the joint distributions are compared. In your own model, add the
+    context as a site, ``pyro.sample("c", dist.Delta(c, event_dim=1), obs=c)``; otherwise only the distributions of x are
+    compared. Values are compared without scaling, so bring coordinates to one scale first. If integers are rounded from
+    samples with gradients (`Dequantized`), the samples before rounding are compared with data to which uniform noise is added.
+    The loss of a batch of one row is 0.
 
-    `num_particles` are the draws of the model for each row, all in one set; what lies outside of the data's plate is drawn
-    once for each particle. Draws are made as often as the data are read, so that a loss costs a run of the model and the
-    comparison of two sets.
+    `num_particles` is the number of samples of the model for each row, all in one set. Variables outside the data's plate are
+    sampled once per particle.
     """
 
     score_function: ClassVar[bool] = False
-    """Whether draws without gradient are weighed by what depends on them."""
+    """True if samples without a gradient are trained by the score function."""
 
     @abstractmethod
-    def between(self, sets: DrawSets) -> Tensor:
-        """The loss of one row, a scalar with gradients to the draws."""
+    def between(self, sets: SampleSets) -> Tensor:
+        """Return the loss per row, (), with gradients to the samples."""
 
-    def rewards(self, sets: DrawSets) -> Tensor:
-        """What of the loss depends on each draw, (n,), less what has no part in it; without graph."""
+    def rewards(self, sets: SampleSets) -> Tensor:
+        """Return the part of the loss that depends on each sample, minus a baseline, (n,), without gradients.
+
+        Needed if `score_function` is True.
+        """
         raise NotImplementedError
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss of one row times the rows of all data; the guide is not run."""
+        """Return the loss per row times the number of rows of all data, (). The guide is not run."""
         rows = len(args[0]) if args and isinstance(args[0], Tensor) and args[0].dim() else None
-        drawn = replicating(model)
-        runs = [pair[0] for pair in self._get_traces(drawn, traces.no_latents, args, kwargs)]
-        given = conditions(model, args, kwargs)
-        found = [replicated_data(run, rows, given, rounded=False) for run in runs]
-        data, total = found[0].data, len(found[0].data) * found[0].weight
+        replicated_model = draw_replicates(model)
+        runs = [model_trace for model_trace, _ in self._get_traces(replicated_model, traces.no_latents, args, kwargs)]
+        context = embedded_context(model, args, kwargs)
+        replicates = [replicated_data(run, rows, context, rounded=False) for run in runs]
+        data, total = replicates[0].data, len(replicates[0].data) * replicates[0].weight
         if len(data) < 2:
-            return 0.0 * found[0].draws.sum()
-        sets = DrawSets(torch.cat([part.draws.flatten(0, 1) for part in found]), data, given is not None)
+            return 0.0 * replicates[0].draws.sum()
+        sets = SampleSets(torch.cat([part.draws.flatten(0, 1) for part in replicates]), data, context is not None)
         loss = self.between(sets)
         if torch.is_grad_enabled():
-            parts = [self._scores(run, part) for run, part in zip(runs, found, strict=True)]
-            surrogate = self._surrogate(sets, loss, parts)
+            log_ps = [self._log_ps_without_gradient(run, part) for run, part in zip(runs, replicates, strict=True)]
+            surrogate = self._surrogate(sets, loss, log_ps)
             if surrogate is not None:
                 loss = loss + surrogate - surrogate.detach()
         if is_validation_enabled():
             warn_if_nan(loss, "loss")
         return total * loss
 
-    def _surrogate(self, sets: DrawSets, loss: Tensor, found: list[tuple[Tensor | None, Tensor | None]]) -> Tensor | None:
-        """What has the score function's part of the gradient as its own."""
-        own, shared = ([part for part in parts if part is not None] for parts in zip(*found, strict=True))
-        terms = [] if not own else [(self.rewards(sets) * torch.cat([log_p.flatten() for log_p in own])).sum()]
+    def _surrogate(self, sets: SampleSets, loss: Tensor, log_ps: list[tuple[Tensor | None, Tensor | None]]) -> Tensor | None:
+        """Return a term whose gradient is that of the score function, or None if there are no samples without gradient."""
+        per_row, shared = ([log_p for log_p in parts if log_p is not None] for parts in zip(*log_ps, strict=True))
+        terms = [] if not per_row else [(self.rewards(sets) * torch.cat([log_p.flatten() for log_p in per_row])).sum()]
         terms += [loss.detach() * log_p.sum() for log_p in shared]
         return torch.stack(terms).sum() if terms else None
 
-    def _scores(self, run: Trace, rows: ReplicatedData) -> tuple[Tensor | None, Tensor | None]:
-        """Log densities of a run's draws that carry no gradient, where these depend on parameters.
+    def _log_ps_without_gradient(self, run: Trace, rows: ReplicatedData) -> tuple[Tensor | None, Tensor | None]:
+        """Return the log densities of samples without gradient, as far as they depend on parameters.
 
-        They are those of single rows, (particles, rows), and of what rows share, (particles,).
+        The first are those of single rows, (particles, rows), the second those shared by rows, (particles,).
         """
-        return scores(run, rows.plate, rows.dim, rows.draws.shape[:2], self._log_prob)
+        return log_probs_without_gradient(run, rows.plate, rows.dim, rows.draws.shape[:2], self._log_prob)
 
     def _log_prob(self, name: str, fn: Any, value: Tensor) -> Tensor:
-        """Of a site that is drawn without gradient, unmasked, as it is drawn."""
+        """Return the log density of the value of a site without a reparametrised sample."""
         density, advice = density_of(fn)
         if density in ("none", "lower bound"):
             raise ValueError(
-                f"{type(self).__name__} wants draws that carry gradients, or densities, but site {name!r} holds "
-                f"{type(unwrap(fn)).__name__}, whose density is: {density}, and whose draws carry none. Build it of "
+                f"{type(self).__name__} wants samples with gradients, or exact densities, but site {name!r} holds "
+                f"{type(unwrap(fn)).__name__}, whose samples have no gradient and whose density is: {density}. Build it of "
                 f"reparametrised parts. {advice}"
             )
         log_p = fn.log_prob(value)
         if log_p.requires_grad and not self.score_function:
             raise ValueError(
-                f"{type(self).__name__} wants draws that carry gradients, but site {name!r} holds {type(unwrap(fn)).__name__}, "
-                "which has no reparametrised draws, so that its parameters would not be trained. Use MaximumMeanDiscrepancy, "
-                "which weighs such draws, or Adversarial."
+                f"{type(self).__name__} wants samples with gradients, but site {name!r} holds {type(unwrap(fn)).__name__}, "
+                "which has no reparametrised samples: its parameters would not be trained. Use MaximumMeanDiscrepancy or "
+                "Adversarial, which train it by the score function."
             )
         return log_p
 
 
-class MaximumMeanDiscrepancy(DrawLoss):
-    """The squared maximum mean discrepancy between draws and data, without bias, and so at times negative; times the rows.
+class MaximumMeanDiscrepancy(SampleLoss):
+    """The squared maximum mean discrepancy between samples and data, times the number of rows.
 
-    `train` reports the squared discrepancy itself. Draws without gradient (discrete latent variables, mixtures, counts) are
-    weighed by their witnesses: the gradient is unbiased. With a context, pairs of one row are left out, for they are not
-    independent.
+    The estimate is unbiased, so it can be negative. `train` reports the squared discrepancy itself. Samples without a gradient
+    (discrete latent variables, mixtures, counts) are trained by the score function; the gradient is unbiased. With a context,
+    pairs within one row are left out, since they are not independent.
 
     Args:
-        kernel: of pairs of rows, see `pyro_genmodels.divergences`; a bandwidth of None is the median distance of the batch's
-            data. `RationalQuadraticKernel` and `EnergyKernel` have gradients also where the model is still far off.
+        kernel: kernel of pairs of rows, see `pyro_genmodels.divergences`. A bandwidth of None is the median distance of the
+            batch's data. `RationalQuadraticKernel` and `EnergyKernel` have large gradients also for a model far from the data.
         kwargs: passed to `Loss`, among them num_particles.
 
     Raises:
-        ValueError: for a site that is drawn without gradient and has no density of its own; for a model without a plate around
-            its observed sites, or with a `pyro.factor`.
+        ValueError: if a site has neither reparametrised samples nor a density, or the model has a `pyro.factor` or no plate
+            around its observed sites.
 
     Example:
         >>> from pyro_genmodels import Flow, MaximumMeanDiscrepancy
@@ -160,6 +170,8 @@ class MaximumMeanDiscrepancy(DrawLoss):
         >>> loss = MaximumMeanDiscrepancy()(flow)
         >>> optimiser = torch.optim.Adam(loss.parameters(), lr=1e-3)
         >>> loss(x).backward(); optimiser.step()
+        >>> loss(x).shape
+        torch.Size([])
     """
 
     score_function = True
@@ -168,108 +180,114 @@ class MaximumMeanDiscrepancy(DrawLoss):
         super().__init__(**kwargs)
         self.kernel = check_kernel(kernel, by="MaximumMeanDiscrepancy")
 
-    def between(self, sets: DrawSets) -> Tensor:
-        within, across, beyond = self._likeness(sets)
-        return within.mean() - 2 * across.mean() + beyond
+    def between(self, sets: SampleSets) -> Tensor:
+        among_samples, with_data, among_data = self._mean_kernels(sets)
+        return among_samples.mean() - 2 * with_data.mean() + among_data
 
-    def rewards(self, sets: DrawSets) -> Tensor:
-        """Twice the witness of a draw, less the mean of the other rows' as they would be without it."""
+    def rewards(self, sets: SampleSets) -> Tensor:
+        """Return twice the witness function at each sample, minus the mean of the other rows' witnesses without it, (n,)."""
         with torch.no_grad():
-            within, across, _ = self._likeness(sets)
-            n, others = len(sets.draws), self._others(sets)
+            among_samples, with_data, _ = self._mean_kernels(sets)
+            n, others = len(sets.samples), self._num_others(sets)
             if others < 2:
-                return 2 * (within - across) / n
-            sums = within * others
-            mine = self._of_my_row(sets, torch.stack([sums, across], 1))
-            total = torch.stack([sums.sum(), across.sum()]) - mine
-            without = ((total[:, 0] - sums) / (others - 1) - total[:, 1]) / others
-            return 2 * (within - across - without) / n
+                return 2 * (among_samples - with_data) / n
+            sums = among_samples * others
+            own_row = self._sum_own_row(sets, torch.stack([sums, with_data], 1))
+            total = torch.stack([sums.sum(), with_data.sum()]) - own_row
+            baseline = ((total[:, 0] - sums) / (others - 1) - total[:, 1]) / others
+            return 2 * (among_samples - with_data - baseline) / n
 
-    def _others(self, sets: DrawSets) -> int:
-        """How many draws each is compared with."""
-        n = len(sets.draws)
+    def _num_others(self, sets: SampleSets) -> int:
+        """Return the number of samples with which each sample is compared."""
+        n = len(sets.samples)
         return n - n // len(sets.data) if sets.paired else n - 1
 
-    def _of_my_row(self, sets: DrawSets, values: Tensor) -> Tensor:
-        """Values (n, k), summed over the draws that each is not compared with."""
+    def _sum_own_row(self, sets: SampleSets, values: Tensor) -> Tensor:
+        """Return the sum of values (n, k) over the samples with which each sample is not compared, (n, k)."""
         if not sets.paired:
             return values
         by_row = values.reshape(-1, len(sets.data), values.shape[1])
         return by_row.sum(0).repeat(len(by_row), 1)
 
-    def _likeness(self, sets: DrawSets) -> tuple[Tensor, Tensor, Tensor]:
-        """How like each draw is to others, (n,), and to data, (n,); and data to each other, a scalar: means over pairs."""
+    def _mean_kernels(self, sets: SampleSets) -> tuple[Tensor, Tensor, Tensor]:
+        """Return each sample's mean kernel with other samples, (n,), and with data, (n,), and the mean among data, ()."""
         kernel = self.kernel.fitted(sets.data)
-        x, y = sets.draws, sets.data
+        x, y = sets.samples, sets.data
         rows, same = len(y), sets.same_row
-        apart = 1 - (same @ same.T if sets.paired else torch.eye(len(x)).to(x))
-        across = kernel(x, y)
-        across = (across * (1 - same)).sum(1) / (rows - 1) if sets.paired else across.mean(1)
+        different = 1 - (same @ same.T if sets.paired else torch.eye(len(x)).to(x))
+        with_data = kernel(x, y)
+        with_data = (with_data * (1 - same)).sum(1) / (rows - 1) if sets.paired else with_data.mean(1)
         with torch.no_grad():
             k = kernel(y, y)
-            beyond = (k.sum() - k.diagonal().sum()) / (rows * (rows - 1))
-        return (kernel(x, x) * apart).sum(1) / self._others(sets), across, beyond
+            among_data = (k.sum() - k.diagonal().sum()) / (rows * (rows - 1))
+        return (kernel(x, x) * different).sum(1) / self._num_others(sets), with_data, among_data
 
 
-class SlicedWasserstein(DrawLoss):
-    """The sliced Wasserstein distance between draws and data, to the power p, times the rows.
+class SlicedWasserstein(SampleLoss):
+    """The sliced Wasserstein distance between samples and data, to the power p, times the number of rows.
 
-    Directions are new each time. `train` reports that power, in the units of the data to the power p. It is too high in small
-    batches, whose draws differ from their data by chance, and its minimum a little too narrow for that.
+    Each evaluation draws new directions. `train` reports the distance to the power p, in the units of the data to the power p.
+    In small batches it is biased upwards, since samples differ from data by chance, and its minimum is slightly too narrow.
 
     Args:
-        p: the order, at least 1.
-        num_projections: directions, at least 2.
+        p: order of the distance, at least 1.
+        num_projections: number of directions, at least 2.
         kwargs: passed to `Loss`, among them num_particles.
 
     Raises:
-        ValueError: for draws without gradient, in a model whose parameters these depend on, naming what to use.
+        ValueError: for samples without a gradient whose distribution depends on parameters.
 
     Example:
         >>> from pyro_genmodels import Flow, SlicedWasserstein
         >>> flow, x = Flow((2,)), torch.randn(100, 2)
-        >>> SlicedWasserstein()(flow)(x).backward()
+        >>> SlicedWasserstein()(flow)(x).shape
+        torch.Size([])
     """
 
     def __init__(self, *, p: float = 2.0, num_projections: int = 100, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not 1 <= p < float("inf") or num_projections < 2:
             raise ValueError(
-                f"SlicedWasserstein wants an order p of at least 1 and 2 or more directions, got {p=} and {num_projections=}."
+                f"SlicedWasserstein wants an order p of at least 1 and num_projections of 2 or more, but found {p=} and "
+                f"{num_projections=}."
             )
         self.p, self.num_projections = p, num_projections
 
-    def between(self, sets: DrawSets) -> Tensor:
-        return sliced_wasserstein(sets.draws, sets.data, num_projections=self.num_projections, p=self.p).value.pow(self.p)
+    def between(self, sets: SampleSets) -> Tensor:
+        return sliced_wasserstein(sets.samples, sets.data, num_projections=self.num_projections, p=self.p).value.pow(self.p)
 
 
-class SpreadDivergence(DrawLoss):
-    r"""An f-divergence between data and draws, both blurred by one Gaussian; times the rows.
+class SpreadDivergence(SampleLoss):
+    r"""An f-divergence between data and samples, both with Gaussian noise of the same scale, times the number of rows.
 
-    Blurred, the two sets are mixtures of Gaussians, whose densities are known, whatever the model is:
+    With noise the two sets are mixtures of Gaussians. Their densities are known for any model:
 
     .. math:: D_f\bigl(\tfrac1N \textstyle\sum_n N(x_n, h^2) \,\big\|\, \tfrac1M \sum_m N(\tilde x_m, h^2)\bigr)
         = \mathbb{E}_{\frac12 (p + q)}\, \frac{2 q f(p / q)}{p + q},
 
-    estimated without bias by blurred draws of both, with gradients through them. It is zero where the two laws are the same
-    (Zhang et al., arXiv 1811.08968); of finite sets it is too high. `train` reports the divergence itself, in nats.
+    The estimate, from noisy samples of both with gradients through them, is unbiased. The divergence is zero if the two
+    distributions are equal (Zhang et al., arXiv 1811.08968); between finite sets it is biased upwards. `train` reports the
+    divergence itself, in nats.
 
     Args:
-        f: of the ratio p / q of data to draws: `KullbackLeibler` covers the data, `ReverseKullbackLeibler` keeps to some of it.
-            Where data have a heavy tail, the first is drawn to it in small batches; `JensenShannon` is not.
-        bandwidth: h, in the units of the data; None is half the median distance of the batch's data. The smaller, the finer
-            what is seen, and the more rows it takes.
-        num_samples: blurred copies of each row, on both sides.
+        f: convex function of the ratio p / q of data to samples. `KullbackLeibler` covers all data,
+            `ReverseKullbackLeibler` concentrates on a part of them. In small batches of heavy-tailed data the former follows
+            the tail; `JensenShannon` does not.
+        bandwidth: standard deviation h of the noise, in the units of the data; None is half the median distance of the batch's
+            data. A smaller bandwidth resolves finer detail, and needs more rows.
+        num_samples: number of noisy copies of each row, of both samples and data.
         kwargs: passed to `Loss`, among them num_particles.
 
     Raises:
-        ValueError: for draws without gradient, in a model whose parameters these depend on, naming what to use.
+        TypeError: if `f` is no convex function.
+        ValueError: for samples without a gradient whose distribution depends on parameters.
 
     Example:
         >>> from pyro_genmodels import Flow, SpreadDivergence
         >>> from pyro_genmodels.divergences import JensenShannon
         >>> flow, x = Flow((2,)), torch.randn(100, 2)
-        >>> SpreadDivergence(f=JensenShannon())(flow)(x).backward()
+        >>> SpreadDivergence(f=JensenShannon())(flow)(x).shape
+        torch.Size([])
     """
 
     def __init__(
@@ -286,24 +304,24 @@ class SpreadDivergence(DrawLoss):
             raise TypeError(f"SpreadDivergence wants a convex function such as KullbackLeibler() as f, but found {found}.")
         if num_samples < 1 or not (bandwidth is None or 0 < bandwidth < float("inf")):
             raise ValueError(
-                f"SpreadDivergence wants a positive bandwidth, or None, and num_samples of 1 or more, got {bandwidth=} and "
-                f"{num_samples=}."
+                f"SpreadDivergence wants a positive bandwidth, or None, and num_samples of 1 or more, but found {bandwidth=} "
+                f"and {num_samples=}."
             )
         self.f, self.bandwidth, self.num_samples = f, bandwidth, num_samples
 
-    def between(self, sets: DrawSets) -> Tensor:
+    def between(self, sets: SampleSets) -> Tensor:
         h = median_distance(sets.data) / 2 if self.bandwidth is None else self.bandwidth
         means = []
-        for centres in (sets.data, sets.draws):
+        for centres in (sets.data, sets.samples):
             centres = centres.repeat(self.num_samples, 1)
             z = centres + h * torch.randn_like(centres)
-            log_ratio = _log_mixture(z, sets.data, h) - _log_mixture(z, sets.draws, h)
+            log_ratio = _log_mixture(z, sets.data, h) - _log_mixture(z, sets.samples, h)
             means.append(self.f.mean_term(log_ratio).mean())
         return (means[0] + means[1]) / 2
 
 
 def _log_mixture(z: Tensor, centres: Tensor, h: Any) -> Tensor:
-    """The log density of an equal mixture of Gaussians at z (k, d), (k,), but for what all such mixtures share."""
+    """Return the log density at z (k, d) of a mixture of Gaussians with equal weights, (k,), up to a common constant."""
     middle = centres.detach().mean(0)
     z, centres = z - middle, centres - middle
     squares = z.square().sum(1)[:, None] + centres.square().sum(1) - 2 * z @ centres.T

@@ -1,4 +1,4 @@
-"""Losses between a model's draws and data: what they recover, by which doors, unbiased gradients, and what is refused.
+"""Losses between samples and data: recovered parameters, ways of use, unbiased gradients, and errors.
 
 A comparison at six standard errors has a false-alarm rate of 2e-9.
 """
@@ -34,7 +34,7 @@ LOSSES = {
 
 
 class Gaussian(PyroModule):
-    """Of a location and a scale."""
+    """A normal model with a location and a scale."""
 
     def __init__(self, dims=2):
         super().__init__()
@@ -50,7 +50,7 @@ def one_row(loss, model, *args):
     return loss.differentiable_loss(model, None, *args) / len(args[0])
 
 
-# What is recovered.
+# Recovery of parameters.
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -66,7 +66,7 @@ def test_location_and_scale_are_recovered_by_svi(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_family_is_trained_and_what_is_reported_is_the_loss_of_a_row(name):
+def test_a_family_is_trained_and_the_reported_loss_is_per_row(name):
     x = 3 + torch.randn(600, 2)
     flow = Flow((2,), transform=MAF(transforms=1, hidden=(8,)))
     fit = train(flow, x[:400], valid=x[400:], objective=LOSSES[name](), epochs=20, batch_size=100, progress=False)
@@ -145,7 +145,7 @@ def test_a_context_is_compared_along_with_the_data():
 
 
 @pytest.mark.parametrize("vectorize", [False, True])
-def test_all_doors_give_the_loss_of_draws_times_rows(vectorize):
+def test_all_ways_of_use_give_the_same_loss(vectorize):
     model, x = Gaussian(), torch.randn(20, 2)
     kernel = GaussianKernel(1.0)
     loss = MaximumMeanDiscrepancy(kernel=kernel, num_particles=3, vectorize_particles=vectorize)
@@ -171,7 +171,7 @@ def test_the_plate_of_more_rows_and_a_scale_count():
 
 
 @pytest.mark.parametrize("how", ["dist", "poutine"])
-def test_what_is_masked_tells_nothing(how):
+def test_masked_values_do_not_matter(how):
     def model(x, present):
         with pyro.plate("data", len(x)), poutine.mask(mask=present if how == "poutine" else torch.ones_like(present)):
             law = dist.Normal(torch.zeros(2), 1.0).to_event(1)
@@ -197,7 +197,7 @@ def test_a_vae_is_trained_without_its_guide():
     assert all(p.grad is not None for p in vae.decoder.parameters())
 
 
-def test_one_row_says_nothing_and_breaks_nothing():
+def test_one_row_has_loss_zero():
     for made in LOSSES.values():
         assert one_row(made(), Gaussian(), torch.randn(1, 2)) == 0
 
@@ -222,7 +222,7 @@ def test_a_spread_divergence_is_that_of_the_two_mixtures(f, signs, float64):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_gradient_of_draws_that_carry_it_is_that_of_finite_differences(name, float64):
+def test_the_gradient_through_samples_is_that_of_finite_differences(name, float64):
     x, loss = torch.randn(12, 2), LOSSES[name](num_particles=2)
 
     def value(loc, scale):
@@ -241,7 +241,7 @@ def test_the_gradient_of_draws_that_carry_it_is_that_of_finite_differences(name,
 
 @pytest.mark.parametrize("particles", [1, 2])
 @pytest.mark.parametrize("shared", [False, True])
-def test_the_gradient_of_draws_that_carry_none_is_without_bias(particles, shared, float64):
+def test_the_score_function_gradient_is_unbiased(particles, shared, float64):
     """Of Bernoulli draws, on their own or by a coin that all rows share, against the closed form; 700 gradients."""
     x, kernel = (torch.rand(6) < 0.3).double()[:, None], GaussianKernel(1.0)
     logit = torch.tensor(0.4, requires_grad=True)
@@ -283,7 +283,7 @@ def by(law, x, loss):
 
 
 @pytest.mark.parametrize("name", ["wasserstein", "spread"])
-def test_draws_without_gradient_train_nothing_in_silence(name):
+def test_samples_without_gradient_are_refused(name):
     rate = torch.tensor(2.0, requires_grad=True)
     with pytest.raises(ValueError, match=r"'x' holds Poisson.*MaximumMeanDiscrepancy.*Adversarial"):
         by(lambda: dist.Poisson(rate), torch.ones(5), LOSSES[name]())
@@ -293,15 +293,15 @@ def test_draws_without_gradient_train_nothing_in_silence(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_draws_without_gradient_and_density_are_refused(name):
+def test_samples_without_gradient_and_density_are_refused(name):
     def law():
         return Implicit(dist.Normal(0.0, 1.0), lambda z, c: dist.Normal(z, 1.0), ())
 
-    with pytest.raises(ValueError, match=r"'x' holds Implicit, whose density is: none.*reparametrised"):
+    with pytest.raises(ValueError, match=r"'x' holds Implicit.*whose density is: none.*reparametrised"):
         by(law, torch.ones(5), LOSSES[name]())
 
 
-def test_a_model_that_cannot_be_drawn_row_by_row_is_refused():
+def test_a_model_without_rows_is_refused():
     x = torch.randn(5)
 
     def bare(x):
@@ -315,7 +315,7 @@ def test_a_model_that_cannot_be_drawn_row_by_row_is_refused():
     def blind(x):
         pyro.sample("z", dist.Normal(0.0, 1.0))
 
-    for model, found in ((bare, r"pyro\.plate"), (weighed, "'prior' is a pyro.factor"), (blind, "observes nothing")):
+    for model, found in ((bare, r"pyro\.plate"), (weighed, "'prior' is a pyro.factor"), (blind, "must be sampled, but it has none")):
         with pytest.raises(ValueError, match=found):
             one_row(MaximumMeanDiscrepancy(), model, x)
 
@@ -331,7 +331,7 @@ def test_options_are_checked():
         SpreadDivergence(bandwidth=0.0)
 
 
-def test_rounded_draws_are_compared_before_they_are():
+def test_rounded_integers_are_compared_before_rounding():
     """Integers 3 of 5 by a normal before rounding, whose location a gradient must reach; within the noise of 300 steps."""
     loc = torch.tensor(0.5, requires_grad=True)
 
