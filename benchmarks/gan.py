@@ -1,13 +1,13 @@
-"""Adversarial training, measured: python benchmarks/gan.py modes
+"""Benchmarks of adversarial training: python benchmarks/gan.py modes
 
-Each command trains, judges and prints rows for RESULTS.md.
+Each command trains, evaluates and prints rows for RESULTS.md.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait leave the cores to others
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads free the cores
 
 import time
 from functools import partial
@@ -35,24 +35,24 @@ SCALES = {"grid": 0.05, "ring": 0.01}
 
 
 @app.callback()
-def root(threads: Annotated[int, typer.Option(help="Of PyTorch.")] = 2) -> None:
-    """Adversarial training, measured."""
+def root(threads: Annotated[int, typer.Option(help="Threads of PyTorch.")] = 2) -> None:
+    """Run benchmarks of adversarial training."""
     torch.set_num_threads(threads)
 
 
 @app.command()
 def modes(
-    seconds: Annotated[float, typer.Option(help="Of training, in each run.")] = 200,
+    seconds: Annotated[float, typer.Option(help="Seconds of training per run.")] = 200,
     runs: int = 10,
     first: Annotated[int, typer.Option(help="Seed of the first run.")] = 0,
     only: Annotated[str, typer.Option(help="grid or ring.")] = "",
     batch_size: int = 256,
 ) -> None:
-    """Modes covered and share of good draws on PacGAN's mixtures: 100,000 points, 2,500 draws."""
+    """Count modes and good samples on PacGAN's mixtures: 100,000 points, 2,500 samples."""
     print("| data | seed | modes | high quality | reverse KL | steps | seconds |")
     print("|---" * 7 + "|")
     for name in [only] if only else SCALES:
-        found = []
+        results = []
         for seed in range(first, first + runs):
             pyro.set_rng_seed(seed)
             density = load(name).density
@@ -60,32 +60,32 @@ def modes(
             gan = GAN((2,), latent_dim=2, generator=DenseGenerator(octaves=3))
             gan.standardize(x)
             optim = partial(Adam, lr=2e-3, betas=(0.0, 0.99))
-            game = Adversarial(gan.model, gan.critic, optim=optim, ema_decay=0.999)
+            trainer = Adversarial(gan.model, gan.critic, optim=optim, ema_decay=0.999)
             steps, start = 0, time.perf_counter()
             while (share := (time.perf_counter() - start) / seconds) < 1:
-                gamma = 0.3 * 0.01**share  # first the rough shape, then its finest features
-                game.penalties = (R1(gamma), R2(gamma))
-                game.step(x[torch.randint(len(x), (batch_size,))])
-                for optimiser in game.optimisers.values():
+                gamma = 0.3 * 0.01**share  # first the coarse shape, then the finest features
+                trainer.penalties = (R1(gamma), R2(gamma))
+                trainer.step(x[torch.randint(len(x), (batch_size,))])
+                for optimiser in trainer.optimisers.values():
                     optimiser.param_groups[0]["lr"] = 2e-3 * min(1.0, 2 * (1 - share))
                 steps += 1
-            with game.averaged():
+            with trainer.averaged():
                 coverage = mode_coverage(gan().sample((2500,)), density.component_distribution.base_dist.loc, SCALES[name])
-            found.append(coverage)
+            results.append(coverage)
             print(
                 f"| {name} | {seed} | {coverage.covered} of {len(coverage.counts)} | {coverage.high_quality:.1%} | "
                 f"{coverage.reverse_kl:.3f} | {steps} | {time.perf_counter() - start:.0f} |",
                 flush=True,
             )
-        n = len(found)
+        n = len(results)
         print(
-            f"| {name} | mean of {n} | {sum(c.covered for c in found) / n:.1f} | "
-            f"{sum(c.high_quality for c in found) / n:.1%} | {sum(c.reverse_kl for c in found) / n:.3f} | | |"
+            f"| {name} | mean of {n} | {sum(c.covered for c in results) / n:.1f} | "
+            f"{sum(c.high_quality for c in results) / n:.1%} | {sum(c.reverse_kl for c in results) / n:.3f} | | |"
         )
 
 
 class Quadratic(nn.Module):
-    """A critic of x, x squared and what a small network makes of them."""
+    """A critic with features x and x squared, linear plus a small network."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Quadratic(nn.Module):
 
 @app.command()
 def bounds(steps: int = 4000, draws: int = 1_000_000, seed: int = 0) -> None:
-    """What trained critics prove of the divergence between two normal laws, on fresh draws."""
+    """Compare the bounds of trained critics with the divergences of two normal distributions."""
     print("| f | true D | bound ± se | share of D | within [.95 D - 2 se, D + 2 se] |")
     print("|---" * 5 + "|")
     p, q = dist.Normal(0.0, 1.0), dist.Normal(1.0, 1.5)
@@ -115,11 +115,11 @@ def bounds(steps: int = 4000, draws: int = 1_000_000, seed: int = 0) -> None:
 
         log_p, log_q = p.log_prob(x), q.log_prob(x)
         truth = torch.trapezoid(log_q.exp() * f((log_p - log_q).exp()), x).item()
-        game = Adversarial(model, Quadratic(), FGAN(f), (partial(SGD, lr=0.0), partial(Adam, lr=1e-2)))
+        trainer = Adversarial(model, Quadratic(), FGAN(f), (partial(SGD, lr=0.0), partial(Adam, lr=1e-2)))
         for step in tqdm(range(steps), desc=type(f).__name__, mininterval=5):
-            game.step(p.sample((1024,)))
-            game.optimisers["critic"].param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
-        value, error = game.divergence(p.sample((draws,)))
+            trainer.step(p.sample((1024,)))
+            trainer.optimisers["critic"].param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
+        value, error = trainer.divergence(p.sample((draws,)))
         inside = 0.95 * truth - 2 * error <= value <= truth + 2 * error
         print(
             f"| {type(f).__name__} | {truth:.5f} | {value:.5f} ± {error:.5f} | {value / truth:.1%} | "
@@ -141,7 +141,7 @@ def schools() -> None:
 
 
 def not_centred() -> None:
-    """The same posterior, as NUTS likes it."""
+    """Eight schools, not centred: the same posterior, easier for NUTS."""
     mu, tau = pyro.sample("mu", dist.Normal(0.0, 5.0)), pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("schools", 8):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -149,7 +149,7 @@ def not_centred() -> None:
 
 
 def banana() -> None:
-    """b is near 2 a^2 - 2."""
+    """A posterior in which b is near 2 a^2 - 2."""
     a, b = pyro.sample("a", dist.Normal(0.0, 1.0)), pyro.sample("b", dist.Normal(0.0, 3.0))
     pyro.sample("y", dist.Normal(b - 2 * a**2 + 2, 0.5), obs=torch.tensor(0.0))
 
@@ -162,7 +162,7 @@ MODELS: dict[str, tuple[Any, Any, tuple[str, ...], int]] = {
 
 @app.command()
 def posterior(draws: int = 2000, seed: int = 0) -> None:
-    """Adversarial variational Bayes and AutoNormal, told from NUTS by a classifier."""
+    """Compare adversarial variational Bayes and AutoNormal with NUTS by a classifier."""
     print("| posterior | guide | C2ST against NUTS | seconds |")
     print("|---" * 4 + "|")
     for name, (model, reference, names, steps) in MODELS.items():
@@ -184,27 +184,28 @@ def posterior(draws: int = 2000, seed: int = 0) -> None:
         svi = SVI(model, normal, PyroAdam({"lr": 0.01}), Trace_ELBO(num_particles=8, vectorize_particles=True))
         for _ in range(4000):
             svi.step()
-        found = Predictive(normal, num_samples=draws)()
+        samples = Predictive(normal, num_samples=draws)()
         print(
-            f"| {name} | AutoNormal | {c2st(truth, joined(found)).value:.3f} | {time.perf_counter() - start:.0f} |", flush=True
+            f"| {name} | AutoNormal | {c2st(truth, joined(samples)).value:.3f} | {time.perf_counter() - start:.0f} |",
+            flush=True,
         )
 
         start = time.perf_counter()
-        players: dict[str, Any] = {"generator": DenseGenerator((64, 64)), "critic": DenseCritic((128, 128))}
-        guide = AutoFamily(model, lambda n, players=players: GAN((n,), latent_dim=2 * n, standardize=False, **players))
+        networks: dict[str, Any] = {"generator": DenseGenerator((64, 64)), "critic": DenseCritic((128, 128))}
+        guide = AutoFamily(model, lambda n, networks=networks: GAN((n,), latent_dim=2 * n, standardize=False, **networks))
         guide()
         optim = partial(Adam, lr=3e-4, betas=(0.5, 0.99)), partial(Adam, lr=1e-3, betas=(0.5, 0.99))
-        game = Adversarial(
+        trainer = Adversarial(
             model, guide.family.critic, NonSaturating(), optim, guide=guide, pairing=PosteriorPairing(num_particles=512),
             num_critic_steps=5, ema_decay=0.999,
         )  # fmt: skip
         for step in tqdm(range(steps), desc=name, mininterval=10):
-            game.step()
-            game.optimisers["generator"].param_groups[0]["lr"] = 3e-4 * min(1.0, 2 * (1 - step / steps))
-        with game.averaged():
-            found = Predictive(guide, num_samples=draws)()
+            trainer.step()
+            trainer.optimisers["generator"].param_groups[0]["lr"] = 3e-4 * min(1.0, 2 * (1 - step / steps))
+        with trainer.averaged():
+            samples = Predictive(guide, num_samples=draws)()
         spent = time.perf_counter() - start
-        print(f"| {name} | AutoFamily, a GAN | {c2st(truth, joined(found)).value:.3f} | {spent:.0f} |", flush=True)
+        print(f"| {name} | AutoFamily, a GAN | {c2st(truth, joined(samples)).value:.3f} | {spent:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

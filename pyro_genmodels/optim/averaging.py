@@ -135,7 +135,7 @@ def moving_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor]
     @torch.no_grad()
     def average(averages: Sequence[Tensor], parameters: Sequence[Tensor], steps: Tensor | int) -> None:
         t = int(steps)
-        get_ema_multi_avg_fn(min(decay, (1 + t) / (10 + t)))(averages, parameters, t)  # type: ignore[arg-type]
+        get_ema_multi_avg_fn(min(decay, (1 + t) / (10 + t)))(averages, parameters, t)
 
     return average
 

@@ -424,7 +424,10 @@ class LinearGuide(pyro.nn.PyroModule):
 
 @pytest.mark.parametrize(
     ("pairing", "slope", "scale"),
-    [(JointPairing(), 2 / 4.25, 4.25**-0.5), (AggregatePairing(), 0.5, None)],
+    [
+        (JointPairing(), 2 / 4.25, 4.25**-0.5),
+        pytest.param(AggregatePairing(), 0.5, None, marks=pytest.mark.slow),
+    ],
     ids=["joint", "aggregate"],
 )
 def test_a_guide_is_trained_by_a_critic(pairing, slope, scale):
@@ -492,6 +495,7 @@ def test_a_posterior_of_a_model_without_plates_is_learned_from_its_draws():
     assert draws.std().item() == pytest.approx(0.5**0.5, abs=0.3)
 
 
+@pytest.mark.slow
 def test_a_guide_inside_the_plate_is_compared_together_with_its_data():
     class Guide(pyro.nn.PyroModule):
         def __init__(self):
