@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from marks import slow_unless
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from pyro.optim import Adam
@@ -565,6 +566,7 @@ def test_nuts_over_a_frozen_diffusion_finds_the_posterior():
     assert ((LOC - mean).abs() > 2 * error).all()  # the prior would not do
 
 
+@pytest.mark.slow
 def test_svi_over_a_frozen_diffusion_leaves_it_alone_and_finds_the_posterior():
     prior, y = gaussian(VariancePreserving(), likelihood=VariationalBound(8)), torch.tensor([1.0, -1.0])
 
@@ -730,7 +732,7 @@ def test_a_diffusion_as_the_prior_of_a_vae_trains_by_one_loss(likelihood):
         assert_close(mine, theirs)
 
 
-@pytest.mark.parametrize("objective", [DenoisingScoreMatching, Trace_ELBO])
+@pytest.mark.parametrize("objective", slow_unless([DenoisingScoreMatching], [DenoisingScoreMatching, Trace_ELBO]))
 def test_a_vae_with_a_diffusion_as_prior_learns(objective):
     z = torch.randn(200, 1)
     x = torch.cat([z, z.tanh(), -z], 1) + 0.1 * torch.randn(200, 3)
@@ -763,7 +765,7 @@ def test_a_diffusion_in_a_mixed_model_counts_beside_other_observations():
 
 
 @pytest.mark.parametrize("weighting", [WEIGHTINGS[0], WEIGHTINGS[1], WEIGHTINGS[3]], ids=repr)  # the other wants importance
-@pytest.mark.parametrize("process", [VariancePreserving(), Karras()], ids=repr)
+@pytest.mark.parametrize("process", slow_unless([VariancePreserving()], [VariancePreserving(), Karras()]), ids=repr)
 def test_a_diffusion_learns_what_it_is_shown(process, weighting):
     law = Gaussian(torch.tensor([3.0, -1.0]), torch.tensor([[1.0, 0.8], [0.8, 1.0]]))
     x = law.distribution().sample((1000,))

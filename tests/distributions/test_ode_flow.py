@@ -388,7 +388,7 @@ def test_integers_have_the_mass_that_a_fine_integral_gives():
     d = flow()
     with torch.no_grad():
         inner = d.base.log_prob(torch.linspace(0, 3, 3001)[:-1] + 5e-4).exp().reshape(3, -1).mean(1)
-        bound = torch.stack([d.log_prob(torch.arange(3)) for _ in range(300)])
+        bound = d.log_prob(torch.arange(3).expand(300, 3))
     assert_means(bound.exp(), inner)
     assert (bound.mean(0) - 5 * bound.std(0) / sqrt(300) <= inner.log()).all()
     assert d.density == "lower bound"
@@ -492,7 +492,7 @@ def test_nuts_runs_with_an_estimated_density_as_prior():
 
 def test_maximum_likelihood_trains_by_an_unbiased_estimate():
     """The mean gradient over probes is the exact one: an alarm once in 1e7."""
-    flow, x = small(standardize=False), torch.randn(3, 3)
+    flow, x = small(standardize=False, solver=RK4(2)), torch.randn(3, 3)
     bias = flow.network.last.bias
     exact = torch.autograd.grad(MaximumLikelihood()(flow)(x), bias)[0]
     flow.trace = Hutchinson()
@@ -554,10 +554,10 @@ def test_a_trajectory_records_its_frames_and_evaluations():
 
 
 def test_log_likelihood_averages_over_probes_drawn_anew(float64):
-    """Also where draws are made one by one; the mean is within its error of the exact one, but for 1e-7 of runs."""
-    flow = small((3,), solver=RK4(4), trace=Hutchinson(), standardize=False).double().eval()
+    """Also where draws are made one by one; the mean is within its error of the exact one, but for 5e-7 of runs."""
+    flow = small((3,), solver=RK4(2), trace=Hutchinson(), standardize=False).double().eval()
     x = torch.randn(6, 3)
-    found = log_likelihood(flow, x, num_samples=400, parallel=False)
+    found = log_likelihood(flow, x, num_samples=200, parallel=False)
     assert found.kind == "estimate"
     assert (found.std_error > 0).all()
     flow.trace = ExactTrace()
@@ -615,6 +615,7 @@ def test_a_network_of_another_shape_is_refused():
             use()
 
 
+@pytest.mark.slow
 def test_it_is_a_guide_that_learns_a_posterior():
     """To 0.15 of a Gaussian posterior N(1, 0.5) after a short run."""
     guide_flow = ODEFlow((1,), network=DenseField(16, blocks=1), solver=RK4(3), standardize=False)

@@ -13,6 +13,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from marks import slow_unless
 from pyro import poutine
 from scipy import stats
 from teachers import Gaussian, Mixture, assert_means, integral, outcomes, perturb
@@ -159,19 +160,19 @@ def test_an_integral_is_its_closed_form_where_it_is_said_to_be_exact(name):
 def test_what_cannot_be_had_exactly_is_refused_with_what_could_be():
     with pytest.raises(ValueError, match=r"1048576 outcomes, 20 hidden units of a Boltzmann machine, or two real dimensions"):
         log_partition(EnergyModel((3,)), exact=True)
-    with pytest.raises(ValueError, match="cannot be had exactly"):  # its tails are too heavy
+    with pytest.raises(ValueError, match="cannot be computed exactly"):  # its tails are too heavy
         log_partition(flat(lambda x: x.square().log1p().sum(-1)), exact=True)
 
 
 @pytest.mark.parametrize("options", [{"num_chains": 1}, {"num_steps": 0}])
 def test_counts_that_make_no_sense_are_refused(options):
-    with pytest.raises(ValueError, match="num_chains wants 2 or more and num_steps 1 or more"):
+    with pytest.raises(ValueError, match="num_chains of 2 or more and num_steps of 1 or more"):
         log_partition(EnergyModel((3,)), **options)
 
 
 @pytest.mark.parametrize("fn", [Flow((2,)), dist.Normal(0.0, 1.0), 3.0, lambda: 3.0])
 def test_what_is_no_energy_is_refused(fn):
-    with pytest.raises(TypeError, match="Wanted an energy's distribution"):
+    with pytest.raises(TypeError, match="wants the distribution of an energy"):
         log_partition(fn)
 
 
@@ -217,7 +218,7 @@ ESTIMATED = {
 }
 
 
-@by_name(ESTIMATED)
+@by_name(ESTIMATED, kept=["Gibbs", "Langevin", "Gibbs with gradients"])
 def test_of_200_estimates_as_many_cover_the_truth_as_their_errors_promise(name):
     """One for each of as many contexts, whose chains have nothing to do with one another."""
     fn, truth = ESTIMATED[name]()
@@ -227,7 +228,7 @@ def test_of_200_estimates_as_many_cover_the_truth_as_their_errors_promise(name):
     assert_covers(found, truth)
 
 
-@by_name(["restricted, zeros and ones", "dense, classes"])
+@by_name(["restricted, zeros and ones", "dense, classes"], kept=["restricted, zeros and ones"])
 def test_of_50_seeds_as_many_cover_the_truth_as_their_errors_promise(name):
     family, states, volume = SYSTEMS[name]()
     found = [log_partition(family, exact=False, num_chains=100, num_steps=15) for _ in range(50)]
@@ -273,7 +274,9 @@ STARTS = {
 
 
 @by_name(STARTS)
-@pytest.mark.parametrize("of", ["a flat measure", "a family", "a machine", "a base"])
+@pytest.mark.parametrize(
+    "of", slow_unless(["a flat measure", "a machine"], ["a flat measure", "a family", "a machine", "a base"])
+)
 def test_a_path_may_begin_with_a_density_of_ones_own(of, name):
     """Within six standard errors: a false alarm in 1e8."""
     if of == "a flat measure":
@@ -304,7 +307,7 @@ def test_a_path_over_discrete_data_may_begin_with_a_density_of_ones_own():
     ids=["a batch", "another event", "a class", "a number", "no density", "an energy"],
 )
 def test_a_start_that_has_no_density_over_one_event_is_refused(start):
-    with pytest.raises(ValueError, match=r"start wants (a density over one event|an exact density)"):
+    with pytest.raises((TypeError, ValueError), match=r"log_partition wants .*its start|as its start"):
         log_partition(EnergyModel((3,)), start=start)
 
 
@@ -328,9 +331,9 @@ def test_forwards_and_backwards_that_disagree_are_told():
     assert found.reverse > found.value + 1
 
 
-def test_chains_of_which_hardly_any_carries_weight_are_told():
+def test_an_estimate_from_few_effective_chains_is_unreliable():
     fn = flat(lambda x: 500 * (x - 1).square().sum(-1), 10)
-    with pytest.warns(RuntimeWarning, match="hardly any chain carries weight"):
+    with pytest.warns(RuntimeWarning, match="few chains carry all the weight"):
         found = log_partition(fn, num_chains=100, num_steps=1)
     assert found.kind == "unreliable"
     assert found.effective_sample_size < 5
@@ -416,6 +419,23 @@ def first(family):
     return next(family.energy.parameters()).data.view(-1)
 
 
+def reassign(family, times):
+    """Give a parameter new storage, twice to where the first may have been."""
+    for _ in range(times):
+        parameter = next(family.energy.parameters())
+        parameter.data = parameter.data * 1.01
+
+
+def in_place(family):
+    with torch.no_grad():
+        next(family.energy.parameters()).mul_(1.001)
+
+
+def from_a_vector(family):
+    parameters = list(family.energy.parameters())
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(parameters).detach() + 1e-3, parameters)
+
+
 CHANGES = {
     "data of a parameter": lambda f: first(f).mul_(1 + 1e-6),
     "one element": lambda f: first(f)[3:].mul_(1.001),
@@ -423,6 +443,10 @@ CHANGES = {
     "a sign": lambda f: first(f)[:1].neg_(),
     "two signs": lambda f: first(f)[:2].neg_(),
     "a step of an optimiser": step,
+    "in place": in_place,
+    "another storage": lambda f: reassign(f, 1),
+    "another storage, twice": lambda f: reassign(f, 2),
+    "a vector of parameters": from_a_vector,
     "another state_dict": lambda f: f.load_state_dict(perturb(copy.deepcopy(f)).state_dict()),
     "another state_dict, without log Z": lambda f: f.load_state_dict(
         {k: v + 0.1 for k, v in f.state_dict().items() if k.startswith("energy.")}, strict=False
@@ -435,7 +459,7 @@ CHANGES = {
 
 
 @by_name(CHANGES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", slow_unless([torch.float32], [torch.float32, torch.float64]))
 def test_log_z_is_forgotten_when_what_it_depends_on_changes(name, dtype):
     base = Autoregressive((1,), hidden=(4,), standardize=True)
     family = EnergyModel((1,), energy=DenseEnergy((4,)), base=base, negatives=Persistent(4, steps=1)).to(dtype).eval()
@@ -444,6 +468,39 @@ def test_log_z_is_forgotten_when_what_it_depends_on_changes(name, dtype):
     assert family().density == "exact"
     CHANGES[name](family)
     assert family().density == "unnormalized"
+
+
+def test_log_z_is_forgotten_with_another_precision():
+    family = EnergyModel((1,), energy=DenseEnergy((4,)), sampler=None).float()
+    log_partition(family)
+    family.double()
+    assert family().density == "unnormalized"
+
+
+@by_name(COPIES)
+@pytest.mark.parametrize("change", ["data of a parameter", "in place", "another storage"])
+def test_a_copy_forgets_log_z_by_itself(name, change, tmp_path):
+    family = shifting()
+    log_partition(family)
+    new = COPIES[name](family, tmp_path)
+    CHANGES[change](new)
+    assert new().density == "unnormalized"
+    assert family().density == "exact"
+    CHANGES[change](family)
+    assert family().density == "unnormalized"
+
+
+def test_fingerprints_are_computed_once_after_a_copy_and_not_at_every_density(monkeypatch):
+    family, calls = shifting(), []
+    count = lambda tensors: calls.append(1) or fingerprint(tensors)  # noqa: E731
+    monkeypatch.setattr(import_module("pyro_genmodels.distributions.energy.state"), "fingerprint", count)
+    log_partition(family)
+    assert len(calls) == 1
+    for fn in (family, copy.deepcopy(family)):
+        for _ in range(3):
+            assert fn().density == "exact"
+            fn().unnormalized_log_prob(torch.zeros(2, 1))
+    assert len(calls) == 2
 
 
 @by_name({"frequencies": None, "the centre": None})
@@ -586,7 +643,7 @@ def two_sites(x):
     ids=["no energy", "a latent variable", "two sites", "no samples", "no steps", "no batch", "no sampler"],
 )
 def test_what_has_no_conservative_bound_is_refused(fit, options):
-    with pytest.raises(ValueError, match=r"Use log_likelihood|must be positive|no sampler"):
+    with pytest.raises(ValueError, match=r"Use log_likelihood|of 1 or more|no sampler"):
         conservative_log_likelihood(fit(), torch.zeros(3, 1), **options)
 
 
@@ -619,7 +676,7 @@ def test_the_likelihood_is_unreliable_where_log_z_is():
     family = EnergyModel((10,), energy=DenseEnergy((6,)))
     for p in family.parameters():
         p.data.mul_(100)
-    with pytest.warns(RuntimeWarning, match="hardly any chain"):
+    with pytest.warns(RuntimeWarning, match="few chains carry"):
         assert log_likelihood(family, torch.randn(3, 10), num_samples=100, num_steps=1).kind == "unreliable"
 
 
@@ -757,7 +814,7 @@ def test_directions_that_say_nothing_do_not_agree():
         found = log_partition(d, start=start, draws=torch.randn(100, 3), num_steps=50)
     assert found.kind == "unreliable"
     for draws in (torch.randn(1, 3), [[0.0, 0.0, 0.0]]):
-        with pytest.raises(ValueError, match="two or more draws"):
+        with pytest.raises(ValueError, match="two or more exact draws"):
             log_partition(d, draws=draws)
 
 

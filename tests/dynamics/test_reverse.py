@@ -11,6 +11,7 @@ from math import exp, log
 import pyro
 import pytest
 import torch
+from marks import slow_unless
 from scipy.stats import chi2
 from teachers import Mixture, NoisedMixture, NoisedPoints, assert_means
 from torch.testing import assert_close
@@ -50,6 +51,9 @@ SAMPLERS = [
 ]  # fmt: skip
 DETERMINISTIC = [DDIM(20), Heun(20), DPMSolver(20), ProbabilityFlow()]
 every_process = pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
+some_processes = pytest.mark.parametrize(
+    "process", slow_unless([VariancePreserving(), Karras()], PROCESSES), ids=lambda p: type(p).__name__
+)
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
 
 LAW = Mixture(torch.tensor([0.3, 0.7]), torch.tensor([-1.4, 0.6]), torch.tensor([0.5, 0.35]))
@@ -64,7 +68,7 @@ def draws(sampler, process, teacher, n, shape, **options):
 # Exact knowledge in, exact draws out.
 
 
-@every_process
+@some_processes
 @every_sampler
 def test_the_exact_denoiser_of_a_mixture_gives_its_moments_and_weights(process, sampler, float64):
     """Of the data with the least noise; the bias of the steps is far below what 2000 draws show."""
@@ -111,7 +115,7 @@ def test_events_of_any_shape_are_drawn(process):
 # Deterministic samplers.
 
 
-@every_process
+@some_processes
 @pytest.mark.parametrize(
     ("build", "order", "fewest"),
     [

@@ -38,7 +38,7 @@ class Linear(Family):
         return dist.MultivariateNormal(self.b, self.w @ self.w.T + sigma**2 * torch.eye(len(self.b)))
 
 
-@pytest.mark.parametrize(("dims", "latent", "steps"), [(3, 2, 150), (25, 20, 300)])
+@pytest.mark.parametrize(("dims", "latent", "steps"), [(3, 2, 150), pytest.param(25, 20, 300, marks=pytest.mark.slow)])
 def test_a_linear_map_meets_the_closed_form(dims, latent, steps):
     """Each mean weight is right on average: within six of its errors, and what the path is too short for."""
     fit = Linear(dims, latent)

@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow_unless
 from pyro import poutine
 from pyro.infer import SVI
 from pyro.optim import SGD
@@ -125,7 +126,7 @@ def data(family, n):
 # Contrastive divergence.
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("name", slow_unless(["machine", "restricted machine of classes", "line"], SYSTEMS))
 def test_with_chains_in_equilibrium_the_gradient_is_that_of_the_negative_log_likelihood(name):
     """By 10,000 independent chains."""
     family = SYSTEMS[name](negatives=Persistent(10_000, steps=20))
@@ -219,7 +220,7 @@ def test_scales_masks_and_minibatches_of_contrastive_divergence(persistent):
     torch.testing.assert_close(gradients(loss, family.parameters()), gradients(wanted, family.parameters()))
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("name", slow_unless(["machine", "restricted machine of classes", "line"], SYSTEMS))
 def test_without_gradients_it_is_the_likelihood_in_nats_and_moves_no_chain(name):
     family = SYSTEMS[name](negatives=Persistent(10))
     x, exact_z = data(family, 10), log_z(family).item()
@@ -603,7 +604,9 @@ def test_train_moves_log_z_and_its_checkpoint_is_of_the_family(tmp_path):
     torch.testing.assert_close(loaded().log_prob(x), fit.family().log_prob(x))
 
 
-@pytest.mark.parametrize("make", [standard, ContrastiveDivergence], ids=["noise", "contrastive divergence"])
+@pytest.mark.parametrize(
+    "make", slow_unless([standard], [standard, ContrastiveDivergence]), ids=["noise", "contrastive divergence"]
+)
 def test_a_resumed_run_ends_as_if_it_had_never_stopped(make, tmp_path):
     first, last = make(), make()
     whole = trained(first, epochs=3)
@@ -615,6 +618,7 @@ def test_a_resumed_run_ends_as_if_it_had_never_stopped(make, tmp_path):
         assert last.log_partition == first.log_partition != 0
 
 
+@pytest.mark.slow
 def test_train_takes_contrastive_divergence_for_an_energy_and_stops_early_by_nats():
     fit, (_, x) = trained(None, epochs=8), rows()
     known = fit.family().log_partition

@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from marks import slow_unless
 from pyro import poutine
 from pyro.infer import SVI
 from pyro.optim import Adam
@@ -235,7 +236,7 @@ def test_the_loss_is_in_the_coordinates_of_the_network():
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS, ids=repr)
-@pytest.mark.parametrize("path", PATHS, ids=repr)
+@pytest.mark.parametrize("path", slow_unless([LinearInterpolant()], PATHS), ids=repr)
 def test_one_flow_trains_by_either_objective(coupling, path):
     """A correlated Gaussian: flow matching comes near its entropy, and maximum likelihood goes on from there."""
     truth = Gaussian(torch.tensor([3.0, -1.0]), torch.tensor([[1.0, 0.8], [0.8, 1.0]]))
@@ -253,7 +254,7 @@ def test_one_flow_trains_by_either_objective(coupling, path):
         assert after > truth.entropy() - 0.2
 
 
-@pytest.mark.parametrize("coupling", COUPLINGS, ids=repr)
+@pytest.mark.parametrize("coupling", slow_unless([IndependentCoupling()], COUPLINGS), ids=repr)
 def test_classes_are_learned_apart(coupling):
     flow = small(context=Labels(2))
     labels = torch.arange(400) % 2

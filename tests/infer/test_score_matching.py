@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import zuko
+from marks import slow_unless
 from pyro import poutine
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoNormal
@@ -348,6 +349,7 @@ def test_several_levels_are_refused_by_models_that_are_told_none(make):
         loss_of(DenoisingScoreMatching([0.1, 0.5]), make().model, torch.randn(4, 2))
 
 
+@pytest.mark.slow
 def test_an_energy_told_the_noise_learns_the_scores_at_every_level():
     """Trained on fresh draws of a mixture; the mean square of the error is within a twentieth of that of the score."""
     family, data = EnergyModel((), energy=DenseEnergy((32, 32)), noise=(0.2, 3.0), sampler=None), MODES.distribution()
@@ -573,7 +575,7 @@ CAPTURED = {
 
 
 @each_objective
-@pytest.mark.parametrize("name", CAPTURED)
+@pytest.mark.parametrize("name", slow_unless([name for name in CAPTURED if name != "flow"], CAPTURED))
 def test_a_loss_and_its_gradient_are_captured_as_one_graph(objective, name):
     family = CAPTURED[name]()
     x, fresh = torch.randn(2, 6, *family.event_shape)

@@ -14,6 +14,7 @@ from math import log, pi, sqrt
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow_unless
 from pyro.infer import MCMC, NUTS
 from scipy import stats
 from teachers import Gaussian, Mixture, grid, outcomes, perturb
@@ -170,18 +171,25 @@ MOVES = {
 }
 
 
-def by_name(table):
-    return pytest.mark.parametrize("case", table, ids=[name.replace(" ", "_") for name in table])
+def by_name(table, kept=None):
+    """Run a test once for each name in the table, all but the kept ones marked slow."""
+    values = table if kept is None else slow_unless(kept, list(table))
+    return pytest.mark.parametrize("case", values, ids=[name.replace(" ", "_") for name in table])
 
 
 @by_name(LAWS)
-@pytest.mark.parametrize("move", MOVES, ids=[name.replace(" ", "_") for name in MOVES])
+@pytest.mark.parametrize(
+    "move",
+    slow_unless([name for name in MOVES if name != "tempered Langevin"], MOVES),
+    ids=[name.replace(" ", "_") for name in MOVES],
+)
 def test_draws_have_the_means_the_second_moments_and_the_quantiles_of_the_law(case, move):
     law = LAWS[case]()
     chains = sample_chains(law.log_prob, law.begin(1000), sampler=MOVES[move], num_samples=25, warmup=500, progress=False)
     assert_means(law.statistics(chains.draws).mean(1), law.means)
 
 
+@pytest.mark.slow
 def test_hamiltonian_chains_can_be_tempered():
     sampler, law = ParallelTempering(Hamiltonian(num_leapfrog=2), temperatures=2, hottest=0.3, steps=1), modes()
     draws = sample_chains(law.log_prob, law.begin(1500), sampler=sampler, num_samples=25, warmup=400, progress=False).draws
@@ -455,6 +463,7 @@ def test_gibbs_with_gradients_is_what_discrete_data_are_drawn_by():
     assert_counts(fill(table(3)), table(3).law())
 
 
+@pytest.mark.slow
 def test_tempered_gibbs_with_gradients_crosses_where_the_plain_chain_cannot():
     d = 6
     coupling = 4 * (torch.ones(d, d) - torch.eye(d))
@@ -516,8 +525,8 @@ def test_a_sweep_leaves_the_law_as_it_is(case, beta):
     assert_counts(index_among(swept, target.encode(x)), law)
 
 
-@by_name(MACHINES)
-@pytest.mark.parametrize("beta", [1.0, 0.4])
+@by_name(MACHINES, kept=["restricted, an image", "general, zeros and ones", "general, classes"])
+@pytest.mark.parametrize("beta", slow_unless([0.4], [1.0, 0.4]))
 def test_a_sweep_is_its_own_reversal(case, beta):
     """Over calls, which share what chance they have beside that of chains: the order in which sites are visited."""
     dist, x = machine(case)
@@ -566,6 +575,7 @@ def test_at_beta_one_as_a_number_and_as_a_tensor_it_is_the_same():
         torch.testing.assert_close(dist.target().log_prob(u, 1.0), dist.target().log_prob(u, torch.tensor(1.0)))
 
 
+@pytest.mark.slow
 def test_gibbs_with_gradients_draws_from_machines_too():
     for name in ("restricted, zeros and ones", "general, classes"):
         dist, x = machine(name)
@@ -933,7 +943,7 @@ def test_backwards_from_any_state_the_mean_weight_is_how_likely_the_forward_run_
     assert bound.mean() < law.log().mean()
 
 
-@LADDERS
+@pytest.mark.parametrize("ladder", slow_unless([gibbs_ladder], [gwg_ladder, gibbs_ladder]))
 def test_that_bound_closes_on_the_log_density_as_steps_are_added(ladder):
     """The gap is of the order of one over the steps; one-sided, its means are eight standard errors and more apart."""
     target, sampler, states, _ = ladder([0.0])
@@ -985,7 +995,14 @@ def test_before_any_step_the_step_size_is_that_given():
 FIRST = [1e-5, 1e-2, 10.0]
 
 
-@pytest.mark.parametrize("sampler", [*map(Langevin, FIRST), *(Hamiltonian(first, 3) for first in FIRST)], ids=str)
+@pytest.mark.parametrize(
+    "sampler",
+    slow_unless(
+        [Langevin(1e-5), Langevin(10.0), Hamiltonian(1e-2, 3)],
+        [*map(Langevin, FIRST), *(Hamiltonian(first, 3) for first in FIRST)],
+    ),
+    ids=str,
+)
 def test_the_warmup_finds_the_wanted_acceptance_from_wherever_it_begins(sampler):
     begin = CORRELATED.distribution().sample((500,))
     chains = sample_chains(correlated().log_prob, begin, sampler=sampler, num_samples=50, warmup=500, progress=False)
