@@ -1,7 +1,7 @@
-r"""The log-likelihood of an energy from below: by annealing backwards from the data (RAISE).
+r"""Lower bounds on the log-likelihood of an energy, by annealing backwards from the data (RAISE).
 
-It is that of the annealed model, whose draws are made by leading a chain along the path in so many steps: in expectation a
-lower bound of that model's log density, and near the energy's own where the path is long,
+The bound is on the likelihood of the *annealed model*, whose samples are the ends of annealing runs with that many steps. With
+more steps it approaches the energy's own distribution. In expectation
 
 .. math:: \log p_{\mathrm{RAISE}}(x) \ge \mathbb{E}\Bigl[\log \frac1k \sum_{j=1}^{k} f_1(x)\, w_j\Bigr].
 
@@ -22,6 +22,7 @@ from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.distributions.energy.annealed import conservative_bound
 from pyro_genmodels.evaluation.likelihood import LogLikelihood
 from pyro_genmodels.utils.distributions import unwrap
+from pyro_genmodels.utils.errors import check_positive_int
 
 
 def conservative_log_likelihood(
@@ -34,22 +35,25 @@ def conservative_log_likelihood(
     progress: bool = False,
     **kwargs: Any,
 ) -> LogLikelihood:
-    """A lower bound, in expectation, of the log-likelihood (nats) of each row of x under an energy.
+    """Bound the log-likelihood (nats) of each row of x under an energy from below, in expectation.
 
-    Beside `log_likelihood`, which is too high in expectation, it brackets the truth.
+    Together with `log_likelihood`, which is too high in expectation, it brackets the log-likelihood.
 
     Args:
-        fit: a family of energies, an `SVI` or a pair (model, guide), without latent variables, that observes one energy.
+        fit: family of energies, `SVI` or pair (model, guide), without latent variables and with one energy as observed site.
         x: data, (N, ...).
-        args: the model's other arguments.
-        num_samples: chains from each row, over which weights are averaged; the more, the tighter.
-        num_steps: betas of the path; the more, the tighter.
-        batch_size: chains at once.
-        progress: whether to show progress bars.
-        kwargs: the model's keyword arguments.
+        args: other arguments of the model.
+        num_samples: chains per row, whose weights are averaged; more give a tighter bound.
+        num_steps: betas of the path; more give a tighter bound.
+        batch_size: largest number of chains in memory.
+        progress: True to show progress bars.
+        kwargs: keyword arguments of the model.
+
+    Returns:
+        Bounds with standard errors, NaN for a single chain, and the kind "lower bound".
 
     Raises:
-        ValueError: if the model has latent variables or observes anything else.
+        ValueError: if the model has latent variables or observes anything else, or for counts that are not positive.
 
     Example:
         >>> import torch
@@ -61,10 +65,8 @@ def conservative_log_likelihood(
         'lower bound'
     """
     model, guide = traces.as_pair(fit)
-    if num_samples < 1 or num_steps < 1 or batch_size < 1:
-        found = f"{num_samples}, {num_steps} and {batch_size}"
-        raise ValueError(f"num_samples, num_steps and batch_size must be positive, got {found}.")
-    with handlers.side_effect_free():
+    check_positive_int("conservative_log_likelihood", num_samples=num_samples, num_steps=num_steps, batch_size=batch_size)
+    with handlers.side_effect_free(model, guide):
         trace, _ = traces.run_pair(model, guide, (x, *args), kwargs)
         sites = traces.sample_sites(trace)
         names = list(sites)

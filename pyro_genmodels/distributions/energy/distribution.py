@@ -288,7 +288,7 @@ class Energy(GenerativeDistribution):
     def _denoised_draw(self, shape: Size) -> Tensor:
         """Draw by annealed Langevin dynamics, from the highest noise level to the lowest."""
         self.chains.required_sampler("draws")
-        low, high = self.noise  # type: ignore[misc]
+        low, high = self.noise
         expanded = self.expand(shape)
 
         def score(u: Tensor, sigma: Tensor) -> Tensor:

@@ -69,11 +69,12 @@ def _num_terms(path: AnnealingPath) -> int:
 
 def _sum(path: AnnealingPath, context: Tensor | None) -> tuple[Tensor, Tensor, int] | None:
     """Return log Z by a sum over outcomes or hidden states, its error 0 and the number of terms; None if they are too many."""
+    energy: Any = path.energy
     levels, coordinates = path.space.num_levels, path.event_shape.numel()
     if levels and coordinates * log(levels) <= log(MAX_STATES) + 1e-9:
         count, terms = levels**coordinates, _outcomes(path, context)
-    elif path.is_conjugate and hasattr(path.energy, "log_sum_visible") and path.energy.num_hidden <= MAX_HIDDEN_UNITS:
-        count, terms = 2**path.energy.num_hidden, _hidden_states(path, context)
+    elif path.is_conjugate and hasattr(energy, "log_sum_visible") and energy.num_hidden <= MAX_HIDDEN_UNITS:
+        count, terms = 2**energy.num_hidden, _hidden_states(path, context)
     else:
         return None
     total = _log_total(terms, torch.arange(count, device=path.begin((1,)).device))

@@ -129,7 +129,7 @@ def _energy_of(energy: Any) -> Energy:
     """Return the distribution of an energy, given that, a family or the `Fit` of one."""
     energy = getattr(energy, "family", energy)
     made = energy() if callable(energy) and not isinstance(energy, Distribution) else energy
-    dist = unwrap(made) if isinstance(made, Distribution) else made
+    dist: Any = unwrap(made) if isinstance(made, Distribution) else made
     if not (isinstance(dist, Distribution) and capabilities(dist).intractable):
         raise TypeError(
             f"log_partition wants the distribution of an energy, such as EnergyModel((2,))(), but found {type(dist).__name__}."
