@@ -19,7 +19,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions import MaskedDistribution
+from pyro.distributions import MaskedDistribution, TorchDistribution
 from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
@@ -211,7 +211,7 @@ def diffusion_posterior(
 
 
 def inpaint(
-    diffusion: Distribution,
+    diffusion: TorchDistribution,
     values: Tensor,
     known: Tensor,
     *,
