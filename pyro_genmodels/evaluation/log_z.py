@@ -35,11 +35,11 @@ class SiteConstants(NamedTuple):
 
     Attributes:
         site: role and name of the site.
-        index: index, among the constants of the site, of that of each element of its batch shape.
+        indices: index of the constant of each element of the site's batch shape.
     """
 
     site: Site
-    index: Tensor
+    indices: Tensor
 
 
 @dataclass
@@ -164,11 +164,11 @@ class LogPartitions:
             Variances averaged over draws, (rows,).
         """
         total = torch.zeros(())
-        for site, index in used:
+        for site, indices in used:
             constants = self.constants[site]
-            index = index.reshape((1,) * (nesting + 1 - index.dim()) + index.shape).movedim((0, dim), (0, 1))
-            draws, rows, count = index.shape[0], index.shape[1], len(constants.variances)
-            pairs = torch.arange(draws * rows)[:, None] * count + index.reshape(draws * rows, -1)
+            indices = indices.reshape((1,) * (nesting + 1 - indices.dim()) + indices.shape).movedim((0, dim), (0, 1))
+            draws, rows, count = indices.shape[0], indices.shape[1], len(constants.variances)
+            pairs = torch.arange(draws * rows)[:, None] * count + indices.reshape(draws * rows, -1)
             pairs, times = pairs.unique(return_counts=True)
             constant = pairs % count
             variances = torch.tensor(constants.variances, dtype=torch.float64)[constant] * times.square()

@@ -130,7 +130,8 @@ def _energy_of(energy: Any) -> Energy:
     energy = getattr(energy, "family", energy)
     made = energy() if callable(energy) and not isinstance(energy, Distribution) else energy
     dist: Any = unwrap(made) if isinstance(made, Distribution) else made
-    if not (isinstance(dist, Distribution) and capabilities(dist).intractable):
+    is_energy = isinstance(dist, Distribution) and capabilities(dist).intractable
+    if not is_energy:
         raise TypeError(
             f"log_partition wants the distribution of an energy, such as EnergyModel((2,))(), but found {type(dist).__name__}."
         )
