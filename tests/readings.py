@@ -1,4 +1,4 @@
-"""How the tests read ArviZ data, whichever ArviZ made it: 0.23's InferenceData or 1.x's DataTree."""
+"""Readers of ArviZ data for tests, for the InferenceData of ArviZ 0.23 and the DataTree of 1.x; and small fits."""
 
 import arviz as az
 import pyro
@@ -12,37 +12,37 @@ from pyro_genmodels import MAF, VAE, Flow
 ARVIZ_1 = not az.__version__.startswith("0.")
 
 
-# What is in the data.
+# Contents of the data.
 
 
 def groups(data):
-    """The names of the groups."""
+    """Return the names of the groups."""
     return set(data.children if ARVIZ_1 else data.groups())
 
 
 def variables(data, group):
-    """The names of the variables of a group."""
+    """Return the names of the variables of a group."""
     return set(data[group].data_vars)
 
 
 def draws(data, name, group="posterior", chain=0):
-    """A variable of one chain, (draws, ...), or without chains as it is."""
+    """Return a variable of one chain, (draws, ...), or the whole variable if it has no chains."""
     array = data[group][name]
     return torch.as_tensor((array.isel(chain=chain) if "chain" in array.dims else array).to_numpy())
 
 
 def stat(data, name, chain=0):
-    """A statistic of each draw of one chain."""
+    """Return a statistic of each draw of one chain."""
     return draws(data, name, "sample_stats", chain).to(torch.get_default_dtype())
 
 
 def close(found, expected, tolerance=1e-4):
-    """Single precision, summed over tens of terms."""
+    """Assert that sums of tens of terms in single precision are equal."""
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, check_dtype=False)
 
 
 def check_weights(data, log_p, log_q, tolerance=1e-4, chain=0):
-    """The statistics of each draw are these."""
+    """Assert that log_p, log_q and log_weight of each draw have these values."""
     close(stat(data, "log_p", chain), log_p, tolerance)
     close(stat(data, "log_q", chain), log_q, tolerance)
     torch.testing.assert_close(
@@ -51,11 +51,11 @@ def check_weights(data, log_p, log_q, tolerance=1e-4, chain=0):
 
 
 def normal(loc, scale, value):
-    """The log density of a normal distribution."""
+    """Return the log density of a normal distribution."""
     return dist.Normal(loc, scale).log_prob(value)
 
 
-# Fits to read.
+# Fits.
 
 
 def affine_flow(shape=(2,), **kwargs):
@@ -74,7 +74,7 @@ def svi(model, guide, *args, steps=1, loss=None, **kwargs):
 
 
 def mean_model(y):
-    """The mean of normal data: the smallest model there is."""
+    """Model the mean of normal data."""
     mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
     with pyro.plate("data", len(y)):
         pyro.sample("y", dist.Normal(mu, 2.0), obs=y)
@@ -85,7 +85,7 @@ def mean_guide(y):
 
 
 def mean_log_p(mu, y):
-    """log p(mu, y), for each mu."""
+    """Return log p(mu, y) for each mu."""
     return normal(0.0, 3.0, mu) + normal(mu[..., None], 2.0, y).sum(-1)
 
 

@@ -1,4 +1,4 @@
-"""From a fit to ArviZ: the only door to arviz."""
+"""Export of any fit to ArviZ."""
 
 from pyro_genmodels.inference_data.export import to_arviz
 

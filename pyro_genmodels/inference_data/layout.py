@@ -14,8 +14,8 @@ from pyro.distributions import Unit
 from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 
-from pyro_genmodels._pyro import sites as site_questions
 from pyro_genmodels._pyro import traces
+from pyro_genmodels._pyro.sites import is_deterministic, plate_depth
 from pyro_genmodels.inference_data.arrays import to_numpy
 
 
@@ -91,12 +91,12 @@ class ModelLayout:
     def __init__(self, model_trace: Trace, guide_trace: Trace, *, guide_is_given: bool) -> None:
         model_sites = traces.sample_sites(model_trace)
         self.sites = ({} if guide_is_given else traces.sample_sites(guide_trace)) | model_sites
-        self.nesting = max(map(site_questions.plate_depth, self.sites.values()), default=0)
+        self.nesting = max(map(plate_depth, self.sites.values()), default=0)
         variables = {name: site for name, site in self.sites.items() if not site_is_subsample(site)}
         self.extra_event_dims = {
             name: len(site["fn"].batch_shape)
             for name, site in variables.items()
-            if not (_is_factor(site) or site_questions.is_deterministic(site) or site_questions.plate_depth(site))
+            if not (_is_factor(site) or is_deterministic(site) or plate_depth(site))
         }
         self.event_dims = {name: self._event_dim(name, site) for name, site in variables.items()}
         self.latents = traces.latents(prune_subsample_sites(model_trace))
@@ -121,8 +121,8 @@ class ModelLayout:
         return next((frame.name for frame in self.sites[name]["cond_indep_stack"] if frame.name in self.rows.sizes), None)
 
     def _event_dim(self, name: str, site: Mapping[str, Any]) -> int:
-        if site_questions.is_deterministic(site):  # Pyro counts all its dimensions as the event's, also those of plates
-            return max(site["value"].dim() - site_questions.plate_depth(site), 0)
+        if is_deterministic(site):  # Pyro counts all its dimensions as the event's, also those of plates
+            return max(site["value"].dim() - plate_depth(site), 0)
         return site["fn"].event_dim + self.extra_event_dims.get(name, 0)
 
 
