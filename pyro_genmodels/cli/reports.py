@@ -20,6 +20,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_genmodels import __version__
 from pyro_genmodels.cli.recipes import Notes, draw, evaluate, sample_quality_of
 from pyro_genmodels.datasets import Dataset
 from pyro_genmodels.distributions.capabilities import capabilities
@@ -251,11 +252,12 @@ def write(
         samples = to_arviz(fit.family, progress=False, **context)
         with atomic_write(out / f"{name}.nc") as part:
             samples.to_netcdf(str(part), engine="h5netcdf")
-    packages = ("pyro-genmodels", "pyro-ppl", "torch", "zuko", "arviz", "numpy", "scikit-learn")
+    packages = ("pyro-ppl", "torch", "zuko", "arviz", "numpy", "scikit-learn")
     record = {
         "arguments": dict(arguments),
         "versions": {
             "python": platform.python_version(),
+            "pyro-genmodels": __version__,
             **{name: version(name) for name in packages if list(distributions(name=name))},
         },
         "threads": torch.get_num_threads(),

@@ -11,10 +11,12 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from functools import partial
 from math import log
 from pathlib import Path
+from types import SimpleNamespace
 
 import arviz as az
 import numpy as np
@@ -26,27 +28,41 @@ import safetensors.torch
 import torch
 from matplotlib.image import imread
 from safetensors.torch import load_file
+from torch.distributions import constraints
 from typer.testing import CliRunner
 
 import pyro_genmodels
 from pyro_genmodels import (
+    GAN,
     MAF,
+    VAE,
     Autoregressive,
+    BernoulliLikelihood,
+    DenseCritic,
+    DenseEnergy,
     DenseField,
+    DenseGenerator,
     Diffusion,
     DiscretizedLogisticLikelihood,
+    EnergyModel,
     Flow,
     FlowDensity,
+    Hutchinson,
     Labels,
+    Langevin,
+    NormalLikelihood,
     ODEFlow,
+    RestrictedBoltzmannMachine,
     UNet,
+    VariationalBound,
     train,
 )
+from pyro_genmodels.cli import app as app_module
 from pyro_genmodels.cli import console, recipes, reports
 from pyro_genmodels.cli.app import DATA, FAMILIES, app
 from pyro_genmodels.datasets import load
 from pyro_genmodels.distributions import Implicit
-from pyro_genmodels.families import DDIM, RK4
+from pyro_genmodels.families import DDIM, RK4, Contrastive
 from pyro_genmodels.families.family import Family
 from pyro_genmodels.training import Fit, checkpoints, loop
 
@@ -127,6 +143,50 @@ def verdict(text):
     [found] = [match for line in text.splitlines() if (match := VERDICT.fullmatch(line) or WITHOUT.fullmatch(line))]
     said = found.groupdict()
     return {**said, **{name: float(said[name]) for name in ("nats", "se", "bits") if said[name]}, "n": int(said["n"])}
+
+
+# Small networks, few chains.
+
+
+def small_build(name):
+    """The builder of a family with a network of a few units, and few steps of what samples."""
+
+    def build(data, context):
+        shape, levels = data.train.shape[1:], data.levels
+        options = {"context": context}
+        discrete = BernoulliLikelihood() if levels == 2 else DiscretizedLogisticLikelihood(levels) if levels else None
+        if name == "flow":
+            return Flow(shape, levels=levels, transform=MAF(transforms=1, hidden=(8,)), **options)
+        if name == "vae":
+            return VAE(shape, latent_dim=2, likelihood=discrete or NormalLikelihood(), hidden=(8,), dropout=0.1, **options)
+        if name == "autoregressive":
+            return Autoregressive(shape, likelihood=discrete or NormalLikelihood(), hidden=(8,), dropout=0.5, **options)
+        if name == "energy" and levels:
+            support = constraints.integer_interval(0, levels - 1)
+            energy = RestrictedBoltzmannMachine(20)  # too many units to sum over
+            return EnergyModel(shape, energy=energy, support=support, negatives=Contrastive(steps=1), num_steps=10, **options)
+        if name == "energy":
+            return EnergyModel(shape, energy=DenseEnergy((8,)), sampler=Langevin(), num_steps=10, **options)
+        if name == "ode_flow":
+            solver = {"solver": RK4(2), "trace": Hutchinson()} if levels else {"solver": RK4(2)}
+            return ODEFlow(shape, levels=levels, network=DenseField(8, blocks=1), **solver, **options)
+        if name == "diffusion":
+            likelihood = VariationalBound() if levels else FlowDensity(RK4(2))
+            network = DenseField(8, blocks=1, dropout=0.05)
+            return Diffusion(shape, levels=levels, network=network, sampler=DDIM(5), likelihood=likelihood, **options)
+        return GAN(shape, levels=levels, generator=DenseGenerator((8,)), critic=DenseCritic((8,)), latent_dim=2, **options)
+
+    return build
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_recipes():
+    """The command line with small families; `test_every_recipe_is_fitted` and the subprocesses use the true ones."""
+    true = recipes.FAMILIES
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipes, "log_likelihood", partial(recipes.log_likelihood, num_steps=20))
+        patch.setattr(recipes, "FAMILIES", {name: replace(true[name], build=small_build(name)) for name in true})
+        yield true
 
 
 # Data.
@@ -360,9 +420,10 @@ def test_a_family_that_cannot_be_trained_leaves_the_others(data, tmp_path, monke
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(recipes, "fit", fails)
-    result = invoke("compare", "--data", data / "plain.csv", "--epochs", 1, "--out", tmp_path, "--quiet")
+    families = ["--families", "flow,vae,autoregressive"]
+    result = invoke("compare", "--data", data / "plain.csv", "--epochs", 1, *families, "--out", tmp_path, "--quiet")
     assert result.exit_code == 0
-    assert {row["family"] for row in rows(tmp_path)} == set(FAMILIES) - {"vae"}
+    assert {row["family"] for row in rows(tmp_path)} == {"flow", "autoregressive"}
     assert result.stderr.splitlines() == ["pyro-genmodels: warning: vae could not be trained: the loss is nan at step 3."]
     refused = invoke("compare", "--data", data / "plain.csv", "--families", "vae", "--out", tmp_path / "none", "--quiet")
     assert refused.exit_code == 2
@@ -380,7 +441,14 @@ def test_compare_by_default_fits_every_family(tmp_path):
 # Fit, evaluate, sample.
 
 
-@pytest.mark.parametrize("name", [name for name in DATA if name != "digits"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "moons",
+        "ring",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in DATA if name not in ("digits", "moons", "ring")),
+    ],
+)
 def test_points_in_the_plane_are_fitted_judged_and_pictured(name, tmp_path):
     text = done("fit", "--data", name, "--epochs", 1, "--out", tmp_path)
     said = verdict(text)
@@ -425,13 +493,13 @@ def test_digits_are_fitted_given_their_labels_drawn_by_label_and_judged(tmp_path
 @pytest.mark.parametrize(
     "args",
     [
-        ["measures.csv", *MEASURES],
         ["measures.csv", *MEASURES, "--labels", "kind"],
         ["images.npz"],
+        pytest.param(["measures.csv", *MEASURES], marks=pytest.mark.slow),
         pytest.param(["images.npz", "--labels", "label"], marks=pytest.mark.slow),
         pytest.param(["counts.csv", *MEASURES, "--levels", "0"], marks=pytest.mark.slow),
     ],
-    ids=["reals", "reals by label", "images", "images by label", "integers as reals"],
+    ids=["reals by label", "images", "reals", "images by label", "integers as reals"],
 )
 def test_fit_and_evaluate_say_the_same(family, args, data, tmp_path):
     args = ["--data", data / args[0], *args[1:], "--family", family, "--seed", 5]
@@ -443,6 +511,34 @@ def test_fit_and_evaluate_say_the_same(family, args, data, tmp_path):
         other = verdict(done("evaluate", tmp_path / family, "--seed", 6, "-n", 100))
         assert other["kind"] == said["kind"].split(",")[0] + ", k=100"
         assert other["nats"] == pytest.approx(said["nats"], abs=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["measures.csv", "images.npz"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_recipe_is_fitted(family, file, data, tmp_path, small_recipes, monkeypatch):
+    monkeypatch.setattr(recipes, "FAMILIES", small_recipes)
+    said = verdict(done("fit", "--data", data / file, "--family", family, "--epochs", 1, "--out", tmp_path))
+    assert verdict(done("evaluate", tmp_path / family)) == said
+
+
+KINDS = {"reals": (3, None), "plane": (2, None), "integers": (5, 7), "binary": (5, 2), "image": ((4, 4), 7)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_recipe_builds_a_family_that_a_checkpoint_can_hold(family, kind, small_recipes, tmp_path):
+    shape, levels = KINDS[kind]
+    shape = shape if isinstance(shape, tuple) else (shape,)
+    x = torch.randn(20, *shape) if levels is None else torch.randint(levels, (20, *shape))
+    data = SimpleNamespace(train=x, levels=levels)
+    for context in (0, Labels(3)):
+        made = small_recipes[family].build(data, context)
+        args = () if context == 0 else (torch.tensor([0, 2]),)
+        assert tuple(made(*args).event_shape) == shape
+        made.validate(x)
+        checkpoints.save(tmp_path / "made", made)
+        assert type(checkpoints.load(tmp_path / "made")) is type(made)
 
 
 def test_what_evaluate_says_is_the_mean_log_likelihood_of_the_rows(flow, data, tmp_path):
@@ -584,8 +680,15 @@ def test_a_family_of_labels_pictures_its_draws_and_density(data, tmp_path):
     check_png(tmp_path / "out" / "samples_flow.png", shape="wide")
 
 
-@pytest.mark.parametrize("conditional", [False, True])
-@pytest.mark.parametrize("name", ["moons", "digits"])
+@pytest.mark.parametrize(
+    ("name", "conditional"),
+    [
+        ("moons", True),
+        ("digits", False),
+        pytest.param("moons", False, marks=pytest.mark.slow),
+        pytest.param("digits", True, marks=pytest.mark.slow),
+    ],
+)
 def test_ways_from_noise_to_data_are_pictured(name, conditional, tmp_path):
     data, context = load(name), Labels(10) if conditional else 0
     shape, network = data.train.shape[1:], UNet((8, 8)) if name == "digits" else DenseField(8, 1)
@@ -808,40 +911,42 @@ def test_a_family_that_only_python_can_build_is_refused(tmp_path):
 
 
 def until(condition, process):
-    for _ in range(1200):
-        if condition():
-            return
+    """Wait until the condition holds, however slow the machine is; fail if the process ends before."""
+    while not condition():
         if process.poll() is not None:
             pytest.fail(f"it ended by itself: {process.communicate()}")
         time.sleep(0.05)
-    process.kill()
-    pytest.fail("it did not begin")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
-def test_a_signal_in_training_keeps_the_run_and_says_where(number, code, data, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    ids=["SIGTERM", "Ctrl-C"],
+)
+def test_a_signal_in_training_keeps_the_run_and_says_where(number, code, data, tmp_path, small_recipes, monkeypatch):
     args = ["--data", data / "plain.csv", "--batch-size", 64, "--patience", 10**6]
     command = [sys.executable, "-m", "pyro_genmodels", "fit", *args, "--epochs", 10**6, "--out", tmp_path / "parts"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
     pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it for what runs behind
     with subprocess.Popen([*map(str, command)], **pipes) as process:
         path = tmp_path / "parts" / "flow.safetensors"
-        until(path.exists, process)
-        time.sleep(0.3)
+        record = path.with_suffix(".json")
+        until(lambda: record.exists() and len(json.loads(record.read_text())["history"]) > 1, process)
         process.send_signal(number)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate()
     assert (process.returncode, stdout) == (code, "")
     assert "Traceback" not in stderr
     assert number.name in stderr
     assert str(path) in stderr
     count = len(checkpoints.read(tmp_path / "parts" / "flow.training")[1]["history"])
-    assert 1 <= count < 500
+    assert count >= 1
     assert not [p for p in path.parent.iterdir() if p.name.startswith(".")]
 
+    monkeypatch.setattr(recipes, "FAMILIES", small_recipes)
     assert verdict(done("evaluate", path))["n"] == N // 10
     done("fit", "--resume", path, "--epochs", count + 2, "--quiet")
     assert len(checkpoints.read(path)[1]["history"]) == count + 2
-    if number == signal.SIGINT:
+    if number == signal.SIGTERM:
         done("fit", *args, "--epochs", count + 2, "--out", tmp_path / "whole", "--quiet")
         assert same_run(path, tmp_path / "whole" / "flow.safetensors")
 
@@ -908,23 +1013,37 @@ def test_training_that_diverges_later_is_told_and_the_best_is_judged(data, tmp_p
     assert len(checkpoints.read(tmp_path / "flow")[1]["history"]) == 2
 
 
-def test_a_warning_is_a_line_and_nothing_else_is_said_when_quiet(data, tmp_path):
-    code = """
-import sys, warnings
-from pyro_genmodels.cli import app, recipes
-original = recipes.fit
-def fit(*args, **kwargs):
-    warnings.warn("look out", RuntimeWarning)
-    return original(*args, **kwargs)
-recipes.fit = fit
-app.main()
-"""
+def test_a_warning_is_a_line_and_nothing_else_is_said_when_quiet(data, tmp_path, monkeypatch):
+    original = recipes.fit
+
+    def fit(*args, **kwargs):
+        warnings.warn("look out", RuntimeWarning, stacklevel=2)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(recipes, "fit", fit)
     args = ["fit", "--data", data / "plain.csv", "--epochs", 1, "--out", tmp_path, "--quiet"]
-    result = python("-c", code, *args)
-    assert result.returncode == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = console.warn
+        result = invoke(*args)
+    assert result.exit_code == 0
     assert result.stderr == "pyro-genmodels: warning: look out\n"
     assert len(result.stdout.splitlines()) == 1
     assert verdict(result.stdout)
+
+
+def test_the_entry_point_shows_warnings_in_a_line_and_takes_sigterm_for_ctrl_c(monkeypatch):
+    calls = []
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(app_module, "app", lambda **kwargs: calls.append((warnings.showwarning, kwargs)))
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        app_module.main()
+        assert signal.getsignal(signal.SIGTERM) is console.terminate
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert calls == [(console.warn, {"prog_name": "pyro-genmodels"})]
 
 
 # A full disk, and folders that take nothing.
@@ -942,26 +1061,19 @@ wants_limits = pytest.mark.skipif(not importlib.util.find_spec("resource"), reas
 
 
 @wants_limits
-@pytest.mark.parametrize("room", [50_000, 600_000], ids=["for nothing", "for the parameters alone"])
+@pytest.mark.parametrize("room", ["for nothing", "for the parameters alone"])
 def test_a_full_disk_is_told_in_a_line_and_leaves_what_was_there(room, data, tmp_path):
     path = fit(tmp_path / "out", "--data", data / "plain.csv", epochs=1)
     before = {p.name: p.read_bytes() for p in path.parent.iterdir()}
-    assert len(before["flow.safetensors"]) < 600_000 < len(before["flow.training.safetensors"])
-    args = ["fit", "--data", data / "plain.csv", "--epochs", 2, "--seed", 9, "--out", path.parent, "--quiet"]
-    if room == 50_000:
-        result = python("-m", "pyro_genmodels", *args, preexec_fn=partial(full_disk, room))
-        assert result.returncode == 2, result.stderr
-        assert len(result.stderr.strip().splitlines()) == 1
-        stderr = result.stderr
-    else:
-        full_disk(room)
-        try:
-            result = invoke(*args)
-        finally:
-            full_disk(-1)
-        check_refusal(result)
-        stderr = result.stderr
-    assert re.search(r"flow(\.training)?\.safetensors", stderr)
+    sizes = [len(before[f"flow{kind}.safetensors"]) for kind in ("", ".training")]
+    assert sizes[0] < sizes[1]
+    full_disk(1000 if room == "for nothing" else sum(sizes) // 2)
+    try:
+        result = invoke("fit", "--data", data / "plain.csv", "--epochs", 2, "--seed", 9, "--out", path.parent, "--quiet")
+    finally:
+        full_disk(-1)
+    check_refusal(result)
+    assert re.search(r"flow(\.training)?\.safetensors", result.stderr)
     after = {p.name: p.read_bytes() for p in path.parent.iterdir()}
     assert after.keys() == before.keys()
     assert after["flow.training.safetensors"] == before["flow.training.safetensors"]
@@ -1302,35 +1414,6 @@ def test_version():
     assert pyro_genmodels.__version__ in result.stdout
 
 
-def best_of(n, function):
-    times = []
-    for _ in range(n):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-@pytest.mark.parametrize("args", [["--help"], ["fit", "--help"], ["--version"]], ids=" ".join)
-def test_help_answers_at_once(args):
-    assert best_of(3, lambda: python("-m", "pyro_genmodels", *args, check=True)) < 1.5
-
-
-def test_importing_the_package_adds_little_to_importing_pyro_and_torch():
-    code = """
-import pyro, torch, time
-start = time.perf_counter()
-import pyro_genmodels
-first = time.perf_counter()
-from pyro_genmodels import *
-from pyro_genmodels import train
-print(first - start, time.perf_counter() - start)
-"""
-    times = [[*map(float, python("-c", code).stdout.split())] for _ in range(5)]
-    assert min(time for time, _ in times) < 0.3
-    assert min(time for _, time in times) < 0.3
-
-
 @pytest.mark.parametrize("command", ["compare", "fit", "sample", "evaluate"])
 def test_help_names_the_options_and_has_examples(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
@@ -1373,12 +1456,11 @@ def test_the_shell_can_be_taught(shell, monkeypatch):
 )
 def test_names_are_completed(words, expected):
     environment = {
-        **ENVIRONMENT,
         "_PYRO_GENMODELS_COMPLETE": "complete_bash",
         "COMP_WORDS": f"pyro-genmodels {words}",
         "COMP_CWORD": str(len(words.split(" "))),
     }
-    result = python("-m", "pyro_genmodels", env=environment)
+    result = CliRunner().invoke(app, [], env=environment, prog_name="pyro-genmodels")
     assert result.stdout.split() == expected
     assert result.stderr == ""
 

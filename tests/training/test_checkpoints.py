@@ -106,7 +106,7 @@ def check_refusal(path, *words, load=checkpoints.load):
 
 
 @rows()
-@pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize("double", [pytest.param(False, marks=pytest.mark.slow), True], ids=["float32", "float64"])
 def test_every_family_comes_back_as_it_was(case, double, path):
     family = case.build().double() if double else case.build()
     x, *context = (t.double() if double and t.is_floating_point() else t for t in case.batch(5))
@@ -453,7 +453,7 @@ def test_a_description_changed_at_random_is_built_or_refused_by_the_name_of_the_
     rng, family = random.Random(0), CHOICES[choice]()
     original, state = checkpoints.describe(family), family.state_dict()
     refused = 0
-    for _ in range(200):
+    for _ in range(60):
         record = copy.deepcopy(original)
         *way, last = rng.choice([at for at in places(record) if at])
         inside = record
@@ -466,7 +466,7 @@ def test_a_description_changed_at_random_is_built_or_refused_by_the_name_of_the_
         except (ValueError, OSError) as error:
             assert path.name in str(error)  # noqa: PT017 (either way is well)
             refused += 1
-    assert refused > 100
+    assert refused > 30
 
 
 RECORDS = {
@@ -716,14 +716,15 @@ def mutations(raw, n, seed=0):
         yield bytes(data)
 
 
+@pytest.mark.parametrize("number", [300, pytest.param(2000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["family", "run"])
-def test_two_thousand_mutations_are_refused_or_change_nothing(kind, path):
+def test_mutations_are_refused_or_change_nothing(kind, number, path):
     flow = Flow((1,), transform=MAF(transforms=1, hidden=(2,)))
     train(flow, torch.randn(9, 1), epochs=2, checkpoint=path, progress=False)
     path = path if kind == "family" else path.with_name("family.training")
     raw, (state, record) = file_of(path).read_bytes(), checkpoints.read(path)
     same = 0
-    for changed in mutations(raw, 2000):
+    for changed in mutations(raw, number):
         file_of(path).write_bytes(changed)
         try:
             found = checkpoints.read(path)
@@ -734,7 +735,7 @@ def test_two_thousand_mutations_are_refused_or_change_nothing(kind, path):
             same += 1
         except (ValueError, OSError) as error:
             assert path.name in str(error)  # noqa: PT017 (either way is well)
-    assert same < 200
+    assert same < number / 10
 
 
 # Writing.
@@ -840,7 +841,7 @@ def test_threads_may_save_and_load_at_once(path):
     for thread in threads:
         thread.start()
     try:
-        states = [checkpoints.read(path)[0] for _ in range(1000)]
+        states = [checkpoints.read(path)[0] for _ in range(300)]
     finally:
         stop.set()
         for thread in threads:
@@ -850,6 +851,7 @@ def test_threads_may_save_and_load_at_once(path):
     assert len(list(path.parent.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_processes_may_save_at_once(path):
     code = """
         import sys, torch
@@ -873,7 +875,8 @@ def test_processes_may_save_at_once(path):
                 seen.add(state[0].item())
             time.sleep(0.01)
     finally:
-        ends = [(process.communicate(timeout=60)[1], process.returncode) for process in processes]
+        ends = [(process.communicate()[1], process.returncode) for process in processes]
     assert ends == [("", 0), ("", 0)]
-    assert seen
+    assert seen <= {1.0, 2.0}
+    checkpoints.load(path)
     assert len(list(path.parent.iterdir())) == 2

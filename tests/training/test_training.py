@@ -20,6 +20,7 @@ from pyro.nn import PyroModule
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributions import constraints
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_genmodels import (
@@ -619,11 +620,16 @@ OPTIMS = {
 }
 
 
-@pytest.mark.parametrize("make", FITS)
-@pytest.mark.parametrize("optim", OPTIMS)
-@pytest.mark.parametrize("average", [None, 0.9], ids=["as it is", "averaged"])
-@pytest.mark.parametrize("valid", [None, HELD_OUT], ids=["alone", "validated"])
+def combinations():
+    """All combinations of fit, optimiser, averaging and validation; by default each value of each with a few of the others."""
+    usual = {(make, "Adam", 0.9, "validated") for make in FITS} | {("vae", optim, None, "alone") for optim in OPTIMS}
+    for parts in itertools.product(FITS, OPTIMS, [None, 0.9], ["alone", "validated"]):
+        yield pytest.param(*parts, marks=() if parts in usual else pytest.mark.slow, id="-".join(map(str, parts)))
+
+
+@pytest.mark.parametrize(("make", "optim", "average", "valid"), list(combinations()))
 def test_a_run_that_goes_on_ends_as_if_it_had_never_stopped(make, optim, average, valid, tmp_path):
+    valid = None if valid == "alone" else HELD_OUT
     go = partial(run, FITS[make], optim=OPTIMS[optim], ema_decay=average, valid=valid, batch_size=20)
     whole = go(tmp_path / "whole", 3)
     whole_params = kept(whole)
@@ -820,8 +826,15 @@ WHEN = {
 
 
 @pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize("error", [KeyboardInterrupt, Terminated])
-@pytest.mark.parametrize("average", [None, 0.9], ids=["as it is", "averaged"])
+@pytest.mark.parametrize(
+    ("error", "average"),
+    [
+        (KeyboardInterrupt, 0.9),
+        pytest.param(Terminated, None, marks=pytest.mark.slow),
+        pytest.param(Terminated, 0.9, marks=pytest.mark.slow),
+        pytest.param(KeyboardInterrupt, None, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_is_stopped_can_be_gone_on_with(when, error, average, tmp_path):
     at, held_out = WHEN[when]
     done = at - 1 if held_out else (at - 1) // STEPS
@@ -898,6 +911,68 @@ def test_a_good_checkpoint_is_not_replaced_before_there_is_another(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(affine_flow, tmp_path / "run", 3, objective=stopping(2))
     assert files(tmp_path / "run")["run.safetensors"] == before["run.safetensors"]
+
+
+# What it costs.
+
+
+@pytest.mark.parametrize("objective", [None, Trace_ELBO()], ids=["by default", "given"])
+@pytest.mark.parametrize("valid", [None, torch.ones(5)], ids=["alone", "validated"])
+def test_a_model_is_run_once_to_begin_with_and_once_a_batch(objective, valid):
+    runs = []
+
+    def model(x):
+        runs.append(len(x))
+        location(x)
+
+    train((model, no_guide), torch.ones(9), valid=valid, objective=objective, epochs=3, batch_size=3)
+    epoch = [3, 3, 3] if valid is None else [3, 3, 3, 5]
+    assert runs == [3, *epoch, *epoch, *epoch]
+
+
+class Copies(TorchDispatchMode):
+    """Counts the numbers that are copied, but for those in scalars and random states."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_, torch.ops.aten._to_copy):
+            self.count += args[0].numel() if args[0].is_floating_point() else 0
+        return result
+
+
+def copies(epochs, path, **options):
+    """How many numbers a training copies of a model of 100,000 parameters."""
+
+    class Wide(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.loc = nn.Parameter(torch.zeros(100_000))
+
+        def forward(self, x):
+            pyro.factor("x", -(self.loc - x.mean()).square().sum())
+
+    pyro.clear_param_store()
+    with Copies() as copied:
+        train((Wide(), no_guide), torch.ones(2), objective=Trace_ELBO(), epochs=epochs, checkpoint=path, **options)
+    return copied.count
+
+
+@pytest.mark.parametrize(
+    ("options", "times"),
+    [
+        ({"optim": SGD}, 2),  # the best, and the parameters themselves
+        ({"optim": ADAM}, 4),  # and Adam's two means
+        ({"optim": ADAM, "ema_decay": 0.9, "valid": torch.ones(2)}, 8),  # and the average, which is exchanged for validation
+    ],
+    ids=["SGD", "Adam", "averaged"],
+)
+def test_an_epoch_with_a_checkpoint_copies_the_parameters_few_times(options, times, tmp_path):
+    one, three = (copies(epochs, tmp_path / str(epochs), **options) for epochs in (1, 3))
+    assert (three - one) / 2 / 100_000 <= times + 0.01
 
 
 # Files.
