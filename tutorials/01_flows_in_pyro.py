@@ -15,10 +15,10 @@
 #
 # $$\log p(x \mid c) = \log p_u(f(x \mid c)) + \log \left|\det \partial f / \partial x\right|.$$
 #
-# In this package a flow is a module that returns a Pyro distribution. This notebook puts that distribution at four places of a
-# Pyro program:
+# In this package a flow is a module that returns a Pyro distribution. This notebook uses that distribution in four places of
+# a Pyro program:
 #
-# 1. **alone**, as a density of two-dimensional data, trained with early stopping and judged on held-out data;
+# 1. **alone**, as a density of two-dimensional data, trained with early stopping and evaluated on held-out data;
 # 2. **as a conditional likelihood** inside a model, trained by `SVI` with `MaximumLikelihood`;
 # 3. **as a guide** of a model whose posterior is far from normal;
 # 4. **as a frozen prior**, learned from earlier data, under NUTS.
@@ -61,7 +61,7 @@ x_train, x_valid, x_test = moons.sample((3000,)).split([2000, 500, 500])
 
 # %% [markdown]
 # `Flow((2,))` is a family: a module with parameters. Calling it gives a distribution, which does what every Pyro distribution
-# does. Before training it knows nothing of the data.
+# does. Before training it does not depend on the data.
 
 # %%
 flow = Flow((2,), transform=NSF(transforms=5, hidden=(64, 64)))
@@ -73,10 +73,9 @@ print("their log density:", p.log_prob(x).detach())
 
 # %% [markdown]
 # `train` minimises the negative log-likelihood by minibatches. After each epoch it scores the validation data. It stops when
-# there was no improvement for `patience` epochs (20 by default), and the best parameters are put back. `ema_decay=0.99`
-# validates and keeps a moving average of the parameters, which is less noisy than the parameters themselves. It also takes
-# mean and standard deviation from the training data, so there is no need to standardise by hand; both are counted in the
-# density.
+# there was no improvement for `patience` epochs (20 by default) and restores the best parameters. `ema_decay=0.99` validates
+# and keeps a moving average of the parameters, which is less noisy than the parameters themselves. It also sets mean and
+# standard deviation from the training data, so you need not standardise by hand; both are counted in the density.
 
 # %%
 fit = train(
@@ -161,8 +160,8 @@ def no_guide(x):
 
 
 fits = {"splines": flow, "affine": affine, "Gaussian": (gaussian_model, no_guide), "truth": (truth_model, no_guide)}
-judged = compare(fits, x_test)
-judged.table[["kind", "nats", "elpd", "se", "elpd_diff", "dse"]].round(2)
+comparison = compare(fits, x_test)
+comparison.table[["kind", "nats", "elpd", "se", "elpd_diff", "dse"]].round(2)
 
 # %% [markdown]
 # `nats` is the negative log-likelihood per datum, `elpd` the sum over the 500 rows, and `elpd_diff` the difference to the best
@@ -172,7 +171,7 @@ judged.table[["kind", "nats", "elpd", "se", "elpd_diff", "dse"]].round(2)
 # %% [markdown]
 # ## 2. A conditional likelihood inside a Pyro model
 #
-# Here is a regression that defeats a normal likelihood: for each $t$ the response $y$ has two branches, and they drift apart.
+# A normal likelihood does not fit this regression: for each $t$ the response $y$ has two branches, and they drift apart.
 
 # %%
 t = dist.Beta(2.0, 2.0).sample((2000, 1))
@@ -180,12 +179,13 @@ branch = 2 * dist.Bernoulli(0.6).sample((2000, 1)) - 1
 y = branch * t.sqrt() + (0.03 + 0.1 * t) * torch.randn(2000, 1)
 
 # %% [markdown]
-# The model draws $t$ from a beta distribution with two unknown parameters, and $y$ given $t$ from a conditional flow. The flow
-# has one dimension; `context=1` says that it is given one number. Its call `conditional(t)` has a batch of distributions, one
-# per row of `t`, and stands at a `pyro.sample` in a plate like any other.
+# The model draws $t$ from a beta distribution with two unknown parameters, and $y$ given $t$ from a conditional flow. The
+# flow has one dimension; with `context=1` it is conditioned on one number. `conditional(t)` returns a batch of distributions,
+# one per row of `t`, and is used at a `pyro.sample` in a plate like any other distribution.
 #
-# Parameters of the flow and ordinary `pyro.param`s are trained together. `MaximumLikelihood` is a Pyro loss for models without
-# latent variables: the sum of the log densities of all observed sites. In a model of our own we call `standardize` ourselves.
+# Parameters of the flow and ordinary `pyro.param`s are trained together. `MaximumLikelihood` is a Pyro loss for models
+# without latent variables: the sum of the log densities of all observed sites. In your own model you call `standardize`
+# yourself.
 
 # %%
 conditional = Flow((1,), context=1, transform=NSF(transforms=2, hidden=(64, 64)))
@@ -214,9 +214,10 @@ print(f"loss {losses[0]:.2f} -> {sum(losses[-10:]) / 10:.2f} nats per row")
 print(f"a = {pyro.param('a').item():.2f}, b = {pyro.param('b').item():.2f} (the data were made with 2 and 2)")
 
 # %% [markdown]
-# With `size=2000` a minibatch of 200 rows counts ten times, so that its loss is an unbiased estimate of the loss of all data.
+# With `size=2000` a minibatch of 200 rows counts ten times, so that its loss is an unbiased estimate of the loss over all
+# data.
 #
-# Trained models draw by Pyro's `Predictive`. Beside the joint draws stands the conditional density of $y$ at each $t$.
+# Pyro's `Predictive` draws from the trained model. The last plot shows the conditional density of $y$ at each $t$.
 
 # %%
 conditional.eval()
@@ -242,8 +243,8 @@ plt.show()
 #
 # ## 3. A flow as a guide
 #
-# Now the flow is not a model of data but the variational posterior of one. The model has two latent coordinates and sees one
-# noisy number, a curved function of both. The posterior is a crescent.
+# Now the flow is a variational posterior instead of a model of data. The model has two latent coordinates and sees one noisy
+# number, a curved function of both. The posterior is a crescent.
 
 
 # %%
@@ -255,8 +256,9 @@ def curved(y):
 y_seen = torch.tensor(1.5)
 
 # %% [markdown]
-# Two dimensions can be integrated on a grid. This gives the exact posterior and the exact evidence $\log p(y)$. The ELBO of any
-# guide is the evidence minus $\mathrm{KL}(q \,\|\, p(z \mid y))$, so the distance to the evidence measures the guide.
+# Two dimensions can be integrated on a grid. This gives the exact posterior and the exact evidence $\log p(y)$. The ELBO of
+# any guide is the evidence minus $\mathrm{KL}(q \,\|\, p(z \mid y))$, so the distance to the evidence measures how good the
+# guide is.
 
 # %%
 axis = torch.linspace(-4, 4, 401)
@@ -268,8 +270,8 @@ evidence = (log_joint.exp().sum() * cell).log().item()
 posterior = log_joint.exp() / log_joint.exp().sum() / cell
 
 # %% [markdown]
-# Pyro's `AutoNormal` and `AutoMultivariateNormal` are the usual guides. The flow's guide is one line. Such a guide needs draws
-# that carry gradients: a flow whose inverse is a search has none, and says so.
+# Pyro's `AutoNormal` and `AutoMultivariateNormal` are the usual guides. The flow's guide is one line. Such a guide needs
+# draws that carry gradients. `NAF`, which is inverted by a numerical search, has none: its `has_rsample` is False.
 
 # %%
 transforms = [NICE(), RealNVP(), MAF(), NSF(), NAF()]
@@ -291,9 +293,9 @@ for name, q in guides.items():
     svi = SVI(curved, q, optim, Trace_ELBO(num_particles=32, vectorize_particles=True, max_plate_nesting=0))
     for _ in range(30 if SMOKE else 1500):
         svi.step(y_seen)
-    judge = Trace_ELBO(num_particles=5000, vectorize_particles=True, max_plate_nesting=0)
+    elbo = Trace_ELBO(num_particles=5000, vectorize_particles=True, max_plate_nesting=0)
     with torch.no_grad():
-        elbos[name] = -judge.loss(curved, q, y_seen)
+        elbos[name] = -elbo.loss(curved, q, y_seen)
         drawn[name] = torch.stack([pyro.poutine.trace(q).get_trace(y_seen).nodes["z"]["value"] for _ in range(500)])
     print(f"{name:24s} ELBO {elbos[name]:7.3f}   KL to the posterior {evidence - elbos[name]:.3f}")
 print(f"{'exact':24s} evidence {evidence:.3f}")
@@ -309,16 +311,16 @@ for ax, (name, z) in zip(axes, drawn.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# Black lines are contours of the exact posterior, points are draws of the guides. The two normal guides hold on to a part
-# of the crescent: the ELBO punishes draws where the posterior has no mass more than mass that is never drawn. The flow follows
-# it round the bend.
+# Black lines are contours of the exact posterior, points are draws of the guides. The two normal guides cover only a part of
+# the crescent, because the ELBO penalises draws where the posterior has no mass more than posterior mass that is never drawn.
+# The flow follows the whole crescent.
 
 # %% [markdown]
 # ## 4. A learned flow as a frozen prior, under NUTS
 #
 # Back to the half circles. Someone learned their density from past data (`flow`). Now a new point is measured, but only its
-# second coordinate, and with error. The flow is the prior. It must be frozen: `requires_grad_(False)`, or `SVI` would go on
-# training it. Its log density is differentiable in $x$, which is all that NUTS asks for.
+# second coordinate, and with error. The flow is the prior. It must be frozen by `requires_grad_(False)`; otherwise `SVI`
+# would go on training it. Its log density is differentiable in $x$, which is all that NUTS needs.
 
 # %%
 flow.requires_grad_(False)
@@ -339,7 +341,7 @@ print("effective sample sizes:", mcmc.diagnostics()["x"]["n_eff"].tolist())
 print("divergent transitions:", len(mcmc.diagnostics()["divergences"]["chain 0"]))
 
 # %% [markdown]
-# The same posterior on the grid, once with the learned prior and once with the true density as the prior.
+# The next cell computes the posterior on the grid, once with the learned prior and once with the true density as the prior.
 
 
 # %%
@@ -371,8 +373,8 @@ mean, sd = x_drawn.mean(0), x_drawn.std(0)
 print(f"{'NUTS':20s} mean {mean[0]:.2f}, {mean[1]:.2f}   sd {sd[0]:.2f}, {sd[1]:.2f}")
 
 # %% [markdown]
-# NUTS agrees with the grid for the learned prior, up to the error of its draws. What separates the learned prior from the
-# true one is the flow's own error.
+# NUTS agrees with the grid for the learned prior, up to the error of its draws. The rest of the difference from the true
+# prior is the error of the flow.
 #
 # One warning. This posterior is in one piece. Had we measured the first coordinate, say $x_1 = 0.5$, the posterior would have
 # one piece on each arc, and a single chain of NUTS would hardly ever cross between them. That is a limit of the sampler, not

@@ -45,15 +45,15 @@ pyro.set_rng_seed(0)
 # %% [markdown]
 # ## The data
 #
-# Scikit-learn's digits: 8 x 8 pixels with 17 grey levels, split into rows to train on, rows to stop by and rows to judge by.
+# The data are scikit-learn's digits: 8 x 8 pixels with 17 grey levels, split into training, validation and test images.
 
 # %%
 data = datasets.digits()
-print(len(data.train), "to train on,", len(data.valid), "to stop by,", len(data.test), "to judge by;", data.levels, "levels")
+print(f"{len(data.train)} training, {len(data.valid)} validation and {len(data.test)} test images; {data.levels} levels")
 
 
 def show(rows, title, labels=None):
-    """Rows of images (N, 8, 8), dark on light, each row with a label."""
+    """Show rows of images (N, 8, 8), dark on light, each row with a label."""
     _, axes = plt.subplots(len(rows), 1, squeeze=False, figsize=(8, 0.2 + 0.75 * len(rows)), layout="constrained")
     for ax, images, label in zip(axes[:, 0], rows, labels or [""] * len(rows), strict=True):
         padded = torch.nn.functional.pad(images.float(), (1, 1, 1, 1))
@@ -70,10 +70,12 @@ show([data.train[:14]], "training images")
 # ## 1. Training by SVI
 #
 # The likelihood is a choice: here each pixel is an integer from 0 to 16, drawn from a mixture of discretised logistics. There
-# are 16 latent units. The VAE offers `vae.model`, with the sites `z` and `x` in a plate `data`, and `vae.guide`.
+# are 16 latent units. The VAE has a model, `vae.model`, with the sites `z` and `x` in a plate `data`, and a guide,
+# `vae.guide`.
 #
-# A minibatch of 64 rows stands for all 1437: `size=` tells the plate, which scales the terms. The loss is then in nats for
-# the whole data set, and we divide to get nats per image. Dropout is active in `vae.train()` and off in `vae.eval()`.
+# A minibatch of 64 rows represents all 1437: the plate is told their number by `size=` and scales the log densities. The loss
+# is then in nats for the whole data set, and we divide to get nats per image. Dropout is active in `vae.train()` and off in
+# `vae.eval()`.
 
 
 # %%
@@ -97,25 +99,26 @@ for epoch in range(2 if SMOKE else 30):
         print(f"epoch {epoch:2d}: training {loss / steps / size:6.1f}, validation {valid:6.1f} nats per image")
 
 # %% [markdown]
-# `train` is the same loop with what one usually adds to it: early stopping by the validation data, an exponential moving
-# average of the weights (which is what is validated and kept), clipped gradients. It sees latent variables and so takes
-# `Trace_ELBO`.
+# `train` is the same loop with the usual additions: early stopping by the validation data, an exponential moving average of
+# the weights (which is validated and kept), and clipped gradients. Its loss is `Trace_ELBO`, because the model has latent
+# variables.
 
 # %%
-options = {"valid": data.valid, "epochs": 3 if SMOKE else 200, "batch_size": 64, "average": 0.99, "seed": 0, "progress": False}
+epochs = 3 if SMOKE else 200
+options = {"valid": data.valid, "epochs": epochs, "batch_size": 64, "ema_decay": 0.99, "seed": 0, "progress": False}
 plain = new_vae()
 fit = train(plain, data.train, **options)
 print(f"{fit.stopped}; best epoch {fit.best['epoch']}: {fit.best['valid']:.1f} nats per image on the validation data")
 
 # %% [markdown]
-# ## 2. What the bound is worth
+# ## 2. How tight is the bound?
 #
-# The ELBO is one draw's worth of a family of bounds. With $k$ draws from the encoder,
+# The ELBO is the first of a family of bounds. With $k$ draws from the encoder,
 #
 # $$\log p(x) \ge \mathbb{E} \log \frac{1}{k} \sum_{j=1}^k \frac{p(x, z_j)}{q(z_j \mid x)},$$
 #
 # which rises with $k$ and meets $\log p(x)$ in the limit ([Burda et al., 2016](https://arxiv.org/abs/1509.00519)).
-# `log_likelihood` computes it and says of what kind its answer is.
+# `log_likelihood` computes it and says which kind of value it is.
 
 # %%
 draws = [1, 10, 100] if SMOKE else [1, 3, 10, 30, 100, 300, 1000]
@@ -137,7 +140,8 @@ plt.show()
 # ## 3. Which latent units have died
 #
 # The KL term of the ELBO is a sum over units, since prior and encoder are both normal and independent in each unit. Averaged
-# over the data it is the most, in nats, that a unit can tell about an image. `vae.posterior(x)` is the encoder's distribution.
+# over the data, the KL of a unit is an upper bound on the information, in nats, that the unit carries about an image.
+# `vae.posterior(x)` is the encoder's distribution.
 
 
 # %%
@@ -162,28 +166,28 @@ def plot_units(vaes):
 plot_units({"plain": plain})
 
 # %% [markdown]
-# Most of the units tell nothing: their posterior is the prior, whatever the image. This is called posterior collapse. The
-# next cell checks that the decoder does not look at them either. It replaces units by draws from the prior and sees how well
-# the images are then explained.
+# Most of the units carry no information: their posterior is the prior for every image. This is called posterior collapse. The
+# next cell checks that the decoder does not use them either. It replaces units by draws from the prior and computes the
+# likelihood of the images.
 
 
 # %%
 @torch.no_grad()
-def explained(vae, replaced):
-    """Mean log p(x | z), in nats per image, with some units of z replaced by draws from the prior."""
+def mean_likelihood(vae, replaced):
+    """Return the mean of log p(x | z), in nats per image, with some units of z replaced by draws from the prior."""
     z = vae.posterior(data.test).sample((20,))
     z = torch.where(replaced, torch.randn_like(z), z)
     return vae().likelihood(z, None).log_prob(data.test).mean().item()
 
 
 dead = kl_per_unit(plain, data.train) < 0.1
-print(f"z from the encoder           {explained(plain, torch.zeros(16).bool()):8.1f} nats")
-print(f"dead units from the prior    {explained(plain, dead):8.1f} nats")
-print(f"living units from the prior  {explained(plain, ~dead):8.1f} nats")
+print(f"z from the encoder           {mean_likelihood(plain, torch.zeros(16).bool()):8.1f} nats")
+print(f"dead units from the prior    {mean_likelihood(plain, dead):8.1f} nats")
+print(f"used units from the prior    {mean_likelihood(plain, ~dead):8.1f} nats")
 
 # %% [markdown]
-# Why do units die? A unit pays for itself when it improves the reconstruction by more nats than its own KL. There are two very
-# different ways to fail:
+# Why do units die? A unit is worth its cost when it improves the reconstruction by more nats than its own KL. It can fail to
+# do so for two very different reasons:
 #
 # - **It is not needed.** The decoder and its likelihood explain what is left without it. Then the optimum of the ELBO has a
 #   KL of zero there, and a dead unit is the right answer. In linear models one can show that such collapse is in the
@@ -198,8 +202,8 @@ print(f"living units from the prior  {explained(plain, ~dead):8.1f} nats")
 
 
 # %%
-class Weigh(Messenger):
-    """Multiplies the log densities of the site "z" by a weight."""
+class ScaleLatent(Messenger):
+    """A handler that multiplies the log densities of the site "z" by a weight."""
 
     def __init__(self, weight):
         super().__init__()
@@ -211,11 +215,11 @@ class Weigh(Messenger):
 
 
 def warm_up(vae, *context, epochs=2 if SMOKE else 50):
-    """Trains by SVI while the weight of the KL rises from 0 to 1."""
+    """Train by SVI while the weight of the KL rises from 0 to 1."""
     svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
     vae.train()
     for epoch in range(epochs):
-        with Weigh((epoch + 1) / epochs):
+        with ScaleLatent((epoch + 1) / epochs):
             for rows in torch.randperm(size).split(64):
                 svi.step(data.train[rows], *(c[rows] for c in context), size=size)
 
@@ -232,26 +236,27 @@ plot_units({"plain": plain, "warmed up": warmed})
 
 # %%
 k = 20 if SMOKE else 300
-judged = compare({"plain": plain, "warmed up": warmed}, data.test, num_samples=k)
-judged.table[["kind", "num_samples", "nats", "elpd_diff", "dse"]].round(2)
+comparison = compare({"plain": plain, "warmed up": warmed}, data.test, num_samples=k)
+comparison.table[["kind", "num_samples", "nats", "elpd_diff", "dse"]].round(2)
 
 # %% [markdown]
-# More units live, and the held-out log-likelihood is better by much more than the standard error of the difference
-# (`elpd_diff` and `dse` are sums over the 180 images). So for these units collapse was the trap, not the optimum. Of the
-# units that are still dead we do not know. And more living units are not a goal in themselves: only the held-out score says
+# More units are in use, and the held-out log-likelihood is better by much more than the standard error of the difference
+# (`elpd_diff` and `dse` are sums over the 180 images). So for these units collapse was the trap, not the optimum. For the
+# units that are still dead we do not know. And more units in use are not a goal in themselves: only the held-out score says
 # whether they were worth it.
 #
 # ## 4. Draws, reconstructions, interpolations
 #
-# `vae()` is a Pyro distribution. It can be drawn, though it has no density, since the integral over $z$ is out of reach.
+# `vae()` is a Pyro distribution. You can draw from it, but it has no density, because the integral over $z$ cannot be
+# computed.
 
 # %%
 drawn = warmed().sample((28,))
 show([data.test[:14], drawn[:14], drawn[14:]], "held-out images and draws", ["held out", "draws", "draws"])
 
 # %% [markdown]
-# `vae().likelihood(z, None)` is $p(x \mid z)$, a distribution too; here we look at its mean. A reconstruction goes from an
-# image to the mean of $q(z \mid x)$ and back.
+# `vae().likelihood(z, None)` is the distribution $p(x \mid z)$; here we plot its mean. A reconstruction goes from an image to
+# the mean of $q(z \mid x)$ and back.
 
 
 # %%
@@ -279,8 +284,8 @@ show([decode(warmed, a + weights * (b - a)) for a, b in zip(start, end, strict=T
 # %% [markdown]
 # ## 5. A conditional VAE
 #
-# With `context=Labels(10)` encoder, decoder and so the distribution depend on the digit's label. The label is the second
-# argument of everything.
+# With `context=Labels(10)` the encoder, the decoder and therefore the distribution depend on the digit's label. The label is
+# the second argument of `model`, `guide` and `posterior`.
 
 # %%
 conditional = new_vae(context=Labels(10))
@@ -290,7 +295,7 @@ by_label = conditional(torch.arange(10)).sample((14,))  # (14, 10, 8, 8)
 show(by_label.transpose(0, 1), "draws, a row for each label", [str(label) for label in range(10)])
 
 # %% [markdown]
-# The conditional VAE scores $p(x \mid c)$, which is not to be compared with $p(x)$: it was told the label. But with equal
+# The conditional VAE gives $p(x \mid c)$, which cannot be compared with $p(x)$, because it uses the label. But with equal
 # probabilities of the labels, $p(x) = \frac{1}{10} \sum_c p(x \mid c)$, and $p(c \mid x)$ follows by Bayes' rule, though the
 # model was never trained to classify.
 
@@ -312,9 +317,9 @@ show([data.test[least]], "held-out images that are least sure of their label, le
 #
 # ## 6. A flow as prior
 #
-# The standard normal prior is a choice as well. Averaged over the data, the encoder's distributions need not add up to it;
-# where they do not, the prior draws latent vectors that no image has. A flow in its place is trained along, by the same ELBO.
-# It is a family given as `prior=`.
+# The standard normal prior can be changed as well. The average of the encoder's distributions over the data may differ from
+# it, and then the prior draws latent vectors that no image has. A flow as the prior is trained together with the VAE, by the
+# same ELBO. It is a family, passed as `prior=`.
 
 # %%
 flow = Flow((16,), transform=RealNVP(transforms=4, hidden=(64, 64)))
@@ -326,8 +331,8 @@ show([drawn[:14], drawn[14:]], "draws with a flow as prior")
 
 # %% [markdown]
 # The next picture shows two units of $z$: on the left one draw from the encoder for each of 700 training images, coloured by
-# label; on the right as many draws from the prior. The units are those whose encoder is sharpest, compared with their spread
-# over the data.
+# label; on the right the same number of draws from the prior. The units are those whose encoder is sharpest, compared with
+# their spread over the data.
 
 # %%
 fig, axes = plt.subplots(2, 2, figsize=(8, 6), sharex="row", sharey="row", layout="constrained")
@@ -346,22 +351,22 @@ for row, (name, vae) in zip(axes, {"normal prior": warmed, "flow as prior": with
 plt.show()
 
 # %% [markdown]
-# In these two units both priors cover what the encoder does; the flow has learned a wider shape with heavier tails. Two units
-# of sixteen say little, though. The score says more.
+# In these two units both priors cover the encoder's draws; the flow has learned a wider shape with heavier tails. But two
+# units of sixteen say little; the held-out log-likelihood says more.
 #
-# Now all candidates in one table. The conditional VAE takes part by its mixture over the labels, whose scores we put into a
-# `LogLikelihood` ourselves.
+# The last table compares all candidates. The conditional VAE is represented by its mixture over the labels, whose values we
+# put into a `LogLikelihood` ourselves.
 
 # %%
 mixture = given_label.logsumexp(-1) - torch.tensor(10.0).log()
-mixture = LogLikelihood(mixture, torch.full_like(mixture, float("nan")), "lower bound", k)  # its error we did not work out
+mixture = LogLikelihood(mixture, torch.full_like(mixture, float("nan")), "lower bound", k)  # its standard error is not known
 fits = {"plain": plain, "warmed up": warmed, "flow as prior": with_flow, "conditional, mixed": mixture}
-judged = compare(fits, data.test, num_samples=k)
-judged.plot()
+comparison = compare(fits, data.test, num_samples=k)
+comparison.plot()
 plt.show()
-judged.table[["kind", "nats", "bits_per_dim", "elpd_diff", "dse", "weight"]].round(3)
+comparison.table[["kind", "nats", "bits_per_dim", "elpd_diff", "dse", "weight"]].round(3)
 
 # %% [markdown]
-# `weight` is that of stacking: the mixture of the candidates that gives the held-out images the highest likelihood. All
-# values are lower bounds with the same $k$. How loose each is we do not know exactly, and a looser one understates its model,
-# so small differences should not be trusted. One seed and 180 images do not make a ranking for all times either.
+# `weight` is the stacking weight: the weights of the mixture of candidates that gives the held-out images the highest
+# likelihood. All values are lower bounds with the same $k$. We do not know exactly how loose each of them is, and a looser
+# one understates its model, so do not trust small differences. One seed and 180 images do not settle the ranking either.

@@ -13,15 +13,16 @@
 #
 # `to_arviz` turns a fit into ArviZ's `InferenceData`: draws of the posterior, of the prior and of new data, the
 # log-likelihood of each datum under each draw, and the weight of each draw. So a fit by SVI, one with a flow as its guide and
-# one by NUTS are looked at with the same tools. You will learn
+# one by NUTS can be examined with the same tools. You will learn
 #
 # 1. to fit one regression in three ways and to lay the posteriors side by side;
-# 2. to judge a guide by its importance weights (Pareto's $\hat k$) and by restarts as chains ($\hat R$), and what each misses;
+# 2. to check a guide by its importance weights (Pareto's $\hat k$) and by restarts as chains ($\hat R$), and what each of
+#    these misses;
 # 3. to compare two rival models by `az.loo` and `az.compare`;
 # 4. to compare deep generative models, which have no posterior, on held-out data.
 #
-# The notebook is made for ArviZ 0.23. In ArviZ 1.x some names differ: look for `plot_dist` instead of `plot_posterior`, for
-# `plot_ppc_dist` instead of `plot_ppc`, and `to_arviz` gives xarray's `DataTree`.
+# The notebook is written for ArviZ 0.23. In ArviZ 1.x some names differ: `plot_dist` is there instead of `plot_posterior`,
+# `plot_ppc_dist` instead of `plot_ppc`, and `to_arviz` returns xarray's `DataTree`.
 
 # %%
 import os
@@ -67,8 +68,8 @@ plt.show()
 # whose heavy tails allow for outliers. All $x$ are positive, so a larger slope goes with a smaller offset: the posterior is
 # correlated.
 #
-# One rule for models that go to `to_arviz`: index events from the right (`theta[..., 0]`). Then many draws are made in one
-# run. A model that does not allow this is run draw by draw, which is slower.
+# One rule for models that go to `to_arviz`: index events from the right (`theta[..., 0]`). Then one run of the model makes
+# many draws. A model that does not allow this is run once per draw, which is slower.
 
 # %%
 prior = dist.Normal(torch.tensor([0.0, 0.0, -1.0]), torch.tensor([2.0, 2.0, 1.0])).to_event(1)
@@ -82,8 +83,8 @@ def robust(x, y=None):
 
 
 # %% [markdown]
-# The fits: `AutoNormal`, which knows no correlation; a flow as guide, in three lines; and NUTS, the reference. Several runs
-# of NUTS in a list become the chains of one `InferenceData`.
+# The three fits are `AutoNormal`, which has no correlation; a flow as guide, in three lines; and NUTS, the reference. Several
+# runs of NUTS in a list become the chains of one `InferenceData`.
 
 
 # %%
@@ -144,7 +145,7 @@ for ax, (name, one) in zip(axes, data.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# `AutoNormal` gets the means right. Its intervals of slope and offset are far too narrow: it holds only the middle of the
+# `AutoNormal` gets the means right. Its intervals of slope and offset are far too narrow: it covers only the middle of the
 # narrow ellipse. The flow and NUTS agree.
 
 # %%
@@ -160,10 +161,10 @@ plt.show()
 #
 # ### Importance weights
 #
-# In `sample_stats` stand `log_p`, the log joint density of draw and data, `log_q`, the guide's log density of the draw, and
-# their difference `log_weight`. If the guide were the posterior, all weights would be equal. Pareto-smoothed importance
-# sampling fits the tail of the weights; its shape $\hat k$ says how heavy it is. Below 0.7 the weights are fit for use, and
-# the guide is near the posterior. Above, they are not ([Yao et al., 2018](https://arxiv.org/abs/1802.02538)).
+# The group `sample_stats` holds `log_p`, the log joint density of draw and data, `log_q`, the guide's log density of the
+# draw, and their difference `log_weight`. If the guide were the posterior, all weights would be equal. Pareto-smoothed
+# importance sampling fits the tail of the weights; its shape $\hat k$ says how heavy it is. Below 0.7 the weights can be
+# used, and the guide is near the posterior. Above, they cannot ([Yao et al., 2018](https://arxiv.org/abs/1802.02538)).
 
 # %%
 fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
@@ -178,27 +179,27 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# The long right tail of `AutoNormal` are draws at the edge of its cloud, which the posterior holds far more probable than the
-# guide does.
+# The long right tail of `AutoNormal` consists of draws at its edge, which are far more probable under the posterior than
+# under the guide.
 #
-# The weights see only where the guide draws. A guide that sits in one of two separate modes and fits it well has a fine
-# $\hat k$ and misses half of the posterior.
+# The weights depend only on regions where the guide draws. A guide that covers one of two separate modes
+# and fits it well has a low $\hat k$ and misses half of the posterior.
 #
 # ### Restarts as chains
 #
-# Against that, fit again from other starting points, and let the restarts be chains. $\hat R$ compares the spread between
-# chains with that within. The starting points must differ: by default Pyro's autoguides begin at one and the same place, and
-# restarts from there agree long before they have converged. `init_to_sample` begins at a draw of the prior. Each restart has
-# a guide and parameters of its own, so the param store is cleared before each.
+# To find such cases, fit again from other starting points and treat the restarts as chains. $\hat R$ compares the spread
+# between chains with that within. The starting points must differ: by default Pyro's autoguides all start at the same place,
+# and restarts from there agree long before they have converged. `init_to_sample` starts at a draw from the prior. Each
+# restart has its own guide and parameters, so the param store is cleared before each.
 
 
 # %%
 def restarts(steps):
-    found = []
+    runs = []
     for seed in range(4):
         pyro.clear_param_store()
-        found.append(fit(robust, AutoNormal(robust, init_loc_fn=init_to_sample), seed, steps))
-    return to_arviz(found, x, y, num_samples=500, **options)
+        runs.append(fit(robust, AutoNormal(robust, init_loc_fn=init_to_sample), seed, steps))
+    return to_arviz(runs, x, y, num_samples=500, **options)
 
 
 tables = {f"{steps} steps": az.summary(restarts(steps)) for steps in ((10, 20) if SMOKE else (100, 1500))}
@@ -210,8 +211,8 @@ print(az.summary(data["NUTS"])[["mean", "sd", "r_hat"]].to_string())
 
 # %% [markdown]
 # After 100 steps the restarts disagree, and $\hat R$ says so: train longer. After 1500 steps $\hat R$ is near 1. Yet the
-# standard deviations of slope and offset are less than half of those by NUTS, in all restarts alike. $\hat R$ of restarts
-# finds fits that did not converge and guides that land in different modes. A fault common to all restarts it cannot see;
+# standard deviations of slope and offset are less than half of those by NUTS in all restarts. $\hat R$ of restarts finds fits
+# that did not converge and guides that end in different modes. It cannot find a fault that all restarts have in common;
 # $\hat k$ can. Use both.
 #
 # ## 3. Two rival models
@@ -236,8 +237,8 @@ for ax, (name, one) in zip(axes, rivals.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# Judging by the eye is hard. Leave-one-out cross-validation asks how well each model predicts a measurement that it has not
-# seen. `az.loo` approximates it from the group `log_likelihood`, without fitting again. `p_loo` is about the number of
+# It is hard to judge this by eye. Leave-one-out cross-validation asks how well each model predicts a measurement that it has
+# not seen. `az.loo` approximates it from the group `log_likelihood`, without fitting again. `p_loo` is about the number of
 # parameters that are in use; Pareto's $\hat k$ of each datum says whether the approximation holds for it.
 
 # %%
@@ -256,31 +257,31 @@ ax.set(xlabel="$x$", ylabel="elpd of Student-t\nless that of normal (nats)")
 plt.show()
 
 # %% [markdown]
-# The Student-t model is better by more than the standard error of the difference. The last picture says where: about half a
-# nat at most of the ordinary measurements, since its scale need not be widened for the outliers, and more at the worst
-# outlier. It loses at measurements that are off by a moderate amount, which the widened normal distribution expects.
-# `warning` is true where some $\hat k$ is above its limit: the normal model leans so much on its outliers that leaving one
-# out changes its posterior, and its score is not to be taken to the decimal. One would refit without these measurements; here
-# it would not change the verdict.
+# The Student-t model is better by more than the standard error of the difference. The last plot shows where: by about half a
+# nat at most ordinary measurements, because the outliers do not widen its scale, and by more at the worst outlier. It is
+# worse at measurements that are off by a moderate amount, which the wider normal distribution expects. `warning` is true
+# where some $\hat k$ is above its limit: the normal model depends so much on its outliers that leaving one out changes its
+# posterior, so its score is only rough. One would refit without these measurements; here that would not change the
+# conclusion.
 #
-# Does the guide matter for this? Here is one model under the three fits.
+# Does the guide matter for this? The next cell scores one model under the three fits.
 
 # %%
 for name, one in data.items():
-    found = az.loo(one)
-    print(f"{name:12s} elpd_loo {found.elpd_loo:7.2f}   p_loo {found.p_loo:.2f}")
+    scores = az.loo(one)
+    print(f"{name:12s} elpd_loo {scores.elpd_loo:7.2f}   p_loo {scores.p_loo:.2f}")
 
 # %% [markdown]
-# Hardly. The scores of predictions forgive a posterior that is too narrow, as long as it sits in the right place. The
-# intervals of the slope, which somebody may want to publish, were wrong by more than a factor of two. Which of the two
-# matters depends on the question.
+# It hardly matters. Scores of predictions change little if a posterior is too narrow, as long as it is in the right place.
+# But the intervals of the slope, which somebody may want to publish, were wrong by more than a factor of two. Which of the
+# two matters depends on the question.
 
 # %% [markdown]
 # ## 4. Deep generative models on held-out data
 #
-# A flow trained by maximum likelihood has no posterior: its weights are one point, which has seen the training data. Then LOO
-# has nothing to work with, and `to_arviz` gives no `log_likelihood` group. What remains is to score data that was held out.
-# `compare` does so and prints a table that reads as ArviZ's, with stacking weights.
+# A flow trained by maximum likelihood has no posterior: its weights are one point, fitted to the training data. So LOO cannot
+# be used, and `to_arviz` gives no `log_likelihood` group. Instead, evaluate the log-likelihood of held-out data. `compare`
+# does this and returns a table like ArviZ's, with stacking weights.
 
 # %%
 moons = datasets.moons()
@@ -296,19 +297,19 @@ for family in families.values():
     train(family, moons.train[rows], valid=moons.valid[rows], epochs=epochs, ema_decay=0.99, seed=0, progress=False)
 
 # %%
-judged = compare(families, moons.test[rows], num_samples=20 if SMOKE else 500)
-judged.plot()
+comparison = compare(families, moons.test[rows], num_samples=20 if SMOKE else 500)
+comparison.plot()
 plt.show()
-judged.table[["kind", "num_samples", "elpd", "elpd_diff", "dse", "weight"]].round(2)
+comparison.table[["kind", "num_samples", "elpd", "elpd_diff", "dse", "weight"]].round(2)
 
 # %% [markdown]
-# The column `kind` matters. A flow's score is exact, the VAE's is a lower bound: its true score is at least that. The stacking
-# weight answers another question than the rank: which mixture of the four predicts best. A family that is worse alone may
-# get weight where it knows something the best one does not; here the splines leave nothing to the others. The autoregressive
-# model has one normal distribution for $x_2$ given $x_1$, where two are needed. The VAE could do better than this: the second
-# tutorial says what to look for.
+# The column `kind` matters. A flow's score is exact, the VAE's is a lower bound: its true score is at least that. The
+# stacking weight answers another question than the rank: which mixture of the four predicts best? A family that is worse
+# alone may get weight if it is better in some region; here the splines are better everywhere. The autoregressive model has
+# one normal distribution for $x_2$ given $x_1$, where two are needed. The VAE could do better than this: the second tutorial
+# says what to look for.
 #
-# What a family draws goes to ArviZ too, as `posterior_predictive`.
+# `to_arviz` exports draws of a family too, as `posterior_predictive`.
 
 # %%
 fig, axes = plt.subplots(1, 4, figsize=(12, 3), sharex=True, sharey=True, layout="constrained")

@@ -1,6 +1,6 @@
-"""Executes the scripts given, jupytext's percent format, and writes each as a notebook with its outputs beside it.
+"""Execution of the tutorials: each script in jupytext's percent format is run and written as a notebook with its outputs.
 
-Whatever differs from run to run without meaning anything (times, random cell ids) is left out, so that the files change little.
+Times and random cell ids, which differ from run to run, are left out, so that the files change little.
 """
 
 import os
@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 
 
 def execute(script: Path) -> None:
-    """Writes script.ipynb; raises at the first cell that fails."""
+    """Run a script and write its notebook beside it. The first cell that fails raises an error."""
     notebook = jupytext.read(script)
     NotebookClient(notebook, record_timing=False, coalesce_streams=True).execute(cwd=str(script.parent))
     notebook.metadata["language_info"] = {"name": "python"}
