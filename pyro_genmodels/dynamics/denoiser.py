@@ -219,7 +219,6 @@ class Denoiser:
             output = torch.lerp(without, with_context, self.guidance)
         if output.shape != x.shape:
             raise ValueError(
-                f"The network of a diffusion should return the shape of its input, {tuple(x.shape)}, but returned "
-                f"{tuple(output.shape)}."
+                f"The network of a diffusion should return {tuple(x.shape)}, the shape of its input, not {tuple(output.shape)}."
             )
         return output

@@ -129,7 +129,7 @@ def observed(trace: Trace) -> dict[str, Any]:
 
 
 def plate_size(plate: Any) -> int:
-    """Return the number of rows of all data, of which a subsampled plate has a part."""
+    """Return the number of rows of all data, which is more than the plate's if it is subsampled."""
     return plate.full_size or plate.size
 
 
