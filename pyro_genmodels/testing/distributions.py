@@ -114,7 +114,7 @@ def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
 
 @clause("distribution")
 def _distribution_sample(subject: DistributionSubject) -> None:
-    """Draws have shape (*sample_shape, *batch_shape, *event_shape), carry no gradient and lie in the support."""
+    """Check that draws have shape (*sample_shape, *batch_shape, *event_shape), carry no gradient and lie in the support."""
     for d in (subject.single(), subject.batch(4)[0], subject.batch(3, 2)[0]):
         for sample_shape in ((), (2, 1)):
             x = d.sample(sample_shape)
@@ -126,7 +126,7 @@ def _distribution_sample(subject: DistributionSubject) -> None:
 
 @clause("distribution")
 def _distribution_support(subject: DistributionSubject) -> None:
-    """The support is over whole events and holds the data; arguments satisfy their constraints."""
+    """Check that the support is over whole events and holds the data, and that arguments satisfy their constraints."""
     d = subject.single()
     require(d.support.event_dim == d.event_dim == len(d.event_shape), f"support has event_dim {d.support.event_dim}")
     inside = d.support.check(subject.data(50))
@@ -138,7 +138,7 @@ def _distribution_support(subject: DistributionSubject) -> None:
 
 @clause("distribution")
 def _distribution_rsample(subject: DistributionSubject) -> None:
-    """If `has_rsample`, draws of rsample() carry gradients; else rsample() raises an error that names sample()."""
+    """Check that draws of rsample() carry gradients, or that rsample() raises an error that names sample()."""
     d, _ = subject.batch(4)
     if d.has_rsample:
         x = d.rsample((2,))
@@ -155,7 +155,7 @@ def _distribution_rsample(subject: DistributionSubject) -> None:
 
 @clause("distribution")
 def _distribution_log_prob(subject: DistributionSubject) -> None:
-    """log_prob has sample and batch shape and is finite on data; without a density it raises an error with advice."""
+    """Check that log_prob has sample and batch shape and is finite on data, or raises an error if there is no density."""
     d, x = subject.batch(4)
     if not _has_density(d):
         require_error(NotImplementedError, "log_prob", d.log_prob, d.sample())
@@ -172,7 +172,7 @@ def _distribution_log_prob(subject: DistributionSubject) -> None:
 
 @clause("distribution")
 def _distribution_context(subject: DistributionSubject) -> None:
-    """The batch shape of a context broadcasts against the value, and log_prob agrees with a loop over both."""
+    """Check that the batch shape of a context broadcasts against the value, and log_prob agrees with a loop over both."""
     if subject.context is None or not _has_density(subject.single()):
         return
     x, contexts = subject.data(4), subject.context(4)
@@ -191,7 +191,7 @@ def _distribution_context(subject: DistributionSubject) -> None:
 
 @clause("distribution")
 def _distribution_moments(subject: DistributionSubject) -> None:
-    """`mean` and `variance` have batch and event shape, or raise an error that names the moment and sample()."""
+    """Check that `mean` and `variance` have batch and event shape, or raise an error that names the moment and sample()."""
     d = subject.single()
     for moment in ("mean", "variance"):
         try:
@@ -203,7 +203,7 @@ def _distribution_moments(subject: DistributionSubject) -> None:
 
 @clause("distribution")
 def _distribution_expand(subject: DistributionSubject) -> None:
-    """`expand` returns its own type and agrees with the original; it refuses a batch shape that does not broadcast."""
+    """Check that `expand` keeps the type and the values, and refuses a batch shape that does not broadcast."""
     d, _ = subject.batch(4)
     e, x = d.expand((2, 4)), subject.batch(2, 4)[1]
     require(type(e) is type(d), f"expand returns a {type(e).__name__}")
@@ -217,7 +217,7 @@ def _distribution_expand(subject: DistributionSubject) -> None:
 
 @clause("distribution")
 def _distribution_wrappers(subject: DistributionSubject) -> None:
-    """`to_event` sums log_prob over batch dimensions, and `mask` drops rows from it."""
+    """Check that `to_event` sums log_prob over batch dimensions, and `mask` drops rows from it."""
     d = subject.single().expand((2, 4))
     if not _has_density(d):
         return
@@ -232,7 +232,7 @@ def _distribution_wrappers(subject: DistributionSubject) -> None:
 
 @clause("distribution")
 def _distribution_errors(subject: DistributionSubject) -> None:
-    """log_prob refuses a wrong event shape, NaN, integers for real numbers, and values outside a discrete support."""
+    """Check that log_prob refuses a wrong event shape, NaN, integers for reals, and values outside a discrete support."""
     d, x = subject.single(), subject.data(4)
     if not _has_density(d):
         return
@@ -248,7 +248,7 @@ def _distribution_errors(subject: DistributionSubject) -> None:
 
 @clause("distribution")
 def _distribution_plates(subject: DistributionSubject) -> None:
-    """It stands in nested plates, and a subsampled plate scales its log_prob."""
+    """Check shapes in nested plates, and the scale that a subsampled plate gives to log_prob."""
     d, _ = subject.batch(4)
 
     def nested(x: Tensor | None = None) -> Tensor:
@@ -278,7 +278,7 @@ def _distribution_plates(subject: DistributionSubject) -> None:
 
 @clause("distribution")
 def _distribution_predictive(subject: DistributionSubject) -> None:
-    """`Predictive` draws from it, sequentially and in parallel."""
+    """Check that `Predictive` draws from it, sequentially and in parallel."""
     d, _ = subject.batch(5)
 
     def model() -> Tensor:
@@ -303,7 +303,7 @@ def _latent_model(d: Any) -> Callable[[Tensor], None]:
 
 @clause("distribution")
 def _distribution_autonormal(subject: DistributionSubject) -> None:
-    """`AutoNormal` fits a posterior with it as the prior, if it has an exact density over the reals."""
+    """Check that `AutoNormal` fits a posterior with it as the prior, if it has an exact density over the reals."""
     d, y = subject.single(), subject.data(1)[0]
     if _has_score(d):
         guide = AutoNormal(_latent_model(d))
@@ -315,7 +315,7 @@ def _distribution_autonormal(subject: DistributionSubject) -> None:
 
 @clause("distribution")
 def _distribution_nuts(subject: DistributionSubject) -> None:
-    """`NUTS` samples a posterior with it as the prior, if it has an exact density over the reals."""
+    """Check that `NUTS` samples a posterior with it as the prior, if it has an exact density over the reals."""
     d, y = subject.single(), subject.data(1)[0]
     if _has_score(d):
         mcmc = MCMC(NUTS(_latent_model(d), max_tree_depth=2), num_samples=4, warmup_steps=4, disable_progbar=True)
@@ -341,7 +341,7 @@ def _on_graph(context: Tensor | None) -> Tensor | None:
 
 @clause("distribution")
 def _distribution_deepcopy(subject: DistributionSubject) -> None:
-    """A deep copy shares the modules; its tensors are its own and are cut from the graph."""
+    """Check that a deep copy shares the modules, and has its own tensors, detached from the graph."""
     d = subject.given(_on_graph(subject.contexts(4)))
     copied = copy.deepcopy(d)
     own, shared = dict(_modules(copied)), dict(_modules(d))
@@ -353,7 +353,7 @@ def _distribution_deepcopy(subject: DistributionSubject) -> None:
 
 @clause("distribution")
 def _distribution_pickle(subject: DistributionSubject) -> None:
-    """A pickled distribution draws and scores as the original, and so does a copy of its copy."""
+    """Check that a pickled distribution draws and scores as the original, and so does a copy of its copy."""
     d, x = subject.given(_on_graph(subject.contexts(4))), subject.data(4)
     loaded = pickle.loads(pickle.dumps(d))
     _require_same(loaded, d, x)
@@ -362,7 +362,7 @@ def _distribution_pickle(subject: DistributionSubject) -> None:
 
 @clause("distribution")
 def _distribution_score(subject: DistributionSubject) -> None:
-    """The score has the shape of the broadcast value and, with gradients on, a graph; without a score there is an error."""
+    """Check that the score has the shape of the broadcast value, or that there is an error if there is no score."""
     d, x = subject.single(), subject.data(4)
     if _has_score(d):
         with torch.no_grad():
@@ -376,7 +376,7 @@ def _distribution_score(subject: DistributionSubject) -> None:
 
 @clause("distribution")
 def _distribution_weights(subject: DistributionSubject) -> None:
-    """log_prob follows the parameters of the networks: nothing computed from them is kept."""
+    """Check that log_prob follows the parameters of the networks: nothing computed from them is kept."""
     d, x = subject.given(subject.contexts(4)), subject.data(4)
     parameters = [p for _, module in _modules(d) for p in module.parameters()]
     if not _has_density(d) or not parameters:
@@ -396,7 +396,7 @@ def _distribution_weights(subject: DistributionSubject) -> None:
 
 @clause("distribution")
 def _distribution_cache(subject: DistributionSubject) -> None:
-    """No call leaves a cached tensor or attribute behind."""
+    """Check that no call leaves a cached tensor or attribute behind."""
     d, x = subject.given(subject.contexts(4)), subject.data(4)
     before, held = {name: id(value) for name, value in vars(d).items()}, len(list(_tensors(d)))
     d.sample((2,))

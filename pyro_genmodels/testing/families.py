@@ -97,7 +97,7 @@ class FamilySubject:
 
 @clause("family")
 def _family_svi(subject: FamilySubject) -> None:
-    """`SVI` moves every trainable parameter, and losses are finite."""
+    """Check that `SVI` moves every trainable parameter, and losses are finite."""
     family, batch = subject.build(), subject.batch(16)
     subject.train(family, batch, steps=1)
     before = subject.trainable(family)
@@ -108,7 +108,7 @@ def _family_svi(subject: FamilySubject) -> None:
 
 @clause("family")
 def _family_module(subject: FamilySubject) -> None:
-    """The loss as a module moves every trainable parameter under a torch optimiser."""
+    """Check that the loss as a module moves every trainable parameter under a torch optimiser."""
     family, batch, loss = subject.build(), subject.batch(16), subject.objective()
     module = loss(family) if density_of(family(*batch[1:]))[0] != "none" else loss(family.model, family.guide)
     module(*batch)
@@ -123,7 +123,7 @@ def _family_module(subject: FamilySubject) -> None:
 
 @clause("family")
 def _family_two_in_one_model(subject: FamilySubject) -> None:
-    """Two families in one model both train, apart from each other."""
+    """Check that two families in one model both train, apart from each other."""
     families, batch = (subject.build(), subject.build()), subject.batch(8)
     require(families[0].name != families[1].name, f"two families have the name {families[0].name}")
 
@@ -146,7 +146,7 @@ def _family_two_in_one_model(subject: FamilySubject) -> None:
 
 @clause("family")
 def _family_two_fits(subject: FamilySubject) -> None:
-    """Two families trained one after the other in one param store do not share parameters."""
+    """Check that two families trained one after the other in one param store do not share parameters."""
     one, two, batch = subject.build(), subject.build(), subject.batch(8)
     subject.train(one, batch)
     trained, untrained = subject.trainable(one), subject.trainable(two)
@@ -175,7 +175,7 @@ def _require_apart(subject: FamilySubject, family: Any, twin: Any, batch: tuple[
 
 @clause("family")
 def _family_deepcopy(subject: FamilySubject) -> None:
-    """A deep copy has a name of its own and trains apart from the original."""
+    """Check that a deep copy has a name of its own and trains apart from the original."""
     family, batch = subject.build(), subject.batch(8)
     subject.train(family, batch)
     _require_apart(subject, family, copy.deepcopy(family), batch)
@@ -183,7 +183,7 @@ def _family_deepcopy(subject: FamilySubject) -> None:
 
 @clause("family")
 def _family_pickle(subject: FamilySubject) -> None:
-    """A pickled family has the same values and trains apart from the original."""
+    """Check that a pickled family has the same values and trains apart from the original."""
     family, batch = subject.build(), subject.batch(8)
     subject.train(family, batch)
     _require_apart(subject, family, pickle.loads(pickle.dumps(family)), batch)
@@ -191,7 +191,7 @@ def _family_pickle(subject: FamilySubject) -> None:
 
 @clause("family")
 def _family_state_dict(subject: FamilySubject) -> None:
-    """A `state_dict` loads into a fresh family, which then has the same values and standardisation."""
+    """Check that a `state_dict` loads into a fresh family, which then has the same values and standardisation."""
     family, batch = subject.build(), subject.batch(16)
     subject.train(family, batch)
     fresh = subject.build()
@@ -204,7 +204,7 @@ def _family_state_dict(subject: FamilySubject) -> None:
 
 @clause("family")
 def _family_float64(subject: FamilySubject) -> None:
-    """A family moves to float64, before or after training, and trains and draws there."""
+    """Check that a family moves to float64, before or after training, and trains and draws there."""
     for steps in (0, 2):
         family, batch = subject.build(), subject.batch(16)
         subject.train(family, batch, steps)
@@ -230,7 +230,7 @@ def _family_float64(subject: FamilySubject) -> None:
 
 @clause("family")
 def _family_draws(subject: FamilySubject) -> None:
-    """The model draws without data, also under `Predictive`, and draws lie in the support."""
+    """Check that the model draws without data, also under `Predictive`, and draws lie in the support."""
     family, contexts = subject.build(), None if subject.context is None else subject.context(5)
     x = family.model(None, contexts, size=5)
     require(x.shape == (5, *family.event_shape), f"draws have shape {tuple(x.shape)}")
@@ -245,7 +245,7 @@ def _family_draws(subject: FamilySubject) -> None:
 
 @clause("family")
 def _family_minibatch(subject: FamilySubject) -> None:
-    """The loss of a minibatch is scaled by size / len(x)."""
+    """Check that the loss of a minibatch is scaled by size / len(x)."""
     family, batch, loss = subject.build(), subject.batch(4), subject.objective()
     family.standardize(batch[0])
     alone = seeded(lambda: loss.loss(family.model, family.guide, *batch))
@@ -255,7 +255,7 @@ def _family_minibatch(subject: FamilySubject) -> None:
 
 @clause("family")
 def _family_errors(subject: FamilySubject) -> None:
-    """The model refuses data of a wrong shape or dtype, without rows or with NaN, and a missing or superfluous context."""
+    """Check that the model refuses data of a wrong shape or dtype, empty data, NaN, and a missing or superfluous context."""
     family, (x, *contexts) = subject.build(), subject.batch(4)
     model = family.model
     if family.event_shape:

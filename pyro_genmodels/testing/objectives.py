@@ -81,7 +81,7 @@ def _require_close(found: Tensor, wanted: Tensor) -> None:
 
 @clause("objective")
 def _objective_entry_points(subject: FamilySubject) -> None:
-    """`differentiable_loss`, `loss` and `loss_and_grads` agree, and gradients are added to those that are there."""
+    """Check that `differentiable_loss`, `loss` and `loss_and_grads` agree, and gradients are added to those that are there."""
     family, batch, loss = _prepared(subject)
     value = seeded(lambda: loss.differentiable_loss(family.model, family.guide, *batch))
     require(value.shape == (), f"differentiable_loss has shape {tuple(value.shape)}")
@@ -105,7 +105,7 @@ def _objective_entry_points(subject: FamilySubject) -> None:
 
 @clause("objective")
 def _objective_module(subject: FamilySubject) -> None:
-    """As a module its call is the loss, and its parameters are the family's."""
+    """Check that the loss as a module returns the loss and has the parameters of the family."""
     family, batch, loss = _prepared(subject)
     if not isinstance(loss, Loss):
         return
@@ -117,32 +117,32 @@ def _objective_module(subject: FamilySubject) -> None:
 
 @clause("objective")
 def _objective_size(subject: FamilySubject) -> None:
-    """The loss of a minibatch is scaled by size / len(x)."""
+    """Check that the loss of a minibatch is scaled by size / len(x)."""
     _require_close(_loss(subject, size=30), 5 * _loss(subject))
 
 
 @clause("objective")
 def _objective_scale(subject: FamilySubject) -> None:
-    """`poutine.scale` scales the loss."""
+    """Check that `poutine.scale` scales the loss."""
     _require_close(_loss(subject, scale=0.5), 0.5 * _loss(subject))
 
 
 @clause("objective")
 def _objective_mask(subject: FamilySubject) -> None:
-    """The losses under a mask and under its complement add up to the loss."""
+    """Check that the losses under a mask and under its complement add up to the loss."""
     mask = torch.tensor([True, False, True, True, False, False])
     _require_close(_loss(subject, mask=mask) + _loss(subject, mask=~mask), _loss(subject))
 
 
 @clause("objective")
 def _objective_particles(subject: FamilySubject) -> None:
-    """The loss of two particles is the mean of two losses."""
+    """Check that the loss of two particles is the mean of two losses."""
     _require_close(_loss(subject, num_particles=2), _loss(subject, repeats=2))
 
 
 @clause("objective")
 def _objective_svi(subject: FamilySubject) -> None:
-    """`SVI` trains a family by it: losses are finite and parameters move."""
+    """Check that `SVI` trains a family by it: losses are finite and parameters move."""
     family, batch = subject.build(), subject.batch(6)
     before = subject.trainable(family)
     losses = subject.train(family, batch)
