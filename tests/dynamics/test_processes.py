@@ -1,4 +1,4 @@
-"""Processes that turn data into noise: what they say of themselves, against automatic differentiation."""
+"""Processes that turn data into noise, checked by automatic differentiation."""
 
 from dataclasses import FrozenInstanceError
 from math import exp, log, pi
@@ -19,7 +19,7 @@ every = pytest.mark.parametrize("process", PROCESSES, ids=repr)
 
 
 def times(process, n=201):
-    """More of them near the data, and both ends, exactly."""
+    """Return times from start to end, denser near the data."""
     t = process.start * (process.end / process.start) ** torch.linspace(0, 1, n)
     return torch.cat([t[:1] * 0 + process.start, t[1:-1], t[:1] * 0 + process.end])
 
@@ -118,7 +118,7 @@ def test_noisy_data_are_a_sum_of_data_and_noise_at_the_times_of_their_rows(proce
         assert_close(noisy[i], process.alpha(t[i]) * x[i] + process.sigma(t[i]) * noise[i])
 
 
-def test_numbers_stand_along_rows():
+def test_values_broadcast_along_rows():
     x = torch.randn(3, 2, 2)
     assert along(torch.ones(3), x).shape == (3, 1, 1)
     assert along(torch.tensor(2.0), x).shape == ()

@@ -83,7 +83,7 @@ def test_the_exact_denoiser_of_a_mixture_gives_its_moments_and_weights(process, 
     [*((VariancePreserving(), sampler) for sampler in SAMPLERS), *product(PROCESSES[1:], [Ancestral(200), DPMSolver(40)])],
     ids=repr,
 )
-def test_the_ideal_denoiser_of_a_data_set_gives_its_points_as_often(process, sampler, float64):
+def test_the_ideal_denoiser_of_a_data_set_samples_its_points_uniformly(process, sampler, float64):
     """The noise that is left stays within what its law allows, and Pearson's statistic too: 1e-7 each."""
     x = draws(sampler, process, NoisedPoints(POINTS), 500, (2,)).x
     distance, which = torch.cdist(x, POINTS.to(x)).min(1)
@@ -95,7 +95,7 @@ def test_the_ideal_denoiser_of_a_data_set_gives_its_points_as_often(process, sam
 
 
 def test_an_inexact_denoiser_gives_other_draws(float64):
-    """So that the tests above can fail."""
+    """The tests above can therefore fail."""
     process = VariancePreserving()
     denoise = TEACHER.denoise(process)
     x = simulate_reverse(DPMSolver(60), lambda x, t: 0.9 * denoise(x, t), process, torch.randn(2000, 2)).x.reshape(-1, 1)
@@ -126,8 +126,8 @@ def test_events_of_any_shape_are_drawn(process):
     ],
     ids=["DDIM", "Heun", "DPMSolver", "DPMSolver, sigma"],
 )
-def test_steps_have_the_order_they_are_of(process, build, order, fewest, float64):
-    """By the mean distance to a fine solution of the probability flow, from the same noise."""
+def test_samplers_have_their_order_of_convergence(process, build, order, fewest, float64):
+    """Measured by the mean distance to a fine solution of the probability flow, from the same noise."""
     noise, denoise = torch.randn(50, 2), TEACHER.denoise(process)
     fine = simulate_reverse(ProbabilityFlow(Dopri5(1e-10, 1e-10)), denoise, process, noise).x
     error = [
@@ -140,7 +140,7 @@ def test_steps_have_the_order_they_are_of(process, build, order, fewest, float64
 
 @every_process
 def test_the_probability_flow_moves_a_gaussian_by_its_scale(process, float64):
-    """Of normal data of deviation s: x_s over its deviation stays what it was."""
+    """For normal data of deviation s, x_s divided by its deviation is constant."""
     for scale in (0.3, 1.0, 2.0):
         teacher = NoisedMixture(Mixture(torch.ones(1), torch.zeros(1), torch.full((1,), scale)))
         noise = torch.randn(10, 2)
@@ -151,7 +151,7 @@ def test_the_probability_flow_moves_a_gaussian_by_its_scale(process, float64):
 
 
 @pytest.mark.parametrize("sampler", DETERMINISTIC, ids=repr)
-def test_deterministic_samplers_draw_nothing(sampler):
+def test_deterministic_samplers_draw_no_noise(sampler):
     noise, denoise = torch.randn(5, 2), TEACHER.denoise(Karras())
     once, again = (simulate_reverse(sampler, denoise, Karras(), noise).x for _ in range(2))
     assert once.equal(again)
@@ -161,14 +161,14 @@ def test_deterministic_samplers_draw_nothing(sampler):
 
 
 @pytest.mark.parametrize("sampler", [EulerMaruyama(20), Ancestral(20), DDIM(20, eta=0.1), Heun(20, churn=5.0)], ids=repr)
-def test_others_do(sampler):
+def test_stochastic_samplers_draw_noise(sampler):
     noise, denoise = torch.randn(5, 2), TEACHER.denoise(Karras())
     assert not simulate_reverse(sampler, denoise, Karras(), noise).x.equal(
         simulate_reverse(sampler, denoise, Karras(), noise).x
     )
 
 
-# What one step is.
+# Single steps.
 
 
 @every_process
@@ -263,7 +263,7 @@ def test_frames_lead_from_noise_to_data(process, sampler, float64):
     assert_close(found.times, getattr(sampler, "spacing", UniformLogSNR())(process, 12)[::4])
 
 
-def test_frames_are_kept_only_where_they_are_asked_for():
+def test_frames_are_returned_only_if_asked_for():
     found = draws(DPMSolver(5), Karras(), TEACHER, 3, (2,))
     assert found.frames.shape == (0, 3, 2)
     assert found.times.shape == (0,)
@@ -274,7 +274,7 @@ def test_frames_are_kept_only_where_they_are_asked_for():
 
 @every_process
 @pytest.mark.parametrize("spacing", [UniformTime(), UniformLogSNR(), UniformSigma(), UniformSigma(2.0)], ids=repr)
-def test_times_go_from_the_end_to_the_start_evenly_by_what_they_are_called(process, spacing):
+def test_spacings_are_uniform_in_their_measure(process, spacing):
     times = spacing(process, 30)
     assert times.shape == (31,)
     assert times.dtype == torch.float64
@@ -369,7 +369,7 @@ def test_gradients_pass_through_deterministic_steps(float64):
 # Progress and errors.
 
 
-def test_progress_is_shown_where_it_is_asked_for(capsys):
+def test_progress_is_shown_if_asked_for(capsys):
     draws(DPMSolver(5), Karras(), TEACHER, 3, (2,), progress=True)
     assert "DPMSolver" in capsys.readouterr().err
     for quiet in (False, None):
@@ -377,8 +377,9 @@ def test_progress_is_shown_where_it_is_asked_for(capsys):
         assert capsys.readouterr().err == ""
 
 
-def test_progress_is_shown_on_a_terminal_where_it_takes_long(monkeypatch, capsys):
+def test_progress_is_shown_on_a_terminal_after_a_delay(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(reverse_module, "PROGRESS_DELAY", 3600.0)
     draws(DPMSolver(5), Karras(), TEACHER, 3, (2,))
     assert "DPMSolver" not in capsys.readouterr().err
     monkeypatch.setattr(reverse_module, "PROGRESS_DELAY", 0.0)
@@ -402,18 +403,18 @@ def test_choices_that_make_no_sense_are_refused(build):
 
 
 @pytest.mark.parametrize("sampler", [DPMSolver, "ddim", None], ids=str)
-def test_what_is_no_sampler_is_refused(sampler):
+def test_values_that_are_no_sampler_are_refused(sampler):
     with pytest.raises(TypeError, match=r"DPMSolver\(20\).*but found"):
         draws(sampler, Karras(), TEACHER, 3, (2,))
 
 
 @pytest.mark.parametrize("spacing", [UniformTime, "karras", None], ids=str)
-def test_what_is_no_spacing_is_refused(spacing):
+def test_values_that_are_no_spacing_are_refused(spacing):
     with pytest.raises(TypeError, match=r"DDIM wants a spacing such as UniformLogSNR\(\)"):
         DDIM(5, spacing)
 
 
-def test_a_step_of_dpm_solver_alone_is_not_to_be_had():
-    """It needs the one before: nothing offers it."""
+def test_dpm_solver_has_no_single_step():
+    """A step needs the one before."""
     assert not hasattr(DPMSolver(5), "step")
     assert hasattr(DDIM(5), "step")
