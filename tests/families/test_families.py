@@ -328,6 +328,25 @@ def test_a_conditional_prior_is_given_the_context():
     assert moved(before, vae) == before.keys()
 
 
+def test_validate_changes_nothing_and_prepare_standardises_once():
+    flow, x = Flow((2,), transform=MAF(**SMALL)), 5 + 3 * torch.randn(50, 2)
+    before = {name: value.clone() for name, value in flow.state_dict().items()}
+    flow.train().validate(x)
+    assert all(value.equal(before[name]) for name, value in flow.state_dict().items())
+    flow.eval().prepare(x)
+    assert_close(flow.loc, x.mean(0))
+    flow.prepare(x + 1)
+    assert_close(flow.loc, x.mean(0))
+    flow.standardize(x + 1)
+    assert_close(flow.loc, x.mean(0) + 1)
+
+
+def test_constraints_and_distributions_move_with_the_family():
+    base = dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1)
+    flow = ODEFlow((2,), base=base, support=constraints.greater_than(torch.tensor(0.5))).double()
+    assert flow.support.lower_bound.dtype == flow.base.base_dist.loc.dtype == torch.float64
+
+
 # Bad input at the border.
 
 
