@@ -302,7 +302,8 @@ class ReverseDiffusion(GenerativeDistribution):
         log_snr = torch.logit(t, eps=1e-6).clamp(*process.log_snr_range)
         time, t = process.time(log_snr), torch.sigmoid(log_snr)
         scale = torch.hypot(process.alpha(time), process.sigma(time)) / torch.hypot(t, 1 - t)
-        return (self.denoiser(along(scale, x) * x, time, context) - x) / along(1 - t, x)
+        data, noise = self.denoiser.estimate(along(scale, x) * x, time, context)  # unlike x, they do not cancel
+        return data - noise
 
     def variational_bound(self, y: Tensor, context: Tensor | None, num_times: int) -> Tensor:
         """Return an unbiased estimate of the lower bound (nats), (batch...), in the space of the network.
