@@ -207,7 +207,7 @@ def refusals():
     yield FlowMatching(path=TrigonometricInterpolant()), Straight, "LinearInterpolant"
     yield ContrastiveDivergence(), Still, "needs an energy.*Still"
     yield SlicedScoreMatching(), Jumping, "Jumping with a corner.*a rounder one"
-    yield MaximumLikelihood(), Unnormalised, "unnormalized density.*Train it by its negatives"
+    yield MaximumLikelihood(), Unnormalised, "'unnormalized'.*Train it by its negatives"
     yield DenoisingScoreMatching([0.1, 1.0]), BellDistribution, "2 levels"
     yield DenoisingScoreMatching(0.1), Denoised, "levels of its own process|levels of.*process"
 

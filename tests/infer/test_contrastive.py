@@ -554,7 +554,9 @@ def test_maximum_likelihood_refuses_energies_and_names_the_objectives(known):
     if known:
         log_partition(family)
     wanted = r"ContrastiveDivergence\(\), NoiseContrastive\(noise=\.\.\.\) or score matching"
-    with pytest.raises(ValueError, match=re.compile(f"'x' holds Energy, which has an unnormalized density.*{wanted}", re.S)):
+    with pytest.raises(
+        ValueError, match=re.compile(f"'x' holds Energy, which has a density of kind .unnormalized..*{wanted}", re.S)
+    ):
         loss_of(MaximumLikelihood(), family.model, data(family, 3))
 
 
@@ -665,7 +667,7 @@ def test_its_value_does_not_hang_on_the_units_of_the_data():
 def test_noise_contrastive_refuses_a_machine_that_cannot_learn_log_z_of_each_context():
     energy = EnergyModel((2,), context=Labels(2), support=constraints.boolean, energy=BoltzmannMachine())
     objective = NoiseContrastive(dist.Bernoulli(torch.full((2,), 0.5)).to_event(1))
-    with pytest.raises(ValueError, match=r"no term of the Boltzmann machine .* Use ContrastiveDivergence"):
+    with pytest.raises(ValueError, match=r"Boltzmann machine .* has no term .* Use ContrastiveDivergence"):
         objective(energy)(torch.ones(3, 2), torch.tensor([0, 1, 0]))
 
 

@@ -220,7 +220,7 @@ def test_what_is_no_choice_is_refused(options):
 
 def test_transport_without_pot_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ot", None)
-    with pytest.raises(ImportError, match=r"OptimalTransport needs POT: pip install 'pyro-genmodels\[eval\]'"):
+    with pytest.raises(ImportError, match=r"OptimalTransportCoupling needs POT: pip install 'pyro-genmodels\[eval\]'"):
         FlowMatching(OptimalTransportCoupling())(small())(torch.randn(4, 2))
 
 
