@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from math import log
@@ -62,6 +63,7 @@ from pyro_genmodels.cli import console, recipes, reports
 from pyro_genmodels.cli.app import DATA, FAMILIES, app
 from pyro_genmodels.datasets import load
 from pyro_genmodels.distributions import Implicit
+from pyro_genmodels.evaluation import plots
 from pyro_genmodels.families import DDIM, RK4, Contrastive
 from pyro_genmodels.families.family import Family
 from pyro_genmodels.training import Fit, checkpoints, loop
@@ -185,8 +187,29 @@ def small_recipes():
     true = recipes.FAMILIES
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipes, "log_likelihood", partial(recipes.log_likelihood, num_steps=20))
+        patch.setattr(reports, "plot_fits", lambda *args, **kwargs: None)
         patch.setattr(recipes, "FAMILIES", {name: replace(true[name], build=small_build(name)) for name in true})
         yield true
+
+
+PLOT_FITS, LATTICE = reports.plot_fits, plots.lattice
+
+
+@contextmanager
+def plotting():
+    """Plots, which otherwise are left out, of few samples and on a coarse lattice."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reports, "plot_fits", PLOT_FITS)
+        patch.setattr(reports, "SAMPLES_IN_PLANE", 200)
+        patch.setattr(reports, "SAMPLES_IN_PLANE_OF_CHAINS", 50)
+        patch.setattr(plots, "lattice", lambda low, high, n: LATTICE(low, high, 12))
+        yield
+
+
+@pytest.fixture
+def plotted():
+    with plotting():
+        yield
 
 
 # Data.
@@ -249,7 +272,8 @@ def images(data, tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("compare") / "made" / "here"
-    result = invoke("compare", "--data", data / "images.npz", "--epochs", 1, "--seed", 3, "--out", out)
+    with plotting():
+        result = invoke("compare", "--data", data / "images.npz", "--epochs", 1, "--seed", 3, "--out", out)
     return result, out
 
 
@@ -322,6 +346,7 @@ def test_what_compare_wrote_can_be_drawn_from_judged_and_gone_on_with(run, tmp_p
     assert [record["epoch"] for record in history] == [1, 2]
 
 
+@pytest.mark.usefixtures("plotted")
 def test_digits_are_compared(tmp_path):
     assert "bits/dim" in done(*QUICK, "--out", tmp_path)
     check_outputs(tmp_path, ["autoregressive"])
@@ -370,6 +395,7 @@ class Ring(Family):
         return Implicit(prior, lambda z, c: dist.Delta(torch.nn.functional.normalize(z, dim=-1), event_dim=1), (2,))
 
 
+@pytest.mark.usefixtures("plotted")
 @pytest.mark.parametrize("beside", [True, False])
 def test_a_family_without_a_likelihood_is_a_row_of_dashes(beside, tmp_path, capsys):
     flow = Flow((2,), transform=MAF(transforms=1, hidden=(4,)))
@@ -393,6 +419,7 @@ def test_a_family_without_a_likelihood_is_a_row_of_dashes(beside, tmp_path, caps
     check_png(tmp_path / "density.png", shape="wide" if beside else None)
 
 
+@pytest.mark.usefixtures("plotted")
 def test_compare_of_the_plane_pictures_its_density_and_knows_the_truth(tmp_path):
     text = done("compare", "--data", "ring", "--families", "flow,autoregressive", "--epochs", 1, "--out", tmp_path)
     for picture in ("density.png", "samples.png"):
@@ -441,6 +468,7 @@ def test_compare_by_default_fits_every_family(tmp_path):
 # Fit, evaluate, sample.
 
 
+@pytest.mark.usefixtures("plotted")
 @pytest.mark.parametrize(
     "name",
     [
@@ -471,6 +499,7 @@ def test_points_in_the_plane_are_fitted_judged_and_pictured(name, tmp_path):
     check_png(tmp_path / "draws.png")
 
 
+@pytest.mark.usefixtures("plotted")
 def test_digits_are_fitted_given_their_labels_drawn_by_label_and_judged(tmp_path):
     args = ["--data", "digits", "--family", "autoregressive", "--labels", "label", "--epochs", 1]
     said = verdict(done("fit", *args, "--out", tmp_path))
@@ -494,7 +523,7 @@ def test_digits_are_fitted_given_their_labels_drawn_by_label_and_judged(tmp_path
     "args",
     [
         ["measures.csv", *MEASURES, "--labels", "kind"],
-        ["images.npz"],
+        pytest.param(["images.npz"], marks=pytest.mark.slow),
         pytest.param(["measures.csv", *MEASURES], marks=pytest.mark.slow),
         pytest.param(["images.npz", "--labels", "label"], marks=pytest.mark.slow),
         pytest.param(["counts.csv", *MEASURES, "--levels", "0"], marks=pytest.mark.slow),
@@ -672,6 +701,7 @@ def test_labels_are_drawn_in_turn_or_one(labelled, images, tmp_path):
             assert ((tables[2] - tables[0]).mean()[["height", "width", "depth"]] > 2).all()
 
 
+@pytest.mark.usefixtures("plotted")
 def test_a_family_of_labels_pictures_its_draws_and_density(data, tmp_path):
     frame = pd.read_csv(data / "measures.csv")[["height", "width", "kind"]]
     frame.to_csv(tmp_path / "plane.csv", index=False)
@@ -680,6 +710,7 @@ def test_a_family_of_labels_pictures_its_draws_and_density(data, tmp_path):
     check_png(tmp_path / "out" / "samples_flow.png", shape="wide")
 
 
+@pytest.mark.usefixtures("plotted")
 @pytest.mark.parametrize(
     ("name", "conditional"),
     [
@@ -702,9 +733,9 @@ def test_ways_from_noise_to_data_are_pictured(name, conditional, tmp_path):
     }
     history = [{"epoch": 1, "train": 1.0, "valid": 1.0}]
     fits = {key: Fit(family.eval(), history) for key, family in families.items()}
-    reports.plot_fits(fits, data, tmp_path, conditional=conditional, suffix="_all")
+    PLOT_FITS(fits, data, tmp_path, conditional=conditional, suffix="_all")
     check_png(tmp_path / "trajectory_all.png", shape="wide")
-    reports.plot_fits({"autoregressive": fits["autoregressive"]}, data, tmp_path, conditional=conditional, suffix="_one")
+    PLOT_FITS({"autoregressive": fits["autoregressive"]}, data, tmp_path, conditional=conditional, suffix="_one")
     assert not (tmp_path / "trajectory_one.png").exists()
 
 
@@ -738,6 +769,7 @@ def test_levels_are_counted_said_or_taken_for_reals(data, tmp_path):
         assert verdict(done("evaluate", path, "--data", tmp_path / "draws.csv"))["n"] == 50
 
 
+@pytest.mark.usefixtures("plotted")
 def test_the_smallest_file_that_is_taken_is_fitted_without_a_warning(data, tmp_path):
     pd.read_csv(data / "plane.csv")[:10].to_csv(tmp_path / "ten.csv", index=False)
     result = invoke("fit", "--data", tmp_path / "ten.csv", "--epochs", 1, "--out", tmp_path, "--quiet")
@@ -763,6 +795,7 @@ def test_a_seed_says_everything_and_the_same_folder_may_be_used_again(data, tmp_
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
+@pytest.mark.usefixtures("plotted")
 def test_quiet_fit_says_the_number_alone(data, tmp_path):
     result = invoke("fit", "--data", data / "plain.csv", "--epochs", 1, "--out", tmp_path, "--quiet")
     assert verdict(result.stdout)
@@ -802,7 +835,9 @@ def same_run(a, b):
     return one == two
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f in ("vae", "energy", "gan") else pytest.mark.slow) for f in FAMILIES]
+)
 def test_a_run_that_goes_on_ends_as_if_it_had_never_stopped(family, data, tmp_path):
     args = ["--data", data / "measures.csv", *MEASURES, "--labels", "kind", "--family", family, "--seed", 2]
     args += ["--batch-size", 40, "--learning-rate", 0.01, "--patience", 9]
