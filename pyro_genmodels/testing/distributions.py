@@ -16,7 +16,7 @@ import torch
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
-from pyro.optim import Adam
+from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 from torch.testing import assert_close
@@ -272,7 +272,7 @@ def _distribution_plates(subject: DistributionSubject) -> None:
 
     trace = poutine.trace(subsampled).get_trace()
     seeded(trace.compute_log_prob)
-    site = trace.nodes["x"]
+    site: Any = trace.nodes["x"]
     assert_close(site["log_prob_sum"], 4 * seeded(site["fn"].log_prob, site["value"]).sum())
 
 
@@ -307,7 +307,7 @@ def _distribution_autonormal(subject: DistributionSubject) -> None:
     d, y = subject.single(), subject.data(1)[0]
     if _has_score(d):
         guide = AutoNormal(_latent_model(d))
-        svi = SVI(_latent_model(d), guide, Adam({"lr": 0.01}), Trace_ELBO())
+        svi = SVI(_latent_model(d), guide, PyroOptim(torch.optim.Adam, {"lr": 0.01}), Trace_ELBO())
         losses = torch.tensor([svi.step(y) for _ in range(2)])
         require(losses.isfinite().all(), f"losses are {losses.tolist()}")
         require(d.support.check(guide.median()["z"]), "the median lies outside the support")

@@ -14,7 +14,7 @@ import pyro
 import torch
 from pyro.contrib.autoname import scope
 from pyro.infer import ELBO, SVI, Predictive
-from pyro.optim import Adam
+from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -61,7 +61,7 @@ class FamilySubject:
     build: Callable[[], Any]
     data: Callable[[int], Tensor]
     context: Callable[[int], Tensor] | None
-    objective: Callable[..., ELBO]
+    objective: Callable[..., Any]
     untrained: tuple[str, ...] = ()
 
     def batch(self, n: int) -> tuple[Tensor, ...]:
@@ -69,7 +69,7 @@ class FamilySubject:
         return (self.data(n),) if self.context is None else (self.data(n), self.context(n))
 
     def train(self, family: Any, batch: tuple[Tensor, ...], steps: int = 2) -> Tensor:
-        svi = SVI(family.model, family.guide, Adam({"lr": 0.01}), self.objective())
+        svi = SVI(family.model, family.guide, PyroOptim(torch.optim.Adam, {"lr": 0.01}), self.objective())
         return torch.tensor([svi.step(*batch) for _ in range(steps)])
 
     def trainable(self, family: Any) -> dict[str, Tensor]:
@@ -135,7 +135,7 @@ def _family_two_in_one_model(subject: FamilySubject) -> None:
 
         return run
 
-    svi = SVI(both("model"), both("guide"), Adam({"lr": 0.01}), subject.objective())
+    svi = SVI(both("model"), both("guide"), PyroOptim(torch.optim.Adam, {"lr": 0.01}), subject.objective())
     svi.step(*batch)
     before = [subject.trainable(family) for family in families]
     for _ in range(2):
@@ -251,6 +251,16 @@ def _family_minibatch(subject: FamilySubject) -> None:
     alone = seeded(lambda: loss.loss(family.model, family.guide, *batch))
     scaled = seeded(lambda: loss.loss(family.model, family.guide, *batch, size=20))
     assert_close(torch.tensor(scaled), torch.tensor(5 * alone), rtol=1e-4, atol=1e-6)
+
+
+@clause("family")
+def _family_validate(subject: FamilySubject) -> None:
+    """Check that `validate` changes no state."""
+    family, x = subject.build(), subject.data(8)
+    before = {name: value.clone() for name, value in family.state_dict().items()}
+    family.train().validate(x)
+    changed = [name for name, value in family.state_dict().items() if not value.equal(before[name])]
+    require(not changed, f"validate changes {listed(changed)}")
 
 
 @clause("family")

@@ -46,7 +46,7 @@ def check_objective(
     run_clauses("objective", FamilySubject(build, data, context, objective), skip)
 
 
-def _prepared(subject: FamilySubject, **options: Any) -> tuple[Any, tuple[Tensor, ...], ELBO]:
+def _prepared(subject: FamilySubject, **options: Any) -> tuple[Any, tuple[Tensor, ...], Any]:
     """Return a family, 6 rows and the loss, the same at every call: a loss may move chains that its family keeps."""
     with seed(0):
         family, batch = subject.build(), subject.batch(6)
@@ -57,7 +57,7 @@ def _prepared(subject: FamilySubject, **options: Any) -> tuple[Any, tuple[Tensor
 def _loss(
     subject: FamilySubject,
     *,
-    mask: Tensor | None = None,
+    mask: Any = None,
     scale: float | None = None,
     num_particles: int = 1,
     repeats: int = 1,

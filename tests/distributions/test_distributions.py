@@ -411,8 +411,8 @@ def test_implicit_without_gradients_refuses_rsample():
         d.rsample()
 
 
-def test_a_draw_at_the_end_of_the_search_is_told():
+def test_a_sample_at_the_bound_of_the_numerical_inverse_gives_a_warning():
     shrink = torch.distributions.AffineTransform(0.0, 1e-3, event_dim=1)
     flow = NormalizingFlow(lambda context: shrink, dist.Normal(0.0, 1.0), (2,), bound=10.0)
-    with pytest.warns(RuntimeWarning, match="end of this flow's search"):
+    with pytest.warns(RuntimeWarning, match="bound of this flow's numerical inverse"):
         flow.sample((100,))

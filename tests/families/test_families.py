@@ -540,7 +540,7 @@ def test_an_order_that_is_no_permutation_is_refused(bad):
 
 @pytest.mark.parametrize("build", [Autoregressive, VAE])
 def test_integers_have_no_other_support(build):
-    with refused(ValueError, "Categorical", "support", "leave it out"):
+    with refused(ValueError, "Categorical", "support", "Leave it out"):
         build((3,), likelihood=CategoricalLikelihood(4), support=UNIT)
 
 
