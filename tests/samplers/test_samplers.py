@@ -1654,7 +1654,7 @@ def test_a_chain_that_accepts_nothing_among_others_that_do_is_told():
         ({"sampler": Langevin}, TypeError, "but found the class Langevin"),
         ({"sampler": "langevin"}, TypeError, "wants a sampler such as"),
         ({"num_samples": 10.5}, ValueError, "an integer num_samples of 1 or more, but found 10.5"),
-        ({"target": lambda x: 0.0}, TypeError, "should be a tensor, one number a chain, but is float"),
+        ({"target": lambda x: 0.0}, TypeError, "must be a tensor with one number per chain, but is float"),
         (
             {"target": Energy(lambda x, c: x.square().sum(-1), (1,), context=torch.zeros(5, 2))},
             ValueError,
