@@ -1,13 +1,13 @@
-"""Diffusions and ODE flows, measured: python benchmarks/diffusion.py mixtures
+"""Benchmarks of diffusions and ODE flows: python benchmarks/diffusion.py mixtures
 
-Each command trains, judges and prints rows for RESULTS.md. The images are not part of the package: see --data-dir.
+Each command trains, evaluates and prints rows for RESULTS.md. The images are not part of the package: see --data-dir.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait leave the cores to others
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads free the cores
 
 import time
 from collections.abc import Iterator
@@ -51,27 +51,30 @@ from pyro_genmodels.training import Checkpoint, checkpoints
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 DataDir = Annotated[Path | None, typer.Option(envvar="PYRO_GENMODELS_DATA", help="Folder with the data sets.")]
-Seed = Annotated[int, typer.Option(help="Of all random numbers.")]
-Seconds = Annotated[float, typer.Option(help="Of training.")]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
+Seconds = Annotated[float, typer.Option(help="Seconds of training.")]
 
 
 @app.callback()
-def root(threads: Annotated[int, typer.Option(help="Of PyTorch.")] = 2) -> None:
-    """Diffusions and ODE flows, measured."""
+def root(threads: Annotated[int, typer.Option(help="Threads of PyTorch.")] = 2) -> None:
+    """Run benchmarks of diffusions and ODE flows."""
     torch.set_num_threads(threads)
 
 
 def steps(
-    family: Family, objective: ELBO, x: Tensor, seconds: float, *, rate: float = 2e-3, batch_size: int = 1024, fall: bool = True
+    family: Family, objective: ELBO, x: Tensor, seconds: float, *, lr: float = 2e-3, batch_size: int = 1024, decay: bool = True
 ) -> Iterator[tuple[float, AveragedModel]]:
-    """Steps of Adam for so long, the rate falling to zero if so told: seconds spent and the averaged network, after each."""
+    """Train by Adam for a number of seconds; after each step, yield the seconds spent and the averaged network.
+
+    The learning rate decays linearly to zero if `decay` is true.
+    """
     family.train()
     family.standardize(x)
     loss = objective(family)
-    optimiser = torch.optim.Adam(loss.parameters(), lr=rate)
+    optimiser = torch.optim.Adam(loss.parameters(), lr=lr)
     averaged = AveragedModel(family.network, multi_avg_fn=moving_average(0.999))
     spent = 0.0
-    schedule = LambdaLR(optimiser, lambda step: min(1.0, step / 100) * (1 - min(1.0, spent / seconds) if fall else 1.0))
+    schedule = LambdaLR(optimiser, lambda step: min(1.0, step / 100) * (1 - min(1.0, spent / seconds) if decay else 1.0))
     while spent < seconds:
         start = time.perf_counter()
         batch = x[torch.randint(len(x), (batch_size,))]
@@ -87,9 +90,9 @@ def steps(
 
 @app.command()
 def mixtures(seconds: Seconds = 240, seed: Seed = 0, only: Annotated[str, typer.Option(help="grid or ring.")] = "") -> None:
-    """KL from the truth to a diffusion, modes covered and share of good draws, on the two mixtures of PacGAN."""
+    """Measure the KL divergence to a diffusion, covered modes and good samples on the two mixtures of PacGAN."""
     scales = {"grid": (0.05, 25), "ring": (0.01, 8)}
-    print("| data | KL(data, model), nats | modes | high quality | reverse steps | training, s | judging, s |")
+    print("| data | KL(data, model), nats | modes | high quality | reverse steps | training, s | evaluation, s |")
     print("|---" * 7 + "|")
     for name in [only] if only else scales:
         pyro.set_rng_seed(seed)
@@ -119,13 +122,13 @@ def mixtures(seconds: Seconds = 240, seed: Seed = 0, only: Annotated[str, typer.
 def cost(
     seconds: Seconds = 120,
     seed: Seed = 0,
-    repeats: Annotated[int, typer.Option(help="Of the draws.")] = 5,
-    draws: Annotated[int, typer.Option(help="In each.")] = 10_000,
+    repeats: Annotated[int, typer.Option(help="Number of repetitions.")] = 5,
+    draws: Annotated[int, typer.Option(help="Samples per repetition.")] = 10_000,
 ) -> None:
-    """What few steps cost: sliced Wasserstein distances of draws to all digits, by 20 evaluations and by 1,000.
+    """Compare samples of a diffusion by 20 and by 1,000 evaluations: sliced Wasserstein distances to all digits.
 
-    The floor is the distance of the images from themselves, of two halves, brought to these sizes: its square falls with
-    1 / n + 1 / m.
+    The baseline is the distance between two halves of the images, scaled to these sample sizes: its square is proportional
+    to 1 / n + 1 / m.
     """
     pyro.set_rng_seed(seed)
     data = load("digits")
@@ -137,41 +140,43 @@ def cost(
     diffusion.network.load_state_dict(best.module.state_dict())
     diffusion.eval()
     samplers = (DPMSolver(20), Ancestral(1000))
-    found: dict[str, list[float]] = {}
+    distances: dict[str, list[float]] = {}
     for repeat in range(repeats):
         halves = real[torch.randperm(len(real))].chunk(2)
         sizes = (1 / draws + 1 / len(real)) / sum(1 / len(half) for half in halves)
-        floor = sliced_wasserstein(*halves, seed=repeat).value.item() * sizes**0.5
-        found.setdefault("floor", []).append(floor)
+        baseline = sliced_wasserstein(*halves, seed=repeat).value.item() * sizes**0.5
+        distances.setdefault("baseline", []).append(baseline)
         for sampler in samplers:
             start = time.perf_counter()
-            drawn = diffusion().with_sampler(sampler).sample((draws,))
+            samples = diffusion().with_sampler(sampler).sample((draws,))
             spent = time.perf_counter() - start
-            distance = sliced_wasserstein(drawn, real, seed=repeat).value.item()
+            distance = sliced_wasserstein(samples, real, seed=repeat).value.item()
             name = f"{type(sampler).__name__}({sampler.num_steps})"
-            found.setdefault(name, []).append(distance)
-            found.setdefault(f"{name} - floor", []).append(distance - floor)
-            print(f"{repeat}: {name} {distance:.4f}, floor {floor:.4f}, {spent:.0f} s", flush=True)
-    for name, values in found.items():
-        several = torch.tensor(values)
-        print(f"{name:24} {several.mean():.4f} ± {several.std() / repeats**0.5:.4f}")
-    few, many = (torch.tensor(found[f"{type(s).__name__}({s.num_steps}) - floor"]).mean() for s in samplers)
-    print(f"excess of 20 evaluations over that of 1,000: {few / many:.3f}")
+            distances.setdefault(name, []).append(distance)
+            distances.setdefault(f"{name} - baseline", []).append(distance - baseline)
+            print(f"{repeat}: {name} {distance:.4f}, baseline {baseline:.4f}, {spent:.0f} s", flush=True)
+    for name, values in distances.items():
+        repeated = torch.tensor(values)
+        print(f"{name:27} {repeated.mean():.4f} ± {repeated.std() / repeats**0.5:.4f}")
+    fast, slow = (torch.tensor(distances[f"{type(s).__name__}({s.num_steps}) - baseline"]).mean() for s in samplers)
+    print(f"ratio of the excess distances, 20 to 1,000 evaluations: {fast / slow:.3f}")
 
 
 @app.command()
 def matching(
     seconds: Seconds = 660, seed: Seed = 0, only: Annotated[str, typer.Option(help="moons or pinwheel.")] = ""
 ) -> None:
-    """When flow matching first reaches what maximum likelihood with early stopping comes to, the network being the same."""
-    print("| data | maximum likelihood, nats | of training, s | flow matching there after, s | share | flow matching's best |")
+    """Measure when flow matching reaches the result of maximum likelihood with early stopping, with the same network."""
+    print(
+        "| data | maximum likelihood, nats | training, s | flow matching reaches it after, s | ratio | best of flow matching |"
+    )
     print("|---" * 6 + "|", flush=True)
     for name in [only] if only else ["moons", "pinwheel"]:
         pyro.set_rng_seed(seed)
         flow, data = ODEFlow((2,), network=DenseField(128, blocks=2)), load(name)
         twin = deepcopy(flow)
         likelihood = list(curve(flow, MaximumLikelihood(), data, seconds, every=seconds / 20))
-        target = min(likelihood, key=lambda record: record[1])[2]  # of the best on the rows for validation
+        target = min(likelihood, key=lambda record: record[1])[2]  # test rows, at the best state on validation rows
         matched = list(curve(twin, FlowMatching(), data, seconds / 5, every=seconds / 150))
         reached = next((spent for spent, _, nats in matched if nats <= target), float("inf"))
         best = min(matched, key=lambda record: record[1])
@@ -183,17 +188,17 @@ def matching(
 
 
 def curve(family: Family, objective: ELBO, data: Dataset, seconds: float, every: float) -> Iterator[tuple[float, float, float]]:
-    """Seconds of training, and then nats per point of the averaged network, on rows for validation and on test rows."""
-    judged, due, rows = deepcopy(family), every, 1000
-    taken = steps(family, objective, data.train, seconds, batch_size=256, fall=False)
-    bar = tqdm(taken, desc=type(objective).__name__, mininterval=10)
+    """Yield seconds of training and nats per point of the averaged network, on validation rows and on test rows."""
+    evaluated, due, rows = deepcopy(family), every, 1000
+    training = steps(family, objective, data.train, seconds, batch_size=256, decay=False)
+    bar = tqdm(training, desc=type(objective).__name__, mininterval=10)
     for spent, averaged in bar:
         if spent >= due:
-            judged.load_state_dict(family.state_dict())
-            judged.network.load_state_dict(averaged.module.state_dict())
-            judged.eval()
+            evaluated.load_state_dict(family.state_dict())
+            evaluated.network.load_state_dict(averaged.module.state_dict())
+            evaluated.eval()
             with torch.no_grad():
-                valid, test = (-judged().log_prob(part[:rows]).mean().item() for part in (data.valid, data.test))
+                valid, test = (-evaluated().log_prob(part[:rows]).mean().item() for part in (data.valid, data.test))
             bar.set_postfix(valid=valid)
             yield spent, valid, test
             due += every
@@ -205,21 +210,21 @@ def images(
     data_dir: DataDir = None,
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")] = Path("out/diffusion"),
     seed: Seed = 0,
-    rows: Annotated[int, typer.Option(help="To train on.")] = 10_000,
-    epochs: Annotated[int, typer.Option(help="Of training.")] = 40,
-    test_rows: Annotated[int, typer.Option(help="Whose density is computed.")] = 1000,
-    draws: Annotated[int, typer.Option(help="To tell from as many test images.")] = 5000,
+    rows: Annotated[int, typer.Option(help="Number of training images.")] = 10_000,
+    epochs: Annotated[int, typer.Option(help="Epochs of training.")] = 40,
+    test_rows: Annotated[int, typer.Option(help="Number of test images whose density is computed.")] = 1000,
+    draws: Annotated[int, typer.Option(help="Number of samples and of test images in the classifier test.")] = 5000,
 ) -> None:
-    """Bits per dimension by the probability flow and a classifier's two-sample test, on 28 x 28 images of 8 bits."""
+    """Measure bits per dimension by the probability flow, and a classifier two-sample test, on 28 x 28 images of 8 bits."""
     path = None if data_dir is None else data_dir / f"{name}.npz"
     if path is None or not path.exists():
-        typer.echo(f"skipped: there is no {path or name}; say --data-dir or PYRO_GENMODELS_DATA", err=True)
+        typer.echo(f"skipped: the file {path or name} does not exist; set --data-dir or PYRO_GENMODELS_DATA", err=True)
         raise typer.Exit
     pyro.set_rng_seed(seed)
     z = np.load(path)
     x, test = (torch.from_numpy(z[f"x_{part}"]).long()[torch.randperm(len(z[f"x_{part}"]))] for part in ("train", "test"))
-    likelihood = FlowDensity(Dopri5(1e-3, 1e-3), Hutchinson())
-    diffusion = Diffusion((28, 28), levels=256, network=UNet((16, 32, 64)), likelihood=likelihood)
+    density = FlowDensity(Dopri5(1e-3, 1e-3), Hutchinson())
+    diffusion = Diffusion((28, 28), levels=256, network=UNet((16, 32, 64)), likelihood=density)
     fit = train(
         diffusion,
         x[:rows],
@@ -233,13 +238,14 @@ def images(
     checkpoints.load(out / name, diffusion)
     start = time.perf_counter()
     dims = 28 * 28
-    drawn = torch.cat([diffusion().sample((1000,)) for _ in range(-(-draws // 1000))])[:draws]
-    for side, others in (("draws", drawn), ("training images", x[-draws:])):
-        found = c2st(test[:draws], others, hidden=(256, 256), progress=True)
-        print(f"{name}: {side} told from test images: {found}", flush=True)
-    found = log_likelihood(diffusion, test[:test_rows], num_samples=1, batch_size=250)
-    bits = found.bits_per_dim(dims), found.mean_std_error / (dims * np.log(2))
-    print(f"{name}: {bits[0]:.3f} ± {bits[1]:.3f} bits per dimension ({found}); judged in {time.perf_counter() - start:.0f} s")
+    samples = torch.cat([diffusion().sample((1000,)) for _ in range(-(-draws // 1000))])[:draws]
+    for title, compared in (("samples", samples), ("training images", x[-draws:])):
+        accuracy = c2st(test[:draws], compared, hidden=(256, 256), progress=True)
+        print(f"{name}: C2ST of {title} against test images: {accuracy}", flush=True)
+    likelihood = log_likelihood(diffusion, test[:test_rows], num_samples=1, batch_size=250)
+    bits, error = likelihood.bits_per_dim(dims), likelihood.mean_std_error / (dims * np.log(2))
+    seconds = time.perf_counter() - start
+    print(f"{name}: {bits:.3f} ± {error:.3f} bits per dimension ({likelihood}); evaluated in {seconds:.0f} s")
 
 
 if __name__ == "__main__":

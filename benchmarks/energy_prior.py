@@ -1,8 +1,8 @@
-"""A VAE of scikit-learn's digits whose prior is an energy, beside the same VAE with its normal prior.
+"""Benchmark of a VAE with an energy-based prior against the same VAE with a normal prior, on scikit-learn's digits.
 
 python benchmarks/energy_prior.py
 
-Latent energy-based priors: Pang et al. 2020 (arXiv 2006.08205). Both are trained by the same call, and judged on the same
+Latent energy-based priors: Pang et al. 2020 (arXiv 2006.08205). Both are trained by the same call, and evaluated on the same
 held-out images.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait leave the cores to others
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads free the cores
 
 import time
 
@@ -23,20 +23,21 @@ from pyro_genmodels.datasets import load
 
 
 def fit(name: str, prior: EnergyModel | None) -> Tensor:
-    """Trains, judges and prints a row; returns the log-likelihoods of the held-out images."""
+    """Train a VAE, evaluate it and print a row; return the log-likelihoods of the held-out images."""
     start = time.perf_counter()
     digits = load("digits")
     pyro.set_rng_seed(0)
-    likelihood = DiscretizedLogisticLikelihood(17, components=3)
-    vae = VAE((8, 8), latent_dim=16, likelihood=likelihood, hidden=(256, 256), dropout=0.1, prior=prior)
+    pixels = DiscretizedLogisticLikelihood(17, components=3)
+    vae = VAE((8, 8), latent_dim=16, likelihood=pixels, hidden=(256, 256), dropout=0.1, prior=prior)
     options = {"epochs": 300, "batch_size": 64, "patience": 60, "ema_decay": 0.99, "seed": 0}
     train(vae, digits.train, valid=digits.valid, **options)
     pyro.set_rng_seed(0)
-    found = log_likelihood(vae, digits.test, num_samples=512)
-    log_z = "" if found.log_partition is None else f"; {found.log_partition}"
+    likelihood = log_likelihood(vae, digits.test, num_samples=512)
+    log_z = "" if likelihood.log_partition is None else f"; {likelihood.log_partition}"
     seconds = time.perf_counter() - start
-    print(f"{name:14} {-found.mean:6.2f} ± {found.mean_std_error:.2f} nats ({found.kind}){log_z} {seconds:4.0f} s")
-    return found.values
+    value, error = -likelihood.mean, likelihood.mean_std_error
+    print(f"{name:14} {value:6.2f} ± {error:.2f} nats ({likelihood.kind}){log_z} {seconds:4.0f} s")
+    return likelihood.values
 
 
 if __name__ == "__main__":
@@ -44,4 +45,4 @@ if __name__ == "__main__":
     normal = fit("normal prior", None)
     tilt = EnergyModel((16,), energy=DenseEnergy((128,)), negatives=Persistent(128, steps=5), standardize=False)
     gain = fit("energy prior", tilt) - normal
-    print(f"gained by the energy: {gain.mean():.2f} ± {gain.std() / len(gain) ** 0.5:.2f} nats an image")
+    print(f"gain of the energy-based prior: {gain.mean():.2f} ± {gain.std() / len(gain) ** 0.5:.2f} nats per image")

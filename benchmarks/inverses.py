@@ -1,4 +1,4 @@
-"""Round-trip error of every flow's inverse in float32, on standardised data in two dimensions, fresh and after training.
+"""Benchmark of the inverse of each flow: round-trip error in float32 on two-dimensional data, before and after training.
 
 python benchmarks/inverses.py
 """
@@ -14,13 +14,13 @@ from pyro_genmodels.families import BPF, MAF, NAF, NCSF, NICE, NSF, SOSPF, UNAF,
 
 
 def ring(n: int) -> torch.Tensor:
-    """Points around a circle, (n, 2)."""
+    """Return points around a circle, (n, 2)."""
     angle = 6.28 * torch.rand(n)
     return 2 * torch.stack([angle.cos(), angle.sin()], 1) + 0.2 * torch.randn(n, 2)
 
 
 def round_trip(flow: Flow, x: torch.Tensor) -> float:
-    """Largest error of data -> base -> data."""
+    """Return the largest error of the mapping data -> base -> data."""
     flow.eval()
     with torch.no_grad():
         y = x if flow.pretransform is None else flow.pretransform(x)

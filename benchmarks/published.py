@@ -1,14 +1,14 @@
-"""Figures that others have published, measured again: python benchmarks/published.py rbm --data-dir DIR
+"""Benchmarks against published values: python benchmarks/published.py rbm --data-dir DIR
 
-Each command trains, judges and prints a row for RESULTS.md: protocol, seed, wall time, value with its error, published value. A
-run that was stopped goes on from its checkpoint. The data are not part of the package: see --data-dir.
+Each command trains, evaluates and prints a row for RESULTS.md: protocol, seed, wall time, value and error, published value.
+An interrupted run of `rbm` resumes from its checkpoint. The data are not part of the package: see --data-dir.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait leave the cores to others
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads free the cores
 
 import json
 import time
@@ -44,15 +44,15 @@ Out = Annotated[Path, typer.Option(help="Folder for checkpoints and rows.")]
 
 @app.callback()
 def root() -> None:
-    """Published figures, measured again."""
+    """Run benchmarks against published values."""
     torch.set_num_threads(2)
 
 
 def binary(data_dir: Path | None, file: str, prefix: str = "") -> dict[str, Tensor]:
-    """The rows of train, valid and test of a file of packed bits."""
+    """Return the rows of train, valid and test from a file of packed bits."""
     path = None if data_dir is None else data_dir / file
     if path is None or not path.exists():
-        typer.echo(f"skipped: there is no {path or file}; say --data-dir or PYRO_GENMODELS_DATA", err=True)
+        typer.echo(f"skipped: the file {path or file} does not exist; set --data-dir or PYRO_GENMODELS_DATA", err=True)
         raise typer.Exit
     z = np.load(path)
     columns = int(z[f"{prefix}d"].item()) if f"{prefix}d" in z else 784
@@ -62,7 +62,7 @@ def binary(data_dir: Path | None, file: str, prefix: str = "") -> dict[str, Tens
 
 @app.command()
 def nltcs(data_dir: DataDir = None, out: Out = Path("out/published"), seed: int = 0, epochs: int = 200) -> None:
-    """An energy on the binary set nltcs, whose log Z is a sum, beside an autoregressive model and a VAE."""
+    """Compare an energy (with exact log Z), an autoregressive model and a VAE on the binary data set nltcs."""
     x = binary(data_dir, "debd.npz", "nltcs.")
     d = x["train"].shape[1]
     families = {
@@ -85,16 +85,17 @@ def nltcs(data_dir: DataDir = None, out: Out = Path("out/published"), seed: int 
             checkpoint=out / f"nltcs-{name.split()[0]}-{seed}",
             seed=seed,
         )
-        found = log_likelihood(family, x["test"], num_samples=1000)
+        likelihood = log_likelihood(family, x["test"], num_samples=1000)
         seconds = time.perf_counter() - start
         print(
-            f"| nltcs | {name} | {found.mean:.3f} ± {found.mean_std_error:.3f} ({found.kind}) | seed {seed}, {seconds:.0f} s | "
+            f"| nltcs | {name} | {likelihood.mean:.3f} ± {likelihood.mean_std_error:.3f} ({likelihood.kind}) "
+            f"| seed {seed}, {seconds:.0f} s | "
             "published -6.00 (HCLT circuit), -6.759 (Chow-Liu) |"
         )
 
 
 STAGES = ((1e-3, 2, 0.99), (2e-4, 2, 0.9995), (1e-4, 10, 0.9995))
-"""Of the RBM: Adam's learning rate, sweeps of the chains at each update, decay of the average of the weights."""
+"""Stages of training the RBM: learning rate of Adam, Gibbs sweeps per step, decay of the averaged weights."""
 
 
 @app.command()
@@ -103,11 +104,11 @@ def rbm(
     out: Out = Path("out/published"),
     seed: int = 0,
     num_hidden: int = 500,
-    epochs: Annotated[int, typer.Option(help="Of each of the three stages.")] = 60,
-    num_steps: Annotated[int, typer.Option(help="Betas of the annealed path.")] = 20_000,
-    test_rows: Annotated[int, typer.Option(help="Of the bound from below.")] = 1000,
+    epochs: Annotated[int, typer.Option(help="Epochs of each of the three stages.")] = 60,
+    num_steps: Annotated[int, typer.Option(help="Number of betas of the annealing path.")] = 20_000,
+    test_rows: Annotated[int, typer.Option(help="Number of test rows for the lower bound.")] = 1000,
 ) -> None:
-    """Restricted Boltzmann machine on static binarized MNIST, by persistent contrastive divergence."""
+    """Train a restricted Boltzmann machine on static binarized MNIST by persistent contrastive divergence."""
     x = binary(data_dir, "binarized_mnist.npz")
     start = time.perf_counter()
     path, log = out / f"rbm-{num_hidden}-{seed}", out / f"rbm-{num_hidden}-{seed}-seconds.json"
@@ -120,7 +121,7 @@ def rbm(
         negatives=Persistent(num_chains=256),
         name="rbm",
     )
-    for stage, (rate, sweeps, average) in enumerate(STAGES):
+    for stage, (lr, sweeps, ema_decay) in enumerate(STAGES):
         checkpoint = path.with_name(f"{path.name}-{stage}")
         run = checkpoint.with_name(checkpoint.name + ".training.safetensors")
         fit = train(
@@ -128,11 +129,11 @@ def rbm(
             x["train"],
             objective=ContrastiveDivergence(steps=sweeps),
             valid=x["valid"],
-            optim=partial(torch.optim.Adam, lr=rate),
+            optim=partial(torch.optim.Adam, lr=lr),
             epochs=epochs,
             batch_size=128,
             patience=epochs,
-            ema_decay=average,
+            ema_decay=ema_decay,
             checkpoint=Checkpoint(checkpoint, resume=run.exists()),
             seed=seed + stage,
         )
@@ -141,20 +142,22 @@ def rbm(
         checkpoints.load(checkpoint, machine)
     before = time.perf_counter()
     torch.manual_seed(seed)
-    found = log_likelihood(machine, x["test"], num_samples=512, num_steps=num_steps, progress=True)
-    rows = torch.randperm(len(x["test"]), generator=torch.Generator().manual_seed(seed))[:test_rows]  # sorted by class
+    ais = log_likelihood(machine, x["test"], num_samples=512, num_steps=num_steps, progress=True)
+    # The rows of the file are sorted by class.
+    rows = torch.randperm(len(x["test"]), generator=torch.Generator().manual_seed(seed))[:test_rows]
     bound = conservative_log_likelihood(machine, x["test"][rows], num_steps=num_steps, progress=True)
-    spent["judging"] = time.perf_counter() - before
+    spent["evaluation"] = time.perf_counter() - before
     log.write_text(json.dumps(spent))
-    training, judging = sum(seconds for name, seconds in spent.items() if "stage" in name) / 60, spent["judging"] / 60
-    print(f"{found}; {found.log_partition}; this call {time.perf_counter() - start:.0f} s")
+    training = sum(seconds for name, seconds in spent.items() if "stage" in name) / 60
+    evaluation = spent["evaluation"] / 60
+    print(f"{ais}; {ais.log_partition}; this call {time.perf_counter() - start:.0f} s")
     print(
         f"| RBM, {num_hidden} hidden; PCD-2, PCD-2, PCD-10 with 256 chains, Adam at 1e-3, 2e-4, 1e-4, {epochs} epochs each, "
         f"averaged weights; binarized MNIST, 50,000 training rows; seed {seed} "
-        f"| AIS, 512 chains x {num_steps} betas, all test rows: {-found.mean:.2f} ± {found.mean_std_error:.2f} ({found.kind}) "
+        f"| AIS, 512 chains x {num_steps} betas, all test rows: {-ais.mean:.2f} ± {ais.mean_std_error:.2f} ({ais.kind}) "
         f"| RAISE, {len(rows)} test rows: {-bound.mean:.2f} ± {bound.mean_std_error:.2f}; "
-        f"AIS on these: {-found.values[rows].mean():.2f} "
-        f"| training {training:.0f} min, judging {judging:.0f} min | published 86.34 (CD25, AIS) |"
+        f"AIS on these: {-ais.values[rows].mean():.2f} "
+        f"| training {training:.0f} min, evaluation {evaluation:.0f} min | published 86.34 (CD25, AIS) |"
     )
 
 

@@ -1,4 +1,4 @@
-"""Chains x steps per second of our Langevin dynamics, in turn with torchebm's, on the same energy of two layers of 128.
+"""Benchmark of Langevin dynamics against torchebm: chain steps per second, on the same energy of two layers of 128.
 
 pip install --no-deps torchebm && python benchmarks/samplers.py
 """
@@ -18,8 +18,8 @@ from pyro_genmodels.samplers.target import check_target
 STEP_SIZE = 0.01
 
 
-def turns(fns: dict[str, Callable[[], object]], rounds: int = 9) -> dict[str, float]:
-    """Median seconds of each, measured in turn after one round that does not count."""
+def median_seconds(fns: dict[str, Callable[[], object]], rounds: int = 9) -> dict[str, float]:
+    """Return the median seconds of each function; the functions alternate, and the first round is not counted."""
     times: dict[str, list[float]] = {name: [] for name in fns}
     for i in range(rounds + 1):
         for name, fn in fns.items():
@@ -27,11 +27,11 @@ def turns(fns: dict[str, Callable[[], object]], rounds: int = 9) -> dict[str, fl
             fn()
             if i:
                 times[name].append(time.perf_counter() - start)
-    return {name: median(found) for name, found in times.items()}
+    return {name: median(values) for name, values in times.items()}
 
 
 def compare(chains: int, dims: int, steps: int) -> None:
-    """Prints a row: how many chain steps a second each makes."""
+    """Print a row with the chain steps per second of each sampler."""
     from torchebm.core import BaseModel
     from torchebm.samplers import LangevinDynamics
 
@@ -48,7 +48,7 @@ def compare(chains: int, dims: int, steps: int) -> None:
     theirs = LangevinDynamics(energy, step_size=STEP_SIZE)
     target, size = check_target(lambda x: -energy(x), 1), torch.tensor(STEP_SIZE)
     unadjusted, adjusted = Langevin(STEP_SIZE, adjusted=False), Langevin(STEP_SIZE)
-    seconds = turns(
+    seconds = median_seconds(
         {
             "ours": lambda: run(unadjusted, target, x, steps, step_size=size),
             "torchebm": lambda: theirs.sample(x=x.clone(), n_steps=steps),
@@ -63,6 +63,6 @@ def compare(chains: int, dims: int, steps: int) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    print(f"{'chain steps a second':22} {'ours':>12} {'torchebm':>12} {'ratio':>7} {'ours, adjusted':>16}")
+    print(f"{'chain steps per second':22} {'ours':>12} {'torchebm':>12} {'ratio':>7} {'ours, adjusted':>16}")
     for size in ((10_000, 2, 60), (200, 2, 600), (64, 784, 600)):
         compare(*size)
