@@ -36,9 +36,9 @@ SLOW = {  # pages and sections that train for seconds; `make test-docs` runs the
     "examples, A flow as prior under NUTS",
     "examples, An ODE flow by flow matching",
     "examples, An SVI posterior in ArviZ",
-    "recipes, A flow as a prior that stays as it is, under NUTS",
+    "recipes, A frozen flow as a prior, under NUTS",
     "recipes, Compare fits, and mix them by stacking",
-    "recipes, How far draws are from data",
+    "recipes, The distance of samples from data",
 }
 
 

@@ -72,7 +72,7 @@ class Batches:
         parts = [self.x] if self.context is None else [self.x, self.context]
         digest = sha256()
         for t in parts:
-            digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def first(self) -> Batch:

@@ -228,7 +228,7 @@ def _digest(state: Mapping[str, Tensor], text: str) -> str:
     digest = hashlib.sha256(text.encode())
     for name, t in sorted(state.items()):
         digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        digest.update(t.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(t.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -148,6 +148,7 @@ class RunCheckpoint:
         data: Mapping[str, Any],
     ) -> None:
         self.path = None if checkpoint is None else checkpoints.tensors_of(checkpoint.path)
+        self.run_path = Path() if self.path is None else self.path.with_name(self.path.stem + ".training.safetensors")
         self.fit, self.weights, self.optimiser = fit, weights, optimiser
         self.data, self.notes = dict(data), {} if checkpoint is None else dict(checkpoint.notes)
         self.epochs = 0
@@ -155,11 +156,6 @@ class RunCheckpoint:
         if checkpoint is not None and checkpoint.resume:
             self.restore()
         self.capture()
-
-    @property
-    def run_path(self) -> Path | None:
-        """Path of the file with everything that resuming needs."""
-        return None if self.path is None else self.path.with_name(self.path.stem + ".training.safetensors")
 
     def capture(self) -> None:
         """Copy the run after an epoch, and write it if the last write was long ago."""
@@ -194,7 +190,7 @@ class RunCheckpoint:
     def write_best(self) -> None:
         """Write the best parameters."""
         if self.path is not None:
-            self._write_parameters(self.weights.best_state(), self.fit.record())
+            self._write_parameters(self.path, self.weights.best_state(), self.fit.record())
 
     def write(self) -> Path | None:
         """Write the best parameters and the run as they were last captured.
@@ -207,11 +203,11 @@ class RunCheckpoint:
         if self.path is None or (self.epochs == 0 and self.path.exists()):
             return None
         state, record, tensors, options = self._captured
-        self._write_parameters(state, record | {"stopped": self.fit.stopped})
+        self._write_parameters(self.path, state, record | {"stopped": self.fit.stopped})
         run = {"history": record["history"], "best": record["best"], "options": options, **self.data, "notes": self.notes}
         checkpoints.write(self.run_path, tensors, run, readable=False)
         self._written = time.perf_counter()
         return self.path
 
-    def _write_parameters(self, state: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        checkpoints.write(self.path, state, {**record, **self.data, "notes": self.notes})
+    def _write_parameters(self, path: Path, state: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        checkpoints.write(path, state, {**record, **self.data, "notes": self.notes})

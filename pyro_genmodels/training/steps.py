@@ -100,7 +100,6 @@ class LossStep:
         self.model, self.guide, self.rows = model, guide, batches.rows
         self.takes_size = "size" in inspect.signature(model).parameters
         self.clip_norm = inf if clip_norm is None else clip_norm
-        self.objective: Any
         self.objective, sites = self._first_run(objective, batches.first())
         self.distributions, self.parameters = sites.distributions, sites.trainable()
         self.optimiser = make_optimizer(optim, list(self.parameters.values()))
@@ -148,13 +147,14 @@ class LossStep:
         with torch.no_grad():
             return _mean([(self._loss(self.objective.loss, b, held_out.rows), len(b[0])) for b in held_out.in_order()])
 
-    def _first_run(self, objective: ELBO | None, batch: Batch) -> tuple[ELBO, _Sites]:
+    def _first_run(self, objective: Any, batch: Batch) -> tuple[Any, _Sites]:
         """Run the fit once, or twice if its parameters show only in the loss; return the objective and the recorded sites."""
         with _Sites() as sites:
             if objective is None:
-                objective = _default_objective(self._traces(batch))
+                default = _default_objective(self._traces(batch))
                 if not self._hides_parameters(sites.distributions):
-                    return objective, sites
+                    return default, sites
+                objective = default
             self._call(objective.loss_and_grads, batch, self.rows)
         return objective, sites
 
@@ -329,7 +329,7 @@ def _has_one_constant(fn: Any) -> bool:
     return capabilities(fn).intractable and fn.context is None and getattr(fn, "sampler", None) is not None
 
 
-def _default_objective(pair: tuple[Trace, Trace]) -> ELBO:
+def _default_objective(pair: tuple[Trace, Trace]) -> Any:
     """Return the objective for the traces of a fit: for diffusions, energies, latent variables, or a density alone."""
     model_trace, _ = pair
     sites: Any = traces.sample_sites(model_trace)
