@@ -38,7 +38,10 @@ def pyro_name(module: PyroModule) -> str:
 
 
 def clear_name(module: PyroModule) -> None:
-    """Remove the name of a module, which a copy or an unpickled module has from another one."""
+    """Remove the name of a module. A copy or an unpickled module still carries the name of the module it was made from.
+
+    Submodules keep their names until `register_name` changes them.
+    """
     module._pyro_name = ""
 
 

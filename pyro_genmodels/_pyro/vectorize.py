@@ -80,9 +80,15 @@ def agree_alone(
 
 
 def most_different_particle(trace: Trace, num_particles: int, nesting: int) -> int:
-    """Return the particle whose latent variables differ from those of particle 0 in most coordinates.
+    """Return the index of the particle whose latent variables differ from those of particle 0 in most coordinates.
 
-    A model that reads its latent variables from the left reads particle 0. This one shows it best.
+    A model that indexes its latent variables from the left, ``z[0]``, gives every particle the values of particle 0. A run of
+    one particle reveals this only if the values of that particle are different.
+
+    Args:
+        trace: trace of the model in a plate `traces.particles`.
+        num_particles: size of that plate, at least 2.
+        nesting: number of batch dimensions that other plates take.
     """
     dim = -nesting - 1
     different = torch.zeros(num_particles)

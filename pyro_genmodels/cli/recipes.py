@@ -214,7 +214,7 @@ def _gan(data: Dataset, context: Any) -> Family:
 
 
 def _is_image(event_shape: Size) -> bool:
-    """Return True for images that a U-Net with two resolutions can process."""
+    """Return True for events (height, width) or (channels, height, width) that a U-Net can halve: both sizes are even."""
     return len(event_shape) in (2, 3) and all(n % 2 == 0 for n in event_shape[-2:])
 
 

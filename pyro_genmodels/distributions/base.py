@@ -75,7 +75,14 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
         return self._support
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log density (nats) of value (sample..., *batch_shape, *event_shape): (sample..., *batch_shape)."""
+        """Return the log density (nats) of value (sample..., *batch_shape, *event_shape): (sample..., *batch_shape).
+
+        The attribute `density` says if it is exact, a bound, an estimate or unnormalised.
+
+        Raises:
+            ValueError: if the value holds integers and the support is real numbers. If arguments are validated, also if the
+                value has another event shape, is not finite or lies outside of the support.
+        """
         y, context, log_det = self.aligned(value)
         return self._log_prob(y, context) + log_det
 

@@ -77,7 +77,7 @@ class Capabilities:
 
     @property
     def training_form(self) -> Any:
-        """The distribution with the network as it is trained, such as a diffusion without guidance."""
+        """The distribution that objectives train: itself, or for a guided diffusion that without guidance."""
         return self
 
     def with_training_bound(self) -> Any:

@@ -178,13 +178,14 @@ def simulate_reverse(
         sampler: sampler such as ``DPMSolver(20)``.
         denoise: (x (n, *event_shape), t ()) -> estimates of the data in x, or an `Estimate` of the data and the noise.
         process: process that adds the noise.
-        noise: standard normal noise, (n, *event_shape).
+        noise: standard normal noise, (n, *event_shape). It is scaled to the end of the process, where the simulation starts.
         num_frames: number of positions to keep, spread evenly over the steps, including the first and the last. If there are
-            fewer steps, frames are repeated. 0 keeps none.
-        progress: True shows a progress bar, False does not; None shows it if the simulation takes more than five seconds.
+            fewer steps, frames are repeated, or `ProbabilityFlow` takes more steps. 0 keeps none.
+        progress: True shows a progress bar, False does not; None shows it on a terminal after five seconds.
 
     Returns:
-        The positions, the number of evaluations of the denoiser, and the frames.
+        The samples in the scale of the data, the number of evaluations of the denoiser, and the frames from noise to data in
+        the scale of the process.
 
     Raises:
         TypeError: if `sampler` is not a `ReverseSampler`.

@@ -139,7 +139,15 @@ def diagnose(
 
 
 def _calibration_error(probability: Tensor, num_real: int, bins: int) -> float:
-    """Return the calibration error of the probabilities that rows are real, (n,), of which the first num_real are real."""
+    """Return the calibration error, from 0 to 1, over bins of equally many rows.
+
+    Rows of equal probability are put in random order, so the result varies between calls if there are any.
+
+    Args:
+        probability: predicted probability that each row is real, (n,).
+        num_real: number of rows that are real. They are the first ones.
+        bins: number of bins.
+    """
     is_real = (torch.arange(len(probability), device=probability.device) < num_real).to(probability)
     shuffled = torch.randperm(len(probability), device=probability.device)  # ties must not list real rows first
     parts = shuffled[probability[shuffled].argsort()].tensor_split(bins)

@@ -72,10 +72,11 @@ def to_arviz(
             different points (`init_to_sample`).
         args: positional arguments of the model. A family called without data gives draws of x as ``posterior_predictive``,
             and of its latent variables from their prior as ``posterior``.
-        num_samples: number of draws, 1000 by default. A fit that has draws gives all of them.
+        num_samples: number of draws, 1000 by default. Leave it out for a fit that has draws: all of them are exported.
         batch_size: largest number of draws made in one run, which bounds memory.
         groups: names of the wanted groups.
         model: model of a fit that has only draws (plain draws, `WeighedPredictive`); without it there is a ``posterior`` only.
+            Leave it out for a fit that has a model.
         parallel: True to make the draws of a block in one run. The model must allow it (no ``z[0]`` or ``z.sum()``). None
             finds out if it does.
         coords: labels of dimensions.
@@ -83,8 +84,13 @@ def to_arviz(
         progress: True to show a progress bar after two seconds.
         kwargs: keyword arguments of the model.
 
+    Returns:
+        `arviz.InferenceData`, or an `xarray.DataTree` with ArviZ 1.
+
     Raises:
-        ValueError: if a count is not positive, a group is unknown, fits share parameters, or shapes of draws do not agree.
+        ValueError: if a count is not positive, a group is unknown, there is no fit in a list, an argument does not go with the
+            fit (num_samples with draws, a second model, arguments without a model), fits share parameters, or shapes of draws
+            do not agree.
 
     Warns:
         UserWarning: naming each group and variable that cannot be computed, and why.

@@ -28,7 +28,7 @@ class TargetData:
     Attributes:
         event_shape: shape of one datum.
         support: support of the data, or None if it is not known.
-        dtype: type of positions; None is torch's default.
+        dtype: type of discrete positions; None is torch's default. Positions over real numbers have the type of the data.
         num_contexts: number of chains, if each has a context of its own; else None.
     """
 
@@ -71,11 +71,11 @@ class Target:
     data: TargetData | None = None
 
     def encode(self, x: Tensor) -> Tensor:
-        """Convert data to positions."""
+        """Return the chain positions that stand for data x (chains..., *event_shape), or x itself if `data` is None."""
         return x if self.data is None else self.space.encode(x, self.data.dtype)
 
     def decode(self, u: Tensor) -> Tensor:
-        """Convert positions to data."""
+        """Return the data that chain positions u stand for, or u itself if `data` is None."""
         return u if self.data is None else self.space.decode(u)
 
 

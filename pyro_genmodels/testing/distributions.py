@@ -292,7 +292,7 @@ def _distribution_predictive(subject: DistributionSubject) -> None:
 
 
 def _latent_model(d: Any) -> Callable[[Tensor], None]:
-    """Return a model whose latent variable has the distribution as its prior and is observed with noise."""
+    """Return a model of data y (*batch_shape, *event_shape): a latent variable z ~ d, plus normal noise."""
 
     def model(y: Tensor) -> None:
         z = pyro.sample("z", d)

@@ -95,7 +95,7 @@ class Batches:
         return self._in_batches(torch.arange(self.rows))
 
     def shuffled(self) -> Iterator[Batch]:
-        """Return the batches of all rows in a random order. A `DataLoader` has its own order."""
+        """Return the batches of all rows, after shuffling the rows. A `DataLoader` shuffles only if it was built to."""
         return self._in_batches(torch.randperm(self.rows))
 
     def _in_batches(self, order: Tensor) -> Iterator[Batch]:

@@ -97,7 +97,10 @@ class EnergyChains:
         return self._restart_lost(sampler, moved.x)
 
     def draw(self, n: int, context: Tensor | None) -> Tensor:
-        """Draw from the energy: chains of the buffer or annealed ones, moved by `num_steps`.
+        """Draw from the energy. The replay buffer is read and not changed.
+
+        Chains are copies of random chains of the buffer, if it is started and there is no context. Otherwise they are annealed
+        from the start of the path in `num_steps` steps. In both cases they then take `num_steps` steps of the sampler.
 
         Args:
             n: number of draws.
@@ -105,6 +108,10 @@ class EnergyChains:
 
         Returns:
             Positions (n, *position).
+
+        Raises:
+            ValueError: if there is no sampler, or if the energy has active dropout.
+            FloatingPointError: if a chain is not finite and arguments are validated.
         """
         sampler, target = self.required_sampler("draws"), self.path.target(context)
         if context is None and self.replay_buffer is not None and self.replay_buffer.is_started:

@@ -189,7 +189,13 @@ class Energy(GenerativeDistribution):
         return _tensors_of((path.energy, path.base, path.start if path.tilted else None, path.space))
 
     def unnormalized_log_prob(self, value: Tensor) -> Tensor:
-        """Return the log density (nats) without log Z and without negatives: (sample..., *batch_shape)."""
+        """Return the log density (nats) without log Z, (sample..., *batch_shape).
+
+        It draws no negatives. Its gradient in the parameters therefore lacks that of log Z, which `log_prob` estimates.
+
+        Args:
+            value: data, (sample..., *batch_shape, *event_shape).
+        """
         return self.path.log_density(*self.aligned(value)[:2])
 
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:

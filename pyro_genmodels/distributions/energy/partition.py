@@ -104,9 +104,13 @@ def log_partition(
 
 
 def quick_log_partition(dist: Energy) -> LogPartition:
-    """Return log Z if it is known, and else the estimate of a short run, which the energy's family then stores.
+    """Return log Z if it is known, and otherwise an estimate by a short run of annealed importance sampling.
 
-    It is good enough to compare epochs of training. A likelihood needs a longer run.
+    The estimate is good enough to compare epochs of training. A likelihood needs a longer run. A family without a context
+    stores the estimate until its parameters change.
+
+    Raises:
+        ValueError: if log Z is not known and the energy has no sampler.
     """
     if dist.log_partition is not None:
         return dist.log_partition

@@ -84,7 +84,7 @@ class AnnealingPath:
 
     @property
     def _dtype(self) -> torch.dtype | None:
-        """Type of discrete positions; positions over real numbers have the type of the data."""
+        """Type of discrete positions; None over real numbers, where positions have the type of the data."""
         logits = getattr(self.start, "logits", None)
         return None if logits is None else logits.dtype
 

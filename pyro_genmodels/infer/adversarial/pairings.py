@@ -238,7 +238,17 @@ def _implicit_sites(guide_trace: Trace) -> dict[str, Any]:
 
 
 def _plate_around(implicit: Mapping[str, Any], model_trace: Trace, args: tuple) -> Any:
-    """Return the frame of the data's plate if all these sites are inside it, or None if none is."""
+    """Return the frame of the data's plate if all implicit sites are inside it, and None if none of them is.
+
+    Args:
+        implicit: the guide's sites without a density, by name.
+        model_trace: trace of the model. The data's plate is around all its observed sites; without any the result is None.
+        args: positional arguments of the model, which give the number of rows of the data.
+
+    Raises:
+        ValueError: if only some of the implicit sites are inside it; or if any is inside a plate, and the observed sites share
+            none.
+    """
     plates = [{f.name for f in site["cond_indep_stack"]} - {PARTICLES} for site in implicit.values()]
     if not (any(plates) and traces.observed(model_trace)):
         return None
