@@ -150,7 +150,7 @@ def assert_fitted(bell, loc=LOC, scale=SCALE, tolerance=0.1):
         (ContrastiveDivergence, Unnormalised),
         (ImplicitScoreMatching, Unnormalised),
     ],
-    ids=str,
+    ids=lambda choice: choice.__name__.strip("<>"),
 )
 def test_every_objective_trains_a_distribution_that_offers_its_capability(objective, make):
     assert_fitted(fitted(objective(), make))
