@@ -5,6 +5,7 @@ from itertools import permutations
 
 import pytest
 import torch
+from marks import slow_unless
 
 from pyro_genmodels.divergences import wasserstein
 from pyro_genmodels.divergences.optimal_transport import _sorted_potentials
@@ -34,7 +35,7 @@ def test_sorting_is_the_linear_programme_and_its_potentials_prove_it(p, n, m):
     assert abs(u.mean() + v.mean() + slack.min() - value**p) < 1e-12
 
 
-@pytest.mark.parametrize("regularization", [None, 0.5])
+@pytest.mark.parametrize("regularization", slow_unless([None], [None, 0.5]))
 @pytest.mark.parametrize(("dims", "p"), [(1, 2), (2, 1), (2, 2)])
 def test_the_standard_error_is_that_of_repeated_draws(dims, p, regularization):
     """30 (regularised) or 200 pairs of sets, whose deviation is known to 13 or 5 %: five of these, 6e-7."""

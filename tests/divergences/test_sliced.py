@@ -9,6 +9,7 @@ from math import gamma, pi
 import pyro.distributions as dist
 import pytest
 import torch
+from marks import slow_unless
 from scipy.stats import wasserstein_distance
 
 from pyro_genmodels.divergences import sliced_wasserstein
@@ -33,7 +34,7 @@ def test_in_one_dimension_it_is_the_distance_of_gaussians():
     torch.testing.assert_close(value, torch.tensor((2 / pi) ** 0.5), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("dims", [2, 5])
+@pytest.mark.parametrize("dims", slow_unless([5], [2, 5]))
 def test_isotropic_gaussians_meet_the_closed_form(dims):
     """The square is |v|^2 / d and that of the deviations' difference; 50 pairs of sets, with a bias of at most 10 / n."""
     shift, n = torch.arange(1.0, dims + 1), 500

@@ -8,6 +8,7 @@ from math import erf
 
 import pytest
 import torch
+from marks import slow_unless
 from sklearn.model_selection import KFold, cross_val_score
 from sklearn.neural_network import MLPClassifier
 
@@ -21,7 +22,7 @@ def deviation(share, n):
     return (share * (1 - share) / n) ** 0.5
 
 
-@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("dims", slow_unless([1], [1, 2]))
 def test_equal_distributions_are_classified_by_chance(dims):
     """Each draw is held out once: the accuracy is a share of 2000. Its error, from five folds, may be far off: with a rate of
     false alarms of 2e-8 it is within these bounds.
@@ -31,7 +32,7 @@ def test_equal_distributions_are_classified_by_chance(dims):
     assert 0.01 < answer.std_error / deviation(0.5, 2000) < 3.5
 
 
-@pytest.mark.parametrize("shift", [0.5, 1.5, 3.0])
+@pytest.mark.parametrize("shift", slow_unless([1.5], [0.5, 1.5, 3.0]))
 def test_the_accuracy_of_two_gaussians_is_that_of_the_best_classifier(shift):
     """Which is Phi(shift / 2). No classifier does better but by chance; this one does worse by 0.01 at most."""
     x, y = torch.randn(2000, 1), torch.randn(2000, 1) + shift

@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from marks import slow_unless
 
 from pyro_genmodels import GAN, DenseCritic, DenseGenerator, Flow, compare
 from pyro_genmodels.distributions import Implicit
@@ -76,7 +77,7 @@ def test_each_row_has_its_own_context_in_batches_of_any_size():
             assert (truth.log_prob(x) - found.values).abs().max() < 0.3
 
 
-@pytest.mark.parametrize("of", ["itself", "valid"])
+@pytest.mark.parametrize("of", slow_unless(["valid"], ["itself", "valid"]))
 def test_sigma_is_chosen_near_that_of_the_data(of):
     """Among halves: of noise 0.3 on data of deviation near 1."""
     fit = Linear(8, 2)

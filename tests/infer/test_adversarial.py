@@ -478,6 +478,7 @@ def test_adversarial_variational_bayes_finds_a_posterior_that_is_not_normal():
     assert (b - 2 * a**2 + 2).abs().median() < 1.0
 
 
+@pytest.mark.slow
 def test_a_posterior_of_a_model_without_plates_is_learned_from_its_draws():
     """Of z given y = 2, by a prior and noise of unit variance: normal of mean 1 and variance 1/2."""
 

@@ -247,6 +247,7 @@ def test_a_guided_score_is_biased_by_what_its_law_says(process, float64):
             assert_means(values, wanted)
 
 
+@pytest.mark.slow
 def test_the_bias_of_a_guided_score_does_not_go_away_with_its_steps(float64):
     """Of a standard normal prior seen with noise of deviation 0.4: told in the documentation of `GuidedDiffusion`."""
     true_mean, true_var = SEEN / (1 + SCALE**2), SCALE**2 / (1 + SCALE**2)

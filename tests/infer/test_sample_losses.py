@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from marks import slow_unless
 from pyro import poutine
 from pyro.infer import SVI
 from pyro.nn import PyroModule, PyroParam
@@ -239,7 +240,7 @@ def test_the_gradient_through_samples_is_that_of_finite_differences(name, float6
     )
 
 
-@pytest.mark.parametrize("particles", [1, 2])
+@pytest.mark.parametrize("particles", slow_unless([2], [1, 2]))
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_score_function_gradient_is_unbiased(particles, shared, float64):
     """Of Bernoulli draws, on their own or by a coin that all rows share, against the closed form; 700 gradients."""
@@ -315,7 +316,11 @@ def test_a_model_without_rows_is_refused():
     def blind(x):
         pyro.sample("z", dist.Normal(0.0, 1.0))
 
-    for model, found in ((bare, r"pyro\.plate"), (weighed, "'prior' is a pyro.factor"), (blind, "must be sampled, but it has none")):
+    for model, found in (
+        (bare, r"pyro\.plate"),
+        (weighed, "'prior' is a pyro.factor"),
+        (blind, "must be sampled, but it has none"),
+    ):
         with pytest.raises(ValueError, match=found):
             one_row(MaximumMeanDiscrepancy(), model, x)
 
