@@ -73,7 +73,7 @@ Epochs = Annotated[
     typer.Option(min=1, help="Largest number of passes over the data. Each family has its own default.", show_default=False),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar and no messages about files.")]
-Checkpoint = Annotated[Path, typer.Argument(help="A .safetensors file from `fit` or `compare`.", show_default=False)]
+CheckpointPath = Annotated[Path, typer.Argument(help="A .safetensors file from `fit` or `compare`.", show_default=False)]
 
 
 def _version(value: bool) -> None:  # noqa: FBT001 (typer's callback)
@@ -233,7 +233,7 @@ def fit(
 @app.command()
 def sample(
     context: typer.Context,
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointPath,
     out: Annotated[Path, typer.Option(help="File for the samples: .npy, .npz, .csv or .parquet.")] = Path("samples.npz"),
     num_samples: Annotated[int, typer.Option("--num-samples", "-n", min=1, help="Number of samples.")] = 1000,
     label: Annotated[int | None, typer.Option(min=0, help="Class to sample from. By default all classes in turn.")] = None,
@@ -291,7 +291,7 @@ def sample(
 @app.command()
 def evaluate(
     context: typer.Context,
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointPath,
     data: Annotated[
         str | None,
         typer.Option(

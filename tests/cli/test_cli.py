@@ -184,6 +184,7 @@ def small_build(name):
 @pytest.fixture(scope="session", autouse=True)
 def small_recipes():
     """The command line with small families; `test_every_recipe_is_fitted` and the subprocesses use the true ones."""
+    torch.set_num_threads(1)  # before the fixtures of this module; `clean_slate` comes after them
     true = recipes.FAMILIES
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipes, "log_likelihood", partial(recipes.log_likelihood, num_steps=20))
