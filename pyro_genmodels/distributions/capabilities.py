@@ -63,6 +63,8 @@ class Capabilities:
     """Sentence that says what to use instead, where the density is missing or not normalised."""
     intractable: bool = False
     """True if the density has a constant that is out of reach, so that `log_prob` knows its gradient through samples only."""
+    log_partition: Any = None
+    """log Z (`LogPartition`) for the present parameters, or None if it is not known. Only read if `intractable`."""
     mean_inside_log: bool = True
     """True if the log of a mean of exp(log_prob) over calls is a tighter bound than the mean of log_prob."""
     is_unbiased: bool = False
@@ -74,6 +76,10 @@ class Capabilities:
         """Return the log density (nats) that maximum likelihood maximises, regularisers included: (sample..., *batch_shape)."""
         log_p: Tensor = self.log_prob(value)  # type: ignore[attr-defined]
         return log_p
+
+    def normalized(self, log_partition: Any) -> Any:
+        """Return the distribution with the given log Z (`LogPartition`) as its constant."""
+        raise NotImplementedError(f"{type(self).__name__} has no log Z to set.")
 
     @property
     def training_form(self) -> Any:

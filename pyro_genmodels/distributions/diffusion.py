@@ -6,8 +6,7 @@ densities, which are equal for the exact score but not for a learned one:
 
 - `FlowDensity`: that of the probability flow, an ODE in :math:`\lambda = \log(\alpha / \sigma)`, by change of variables;
 - `VariationalBound`: a lower bound for the reverse SDE. With the noise :math:`\tilde\sigma_0 = e^{-\lambda_{\max}}` that is
-left
-  at the start,
+  left at the start,
 
 .. math:: \log p(x) \ge -\tfrac{d}{2} \log(2 \pi e \tilde\sigma_0^2) - \mathrm{KL}\bigl(q(x_1 \mid x) \,\|\, N(0, r^2)\bigr)
     - \int_{\lambda_{\min}}^{\lambda_{\max}} \mathbb{E}\,|\hat\varepsilon - \varepsilon|^2\, d\lambda .
@@ -19,7 +18,7 @@ Song et al. (arXiv 2011.13456); Kingma et al., *Variational Diffusion Models* (a
 
 from __future__ import annotations
 
-__all__ = ["DequantizedDiffusion", "FlowDensity", "ReverseDiffusion", "VariationalBound"]
+__all__ = ["DequantizedDiffusion", "DiffusionLikelihood", "FlowDensity", "ReverseDiffusion", "VariationalBound"]
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -152,7 +151,7 @@ class ReverseDiffusion(GenerativeDistribution):
         event_shape: Sequence[int],
         *,
         sampler: ReverseSampler | None = None,
-        likelihood: FlowDensity | VariationalBound | None = None,
+        likelihood: DiffusionLikelihood | None = None,
         drop_context: float = 0.0,
         **kwargs: Any,
     ) -> None:
@@ -178,7 +177,7 @@ class ReverseDiffusion(GenerativeDistribution):
         """Return the diffusion with another sampler."""
         return self._with(sampler=_sampler(sampler))
 
-    def with_likelihood(self, likelihood: FlowDensity | VariationalBound) -> ReverseDiffusion:
+    def with_likelihood(self, likelihood: DiffusionLikelihood) -> ReverseDiffusion:
         """Return the diffusion with another `log_prob`."""
         return self._with(likelihood=_likelihood(likelihood))
 
@@ -352,8 +351,7 @@ class ReverseDiffusion(GenerativeDistribution):
         return torch.where(dropped.unsqueeze(-1), null, context)
 
     def noisy_score(self, value: Tensor, t: Tensor) -> Tensor:
-        """Return the network's score of noisy data at times t of the process, of the shape of the value broadcast with the
-        batch.
+        """Return the network's score of noisy data at times t of the process: shape of the value broadcast with the batch.
 
         Args:
             value: noisy standardised data in the scale of the process, (batch..., *event_shape).
@@ -387,8 +385,8 @@ def _sampler(found: Any) -> ReverseSampler:
     return check_choice("A diffusion", "sampler", found, DPMSolver(), ReverseSampler)
 
 
-def _likelihood(found: Any) -> FlowDensity | VariationalBound:
-    return check_choice("A diffusion", "likelihood", found, FlowDensity(), FlowDensity | VariationalBound)
+def _likelihood(found: Any) -> DiffusionLikelihood:
+    return check_choice("A diffusion", "likelihood", found, FlowDensity(), DiffusionLikelihood)
 
 
 @dataclass(frozen=True)
@@ -424,7 +422,7 @@ class DequantizedDiffusion(Dequantized):
         """Return the distribution with another sampler: see `ReverseDiffusion.with_sampler`."""
         return self._over(self.base.with_sampler(sampler))
 
-    def with_likelihood(self, likelihood: FlowDensity | VariationalBound) -> DequantizedDiffusion:
+    def with_likelihood(self, likelihood: DiffusionLikelihood) -> DequantizedDiffusion:
         """Return the distribution with another likelihood: see `ReverseDiffusion.with_likelihood`."""
         return self._over(self.base.with_likelihood(likelihood))
 

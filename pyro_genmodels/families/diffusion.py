@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
-from pyro_genmodels.distributions.diffusion import DequantizedDiffusion, FlowDensity, ReverseDiffusion, VariationalBound
+from pyro_genmodels.distributions.diffusion import DequantizedDiffusion, DiffusionLikelihood, FlowDensity, ReverseDiffusion
 from pyro_genmodels.dynamics.denoiser import Denoiser, Prediction, VelocityPrediction
 from pyro_genmodels.dynamics.probability_flow import DPMSolver
 from pyro_genmodels.dynamics.processes import Process, VariancePreserving
@@ -77,7 +77,7 @@ class Diffusion(ContinuousFamily):
         process: Process | None = None,
         prediction: Prediction | None = None,
         sampler: ReverseSampler | None = None,
-        likelihood: FlowDensity | VariationalBound | None = None,
+        likelihood: DiffusionLikelihood | None = None,
         drop_context: float = 0.0,
         guidance: float = 1.0,
         support: constraints.Constraint = constraints.real,
@@ -96,7 +96,7 @@ class Diffusion(ContinuousFamily):
         self.process = check_choice("Diffusion", "process", process, VariancePreserving(), Process)
         self.prediction = check_choice("Diffusion", "prediction", prediction, VelocityPrediction(), Prediction)
         self.sampler = check_choice("Diffusion", "sampler", sampler, DPMSolver(), ReverseSampler)
-        self.likelihood = check_choice("Diffusion", "likelihood", likelihood, FlowDensity(), FlowDensity | VariationalBound)
+        self.likelihood = check_choice("Diffusion", "likelihood", likelihood, FlowDensity(), DiffusionLikelihood)
         if not 0 <= drop_context < 1 or (drop_context and not self.context_size):
             raise ValueError(
                 f"Diffusion wants drop_context of at least 0 and less than 1, and only with a context, but found "

@@ -90,8 +90,10 @@ class ContrastiveDivergence(Objective):
         if not dist.has_negatives:
             return -dist.log_prob(x)
         if not torch.is_grad_enabled():
-            known = dist.normalized(quick_log_partition(dist)) if dist.intractable else dist
-            return -known.log_prob(x)
+            if dist.intractable:
+                log_z = quick_log_partition(dist)
+                dist = dist.normalized(log_z)
+            return -dist.log_prob(x)
         terms = dist.contrastive_terms(x, steps=self.steps, from_data=not self.persistent)
         loss = terms.negatives.mean(0) - terms.data
         return loss + self.regularization * terms.squared_energies() if self.regularization else loss

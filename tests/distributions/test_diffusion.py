@@ -44,7 +44,7 @@ from pyro_genmodels import (
     log_likelihood,
     train,
 )
-from pyro_genmodels.distributions.diffusion import ReverseDiffusion
+from pyro_genmodels.distributions.diffusion import DiffusionLikelihood, ReverseDiffusion
 from pyro_genmodels.dynamics.denoiser import Denoiser
 from pyro_genmodels.families import (
     DDIM,
@@ -351,6 +351,25 @@ def test_kinds_are_told():
     x = torch.randn(3, 2)
     for kind, name in zip(kinds, ["exact", "estimate", "lower bound"], strict=True):
         assert log_likelihood(small(likelihood=kind), x, num_samples=3).kind == name
+
+
+def test_a_likelihood_of_your_own():
+    class NormalLikelihood(DiffusionLikelihood):
+        flow_density = FlowDensity()
+
+        def density(self, diffusion):
+            return "exact"
+
+        def mean_inside_log(self, diffusion):
+            return True
+
+        def log_prob(self, diffusion, value):
+            return diffusion.base.log_prob(value)
+
+    family, x = Diffusion((2,), likelihood=NormalLikelihood()), torch.randn(5, 2)
+    for d in (family(), Diffusion((2,))().with_likelihood(NormalLikelihood())):
+        assert d.density == "exact"
+        assert_close(d.log_prob(x), dist.Normal(0.0, 1.0).log_prob(x).sum(-1))
 
 
 def test_log_likelihood_takes_the_mean_of_bounds():

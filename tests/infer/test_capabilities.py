@@ -1,5 +1,7 @@
 """A distribution that only this file knows is trained by every objective whose capability it offers."""
 
+from math import log, pi
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -16,11 +18,14 @@ from pyro_genmodels import (
     MaximumLikelihood,
     NoiseContrastive,
     SlicedScoreMatching,
+    log_likelihood,
 )
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.capabilities import ContrastiveTerms, ScoreJumps, capabilities
 from pyro_genmodels.distributions.dequantized import Dequantized
+from pyro_genmodels.distributions.energy.state import LogPartition
 from pyro_genmodels.dynamics.processes import VariancePreserving
+from pyro_genmodels.evaluation import conservative_log_likelihood
 from pyro_genmodels.infer import TrigonometricInterpolant
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -154,6 +159,49 @@ def assert_fitted(bell, loc=LOC, scale=SCALE, tolerance=0.1):
 )
 def test_every_objective_trains_a_distribution_that_offers_its_capability(objective, make):
     assert_fitted(fitted(objective(), make))
+
+
+class KnownConstant(Unnormalised):
+    """The same with its log Z."""
+
+    log_z = None
+
+    @property
+    def density(self):
+        return "unnormalized" if self.log_z is None else "exact"
+
+    @property
+    def log_partition(self):
+        value = self.bell.log_scale.sum() + log(2 * pi)
+        return LogPartition(value, torch.zeros_like(value), "exact")
+
+    def normalized(self, log_partition):
+        new = self.expand(self.batch_shape)
+        new.log_z = log_partition.value
+        return new
+
+    def _log_prob(self, y, context):
+        return super()._log_prob(y, context) - (0.0 if self.log_z is None else self.log_z)
+
+
+def test_a_distribution_that_knows_its_constant_is_validated_and_evaluated():
+    bell, x = Bell(), data(50)
+    fit = (lambda x: bell.model(x, KnownConstant)), no_latents
+    wanted = BellDistribution(bell).log_prob(x).detach()
+    assert ContrastiveDivergence().loss(*fit, x) == pytest.approx(-wanted.sum().item(), rel=1e-5)
+    found = log_likelihood(fit, x)
+    torch.testing.assert_close(found.values, wanted)
+    assert found.kind == "exact"
+
+
+def test_a_constant_that_cannot_be_estimated_is_refused():
+    bell, x = Bell(), data(5)
+    fit = (lambda x: bell.model(x, Unnormalised)), no_latents
+    for evaluate in (lambda: ContrastiveDivergence().loss(*fit, x), lambda: log_likelihood(fit, x)):
+        with pytest.raises(TypeError, match=r"log_partition wants the distribution of an energy.*Unnormalised"):
+            evaluate()
+    with pytest.raises(TypeError, match=r"energy.*Unnormalised"):
+        conservative_log_likelihood(fit, x)
 
 
 def test_one_level_of_denoising_needs_no_capability():

@@ -117,7 +117,12 @@ def conservative_bound(
 
     Returns:
         Bounds (N,) in nats, and their standard errors, NaN for a single chain.
+
+    Raises:
+        TypeError: if it is not the distribution of an energy.
     """
+    if not isinstance(dist, Energy):
+        raise TypeError(f"Annealing backwards wants the distribution of an energy, but found {type(dist).__name__}.")
     sampler, path = _kernel(dist), dist.path
     values, errors = [], []
     with torch.no_grad():

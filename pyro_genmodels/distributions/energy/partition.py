@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.distributions.energy.annealed import Annealing
 from pyro_genmodels.distributions.energy.distribution import Energy
 from pyro_genmodels.distributions.energy.exact import MAX_HIDDEN_UNITS, MAX_STATES, exact_log_partition
@@ -134,8 +133,7 @@ def _energy_of(energy: Any) -> Energy:
     energy = getattr(energy, "family", energy)
     made = energy() if callable(energy) and not isinstance(energy, Distribution) else energy
     dist: Any = unwrap(made) if isinstance(made, Distribution) else made
-    is_energy = isinstance(dist, Distribution) and capabilities(dist).intractable
-    if not is_energy:
+    if not isinstance(dist, Energy):
         raise TypeError(
             f"log_partition wants the distribution of an energy, such as EnergyModel((2,))(), but found {type(dist).__name__}."
         )
