@@ -69,12 +69,14 @@ def wasserstein(x: Tensor, y: Tensor, *, p: float = 2.0, regularization: float |
     """
     x, y = as_matrices(x, y, by="wasserstein")
     if not (p >= 1 and isfinite(p)):
-        raise ValueError(f"wasserstein wants an order p of at least 1, and finite, got {p=}.")
+        raise ValueError(f"wasserstein wants an order p of at least 1, and finite, but found {p=}.")
     if regularization is not None and not (regularization > 0 and isfinite(regularization)):
-        raise ValueError(f"wasserstein wants a regularization above 0, and finite, got {regularization=}. Use None for none.")
+        raise ValueError(
+            f"wasserstein wants a regularization above 0, and finite, but found {regularization=}. Use None for none."
+        )
     if regularization is not None and p > 2:
         raise ValueError(
-            f"wasserstein wants an order p of at most 2 with a regularization, got {p=}: for larger orders the Sinkhorn "
+            f"wasserstein wants an order p of at most 2 with a regularization, but found {p=}: for larger orders the Sinkhorn "
             "divergence can be negative. Use None, or p=2."
         )
     ot = import_extra("ot", extra="eval", by="wasserstein")

@@ -62,9 +62,9 @@ def sliced_wasserstein(
     """
     x, y = as_matrices(x, y, by="sliced_wasserstein")
     if num_projections < 2:
-        raise ValueError(f"sliced_wasserstein wants at least 2 directions for a standard error, got {num_projections=}.")
+        raise ValueError(f"sliced_wasserstein wants at least 2 directions for a standard error, but found {num_projections=}.")
     if not (p >= 1 and isfinite(p)):
-        raise ValueError(f"sliced_wasserstein wants an order p of at least 1, and finite, got {p=}.")
+        raise ValueError(f"sliced_wasserstein wants an order p of at least 1, and finite, but found {p=}.")
     ot = import_extra("ot", extra="eval", by="sliced_wasserstein")
     blocks = directions(num_projections, x.shape[1], seed).to(x).split(max(1, _MAX_BLOCK_SIZE // (len(x) + len(y))))
     costs = torch.cat([ot.wasserstein_1d(x @ block.T, y @ block.T, p=p) for block in blocks])  # W_p^p along each direction

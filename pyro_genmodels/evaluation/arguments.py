@@ -36,7 +36,7 @@ class RowArguments:
 
         Example:
             >>> import torch
-        >>> RowArguments((torch.arange(3), torch.tensor([5.0, 6.0])), {"context": torch.zeros(3, 1)}).take(slice(0, 1))
+            >>> RowArguments((torch.arange(3), torch.tensor([5.0, 6.0])), {"context": torch.zeros(3, 1)}).take(slice(0, 1))
             RowArguments(args=(tensor([0]), tensor([5., 6.])), kwargs={'context': tensor([[0.]])})
         """
 

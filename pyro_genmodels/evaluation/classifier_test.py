@@ -98,7 +98,7 @@ def c2st(
         (1.0, 5)
     """
     if folds < 2:
-        raise ValueError(f"c2st wants at least 2 folds, got {folds=}.")
+        raise ValueError(f"c2st wants at least 2 folds, but found {folds=}.")
     x, y = as_matrices(x, y, by="c2st", least=10 * folds)
     if len(x) != len(y):
         n, larger = (len(y), "x") if len(x) > len(y) else (len(x), "y")

@@ -21,6 +21,7 @@ import pyro
 from pyro_genmodels._pyro import handlers, params, traces
 from pyro_genmodels.inference_data.groups import GROUPS, CollectOptions, Groups, collect, concatenate_chains
 from pyro_genmodels.inference_data.sources import check_separate_parameters, source_of
+from pyro_genmodels.utils.errors import check_positive_int
 
 if TYPE_CHECKING:
     import arviz
@@ -100,8 +101,9 @@ def to_arviz(
         >>> to_arviz(Flow((2,)), num_samples=50).posterior_predictive.sizes["draw"]
         50
     """
-    if (num_samples is not None and num_samples < 1) or batch_size < 1:
-        raise ValueError(f"num_samples and batch_size must be positive, got {num_samples} and {batch_size}.")
+    check_positive_int("to_arviz", batch_size=batch_size)
+    if num_samples is not None:
+        check_positive_int("to_arviz", num_samples=num_samples)
     if unknown := [group for group in groups if group not in GROUPS]:
         raise ValueError(f"Unknown groups {', '.join(map(repr, unknown))}: known are {', '.join(GROUPS)}.")
     options = CollectOptions(frozenset(groups), batch_size, parallel, dims or {}, progress)

@@ -305,7 +305,7 @@ def lazy_transform(module: nn.Module) -> nn.Module:
     for part in lazy.modules():
         if getattr(part, "univariate", None) is zuko.transforms.GaussianizationTransform:
             raise ValueError(
-                "Flow got a Gaussianization flow (GF), which cannot be used: zuko's does not invert (round-trip error 1.3 at "
+                "Flow cannot use a Gaussianization flow (GF): zuko's does not invert (round-trip error 1.3 at "
                 "its own initialisation) and the gradients of its draws are wrong. Use NSF() or MAF()."
             )
         if type(part) is zuko.flows.neural.UMNN:

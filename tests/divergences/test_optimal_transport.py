@@ -91,7 +91,7 @@ def test_events_are_flattened_and_the_wider_dtype_is_kept():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"p": 0.5}, "order p of at least 1, and finite, got p=0.5"),
+        ({"p": 0.5}, "order p of at least 1, and finite, but found p=0.5"),
         ({"p": torch.inf}, "order p"),
         ({"regularization": 0.0}, r"above 0.*regularization=0\.0\. Use None"),
         ({"regularization": 1.0, "p": 3.0}, "at most 2 with a regularization"),

@@ -126,7 +126,7 @@ def test_integers_and_samples_with_a_graph_are_accepted():
         ),
         (torch.zeros(60, 2), torch.zeros(100, 2), {}, r"60 and 100 samples. Take 60 of the larger set: y\["),
         (torch.zeros(49, 2), torch.zeros(49, 2), {}, "at least 50 samples"),
-        (torch.zeros(49, 2), torch.zeros(49, 2), {"folds": 1}, "at least 2 folds, got folds=1"),
+        (torch.zeros(49, 2), torch.zeros(49, 2), {"folds": 1}, "at least 2 folds, but found folds=1"),
     ],
 )
 def test_sets_that_cannot_be_compared_are_refused(x, y, choice, match):

@@ -100,8 +100,9 @@ def test_labels_of_another_length_are_refused():
 
 @pytest.mark.parametrize("option", ["num_samples", "batch_size"])
 def test_counts_are_positive(option):
-    with pytest.raises(ValueError, match="positive"):
-        to_arviz(affine_flow(), **{option: 0})
+    for count in (0, 2.5, True):
+        with pytest.raises(ValueError, match=f"to_arviz wants an integer {option} of 1 or more, but found {count}"):
+            to_arviz(affine_flow(), **{option: count})
 
 
 @pytest.mark.parametrize(("num_samples", "batch_size"), [(1, 1), (7, 3), (6, 3), (5, 100)])

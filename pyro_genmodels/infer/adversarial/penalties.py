@@ -22,7 +22,7 @@ from math import isfinite
 import torch
 from torch import Tensor, nn
 
-Critic = Callable[..., Tensor]
+CriticFunction = Callable[..., Tensor]
 """(inputs (rows, ...) each) -> (rows,)."""
 Inputs = tuple[Tensor, ...]
 
@@ -31,7 +31,7 @@ Inputs = tuple[Tensor, ...]
 class Penalty:
     """Base class of penalties. This class itself has no effect."""
 
-    def __call__(self, critic: Critic, real: Inputs, fake: Inputs) -> Tensor | float:
+    def __call__(self, critic: CriticFunction, real: Inputs, fake: Inputs) -> Tensor | float:
         """Return the penalty to add to the critic's loss.
 
         Args:
@@ -65,7 +65,7 @@ class R1(_SquaredGradient):
         gamma: positive weight.
     """
 
-    def __call__(self, critic: Critic, real: Inputs, fake: Inputs) -> Tensor:
+    def __call__(self, critic: CriticFunction, real: Inputs, fake: Inputs) -> Tensor:
         return self.gamma / 2 * _squared_norms(critic, real).mean()
 
 
@@ -76,7 +76,7 @@ class R2(_SquaredGradient):
         gamma: positive weight.
     """
 
-    def __call__(self, critic: Critic, real: Inputs, fake: Inputs) -> Tensor:
+    def __call__(self, critic: CriticFunction, real: Inputs, fake: Inputs) -> Tensor:
         return self.gamma / 2 * _squared_norms(critic, fake).mean()
 
 
@@ -93,7 +93,7 @@ class GradientPenalty(Penalty):
     def __post_init__(self) -> None:
         _check_positive(self, self.weight)
 
-    def __call__(self, critic: Critic, real: Inputs, fake: Inputs) -> Tensor:
+    def __call__(self, critic: CriticFunction, real: Inputs, fake: Inputs) -> Tensor:
         rows = len(real[0])
         share = torch.rand(rows, device=real[0].device)
         between = tuple(
@@ -123,7 +123,7 @@ class WeightClipping(Penalty):
             p.clamp_(-self.bound, self.bound)
 
 
-def _squared_norms(critic: Critic, inputs: Inputs) -> Tensor:
+def _squared_norms(critic: CriticFunction, inputs: Inputs) -> Tensor:
     """Return the squared norm of the critic's gradient in each row, (rows,), with a graph to its parameters."""
     if not all(part.requires_grad for part in inputs if part.is_floating_point()):
         inputs = tuple(part.detach().requires_grad_(part.is_floating_point()) for part in inputs)
