@@ -1,4 +1,4 @@
-r"""Replicated data: samples from a model beside the data it observes, as two matrices with one row per row of the data.
+r"""Replicated data: samples from a model and the data it observes, as two matrices with one row per row of the data.
 
 The model runs under `draw_replicates`, so that each observed site has a sample and a datum,
 

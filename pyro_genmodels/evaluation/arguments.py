@@ -1,4 +1,4 @@
-"""A model's arguments, of which those with a row per datum are cut along with the data."""
+"""Arguments of a model. Those with one row per datum are cut along with the data."""
 
 from __future__ import annotations
 

@@ -52,7 +52,8 @@ class EnergyModel(Family):
             ``constraints.integer_interval(0, K - 1)``, whose order the energy does not know.
         sampler: Markov kernel: `Langevin`, `Hamiltonian`, `GibbsWithGradients`, `Gibbs` (Boltzmann machines only) or
             `ParallelTempering`. "default" is `Gibbs` where the energy has sweeps, `Langevin` over real numbers and
-            `GibbsWithGradients` over discrete data. None draws nothing, and leaves the objectives that draw nothing.
+            `GibbsWithGradients` over discrete data. With None it has no samples; only objectives that need none can
+            train it.
         negatives: source of negatives: `Persistent` (the default), `Contrastive`, or `Annealed` (the default with a context).
         num_steps: steps of the sampler per draw.
         noise: lowest and highest noise level, in units of the standardised data, for `DenoisingScoreMatching` at many levels.

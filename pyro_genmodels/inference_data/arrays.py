@@ -107,7 +107,7 @@ class GroupArrays:
         array[tuple(plate.rows for plate in block.plates)] = to_numpy(block.values[0])
 
     def put_all_draws(self, draws: Mapping[str, Tensor]) -> None:
-        """Put variables of the posterior of which all draws are at hand, (draws, ...)."""
+        """Put variables of the posterior whose draws are all known, (draws, ...)."""
         for name, value in draws.items() if self.wants("posterior") else ():
             self._add("posterior", name, to_numpy(value), ["draw", *self._event_names(name, value.dim() - 1)])
 

@@ -163,7 +163,7 @@ def _chains_and_draws(draws: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def _one_model(fit: Any, own: Any, given: Any) -> Any:
-    """Return the model of a fit or the given one, of which only one may exist."""
+    """Return the model of a fit, or the given one; raise a ValueError if there are both."""
     if own is not None and given is not None:
         raise ValueError(f"A {type(fit).__name__} has a model: leave model= out.")
     return given if own is None else own

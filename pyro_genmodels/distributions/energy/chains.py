@@ -27,7 +27,7 @@ DRAWS_TUNING_RATE = 0.1
 
 @dataclass(frozen=True)
 class EnergyChains:
-    """What it takes to move chains of an energy.
+    """The path, sampler and replay buffer that move chains of an energy.
 
     Attributes:
         path: density of the energy and the path to it.
@@ -55,7 +55,7 @@ class EnergyChains:
         if self.sampler is None:
             raise ValueError(
                 f"This energy has no sampler, and so no {purpose}. Build it with one such as Langevin(), or train it by "
-                "NoiseContrastive(noise=...), SlicedScoreMatching() or DenoisingScoreMatching(), which draw nothing from it."
+                "NoiseContrastive(noise=...), SlicedScoreMatching() or DenoisingScoreMatching(), which need no samples of it."
             )
         if has_active_dropout(self.path.energy, self.path.base):
             raise ValueError(

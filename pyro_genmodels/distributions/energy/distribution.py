@@ -152,7 +152,7 @@ class Energy(GenerativeDistribution):
 
     @property
     def chains(self) -> EnergyChains:
-        """What it takes to move chains: path, sampler and replay buffer."""
+        """The path, sampler and replay buffer that move chains."""
         return EnergyChains(self.path, self.sampler, self.replay_buffer, self.num_steps, validate=self._validate_args)
 
     # Densities.
