@@ -36,7 +36,7 @@ _homes = {
 _home = {name: module for module, names in _homes.items() for name in names}
 _modules = (
     "datasets", "distributions", "divergences", "dynamics", "evaluation", "families", "infer", "inference_data", "optim",
-    "samplers", "training",
+    "samplers", "testing", "training",
 )  # fmt: skip
 
 __version__ = "0.2.0.dev0"

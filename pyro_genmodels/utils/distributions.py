@@ -139,12 +139,16 @@ def check_exact_density(owner: str, role: str, found: Any, event_shape: Sequence
     wanted = event if event_shape is None else tuple(event_shape)
     if batch or event != wanted:
         events = "one event" if event_shape is None else f"one event of shape {wanted}"
-        cure = f" Use .to_event({len(batch)})." if batch and batch + event == wanted or batch and event_shape is None else ""
-        raise ValueError(f"{owner} wants its {role} over {events}, but found batch shape {batch} and event shape {event}.{cure}")
+        is_cured = batch and (event_shape is None or batch + event == wanted)
+        cure = f" Use .to_event({len(batch)})." if is_cured else ""
+        raise ValueError(
+            f"{owner} wants its {role} over {events}, but found batch shape {batch} and event shape {event}.{cure}"
+        )
     density, advice = density_of(made)
     if density != "exact":
         kind = "no density" if density == "none" else f"a density of kind {density!r}"
-        raise ValueError(f"{owner} wants an exact density as its {role}, but {type(made).__name__} has {kind}. {advice}".rstrip())
+        message = f"{owner} wants an exact density as its {role}, but {type(made).__name__} has {kind}. {advice}"
+        raise ValueError(message.rstrip())
     return made
 
 
