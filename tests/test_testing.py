@@ -5,6 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from cases import SMALL
+from torch.distributions import constraints
 
 from pyro_genmodels import MAF, Autoregressive, Flow, MaximumLikelihood
 from pyro_genmodels.distributions import GenerativeDistribution
@@ -101,6 +102,28 @@ def test_a_broken_family_is_noticed_by_clause():
     frozen = [name for name, _ in shared.named_parameters()]
     with pytest.raises(AssertionError, match="no parameters to train"):
         check_family(lambda: Flow((2,), transform=MAF(**SMALL)), two, untrained=tuple(frozen))
+
+
+class IgnoresTransform(Autoregressive):
+    """A family whose distribution counts neither its support nor its standardisation."""
+
+    def forward(self, context=None):
+        return dist.Normal(torch.zeros(2), 1.0).to_event(1)
+
+
+@pytest.mark.parametrize(
+    ("clause", "message", "support"),
+    [("standardize", "the mean of the data", constraints.real), ("draws", "the support", constraints.positive)],
+)
+def test_a_family_that_ignores_its_transform_is_noticed(clause, message, support):
+    others = [name for name in CLAUSES["family"] if name != clause]
+    with pytest.raises(AssertionError, match=f'clause "{clause}": .*{message}'):
+        check_family(lambda: IgnoresTransform((2,), hidden=(8,), support=support), two, skip=others)
+
+
+def test_a_family_in_place_of_a_function_is_refused():
+    with pytest.raises(TypeError, match=r"lambda: Flow\(...\), but found a family"):
+        check_family(Flow((2,), transform=MAF(**SMALL)), two)
 
 
 class IgnoresScale(MaximumLikelihood):

@@ -20,8 +20,8 @@ import pyro
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.infer.util import is_validation_enabled
-from pyro.nn import PyroModule, pyro_method
-from torch import Size, Tensor
+from pyro.nn import PyroModule, PyroParam, PyroSample, pyro_method
+from torch import Size, Tensor, nn
 from torch.distributions import (
     AffineTransform,
     ComposeTransform,
@@ -36,6 +36,9 @@ from pyro_genmodels.families.context import Context, as_context_module, check_on
 from pyro_genmodels.utils.distributions import is_real, map_tensors, over_events
 
 Standardize = bool | Literal["jointly"]
+
+_OWN = ("event_shape", "context", "support", "loc", "scale", "standardized")
+"""Attributes that `Family.__init__` sets."""
 
 
 class Family(PyroModule):
@@ -113,6 +116,15 @@ class Family(PyroModule):
         self.register_buffer("standardized", torch.tensor(False))
         self.register_load_state_dict_post_hook(_read_standardized)
         self.name = self.name
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        taken = hasattr(Family, name) or (name in _OWN and hasattr(self, name))
+        if taken and isinstance(value, (nn.Parameter, nn.Module, PyroParam, PyroSample)):
+            raise AttributeError(
+                f"{type(self).__name__} cannot store a parameter or module as {name}, which is an attribute of every family. "
+                f"Give it another name, such as own_{name}."
+            )
+        super().__setattr__(name, value)
 
     @abstractmethod
     def forward(self, context: Tensor | None = None) -> TorchDistribution:

@@ -15,12 +15,12 @@ import torch
 from pyro.contrib.autoname import scope
 from pyro.infer import ELBO, SVI, Predictive
 from pyro.optim import PyroOptim
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
 from pyro_genmodels.testing.clauses import clause, require, require_error, run_clauses, seed, seeded
-from pyro_genmodels.utils.distributions import density_of
+from pyro_genmodels.utils.distributions import density_of, is_real
 from pyro_genmodels.utils.errors import listed
 
 
@@ -45,12 +45,17 @@ def check_family(
 
     Raises:
         AssertionError: if a clause does not hold. The message names the clause.
+        TypeError: if `build` is a family.
         ValueError: if `skip` has an unknown name.
 
     Example:
         >>> from pyro_genmodels import Autoregressive
         >>> check_family(lambda: Autoregressive((2,), hidden=(8,)), lambda n: torch.randn(n, 2))
     """
+    if isinstance(build, nn.Module):
+        raise TypeError(
+            f"build wants a function that returns a new family, such as lambda: {type(build).__name__}(...), but found a family."
+        )
     run_clauses("family", FamilySubject(build, data, context, objective, untrained), skip)
 
 
@@ -234,13 +239,31 @@ def _family_draws(subject: FamilySubject) -> None:
     family, contexts = subject.build(), None if subject.context is None else subject.context(5)
     x = family.model(None, contexts, size=5)
     require(x.shape == (5, *family.event_shape), f"draws have shape {tuple(x.shape)}")
-    require(family(contexts).support.check(x).all(), "draws lie outside the support")
+    support = family(contexts).support
+    require(support.check(x).all(), "draws lie outside the support")
+    same = (is_real(support), support.is_discrete) == (is_real(family.data_support), family.data_support.is_discrete)
+    require(same, f"the distribution has the support {support}, but the family has {family.data_support}")
     if contexts is not None:
         require(family(contexts).batch_shape == (5,), f"5 contexts give batch shape {tuple(family(contexts).batch_shape)}")
         require(len(family.model(context=contexts)) == 5, "the model does not draw one row per context")
     for parallel in (False, True):
         draws = Predictive(family.model, num_samples=3, parallel=parallel)(None, contexts, size=5)["x"]
         require(draws.shape == (3, 5, *family.event_shape), f"draws have shape {tuple(draws.shape)}")
+
+
+@clause("family")
+def _family_standardize(subject: FamilySubject) -> None:
+    """Check that draws follow mean and deviation if the family standardises: its distribution counts `pretransform`."""
+    family, (x, *contexts) = subject.build(), subject.batch(4)
+
+    def transformed() -> Tensor:
+        return x if family.pretransform is None else family.pretransform(x)
+
+    before, draws = transformed(), seeded(family(*contexts).sample)
+    family.loc.add_(1.0)
+    if not transformed().equal(before):
+        unchanged = seeded(family(*contexts).sample).equal(draws)
+        require(not unchanged, "the mean of the data does not change the draws. Pass pretransform on to the distribution")
 
 
 @clause("family")

@@ -13,7 +13,7 @@ import torch
 import zuko
 from cases import CASES, CLASSES, LEVELS, SMALL, UNIT, labels, latent, real, rows
 from pyro.infer import SVI, Trace_ELBO
-from pyro.nn import PyroModule, PyroSample
+from pyro.nn import PyroModule, PyroParam, PyroSample
 from pyro.optim import Adam
 from torch import nn
 from torch.distributions import constraints
@@ -68,6 +68,13 @@ def test_contract(case):
         objective=case.objective,
         untrained=case.untrained,
     )
+
+
+@pytest.mark.parametrize("name", ["loc", "scale", "context", "model", "parameters"])
+@pytest.mark.parametrize("value", [nn.Parameter(torch.zeros(2)), nn.Linear(2, 2), PyroParam(torch.ones(2))])
+def test_a_parameter_does_not_replace_an_attribute_of_every_family(name, value):
+    with pytest.raises(AttributeError, match=f"as {name}, .* such as own_{name}"):
+        setattr(Flow((2,), transform=MAF(**SMALL)), name, value)
 
 
 def test_the_name_is_settable_and_stands_before_every_parameter():
