@@ -23,7 +23,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import sqrt
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Size, Tensor
@@ -55,6 +55,9 @@ def fresh_probes() -> Iterator[None]:
 class Trace(ABC):
     """A choice of how the trace of a Jacobian is computed."""
 
+    is_exact: ClassVar[bool] = False
+    """True if the trace has no error, and `probes` returns None."""
+
     @abstractmethod
     def probes(self, x: Tensor, *, fresh: bool) -> Tensor | None:
         """Return probes (k, *shape of x) of mean 0 and covariance I, or None for the exact trace.
@@ -64,10 +67,16 @@ class Trace(ABC):
             fresh: True for new probes, False for the same ones at every call.
         """
 
+    def single(self) -> Trace:
+        """Return the same trace with as few probes as possible, for an estimate of its error from many calls."""
+        return self
+
 
 @dataclass(frozen=True)
 class ExactTrace(Trace):
     """The exact trace, by one backward pass per coordinate."""
+
+    is_exact: ClassVar[bool] = True
 
     def probes(self, x: Tensor, *, fresh: bool) -> Tensor | None:
         return None
@@ -110,6 +119,9 @@ class Hutchinson(Trace):
     def probes(self, x: Tensor, *, fresh: bool) -> Tensor | None:
         generator = None if fresh else Generator(x.device).manual_seed(self.seed)
         return self.distribution((self.num_probes, *x.shape), generator, x.device, x.dtype)
+
+    def single(self) -> Hutchinson:
+        return replace(self, num_probes=1)
 
 
 @dataclass
@@ -208,12 +220,12 @@ class ContinuousFlow(GenerativeDistribution):
     @property
     def density(self) -> Density:
         """Kind of density: exact with an exact trace, else an estimate."""
-        return "exact" if isinstance(self.trace, ExactTrace) else "estimate"
+        return "exact" if self.trace.is_exact else "estimate"
 
     @property
     def mean_inside_log(self) -> bool:
         """True with an exact trace; the mean of exp(log_prob) of an estimate is biased."""
-        return isinstance(self.trace, ExactTrace)
+        return self.trace.is_exact
 
     @property
     def has_rsample(self) -> bool:
@@ -273,14 +285,14 @@ class ContinuousFlow(GenerativeDistribution):
         Raises:
             ValueError: if there are fewer than 2 probes.
         """
-        exact = isinstance(self.trace, ExactTrace)
+        exact = self.trace.is_exact
         if not exact and num_probes < 2:
             raise ValueError(f"log_prob_with_error wants num_probes of 2 or more, but found {num_probes}.")
         with torch.no_grad():
             y, context, log_det = self.aligned(value)
             k = 1 if exact else num_probes
             y, context = y.expand(k, *y.shape), None if context is None else context.expand(k, *context.shape)
-            trace = replace(self.trace, num_probes=1) if isinstance(self.trace, Hutchinson) else self.trace
+            trace = self.trace.single()
             values, path = self._back(y, context, self.solver, trace)
             coarse, coarse_solution = self._back(y, context, self.solver.coarser, trace)
         probe_error = torch.zeros_like(values[0]) if exact else values.std(0) / sqrt(k)

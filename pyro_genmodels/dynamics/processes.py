@@ -23,6 +23,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import cos, log, pi
+from typing import ClassVar
 
 import torch
 from torch import Size, Tensor
@@ -31,6 +32,9 @@ from torch import Size, Tensor
 @dataclass(frozen=True)
 class Process(ABC):
     """Base class of processes. Times are tensors of any shape with values in [`start`, `end`]."""
+
+    is_mostly_noise: ClassVar[bool] = False
+    """True if x is almost pure noise at most times, so that uniform times would be wasted in training."""
 
     def __post_init__(self) -> None:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -263,6 +267,8 @@ class Karras(Process):
         sigma_min: first time, and standard deviation of the noise there.
         sigma_max: last time, and standard deviation of the noise there.
     """
+
+    is_mostly_noise: ClassVar[bool] = True
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0

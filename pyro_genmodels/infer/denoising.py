@@ -35,7 +35,7 @@ from torch import Size, Tensor
 from pyro_genmodels._pyro import traces
 from pyro_genmodels._pyro.wrappers import map_inner
 from pyro_genmodels.distributions.capabilities import capabilities
-from pyro_genmodels.dynamics.processes import Karras, Process, stratified
+from pyro_genmodels.dynamics.processes import Process, stratified
 from pyro_genmodels.infer.score_matching import ScoreMatching, score_of
 from pyro_genmodels.utils.distributions import sum_event, unwrap
 
@@ -191,7 +191,7 @@ class DenoisingScoreMatching(ScoreMatching):
         super()._score(model_trace, guide_trace)
 
     def _times(self, process: Process, u: Tensor) -> tuple[Tensor, Tensor]:
-        default: TimeWeighting = LogNormalWeighting() if isinstance(process, Karras) else UniformWeighting()
+        default: TimeWeighting = LogNormalWeighting() if process.is_mostly_noise else UniformWeighting()
         return (self.weighting if isinstance(self.weighting, TimeWeighting) else default)(process, u)
 
     def _levels(self, dist: Any, batch: Size, x: Tensor) -> Tensor:
