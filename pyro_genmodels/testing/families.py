@@ -54,7 +54,7 @@ def check_family(
     """
     if isinstance(build, nn.Module):
         raise TypeError(
-            f"build wants a function that returns a new family, such as lambda: {type(build).__name__}(...), but found a family."
+            f"build wants a function that returns a family, such as lambda: {type(build).__name__}(...), but found a family."
         )
     run_clauses("family", FamilySubject(build, data, context, objective, untrained), skip)
 
