@@ -474,7 +474,7 @@ def denoising_slopes(family, sigma, repeats=300, rows=1000):
     return torch.stack([slope() for _ in range(repeats)])
 
 
-@pytest.mark.parametrize("sigma", [0.5, 1.0])
+@pytest.mark.parametrize("sigma", slow_unless([1.0], [0.5, 1.0]))
 def test_T12_denoising_follows_the_divergence_from_the_data_with_noise(sigma):
     family = smooth()
     found = denoising_slopes(family, sigma)

@@ -14,12 +14,7 @@ import pytest
 FOLDER = Path(__file__).parent.parent / "tutorials"
 SCRIPTS = sorted(FOLDER.glob("[0-9]*.py"))
 
-SLOW = ("01_flows_in_pyro", "02_vae_by_svi")  # `make test-docs` runs them
-
 each = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-each_run = pytest.mark.parametrize(
-    "script", [pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem in SLOW else ()) for path in SCRIPTS]
-)
 
 
 def notebook(script):
@@ -37,7 +32,8 @@ def test_there_is_a_notebook_of_each_script_and_no_other():
 
 @pytest.mark.filterwarnings("ignore:Passing a dict or None as alias_mapping")  # arviz 0.23 under matplotlib 3.11
 @pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame")  # and under pandas 3.1
-@each_run
+@pytest.mark.slow  # `make test-docs` runs it
+@each
 def test_it_runs_in_the_small_setting(script, monkeypatch, capsys):
     monkeypatch.setenv("PYRO_GENMODELS_SMOKE", "1")
     shown = []

@@ -836,9 +836,7 @@ def same_run(a, b):
     return one == two
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=() if f in ("vae", "energy", "gan") else pytest.mark.slow) for f in FAMILIES]
-)
+@pytest.mark.parametrize("family", [pytest.param(f, marks=() if f in ("vae", "gan") else pytest.mark.slow) for f in FAMILIES])
 def test_a_run_that_goes_on_ends_as_if_it_had_never_stopped(family, data, tmp_path):
     args = ["--data", data / "measures.csv", *MEASURES, "--labels", "kind", "--family", family, "--seed", 2]
     args += ["--batch-size", 40, "--learning-rate", 0.01, "--patience", 9]

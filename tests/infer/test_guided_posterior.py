@@ -81,7 +81,7 @@ def linear(prior):
     [
         pytest.param(VariancePreserving(), 0.0, marks=pytest.mark.slow),
         (VariancePreserving(), 0.5),
-        (SubVariancePreserving(), 1.0),
+        pytest.param(SubVariancePreserving(), 1.0, marks=pytest.mark.slow),
         pytest.param(Karras(), 0.5, marks=pytest.mark.slow),
     ],
     ids=str,
