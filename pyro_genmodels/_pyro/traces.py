@@ -63,7 +63,8 @@ def as_pair(fit: Any) -> Pair:
     if callable(getattr(fit, "model", None)) and callable(getattr(fit, "guide", None)):
         return fit.model, fit.guide
     raise TypeError(
-        f"Wanted a fit with .model and .guide (a family, an SVI) or a pair (model, guide), but found {type(fit).__name__}."
+        "A fit must have .model and .guide, as a family or an SVI has, or be a pair (model, guide), but found "
+        f"{type(fit).__name__}. Pass the family itself, not the distribution that it returns."
     )
 
 

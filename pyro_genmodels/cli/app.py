@@ -60,7 +60,7 @@ LabelColumn = Annotated[
     str | None,
     typer.Option(
         "--labels",
-        help="Condition on classes 0, 1, ...: name of a column (.npz: array) of the file; `label` for a data set by name.",
+        help="Column of classes 0, 1, ... to condition on. For .npz: name of the array. For a named data set: `label`.",
     ),
 ]
 Levels = Annotated[

@@ -157,7 +157,7 @@ def print_table(comparison: Comparison, data: Dataset) -> None:
     if has_samples:
         console.print(
             "SW distance: sliced Wasserstein distance of samples from held-out data; the baseline is "
-            f"{comparison.baseline:.{digits}f}, between data and other data. MMD p: p-value of a two-sample test of samples "
+            f"{comparison.baseline:.{digits}f}, between two sets of data. MMD p: p-value of a two-sample test of samples "
             "against data.",
             highlight=False,
         )

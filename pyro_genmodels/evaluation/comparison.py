@@ -156,8 +156,8 @@ class Comparison:
             if fit.observation_noise is not None:
                 text += f"\n{name}: Gaussian observation noise {fit.observation_noise:.3g} was added to its samples."
         if self.sample_quality:
-            text += f"\nsliced Wasserstein distance between real and other real data (baseline): {self.baseline:.3f}."
-        return f"held-out log-likelihood of {self._values.shape[1]} data\n{text}"
+            text += f"\nsliced Wasserstein distance between two sets of real data (baseline): {self.baseline:.3f}."
+        return f"held-out log-likelihood of {self._values.shape[1]} rows\n{text}"
 
 
 def compare(

@@ -295,7 +295,7 @@ class Family(PyroModule):
     def _validate_dtype(self, x: Tensor) -> None:
         if not x.is_floating_point() and not self.data_support.is_discrete:
             raise ValueError(
-                f"{self.name} models real numbers, but was given {x.dtype}. Convert with .float(), or model integers: "
+                f"{self.name} models real numbers, but was given data of {x.dtype}. Convert with .float(), or model integers: "
                 "levels=K for Flow, ODEFlow and Diffusion, a discrete likelihood, or EnergyModel(..., "
                 "support=integer_interval(0, K - 1))."
             )

@@ -56,7 +56,7 @@ class TwistedDiffusion:
 
 @dataclass(frozen=True)
 class GuidedDiffusion:
-    """Diffusion posterior sampling (DPS) with a guided score: fast, but biased by an unknown amount (arXiv 2209.14687).
+    """Diffusion posterior sampling (DPS) with a guided score, biased by an unknown amount (arXiv 2209.14687).
 
     For example, under a standard normal prior and one observation at 1.5 with noise of deviation 0.4, the posterior has mean
     1.29 and variance 0.14. The draws have mean 1.48 and variance 0.08 with 500 steps, and 1.50 and 0.08 in the limit of many
@@ -269,9 +269,9 @@ def _prior(trace: Trace) -> tuple[str, Any]:
     latents, observed = traces.latents(trace), traces.observed(trace)
     if len(latents) != 1 or not observed:
         raise ValueError(
-            f"diffusion_posterior wants a model with one latent variable and at least one observed variable, but found "
-            f"{', '.join(map(repr, latents)) or 'none'} and {', '.join(map(repr, observed)) or 'none'}. For other models use "
-            "SVI or NUTS."
+            "diffusion_posterior wants a model with one latent variable and at least one observed variable, but found latent "
+            f"{', '.join(map(repr, latents)) or 'none'} and observed {', '.join(map(repr, observed)) or 'none'}. For other "
+            "models use SVI or NUTS."
         )
     fn: Any = trace.nodes[latents[0]]["fn"]
     prior: Any = unwrap(fn)

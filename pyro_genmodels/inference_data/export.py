@@ -105,7 +105,7 @@ def to_arviz(
     if num_samples is not None:
         check_positive_int("to_arviz", num_samples=num_samples)
     if unknown := [group for group in groups if group not in GROUPS]:
-        raise ValueError(f"Unknown groups {', '.join(map(repr, unknown))}: known are {', '.join(GROUPS)}.")
+        raise ValueError(f"Unknown groups {', '.join(map(repr, unknown))}: choose from {', '.join(GROUPS)}.")
     options = CollectOptions(frozenset(groups), batch_size, parallel, dims or {}, progress)
     fits = fit if isinstance(fit, list) else [fit]
     if not fits:

@@ -31,7 +31,7 @@ class Batches:
 
     Raises:
         ValueError: if there are no rows, or another number of rows of context.
-        TypeError: if the number of rows is unknown.
+        TypeError: if the data cannot be converted to a tensor, or the number of rows is unknown.
     """
 
     def __init__(self, data: Any, context: Any, batch_size: int, like: Tensor) -> None:
@@ -49,11 +49,12 @@ class Batches:
                 )
             self.rows = len(data.dataset)
         else:
-            self.x = self.to(torch.as_tensor(data))
+            self.x = self.to(_as_tensor(data))
             self.context = None if context is None else self.to(torch.as_tensor(context))
             self.rows = len(self.x) if self.x.dim() else 0
         if not self.rows:
-            raise ValueError("Training wants data of at least one row, but found none.")
+            found = "no rows" if self.loader is not None or self.x.dim() else f"the single number {self.x.item():g}"
+            raise ValueError(f"Training wants data of at least one row, as x and as valid, but found {found}.")
         if self.loader is None and self.context is not None and len(self.context) != self.rows:
             raise ValueError(
                 f"There are {self.rows} rows of data but {len(self.context)} of context. Pass one context per row."
@@ -107,6 +108,17 @@ class Batches:
             return
         for rows in order.to(self.device).tensor_split(self.count):
             yield self.x[rows], None if self.context is None else self.context[rows]
+
+
+def _as_tensor(data: Any) -> Tensor:
+    """Return rows as a tensor."""
+    try:
+        return torch.as_tensor(data)
+    except (KeyError, TypeError, ValueError) as error:  # a data frame raises KeyError
+        raise TypeError(
+            f"Training wants data as a tensor, an array or a DataLoader, but found {type(data).__name__}. Convert a data frame "
+            "with torch.as_tensor(frame.to_numpy())."
+        ) from error
 
 
 def pair_of(batch: Any) -> tuple[Any, Any]:

@@ -62,6 +62,7 @@ def save(path: str | Path, family: Family, **record: Any) -> Path:
         The path of the file.
 
     Raises:
+        TypeError: if `family` is not a family, such as the result of `train`.
         ValueError: if an entry has a name that checkpoints use themselves.
         ImportError: if safetensors is not installed.
         OSError: if the file cannot be written. An older file then stays as it was.
@@ -75,6 +76,8 @@ def save(path: str | Path, family: Family, **record: Any) -> Path:
         ...     checkpoints.load(path)().sample((5,)).shape
         torch.Size([5, 2])
     """
+    if not isinstance(family, Family):
+        raise TypeError(f"A checkpoint wants a family, but found {type(family).__name__}. Of a trained fit pass fit.family.")
     if reserved := {"format", "pyro_genmodels", "class", "arguments", "own", "options"} & set(record):
         raise ValueError(
             f"The record cannot have entries named {', '.join(map(repr, sorted(reserved)))}, which checkpoints use themselves."

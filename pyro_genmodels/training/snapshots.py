@@ -177,10 +177,11 @@ class RunCheckpoint:
         tensors, record = checkpoints.read(self.run_path)
         if record.get("rows") != self.data["rows"]:
             raise ValueError(
-                f"{self.run_path} is a run on {record.get('rows')} rows of data, but there are {self.data['rows']} here."
+                f"{self.run_path} was trained on {record.get('rows')} rows of data, but found {self.data['rows']}. "
+                "Resume on the same data."
             )
         if record.get("data") != self.data["data"]:
-            raise ValueError(f"{self.run_path} is a run on as many rows of other data than these. Resume on the same data.")
+            raise ValueError(f"{self.run_path} was trained on other data with as many rows. Resume on the same data.")
         try:
             restore(self.weights, self.optimiser, tensors, record["options"])
             self.fit.history, self.fit.best = record["history"], record["best"]

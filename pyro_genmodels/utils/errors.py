@@ -94,13 +94,13 @@ def unknown_name(kind: str, found: str, known: Iterable[str]) -> ValueError:
     Example:
         >>> raise unknown_name("data set", "Mons", ["digits", "moons", "ring"])
         Traceback (most recent call last):
-        ValueError: unknown data set 'Mons': known are digits, moons, ring. Did you mean moons?
+        ValueError: unknown data set 'Mons': choose from digits, moons, ring. Did you mean moons?
     """
     known = list(known)
     by_case = {name.casefold(): name for name in known}
     near = get_close_matches(found.casefold(), by_case, n=1)
     hint = f" Did you mean {_printable(by_case[near[0]])}?" if near else ""
-    return ValueError(f"unknown {kind} {_shortened(found)!r}: known are {listed(known)}.{hint}")
+    return ValueError(f"unknown {kind} {_shortened(found)!r}: choose from {listed(known)}.{hint}")
 
 
 def listed(names: Iterable[str]) -> str:

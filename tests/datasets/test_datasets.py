@@ -357,7 +357,7 @@ def test_a_column_of_one_value_is_refused_for_real_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        ("mons", ValueError, "unknown data set 'mons': known are digits, .*Did you mean moons?"),
+        ("mons", ValueError, "unknown data set 'mons': choose from digits, .*Did you mean moons?"),
         ("Ring", ValueError, "Did you mean ring?"),
         ("", OSError, "folder"),
         ("none.csv", FileNotFoundError, "none.csv: there is no such file"),

@@ -396,7 +396,7 @@ def test_columns_that_cannot_be_meant_are_refused(tmp_path):
         for columns in ([], ["a", "a"], ["a", "k"]):
             assert "columns wants different names" in refusal(path, columns=columns, labels="k")
     path = write(tmp_path / "x.csv", "height,width,k\n1,2,0\n")
-    assert "unknown column 'hieght': known are height, width, k. Did you mean height?" in refusal(path, columns=["hieght"])
+    assert "unknown column 'hieght': choose from height, width, k. Did you mean height?" in refusal(path, columns=["hieght"])
     assert "Did you mean k?" in refusal(path, labels="K")
     assert "1 rows of 0 columns" in refusal(write(path, "k\n1\n"), labels="k")
 

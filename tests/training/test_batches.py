@@ -1,5 +1,6 @@
 """Rows come in minibatches: every row once, in batches of nearly one size, each with its context."""
 
+import pandas as pd
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -60,7 +61,8 @@ class Endless(IterableDataset):
     ("data", "context", "error", "message"),
     [
         (torch.zeros(0, 2), None, ValueError, "at least one row"),
-        (torch.tensor(1.0), None, ValueError, "at least one row"),
+        (torch.tensor(1.0), None, ValueError, "at least one row.* the single number 1"),
+        (pd.DataFrame({"a": [1.0]}), None, TypeError, r"found DataFrame.*to_numpy\(\)"),
         (torch.zeros(3, 2), torch.zeros(2, 1), ValueError, "3 rows of data but 2 of context"),
         (DataLoader(torch.zeros(3, 2)), torch.zeros(3), ValueError, "leave context out"),
         (DataLoader(Endless()), None, TypeError, "a length, but Endless has none"),

@@ -46,7 +46,7 @@ from pyro_genmodels import (
     train,
 )
 from pyro_genmodels.families import NICE, SOSPF
-from pyro_genmodels.training import Checkpoint, checkpoints
+from pyro_genmodels.training import Checkpoint, Fit, checkpoints
 
 SMALL = MAF(transforms=1, hidden=(4,))
 
@@ -246,6 +246,11 @@ def test_a_record_of_ones_own_is_kept(path):
     assert record["note"] == note
     assert (record["format"], record["class"]) == (checkpoints.FORMAT, "Flow")
     assert json.loads(path.with_name("family.json").read_text()) == record
+
+
+def test_a_fit_is_refused_and_its_family_is_named(path):
+    with pytest.raises(TypeError, match=r"wants a family, but found Fit.*pass fit\.family"):
+        checkpoints.save(path, Fit(small_flow()))
 
 
 @pytest.mark.parametrize("name", ["format", "pyro_genmodels", "class", "arguments", "own", "options"])

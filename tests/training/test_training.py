@@ -728,12 +728,12 @@ def test_another_run_is_refused(tmp_path):
     before = files(path)
     for words, change in [
         ("another model", {"make": small_vae}),
-        ("of other data than these", {"data": ROWS + 1.0}),
-        ("of other data than these", {"make": partial(affine_flow, context=Labels(2)), "data": (ROWS, torch.arange(40) % 2)}),
+        ("trained on other data", {"data": ROWS + 1.0}),
+        ("trained on other data", {"make": partial(affine_flow, context=Labels(2)), "data": (ROWS, torch.arange(40) % 2)}),
         ("another model", {"ema_decay": None}),
         ("optimised by Adam, but this one is optimised by SGD", {"optim": SGD}),
         ("optimised by Adam, but this one is optimised by AdamW", {"optim": partial(torch.optim.AdamW, lr=1e-2)}),
-        ("40 rows of data, but there are 39", {"data": ROWS[:39]}),
+        ("40 rows of data, but found 39", {"data": ROWS[:39]}),
     ]:
         options = {"make": affine_flow, "ema_decay": 0.9, **change}
         options["valid"] = options["data"] if isinstance(options.get("data"), tuple) else HELD_OUT

@@ -10,7 +10,7 @@ NAMES = ["digits", "moons", "ring", "grid"]
 def test_the_found_and_the_known_names_are_listed():
     error = unknown_name("data set", "spiral", NAMES)
     assert type(error) is ValueError
-    assert str(error) == "unknown data set 'spiral': known are digits, moons, ring, grid."
+    assert str(error) == "unknown data set 'spiral': choose from digits, moons, ring, grid."
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_at_most_twenty_names_are_listed():
 
 
 def test_no_names_at_all():
-    assert str(unknown_name("array", "x", [])) == "unknown array 'x': known are none."
+    assert str(unknown_name("array", "x", [])) == "unknown array 'x': choose from none."
 
 
 @pytest.mark.parametrize("name", ["", " ", "two\nlines", "\x1b[31mred", "x" * 10_000])
