@@ -5,10 +5,11 @@ from __future__ import annotations
 __all__ = ["evaluation_mode", "reachable_modules"]
 
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from functools import cached_property, partial
+from types import CellType, CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 from pyro.distributions import ConditionalDistribution, ConditionalTransform
@@ -30,21 +31,31 @@ def reachable_modules(*parts: Any) -> list[nn.Module]:
     """Return the modules that running these callables can call, submodules included.
 
     The search covers modules; bound methods; the attributes of modules, of distributions and of the user's own objects;
-    handlers and `functools.partial`; containers; and of a function its closure, its defaults, and the globals and attributes
-    that its code names. A module that is only reached another way (by `getattr` with a computed name, or built in the run)
-    is not found.
+    handlers and `functools.partial`; containers; of a function its closure, its defaults, and the globals and attributes that
+    its code names; and of the user's own classes the methods and attributes that the searched code names. A module that is only
+    reached another way (by `getattr` with a computed name, or built in the run) is not found.
     """
     modules: list[nn.Module] = []
     seen: dict[int, Any] = {}  # keeps its objects alive, so that no id is used twice
+    classes: dict[type, None] = {}  # in order
+    names = {"__call__", "forward"}
     queue = list(parts)
     while queue:
         part = queue.pop()
-        if id(part) in seen or isinstance(part, (str, bytes, int, float, type)):
+        if id(part) in seen:
             continue
         seen[id(part)] = part
         if isinstance(part, nn.Module):
             modules.append(part)
+        if isinstance(part, FunctionType) and not _is_library(part):
+            names |= _names_in(part.__code__)
+        for cls in (part if isinstance(part, type) else type(part)).__mro__:
+            if not _is_library(cls):
+                classes[cls] = None
         queue.extend(_parts_of(part))
+        if not queue:
+            named = (value for cls in classes for name, value in vars(cls).items() if name in names)
+            queue.extend(value for value in named if id(value) not in seen)
     return modules
 
 
@@ -70,19 +81,22 @@ def _parts_of(part: Any) -> Iterable[Any]:
             return []
     if isinstance(part, FunctionType):
         return _parts_of_function(part)
-    if isinstance(part, MethodType):
-        return [part.__self__, part.__func__]
+    if isinstance(part, (MethodType, staticmethod, classmethod)):
+        return [getattr(part, "__self__", None), part.__func__]
+    if isinstance(part, (property, cached_property)):
+        return [getattr(part, "fget", None), getattr(part, "func", None)]
     if isinstance(part, partial):  # also one of Pyro's handlers around a function
         return [getattr(part, "func", None), part.args, part.keywords]
     if isinstance(part, Mapping):
         return list(part.values())
-    if isinstance(part, (list, tuple, set, frozenset)):
+    if isinstance(part, (list, tuple, set, frozenset, deque)):
         return part
-    if isinstance(part, nn.Module):
-        return [vars(part), *_methods_of(part)]
-    if isinstance(part, _SEARCHED) or not _is_library(type(part)):
-        return [getattr(part, "__dict__", {}), *_methods_of(part)]
-    return []
+    if isinstance(part, type):
+        return []
+    if isinstance(part, (nn.Module, *_SEARCHED)) or not _is_library(type(part)):
+        return [getattr(part, "__dict__", {}), *_slots_of(part)]
+    wrapped = getattr(part, "__wrapped__", None)  # of functools.lru_cache
+    return [wrapped] if isinstance(wrapped, FunctionType) else []
 
 
 def _parts_of_function(fn: FunctionType) -> list[Any]:
@@ -96,10 +110,10 @@ def _parts_of_function(fn: FunctionType) -> list[Any]:
     return [*held, *named, *attributes]
 
 
-def _methods_of(part: Any) -> list[Any]:
-    """Return the functions that a call of an object runs, if the user wrote them."""
-    methods = (getattr(type(part), name, None) for name in ("__call__", "forward"))
-    return [method for method in methods if isinstance(method, FunctionType) and not _is_library(method)]
+def _slots_of(part: Any) -> list[Any]:
+    """Return the attributes of an object that its classes store in slots."""
+    slots = [value for cls in type(part).__mro__ for value in vars(cls).values() if isinstance(value, MemberDescriptorType)]
+    return [getattr(part, slot.__name__, None) for slot in slots]
 
 
 def _names_in(code: CodeType) -> set[str]:

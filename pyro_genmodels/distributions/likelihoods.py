@@ -56,8 +56,13 @@ class Likelihood(ABC):
         """Return the distribution, of batch shape (...), with raw parameters (..., num_outputs)."""
 
     def support_within(self, support: constraints.Constraint) -> constraints.Constraint:
-        """Return the support of a family with this likelihood; a likelihood of real values allows any other support."""
+        """Return the support of a family with this likelihood; a likelihood of real values allows other sets of real values."""
         if is_real(self.support):
+            if getattr(support, "is_discrete", False):
+                raise ValueError(
+                    f"{type(self).__name__} is a likelihood of real numbers, but found support={support}. Use "
+                    "BernoulliLikelihood() or CategoricalLikelihood(k), and leave support out."
+                )
             return support
         if not is_real(support):
             raise ValueError(

@@ -26,13 +26,18 @@ class ContinuousFamily(Family):
         kwargs: passed to `Family`.
 
     Raises:
-        ValueError: for fewer than 2 levels.
+        ValueError: for fewer than 2 levels, or a support of integers.
     """
 
     def __init__(self, event_shape: Sequence[int], *, levels: int | None, **kwargs: Any) -> None:
         if levels is not None and (isinstance(levels, bool) or not isinstance(levels, int) or levels < 2):
             raise ValueError(f"{type(self).__name__} wants levels as an integer of at least 2, but found {levels!r}.")
         super().__init__(event_shape, **kwargs)
+        if self.support.is_discrete:
+            raise ValueError(
+                f"{type(self).__name__} has a density over real numbers, but found the discrete support {self.support}. Model "
+                "integers 0 .. K - 1 by levels=K, and leave support out."
+            )
         self.levels = levels
 
     def _over_data(self, density: GenerativeDistribution) -> GenerativeDistribution:

@@ -144,9 +144,14 @@ class NoiseContrastive(Objective):
     def _name_parameter(self) -> None:
         self.own_parameters = {f"NoiseContrastive_{next(_numbers)}.log_partition": self.log_partition}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for copying and pickling, without the weak reference that Pyro sets on the parameter."""
+        log_partition = nn.Parameter(self.log_partition.detach().clone(), self.log_partition.requires_grad)
+        return {**vars(self), "log_partition": log_partition, "own_parameters": {}, "network": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Give a copy its own log Z, under a new name."""
-        self.__dict__.update(state, network=None)
+        self.__dict__.update(state)
         self._name_parameter()
 
     def check(self, name: str, dist: Any) -> None:

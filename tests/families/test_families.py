@@ -20,6 +20,7 @@ from torch.distributions import constraints
 from torch.testing import assert_close
 
 from pyro_genmodels import (
+    GAN,
     MAF,
     NCSF,
     NSF,
@@ -549,6 +550,13 @@ def test_an_order_that_is_no_permutation_is_refused(bad):
 def test_integers_have_no_other_support(build):
     with refused(ValueError, "Categorical", "support", "Leave it out"):
         build((3,), likelihood=CategoricalLikelihood(4), support=UNIT)
+
+
+@pytest.mark.parametrize("family", [Flow, ODEFlow, Diffusion, GAN, Autoregressive, VAE])
+@pytest.mark.parametrize("support", [constraints.boolean, constraints.integer_interval(0, 3)])
+def test_densities_over_the_reals_have_no_discrete_support(family, support):
+    with refused(ValueError, "real numbers", "found", "leave support out"):
+        family((2,), support=support)
 
 
 def test_an_encoder_of_another_shape_is_refused():

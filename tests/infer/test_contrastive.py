@@ -4,6 +4,7 @@ Where an estimate is compared with the truth at six standard errors, the false-a
 """
 
 import copy
+import pickle
 import re
 from functools import partial
 from math import log
@@ -421,7 +422,11 @@ def test_svi_and_torchs_optimisers_train_log_z_along():
     torch.testing.assert_close(torch.cat([(b - p).flatten() for b, p in zip(before, everything, strict=True)]), 1e-2 * wanted)
 
 
-@pytest.mark.parametrize("make", [lambda objective: standard(), copy.deepcopy], ids=["another", "a copy"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda objective: standard(), copy.deepcopy, copy.copy, lambda objective: pickle.loads(pickle.dumps(objective))],
+    ids=["another", "a deep copy", "a copy", "unpickled"],
+)
 def test_two_objectives_in_one_param_store_have_a_log_z_each(make):
     family, objective, x = smooth(sampler=None), standard(), torch.randn(6, 2)
     loss_of(objective, family.model, x)

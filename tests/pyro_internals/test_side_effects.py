@@ -1,6 +1,7 @@
 """`side_effect_free` puts every module that a fit can call into evaluation mode before the fit runs, and puts all back."""
 
-from functools import partial
+from collections import deque
+from functools import lru_cache, partial
 
 import pyro
 import pyro.distributions as dist
@@ -128,9 +129,71 @@ def by_distribution(net):
     return lambda: prior.sample()
 
 
+def by_slots(net):
+    class Slotted:
+        __slots__ = ("network",)
+
+        def __call__(self):
+            return self.network(torch.ones(2))
+
+    model = Slotted()
+    model.network = net
+    return model
+
+
+def by_deque(net):
+    networks = deque([net])
+    return lambda: networks[0](torch.ones(2))
+
+
+def by_lru_cache(net):
+    return lru_cache(by_closure(net))
+
+
+class Namespace:
+    """Models that refer to a network by an attribute of their class."""
+
+    network = None
+    count = 3  # named below: a value that is searched no further
+
+    @staticmethod
+    def static():
+        return Namespace.network(torch.ones(2)) * Namespace.count
+
+    @classmethod
+    def by_class(cls):
+        return cls.network(torch.ones(2))
+
+    @property
+    def attribute(self):
+        return Namespace.network
+
+    def helper(self):
+        return self.attribute(torch.ones(2))
+
+    def __call__(self):
+        return self.helper()
+
+
+def by_static_method(net):
+    Namespace.network = net
+    return Namespace.static
+
+
+def by_class_method(net):
+    Namespace.network = net
+    return Namespace.by_class
+
+
+def by_helper_method(net):
+    Namespace.network = net
+    return Namespace()
+
+
 WAYS = [
     by_closure, by_dictionary, by_default, by_attribute, by_bound_method, by_callable_object, by_partial, by_handlers,
-    by_inner_function, by_module, by_method_of_a_module, by_autoguide, by_distribution,
+    by_inner_function, by_module, by_method_of_a_module, by_autoguide, by_distribution, by_slots, by_deque,
+    by_lru_cache, by_static_method, by_class_method, by_helper_method,
 ]  # fmt: skip
 
 
