@@ -42,17 +42,16 @@ def reachable_modules(*parts: Any) -> list[nn.Module]:
     queue = list(parts)
     while queue:
         part = queue.pop()
-        if id(part) in seen:
-            continue
-        seen[id(part)] = part
-        if isinstance(part, nn.Module):
-            modules.append(part)
-        if isinstance(part, FunctionType) and not _is_library(part):
-            names |= _names_in(part.__code__)
-        for cls in (part if isinstance(part, type) else type(part)).__mro__:
-            if not _is_library(cls):
-                classes[cls] = None
-        queue.extend(_parts_of(part))
+        if id(part) not in seen:
+            seen[id(part)] = part
+            if isinstance(part, nn.Module):
+                modules.append(part)
+            if isinstance(part, FunctionType) and not _is_library(part):
+                names |= _names_in(part.__code__)
+            for cls in (part if isinstance(part, type) else type(part)).__mro__:
+                if not _is_library(cls):
+                    classes[cls] = None
+            queue.extend(_parts_of(part))
         if not queue:
             named = (value for cls in classes for name, value in vars(cls).items() if name in names)
             queue.extend(value for value in named if id(value) not in seen)
