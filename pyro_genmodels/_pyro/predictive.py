@@ -111,7 +111,7 @@ class _UnroundedMessenger(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["done"] and is_rounded(msg):
             fn: Any = unwrap(msg["fn"])
-            msg["infer"]["unrounded"] = fn.base.rsample()
+            msg["infer"]["unrounded"] = wrappers.map_inner(msg["fn"], lambda dequantized: dequantized.base).rsample()
             msg["value"], msg["done"] = fn.quantize(msg["infer"]["unrounded"].detach()), True
 
 

@@ -7,6 +7,7 @@ __all__ = ["map_inner", "through_wrappers", "without_masks"]
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
@@ -32,6 +33,9 @@ def through_wrappers(fn: Distribution, term: Callable[[Distribution], Tensor]) -
         return scale_and_mask(through_wrappers(fn.base_dist, term), mask=fn._mask)
     if isinstance(fn, Independent):
         return sum_event(through_wrappers(fn.base_dist, term), fn.reinterpreted_batch_ndims)
+    if isinstance(fn, ExpandedDistribution):
+        values = through_wrappers(fn.base_dist, term)
+        return values.expand(torch.broadcast_shapes(values.shape, fn.batch_shape))
     return term(fn)
 
 

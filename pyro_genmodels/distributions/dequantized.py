@@ -49,8 +49,10 @@ class Dequantized(GenerativeDistribution):
     def __init__(
         self, base: Distribution, levels: int, *, dtype: torch.dtype | None = None, validate_args: bool | None = None
     ) -> None:
-        if levels < 2:
-            raise ValueError(f"Dequantized wants at least 2 levels, but found {levels}.")
+        if not isinstance(base, Distribution):
+            raise TypeError(f"Dequantized wants a distribution as its base, but found {base!r}. Call a family: family().")
+        if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
+            raise ValueError(f"Dequantized wants levels as an integer of at least 2, but found {levels!r}.")
         self.base = base
         self.levels = levels
         self.dtype = dtype or torch.get_default_dtype()

@@ -110,8 +110,8 @@ class CategoricalLikelihood(Likelihood):
     num_classes: int
 
     def __post_init__(self) -> None:
-        if self.num_classes < 2:
-            raise ValueError(f"CategoricalLikelihood wants at least 2 classes, but found {self.num_classes}.")
+        if not isinstance(self.num_classes, int) or self.num_classes < 2:
+            raise ValueError(f"CategoricalLikelihood wants at least 2 classes, but found {self.num_classes!r}.")
 
     @property
     def num_outputs(self) -> int:

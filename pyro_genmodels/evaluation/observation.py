@@ -102,7 +102,7 @@ def gaussian_observation_likelihood(
     """
     sizes = {"num_chains": num_chains, "num_steps": num_steps, "batch_size": batch_size}
     check_positive_int("gaussian_observation_likelihood", **sizes)
-    if not (sigma is None or 0 < sigma < float("inf")):
+    if isinstance(sigma, (bool, str)) or not (sigma is None or 0 < sigma < float("inf")):
         raise ValueError(f"sigma must be a positive number, in the units of the data, or None, but found {sigma!r}.")
     if seed is not None:
         pyro.set_rng_seed(seed)

@@ -12,6 +12,8 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
+from pyro_genmodels.utils.errors import check_positive_int
+
 Context = int | nn.Module
 
 
@@ -37,8 +39,7 @@ class Labels(nn.Module):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"Labels needs at least one class, but found num_classes={num_classes}.")
+        check_positive_int("Labels", num_classes=num_classes)
         self.num_classes = self.out_features = num_classes
         self.register_buffer("one_hot", torch.eye(num_classes), persistent=False)
 

@@ -129,7 +129,7 @@ class EnergyModel(Family):
         if sampler == "default":
             has_sweeps = self.tilted and self.base is None and self.noise is None and hasattr(self.energy, "gibbs")
             return Gibbs() if has_sweeps and not self.space.bounded else default_sampler(self.space)
-        sampler = check_choice("EnergyModel", "sampler", sampler, None, Sampler)
+        sampler = check_choice("EnergyModel", "sampler", sampler, Langevin(), Sampler)
         if self.noise is not None and sampler != Langevin():
             raise ValueError(
                 f"EnergyModel with noise levels is sampled by annealed Langevin dynamics, but found sampler={sampler}. Leave "

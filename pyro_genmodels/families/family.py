@@ -95,7 +95,8 @@ class Family(PyroModule):
         super().__init__(name or params.unused_name(self))
         if not isinstance(support, constraints.Constraint):
             raise TypeError(f"support wants a constraint such as constraints.interval(0.0, 1.0), but found {support!r}.")
-        if isinstance(event_shape, int) or not all(isinstance(n, int) and n > 0 for n in event_shape):
+        lengths = event_shape if isinstance(event_shape, Sequence) else (0,)
+        if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in lengths):
             raise ValueError(
                 f"{type(self).__name__} wants an event_shape of positive integers like (3,), but found {event_shape!r}."
             )

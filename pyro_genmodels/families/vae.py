@@ -30,6 +30,7 @@ from pyro_genmodels.families.context import Context
 from pyro_genmodels.families.family import Family, Standardize
 from pyro_genmodels.nn.mlp import MLP, call_batched
 from pyro_genmodels.utils.distributions import is_real
+from pyro_genmodels.utils.errors import check_positive_int
 
 
 class VAE(Family):
@@ -84,6 +85,7 @@ class VAE(Family):
         likelihood = check_likelihood(likelihood)
         support = likelihood.support_within(support)
         super().__init__(event_shape, context=context, support=support, standardize=standardize, name=name)
+        check_positive_int("VAE", latent_dim=latent_dim)
         if prior is not None:
             _check_prior(prior)
         for role, network in (("encoder", encoder), ("decoder", decoder)):

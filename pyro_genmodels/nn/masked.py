@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
+from pyro_genmodels.nn.mlp import check_widths
+
 
 class MaskedLinear(nn.Linear):
     """A linear layer that connects units by their degrees.
@@ -78,6 +80,7 @@ class MADE(nn.Module):
         activation: Callable[[], nn.Module] = nn.ReLU,
     ) -> None:
         super().__init__()
+        check_widths(hidden)
         self.features, self.num_inputs, self.num_outputs = features, num_inputs, num_outputs
         places = torch.arange(features)
         first = -1 if context or features == 1 else 0

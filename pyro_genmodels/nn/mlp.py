@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["MLP", "call_batched"]
+__all__ = ["MLP", "call_batched", "check_widths"]
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Size, Tensor, nn
@@ -32,11 +32,22 @@ class MLP(nn.Sequential):
         activation: Callable[[], nn.Module] = nn.SiLU,
         last_bias: bool = True,
     ) -> None:
+        check_widths(hidden)
         layers: list[nn.Module] = []
         for before, after in zip((in_features, *hidden), hidden, strict=False):
             layers += [nn.Linear(before, after), activation()]
             layers += [nn.Dropout(dropout)] if dropout else []
         super().__init__(*layers, nn.Linear((in_features, *hidden)[-1], out_features, bias=last_bias))
+
+
+def check_widths(hidden: Any) -> None:
+    """Raise a TypeError unless the widths of hidden layers are a sequence of positive integers."""
+    widths = list(hidden) if isinstance(hidden, Iterable) else [0]
+    if not all(isinstance(width, int) and not isinstance(width, bool) and width > 0 for width in widths):
+        raise TypeError(
+            f"hidden must be a sequence of positive integers, the widths of the hidden layers, such as (128, 128), but "
+            f"found {hidden!r}."
+        )
 
 
 def call_batched(network: Callable[..., Any], batch: Size, x: Tensor, context: Tensor | None) -> Any:

@@ -15,6 +15,7 @@ __all__ = ["TrainedWeights", "moving_average"]
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import torch
@@ -129,7 +130,7 @@ def moving_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor]
         >>> average
         [tensor([0.8182])]
     """
-    if not 0 <= decay < 1:
+    if not (isinstance(decay, Real) and 0 <= decay < 1):
         raise ValueError(f"An average of weights wants a decay such as 0.999, at least 0 and less than 1, but found {decay!r}.")
 
     @torch.no_grad()

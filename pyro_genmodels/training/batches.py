@@ -114,7 +114,7 @@ def _as_tensor(data: Any) -> Tensor:
     """Return rows as a tensor."""
     try:
         return torch.as_tensor(data)
-    except (KeyError, TypeError, ValueError) as error:  # a data frame raises KeyError
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:  # a data frame raises KeyError
         raise TypeError(
             f"Training wants data as a tensor, an array or a DataLoader, but found {type(data).__name__}. Convert a data frame "
             "with torch.as_tensor(frame.to_numpy())."
@@ -125,6 +125,6 @@ def pair_of(batch: Any) -> tuple[Any, Any]:
     """Return (x, context) from x, [x] or [x, context]. The context is None where there is none."""
     if not isinstance(batch, (tuple, list)):
         return batch, None
-    if len(batch) > 2:
+    if not 1 <= len(batch) <= 2:
         raise ValueError(f"A batch wants x or (x, context), but found {len(batch)} parts. Combine them in the dataset.")
     return batch[0], batch[1] if len(batch) == 2 else None

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,6 +123,10 @@ def train(
         [['epoch', 'seconds', 'train', 'valid'], ['epoch', 'seconds', 'train', 'valid']]
     """
     check_positive_int("train", epochs=epochs, batch_size=batch_size, patience=patience)
+    if not (clip_norm is None or (isinstance(clip_norm, Real) and clip_norm > 0)):
+        raise ValueError(f"train wants a positive number as clip_norm, or None not to clip, but found {clip_norm!r}.")
+    if not (checkpoint is None or isinstance(checkpoint, str | Path | Checkpoint)):
+        raise TypeError(f"train wants a path or a Checkpoint(path) as checkpoint, but found {checkpoint!r}.")
     if seed is not None:
         pyro.set_rng_seed(seed)
     fit = fit.family if isinstance(fit, Fit) else fit

@@ -256,9 +256,12 @@ def test_dequantized_accepts_a_batched_base_and_float_levels():
     assert_close(seeded(d.log_prob, x), seeded(d.log_prob, x.float()))
 
 
-def test_dequantized_wants_two_levels():
-    with pytest.raises(ValueError, match="at least 2 levels"):
-        Dequantized(dist.Normal(torch.zeros(2), 1.0).to_event(1), levels=1)
+@pytest.mark.parametrize("bad", [1, True, 2.5, "4", None])
+def test_dequantized_wants_two_levels_of_a_distribution(bad):
+    with pytest.raises(ValueError, match="levels as an integer of at least 2, but found"):
+        Dequantized(dist.Normal(torch.zeros(2), 1.0).to_event(1), levels=bad)
+    with pytest.raises(TypeError, match="wants a distribution as its base, but found 3"):
+        Dequantized(3, levels=4)
 
 
 def mixture(levels=7, batch=(), components=3):

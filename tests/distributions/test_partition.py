@@ -164,9 +164,13 @@ def test_what_cannot_be_had_exactly_is_refused_with_what_could_be():
         log_partition(flat(lambda x: x.square().log1p().sum(-1)), exact=True)
 
 
-@pytest.mark.parametrize("options", [{"num_chains": 1}, {"num_steps": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [{"num_chains": 1}, {"num_chains": True}, {"num_steps": 0}, {"num_steps": True}, {"batch_size": 0}, {"exact": "yes"}],
+)
 def test_counts_that_make_no_sense_are_refused(options):
-    with pytest.raises(ValueError, match="num_chains of 2 or more and num_steps of 1 or more"):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"log_partition wants .*{name}.* found {value!r}"):
         log_partition(EnergyModel((3,)), **options)
 
 

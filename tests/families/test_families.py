@@ -479,7 +479,7 @@ def test_contexts_of_another_length_or_kind_are_refused(case):
 
 
 @pytest.mark.parametrize("build", [Flow, Autoregressive, VAE])
-@pytest.mark.parametrize("bad", [3, (0,), (-2,), (2.5,), ("3",), (3, 0)])
+@pytest.mark.parametrize("bad", [3, (0,), (-2,), (2.5,), ("3",), (3, 0), (True,), None])
 def test_bad_event_shapes_are_refused(build, bad):
     with refused(ValueError, "event_shape", "positive integers", r"\(3,\)"):
         build(bad)
@@ -530,7 +530,7 @@ def test_angles_go_with_neither_support_nor_levels(options):
         lambda: DiscretizedLogisticLikelihood(4, components=0),
         lambda: NormalLikelihood(scale=-1.0),
         lambda: NormalLikelihood(scale="fixed"),
-        lambda: Labels(0),
+        lambda: CategoricalLikelihood("3"),
         lambda: NSF(transforms=0),
         lambda: NSF(dropout=1.0),
     ],
@@ -538,6 +538,21 @@ def test_angles_go_with_neither_support_nor_levels(options):
 def test_choices_that_make_no_sense_are_refused(build):
     with refused(ValueError, "at least|positive|dropout"):
         build()
+
+
+@pytest.mark.parametrize("bad", [0, -1, True, 2.5, "3", None])
+def test_counts_that_are_no_positive_integers_are_refused(bad):
+    with refused(ValueError, "Labels wants an integer num_classes of 1 or more", "found"):
+        Labels(bad)
+    with refused(ValueError, "VAE wants an integer latent_dim of 1 or more", "found"):
+        VAE((2,), latent_dim=bad)
+
+
+@pytest.mark.parametrize("build", [Autoregressive, VAE])
+@pytest.mark.parametrize("bad", [3, (0,), (True,), ("3",), None])
+def test_widths_that_are_no_sequence_of_positive_integers_are_refused(build, bad):
+    with refused(TypeError, "hidden must be a sequence of positive integers", "found"):
+        build((2,), hidden=bad)
 
 
 @pytest.mark.parametrize("bad", [[0, 1], [0, 1, 1], [1, 2, 3], [0.0, 1.5, 2.0], [[0, 1, 2]]])

@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 from torch.distributions import constraints
@@ -16,6 +17,7 @@ from pyro_genmodels import (
     FlowMatching,
     ImplicitScoreMatching,
     MaximumLikelihood,
+    MaximumMeanDiscrepancy,
     NoiseContrastive,
     SlicedScoreMatching,
     log_likelihood,
@@ -296,3 +298,26 @@ def test_score_coordinates_are_those_of_the_support_or_the_pretransform():
 
 def bell_log_prob(bell, y):
     return dist.Normal(bell.loc, bell.log_scale.exp()).to_event(1).log_prob(y)
+
+
+@pytest.mark.parametrize("objective", [FlowMatching(), DenoisingScoreMatching(), ImplicitScoreMatching(), MaximumLikelihood()])
+def test_an_expanded_distribution_keeps_its_capabilities(objective):
+    bell, x = Bell(), data(6)
+
+    def loss_with(wrap):
+        pyro.set_rng_seed(1)
+        return objective(lambda x: bell.model(x, lambda bell: wrap(BellDistribution(bell))), no_latents)(x)
+
+    torch.testing.assert_close(loss_with(lambda d: ExpandedDistribution(d, (6,))), loss_with(lambda d: d.expand((6,))))
+
+
+def test_integers_of_an_expanded_distribution_are_rounded_from_samples_with_a_gradient():
+    loc = nn.Parameter(torch.ones(2))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            integers = Dequantized(dist.Normal(loc, 1.0).to_event(1), 4)
+            pyro.sample("x", ExpandedDistribution(integers, (len(x),)), obs=x)
+
+    MaximumMeanDiscrepancy()(model, no_latents)(torch.randint(4, (6, 2))).backward()
+    assert loc.grad.abs().min() > 0

@@ -1069,6 +1069,24 @@ def test_empty_held_out_data_are_refused():
         train(affine_flow(), torch.randn(9, 2), valid=torch.zeros(0, 2))
 
 
+@pytest.mark.parametrize("bad", [0, -1.0, float("nan"), "10"])
+def test_a_norm_that_is_not_positive_is_refused(bad):
+    with pytest.raises(ValueError, match="positive number as clip_norm, or None not to clip, but found"):
+        train(Flow((2,)), torch.randn(8, 2), clip_norm=bad, epochs=1, progress=False)
+
+
+@pytest.mark.parametrize("bad", [3, True])
+def test_what_is_no_checkpoint_is_refused(bad):
+    with pytest.raises(TypeError, match=f"a path or a Checkpoint.* but found {bad}"):
+        train(Flow((2,)), torch.randn(8, 2), checkpoint=bad, epochs=1, progress=False)
+
+
+@pytest.mark.parametrize(("bad", "kind"), [(None, TypeError), ([], ValueError)])
+def test_what_is_no_data_is_refused(bad, kind):
+    with pytest.raises(kind, match=r"wants .*but found"):
+        train(Flow((2,)), bad, epochs=1, progress=False)
+
+
 def test_rows_without_their_context_are_refused():
     flow, x, c = affine_flow(context=1), torch.randn(10, 2), torch.randn(9, 1)
     with pytest.raises(ValueError, match="10 rows of data but 9 of context"):

@@ -17,6 +17,7 @@ from pyro_genmodels.distributions.energy.distribution import Energy
 from pyro_genmodels.distributions.energy.exact import MAX_HIDDEN_UNITS, MAX_STATES, exact_log_partition
 from pyro_genmodels.distributions.energy.state import LogPartition
 from pyro_genmodels.utils.distributions import check_exact_density, unwrap, without_validation
+from pyro_genmodels.utils.errors import check_positive_int
 
 MAX_DEFAULT_EVALUATIONS = 2**25
 """Largest number of energies, over all contexts, that a conditional energy is summed or integrated over by default."""
@@ -67,10 +68,11 @@ def log_partition(
         LogPartition(value=tensor(1.8379), std_error=tensor(0.), kind='exact', ...)
     """
     dist = _energy_of(energy)
-    if not (isinstance(num_chains, int) and isinstance(num_steps, int) and num_chains >= 2 and num_steps >= 1):
-        raise ValueError(
-            f"log_partition wants num_chains of 2 or more and num_steps of 1 or more, but found {num_chains} and {num_steps}."
-        )
+    check_positive_int("log_partition", num_steps=num_steps, batch_size=batch_size)
+    if isinstance(num_chains, bool) or not isinstance(num_chains, int) or num_chains < 2:
+        raise ValueError(f"log_partition wants num_chains of 2 or more, but found {num_chains!r}.")
+    if not (exact is None or isinstance(exact, bool)):
+        raise ValueError(f"log_partition wants exact to be True, False or None, but found {exact!r}.")
     if draws is not None and not (isinstance(draws, Tensor) and draws.shape[1:] == dist.event_shape and len(draws) >= 2):
         found = tuple(draws.shape) if isinstance(draws, Tensor) else type(draws).__name__
         raise ValueError(
