@@ -157,6 +157,15 @@ def test_an_integral_is_its_closed_form_where_it_is_said_to_be_exact(name):
     assert found.value.item() == pytest.approx(truth, abs=1e-4)
 
 
+@pytest.mark.parametrize("exact", [True, False, None])
+def test_active_dropout_has_no_log_z_to_remember(exact):
+    network = nn.Sequential(nn.Linear(1, 8), nn.SiLU(), nn.Dropout(0.5), nn.Linear(8, 1), nn.Flatten(0))
+    model = EnergyModel((1,), energy=network, base=dist.Normal(torch.zeros(1), 1.0).to_event(1))
+    with pytest.raises(ValueError, match=r"dropout is active has no log Z.*\.eval\(\)"):
+        log_partition(model, exact=exact)
+    assert model.eval()().density == "unnormalized"
+
+
 def test_what_cannot_be_had_exactly_is_refused_with_what_could_be():
     with pytest.raises(ValueError, match=r"1048576 outcomes, 20 hidden units of a Boltzmann machine, or two real dimensions"):
         log_partition(EnergyModel((3,)), exact=True)

@@ -16,7 +16,7 @@ from pyro_genmodels.distributions.energy.annealed import Annealing
 from pyro_genmodels.distributions.energy.distribution import Energy
 from pyro_genmodels.distributions.energy.exact import MAX_HIDDEN_UNITS, MAX_STATES, exact_log_partition
 from pyro_genmodels.distributions.energy.state import LogPartition
-from pyro_genmodels.utils.distributions import check_exact_density, unwrap, without_validation
+from pyro_genmodels.utils.distributions import check_exact_density, has_active_dropout, unwrap, without_validation
 from pyro_genmodels.utils.errors import check_positive_int
 
 MAX_DEFAULT_EVALUATIONS = 2**25
@@ -54,7 +54,7 @@ def log_partition(
 
     Raises:
         TypeError: if it is not an energy.
-        ValueError: if an exact value is asked for and cannot be computed, or the energy has no sampler.
+        ValueError: if an exact value is asked for and cannot be computed, the energy has no sampler, or its dropout is active.
 
     Warns:
         RuntimeWarning: if the estimate is unreliable: if few chains carry all the weight, or forwards and backwards estimates
@@ -77,6 +77,11 @@ def log_partition(
         found = tuple(draws.shape) if isinstance(draws, Tensor) else type(draws).__name__
         raise ValueError(
             f"log_partition wants two or more exact draws, (n, *{tuple(dist.event_shape)}), but found {found} as draws."
+        )
+    if has_active_dropout(dist.path.energy, dist.path.base):
+        raise ValueError(
+            "An energy whose dropout is active has no log Z, because each call is another energy. Call .eval() on it first, or "
+            "build it without dropout."
         )
     distinct, place = _distinct(dist)
     with torch.no_grad():
