@@ -36,7 +36,7 @@ def test_sorting_is_the_linear_programme_and_its_potentials_prove_it(p, n, m):
 
 
 @pytest.mark.parametrize("regularization", slow_unless([None], [None, 0.5]))
-@pytest.mark.parametrize(("dims", "p"), slow_unless([(1, 2), (2, 1)], [(1, 2), (2, 1), (2, 2)]))
+@pytest.mark.parametrize(("dims", "p"), [(1, 2), (2, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_the_standard_error_is_that_of_repeated_draws(dims, p, regularization):
     """30 (regularised) or 200 pairs of sets, whose deviation is known to 13 or 5 %: five of these, 6e-7."""
     repeats = 30 if regularization else 200
