@@ -91,8 +91,14 @@ class SampleLoss(Loss):
         """Return the part of the loss that depends on each sample, minus a baseline, (n,), without gradients.
 
         Needed if `score_function` is True.
+
+        Raises:
+            NotImplementedError: if the loss has no such part.
         """
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say what single samples contribute. Define rewards(sets), or set "
+            "score_function to False."
+        )
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss per row times the number of rows of all data, (). The guide is not run."""
