@@ -58,7 +58,7 @@ class Particles:
 
 
 def effective_size(log_weights: Tensor) -> Tensor:
-    """Return the effective sample size of log weights (n,).
+    """Return the effective sample size of log weights (n, ...), over the first dimension: (...).
 
     Example:
         >>> effective_size(torch.zeros(5))

@@ -22,6 +22,7 @@ from torch import Size, Tensor
 
 from pyro_genmodels.distributions.energy.distribution import Energy
 from pyro_genmodels.distributions.energy.state import LogPartition, PartitionKind
+from pyro_genmodels.dynamics.guided import effective_size
 from pyro_genmodels.samplers import Sampler, Target, anneal, default_sampler
 from pyro_genmodels.samplers.annealing import schedule, tune
 
@@ -162,4 +163,4 @@ def mean_weight(log_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     m = len(log_w)
     value = log_w.logsumexp(0) - log(m)
     error = (log_w - value).exp().std(0) / m**0.5
-    return value, error, (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp()
+    return value, error, effective_size(log_w)
