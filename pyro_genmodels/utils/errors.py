@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["check_choice", "check_positive_int", "import_extra", "listed", "unknown_name"]
+__all__ = ["check_choice", "check_positive_int", "import_extra", "listed", "one_line", "unknown_name"]
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -113,6 +113,29 @@ def listed(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
     return ", ".join(map(_printable, names[:20])) + more or "none"
+
+
+def one_line(text: object, limit: int = 200) -> str:
+    r"""Return a text from elsewhere as one line for a message: without control characters, cut to a length.
+
+    White space becomes single blanks. Characters that do not print, such as the escape that begins a terminal's commands or a
+    mark that turns the direction of writing, are written as Python escapes.
+
+    Args:
+        text: the text, or any object whose text to take.
+        limit: largest number of characters.
+
+    Example:
+        >>> one_line("a\tb\nc\x1b[31m"), one_line("word " * 100, 12)
+        ('a b c\\x1b[31m', 'word word...')
+    """
+    text = str(text)
+    beginning = text[: 10 * limit]  # a text of any length costs little
+    words = " ".join(beginning.split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+    if len(line) <= limit and len(text) <= len(beginning):
+        return line
+    return line[: limit - 3].rstrip() + "..."
 
 
 def _printable(name: str) -> str:
