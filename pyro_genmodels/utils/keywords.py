@@ -1,0 +1,94 @@
+"""Keyword arguments of a function and of the model that it runs, kept apart.
+
+`to_arviz(fit, x, batch_size=8)` has an option of that name, and a model may have one too. Python gives the value to the
+function, so the model would silently run with its default.
+"""
+
+from __future__ import annotations
+
+__all__ = ["check_keywords", "joined_keywords", "keyword_names"]
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from pyro import poutine
+
+
+def keyword_names(model: Any, args: tuple = ()) -> list[str]:
+    """Return the parameters of a model that can be given by name, without those that positional arguments fill.
+
+    A handler of Pyro around a function has the parameters of the function, and a module those of its `forward`. Names behind
+    ``**kwargs`` are unknown.
+
+    Example:
+        >>> keyword_names(lambda x, y=None, *, batch_size=None: None, (1,))
+        ['y', 'batch_size']
+    """
+    model = poutine.unwrap(model)
+    try:
+        parameters = inspect.signature(getattr(model, "forward", model)).parameters.values()
+    except (TypeError, ValueError):  # a function without a signature
+        return []
+    by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][: len(args)]
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in parameters if p.kind in by_name and p not in by_position]
+
+
+def check_keywords(
+    owner: str,
+    model: Callable[..., Any] | None,
+    own_names: Iterable[str],
+    args: tuple = (),
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> None:
+    """Check that no keyword of a call can be meant for the function as well as for the model that it runs.
+
+    Args:
+        owner: name of the function that runs the model.
+        model: the model, or None if there is none.
+        own_names: keywords of the function that the call gives. Those that are left at their default are no clash.
+        args: positional arguments of the model; what they fill is no clash.
+        model_kwargs: keyword arguments that are for the model without doubt; what they fill is no clash.
+
+    Raises:
+        ValueError: naming the first clash and the ways out.
+
+    Example:
+        >>> def model(x, batch_size=None): ...
+        >>> check_keywords("to_arviz", model, ["batch_size"], (1,), {"batch_size": 8})
+        >>> check_keywords("to_arviz", model, ["batch_size"], (1,))
+        Traceback (most recent call last):
+        ValueError: batch_size= is a keyword of to_arviz and of the model. \
+Give the model's in model_kwargs={'batch_size': ...}, and batch_size= is that of to_arviz.
+    """
+    if model is None:
+        return
+    known = model_kwargs or {}
+    taken = keyword_names(model, args)
+    for name in own_names:
+        if name in taken and name not in known:
+            raise ValueError(
+                f"{name}= is a keyword of {owner} and of the model. Give the model's in model_kwargs={{{name!r}: ...}}, and "
+                f"{name}= is that of {owner}."
+            )
+
+
+def joined_keywords(owner: str, kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the keyword arguments of a model, of which some are given by name and some as ``model_kwargs``.
+
+    Raises:
+        TypeError: if ``model_kwargs`` is no dictionary with names as keys.
+        ValueError: if an argument is given both ways.
+
+    Example:
+        >>> joined_keywords("to_arviz", {"y": 1}, {"batch_size": 8})
+        {'y': 1, 'batch_size': 8}
+    """
+    if model_kwargs is None:
+        return dict(kwargs)
+    if not isinstance(model_kwargs, Mapping) or not all(isinstance(name, str) for name in model_kwargs):
+        raise TypeError(f"{owner} wants model_kwargs as a dictionary of the model's keywords, but found {model_kwargs!r}.")
+    if twice := [name for name in kwargs if name in model_kwargs]:
+        raise ValueError(f"{owner} was given {twice[0]}= and model_kwargs={{{twice[0]!r}: ...}}: give one of them.")
+    return {**kwargs, **model_kwargs}
