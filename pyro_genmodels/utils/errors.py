@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-__all__ = ["check_choice", "check_positive_int", "import_extra", "listed", "one_line", "unknown_name"]
+__all__ = ["ArgumentError", "check_choice", "check_positive_int", "import_extra", "listed", "one_line", "unknown_name"]
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
+
+
+class ArgumentError(ValueError):
+    """A fault of an input that another value of an argument would avoid.
+
+    Args:
+        message: text of the error.
+        argument: name of that argument, such as "columns".
+        example: value that the argument could have, as text.
+    """
+
+    def __init__(self, message: str, *, argument: str, example: str) -> None:
+        super().__init__(message)
+        self.argument, self.example = argument, example
 
 
 def check_positive_int(owner: str, **values: Any) -> None:

@@ -1,19 +1,58 @@
-"""Files that are written completely or not at all."""
+"""Files that are written completely or not at all, and limits on the size of what is read."""
 
 from __future__ import annotations
 
-__all__ = ["atomic_write"]
+__all__ = ["MAX_BYTES", "atomic_write", "check_size"]
 
 import os
 import secrets
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from hashlib import sha256
+from itertools import count
 from pathlib import Path
+
+from pyro_genmodels.utils.errors import ArgumentError
+
+MAX_BYTES = 2**30
+"""Default limit on the size in bytes of a file that is read, and of what it unpacks to."""
+
+_HOST = sha256(socket.gethostname().encode()).hexdigest()[:8]
+_PROCESS = secrets.token_hex(4)
+"""Text that tells this process from an earlier one with the same number. A fork has the same text and another number."""
+_numbers = count()
+
+
+def check_size(what: str, size: int, max_bytes: int) -> None:
+    """Raise an error if something is too large to be read.
+
+    Args:
+        what: subject of the error message.
+        size: its size in bytes.
+        max_bytes: largest size.
+
+    Raises:
+        ArgumentError: if it is larger. This is a ValueError too.
+
+    Example:
+        >>> check_size("it", 30, max_bytes=20)
+        Traceback (most recent call last):
+        pyro_genmodels.utils.errors.ArgumentError: it takes 30 bytes, but at most 20 are read. If you trust it, raise max_bytes.
+    """
+    if size > max_bytes:
+        raise ArgumentError(
+            f"{what} takes {size:,} bytes, but at most {max_bytes:,} are read. If you trust it, raise max_bytes.",
+            argument="max_bytes",
+            example=str(size),
+        )
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Write a file completely or not at all, also if several processes write it at once; the last one to finish wins.
+
+    Temporary files of the same target that processes of this machine left behind when they were killed are removed.
 
     Args:
         path: path of the file. Missing folders are created; a symbolic link is followed.
@@ -37,8 +76,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise OSError(f"{path} cannot be written: it is a folder or a device. Choose another name.")
-    temporary = target.with_name(f".{secrets.token_hex(8)}{path.suffix}")
+    prefix = f".{sha256(target.name.encode()).hexdigest()[:12]}-{_HOST}-"
+    temporary = target.with_name(f"{prefix}{os.getpid()}-{_PROCESS}-{next(_numbers)}{path.suffix}")
     target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target.parent, prefix)
     try:
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode
@@ -56,3 +97,27 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(folder: Path, prefix: str) -> None:
+    """Remove temporary files whose name begins with `prefix` and whose process has ended."""
+    if os.name != "posix":  # elsewhere `os.kill` is no question
+        return
+    for path in folder.glob(f"{prefix}*"):
+        number, _, rest = path.name.removeprefix(prefix).partition("-")
+        if number.isdecimal() and not _is_alive(int(number), rest.partition("-")[0]):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _is_alive(number: int, process: str) -> bool:
+    """Return True if a process may still be running, given its number and the text that tells it from others."""
+    if number == os.getpid():
+        return process == _PROCESS
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pyro_genmodels.utils.errors import check_choice, check_positive_int, import_extra, listed, unknown_name
+from pyro_genmodels.utils.errors import check_choice, check_positive_int, import_extra, listed, one_line, unknown_name
 
 NAMES = ["digits", "moons", "ring", "grid"]
 
@@ -69,3 +69,29 @@ def test_a_choice_is_checked_and_defaults():
 def test_a_missing_library_is_named_as_the_registry_names_it():
     with pytest.raises(ImportError, match=r"A plan needs POT: pip install 'pyro-genmodels\[plots\]'\.$"):
         import_extra("ot.nothing_of_this_name", extra="plots", by="A plan")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("plain", "plain"),
+        (" two\n\tlines \r\n", "two lines"),
+        ("\x1b[2J\x1b]0;title\x07", r"\x1b[2J\x1b]0;title\x07"),
+        ("a\u202egnp.exe", r"a\u202egnp.exe"),
+        ("zero\u200bwidth \ud800 \x00", r"zero\u200bwidth \ud800 \x00"),
+        ("größe €", "größe €"),
+        ("", ""),
+        (3, "3"),
+        ("x" * 201, "x" * 197 + "..."),
+        ("x" * 10**7, "x" * 197 + "..."),
+        ("\n" * 10**7 + "x", "..."),
+        ("\x07" * 200, r"\x07" * 49 + r"\..."),
+    ],
+    ids=range(12),
+)
+def test_a_text_from_elsewhere_is_one_printable_line(text, line):
+    found = one_line(text)
+    assert found == line
+    assert found.isprintable()
+    assert len(found) <= 200
+    found.encode()

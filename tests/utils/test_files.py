@@ -14,7 +14,9 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
-from pyro_genmodels.utils.files import atomic_write
+from pyro_genmodels.utils import files
+from pyro_genmodels.utils.errors import ArgumentError
+from pyro_genmodels.utils.files import atomic_write, check_size
 
 
 def pandas():
@@ -164,9 +166,52 @@ def test_a_killed_process_leaves_the_old_file(tmp_path):
     """
     process = run(code, path)
     assert process.stdout.readline() == "written\n"
+    other = tmp_path / "b.txt"
+    [temporary] = (p for p in tmp_path.iterdir() if p.name.startswith("."))
+    for target in (path, other):  # the process lives, and then it is another file's
+        with atomic_write(target) as mine:
+            mine.write_text("old")
+    assert temporary.exists()
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=600)
     assert path.read_text() == "old"
+    with atomic_write(other) as mine:
+        mine.write_text("new")
+    assert temporary.exists()
+    with atomic_write(path) as mine:
+        mine.write_text("new")
+    assert sorted(tmp_path.iterdir()) == [path, other]
+
+
+def test_a_leftover_of_an_earlier_process_with_the_same_number_is_removed(tmp_path):
+    """In a container, where the main process has the number 1 each time."""
+    path = tmp_path / "a.txt"
+    with atomic_write(path) as temporary:
+        temporary.write_text("new")
+        with atomic_write(path) as another:  # as another thread would
+            another.write_text("newer")
+        assert temporary.exists()
+        earlier = temporary.with_name(temporary.name.replace(files._PROCESS, "0" * 8))
+        foreign = [
+            tmp_path / f".{'0' * 16}.txt",
+            tmp_path / ".a.txt",
+            temporary.with_name(temporary.name[:13] + "-x-1-0-0.txt"),
+        ]
+        for file in (earlier, *foreign):
+            file.touch()
+    assert path.read_text() == "new"
+    with atomic_write(path) as temporary:
+        temporary.write_text("newest")
+    assert sorted(tmp_path.iterdir()) == sorted([path, *foreign])
+
+
+def test_what_is_too_large_names_the_limit():
+    check_size("it", 10, 10)
+    with pytest.raises(
+        ArgumentError, match=r"it takes 11 bytes, but at most 10 are read\. If you trust it, raise max_bytes\."
+    ) as caught:
+        check_size("it", 11, 10)
+    assert (caught.value.argument, caught.value.example) == ("max_bytes", "11")
 
 
 def test_several_processes_write_at_once_and_readers_see_only_complete_files(tmp_path):
