@@ -15,7 +15,16 @@ Simpson, Gelman, Yao and Gabry, *Pareto Smoothed Importance Sampling* (arXiv 150
 
 from __future__ import annotations
 
-__all__ = ["MAX_PARETO_K", "MIN_PARETO_DRAWS", "pareto_k", "smooth_log_weights"]
+__all__ = [
+    "MAX_PARETO_K",
+    "MIN_PARETO_DRAWS",
+    "LogMean",
+    "count_unreliable",
+    "is_unreliable",
+    "log_mean_weight",
+    "pareto_k",
+    "smooth_log_weights",
+]
 
 from math import ceil, log, sqrt
 from typing import NamedTuple
@@ -25,6 +34,8 @@ from torch import Tensor
 
 MAX_PARETO_K = 0.7
 """Largest k-hat of a mean that is called reliable."""
+MAX_UNRELIABLE_SHARE = 0.01
+"""Largest share of means with a k-hat above that, while all are below 1, that chance alone explains."""
 MIN_PARETO_DRAWS = 21
 """Number of values below which there is no tail of five, and k-hat is NaN: unknown."""
 MIN_TAIL = 5
@@ -105,6 +116,68 @@ def smooth_log_weights(log_weights: Tensor, dim: int = 0) -> tuple[Tensor, Tenso
     shape = _without(log_weights, dim)
     smoothed = rows.T.reshape(-1, *shape).movedim(0, dim)
     return smoothed.to(log_weights.dtype), tail.k.reshape(shape).to(log_weights.dtype)
+
+
+class LogMean(NamedTuple):
+    """The log of a mean of weights, and what is known about it.
+
+    Attributes:
+        value: log of the mean of the raw weights. If these are unbiased, it is too low in expectation.
+        std_error: its standard error by the delta method; NaN for a single weight, inf where the value is infinite.
+        pareto_k: k-hat of the weights.
+        smoothed: log of the mean of the smoothed weights: a better estimate, but no bound in expectation.
+    """
+
+    value: Tensor
+    std_error: Tensor
+    pareto_k: Tensor
+    smoothed: Tensor
+
+
+def log_mean_weight(log_weights: Tensor) -> LogMean:
+    """Return the log of the mean weight over the first dimension, summed in double precision.
+
+    Args:
+        log_weights: log weights, (draws, ...). A NaN makes its means NaN.
+
+    Returns:
+        Values of the type of log_weights, (...) each.
+
+    Example:
+        >>> log_mean_weight(torch.linspace(-1, 1, 1001)).value  # log sinh 1
+        tensor(0.1618)
+    """
+    weights, n = log_weights.detach().to(torch.float64), len(log_weights)
+    value = weights.logsumexp(0) - log(n)
+    deviations = (weights - value).exp()
+    std_error = (deviations.var(0) / n).sqrt() if n > 1 else torch.full_like(value, torch.nan)
+    std_error = std_error.masked_fill(value.isinf(), torch.inf)
+    smoothed, k = smooth_log_weights(weights.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf))
+    found = LogMean(value, std_error, k, smoothed.logsumexp(0) - log(n))
+    return LogMean(*(part.masked_fill(value.isnan(), torch.nan).to(log_weights.dtype) for part in found))
+
+
+def is_unreliable(pareto_k: Tensor) -> bool:
+    """Return True if the k-hats of one or more means say that their values cannot be trusted.
+
+    That is so if one of them is 1 or more, so that there is no mean to estimate, or if more than one in a hundred is above
+    `MAX_PARETO_K`: of many reliable means, some are above it by chance. A k-hat of NaN says nothing.
+
+    Example:
+        >>> is_unreliable(torch.tensor([0.2, 0.8])), is_unreliable(torch.tensor([0.2] * 200 + [0.8]))
+        (True, False)
+    """
+    return bool((pareto_k >= 1).any()) or count_unreliable(pareto_k) > MAX_UNRELIABLE_SHARE * pareto_k.numel()
+
+
+def count_unreliable(pareto_k: Tensor) -> int:
+    """Return the number of k-hats above `MAX_PARETO_K`.
+
+    Example:
+        >>> count_unreliable(torch.tensor([0.2, 0.8, torch.inf, torch.nan]))
+        2
+    """
+    return int((pareto_k > MAX_PARETO_K).sum())
 
 
 class _Tail(NamedTuple):
