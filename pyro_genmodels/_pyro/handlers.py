@@ -20,6 +20,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_genmodels._pyro import modules, sites, traces
+from pyro_genmodels._pyro.reparam import MarkComputed, is_reparametrised
 
 
 @contextmanager
@@ -36,7 +37,8 @@ def side_effect_free(*parts: Any) -> Iterator[None]:
     store, freeze = pyro.get_param_store(), _FrozenParametersMessenger()
     before = store.get_state()
     try:
-        with modules.evaluation_mode(modules.reachable_modules(*parts)), torch.no_grad(), poutine.block(), freeze:
+        evaluation = modules.evaluation_mode(modules.reachable_modules(*parts))
+        with evaluation, torch.no_grad(), poutine.block(), freeze, MarkComputed():
             yield
     finally:
         freeze.restore()
@@ -63,10 +65,10 @@ class _FrozenParametersMessenger(Messenger):
 
 
 class _DrawObservedMessenger(UnconditionMessenger):
-    """`UnconditionMessenger` that leaves the values of `pyro.deterministic` as they are computed."""
+    """`UnconditionMessenger` that leaves values which are no data as they are computed."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not sites.is_deterministic(msg):
+        if not (sites.is_deterministic(msg) or is_reparametrised(msg)):
             super()._pyro_sample(msg)
 
 

@@ -6,7 +6,9 @@ __all__ = [
     "PARTICLES",
     "enumeration_dim",
     "innermost",
+    "is_computed",
     "is_deterministic",
+    "is_weighted",
     "mask_of",
     "observed_value",
     "plate_depth",
@@ -18,7 +20,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pyro.distributions import Delta
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 
@@ -27,10 +28,24 @@ PARTICLES = "num_particles_vectorized"
 
 
 def is_deterministic(site: Mapping[str, Any]) -> bool:
-    """Return True for a site of `pyro.deterministic`, and for the computed value of a reparametrised variable."""
+    """Return True for a site of `pyro.deterministic`."""
+    return bool(site["infer"].get("_deterministic"))
+
+
+def is_computed(site: Mapping[str, Any]) -> bool:
+    """Return True if the value is computed from latent variables, so that it is no data, although the site is observed.
+
+    These are the sites of `pyro.deterministic` and of reparametrised latent variables (`reparam.MarkComputed`).
+    """
+    return is_deterministic(site) or bool(site["infer"].get("reparametrised"))
+
+
+def is_weighted(site: Mapping[str, Any]) -> bool:
+    """Return True if a computed value comes with a density, as a sample from another distribution than the prior does."""
     fn = site["fn"]
-    computed = site["is_observed"] and isinstance(fn, MaskedDistribution) and fn._mask is False
-    return bool(site["infer"].get("_deterministic")) or (computed and isinstance(innermost(fn), Delta))
+    if isinstance(fn, MaskedDistribution) and fn._mask is False:
+        return False
+    return is_computed(site) and bool(torch.as_tensor(innermost(fn).log_density).any())
 
 
 def was_observed(site: Mapping[str, Any]) -> bool:

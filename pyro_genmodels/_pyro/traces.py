@@ -24,6 +24,8 @@ __all__ = [
     "no_latents",
     "observed",
     "particles",
+    "proposal",
+    "reparametrised",
     "run_pair",
     "sample_sites",
     "sum_to_dims",
@@ -37,7 +39,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
+from pyro.distributions import Delta, Unit
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.trace_elbo import _compute_log_r
 from pyro.infer.util import MultiFrameTensor
@@ -47,7 +49,9 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
 from pyro_genmodels._pyro import sites
-from pyro_genmodels._pyro.sites import PARTICLES, is_deterministic, plate_depth
+from pyro_genmodels._pyro.plates import measure_plates
+from pyro_genmodels._pyro.reparam import MarkComputed
+from pyro_genmodels._pyro.sites import PARTICLES, is_computed, plate_depth
 
 Pair = tuple[Callable[..., Any], Callable[..., Any]]
 
@@ -96,18 +100,23 @@ def run_pair(
     bound_model = in_plate(lambda: model(*args, **kwargs))  # Pyro's handlers have a keyword `context` of their own
     bound_guide = in_plate(lambda: guide(*args, **kwargs))
     messenger = poutine.unwrap(guide)
-    if isinstance(messenger, Messenger):
-        bound_guide()
-        model_trace, guide_trace = messenger.get_traces()  # type: ignore[attr-defined]
-    else:
-        guide_trace = poutine.trace(bound_guide).get_trace()
-        model_trace = poutine.trace(poutine.replay(bound_model, trace=guide_trace)).get_trace()
+    with MarkComputed():
+        if isinstance(messenger, Messenger):
+            bound_guide()
+            model_trace, guide_trace = messenger.get_traces()  # type: ignore[attr-defined]
+        else:
+            guide_trace = poutine.trace(bound_guide).get_trace()
+            model_trace = poutine.trace(poutine.replay(bound_model, trace=guide_trace)).get_trace()
+    measure_plates(model_trace, guide_trace)
     return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
 
 
 def trace_of(fn: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Trace:
     """Return the trace of one function, without log probabilities and subsample sites."""
-    return prune_subsample_sites(poutine.trace(lambda: fn(*args, **kwargs)).get_trace())
+    with MarkComputed():
+        trace = prune_subsample_sites(poutine.trace(lambda: fn(*args, **kwargs)).get_trace())
+    measure_plates(trace)
+    return trace
 
 
 def particles(number: int, nesting: int) -> pyro.plate:
@@ -133,9 +142,27 @@ def latents(trace: Trace) -> list[str]:
 
 
 def observed(trace: Trace) -> list[str]:
-    """Return the names of the observed sites of a trace, without those of `pyro.deterministic`."""
+    """Return the names of the sites of a trace that hold data: observed, and not computed from latent variables."""
     named = sample_sites(trace).items()
-    return [name for name, site in named if site["is_observed"] and not is_deterministic(site)]
+    return [name for name, site in named if site["is_observed"] and not is_computed(site)]
+
+
+def proposal(guide_trace: Trace) -> Trace:
+    """Return the trace of a guide as a proposal: without the observed sites, which are no part of its density.
+
+    A guide may observe what it samples in other runs, such as labels, and hold terms of a loss in a `pyro.factor`. A factor with
+    ``has_rsample=True`` is kept: it is the density of samples that were drawn otherwise, as in `AutoGaussian`.
+    """
+    kept = guide_trace.copy()
+    for name, site in sample_sites(guide_trace).items():
+        if site["is_observed"] and not (isinstance(site["fn"], Unit) and site["fn"].has_rsample):
+            kept.remove_node(name)
+    return kept
+
+
+def reparametrised(trace: Trace) -> list[str]:
+    """Return the names of the latent variables of a trace that `poutine.reparam` has replaced by computed values."""
+    return [name for name, site in sample_sites(trace).items() if is_computed(site) and not sites.is_deterministic(site)]
 
 
 def max_plate_nesting(model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> int:

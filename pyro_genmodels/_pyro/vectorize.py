@@ -69,7 +69,7 @@ def agree_alone(
         model_i, guide_i = (poutine.replay(fn, trace=_particle(t, i, dim)) for fn, t in zip((model, guide), pair, strict=True))
         alone = traces.run_pair(model_i, guide_i, (), {})
         for name, site in traces.sample_sites(alone[0]).items():
-            if sites.is_deterministic(site):
+            if sites.is_computed(site):
                 value = _deterministic_value(traces.sample_sites(pair[0])[name]["value"], site, i, dim)
                 if not _close(value, site["value"]):
                     return False

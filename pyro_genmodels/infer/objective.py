@@ -140,13 +140,14 @@ class Objective(Loss):
 
     def _score(self, model_trace: Trace, guide_trace: Trace) -> None:
         """Store in the traces the terms that Pyro's estimators read, with the objective's loss at observed sites."""
-        names = traces.latents(model_trace)
-        if names:
-            self.check_latents(names)
-        for name, site in traces.sample_sites(model_trace).items():
-            if site["is_observed"] and "log_prob_sum" not in site:
+        latents = traces.latents(model_trace) or traces.reparametrised(model_trace)
+        if latents:
+            self.check_latents(latents)
+        for name in traces.observed(model_trace):
+            site = model_trace.nodes[name]
+            if "log_prob_sum" not in site:
                 self._score_observed(name, site)
-        model_trace.compute_log_prob(site_filter=lambda name, site: not site["is_observed"])
+        model_trace.compute_log_prob(site_filter=lambda _, site: "log_prob_sum" not in site)
         guide_trace.compute_score_parts()
         if is_validation_enabled():
             check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)

@@ -123,7 +123,7 @@ def collect(source: DrawSource, reports: dict[str, str], options: CollectOptions
         raise ValueError(f"A plate is called {reserved.pop()!r}, which in ArviZ is a dimension of draws: give it another name.")
     posterior = _Posterior(source, replay, arrays, reports)
     posterior.collect(progress=options.progress)
-    if replay.layout.latents and not source.is_family_prior and arrays.wants("prior", "prior_predictive"):
+    if replay.layout.has_latents and not source.is_family_prior and arrays.wants("prior", "prior_predictive"):
         _collect_prior(replay, arrays, reports, progress=options.progress)
     if not source.is_family_prior:
         _collect_constants(source, replay, arrays)
@@ -185,8 +185,7 @@ class _Posterior:
             self.arrays.leave_out("log_likelihood")
         layout, guide, summed_out_at = self.replay.layout, self.source.guide, self.undrawn.summed_out_at
         if isinstance(guide, Mapping):
-            of_the_model = {*layout.latents, *layout.observed}
-            self.arrays.put_all_draws({name: draws for name, draws in guide.items() if name not in of_the_model})
+            self.arrays.put_all_draws({name: draws for name, draws in guide.items() if name not in layout.sites})
         stats = {name: np.zeros(self.source.num_samples) for name in self._computed_stats()}
         for draws in _with_progress(self.replay, "posterior", progress=progress):
             for block in self.replay.runs(draws):
@@ -214,7 +213,7 @@ class _Posterior:
     def _computed_stats(self) -> list[str]:
         """Return which of log_p and log_q can be computed for each draw."""
         layout = self.replay.layout
-        if self.source.is_family_prior or not layout.latents or self.undrawn.leaves_no_likelihood:
+        if self.source.is_family_prior or not layout.has_latents or self.undrawn.leaves_no_likelihood:
             return []
         return ["log_p"] if isinstance(self.source.guide, Mapping) or layout.is_point_mass else ["log_p", "log_q"]
 
@@ -236,13 +235,13 @@ class _Posterior:
         is_predicted = name in self.undrawn.predicted or (source.is_family_prior and name == "x")
         self.arrays.put_draws("posterior_predictive" if is_predicted else "posterior", name, block.value(name, site))
         without_prior = source.is_family_prior or is_predicted or name in self.undrawn.without_prior
-        if not (without_prior or sites.is_deterministic(site)):
+        if not without_prior and (sites.is_weighted(site) or not sites.is_computed(site)):
             self._put_log_prob(block, "log_prior", site)
 
     def _put_observed(self, block: ReplayBlock, name: str, site: dict[str, Any], predicted: Mapping[str, Any]) -> None:
         if predicted:
             self.arrays.put_draws("posterior_predictive", name, block.value(name, predicted[name]))
-        if self.replay.layout.latents:
+        if self.replay.layout.has_latents:
             self._put_log_prob(block, "log_likelihood", site)
         if block.draws.start == 0:
             self.arrays.put_observed(name, block.value(name, site))
@@ -269,6 +268,11 @@ class _Posterior:
 
 def _collect_prior(replay: Replay, arrays: GroupArrays, reports: dict[str, str], *, progress: bool) -> None:
     """Put draws of the model without guide and data into the arrays."""
+    if replay.layout.weighted:
+        names = ", ".join(map(repr, replay.layout.weighted))
+        reports["prior"] = f"the reparametrisation of {names} is sampled from another distribution, and weighted"
+        arrays.leave_out("prior", "prior_predictive")
+        return
     prior = replay.prior()
     try:
         for draws in _with_progress(prior, "prior", progress=progress):
@@ -276,8 +280,7 @@ def _collect_prior(replay: Replay, arrays: GroupArrays, reports: dict[str, str],
                 for name, site in block.model.items():
                     if isinstance(site["fn"], Unit):
                         continue
-                    is_data = sites.was_observed(site) and not sites.is_deterministic(site)
-                    arrays.put_draws("prior_predictive" if is_data else "prior", name, block.value(name, site))
+                    arrays.put_draws("prior_predictive" if sites.was_observed(site) else "prior", name, block.value(name, site))
     except NotImplementedError as error:
         reports["prior"] = str(error) or "a variable of the model cannot be sampled"
         arrays.leave_out("prior", "prior_predictive")

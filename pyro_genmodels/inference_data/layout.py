@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["ModelLayout", "RowBlock", "SubsampledRows"]
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -14,7 +14,8 @@ from pyro.distributions import Unit
 from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 
-from pyro_genmodels._pyro import traces
+from pyro_genmodels._pyro import sites, traces
+from pyro_genmodels._pyro.plates import measure_plates
 from pyro_genmodels._pyro.sites import is_deterministic, plate_depth
 from pyro_genmodels.inference_data.arrays import to_numpy
 
@@ -37,7 +38,7 @@ class SubsampledRows:
     """The plates of a model, and blocks of rows that together are all rows of the plates that it subsamples.
 
     Args:
-        sites: all sites of a run, by name.
+        sites: all sites of a run, by name; of a plate in model and guide, the one that chooses rows.
 
     Attributes:
         subsamples: sites at which plates choose their rows, by name of the plate.
@@ -56,7 +57,7 @@ class SubsampledRows:
         blocks = []
         for name, site in self.subsamples.items():
             size, count = site["fn"].size, len(site["value"])
-            self.coords[name] = to_numpy(site["value"])
+            self.coords[name] = _row_labels(site["value"], count)
             if count == size or site["fn"].subsample_size is None:
                 continue
             if name in vectorized:
@@ -81,6 +82,8 @@ class ModelLayout:
         extra_event_dims: number of batch dimensions of a site outside all plates. They count as dimensions of its event.
         event_dims: number of event dimensions of each site's value.
         latents: names of the model's latent variables.
+        reparametrised: names of those that `poutine.reparam` has replaced by values computed from the others.
+        weighted: names of reparametrised variables whose values are samples of another distribution than their prior.
         unguided: sites of the latent variables that the guide leaves to the model.
         observed: observed sites of the model.
         factors: names of the sites of `pyro.factor`.
@@ -89,8 +92,10 @@ class ModelLayout:
     """
 
     def __init__(self, model_trace: Trace, guide_trace: Trace, *, guide_is_given: bool) -> None:
+        measure_plates(model_trace, guide_trace)
         model_sites = traces.sample_sites(model_trace)
-        self.sites = ({} if guide_is_given else traces.sample_sites(guide_trace)) | model_sites
+        guide_sites = {} if guide_is_given else traces.sample_sites(guide_trace)
+        self.sites = guide_sites | model_sites
         self.nesting = max(map(plate_depth, self.sites.values()), default=0)
         variables = {name: site for name, site in self.sites.items() if not site_is_subsample(site)}
         self.extra_event_dims = {
@@ -100,11 +105,18 @@ class ModelLayout:
         }
         self.event_dims = {name: self._event_dim(name, site) for name, site in variables.items()}
         self.latents = traces.latents(prune_subsample_sites(model_trace))
+        self.reparametrised = traces.reparametrised(model_trace)
+        self.weighted = [name for name in self.reparametrised if sites.is_weighted(self.sites[name])]
         self.unguided = {name: self.sites[name] for name in self.latents if name not in guide_trace.nodes}
         self.observed = {n: self.sites[n] for n in traces.observed(model_trace) if not _is_factor(self.sites[n])}
         self.factors = [name for name, site in self.sites.items() if _is_factor(site)]
         self.is_point_mass = not guide_is_given and traces.is_point_mass(prune_subsample_sites(guide_trace))
-        self.rows = SubsampledRows(self.sites)
+        self.rows = SubsampledRows(self.sites | _chosen_rows(guide_sites))
+
+    @property
+    def has_latents(self) -> bool:
+        """True if the model has latent variables, sampled or computed by `poutine.reparam`."""
+        return bool(self.latents or self.reparametrised)
 
     @property
     def has_batch_outside_plates(self) -> bool:
@@ -124,6 +136,19 @@ class ModelLayout:
         if is_deterministic(site):  # Pyro counts all its dimensions as the event's, also those of plates
             return max(site["value"].dim() - plate_depth(site), 0)
         return site["fn"].event_dim + self.extra_event_dims.get(name, 0)
+
+
+def _chosen_rows(guide_sites: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sites at which plates of a guide choose rows. The model takes the same rows, also if its plate chooses none."""
+    subsamples = {name: site for name, site in guide_sites.items() if site_is_subsample(site)}
+    return {name: site for name, site in subsamples.items() if site["fn"].subsample_size is not None}
+
+
+def _row_labels(rows: Any, count: int) -> np.ndarray:
+    """Return the indices of a plate's rows, or 0 to count - 1 if the plate was given the data instead of indices."""
+    rows = to_numpy(rows) if isinstance(rows, torch.Tensor) else np.asarray(rows) if isinstance(rows, Sequence) else None
+    is_index = rows is not None and rows.ndim == 1 and rows.dtype.kind in "iu"
+    return rows if is_index else np.arange(count)
 
 
 def _is_factor(site: Mapping[str, Any]) -> bool:

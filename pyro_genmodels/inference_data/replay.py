@@ -32,6 +32,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_genmodels._pyro import handlers, sites, traces, vectorize
+from pyro_genmodels._pyro.plates import measure_plates
 from pyro_genmodels.inference_data.arrays import BlockValues, PlateRows
 from pyro_genmodels.inference_data.layout import ModelLayout, RowBlock
 
@@ -84,7 +85,7 @@ class Replay:
         else:
             guide_without_args = lambda: guide(*args, **kwargs)  # noqa: E731
             if layout is None:
-                guide_trace = self._without_observed(poutine.trace(guide_without_args).get_trace())
+                guide_trace = traces.proposal(poutine.trace(guide_without_args).get_trace())
                 layout = self._find_layout(guide_trace, guide_is_given=False)
             self.layout = layout
             _check_autoguide(self.layout, poutine.unwrap(guide))
@@ -139,7 +140,7 @@ class Replay:
         """
         rows, nesting = self.layout.rows.blocks[0], self.layout.nesting
         guide = self._guide_of(slice(0, 1), together=False)
-        guide_sites = traces.sample_sites(self._without_observed(self._trace(guide, {}, rows)))
+        guide_sites = traces.sample_sites(traces.proposal(self._trace(guide, {}, rows)))
         found = traces.sample_sites(self._trace(_enumerated(self.model, hidden, nesting), guide_sites, rows))
 
         def has_enumerated_dims(name: str, site: Any) -> bool:
@@ -183,22 +184,17 @@ class Replay:
     def _run(self, draws: slice, rows: Mapping[str, RowBlock], known: Sites, *, together: bool) -> tuple[Trace, Trace]:
         """Run the guide and then the model for some draws and rows, and return (guide trace, model trace)."""
         guide = self._in_plate(self._guide_of(draws, together=together), draws, together=together)
-        guide_trace = self._without_observed(self._trace(guide, known, rows))
+        guide_trace = traces.proposal(self._trace(guide, known, rows))
         known = known | _unobserved(traces.sample_sites(guide_trace))
         return guide_trace, self._trace(self._in_plate(self.model, draws, together=together), known, rows)
 
     def _in_plate(self, fn: Callable[[], Any], draws: slice, *, together: bool) -> Callable[[], Any]:
         return traces.particles(draws.stop - draws.start, self.layout.nesting)(fn) if together else fn
 
-    def _without_observed(self, guide_trace: Trace) -> Trace:
-        """Return a guide's trace without observed sites, which it has if the guide runs the model inside."""
-        observed = [name for name, site in traces.sample_sites(guide_trace).items() if site["is_observed"]]
-        for name in observed if self._guide_runs_model else ():
-            guide_trace.remove_node(name)
-        return guide_trace
-
     def _trace(self, fn: Callable[[], Any], known: Sites, rows: Mapping[str, RowBlock]) -> Trace:
-        return prune_subsample_sites(poutine.trace(self._with_rows(fn, rows, known)).get_trace())
+        trace = poutine.trace(self._with_rows(fn, rows, known)).get_trace()
+        measure_plates(trace)
+        return prune_subsample_sites(trace)
 
     def _with_rows(self, fn: Callable[[], Any], rows: Mapping[str, RowBlock], known: Sites) -> Callable[[], Any]:
         """Return a function that runs with these rows of the plates and these values of latent variables."""

@@ -72,7 +72,7 @@ def find_undrawn(replay: Replay, source: DrawSource) -> UndrawnLatents:
 def _hidden(replay: Replay, predicted: tuple[str, ...], hidden: tuple[str, ...]) -> UndrawnLatents:
     layout, names = replay.layout, ", ".join(map(repr, hidden))
     dependent, is_chain = replay.depends_on(hidden)
-    computed = [name for name in dependent if sites.is_deterministic(layout.sites[name])]
+    computed = [name for name in dependent if sites.is_computed(layout.sites[name])]
     reports = {f"posterior[{name!r}]": "inference has summed it out: there are no draws of it" for name in hidden}
     reports |= {f"posterior[{name!r}]": f"it depends on {names}, of which there are no draws" for name in computed}
     skipped = frozenset([*hidden, *computed])

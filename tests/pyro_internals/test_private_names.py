@@ -8,7 +8,7 @@ from pyro import poutine
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from pyro.infer import ELBO
 from pyro.infer.autoguide import AutoNormal
-from pyro.infer.reparam import LocScaleReparam
+from pyro.infer.reparam import AutoReparam, LocScaleReparam
 from pyro.infer.trace_elbo import _compute_log_r
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from pyro.poutine.runtime import _ENUM_ALLOCATOR, _PYRO_STACK
@@ -18,6 +18,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from pyro_genmodels._pyro import params, sites
+from pyro_genmodels._pyro.reparam import MarkComputed
 
 
 def test_the_stack_holds_the_handlers_of_the_current_run():
@@ -59,13 +60,18 @@ def test_a_deterministic_site_says_so():
     assert sites.is_deterministic(site)
 
 
-def test_a_reparametrised_variable_is_an_observed_delta_without_density():
-    model = poutine.reparam(lambda: pyro.sample("z", dist.Normal(1.0, 2.0)), {"z": LocScaleReparam(0.0)})
-    site = poutine.trace(model).get_trace().nodes["z"]
+@pytest.mark.parametrize("strategy", [False, True])
+def test_a_reparametrised_variable_is_an_observed_delta_without_density(strategy):
+    config = AutoReparam(centered=0.0) if strategy else {"z": LocScaleReparam(0.0)}
+    model = poutine.reparam(lambda: pyro.sample("z", dist.Normal(1.0, 2.0)), config)
+    assert not sites.is_computed(poutine.trace(model).get_trace().nodes["z"])
+    with MarkComputed():
+        site = poutine.trace(model).get_trace().nodes["z"]
     assert site["is_observed"]
     assert site["fn"]._mask is False
     assert isinstance(sites.innermost(site["fn"]), dist.Delta)
-    assert sites.is_deterministic(site)
+    assert sites.is_computed(site)
+    assert not sites.is_deterministic(site)
 
 
 def test_unconditioning_keeps_the_observed_value():
