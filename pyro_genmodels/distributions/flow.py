@@ -13,11 +13,17 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, Transform
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.capabilities import ScoreJumps
+
+MAX_INVERSE_ERROR = 1e-3
+"""Largest error of a numerical inverse in units of the base, where its coordinates are of order 1."""
+MAX_REDRAWS = 20
+"""Number of times that samples without an inverse are drawn anew."""
 
 
 class NormalizingFlow(GenerativeDistribution):
@@ -28,15 +34,16 @@ class NormalizingFlow(GenerativeDistribution):
         base: univariate distribution of the base's coordinates, of batch shape () or (d,).
         event_shape: shape of one datum, with d coordinates in all.
         has_rsample: True if the inverse carries the gradient of the transform's parameters.
-        bound: largest distance from 0 at which a numerical inverse searches, or None for an analytic inverse.
+        numerical_inverse: True if the inverse is a search, so that each sample is mapped back to the base and compared.
         smooth: True if the score is continuous. It is not for splines and for networks with ReLU.
         kwargs: further arguments of `GenerativeDistribution`.
 
     Raises:
         ValueError: if the transform's domain is not vectors, or if samples are drawn while dropout is active.
+        FloatingPointError: if a numerical inverse does not find samples.
 
     Warns:
-        RuntimeWarning: if a sample lies at the bound of the numerical inverse.
+        RuntimeWarning: if some samples of the base have no inverse and were drawn anew.
 
     Example:
         >>> import torch, pyro.distributions as dist
@@ -52,14 +59,14 @@ class NormalizingFlow(GenerativeDistribution):
         event_shape: Sequence[int],
         *,
         has_rsample: bool = True,
-        bound: float | None = None,
+        numerical_inverse: bool = False,
         smooth: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(event_shape, **kwargs)
         self.transform = self.network = transform
         self.base = base
-        self.has_rsample, self.bound = has_rsample, bound
+        self.has_rsample, self.numerical_inverse = has_rsample, numerical_inverse
         if not smooth:
             self.score_jumps = ScoreJumps("of splines or ReLU", "MaximumLikelihood()")
 
@@ -68,17 +75,47 @@ class NormalizingFlow(GenerativeDistribution):
         return self.base.log_prob(u).sum(-1) + log_det
 
     def _draw(self, shape: Size, context: Tensor | None) -> Tensor:
+        y, found = self._inverted(shape, context)
+        if self.numerical_inverse and not found.all():
+            y = self._redrawn(y, found, context)
+        return self.unflat(y)
+
+    def _inverted(self, shape: Size, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return samples as vectors, (*shape, d), and if the inverse was found for each, (*shape)."""
         base = self.base.expand((*shape, self.event_shape.numel()))
         u = base.rsample() if base.has_rsample else base.sample()
-        y = self.transform(context).inv(u)
-        if self._validate_args and self.bound is not None and (y.abs() > 0.999 * self.bound).any():
-            warnings.warn(
-                f"A sample lies at the bound of this flow's numerical inverse, {self.bound:g} from 0, so its density may be "
-                "wrong. Use NSF() or MAF(), especially for guides.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-        return self.unflat(y)
+        transform = self.transform(context)
+        y = transform.inv(u)
+        return y, _leads_back(transform, y.detach(), u.detach()) if self.numerical_inverse else torch.tensor(True)
+
+    def _redrawn(self, y: Tensor, found: Tensor, context: Tensor | None) -> Tensor:
+        """Return samples (*shape, d) of which those that were not found are replaced by new ones, with a warning."""
+        missing = int((~found).sum())
+        for _ in range(MAX_REDRAWS):
+            rows = ~found
+            again, inverted = self._inverted(Size([int(rows.sum())]), None if context is None else context[rows])
+            y, found = y.masked_scatter(rows.unsqueeze(-1), again), found.masked_scatter(rows, inverted)
+            if found.all():
+                break
+        how_many = f"{missing} of {found.numel()} samples of the base have no inverse"
+        advice = "The layers of this flow do not reach them, and its density lacks their mass: use NSF() or MAF()."
+        if not found.all():
+            raise FloatingPointError(f"{how_many}, and so have {int((~found).sum())} others in their place. {advice}")
+        warnings.warn(f"{how_many} and were drawn anew. {advice}", RuntimeWarning, stacklevel=4)
+        return y
+
+
+def _leads_back(transform: Transform, y: Tensor, u: Tensor) -> Tensor:
+    """Return True for each vector y (..., d) that the transform maps to u, as far as the spacing of floats allows."""
+    with torch.no_grad():
+        error = (transform(y) - u).abs()
+        tolerance = MAX_INVERSE_ERROR * (1 + u.abs())
+        found = (error <= tolerance).all(-1)
+        if not found.all():  # one float further, a steep transform may be far away
+            step = 16 * torch.finfo(y.dtype).eps * (1 + y.abs())
+            spacing = (transform(y + step) - transform(y - step)).abs()
+            found = (error <= torch.maximum(tolerance, spacing)).all(-1)
+        return found
 
 
 def _call_with_log_det(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -412,10 +412,3 @@ def test_implicit_without_gradients_refuses_rsample():
     assert not d.has_rsample
     with pytest.raises(NotImplementedError, match="rsample"):
         d.rsample()
-
-
-def test_a_sample_at_the_bound_of_the_numerical_inverse_gives_a_warning():
-    shrink = torch.distributions.AffineTransform(0.0, 1e-3, event_dim=1)
-    flow = NormalizingFlow(lambda context: shrink, dist.Normal(0.0, 1.0), (2,), bound=10.0)
-    with pytest.warns(RuntimeWarning, match="bound of this flow's numerical inverse"):
-        flow.sample((100,))
