@@ -150,8 +150,8 @@ def observed(trace: Trace) -> list[str]:
 def proposal(guide_trace: Trace) -> Trace:
     """Return the trace of a guide as a proposal: without the observed sites, which are no part of its density.
 
-    A guide may observe what it samples in other runs, such as labels, and hold terms of a loss in a `pyro.factor`. A factor with
-    ``has_rsample=True`` is kept: it is the density of samples that were drawn otherwise, as in `AutoGaussian`.
+    A guide may observe what it samples in other runs, such as labels, and have terms of a loss in a `pyro.factor`. A factor
+    with ``has_rsample=True`` is kept: it is the density of samples that were drawn otherwise, as in `AutoGaussian`.
     """
     kept = guide_trace.copy()
     for name, site in sample_sites(guide_trace).items():

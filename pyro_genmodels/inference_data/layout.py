@@ -16,7 +16,7 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 
 from pyro_genmodels._pyro import sites, traces
 from pyro_genmodels._pyro.plates import measure_plates
-from pyro_genmodels._pyro.sites import is_deterministic, plate_depth
+from pyro_genmodels._pyro.sites import is_deterministic, plate_depth, plate_frames
 from pyro_genmodels.inference_data.arrays import to_numpy
 
 
@@ -65,6 +65,7 @@ class SubsampledRows:
                 blocks.append([(name, block) for block in _row_blocks(size, count, site["value"].device)])
             else:
                 self.sequential.append(name)
+        self.coords |= {name: np.arange(size) for name, size in _plate_sizes(sites).items() if name not in self.coords}
         self.blocks: list[dict[str, RowBlock]] = [dict(block) for block in product(*blocks)]
 
 
@@ -138,8 +139,13 @@ class ModelLayout:
         return site["fn"].event_dim + self.extra_event_dims.get(name, 0)
 
 
+def _plate_sizes(sites: Mapping[str, Any]) -> dict[str, int]:
+    """Return the number of rows of each plate around these sites."""
+    return {frame.name: frame.size for site in sites.values() for frame in plate_frames(site)}
+
+
 def _chosen_rows(guide_sites: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sites at which plates of a guide choose rows. The model takes the same rows, also if its plate chooses none."""
+    """Return the sites at which plates of a guide choose rows, which the model takes even if its plate chooses none."""
     subsamples = {name: site for name, site in guide_sites.items() if site_is_subsample(site)}
     return {name: site for name, site in subsamples.items() if site["fn"].subsample_size is not None}
 
