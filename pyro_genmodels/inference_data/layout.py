@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["ModelLayout", "RowBlock", "SubsampledRows"]
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -94,6 +94,7 @@ class ModelLayout:
 
     def __init__(self, model_trace: Trace, guide_trace: Trace, *, guide_is_given: bool) -> None:
         measure_plates(model_trace, guide_trace)
+        self._model_trace, self._guide_trace, self._guide_is_given = model_trace, guide_trace, guide_is_given
         model_sites = traces.sample_sites(model_trace)
         guide_sites = {} if guide_is_given else traces.sample_sites(guide_trace)
         self.sites = guide_sites | model_sites
@@ -113,6 +114,18 @@ class ModelLayout:
         self.factors = [name for name, site in self.sites.items() if _is_factor(site)]
         self.is_point_mass = not guide_is_given and traces.is_point_mass(prune_subsample_sites(guide_trace))
         self.rows = SubsampledRows(self.sites | _chosen_rows(guide_sites))
+
+    def joined(self, runs: Iterable[tuple[Trace, Trace]]) -> ModelLayout:
+        """Return the layout with the sites of further runs as well: some rows may have sites that others lack.
+
+        Args:
+            runs: pairs (guide trace, model trace).
+        """
+        guide_trace, model_trace = self._guide_trace.copy(), self._model_trace.copy()
+        for pair in runs:
+            for whole, part in zip((guide_trace, model_trace), pair, strict=True):
+                whole.nodes.update({name: site for name, site in part.nodes.items() if name not in whole.nodes})
+        return ModelLayout(model_trace, guide_trace, guide_is_given=self._guide_is_given)
 
     @property
     def has_latents(self) -> bool:

@@ -90,6 +90,8 @@ class Replay:
             self.layout = layout
             _check_autoguide(self.layout, poutine.unwrap(guide))
             self._guide_of = lambda draws, *, together: guide_without_args
+        if layout is None and len(self.layout.rows.blocks) > 1:
+            self.layout = self.layout.joined(self._run(slice(0, 1), rows, {}, together=False) for rows in self.layout.rows.blocks)
         self._tried: tuple[Trace, Trace] | None = None
         if self.layout.has_batch_outside_plates:
             self.parallel = False
@@ -138,19 +140,25 @@ class Replay:
         Returns:
             The names of the sites that depend on them; True if they are a chain in `pyro.markov`.
         """
-        rows, nesting = self.layout.rows.blocks[0], self.layout.nesting
-        guide = self._guide_of(slice(0, 1), together=False)
-        guide_sites = traces.sample_sites(traces.proposal(self._trace(guide, {}, rows)))
-        found = traces.sample_sites(self._trace(_enumerated(self.model, hidden, nesting), guide_sites, rows))
+        guide, nesting = self._guide_of(slice(0, 1), together=False), self.layout.nesting
+        dependent: dict[str, None] = {}
+        is_chain = False
+        unseen = set(self.layout.event_dims)
 
         def has_enumerated_dims(name: str, site: Any) -> bool:
             if sites.is_deterministic(site):
                 return site["value"].dim() - self.layout.event_dims[name] > nesting + 1
             return site["fn"].log_prob(site["value"]).dim() > nesting + 1
 
-        dims = [sites.enumeration_dim(found[name]) for name in hidden]
-        dependent = [name for name, site in found.items() if name not in hidden and has_enumerated_dims(name, site)]
-        return dependent, len(set(dims)) < len(dims)
+        for rows in self.layout.rows.blocks:
+            guide_sites = traces.sample_sites(traces.proposal(self._trace(guide, {}, rows)))
+            found = traces.sample_sites(self._trace(_enumerated(self.model, hidden, nesting), guide_sites, rows))
+            dims = [sites.enumeration_dim(found[name]) for name in hidden if name in found]
+            dependent |= {name: None for name, site in found.items() if name not in hidden and has_enumerated_dims(name, site)}
+            is_chain |= len(set(dims)) < len(dims)
+            if not (unseen := unseen - set(found) - set(guide_sites)):
+                break
+        return list(dependent), is_chain
 
     # Single runs.
 

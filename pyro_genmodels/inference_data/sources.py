@@ -142,7 +142,7 @@ def _importance_draws(fit: Importance, args: tuple, kwargs: Mapping[str, Any], m
     names = traces.latents(prune_subsample_sites(fit.exec_traces[0]))
     draws = {name: torch.stack([trace.nodes[name]["value"] for trace in fit.exec_traces])[None] for name in names}
     log_weight, log_p = (
-        torch.stack([torch.as_tensor(value) for value in values]).detach()
+        torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values]).detach()
         for values in (fit.log_weights, [trace.log_prob_sum() for trace in fit.exec_traces])
     )
     stats = {"log_q": to_numpy(log_p - log_weight), "log_weight": to_numpy(log_weight)}

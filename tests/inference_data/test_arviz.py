@@ -104,6 +104,24 @@ def test_leave_one_out_under_an_exact_guide_is_the_closed_form(batch, float64):
     assert (torch.as_tensor(np.asarray(found.pareto_k)) < 0.7).all()
 
 
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")  # one row cannot be left out
+def test_a_row_whose_density_spreads_by_thousands_of_nats():
+    """The same draws in double precision are the truth. A sum of exponentials in single precision is 0, and its log NaN."""
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    y = torch.tensor([0.0, 1.0, 2.0, 300.0])
+    data = to_arviz((model, lambda y: pyro.sample("mu", dist.Normal(1.0, 0.7))), y, num_samples=1000)
+    for group in ("log_likelihood", "log_prior", "sample_stats"):
+        assert {data[group][name].dtype for name in variables(data, group)} == {np.dtype("float64")}
+    exact = to_arviz({"mu": draws(data, "mu")[None].double()}, y.double(), model=model)
+    assert elpd(az.loo(data)) == pytest.approx(elpd(az.loo(exact)), abs=0.01)
+    assert elpd(az.loo(data)) == pytest.approx(-45192, rel=0.02)
+
+
 @pytest.mark.parametrize("batch", [None, 7])
 def test_every_weight_under_an_exact_guide_is_the_evidence(batch, float64):
     truth = regression()
