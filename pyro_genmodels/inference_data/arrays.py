@@ -158,9 +158,7 @@ class GroupArrays:
                     axis = names.index(plate)
                     variables[name] = array.squeeze(axis), names[:axis] + names[axis + 1 :]
 
-    def _put(
-        self, group: str, name: str, block: BlockValues, event_names: list[str], dtype: np.dtype | None = None
-    ) -> None:
+    def _put(self, group: str, name: str, block: BlockValues, event_names: list[str], dtype: np.dtype | None = None) -> None:
         if group not in self._wanted:
             return
         if name not in self.groups.get(group, {}):

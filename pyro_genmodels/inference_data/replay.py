@@ -84,14 +84,14 @@ class Replay:
             self._guide_of = _DrawsAsGuide(latents, self.layout)
         else:
             guide_without_args = lambda: guide(*args, **kwargs)  # noqa: E731
-            if layout is None:
-                guide_trace = traces.proposal(poutine.trace(guide_without_args).get_trace())
-                layout = self._find_layout(guide_trace, guide_is_given=False)
-            self.layout = layout
+            self.layout = layout or self._find_layout(
+                traces.proposal(poutine.trace(guide_without_args).get_trace()), guide_is_given=False
+            )
             _check_autoguide(self.layout, poutine.unwrap(guide))
             self._guide_of = lambda draws, *, together: guide_without_args
         if layout is None and len(self.layout.rows.blocks) > 1:
-            self.layout = self.layout.joined(self._run(slice(0, 1), rows, {}, together=False) for rows in self.layout.rows.blocks)
+            first = slice(0, 1)
+            self.layout = self.layout.joined(self._run(first, rows, {}, together=False) for rows in self.layout.rows.blocks)
         self._tried: tuple[Trace, Trace] | None = None
         if self.layout.has_batch_outside_plates:
             self.parallel = False
