@@ -14,6 +14,7 @@ __all__ = ["Adversarial", "LostGameError"]
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from math import isfinite
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.optim import Optimizer
 
 from pyro_genmodels._pyro import handlers, traces
 from pyro_genmodels.divergences import Divergence
+from pyro_genmodels.infer.adversarial.context import check_critic_takes, check_names, chosen_arguments
 from pyro_genmodels.infer.adversarial.losses import AdversarialLoss, Relativistic
 from pyro_genmodels.infer.adversarial.networks import CRITIC, GENERATOR, TrainedNetworks
 from pyro_genmodels.infer.adversarial.pairings import JointPairing, ObservationsPairing, Pairing, RealAndFake
@@ -59,6 +61,8 @@ class Adversarial:
             optimiser of Pyro; or a pair of these, for the model and for the critic. By default Adam with a learning rate of
             1e-3 and without momentum (betas 0 and 0.99).
         guide: guide for the model's latent variables; see `JointPairing`, `AggregatePairing` and `PosteriorPairing`.
+        critic_context: names of the model's arguments that the critic sees beside the data, in this order; () for none. By
+            default it sees all arguments with one row per datum, such as a context or covariates.
         pairing: real and fake inputs of the critic. The default is `JointPairing` for a guide without an extra loss, and
             `ObservationsPairing` otherwise.
         penalties: penalties on the critic; by default those of the loss.
@@ -90,6 +94,7 @@ class Adversarial:
         optim: Optim | tuple[Optim, Optim] = None,
         *,
         guide: Callable[..., Any] | None = None,
+        critic_context: Sequence[str] | None = None,
         pairing: Pairing | None = None,
         penalties: Sequence[Penalty] | None = None,
         num_critic_steps: int = 1,
@@ -115,6 +120,7 @@ class Adversarial:
         self.pack = getattr(critic, "pack", 1) if pack is None else pack
         check_positive_int("Adversarial", num_critic_steps=num_critic_steps, pack=self.pack)
         self.pairing.check(self.loss, pack=self.pack, has_guide=guide is not None, has_extra_loss=extra_loss is not None)
+        self.critic_context = None if critic_context is None else check_names(model, critic_context, self.pairing)
         if ema_decay is not None:
             moving_average(ema_decay)  # raises an error for a bad decay
         if isinstance(optim, list | tuple) and len(optim) != 2:
@@ -217,7 +223,9 @@ class Adversarial:
         if self._networks is not None:
             return
         with poutine.trace(param_only=True) as capture:
-            loss = self._model_loss(self._critic_inputs(args, kwargs), args, kwargs)
+            inputs = self._critic_inputs(args, kwargs)
+            check_critic_takes(self.critic, inputs, self.model, args, kwargs)
+            loss = self._model_loss(inputs, args, kwargs)
         own = {id(p) for p in self.critic.parameters()}
         values: dict[str, Any] = {name: site["value"] for name, site in capture.trace.nodes.items()}
         leaves = {name: v.unconstrained() if hasattr(v, "unconstrained") else v for name, v in values.items()}
@@ -263,7 +271,11 @@ class Adversarial:
     # Losses.
 
     def _critic_inputs(self, args: tuple, kwargs: Mapping[str, Any]) -> RealAndFake:
-        return self.pairing.critic_inputs(self.model, self.guide, args, kwargs)
+        inputs = self.pairing.critic_inputs(self.model, self.guide, args, kwargs)
+        if self.critic_context is None:
+            return inputs
+        context = chosen_arguments(self.model, self.critic_context, args, kwargs, len(inputs.real[0]))
+        return replace(inputs, context=context)
 
     def _critic_step(self, inputs: RealAndFake) -> float:
         groups = (inputs.real, inputs.fake, inputs.context)
