@@ -76,6 +76,7 @@ class GroupArrays:
     def __init__(self, num_samples: int, wanted: Collection[str], dims: Mapping[str, Sequence[str]]) -> None:
         self.groups: dict[str, Variables] = {}
         self._num_samples, self._wanted, self._dims = num_samples, set(wanted), dims
+        self._varying: set[str] = set()
         self._filled: defaultdict[tuple[str, str], Counter[Rows]] = defaultdict(Counter)
 
     def wants(self, *groups: str) -> bool:
@@ -98,18 +99,35 @@ class GroupArrays:
         names = list(self._dims.get(name, _default_names(name, block.event_dim)))
         self._put(group, name, block, names[: block.event_dim], np.dtype(float))
 
-    def put_observed(self, name: str, block: BlockValues) -> None:
-        """Put a block of data in its place. It is the same for all draws, so the first stands for all.
+    def put_observed(self, name: str, block: BlockValues, *, is_shared: bool) -> None:
+        """Put a block of data in its place, unless it is there, and remember if it differs between draws.
 
         The data are kept even if they are not wanted, because they tell which arguments of the model are constants.
+
+        Args:
+            name: name of the observed site.
+            block: its values.
+            is_shared: True if all draws of the block are known to have the same values.
         """
         if "observed_data" not in self.groups or name not in self.groups["observed_data"]:
             sizes = [plate.size for plate in block.plates]
             names = [plate.name for plate in block.plates] + self._event_names(name, block.event_dim)
             self._add("observed_data", name, np.zeros(sizes + _event_shape(block), _dtype(block)), names)
         array, _ = self.groups["observed_data"][name]
-        array[tuple(plate.rows for plate in block.plates)] = to_numpy(block.values[0])
+        values, rows = to_numpy(block.values[:1] if is_shared else block.values), tuple(plate.rows for plate in block.plates)
+        if not self._filled["observed_data", name][_rows_of(block)]:
+            array[rows] = values[0]
+        elif is_shared:
+            return
         self._filled["observed_data", name][_rows_of(block)] = 1
+        if not all(same_array(array[rows], draw) for draw in values):
+            self._varying.add(name)
+
+    def drop_varying(self) -> list[str]:
+        """Remove what the model observes from the data if it differs between draws, and return the names of these sites."""
+        for name in self._varying:
+            del self.groups["observed_data"][name], self._filled["observed_data", name]
+        return sorted(self._varying)
 
     def put_all_draws(self, draws: Mapping[str, Tensor]) -> None:
         """Put variables of the posterior whose draws are all known, (draws, ...)."""
@@ -134,6 +152,8 @@ class GroupArrays:
             ValueError: if a variable was only there for some of the draws.
         """
         for (group, name), draws_of_rows in self._filled.items():
+            if group not in self._wanted:
+                continue
             array, names = self.groups[group][name]
             if any(count != self._num_samples for count in draws_of_rows.values()) and "draw" in names:
                 raise ValueError(f"The model has the site {name!r} in some runs only, which ArviZ cannot represent.")

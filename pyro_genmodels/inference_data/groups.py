@@ -20,11 +20,15 @@ from pyro_genmodels.inference_data.replay import Replay, ReplayBlock
 from pyro_genmodels.inference_data.sources import DrawSource
 from pyro_genmodels.inference_data.undrawn import find_undrawn
 from pyro_genmodels.utils.distributions import density_of, unwrap
+from pyro_genmodels.utils.errors import one_line
 
 GROUPS = (
     "posterior", "posterior_predictive", "prior", "prior_predictive", "log_likelihood", "log_prior", "sample_stats",
     "observed_data", "constant_data",
 )  # fmt: skip
+
+CANNOT_SAMPLE = (ArithmeticError, RuntimeError, ValueError)
+"""Errors of a model that meets values which it, or one of its distributions, cannot take, such as a draw from a wide prior."""
 
 PROGRESS_DELAY = 2
 """Seconds after which a progress bar is shown."""
@@ -201,6 +205,8 @@ class _Posterior:
         if {"log_p", "log_q"} <= set(stats):
             stats.setdefault("log_weight", stats["log_p"] - stats["log_q"])
         self.arrays.put_stats(stats)
+        why = "it is computed from latent variables, so that it differs from draw to draw"
+        self.reports |= {f"observed_data[{name!r}]": why for name in self.arrays.drop_varying()}
 
     def _report(self) -> None:
         layout = self.replay.layout
@@ -220,8 +226,7 @@ class _Posterior:
     def _put_values(self, block: ReplayBlock) -> None:
         """Put the values and densities of a block into the arrays."""
         observed = self.replay.layout.observed
-        predict = self.arrays.wants("posterior_predictive") and not block.model.keys().isdisjoint(observed)
-        predicted = block.predict() if predict else {}
+        predicted = {} if block.model.keys().isdisjoint(observed) else self._predict(block)
         for name, site in block.model.items():
             if isinstance(site["fn"], Unit) or name in self.undrawn.skipped:  # a pyro.factor is a term, not a variable
                 continue
@@ -229,6 +234,16 @@ class _Posterior:
                 self._put_observed(block, name, site, predicted)
             else:
                 self._put_latent(block, name, site)
+
+    def _predict(self, block: ReplayBlock) -> Mapping[str, Any]:
+        """Return the sites with sampled observations, if they are wanted and can be sampled."""
+        if not self.arrays.wants("posterior_predictive"):
+            return {}
+        try:
+            return block.predict()
+        except CANNOT_SAMPLE as error:
+            _leave_out(self.arrays, self.reports, "posterior_predictive", error)
+            return {}
 
     def _put_latent(self, block: ReplayBlock, name: str, site: dict[str, Any]) -> None:
         source = self.source
@@ -243,8 +258,9 @@ class _Posterior:
             self.arrays.put_draws("posterior_predictive", name, block.value(name, predicted[name]))
         if self.replay.layout.has_latents:
             self._put_log_prob(block, "log_likelihood", site)
-        if block.draws.start == 0:
-            self.arrays.put_observed(name, block.value(name, site))
+        is_shared = block.is_shared(name, site)
+        if block.draws.start == 0 or not is_shared:
+            self.arrays.put_observed(name, block.value(name, site), is_shared=is_shared)
 
     def _put_log_prob(self, block: ReplayBlock, group: str, site: dict[str, Any]) -> None:
         log_p = self.densities.log_prob(block, group, site) if self.arrays.wants(group) else None
@@ -281,26 +297,37 @@ def _collect_prior(replay: Replay, arrays: GroupArrays, reports: dict[str, str],
                     if isinstance(site["fn"], Unit):
                         continue
                     arrays.put_draws("prior_predictive" if sites.was_observed(site) else "prior", name, block.value(name, site))
-    except NotImplementedError as error:
-        reports["prior"] = str(error) or "a variable of the model cannot be sampled"
-        arrays.leave_out("prior", "prior_predictive")
+    except CANNOT_SAMPLE as error:
+        _leave_out(arrays, reports, "prior", error)
+        arrays.leave_out("prior_predictive")
+
+
+def _leave_out(arrays: GroupArrays, reports: dict[str, str], group: str, error: Exception) -> None:
+    """Leave out a group whose variables cannot be sampled, because of an error in a run of the model."""
+    arrays.leave_out(group)
+    if isinstance(error, NotImplementedError):
+        reports[group] = one_line(error) if str(error) else "a variable of the model cannot be sampled"
+    else:
+        reports[group] = f"the model fails for one of its draws: {one_line(error)}"
 
 
 def _collect_constants(source: DrawSource, replay: Replay, arrays: GroupArrays) -> None:
     """Put the tensors among the model's arguments that it does not observe into the arrays.
 
-    If exactly one plate is as long as a tensor, the tensor's first dimension is that plate.
+    If exactly one plate is as long as a tensor, the tensor's first dimension is that plate; but not if an argument has the name
+    of the plate, because xarray has no variable that is called as a dimension of its group.
     """
     observed = [array for array, _ in arrays.groups.get("observed_data", {}).values()]
     rows = replay.layout.rows
     lengths = {plate: rows.sizes.get(plate, len(indices)) for plate, indices in rows.coords.items()}
-    for name, value in _tensor_arguments(source).items():
+    arguments = _tensor_arguments(source)
+    lengths = {plate: length for plate, length in lengths.items() if plate not in arguments}
+    for name, value in arguments.items():
         array = to_numpy(value) if isinstance(value, Tensor) else np.asarray(value)
         if any(same_array(array, data) for data in observed):
             continue
         plates = [plate for plate, length in lengths.items() if array.ndim and len(array) == length]
-        is_plate = len(plates) == 1 and name not in plates  # xarray has no variable that is called as one of its dimensions
-        arrays.put_constant(name, array, plates if is_plate else [])
+        arrays.put_constant(name, array, plates if len(plates) == 1 else [])
 
 
 def _with_progress(replay: Replay, name: str, *, progress: bool) -> Any:

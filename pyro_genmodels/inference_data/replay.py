@@ -297,6 +297,13 @@ class ReplayBlock:
             )
         return self._for_new_rows(site["value"], site, event_dims[name])
 
+    def is_shared(self, name: str, site: Mapping[str, Any]) -> bool:
+        """Return True if the draws of this block share one value of a site, and it is not from a run of a single draw."""
+        layout = self.replay.layout
+        batch_shape = site["value"].shape[: site["value"].dim() - layout.event_dims.get(name, 0)]
+        has_draws = len(batch_shape) > layout.nesting and batch_shape[-layout.nesting - 1] > 1
+        return self.replay.parallel and not has_draws
+
     def log_prob(self, site: dict[str, Any], *, scaled: bool) -> BlockValues:
         """Return a site's masked log probability (nats) for the rows that are new.
 
