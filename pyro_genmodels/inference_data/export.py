@@ -20,24 +20,30 @@ import pyro
 
 from pyro_genmodels._pyro import handlers, params, traces
 from pyro_genmodels.inference_data.groups import GROUPS, CollectOptions, Groups, collect, concatenate_chains
+from pyro_genmodels.inference_data.names import check_dims, check_names, xarray_name
 from pyro_genmodels.inference_data.sources import check_separate_parameters, source_of
 from pyro_genmodels.utils.errors import check_positive_int
+from pyro_genmodels.utils.keywords import check_keywords, joined_keywords
 
 if TYPE_CHECKING:
     import arviz
+
+BATCH_SIZE = 100
+"""Default of the largest number of draws made in one run."""
 
 
 def to_arviz(
     fit: Any,
     *args: Any,
     num_samples: int | None = None,
-    batch_size: int = 100,
+    batch_size: int | None = None,
     groups: Collection[str] = GROUPS,
     model: Callable[..., Any] | None = None,
     parallel: bool | None = None,
     coords: Mapping[str, Sequence[Any]] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     progress: bool = True,
+    model_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> arviz.InferenceData:
     """Return draws, densities and data of a fit as ArviZ data.
@@ -74,7 +80,7 @@ def to_arviz(
         args: positional arguments of the model. A family called without data gives draws of x as ``posterior_predictive``,
             and of its latent variables from their prior as ``posterior``.
         num_samples: number of draws, 1000 by default. Leave it out for a fit that has draws: all of them are exported.
-        batch_size: largest number of draws made in one run, which bounds memory.
+        batch_size: largest number of draws made in one run, which bounds memory; 100 by default.
         groups: names of the wanted groups.
         model: model of a fit that has only draws (plain draws, `WeighedPredictive`); without it there is a ``posterior`` only.
             Leave it out for a fit that has a model.
@@ -83,15 +89,16 @@ def to_arviz(
         coords: labels of dimensions.
         dims: names of the event dimensions of a variable, by its name.
         progress: True to show a progress bar after two seconds.
-        kwargs: keyword arguments of the model.
+        model_kwargs: keyword arguments of the model, also those with the name of an option above.
+        kwargs: keyword arguments of the model, with any other name.
 
     Returns:
         `arviz.InferenceData`, or an `xarray.DataTree` with ArviZ 1.
 
     Raises:
         ValueError: if a count is not positive, a group is unknown, there is no fit in a list, an argument does not go with the
-            fit (num_samples with draws, a second model, arguments without a model), fits share parameters, or shapes of draws
-            do not agree.
+            fit (num_samples with draws, a second model, arguments without a model), a keyword can be meant for to_arviz or
+            for the model, fits share parameters, shapes of draws do not agree, or two things have one name in ArviZ.
 
     Warns:
         UserWarning: naming each group and variable that cannot be computed, and why.
@@ -101,16 +108,24 @@ def to_arviz(
         >>> to_arviz(Flow((2,)), num_samples=50).posterior_predictive.sizes["draw"]
         50
     """
-    check_positive_int("to_arviz", batch_size=batch_size)
-    if num_samples is not None:
-        check_positive_int("to_arviz", num_samples=num_samples)
-    if unknown := [group for group in groups if group not in GROUPS]:
-        raise ValueError(f"Unknown groups {', '.join(map(repr, unknown))}: choose from {', '.join(GROUPS)}.")
-    options = CollectOptions(frozenset(groups), batch_size, parallel, dims or {}, progress)
+    own = {"num_samples": num_samples, "batch_size": batch_size, "groups": None if groups is GROUPS else groups}
+    own |= {"model": model, "parallel": parallel, "coords": coords, "dims": dims, "progress": progress}
+    kwargs = joined_keywords("to_arviz", kwargs, model_kwargs)
     fits = fit if isinstance(fit, list) else [fit]
     if not fits:
         raise ValueError("to_arviz wants at least one fit, but found an empty list.")
     sources = [source_of(one, args, kwargs, num_samples, model) for one in fits]
+    for source in sources:
+        given = [name for name, value in own.items() if value is not None]
+        check_keywords("to_arviz", source.model, given, source.args, source.kwargs)
+    check_positive_int("to_arviz", **{name: own[name] for name in ("num_samples", "batch_size") if own[name] is not None})
+    if isinstance(groups, str) or (unknown := [group for group in groups if group not in GROUPS]):
+        found = repr(groups) if isinstance(groups, str) else ", ".join(map(repr, unknown))
+        raise ValueError(f"Unknown groups {found}: choose a list from {', '.join(GROUPS)}.")
+    check_dims(dims or {})
+    if not isinstance(coords or {}, Mapping):
+        raise TypeError(f"to_arviz wants coords as a dictionary of labels, but found {type(coords).__name__}.")
+    options = CollectOptions(frozenset(groups), batch_size or BATCH_SIZE, parallel, dims or {}, progress)
     if len(sources) > 1:
         check_separate_parameters(sources)
     reports: dict[str, str] = {}
@@ -138,14 +153,14 @@ def _inference_data(groups: Groups, coords: Mapping[str, Sequence[Any]]) -> arvi
         "creation_library_version": version("pyro-genmodels"),
     }
     labels = {**groups.coords, **coords}
+    check_names(groups.variables, groups.coords, coords)
     datasets: dict[str, Any] = {}
     for group in (group for group in GROUPS if group in groups.variables):
         variables = {}
         for name, (array, names) in groups.variables[group].items():
             kind = {"kind": groups.kinds[name]} if group == "log_likelihood" and name in groups.kinds else {}
-            name, names = name.replace("/", "."), [dim.replace("/", ".") for dim in names]  # xarray's trees have paths
-            own = {dim: labels.get(dim, np.arange(size)) for dim, size in zip(names, array.shape, strict=True)}
-            variables[name] = xr.DataArray(array, own, names, attrs=kind)
+            own = {xarray_name(dim): labels.get(dim, np.arange(size)) for dim, size in zip(names, array.shape, strict=True)}
+            variables[xarray_name(name)] = xr.DataArray(array, own, list(own), attrs=kind)
         datasets[group] = xr.Dataset(variables, attrs=attrs)
     if int(az.__version__.split(".")[0]) == 0:
         return az.InferenceData(**datasets)
