@@ -25,6 +25,8 @@ class Dataset:
         levels: number of integer levels of one coordinate, 0 .. levels - 1; None for real numbers.
         num_classes: number of classes; labels run from 0 to num_classes - 1.
         columns: names of the coordinates, or None.
+        order: number, in the file or collection that the rows come from, of each row for training, then validation, then test,
+            counted from 0; None if they were drawn.
         density: distribution that the rows were drawn from, or None if it is not known.
     """
 
@@ -38,4 +40,5 @@ class Dataset:
     levels: int | None = None
     num_classes: int | None = None
     columns: tuple[str, ...] | None = None
+    order: Tensor | None = None
     density: TorchDistribution | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["load", "load_rows"]
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from pyro_genmodels.datasets.dataset import Dataset
 from pyro_genmodels.datasets.named import DATASETS
-from pyro_genmodels.datasets.tables import ArgumentError, read_table
-from pyro_genmodels.utils.errors import listed, unknown_name
+from pyro_genmodels.datasets.tables import Table, read_table
+from pyro_genmodels.utils.errors import ArgumentError, listed, unknown_name
+from pyro_genmodels.utils.files import MAX_BYTES
 
 MIN_ROWS = 10
 """Smallest number of rows that can be split 8 : 1 : 1."""
@@ -27,6 +29,7 @@ def load(
     columns: str | Sequence[str] | None = None,
     labels: str | None = None,
     levels: int | None = None,
+    max_bytes: int = MAX_BYTES,
 ) -> Dataset:
     """Return a data set by name, or the rows of a file, shuffled and split 8 : 1 : 1.
 
@@ -38,14 +41,20 @@ def load(
         levels: number K of levels of a file whose values are whole numbers from 0 to K - 1, or 0 for real numbers. By default
             floats are real numbers, uint8 has 256 levels and booleans have 2; other integers have one level more than the
             largest, which may be at most 255.
+        max_bytes: largest size of a file and of the numbers in it; see `read_table`.
 
     Returns:
         The data set, with x as float32, or as int64 if it has levels.
 
+    Warns:
+        UserWarning: if levels are not given and coordinates that become real numbers hold whole numbers alone, or one value in
+            more than a twentieth of the rows. A density of real numbers is unbounded on them.
+
     Raises:
         OSError: if the file cannot be read.
         ValueError: if the name is unknown, or columns, labels or levels are given with a name; if the file has fewer than 10
-            rows or values outside its levels, or for any other fault that `read_table` finds.
+            rows, values outside its levels, columns with the same value in all rows, or columns whose values float32 cannot
+            tell apart; or for any other fault that `read_table` finds.
         ImportError: if the library that reads the file is missing.
 
     Example:
@@ -61,7 +70,8 @@ def load(
     path = Path(source)
     if not path.suffix and not path.exists():
         raise unknown_name("data set", name, DATASETS)
-    x, y, header, levels = _read(path, columns, labels, levels)
+    table, x, found_levels = _read(path, columns, labels, levels, max_bytes)
+    y = None if table.labels is None else torch.from_numpy(table.labels)
     classes = None if y is None else int(y.max()) + 1
     if len(x) < MIN_ROWS:
         raise ValueError(f"{path}: found {len(x)} rows, but the split 8 : 1 : 1 needs at least {MIN_ROWS}.")
@@ -70,19 +80,21 @@ def load(
         raise ValueError(f"{path}: the labels run from {low} to {int(y.max())}, but must start at 0. Subtract {low}.")
     if classes is not None and classes > len(x):
         raise ValueError(f"{path}: the labels run to {classes - 1}, but there are {len(x)} rows. Use classes 0, 1, 2, ...")
-    if not levels and header is not None and (same := [n for n, c in zip(header, x.T, strict=True) if (c == c[0]).all()]):
-        raise ValueError(
-            f"{path}: each of these columns has the same value in all rows: {listed(same)}. A density of real numbers would be "
-            "unbounded there. Leave them out."
-        )
+    if not found_levels:
+        _check_reals(path, table, x.numpy(), sure=levels == 0)
     order, tenth = torch.from_numpy(np.random.default_rng(seed).permutation(len(x))), len(x) // 10
     sizes = [len(x) - 2 * tenth, tenth, tenth]
-    parts = (None, None, None) if y is None else y[order].split(sizes)
-    return Dataset(path.name, *x[order].split(sizes), *parts, levels=levels or None, num_classes=classes, columns=header)
+    parts = *x[order].split(sizes), *((None, None, None) if y is None else y[order].split(sizes))
+    return Dataset(path.name, *parts, levels=found_levels or None, num_classes=classes, columns=table.columns, order=order)
 
 
 def load_rows(
-    path: str | Path, *, columns: str | Sequence[str] | None = None, labels: str | None = None, levels: int | None = None
+    path: str | Path,
+    *,
+    columns: str | Sequence[str] | None = None,
+    labels: str | None = None,
+    levels: int | None = None,
+    max_bytes: int = MAX_BYTES,
 ) -> tuple[Tensor, Tensor | None]:
     """Return all rows of a file in their order, for a model that was fitted to such rows.
 
@@ -91,6 +103,7 @@ def load_rows(
         columns: columns that make up x; see `read_table`.
         labels: column or array that holds classes.
         levels: number of levels of the model; None for real numbers.
+        max_bytes: largest size of the file and of the numbers in it; see `read_table`.
 
     Returns:
         x, (N, *event_shape), int64 with levels and float32 without; and labels, (N,) int64, or None.
@@ -108,20 +121,20 @@ def load_rows(
         tensor([[0, 1],
                 [2, 3]])
     """
-    x, y, _, _ = _read(Path(path), columns, labels, levels or 0)
-    return x, y
+    table, x, _ = _read(Path(path), columns, labels, levels or 0, max_bytes)
+    return x, None if table.labels is None else torch.from_numpy(table.labels)
 
 
 def _read(
-    path: Path, columns: str | Sequence[str] | None, labels: str | None, levels: int | None
-) -> tuple[Tensor, Tensor | None, tuple[str, ...] | None, int]:
-    """Return x, labels, column names and the number of levels (0 for real numbers) of a file.
+    path: Path, columns: str | Sequence[str] | None, labels: str | None, levels: int | None, max_bytes: int
+) -> tuple[Table, Tensor, int]:
+    """Return the table in a file, its x as a tensor, and the number of levels (0 for real numbers).
 
     With levels=None the number of levels follows from the file's dtype and values.
     """
     if levels is not None and (levels < 0 or levels == 1):
         raise ValueError(f"levels wants 2 or more, or 0 for real numbers, but found {levels}.")
-    table = read_table(path, columns=columns, labels=labels)
+    table = read_table(path, columns=columns, labels=labels, max_bytes=max_bytes)
     levels = _levels(path, table.x) if levels is None else levels
     if levels:
         values, bad = table.x, (table.x < 0) | (table.x >= levels) | (table.x % 1 != 0)
@@ -133,8 +146,50 @@ def _read(
     if bad.any():
         first = np.argwhere(bad)[0]
         raise ValueError(f"{path}: {wanted}, but row {first[0] + 1} holds {table.x[tuple(first)]}.")
-    x = torch.from_numpy(values.astype(np.int64) if levels else values)
-    return x, None if table.labels is None else torch.from_numpy(table.labels), table.columns, levels
+    return table, torch.from_numpy(values.astype(np.int64) if levels else values), levels
+
+
+def _check_reals(path: Path, table: Table, values: np.ndarray, *, sure: bool) -> None:
+    """Check that coordinates suit a density of real numbers.
+
+    Args:
+        path: path of the file.
+        table: the table in it.
+        values: x in the table as float32, (N, ...).
+        sure: True not to warn about repeated values and whole numbers.
+    """
+    x, values = table.x.reshape(len(table.x), -1), values.reshape(len(table.x), -1)
+    names = table.columns or tuple(f"number {i}" for i in range(x.shape[1]))
+    ordered = np.sort(x, axis=0)
+    before, after = _distinct(ordered), _distinct(np.sort(values, axis=0))
+    if lost := [name for name, n, m in zip(names, before, after, strict=True) if m < n / 2]:
+        raise ValueError(
+            f"{path}: float32 cannot tell the values of these columns apart: {listed(lost)}. Subtract their mean, and save the "
+            "file again."
+        )
+    if table.columns is not None and (same := [name for name, n in zip(names, before, strict=True) if n == 1]):
+        raise ValueError(
+            f"{path}: each of these columns has the same value in all rows: {listed(same)}. A density of real numbers would be "
+            "unbounded there. Leave them out."
+        )
+    share = max(len(x) // 20, 2)
+    repeated = (ordered[share:] == ordered[:-share]).any(0)
+    whole = (x % 1 == 0).all(0) & (before < len(x) / 2)
+    if not sure and (repeated | whole).any():
+        shown = [f"{name} ({n} values)" for name, n, odd in zip(names, before, repeated | whole, strict=True) if odd]
+        where = listed(shown) if table.columns else f"{len(shown)} of {len(names)} coordinates"
+        warnings.warn(
+            f"{path}: taken for real numbers, but whole numbers alone, or one value in over a twentieth of the rows: {where}. A "
+            "density of real numbers is unbounded on them. Leave them out, condition on one as labels, save whole numbers from 0 "
+            "alone to model them as levels, or give levels=0 if real numbers are meant.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _distinct(ordered: np.ndarray) -> np.ndarray:
+    """Return the number of distinct values in each column of (N, d) numbers, which are in order."""
+    return 1 + (ordered[1:] != ordered[:-1]).sum(0)
 
 
 def _levels(path: Path, x: np.ndarray) -> int:

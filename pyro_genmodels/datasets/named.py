@@ -28,7 +28,8 @@ def digits(seed: int = 0) -> Dataset:
     order = np.random.default_rng(seed).permutation(len(bunch.images))
     x, labels = (torch.as_tensor(a[order]).long() for a in (bunch.images, bunch.target))
     sizes = [1437, 180, 180]
-    return Dataset("digits", *x.split(sizes), *labels.split(sizes), levels=17, num_classes=10)
+    parts = *x.split(sizes), *labels.split(sizes)
+    return Dataset("digits", *parts, levels=17, num_classes=10, order=torch.from_numpy(order))
 
 
 DATASETS: Mapping[str, Callable[[int], Dataset]] = {

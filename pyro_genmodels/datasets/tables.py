@@ -1,45 +1,35 @@
 """Tables of numbers read from `.npy`, `.npz`, `.csv` and `.parquet` files, with checks of their contents.
 
-Nothing is ever unpickled, because a pickle can run code.
+Nothing is ever unpickled, because a pickle can run code. Sizes are compared with a limit before anything is read or unpacked: a
+few kilobytes of a compressed file can stand for any number of rows.
 """
 
 from __future__ import annotations
 
-__all__ = ["ArgumentError", "Table", "read_table"]
+__all__ = ["Table", "read_table"]
 
 import csv
 import math
+import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
-from zipfile import ZipFile
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 import numpy as np
 
-from pyro_genmodels.utils.errors import import_extra, listed, unknown_name
+from pyro_genmodels.utils.errors import ArgumentError, import_extra, listed, one_line, unknown_name
+from pyro_genmodels.utils.files import MAX_BYTES, check_size
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 Columns = tuple[str, ...] | None
-
-
-class ArgumentError(ValueError):
-    """A fault of a file that another value of an argument would avoid.
-
-    Args:
-        message: text of the error.
-        argument: name of that argument, such as "columns".
-        example: value that the argument could have, as text.
-    """
-
-    def __init__(self, message: str, *, argument: str, example: str) -> None:
-        super().__init__(message)
-        self.argument, self.example = argument, example
 
 
 @dataclass(frozen=True)
@@ -57,7 +47,13 @@ class Table:
     columns: Columns = None
 
 
-def read_table(path: str | Path, *, columns: str | Sequence[str] | None = None, labels: str | None = None) -> Table:
+def read_table(
+    path: str | Path,
+    *,
+    columns: str | Sequence[str] | None = None,
+    labels: str | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> Table:
     r"""Read the rows of a file.
 
     - `.npy`: one array (N, ...).
@@ -71,12 +67,14 @@ def read_table(path: str | Path, *, columns: str | Sequence[str] | None = None, 
         columns: columns that make up x, in this order; by default all but the labels. For a `.npz` file, name of one array, by
             default "x" or the only array that is not the labels.
         labels: column, or array of a `.npz` file, that holds classes as whole numbers from 0.
+        max_bytes: largest size of the file and of the numbers in it, 8 bytes each; by default 1 GiB. For a `.csv` file it also
+            limits the length of a line, 1/64 of it, and the number of lines, 1/32 of it, or 1/1024 for blank ones.
 
     Raises:
         OSError: if the file does not exist or cannot be read.
         ValueError: if the file is not of the format of its suffix, is damaged, has no rows or rows of different lengths, lacks
             the columns, or holds anything but finite numbers in them. Rows are counted from 1, without the header.
-        ArgumentError: if the file can be read with other columns; this is a ValueError too.
+        ArgumentError: if the file can be read with other columns or a larger `max_bytes`; this is a ValueError too.
         ImportError: for a `.parquet` file without pyarrow.
 
     Example:
@@ -93,39 +91,55 @@ def read_table(path: str | Path, *, columns: str | Sequence[str] | None = None, 
     try:
         if names is not None and (not names or len(set(names)) < len(names) or labels in names):
             raise ValueError(f"columns wants different names, without that of the labels, but found {listed(names)}.")
-        raw = _read_bytes(path)
-        return READERS[path.suffix.lower()](raw, names, labels)
+        with _opened(path, max_bytes) as (file, size):
+            return READERS[path.suffix.lower()](file, size, names, labels, max_bytes)
     except ArgumentError as error:
         raise ArgumentError(f"{path}: {error}", argument=error.argument, example=error.example) from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-FIRST_BYTES = {b"\x93NUMPY": ".npy", b"PK\x03\x04": ".npz", b"PAR1": ".parquet", b"\x80": "a pickle"}
+FIRST_BYTES = {
+    b"\x93NUMPY": ".npy",
+    b"PK\x03\x04": ".npz",
+    b"PAR1": ".parquet",
+    b"\x80": "a pickle",
+    b"\x1f\x8b": "compressed by gzip; unpack it first",
+}
 """Format by the first bytes of a file. Other files are text."""
+COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
+"""Suffixes of compressed files."""
 
 
-def _read_bytes(path: Path) -> bytes:
-    """Return the contents of a file whose suffix is known and agrees with its first bytes."""
+@contextmanager
+def _opened(path: Path, max_bytes: int) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a file whose suffix is known and agrees with its first bytes, and which is not too large. Yield it and its size."""
     try:
         if path.exists() and not path.is_file():
             raise OSError("it is a folder or a device, not a file")
         if (suffix := path.suffix.lower()) not in READERS:
-            raise ValueError(f"its suffix {path.suffix!r} is not one of {listed(READERS)}.")
-        raw = path.read_bytes()
+            cure = "It is compressed: unpack it first." if suffix in COMPRESSED else "Save the rows in one of these formats."
+            raise ValueError(f"its suffix {path.suffix!r} is not one of {listed(READERS)}. {cure}")
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            if not size:
+                raise ValueError("the file is empty.")
+            check_size("the file", size, max_bytes)
+            start = file.read(8)
+            file.seek(0)
+            found = next((kind for first, kind in FIRST_BYTES.items() if start.startswith(first)), ".csv")
+            if found == "a pickle":
+                raise ValueError(
+                    "this is a pickle, which can run code and is never read. Save the numbers by np.save or np.savez."
+                )
+            if found != suffix:
+                found = f"it is {found}" if found != ".csv" else "it is damaged or of another format"
+                raise ValueError(f"its first bytes are not those of {suffix}: {found}. Correct its suffix, or save it again.")
+            yield file, size
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: there is no such file. Check its name and folder.") from error
     except OSError as error:
         raise type(error)(f"{path} cannot be read: {error.strerror or error}.") from error
-    if not raw:
-        raise ValueError("the file is empty.")
-    found = next((kind for start, kind in FIRST_BYTES.items() if raw.startswith(start)), ".csv")
-    if found == "a pickle":
-        raise ValueError("this is a pickle, which can run code and is never read. Save the numbers by np.save or np.savez.")
-    if found != suffix:
-        found = f"it is {found}" if found != ".csv" else "it is damaged or of another format"
-        raise ValueError(f"its first bytes are not those of {suffix}: {found}. Correct its suffix, or save it again.")
-    return raw
 
 
 @contextmanager
@@ -139,19 +153,18 @@ def _errors_as_damage() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:150]
-        raise ValueError(f"the file is damaged ({type(error).__name__}: {reason}). Save it again.") from error
+        raise ValueError(f"the file is damaged ({type(error).__name__}: {one_line(error, 150)}). Save it again.") from error
 
 
-def _npy(raw: bytes, columns: Columns, labels: str | None) -> Table:
+def _npy(file: BinaryIO, size: int, columns: Columns, labels: str | None, max_bytes: int) -> Table:
     if columns is not None or labels is not None:
         raise ValueError("a .npy file is one array without names. To choose columns or labels, use .npz, .csv or .parquet.")
-    return Table(_check_finite(_read_array(BytesIO(raw), len(raw))))
+    return Table(_check_finite(_read_array(file, size)))
 
 
-def _npz(raw: bytes, columns: Columns, labels: str | None) -> Table:
+def _npz(file: BinaryIO, size: int, columns: Columns, labels: str | None, max_bytes: int) -> Table:
     with _errors_as_damage():
-        archive = ZipFile(BytesIO(raw))
+        archive = ZipFile(file)
     arrays = {info.filename.removesuffix(".npy"): info for info in archive.infolist() if info.filename.endswith(".npy")}
     others = [name for name in arrays if name != labels]
     chosen = columns or (("x",) if "x" in others else others)
@@ -167,10 +180,14 @@ def _npz(raw: bytes, columns: Columns, labels: str | None) -> Table:
     def read(name: str) -> np.ndarray:
         if name not in arrays:
             raise unknown_name("array", name, arrays)
+        unpacked = arrays[name].file_size
+        check_size(f"the array {one_line(name, 50)}, once unpacked,", unpacked, max_bytes)
+        if arrays[name].compress_type not in (ZIP_STORED, ZIP_DEFLATED):
+            raise ValueError("its arrays are packed in another way than that of np.savez_compressed. Save it again.")
         with _errors_as_damage():
             stream = archive.open(arrays[name])
         with stream:
-            return _read_array(stream, arrays[name].file_size)
+            return _read_array(stream, unpacked)
 
     x = _check_finite(read(chosen[0]))
     return Table(x, None if labels is None else _check_labels(read(labels), len(x)))
@@ -182,43 +199,67 @@ def _read_array(stream: IO[bytes], size: int) -> np.ndarray:
     The size that the header claims is compared with the size of the stream before memory is allocated.
     """
     with _errors_as_damage():
-        version = np.lib.format.read_magic(stream)
+        start = BytesIO(stream.read(2**16))  # more than numpy allows a header: the length that one claims is not believed
+        version = np.lib.format.read_magic(start)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read_header(stream)
+        shape, fortran_order, dtype = read_header(start)
     if dtype.hasobject:
         raise ValueError("the array holds Python objects, a pickle, which can run code and is never read. Save it as numbers.")
     if dtype.kind not in "biuf":
         raise ValueError(f"the array holds {dtype}, not real numbers. Convert it and save it again.")
-    claimed, held = math.prod(shape) * dtype.itemsize, size - stream.tell()
+    claimed, held = math.prod(shape) * dtype.itemsize, size - start.tell()
     if claimed != held:
         raise ValueError(f"the array's header claims {claimed} bytes, but {held} follow: it is damaged. Save it again.")
     with _errors_as_damage():
+        stream.seek(start.tell())
         return np.frombuffer(stream.read(), dtype).reshape(shape, order="F" if fortran_order else "C")
 
 
-def _csv(raw: bytes, columns: Columns, labels: str | None) -> Table:
+def _csv(file: BinaryIO, size: int, columns: Columns, labels: str | None, max_bytes: int) -> Table:
     import pandas as pd
 
-    names, rows = _header_and_rows(raw)
+    _check_lines(file, max_bytes)
+    names, rows = _header_and_rows(file)
+    check_size("its numbers, 8 bytes each,", 8 * len(names) * rows, max_bytes)
     header = None if all(map(_is_number, names)) else 0
     with _errors_as_damage():
-        frame = pd.read_csv(
-            BytesIO(raw), header=header, index_col=False, skipinitialspace=True, low_memory=False, encoding="utf-8-sig"
-        )
+        file.seek(0)
+        frame = pd.read_csv(file, header=header, index_col=False, skipinitialspace=True, low_memory=False, encoding="utf-8-sig")
         frame.columns = pd.Index(names if header == 0 else map(str, range(len(names))))
     if len(frame) != rows + (header is None):
         raise ValueError("its rows cannot be separated. Write one row per line, without line breaks in fields.")
     return _from_frame(frame, columns, labels)
 
 
-def _header_and_rows(raw: bytes) -> tuple[list[str], int]:
+def _check_lines(file: BinaryIO, max_bytes: int) -> None:
+    """Raise an error for a text of zero bytes, of lines without end, or of too many lines. Read it block by block."""
+    length = lines = blank = 0
+    file.seek(0)
+    while block := file.read(2**20):
+        if b"\0" in block:
+            raise ValueError("this is not UTF-8 text: some of its bytes are zero. Save it as CSV in UTF-8.")
+        ends = [position for end in (b"\n", b"\r") for position in (block.find(end), block.rfind(end)) if position >= 0]
+        length += min(ends, default=len(block))
+        lines += max(block.count(b"\n"), block.count(b"\r"))
+        blank += 2 * sum(map(block.count, (b"\n\n", b"\r\r", b"\r\n\r\n")))
+        for found, share, what in ((length, 64, "bytes in a line"), (lines, 32, "lines"), (blank, 1024, "blank lines")):
+            if found * share > max_bytes:
+                raise ArgumentError(
+                    f"it has more than {max_bytes // share:,} {what}, as no table should. If you trust it, raise max_bytes.",
+                    argument="max_bytes",
+                    example=str(10 * max_bytes),
+                )
+        length = len(block) - max(ends) if ends else length
+
+
+def _header_and_rows(file: BinaryIO) -> tuple[list[str], int]:
     """Return the first row and the number of rows after it.
 
     All rows must have the same length. Pandas would fill up rows that are too short without an error.
     """
-    if b"\0" in raw:
-        raise ValueError("this is not UTF-8 text: some of its bytes are zero. Save it as CSV in UTF-8.")
-    reader = csv.reader(TextIOWrapper(BytesIO(raw), "utf-8-sig", newline=""), strict=True, skipinitialspace=True)
+    file.seek(0)
+    text = TextIOWrapper(file, "utf-8-sig", newline="")
+    reader = csv.reader(text, strict=True, skipinitialspace=True)
     rows = (row for row in reader if len(row) > 1 or (row and row[0].strip()))
     try:
         first, start, count = next(rows, [""]), reader.line_num, 0
@@ -234,6 +275,8 @@ def _header_and_rows(raw: bytes) -> tuple[list[str], int]:
         raise ValueError(f"this is not UTF-8 text ({error.reason}). Save it as CSV in UTF-8.") from error
     except csv.Error as error:
         raise ValueError(f"line {reader.line_num} cannot be read ({error}). Look for a stray quotation mark.") from error
+    finally:
+        text.detach()
     return [name.strip() for name in first], count
 
 
@@ -245,62 +288,129 @@ def _is_number(field: str) -> bool:
     return "_" not in field
 
 
-def _parquet(raw: bytes, columns: Columns, labels: str | None) -> Table:
+def _from_frame(frame: DataFrame, columns: Columns, labels: str | None) -> Table:
+    """Return the chosen columns of a data frame of numpy's data types."""
+    dtypes = dict(zip(frame.columns, frame.dtypes, strict=False))
+
+    def read(names: Sequence[str]) -> np.ndarray:
+        return frame[list(names)].to_numpy(np.result_type(*{dtypes[name] for name in names}))
+
+    return _table(
+        list(frame.columns),
+        len(frame),
+        {name for name, dtype in dtypes.items() if dtype.kind in "biuf"},
+        lambda name: _example(name, frame[name]),
+        read,
+        columns,
+        labels,
+    )
+
+
+def _example(name: str, column: Any) -> str:
+    """Return a text that shows why a column of a data frame is not numeric."""
     import pandas as pd
 
+    present = column.dropna()
+    if present.isin([True, False]).all():
+        return f"{listed([name])} holds True, False and missing values"
+    number = pd.to_numeric(column.astype(str), errors="coerce")
+    row = int((number.isna() & column.notna()).to_numpy().argmax())
+    found = str(column.iloc[row])
+    hint = ""
+    if re.fullmatch(r"[-+]?\d+", found):
+        hint = ", a whole number beyond 64 bits; write it with a decimal point"
+    elif re.fullmatch(r"[-+]?\d[\d.,' ]*", found):
+        hint = ", whose numbers want a decimal point and no other marks"
+    return f"row {row + 1} of {listed([name])} is {found[:50]!r}{hint}"
+
+
+def _parquet(file: BinaryIO, size: int, columns: Columns, labels: str | None, max_bytes: int) -> Table:
     parquet = import_extra("pyarrow.parquet", extra="parquet", by="A .parquet file")
+    import pyarrow as pa
+
     with _errors_as_damage():
         # with threads, one could still read the bytes after an error in another has freed them, which crashes the process
-        frame = parquet.ParquetFile(BytesIO(raw), pre_buffer=False).read(use_threads=False).to_pandas(use_threads=False)
-        frame.columns = pd.Index(map(str, frame.columns))
-    return _from_frame(frame, columns, labels)
+        source = parquet.ParquetFile(file, pre_buffer=False)
+        schema, rows = source.schema_arrow, source.metadata.num_rows
+        index = (schema.pandas_metadata or {}).get("index_columns", [])
+        fields = {field.name: field.type for field in schema if field.name not in index}
+        names = [name for name in schema.names if name not in index]
+
+    def read(names: Sequence[str]) -> np.ndarray:
+        with _errors_as_damage():
+            claimed = _unpacked_bytes(source.metadata, set(names))
+        check_size("its numbers, once unpacked,", claimed, max_bytes)
+        with _errors_as_damage():
+            table = source.read(columns=list(names), use_threads=False)
+            parts = [table.column(name) for name in names]
+            parts = [part.cast(pa.int8()) if pa.types.is_boolean(part.type) and part.null_count else part for part in parts]
+            return np.stack([part.to_numpy() for part in parts], axis=1)
+
+    kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
+    numeric = {name for name, kind in fields.items() if any(is_kind(kind) for is_kind in kinds)}
+    return _table(
+        names, rows, numeric, lambda name: f"{listed([name])} holds {one_line(fields[name], 50)}", read, columns, labels
+    )
 
 
-def _from_frame(frame: DataFrame, columns: Columns, labels: str | None) -> Table:
-    names = list(frame.columns)
-    repeated = frame.columns[frame.columns.duplicated()]
-    if len(repeated):
-        raise ValueError(f"several columns have the same name: {listed(repeated.unique())}. Rename them.")
+def _unpacked_bytes(metadata: Any, names: set[str]) -> int:
+    """Return the number of bytes that columns of a parquet file claim to hold, once they are unpacked."""
+    chosen = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path in names]
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    values = sum(max(group.num_rows, group.column(i).num_values) for group in groups for i in chosen)
+    return 8 * max(values, len(names) * metadata.num_rows)
+
+
+def _table(
+    names: list[str],
+    rows: int,
+    numeric: set[str],
+    example: Callable[[str], str],
+    read: Callable[[Sequence[str]], np.ndarray],
+    columns: Columns,
+    labels: str | None,
+) -> Table:
+    """Return the chosen columns of a table, once they are known to be numbers.
+
+    Args:
+        names: names of all columns.
+        rows: number of rows.
+        numeric: names of the columns that hold numbers.
+        example: function from the name of another column to a text that shows what it holds.
+        read: function from names of numeric columns to their values, (rows, len(names)), with NaN for missing ones.
+        columns: columns that make x, or None for all but the labels.
+        labels: column of the labels, or None.
+    """
+    known = set(names)
+    if len(known) < len(names):
+        repeated = [name for name, times in Counter(names).items() if times > 1]
+        raise ValueError(f"several columns have the same name: {listed(repeated)}. Rename them.")
     for name in (*(columns or ()), *(() if labels is None else (labels,))):
-        if name not in names:
+        if name not in known:
             raise unknown_name("column", name, names)
     chosen = columns or tuple(name for name in names if name != labels)
-    if not len(frame) or not chosen:
-        raise ValueError(f"there are {len(frame)} rows of {len(chosen)} columns, but at least one of each is needed.")
+    if not rows or not chosen:
+        raise ValueError(f"there are {rows} rows of {len(chosen)} columns, but at least one of each is needed.")
     if not all(chosen):
         raise ArgumentError(
             f"a column has no name (an index?). Name it, or choose columns among {listed(names)}.",
             argument="columns",
             example="a,b",
         )
-    if text := _not_numeric(frame, chosen):
-        numeric = listed(name for name in names if name not in ("", labels) and not _not_numeric(frame, [name]))
-        raise ArgumentError(f"{text}. Choose columns among those that are: {numeric}.", argument="columns", example="a,b")
-    x = _check_finite(_values(frame, chosen), chosen)
+
+    def check_numeric(wanted: Sequence[str]) -> str:
+        text = [name for name in wanted if name not in numeric]
+        return f"not numeric: {listed(text)} ({example(text[0])})" if text else ""
+
+    if text := check_numeric(chosen):
+        others = listed(name for name in names if name in numeric and name not in ("", labels))
+        raise ArgumentError(f"{text}. Choose columns among those that are: {others}.", argument="columns", example="a,b")
+    x = _check_finite(read(chosen), chosen)
     if labels is None:
         return Table(x, columns=chosen)
-    if text := _not_numeric(frame, [labels]):
+    if text := check_numeric([labels]):
         raise ValueError(f"{text}. Number the classes from 0.")
-    return Table(x, _check_labels(_values(frame, [labels])[:, 0], len(x)), chosen)
-
-
-def _not_numeric(frame: DataFrame, names: Sequence[str]) -> str:
-    """Return a text about the columns that are not numeric, with an example, or "" if all are."""
-    import pandas as pd
-
-    text = [name for name in names if frame[name].dtype.kind not in "biuf"]
-    if not text:
-        return ""
-    column = frame[text[0]]
-    bad = pd.to_numeric(column.astype(str), errors="coerce").isna() & column.notna()
-    row = int(bad.to_numpy().argmax())
-    return f"not numeric: {listed(text)} (row {row + 1} of {listed(text[:1])} is {str(column.iloc[row])[:50]!r})"
-
-
-def _values(frame: DataFrame, names: Sequence[str]) -> np.ndarray:
-    """Return numeric columns side by side, (N, len(names)), with NaN for missing values."""
-    series = (frame[name] for name in names)
-    return np.stack([s.to_numpy(float, na_value=np.nan) if s.isna().any() else s.to_numpy() for s in series], axis=1)
+    return Table(x, _check_labels(read([labels])[:, 0], len(x)), chosen)
 
 
 def _check_finite(x: np.ndarray, columns: Columns = None) -> np.ndarray:
@@ -332,10 +442,10 @@ def _check_labels(y: np.ndarray, rows: int) -> np.ndarray:
     return y.astype(np.int64)
 
 
-READERS: Mapping[str, Callable[[bytes, Columns, str | None], Table]] = {
+READERS: Mapping[str, Callable[[BinaryIO, int, Columns, str | None, int], Table]] = {
     ".npy": _npy,
     ".npz": _npz,
     ".csv": _csv,
     ".parquet": _parquet,
 }
-"""Functions from (contents of a file, columns, labels) to a table, by suffix."""
+"""Functions from (file, its size, columns, labels, largest size) to a table, by suffix."""

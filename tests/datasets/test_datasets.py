@@ -1,9 +1,11 @@
 """The named data sets follow the laws they name and files are split by a seed; and what is drawn of them is a picture."""
 
 import sys
+import warnings
 from math import log, pi
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.special import logsumexp
@@ -12,6 +14,7 @@ from sklearn.datasets import load_digits, make_moons
 
 from pyro_genmodels.datasets import DATASETS, checkerboard, digits, load, load_rows
 from pyro_genmodels.evaluation import plots
+from pyro_genmodels.utils.errors import ArgumentError
 
 SIZES = [1437, 180, 180]
 PLANE = {"moons": 2, "ring": 8, "grid": 25, "pinwheel": 5, "checkerboard": 8}
@@ -428,3 +431,85 @@ def test_loss_curves_are_drawn_and_named(histories, tmp_path):
     assert low < min(record["train"] for history in histories.values() for record in history) < high
     figure.savefig(tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 0
+
+
+# what real numbers are
+
+
+RNG = np.random.default_rng(0)
+REALS = RNG.normal(size=200)
+
+
+@pytest.mark.parametrize(
+    ("column", "found"),
+    [
+        (np.arange(200) % 3, "a (3 values)"),
+        (np.arange(200) % 2 == 0, "a (2 values)"),
+        (np.arange(200) % 3 / 2, "a (3 values)"),
+        (RNG.integers(20, 70, 200), None),
+        (np.round(REALS), None),
+        (RNG.integers(0, 10**6, 200), ""),
+        (np.round(REALS, 2), ""),
+        (np.where(REALS > 0, REALS, 0), None),
+        (np.where(REALS > 2.5, REALS, -REALS), ""),
+    ],
+    ids=["classes", "booleans", "three floats", "ages", "rounded", "large integers", "hundredths", "an atom", "reals"],
+)
+def test_columns_that_are_hardly_real_are_named(column, found, tmp_path):
+    path = tmp_path / "x.csv"
+    pd.DataFrame({"a": column, "b": REALS}).to_csv(path, index=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = load(path)
+    assert data.levels is None
+    if found == "":
+        assert not caught
+        return
+    [warning] = caught
+    text = str(warning.message)
+    assert (found or f"a ({len(np.unique(column))} values)") in text
+    assert "b (" not in text
+    assert "levels=0" in text
+    assert text.isprintable()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(load(path, levels=0).train, data.train)
+        load(path, columns="b")
+        load_rows(path)
+
+
+def test_coordinates_without_names_are_counted(tmp_path):
+    x = RNG.normal(size=(100, 3, 2))
+    x[:, 0] = x[:, 0] > 0
+    with pytest.warns(UserWarning, match="2 of 6 coordinates"):
+        load(save(tmp_path / "x.npy", x=x))
+
+
+@pytest.mark.parametrize("offset", [1.7e9, -1.7e9, 1e15])
+def test_values_that_single_precision_cannot_tell_apart_are_refused(offset, tmp_path):
+    """Times in seconds, 1.7e9 + 200 of them: float32 has steps of 128 there, so that 13 values would be left."""
+    path = tmp_path / "x.csv"
+    pd.DataFrame({"t": offset + 10 * REALS, "b": REALS}).to_csv(path, index=False)
+    with pytest.raises(ValueError, match=r"float32 cannot tell the values of these columns apart: t\. Subtract their mean"):
+        load(path)
+    pd.DataFrame({"t": 10 * REALS, "b": 1e-30 * REALS}).to_csv(path, index=False)
+    assert load(path).train.unique().numel() == 320
+
+
+def test_the_order_leads_back_to_the_rows_of_the_file(tmp_path):
+    x = RNG.normal(size=(50, 2)).astype(np.float32)
+    data = load(save(tmp_path / "x.npy", x=x), seed=3)
+    np.testing.assert_array_equal(x[data.order.numpy()], torch.cat([data.train, data.valid, data.test]))
+    assert sorted(data.order.tolist()) == list(range(50))
+    images = torch.from_numpy(load_digits().images).long()
+    digits = load("digits", seed=5)
+    assert torch.equal(images[digits.order], torch.cat([digits.train, digits.valid, digits.test]))
+    assert load("ring").order is None
+
+
+def test_the_largest_size_reaches_the_reader(tmp_path):
+    path = save(tmp_path / "x.npz", x=RNG.normal(size=(50, 2)))
+    for read in (load, load_rows):
+        with pytest.raises(ArgumentError, match="raise max_bytes"):
+            read(path, max_bytes=500)
+        read(path, max_bytes=2000)

@@ -1,5 +1,8 @@
 """Rows of numbers are read from a file as they were written, or refused by name: never guessed at, never unpickled."""
 
+import cProfile
+import gzip
+import importlib.util
 import io
 import os
 import pickle
@@ -8,6 +11,7 @@ import stat
 import sys
 import tracemalloc
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,7 @@ import pandas as pd
 import pytest
 
 from pyro_genmodels.datasets.tables import read_table
+from pyro_genmodels.utils.errors import ArgumentError
 
 X = np.random.default_rng(0).normal(size=(8, 3))
 Y = np.arange(8) % 3
@@ -299,6 +304,179 @@ def test_a_hundred_thousand_rows_are_read(tmp_path):
     x = np.arange(1_000_000).reshape(100_000, 10)
     pd.DataFrame(x, columns=list("abcdefghij")).to_csv(tmp_path / "x.csv", index=False)
     np.testing.assert_array_equal(read_table(tmp_path / "x.csv").x, x)
+
+
+BAD_TEXT = {
+    "a thousand with a comma": ('a,b\n1,"1,234"\n', r"row 1 of b is '1,234', whose numbers want a decimal point and no other"),
+    "a thousand with a blank": ("a,b\n1,1 234\n", "row 1 of b is '1 234', whose numbers want"),
+    "a thousand with a quote": ("a,b\n1,1'234.5\n", "whose numbers want"),
+    "a decimal comma": ('a,b\n1,2\n2,"1,5"\n', "row 2 of b is '1,5', whose numbers want"),
+    "a currency": ("a,b\n1,$5\n", r"row 1 of b is '\$5'\)"),
+    "per cent": ("a,b\n1,5%\n", r"row 1 of b is '5%'\)"),
+    "hexadecimal": ("a,b\n1,0x1F\n", "row 1 of b is '0x1F'"),
+    "a date": ("a,b\n1,2020-01-02\n", "row 1 of b is '2020-01-02'"),
+    "a boolean that is missing": ("a,b\n1,True\n2,\n", r"not numeric: b \(b holds True, False and missing values\)"),
+    "yes and no": ("a,b\n1,yes\n2,no\n", "row 1 of b is 'yes'"),
+    "a number and a boolean": ("a,b\n1,True\n2,3\n", "row 1 of b is 'True'"),
+    "an integer beyond 64 bits": (
+        "a,b\n1,123456789012345678901234567890\n",
+        "a whole number beyond 64 bits; write it with a decimal point",
+    ),
+    "infinity": ("a,b\n1,Infinity\n", "first row 1, column b"),
+    "minus infinity": ("a,b\n1,-inf\n", "first row 1, column b"),
+    "names of blanks": ("a, \n1,2\n", "a column has no name"),
+    "a name twice, but for blanks": ("a, a \n1,2\n", "several columns have the same name: a"),
+    "a line for a spreadsheet": ("sep=;\na;b\n1;2\n", "its fields are separated by ';'"),
+    "semicolons after a mark": ("\ufeffa;b\n1;2\n", "its fields are separated by ';'"),
+    "tabulators and commas": ("a\tb\n1,5\t2,5\n", "its fields are separated by"),
+    "a control character": ("a,b\n1,\x1b[31mred\n", r"row 1 of b is '\\x1b\[31mred'"),
+    "a name of a control character": ("a,\x1b[2J\n1,x\n", r"not numeric: '\\x1b\[2J'"),
+    "JSON": ('{"a": [1, 2]}\n', "there are 0 rows of 2 columns"),
+    "a page": ("<html><body>\n<p>404</p>\n", "not numeric"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_TEXT)
+def test_bad_text_is_refused_in_clear_words(kind, tmp_path):
+    text, message = BAD_TEXT[kind]
+    path = write(tmp_path / "x.csv", text)
+    with pytest.raises(ValueError, match=message):
+        read_table(path)
+    refusal(path)
+
+
+@pytest.mark.parametrize("suffix", [".csv.gz", ".csv.bz2", ".npy.xz", ".zip", ".csv.zst"])
+def test_a_compressed_file_is_to_be_unpacked(suffix, tmp_path):
+    assert "It is compressed: unpack it first" in refusal(write(tmp_path / f"x{suffix}", b"1"))
+    for name in ("x.csv", "x.npy", "x.parquet"):
+        assert "compressed by gzip; unpack it first" in refusal(write(tmp_path / name, gzip.compress(b"a\n1\n")))
+
+
+@pytest.mark.parametrize("suffix", [".xlsx", ".json", ".txt", ".tsv", ".h5", ""])
+def test_a_format_that_is_not_read_says_which_are(suffix, tmp_path):
+    assert ".npy, .npz, .csv, .parquet. Save the rows in one of these" in refusal(write(tmp_path / f"x{suffix}", b"1"))
+
+
+def test_columns_of_different_kinds_become_numbers_that_hold_them_all(tmp_path):
+    path = write(tmp_path / "x.csv", "a,b,c\n1,True,0.5\n2,False,1.5\n")
+    assert read_table(path).x.tolist() == [[1, 1, 0.5], [2, 0, 1.5]]
+    table = read_table(path, columns=["b", "a"])
+    assert (table.x.tolist(), table.x.dtype) == ([[1, 1], [0, 2]], np.int64)
+    if importlib.util.find_spec("pyarrow"):
+        table = read_table(write(tmp_path / "x.parquet", parquet(pd.read_csv(path))), columns=["b", "a"])
+        assert (table.x.tolist(), table.x.dtype) == ([[1, 1], [0, 2]], np.int64)
+
+
+# sizes
+
+
+@contextmanager
+def little_memory(most=2**22):
+    """Check that the block takes little memory, however much a file claims or holds."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < most
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".csv", ".parquet"])
+def test_a_large_file_is_refused_by_its_size_alone(suffix, tmp_path):
+    starts = {".npy": b"\x93NUMPY", ".npz": b"PK\x03\x04", ".csv": b"a,b\n", ".parquet": b"PAR1"}
+    path = write(tmp_path / f"x{suffix}", starts[suffix])
+    os.truncate(path, 3_000_000_000)  # a hole: it takes no room on the disk
+    with little_memory():
+        message = refusal(path)
+    assert "takes 3,000,000,000 bytes, but at most 1,073,741,824 are read. If you trust it, raise max_bytes" in message
+    with pytest.raises(ArgumentError) as caught:
+        read_table(path)
+    assert (caught.value.argument, caught.value.example) == ("max_bytes", "3000000000")
+
+
+def test_a_small_archive_that_unpacks_to_much_is_refused_before_it_is_unpacked(tmp_path):
+    path = write(tmp_path / "x.npz", npz(np.savez_compressed, x=np.zeros((1000, 1000)), small=Y, k=np.zeros(1000, int)))
+    assert path.stat().st_size < 20_000
+    with little_memory():
+        assert "the array x, once unpacked, takes 8,000,128 bytes, but at most 8,000,000 are read" in refusal(
+            path, columns="x", max_bytes=8_000_000
+        )
+    assert read_table(path, columns="small", max_bytes=20_000).x.shape == (8,)
+    assert read_table(path, columns="x", labels="k", max_bytes=8_000_128).x.shape == (1000, 1000)
+    larger = write(tmp_path / "y.npz", npz(np.savez_compressed, x=X, k=np.zeros(10_000, int)))
+    assert "the array k, once unpacked" in refusal(larger, labels="k", max_bytes=20_000)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("x.npy", npy(X))
+    assert "packed in another way" in refusal(path)
+
+
+def test_a_small_parquet_file_that_unpacks_to_much_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    frame = pd.DataFrame({"a": np.zeros(1_000_000), "b": np.zeros(1_000_000), "text": "a"})
+    path = write(tmp_path / "x.parquet", parquet(frame))
+    assert path.stat().st_size < 20_000
+    assert len(read_table(path, columns="a", max_bytes=8_000_000).x) == 1_000_000
+    import pyarrow.parquet
+
+    class Metadata(pyarrow.parquet.ParquetFile):
+        def read(self, *args, **kwargs):
+            pytest.fail("it was read")
+
+    monkeypatch.setattr(pyarrow.parquet, "ParquetFile", Metadata)
+    assert "takes 16,000,000 bytes" in refusal(path, columns=["a", "b"], max_bytes=15_999_999)
+    assert "takes 8,000,000 bytes" in refusal(path, columns="a", max_bytes=7_999_999)
+    assert "not numeric: text (text holds" in refusal(path)
+    assert "unknown column" in refusal(path, columns="c")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1," * 2**20, "more than 1,048,576 bytes in a line"),
+        ("a\n" + "1" * 2**21 + "\n2\n", "more than 1,048,576 bytes in a line"),
+        ("1\n" * 2_200_000, "more than 2,097,152 lines"),
+        ("1\r" * 2_200_000, "more than 2,097,152 lines"),
+        (" \n" * 2_200_000, "more than 2,097,152 lines"),
+        ("\n" * 100_000, "more than 65,536 blank lines"),
+        ("a\n" + "\n" * 100_000 + "1\n", "more than 65,536 blank lines"),
+        ("\r" * 100_000, "more than 65,536 blank lines"),
+        ("a,b\r\n" + "\r\n" * 100_000, "more than 65,536 blank lines"),
+        ("a,b,c,d,e,f,g,h,i,j\n" + "0,0,0,0,0,0,0,0,0,0\n" * 900_000, "its numbers, 8 bytes each, takes 72,000,000 bytes"),
+    ],
+    ids=["line", "field", "lines", "old lines", "blanks", "blank", "blank inside", "old blank", "blank of two", "numbers"],
+)
+def test_text_without_end_is_refused_by_count(text, message, tmp_path):
+    path = write(tmp_path / "x.csv", text)
+    assert message in refusal(path, max_bytes=2**26)
+
+
+def test_the_limits_of_text_grow_with_the_limit_of_bytes(tmp_path):
+    path = write(tmp_path / "x.csv", "a\n" + "\n" * 1000 + "1\n" * 100)
+    assert "blank lines" in refusal(path, max_bytes=500_000)
+    assert read_table(path, max_bytes=2**23).x.shape == (100, 1)
+    width = 30_000
+    wide = write(tmp_path / "y.csv", ",".join(["123"] * width) + "\n" + "1" * 10**5 + ",2" * (width - 1))
+    assert "bytes in a line" in refusal(wide, max_bytes=2**20)
+    assert read_table(wide, max_bytes=2**24, columns=["1", "2"]).x.tolist() == [[123, 123], [2, 2]]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_wide_tables_take_few_calls_for_each_column(suffix, tmp_path):
+    """Calls of Python functions, which do not depend on the machine: hardly more than pandas makes."""
+
+    def calls(function, *args, **kwargs):
+        profile = cProfile.Profile()
+        profile.runcall(function, *args, **kwargs)
+        return sum(entry.callcount for entry in profile.getstats())
+
+    counts, width = [], 1000
+    for columns in (width, 2 * width):
+        frame = pd.DataFrame(np.ones((4, columns)) / 3, columns=[f"c{i}" for i in range(columns)])
+        path = tmp_path / f"x{suffix}"
+        frame.to_csv(path, index=False) if suffix == ".csv" else write(path, parquet(frame))
+        alone = calls(pd.read_csv if suffix == ".csv" else pd.read_parquet, path)
+        counts.append([calls(read_table, path), calls(read_table, path, columns=list(frame.columns)[:-1]), alone])
+    more = [(b - a) / width for a, b in zip(*counts, strict=True)]  # of one more column
+    assert max(more[:2]) < more[2] + 30, more
 
 
 # parquet
