@@ -27,7 +27,8 @@ class AutoFamily(AutoContinuous):
             ``lambda n: Flow((n,))``. The guide's first run calls it.
 
     Raises:
-        ValueError: at the first run, if the family is over events of another shape, or has a context.
+        ValueError: at the first run, if the family is over events of another shape, or has a context; or if a plate around
+            latent variables is subsampled, because the guide has the same coordinates for whatever rows are chosen.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -43,6 +44,7 @@ class AutoFamily(AutoContinuous):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
+        self._check_plates()
         like = self._init_loc()  # has the dtype and device of the latent variables
         self.family = self.build(self.latent_dim).to(like)
         shape: Any = self.family.event_shape
@@ -51,6 +53,18 @@ class AutoFamily(AutoContinuous):
                 f"AutoFamily wants a family over ({self.latent_dim},), all latent variables of the model, without a context, "
                 f"but build({self.latent_dim}) returned a {type(self.family).__name__} over {tuple(shape)}."
             )
+
+    def _check_plates(self) -> None:
+        for name, frames in self._cond_indep_stacks.items():
+            for frame in frames:
+                if frame.full_size not in (None, frame.size):
+                    self.prototype_trace = None  # the next run checks again
+                    raise ValueError(
+                        f"AutoFamily has one joint distribution of all latent variables, but the model takes {frame.size} of "
+                        f"{frame.full_size} rows of plate {frame.name!r}, in which {name!r} lies: it would hold the same latent "
+                        "variables for any rows. Write a guide that is conditioned on each row, such as "
+                        f"pyro.sample({name!r}, family(x[rows])), or run the model on all rows, without subsampling."
+                    )
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
         """Return the distribution of the unconstrained latent variables."""
