@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["draw_observed", "has_enumerated_dims", "latents_without_gradient", "side_effect_free"]
+__all__ = ["draw_observed", "exclusive", "has_enumerated_dims", "latents_without_gradient", "side_effect_free"]
 
+import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +22,47 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_genmodels._pyro import modules, sites, traces
+from pyro_genmodels._pyro.messages import without_trace_shapes
 from pyro_genmodels._pyro.reparam import MarkComputed, is_reparametrised
+
+_lock = threading.RLock()
+_running: list[tuple[str, int]] = []
+"""Names of what runs under the lock, and the number of its thread."""
+
+
+def _after_fork() -> None:
+    """Replace, in a forked process, a lock that another thread of its parent held."""
+    global _lock
+    if _running and _running[0][1] != threading.get_ident():
+        _lock = threading.RLock()
+        _running.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+@contextmanager
+def exclusive(name: str) -> Iterator[None]:
+    """Run Pyro programs in one thread at a time, since handlers and parameters are global in Pyro. Nested calls are allowed.
+
+    Args:
+        name: what runs, for the message.
+
+    Raises:
+        RuntimeError: if another thread is inside.
+    """
+    if not _lock.acquire(blocking=False):
+        raise RuntimeError(
+            f"{name} cannot run while {_running[0][0] if _running else 'another call'} runs in another thread: Pyro keeps its "
+            "handlers and parameters once for all threads. Use processes, such as joblib.Parallel(n_jobs=...), or a lock of "
+            "your own around the calls."
+        )
+    _running.append((name, threading.get_ident()))
+    try:
+        yield
+    finally:
+        _running.pop()
+        _lock.release()
 
 
 @contextmanager
@@ -38,7 +80,7 @@ def side_effect_free(*parts: Any) -> Iterator[None]:
     before = store.get_state()
     try:
         evaluation = modules.evaluation_mode(modules.reachable_modules(*parts))
-        with evaluation, torch.no_grad(), poutine.block(), freeze, MarkComputed():
+        with without_trace_shapes(), evaluation, torch.no_grad(), poutine.block(), freeze, MarkComputed():
             yield
     finally:
         freeze.restore()

@@ -16,7 +16,6 @@ __all__ = [
     "data_plates",
     "downstream_log_ratio",
     "is_family",
-    "is_point_mass",
     "latents",
     "log_prob",
     "max_plate_nesting",
@@ -24,6 +23,7 @@ __all__ = [
     "no_latents",
     "observed",
     "particles",
+    "point_masses",
     "proposal",
     "reparametrised",
     "run_pair",
@@ -50,6 +50,7 @@ from torch import Tensor, nn
 
 from pyro_genmodels._pyro import sites
 from pyro_genmodels._pyro.plates import measure_plates
+from pyro_genmodels._pyro.messages import without_trace_shapes
 from pyro_genmodels._pyro.reparam import MarkComputed
 from pyro_genmodels._pyro.sites import PARTICLES, is_computed, plate_depth
 
@@ -64,8 +65,15 @@ def as_pair(fit: Any) -> Pair:
     """
     if isinstance(fit, tuple) and len(fit) == 2 and all(map(callable, fit)):
         return fit
+    if isinstance(fit, type):
+        raise TypeError(f"A fit must be an object, but found the class {fit.__name__}: build it, as in {fit.__name__}(...).")
     if callable(getattr(fit, "model", None)) and callable(getattr(fit, "guide", None)):
         return fit.model, fit.guide
+    if hasattr(fit, "get_samples"):
+        raise TypeError(
+            f"A fit must have .model and .guide here, but a {type(fit).__name__} has draws and no guide. Pass it to to_arviz, and "
+            "see az.loo and az.compare."
+        )
     raise TypeError(
         "A fit must have .model and .guide, as a family or an SVI has, or be a pair (model, guide), but found "
         f"{type(fit).__name__}. Pass the family itself, not the distribution that it returns."
@@ -100,7 +108,7 @@ def run_pair(
     bound_model = in_plate(lambda: model(*args, **kwargs))  # Pyro's handlers have a keyword `context` of their own
     bound_guide = in_plate(lambda: guide(*args, **kwargs))
     messenger = poutine.unwrap(guide)
-    with MarkComputed():
+    with without_trace_shapes(), MarkComputed():
         if isinstance(messenger, Messenger):
             bound_guide()
             model_trace, guide_trace = messenger.get_traces()  # type: ignore[attr-defined]
@@ -192,10 +200,32 @@ def data_plates(trace: Trace, rows: int) -> dict[str, int]:
     return {f.name: f.dim for f in sorted(shared, key=lambda f: f.dim)}
 
 
-def is_point_mass(guide_trace: Trace) -> bool:
-    """Return True if all sites of a guide are `Delta` without a density of their own, as in `AutoDelta`."""
-    fns = [sites.innermost(site["fn"]) for site in sample_sites(guide_trace).values()]
-    return bool(fns) and all(isinstance(fn, Delta) and not torch.as_tensor(fn.log_density).any() for fn in fns)
+def point_masses(model_trace: Trace, guide_trace: Trace, run_again: Callable[[], Trace]) -> list[str]:
+    """Return the continuous variables for which a guide has a single value and no density, as `AutoDelta` has.
+
+    A `Delta` without a density also holds what a guide computes from other samples. Then another run has another value.
+
+    Args:
+        model_trace: trace of the model, which tells what is discrete.
+        guide_trace: trace of the guide.
+        run_again: function that runs the guide with the same arguments and rows; it is called only if there is such a `Delta`.
+    """
+    found = {}
+    for name in latents(guide_trace):
+        fn = sites.innermost(guide_trace.nodes[name]["fn"])
+        is_mass = isinstance(fn, Delta) and not torch.as_tensor(fn.log_density).any()
+        if is_mass and not (name in model_trace.nodes and _has_masses(model_trace.nodes[name]["fn"])):
+            found[name] = guide_trace.nodes[name]["value"]
+    again = run_again() if found else guide_trace
+    return [name for name, value in found.items() if value.equal(again.nodes[name]["value"])]
+
+
+def _has_masses(fn: Any) -> bool:
+    """Return True if a single value can have a probability under a distribution."""
+    try:
+        return isinstance(sites.innermost(fn), Delta) or bool(fn.support.is_discrete)
+    except NotImplementedError:  # a distribution that has not said what its support is
+        return False
 
 
 def downstream_log_ratio(model_trace: Trace, guide_trace: Trace) -> MultiFrameTensor:

@@ -64,6 +64,8 @@ class ContrastiveDivergence(Objective):
         >>> loss = svi.step(x)
     """
 
+    training_unit = "difference of energies"
+
     def __init__(
         self, *, steps: int | None = None, persistent: bool = True, regularization: float = 0.0, **kwargs: Any
     ) -> None:
@@ -130,6 +132,8 @@ class NoiseContrastive(Objective):
         >>> optimiser = torch.optim.Adam(loss.parameters(), lr=1e-3)
         >>> loss(x).backward(); optimiser.step()
     """
+
+    unit = "noise-contrastive loss"
 
     def __init__(self, noise: Any, *, ratio: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)

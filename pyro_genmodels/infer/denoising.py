@@ -183,9 +183,14 @@ class DenoisingScoreMatching(ScoreMatching):
 
     def _score(self, model_trace: Trace, guide_trace: Trace) -> None:
         sites = traces.sample_sites(model_trace)
+        observed = [sites[name] for name in traces.observed(model_trace)]
         priors: list[Any] = [sites[name] for name in traces.latents(model_trace) if _has_noise_error(sites[name])]
         for site in priors:
             site["fn"] = map_inner(site["fn"], lambda prior: prior.with_training_bound())
+        if priors:
+            self.unit = "nats"
+        else:
+            self.unit = "denoising error" if any(map(_has_noise_error, observed)) else ScoreMatching.unit
         if priors:  # observed sites then contribute their log_prob, as in any ELBO
             model_trace.compute_log_prob(site_filter=lambda _, site: site["is_observed"] and not _has_noise_error(site))
         super()._score(model_trace, guide_trace)

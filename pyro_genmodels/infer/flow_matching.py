@@ -160,6 +160,8 @@ class FlowMatching(Objective):
         >>> loss(x).backward(); optimiser.step()
     """
 
+    unit = "flow-matching error"
+
     def __init__(self, coupling: Coupling | None = None, path: Interpolant | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.coupling: Coupling = check_choice("FlowMatching", "coupling", coupling, IndependentCoupling(), Coupling)

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_genmodels._pyro import traces
+from pyro_genmodels._pyro.messages import without_trace_shapes
 from pyro_genmodels._pyro.wrappers import through_wrappers
 
 
@@ -46,6 +47,11 @@ class Loss(ELBO):
     Further arguments are those of `pyro.infer.ELBO`.
     """
 
+    unit: str = "nats"
+    """What the loss measures per datum, for tables and plots: "nats" only if it is a negative log-likelihood or a bound of it."""
+
+    training_unit: str | None = None
+    """What the loss measures while gradients are enabled, if that is something else than without."""
     own_parameters: Mapping[str, nn.Parameter] = MappingProxyType({})
     """Parameters of the objective itself, by their names in Pyro's param store."""
 
@@ -113,7 +119,8 @@ class Objective(Loss):
         """Raise a ValueError if the objective does not allow latent variables; the error says what to use."""
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        losses = [self._particle(*pair) for pair in self._get_traces(model, guide, args, kwargs)]
+        with without_trace_shapes():
+            losses = [self._particle(*pair) for pair in self._get_traces(model, guide, args, kwargs)]
         loss = sum(losses) / len(losses)
         if is_validation_enabled():
             warn_if_nan(loss, "loss")

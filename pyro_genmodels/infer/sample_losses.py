@@ -39,9 +39,11 @@ from pyro_genmodels._pyro.predictive import (
     log_probs_without_gradient,
     replicated_data,
 )
-from pyro_genmodels.divergences import ConvexFunction, KullbackLeibler, sliced_wasserstein
-from pyro_genmodels.divergences.kernels import GaussianKernel, Kernel, check_kernel, median_distance
+from pyro_genmodels.divergences import ConvexFunction, KullbackLeibler
+from pyro_genmodels.divergences.kernels import EnergyKernel, GaussianKernel, Kernel, check_kernel, median_distance
+from pyro_genmodels.divergences.sliced import sliced_costs
 from pyro_genmodels.infer.objective import Loss
+from pyro_genmodels.utils.distances import distances, in_doubles
 from pyro_genmodels.utils.distributions import density_of, unwrap
 
 
@@ -185,10 +187,11 @@ class MaximumMeanDiscrepancy(SampleLoss):
     def __init__(self, *, kernel: Kernel = GaussianKernel(), **kwargs: Any) -> None:  # noqa: B008 (immutable)
         super().__init__(**kwargs)
         self.kernel = check_kernel(kernel, by="MaximumMeanDiscrepancy")
+        self.unit = "squared energy distance" if isinstance(kernel, EnergyKernel) else "squared mean discrepancy"
 
     def between(self, sets: SampleSets) -> Tensor:
         among_samples, with_data, among_data = self._mean_kernels(sets)
-        return among_samples.mean() - 2 * with_data.mean() + among_data
+        return (among_samples.mean() - 2 * with_data.mean() + among_data).to(sets.samples.dtype)
 
     def rewards(self, sets: SampleSets) -> Tensor:
         """Return twice the witness function at each sample, minus the mean of the other rows' witnesses without it, (n,)."""
@@ -196,12 +199,12 @@ class MaximumMeanDiscrepancy(SampleLoss):
             among_samples, with_data, _ = self._mean_kernels(sets)
             n, others = len(sets.samples), self._num_others(sets)
             if others < 2:
-                return 2 * (among_samples - with_data) / n
+                return (2 * (among_samples - with_data) / n).to(sets.samples.dtype)
             sums = among_samples * others
             own_row = self._sum_own_row(sets, torch.stack([sums, with_data], 1))
             total = torch.stack([sums.sum(), with_data.sum()]) - own_row
             baseline = ((total[:, 0] - sums) / (others - 1) - total[:, 1]) / others
-            return 2 * (among_samples - with_data - baseline) / n
+            return (2 * (among_samples - with_data - baseline) / n).to(sets.samples.dtype)
 
     def _num_others(self, sets: SampleSets) -> int:
         """Return the number of samples with which each sample is compared."""
@@ -217,8 +220,8 @@ class MaximumMeanDiscrepancy(SampleLoss):
 
     def _mean_kernels(self, sets: SampleSets) -> tuple[Tensor, Tensor, Tensor]:
         """Return each sample's mean kernel with other samples, (n,), and with data, (n,), and the mean among data, ()."""
-        kernel = self.kernel.fitted(sets.data)
-        x, y = sets.samples, sets.data
+        x, y = in_doubles(sets.samples), in_doubles(sets.data)
+        kernel = self.kernel.fitted(y)
         rows, same = len(y), sets.same_row
         different = 1 - (same @ same.T if sets.paired else torch.eye(len(x)).to(x))
         with_data = kernel(x, y)
@@ -258,9 +261,12 @@ class SlicedWasserstein(SampleLoss):
                 f"{num_projections=}."
             )
         self.p, self.num_projections = p, num_projections
+        self.unit = "sliced Wasserstein distance" + ("" if p == 1 else f" to the power {p:g}")
 
     def between(self, sets: SampleSets) -> Tensor:
-        return sliced_wasserstein(sets.samples, sets.data, num_projections=self.num_projections, p=self.p).value.pow(self.p)
+        centre = in_doubles(sets.data).mean(0)
+        x, y = in_doubles(sets.samples) - centre, in_doubles(sets.data) - centre
+        return sliced_costs(x, y, num_projections=self.num_projections, p=self.p).mean().to(sets.samples.dtype)
 
 
 class SpreadDivergence(SampleLoss):
@@ -296,6 +302,8 @@ class SpreadDivergence(SampleLoss):
         torch.Size([])
     """
 
+    unit = "spread divergence"
+
     def __init__(
         self,
         *,
@@ -316,19 +324,17 @@ class SpreadDivergence(SampleLoss):
         self.f, self.bandwidth, self.num_samples = f, bandwidth, num_samples
 
     def between(self, sets: SampleSets) -> Tensor:
-        h = median_distance(sets.data) / 2 if self.bandwidth is None else self.bandwidth
+        data, samples = in_doubles(sets.data), in_doubles(sets.samples)
+        h = median_distance(data) / 2 if self.bandwidth is None else self.bandwidth
         means = []
-        for centres in (sets.data, sets.samples):
+        for centres in (data, samples):
             centres = centres.repeat(self.num_samples, 1)
             z = centres + h * torch.randn_like(centres)
-            log_ratio = _log_mixture(z, sets.data, h) - _log_mixture(z, sets.samples, h)
+            log_ratio = _log_mixture(z, data, h) - _log_mixture(z, samples, h)
             means.append(self.f.mean_term(log_ratio).mean())
-        return (means[0] + means[1]) / 2
+        return ((means[0] + means[1]) / 2).to(sets.samples.dtype)
 
 
 def _log_mixture(z: Tensor, centres: Tensor, h: Any) -> Tensor:
     """Return the log density at z (k, d) of a mixture of Gaussians with equal weights, (k,), up to a common constant."""
-    middle = centres.detach().mean(0)
-    z, centres = z - middle, centres - middle
-    squares = z.square().sum(1)[:, None] + centres.square().sum(1) - 2 * z @ centres.T
-    return (squares / (-2 * h**2)).logsumexp(1) - log(len(centres))
+    return ((distances(z, centres) / h).square() / -2).logsumexp(1) - log(len(centres))

@@ -32,6 +32,8 @@ from pyro_genmodels.utils.errors import check_positive_int
 class ScoreMatching(Objective):
     """Base of the three objectives, for densities that can be differentiated in unbounded coordinates."""
 
+    unit = "score-matching loss"
+
     def check(self, name: str, dist: Any) -> None:
         density, advice = density_of(dist)
         if density == "none":

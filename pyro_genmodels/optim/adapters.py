@@ -24,7 +24,8 @@ def make_optimizer(optim: Any, parameters: list[nn.Parameter], *, betas: tuple[f
         betas: betas of that default Adam.
 
     Raises:
-        TypeError: if `optim` is anything else, or an optimiser of Pyro with a schedule, clipping, or options per parameter.
+        TypeError: if `optim` is or returns anything else, or is an optimiser of Pyro with a schedule, clipping, or options per
+            parameter.
 
     Example:
         >>> make_optimizer(None, list(nn.Linear(2, 1).parameters())).defaults["lr"]
@@ -44,4 +45,7 @@ def make_optimizer(optim: Any, parameters: list[nn.Parameter], *, betas: tuple[f
             f"optim wants a function of the parameters, such as functools.partial(torch.optim.Adam, lr=1e-3), but found a "
             f"{type(optim).__name__}."
         )
-    return optim(parameters)
+    optimiser = optim(parameters)
+    if not isinstance(optimiser, Optimizer):
+        raise TypeError(f"optim wants a function that returns a torch optimiser, but it returned {type(optimiser).__name__}.")
+    return optimiser

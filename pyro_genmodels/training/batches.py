@@ -1,95 +1,226 @@
-"""Data in minibatches, from tensors or from a `DataLoader`."""
+"""Data in minibatches: from tensors, arrays, frames and nested structures of them, a `Dataset`, or a `DataLoader`.
+
+Data are the arguments of a model: a tuple holds positional arguments, a dictionary keyword arguments, and anything else is the
+first argument. Every tensor in them, at any depth, has one row per datum, and all are cut alike.
+"""
 
 from __future__ import annotations
 
-__all__ = ["Batch", "Batches", "pair_of"]
+__all__ = ["Batch", "Batches"]
 
-from collections.abc import Iterator
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from math import ceil
-from typing import Any
+from numbers import Number
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
-Batch = tuple[Tensor, Tensor | None]
+from pyro_genmodels.utils.errors import listed
+from pyro_genmodels.utils.tensors import as_tensor
+
+MAX_ROUNDING = 1e-3
+"""Largest change by rounding to the precision of a fit, relative to the deviation of a column, that goes without a warning."""
+
+
+class Batch(NamedTuple):
+    """Arguments of a model for some rows of the data.
+
+    Attributes:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        rows: number of rows.
+    """
+
+    args: tuple
+    kwargs: dict[str, Any]
+    rows: int
+
+    @property
+    def x(self) -> Any:
+        """The first argument."""
+        return self.args[0] if self.args else next(iter(self.kwargs.values()))
+
+    @property
+    def context(self) -> Any:
+        """The second positional argument, or None."""
+        return self.args[1] if len(self.args) > 1 else None
+
+    @property
+    def names(self) -> list[str]:
+        """Places and names of the arguments."""
+        return [f"argument {place}" for place in range(1, len(self.args) + 1)] + list(self.kwargs)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor with one row per datum, by its place in the arguments."""
+        return {place: t for place, t in _leaves(_by_place(self.args, self.kwargs)) if isinstance(t, Tensor) and t.dim()}
+
+    def nonfinite_rows(self) -> str:
+        """Return a sentence about rows with NaN or infinite values, or nothing if there are none."""
+        for place, t in self.tensors.items():
+            if t.is_floating_point() and not t.isfinite().all():
+                rows = (~t.isfinite()).reshape(len(t), -1).any(1)
+                return (
+                    f"{int(rows.sum())} of its {self.rows} rows have NaN or infinite values in argument {place}, the first of "
+                    f"them row {int(rows.nonzero()[0])} of the batch"
+                )
+        return ""
 
 
 class Batches:
-    """Data in minibatches (x, context), from tensors or from a `DataLoader`.
+    """Data in minibatches.
 
     Args:
-        data: rows of x, (N, ...), or a `DataLoader` of x or (x, context).
-        context: context of each row, (N, ...), or None.
+        data: arguments of the model for all rows: tensors, arrays, lists of numbers or frames, alone, in a tuple of positional
+            arguments or in a dictionary of keyword arguments, which may hold lists and dictionaries of them. Or a
+            `torch.utils.data.Dataset` with a length, or a `DataLoader`, whose items are such arguments.
+        context: second argument of the model, or None.
         batch_size: largest number of rows in a minibatch. The sizes differ by one at most.
         like: tensor with the device and precision for the batches.
+        family: name of the family that is trained, which takes x or (x, context); None for a model that takes any arguments.
+        model_kwargs: further keyword arguments of the model, the same in every batch.
 
     Attributes:
         rows: number of rows.
         count: number of minibatches.
+        is_whole: True if each batch has all rows, of which the model draws a minibatch itself; see `subsample`.
 
     Raises:
-        ValueError: if there are no rows, or another number of rows of context.
-        TypeError: if the data cannot be converted to a tensor, or the number of rows is unknown.
+        ValueError: if there are no rows, or a tensor has another number of rows, or values are too large for the precision.
+        TypeError: if the data cannot be converted to tensors, or the number of rows is unknown.
     """
 
-    def __init__(self, data: Any, context: Any, batch_size: int, like: Tensor) -> None:
-        self.device, self.dtype = like.device, like.dtype
-        self.loader = data if isinstance(data, DataLoader) else None
-        if self.loader is not None:
-            if context is not None:
-                raise ValueError("A DataLoader yields the context in its batches, as (x, context): leave context out.")
-            self.x: Any = None
-            self.context: Any = None
-            if not hasattr(data.dataset, "__len__"):
-                raise TypeError(
-                    f"Training wants a dataset with a length, but {type(data.dataset).__name__} has none. Use a map-style "
-                    "dataset, or SVI with size=."
-                )
-            self.rows = len(data.dataset)
+    def __init__(
+        self,
+        data: Any,
+        context: Any,
+        batch_size: int,
+        like: Tensor,
+        *,
+        family: str | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.device, self.dtype, self.family, self.batch_size = like.device, like.dtype, family, batch_size
+        self.model_kwargs = dict(model_kwargs or {})
+        if isinstance(data, TensorDataset):
+            data = data.tensors
+        self.source = data if isinstance(data, (DataLoader, Dataset)) else None
+        self.all: Batch | None = None
+        if self.source is not None:
+            self.rows = self._length(context)
         else:
-            self.x = self.to(_as_tensor(data))
-            self.context = None if context is None else self.to(torch.as_tensor(context))
-            self.rows = len(self.x) if self.x.dim() else 0
+            self.all = self._batch(data if context is None else (*_first_of(data), context))
+            self.rows = self.all.rows
+            self._warn_of_rounding(data if context is None else (data, context))
         if not self.rows:
-            found = "no rows" if self.loader is not None or self.x.dim() else f"the single number {self.x.item():g}"
-            raise ValueError(f"Training wants data of at least one row, as x and as valid, but found {found}.")
-        if self.loader is None and self.context is not None and len(self.context) != self.rows:
-            raise ValueError(
-                f"There are {self.rows} rows of data but {len(self.context)} of context. Pass one context per row."
-            )
+            raise ValueError("Training wants data of at least one row, as x and as valid, but found no rows.")
         self.count = ceil(self.rows / batch_size)
+        self.is_whole = False
+
+    def _length(self, context: Any) -> int:
+        """Return the number of rows of a `Dataset` or `DataLoader`."""
+        if context is not None:
+            raise ValueError(f"A {type(self.source).__name__} yields the context, as (x, context): leave context out.")
+        dataset: Any = self.source.dataset if isinstance(self.source, DataLoader) else self.source
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise TypeError(
+                f"Training wants a dataset with a length, but {type(dataset).__name__} has none. Use a map-style dataset, or "
+                "SVI with size=."
+            )
+        return len(dataset)
 
     def to(self, t: Tensor) -> Tensor:
-        """Return the tensor on the device of `like`, and in its precision if it holds floats."""
-        return t.to(self.device, self.dtype if t.is_floating_point() else t.dtype, non_blocking=True)
+        """Return the tensor on the device of `like`, and in its precision if it holds floats.
+
+        Raises:
+            ValueError: if values are too large for that precision.
+        """
+        if not t.is_floating_point() or t.dtype == self.dtype:
+            return t.to(self.device, non_blocking=True)
+        new = t.to(self.device, self.dtype, non_blocking=True)
+        if torch.finfo(t.dtype).max > torch.finfo(self.dtype).max and not _same_finite(new, t):
+            raise ValueError(
+                f"Training in {self.dtype} cannot hold data of {t[t.isfinite()].abs().max():.3g}. Divide them by their "
+                "size, or train in float64: family.double()."
+            )
+        return new
 
     @property
     def digest(self) -> str | None:
-        """Checksum of all rows, by which a resumed run recognises its data. None for a `DataLoader`."""
-        if self.loader is not None:
+        """Checksum of all rows, by which a resumed run recognises its data. None for a `Dataset` or `DataLoader`."""
+        if self.all is None:
             return None
-        parts = [self.x] if self.context is None else [self.x, self.context]
         digest = sha256()
-        for t in parts:
+        for t in self.all.tensors.values():
             digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    def split(self, share: float, seed: int | None) -> tuple[Batches, Batches, Tensor]:
+        """Return the data without a random share of their rows, this share, and the numbers of its rows.
+
+        The rows depend on nothing but the seed and the number of rows. The random number generator is not used.
+
+        Raises:
+            TypeError: if the data come from a `DataLoader`.
+            ValueError: if a part would be empty.
+        """
+        if isinstance(self.source, DataLoader):
+            raise TypeError(
+                "train cannot hold out a share of a DataLoader. Split its dataset by torch.utils.data.random_split, and pass a "
+                "DataLoader of each part."
+            )
+        number = max(round(share * self.rows), 1)
+        if number >= self.rows:
+            raise ValueError(f"train cannot hold out a share of {share:g} of {self.rows} rows: pass more rows.")
+        order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(0 if seed is None else seed))
+        held_out, kept = order[:number].sort().values, order[number:].sort().values
+        return self._select(kept), self._select(held_out), held_out
+
+    def _select(self, rows: Tensor) -> Batches:
+        """Return these rows of the data."""
+        part = copy.copy(self)
+        part.rows, part.count = len(rows), ceil(len(rows) / self.batch_size)
+        if self.all is not None:
+            part.all = self._take(rows)
+        else:
+            part.source = Subset(self.source, rows.tolist())  # type: ignore[arg-type]
+        return part
 
     def first(self) -> Batch:
         """Return the first batch in order."""
         return next(self.in_order())
 
-    def head(self, rows: int) -> Tensor:
-        """Return all rows of x, or of a `DataLoader` at least this many if it has them."""
-        if self.loader is None:
-            return self.x
-        parts: list[Tensor] = []
-        for x, _ in self.in_order():
-            parts.append(x)
-            if sum(map(len, parts)) >= rows:
+    def head(self, rows: int) -> Batch:
+        """Return all rows, or of a `Dataset` or `DataLoader` at least this many if it has them."""
+        if self.all is not None:
+            return self.all
+        parts: list[Batch] = []
+        for part in self.in_order():
+            parts.append(Batch(part.args, {n: v for n, v in part.kwargs.items() if n not in self.model_kwargs}, part.rows))
+            if sum(part.rows for part in parts) >= rows:
                 break
-        return torch.cat(parts)
+        total = sum(part.rows for part in parts)
+        args, kwargs = (_joined([getattr(part, name) for part in parts]) for name in ("args", "kwargs"))
+        return Batch(args, kwargs | self.model_kwargs, total)
+
+    def subsample(self, size: int) -> None:
+        """Yield all rows in every batch from now on, for a model that draws a minibatch of this size itself.
+
+        Raises:
+            TypeError: if the data come from a `DataLoader`.
+        """
+        if isinstance(self.source, DataLoader):
+            raise TypeError(
+                f"The model draws minibatches of {size} rows itself (subsample_size), from all rows. Pass the rows as tensors, "
+                "not in a DataLoader."
+            )
+        self.all, self.source = self.head(self.rows), None
+        self.count, self.is_whole = ceil(self.rows / size), True
 
     def in_order(self) -> Iterator[Batch]:
         """Return the batches of all rows in order."""
@@ -101,30 +232,178 @@ class Batches:
 
     def _in_batches(self, order: Tensor) -> Iterator[Batch]:
         """Yield the rows of the given numbers in batches."""
-        if self.loader is not None:
-            for batch in self.loader:
-                x, context = pair_of(batch)
-                yield self.to(x), None if context is None else self.to(context)
+        if isinstance(self.source, DataLoader):
+            yield from map(self._batch, self.source)
             return
-        for rows in order.to(self.device).tensor_split(self.count):
-            yield self.x[rows], None if self.context is None else self.context[rows]
+        if self.is_whole:
+            yield from (self.all for _ in range(self.count) if self.all is not None)
+            return
+        device = self.device if self.all is not None else torch.device("cpu")
+        for rows in order.to(device).tensor_split(self.count):
+            yield self._take(rows) if self.all is not None else self._batch(_fetched(self.source, rows.tolist()))
+
+    def _take(self, rows: Tensor) -> Batch:
+        """Return rows of the tensors that are held here."""
+        args, kwargs, _ = self.all  # type: ignore[misc]
+
+        def cut(t: Any) -> Any:
+            return t[rows.to(t.device)] if isinstance(t, Tensor) and t.dim() else t
+
+        kwargs = {name: v if name in self.model_kwargs else _map(cut, v) for name, v in kwargs.items()}
+        return Batch(_map(cut, args), kwargs, len(rows))
+
+    def _batch(self, data: Any) -> Batch:
+        """Return data as arguments of the model, converted to tensors."""
+        args, kwargs = _arguments(data)
+        if self.family is not None:
+            args, kwargs = self._arguments_of_family(args, kwargs), {}
+        for name in kwargs:
+            if name in self.model_kwargs:
+                raise ValueError(f"The data and model_kwargs both have {name!r}: give it once.")
+            if name == "size":
+                raise ValueError(
+                    "The data have the key 'size', which is the number of all rows that train gives the model. Rename it."
+                )
+        args, kwargs = (_map(lambda v: self.to(as_tensor(v, "train")) if _is_array(v) else v, part) for part in (args, kwargs))
+        rows = _number_of_rows(_by_place(args, kwargs))
+        return Batch(args, kwargs | self.model_kwargs, rows)
+
+    def _arguments_of_family(self, args: tuple, kwargs: dict[str, Any]) -> tuple:
+        """Return x or (x, context)."""
+        if kwargs:
+            if "x" not in kwargs or not kwargs.keys() <= {"x", "context"}:
+                raise ValueError(f"{self.family} wants data with the keys 'x' and 'context', but found {listed(kwargs)}.")
+            args = tuple(kwargs[name] for name in ("x", "context") if name in kwargs)
+        args = args[:1] if len(args) == 2 and args[1] is None else args
+        if not 1 <= len(args) <= 2:
+            raise ValueError(
+                f"A batch of {self.family} wants x or (x, context), but found {len(args)} parts. Combine them in the dataset; "
+                "rows in a list are joined by torch.stack(rows)."
+            )
+        return args
+
+    def _warn_of_rounding(self, data: Any) -> None:
+        """Warn of columns whose values change in the fit's precision by much of their deviation."""
+        arrays = [(place, v) for place, v in _leaves(data) if _is_array(v)]
+        for place, given in arrays:
+            t = as_tensor(given, "train")
+            if t.numel() and t.dim() and t.is_floating_point() and torch.finfo(t.dtype).eps < torch.finfo(self.dtype).eps:
+                rows = t.detach().reshape(len(t), -1)
+                change = (rows.to(self.dtype).to(t.dtype) - rows).abs().amax(0)
+                spread = rows.amax(0) - rows.amin(0)
+                resolved = spread > 1e3 * torch.finfo(t.dtype).eps * rows.abs().amax(0)  # others are constant
+                lost = (change > MAX_ROUNDING * spread) & resolved
+                if lost.any():
+                    warnings.warn(
+                        f"In {self.dtype} the data{f' in argument {place}' if len(arrays) > 1 else ''} change by "
+                        f"{(change / spread)[lost].max():.0%} of their range in column {int(lost.nonzero()[0])}. Subtract an "
+                        "offset from them, or train in float64: family.double().",
+                        RuntimeWarning,
+                        stacklevel=5,
+                    )
 
 
-def _as_tensor(data: Any) -> Tensor:
-    """Return rows as a tensor."""
-    try:
-        return torch.as_tensor(data)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:  # a data frame raises KeyError
+# Structures of arrays.
+
+
+def _arguments(data: Any) -> tuple[tuple, dict[str, Any]]:
+    """Return data as positional and keyword arguments of a model."""
+    if isinstance(data, Mapping):
+        return (), {str(name): value for name, value in data.items()}
+    if isinstance(data, tuple) or (isinstance(data, list) and data and all(map(_is_structure, data))):
+        return tuple(data), {}
+    return (data,), {}
+
+
+def _first_of(data: Any) -> tuple:
+    """Return the arguments before a context that is given apart."""
+    args, kwargs = _arguments(data)
+    if kwargs or len(args) > 1:
+        raise ValueError("The data have more arguments than x: put the context among them, and leave context= out.")
+    return args
+
+
+def _is_array(value: Any) -> bool:
+    """Return True for a tensor, an array, a frame, or a list of numbers."""
+    if isinstance(value, list):
+        return not any(map(_is_structure, value))
+    return hasattr(value, "__array__")
+
+
+def _is_structure(value: Any) -> bool:
+    """Return True for arrays and containers of arrays, as opposed to numbers and lists of numbers."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_structure, value))
+    return isinstance(value, Mapping) or hasattr(value, "__array__")
+
+
+def _by_place(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of a model by their place or name."""
+    return {**{str(place): value for place, value in enumerate(args, 1)}, **kwargs}
+
+
+def _leaves(tree: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield everything in a structure that is neither a list, a tuple nor a dictionary, with its place."""
+    if isinstance(tree, Mapping):
+        items: Any = tree.items()
+    elif isinstance(tree, (list, tuple)) and not _is_array(tree):
+        items = enumerate(tree)
+    else:
+        yield place, tree
+        return
+    for key, value in items:
+        yield from _leaves(value, f"{place}[{key!r}]" if place else str(key))
+
+
+def _map(fn: Callable[[Any], Any], tree: Any) -> Any:
+    """Return the structure with a function of each of its leaves."""
+    if isinstance(tree, Mapping):
+        return {name: _map(fn, value) for name, value in tree.items()}
+    if isinstance(tree, (list, tuple)) and not _is_array(tree):
+        return [_map(fn, v) for v in tree] if isinstance(tree, list) else tuple(_map(fn, v) for v in tree)
+    return fn(tree)
+
+
+def _joined(trees: list[Any]) -> Any:
+    """Return structures of tensors with their rows one after the other."""
+    first = trees[0]
+    if isinstance(first, Mapping):
+        return {name: _joined([tree[name] for tree in trees]) for name in first}
+    if isinstance(first, (list, tuple)):
+        joined = [_joined(list(parts)) for parts in zip(*trees, strict=True)]
+        return joined if isinstance(first, list) else tuple(joined)
+    return torch.cat(trees) if isinstance(first, Tensor) and first.dim() else first
+
+
+def _number_of_rows(arguments: Any) -> int:
+    """Return the number of rows that every tensor in the arguments has."""
+    tensors = [(place, t) for place, t in _leaves(arguments) if isinstance(t, Tensor) and t.dim()]
+    if not tensors:
+        found = [v for _, v in _leaves(arguments)]
+        if numbers := [v for v in found if isinstance(v, (Tensor, Number))]:
+            raise ValueError(f"Training wants data of at least one row, but found the single number {float(numbers[0]):g}.")
+        cure = " Pass its rows, such as data.train." if any(hasattr(v, "train") for v in found) else ""
         raise TypeError(
-            f"Training wants data as a tensor, an array or a DataLoader, but found {type(data).__name__}. Convert a data frame "
-            "with torch.as_tensor(frame.to_numpy())."
-        ) from error
+            "train wants data as tensors, arrays, data frames, a Dataset or a DataLoader, but found "
+            f"{listed(type(v).__name__ for v in found)}.{cure}"
+        )
+    first = tensors[0][1]
+    for other, t in tensors[1:]:
+        if len(t) != len(first):
+            what = "context" if other == "2" else f"argument {other}"
+            raise ValueError(
+                f"There are {len(first)} rows of data but {len(t)} of {what}. Pass one row per datum. What is the same for all "
+                "data goes into model_kwargs."
+            )
+    return len(first)
 
 
-def pair_of(batch: Any) -> tuple[Any, Any]:
-    """Return (x, context) from x, [x] or [x, context]. The context is None where there is none."""
-    if not isinstance(batch, (tuple, list)):
-        return batch, None
-    if not 1 <= len(batch) <= 2:
-        raise ValueError(f"A batch wants x or (x, context), but found {len(batch)} parts. Combine them in the dataset.")
-    return batch[0], batch[1] if len(batch) == 2 else None
+def _same_finite(new: Tensor, old: Tensor) -> bool:
+    """Return True if rounding made no number infinite."""
+    return bool((new.isfinite() == old.isfinite().to(new.device)).all())
+
+
+def _fetched(dataset: Any, rows: Sequence[int]) -> Any:
+    """Return items of a dataset, collated."""
+    items = dataset.__getitems__(rows) if hasattr(dataset, "__getitems__") else [dataset[i] for i in rows]
+    return default_collate(items)

@@ -1,4 +1,13 @@
-"""The result of training: a fit with its history."""
+r"""The result of training: a fit with its history.
+
+Training has exploded where its loss :math:`L_e` of epoch e is
+
+.. math:: L_e > 10^4 \max\bigl(c, |L_1|, \dots, |L_m|\bigr), \qquad m = \operatorname{argmin}_{i < e} L_i,
+
+over epochs i in which it had not, with c the size of the loss at the first step, and at least 1 for losses that do not depend
+on the units of the data. A loss that is large from the beginning (many dimensions, other units) is no explosion, nor is one
+that falls. An epoch in which training has exploded is never the best, and three of them in a row end training.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +15,18 @@ __all__ = ["Fit"]
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import inf
+from math import inf, isfinite
 from typing import Any
+
+from torch import Tensor
 
 from pyro_genmodels._pyro import traces
 from pyro_genmodels.training import checkpoints
+
+EXPLOSION = 1e4
+"""Ratio of a training loss to the largest that is usual, above which training has exploded."""
+EXPLODED_EPOCHS = 3
+"""Number of such epochs in a row that end training."""
 
 
 @dataclass
@@ -19,17 +35,24 @@ class Fit:
 
     Attributes:
         family: the family, or the pair (model, guide), with its best parameters.
-        history: one record per epoch: ``epoch`` (from 1), ``train`` and ``valid`` (nats per datum), ``seconds`` since the
-            start. In adversarial training ``train`` is the loss of the generator, ``critic`` that of the critic, and ``valid``
-            the squared energy distance of samples from held-out data.
+        history: one record per epoch: ``epoch`` (from 1), ``train`` and ``valid`` (per datum, in `units`), ``seconds`` since
+            the start. In adversarial training ``train`` is the loss of the generator, ``critic`` that of the critic, and
+            ``valid`` the squared energy distance of samples from held-out data.
         best: record of the epoch whose parameters were kept.
         stopped: reason why training ended.
+        units: what the columns of the history measure, such as ``{"train": "nats", "valid": "nats"}``. "nats" is only said
+            of a negative log-likelihood, or a bound of it; see `Loss.unit`.
+        held_out: numbers of the rows that ``valid=share`` held out, (n,), or None.
+        usual_loss: c in the equation above.
     """
 
     family: Any = field(repr=False)
     history: list[dict[str, float]] = field(default_factory=list, repr=False)
     best: dict[str, float] = field(default_factory=dict)
     stopped: str = ""
+    units: dict[str, str] = field(default_factory=dict)
+    held_out: Tensor | None = field(default=None, repr=False)
+    usual_loss: float = field(default=1.0, repr=False)
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -46,13 +69,28 @@ class Fit:
         """Number of epochs after the best one."""
         return len(self.history) - int(self.best.get("epoch", 0))
 
+    @property
+    def exploded_epochs(self) -> int:
+        """Number of epochs at the end of the history in which training has exploded."""
+        exploded, usual, largest, lowest = 0, self.usual_loss, 0.0, inf
+        for loss in (record["train"] for record in self.history):
+            exploded = exploded + 1 if loss > EXPLOSION * usual else 0
+            if not exploded:
+                largest = max(largest, abs(loss))
+                if loss < lowest:
+                    lowest, usual = loss, max(usual, largest)
+        return exploded
+
     def append(self, record: dict[str, float]) -> bool:
         """Append the record of an epoch, and return True if it is the best so far.
 
-        The best epoch has the lowest validation loss. Without validation it is the last one.
+        The best epoch has the lowest finite validation loss. Without validation it is the last one. An epoch in which training
+        exploded is not the best.
         """
         self.history.append(record)
-        if "valid" in record and not record["valid"] < self.best.get("valid", inf):
+        if self.exploded_epochs:
+            return False
+        if "valid" in record and not (isfinite(record["valid"]) and record["valid"] < self.best.get("valid", inf)):
             return False
         self.best = record
         return True
@@ -64,4 +102,5 @@ class Fit:
             "best": self.best,
             "history": list(self.history),
             "stopped": self.stopped,
+            "units": dict(self.units),
         }

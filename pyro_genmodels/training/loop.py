@@ -1,17 +1,20 @@
 """One training loop for every fit: epochs of minibatches, early stopping, averaged parameters, checkpoints.
 
-`steps` says what one step is. Training on many devices or machines is left to lightning. Early stopping: Prechelt (1998).
+`steps` says what one step is, `fit` when training has exploded. Training on many devices or machines is left to lightning.
+Early stopping: Prechelt (1998).
 """
 
 from __future__ import annotations
 
 __all__ = ["TrainingInterrupted", "train"]
 
+import inspect
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from math import ceil
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
@@ -28,12 +31,13 @@ from pyro_genmodels._pyro import handlers, traces
 from pyro_genmodels.families.family import Family
 from pyro_genmodels.infer.adversarial import Adversarial
 from pyro_genmodels.infer.adversarial.losses import AdversarialLoss
-from pyro_genmodels.optim.averaging import TrainedWeights
-from pyro_genmodels.training.batches import Batches, pair_of
-from pyro_genmodels.training.fit import Fit
+from pyro_genmodels.optim.averaging import TrainedWeights, moving_average
+from pyro_genmodels.training.batches import Batch, Batches
+from pyro_genmodels.training.fit import EXPLODED_EPOCHS, EXPLOSION, Fit
 from pyro_genmodels.training.snapshots import Checkpoint, RunCheckpoint
 from pyro_genmodels.training.steps import AdversarialStep, LossStep, make_step
-from pyro_genmodels.utils.errors import check_positive_int
+from pyro_genmodels.utils.errors import check_positive_int, listed
+from pyro_genmodels.utils.keywords import check_keywords
 
 STANDARDIZE_ROWS = 10_000
 """Number of rows of a DataLoader that are validated and set a family's mean and deviation. Of a tensor all rows are used."""
@@ -62,7 +66,7 @@ def train(
     fit: Any,
     data: Any,
     *,
-    context: Tensor | None = None,
+    context: Any = None,
     objective: ELBO | Adversarial | AdversarialLoss | None = None,
     optim: Callable[[Iterable[nn.Parameter]], Optimizer] | PyroOptim | None = None,
     valid: Any = None,
@@ -73,24 +77,31 @@ def train(
     clip_norm: float | None = 10.0,
     checkpoint: str | Path | Checkpoint | None = None,
     seed: int | None = None,
+    threads: int | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Fit:
     """Train a fit in place. It ends with its best parameters, in evaluation mode.
 
     Args:
-        fit: a family, or a pair (model, guide) that is called as ``model(x)`` or ``model(x, context)``. If the model takes
-            ``size``, it gets the number of all data. A model with latent variables shared by all rows must take it; otherwise
-            these variables count in every batch.
-        data: rows of x, (N, ...), or the pair (x, context). They are moved to the fit's device and precision. Or a
-            `DataLoader` of x or (x, context), whose first 10,000 rows are validated and set a family's mean and deviation.
-        context: context of each row, (N, ...).
+        fit: a family, or a pair (model, guide). If the model takes ``size``, it gets the number of all data. A model with
+            latent variables shared by all rows must take it, or draw its minibatches itself; otherwise these variables count
+            in every batch.
+        data: rows of x, (N, ...): a tensor, an array, a data frame or a list of numbers. They are moved to the fit's device and
+            precision. Or the arguments of the model: a tuple such as (x, context) is given as ``model(*data)``, a dictionary as
+            ``model(**data)``. Tensors in lists and dictionaries inside them are cut into minibatches too, and each has one row
+            per datum. Or a `torch.utils.data.Dataset` or `DataLoader` of such arguments, of which the first 10,000 rows are
+            validated and set a family's mean and deviation. A model with a plate over all rows that has a ``subsample_size`` is
+            given all rows at every step. Families refuse rows with NaN; a model of your own gets them.
+        context: context of each row, (N, ...), the second argument of the model.
         objective: a Pyro loss. The default is `DenoisingScoreMatching` for a fit with a diffusion, `ContrastiveDivergence` if
             an observed distribution has an intractable constant, `Trace_ELBO` if there are latent variables, and otherwise
             `MaximumLikelihood`. Or an `Adversarial`, which then trains its own model. For a family with a critic, such as
             `GAN`, also an adversarial loss such as ``Hinge()``; the default is `Relativistic`.
         optim: function parameters -> torch optimiser, such as ``functools.partial(torch.optim.Adam, lr=1e-3)``, which is the
             default; or one of Pyro's optimisers.
-        valid: held-out data for early stopping, in any form that data can have. None keeps the last parameters.
+        valid: held-out data for early stopping, in any form that data can have, or a share of the data such as 0.1, whose
+            rows are drawn by the seed and are in `Fit.held_out`. None keeps the last parameters.
         epochs: largest number of passes over the data.
         batch_size: largest number of rows per step.
         patience: number of epochs without a better validation loss after which training stops.
@@ -101,18 +112,25 @@ def train(
         checkpoint: path without suffix, or a `Checkpoint` to resume a run or to add notes. At each best epoch the parameters
             are written to ``.safetensors``, with the history, and the history to ``.json`` for reading. Twice a minute and at
             the end, also after Ctrl-C, the run is written to ``.training.safetensors``. See `checkpoints.load`.
-        seed: seed of all random numbers.
+        seed: seed of all random numbers of the training. The initial parameters of a fit are drawn when it is built; call
+            ``pyro.set_rng_seed`` before that to fix them too.
+        threads: number of threads of torch during training. Small networks train two to five times faster with one thread where
+            other programs use the same cores. None leaves torch's number as it is.
+        model_kwargs: further keyword arguments of model and guide, which are the same at every step and are not cut into rows.
         progress: True to show a progress bar.
 
     Returns:
         The fit with its history.
 
     Raises:
-        ValueError: if data are empty or context has another number of rows, or if a run to resume is of another fit.
+        ValueError: if data are empty, arguments have different numbers of rows, or values are not of the fit's data; if an
+            argument here is a keyword of the model as well; or if a run to resume is of another fit.
+        TypeError: if an argument is of the wrong type.
         FileNotFoundError: if there is no run to resume.
         OSError: if the checkpoint cannot be written.
-        FloatingPointError: if the loss becomes NaN or infinite before there are parameters to keep. Later, training stops with
-            a warning.
+        FloatingPointError: if the loss becomes NaN or infinite, or explodes (see `training.fit`), before there are parameters
+            to keep. Later, training stops with a warning, and the last parameters with a usual loss are kept.
+        RuntimeError: if another thread trains or evaluates a fit at the same time.
         TrainingInterrupted: after Ctrl-C, if there is a checkpoint.
 
     Example:
@@ -122,77 +140,193 @@ def train(
         >>> [sorted(record) for record in fit.history]
         [['epoch', 'seconds', 'train', 'valid'], ['epoch', 'seconds', 'train', 'valid']]
     """
-    check_positive_int("train", epochs=epochs, batch_size=batch_size, patience=patience)
-    if not (clip_norm is None or (isinstance(clip_norm, Real) and clip_norm > 0)):
-        raise ValueError(f"train wants a positive number as clip_norm, or None not to clip, but found {clip_norm!r}.")
-    if not (checkpoint is None or isinstance(checkpoint, str | Path | Checkpoint)):
-        raise TypeError(f"train wants a path or a Checkpoint(path) as checkpoint, but found {checkpoint!r}.")
-    if seed is not None:
-        pyro.set_rng_seed(seed)
+    given = {**locals()}
+    _check_options(epochs, batch_size, patience, ema_decay, clip_norm, checkpoint, seed, threads)
     fit = fit.family if isinstance(fit, Fit) else fit
     model, guide = traces.as_pair(fit)
-    modules = traces.modules_of(model, guide)
-    batches, held_out = _load(data, context, valid, batch_size, modules)
-    result = Fit(fit)
-    with _training_mode([*modules, *traces.modules_of(getattr(objective, "critic", None))]):
-        _prepare_family(model, batches, held_out)
-        step = make_step(fit, objective, optim, batches, clip_norm)
-        if ema_decay == "auto":
-            ema_decay = EMA_DECAY if step.wants_average else None
-        weights = TrainedWeights(step.parameters, modules, ema_decay, step.excluded, step.extra_modules)
-        checkpoint = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
-        run = RunCheckpoint(checkpoint, result, weights, step.optimiser, {"rows": batches.rows, "data": batches.digest})
-        begun = time.perf_counter() - (result.history[-1]["seconds"] if result.history else 0.0)
-        try:
-            with _progress_bar(result, epochs, disable=not progress) as bar:
-                for epoch in range(len(result.history) + 1, epochs + 1):
-                    if result.epochs_since_best >= patience:
-                        break
-                    record = {"epoch": epoch, **_train_epoch(step, batches, weights)}
-                    if held_out is not None:
-                        record["valid"] = _validate(step, held_out, weights)
-                    record["seconds"] = time.perf_counter() - begun
-                    if result.append(record):
-                        weights.keep_best()
-                        run.write_best()
-                    run.capture()
-                    bar.set_postfix({k: f"{record[k]:.3f}" for k in ("train", "valid") if k in record}, refresh=False)
-                    bar.update()
-            lost_patience = result.epochs_since_best >= patience
-            result.stopped = (
-                f"no better validation loss in {patience} epochs" if lost_patience else f"{len(result.history)} epochs"
-            )
-            if not result.best:
-                raise FloatingPointError(
-                    "no epoch has a finite validation loss: look for held-out data that the model rules out"
-                )
-            run.write()
-        except FloatingPointError as error:
-            if not result.best:
+    options = [p for p in inspect.signature(train).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != "context"]
+    check_keywords("train", model, [p.name for p in options if given[p.name] is not p.default], (), model_kwargs)
+    with handlers.exclusive("train"), _torch_threads(threads):
+        if seed is not None:
+            pyro.set_rng_seed(seed)
+        modules, result = traces.modules_of(model, guide), Fit(fit)
+        batches, held_out, result.held_out = _load(data, context, valid, batch_size, seed, model, modules, model_kwargs)
+        with _training_mode([*modules, *traces.modules_of(getattr(objective, "critic", None))]):
+            _prepare_family(model, batches, held_out)
+            step = make_step(fit, objective, optim, batches, clip_norm)
+            if held_out is not None and batches.is_whole:
+                _subsample_held_out(step, batches, held_out)
+            if ema_decay == "auto":
+                ema_decay = EMA_DECAY if step.wants_average else None
+            weights = TrainedWeights(step.parameters, modules, ema_decay, step.excluded, step.extra_modules)
+            checkpoint = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
+            run = RunCheckpoint(checkpoint, result, weights, step.optimiser, {"rows": batches.rows, "data": batches.digest})
+            stopped = ""
+            try:
+                _train(step, batches, held_out, result, weights, run, epochs=epochs, patience=patience, progress=progress)
+            except FloatingPointError as error:
+                epoch = len(result.history) + (not result.exploded_epochs)
+                if not result.best:
+                    raise
+                stopped = f"{error} (epoch {epoch}); the state of epoch {result.best['epoch']} is kept"
+                result.stopped = stopped
+                run.write()
+            except KeyboardInterrupt as interrupt:
+                result.stopped = "interrupted"
+                if path := run.write():
+                    raise TrainingInterrupted(path, run.epochs) from interrupt
                 raise
-            epoch = len(result.history) + 1
-            result.stopped = f"{error} (epoch {epoch}); the state of epoch {result.best['epoch']} is kept"
-            run.write()
-            warnings.warn(f"Training stopped: {result.stopped}.", RuntimeWarning, stacklevel=2)
-        except KeyboardInterrupt as interrupt:
-            result.stopped = "interrupted"
-            if path := run.write():
-                raise TrainingInterrupted(path, run.epochs) from interrupt
-            raise
-        finally:
-            weights.restore_best()
+            finally:
+                weights.restore_best()
+    if stopped:
+        warnings.warn(f"Training stopped: {stopped}.", RuntimeWarning, stacklevel=2)
     return result
 
 
+def _train(
+    step: LossStep | AdversarialStep,
+    batches: Batches,
+    held_out: Batches | None,
+    fit: Fit,
+    weights: TrainedWeights,
+    run: RunCheckpoint,
+    *,
+    epochs: int,
+    patience: int,
+    progress: bool,
+) -> None:
+    """Train epoch by epoch, and keep the best parameters.
+
+    Raises:
+        FloatingPointError: if a loss is not finite, or training explodes. The best parameters are then of an epoch before.
+    """
+    begun = time.perf_counter() - (fit.history[-1]["seconds"] if fit.history else 0.0)
+    fit.usual_loss = max(step.smallest_loss, abs(fit.history[0]["train"]) if fit.history else 0.0)
+    before: tuple[dict[str, float], list[Tensor]] = {}, weights.best
+    first_loss: list[float] = []  # after the best epoch
+    try:
+        with _progress_bar(fit, epochs, disable=not progress) as bar:
+            for epoch in range(len(fit.history) + 1, epochs + 1):
+                if fit.epochs_since_best >= patience:
+                    break
+                record = {"epoch": epoch, **_train_epoch(step, batches, weights, first_loss)}
+                if held_out is not None:
+                    record["valid"] = _validate(step, held_out, weights)
+                record["seconds"] = time.perf_counter() - begun
+                if epoch == 1:
+                    fit.usual_loss = max(step.smallest_loss, abs(first_loss[0])) or 1.0
+                fit.units = {name: unit for name, unit in step.units.items() if name in record}
+                last = fit.best, weights.best
+                if fit.append(record):
+                    before = last
+                    first_loss.clear()
+                    weights.keep_best()
+                    run.write_best()
+                run.capture()
+                bar.set_postfix_str(_postfix(record, fit.units), refresh=False)
+                bar.update()
+                if fit.exploded_epochs >= EXPLODED_EPOCHS:
+                    break
+        if fit.exploded_epochs:
+            raise FloatingPointError(
+                f"the training loss has exploded to {fit.history[-1]['train']:.3g}: lower the learning rate, or look for "
+                "outliers"
+            )
+        if not fit.best:
+            raise FloatingPointError("no epoch has a finite validation loss: look for held-out data that the model rules out")
+    except FloatingPointError:
+        if held_out is None and fit.best and not _is_usual(first_loss, fit):
+            fit.best, weights.best = before
+            weights.restore_best()
+            run.capture()
+        raise
+    lost_patience = fit.epochs_since_best >= patience
+    fit.stopped = f"no better validation loss in {patience} epochs" if lost_patience else f"{len(fit.history)} epochs"
+    run.write()
+
+
+def _check_options(
+    epochs: Any, batch_size: Any, patience: Any, ema_decay: Any, clip_norm: Any, checkpoint: Any, seed: Any, threads: Any
+) -> None:
+    """Check the options of `train` that are numbers or paths."""
+    check_positive_int("train", epochs=epochs, batch_size=batch_size, patience=patience)
+    if threads is not None:
+        check_positive_int("train", threads=threads)
+    if not (clip_norm is None or (isinstance(clip_norm, Real) and not isinstance(clip_norm, bool) and float(clip_norm) > 0)):
+        raise ValueError(f"train wants a positive number as clip_norm, or None not to clip, but found {clip_norm!r}.")
+    if not (checkpoint is None or isinstance(checkpoint, str | Path | Checkpoint)):
+        raise TypeError(f"train wants a path or a Checkpoint(path) as checkpoint, but found {checkpoint!r}.")
+    if not (seed is None or (isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**32)):
+        raise ValueError(f"train wants an integer from 0 to 2**32 - 1 as seed, or None, but found {seed!r}.")
+    if isinstance(ema_decay, bool):
+        raise ValueError(f"train wants a decay such as 0.999 as ema_decay, None or 'auto', but found {ema_decay!r}.")
+    if not (ema_decay is None or ema_decay == "auto"):
+        moving_average(ema_decay)  # raises an error for a bad decay
+
+
+@contextmanager
+def _torch_threads(number: int | None) -> Iterator[None]:
+    """Set torch's number of threads, and the former one at the end; None changes nothing."""
+    before = torch.get_num_threads()
+    try:
+        if number is not None:
+            torch.set_num_threads(number)
+        yield
+    finally:
+        if number is not None:
+            torch.set_num_threads(before)
+
+
 def _load(
-    data: Any, context: Tensor | None, valid: Any, batch_size: int, modules: list[nn.Module]
-) -> tuple[Batches, Batches | None]:
-    """Return the data and the held-out data in batches, on the device and in the precision of the modules."""
-    if context is None:
-        data, context = pair_of(data)
+    data: Any,
+    context: Any,
+    valid: Any,
+    batch_size: int,
+    seed: int | None,
+    model: Callable[..., Any],
+    modules: list[nn.Module],
+    model_kwargs: Mapping[str, Any] | None,
+) -> tuple[Batches, Batches | None, Tensor | None]:
+    """Return the data and the held-out data in batches, and the numbers of the rows if these are a share of the data.
+
+    Batches are on the device and in the precision of the modules.
+    """
     like = next((p for m in modules for p in m.parameters()), torch.empty(0))
-    held_out = None if valid is None else Batches(*pair_of(valid), max(batch_size, 256), like)
-    return Batches(data, context, batch_size, like), held_out
+    family = _family_of(model)
+    form: Any = {"family": None if family is None else family.name, "model_kwargs": model_kwargs}
+    batches = Batches(data, context, batch_size, like, **form)
+    if valid is None:
+        return batches, None, None
+    if isinstance(valid, Real):
+        if not 0 < float(valid) < 1:
+            raise ValueError(
+                f"train wants held-out rows as valid, or a share of the data between 0 and 1, but found {valid!r}."
+            )
+        return batches.split(float(valid), seed)
+    held_out = Batches(valid, None, max(batch_size, 256), like, **form)
+    if batches.all and held_out.all and (batches.all.names != held_out.all.names):
+        raise ValueError(
+            f"valid holds {listed(held_out.all.names)}, but the data hold {listed(batches.all.names)}. Pass it in the form "
+            "of the data, such as valid=(x, context)."
+        )
+    return batches, held_out, None
+
+
+def _subsample_held_out(step: LossStep | AdversarialStep, batches: Batches, held_out: Batches) -> None:
+    """Give all held-out rows to a model that draws its minibatches itself.
+
+    Raises:
+        ValueError: if its plate has a fixed number of rows.
+    """
+    held_out.subsample(ceil(batches.rows / batches.count))
+    try:
+        with handlers.side_effect_free(step), torch.random.fork_rng():
+            step.loss(held_out.first())
+    except IndexError as error:
+        raise ValueError(
+            f"The model has a plate of {batches.rows} rows for any data, but valid has {held_out.rows}. Write the plate by the "
+            "rows that the model is given: pyro.plate(name, len(x), subsample_size=...)."
+        ) from error
 
 
 @contextmanager
@@ -207,16 +341,37 @@ def _training_mode(modules: list[nn.Module]) -> Iterator[None]:
             module.eval()
 
 
+def _family_of(model: Callable[..., Any]) -> Family | None:
+    """Return the family whose model this is, or None."""
+    owner = getattr(model, "__self__", None)
+    return owner if isinstance(owner, Family) else None
+
+
 def _prepare_family(model: Callable[..., Any], batches: Batches, held_out: Batches | None) -> None:
-    """Validate the data of a family, and set its mean and deviation by those to train on."""
-    family = getattr(model, "__self__", None)
-    if not isinstance(family, Family):
+    """Validate the data of a family, and set mean and deviation of data and contexts by those to train on."""
+    family = _family_of(model)
+    if family is None:
         return
     rows = batches.head(STANDARDIZE_ROWS)
-    family.validate(rows)
-    family.prepare(rows)
-    if held_out is not None:
-        family.validate(held_out.head(STANDARDIZE_ROWS))
+    for part in (rows, *([] if held_out is None else [held_out.head(STANDARDIZE_ROWS)])):
+        _check_swapped(family, part)
+        family.validate(part.x)
+        if part.context is not None and part.context.is_floating_point() and (found := part.nonfinite_rows()):
+            raise ValueError(f"{family.name} cannot be trained on these data: {found}. Drop or impute these rows first.")
+        with handlers.side_effect_free(family):
+            family.embed(part.context if part.context is None else part.context[:256])
+    family.prepare(rows.x, rows.context)
+
+
+def _check_swapped(family: Family, batch: Batch) -> None:
+    """Raise an error if x has another shape than the family's events, and the context has this shape."""
+    shapes = [tuple(t.shape[1:]) for t in (batch.x, batch.context) if isinstance(t, Tensor)]
+    wanted = tuple(family.event_shape)
+    if len(shapes) == 2 and shapes[0] != wanted == shapes[1]:
+        raise ValueError(
+            f"{family.name} wants events of shape {wanted}, but those of x are {shapes[0]}, and those of the context {wanted}. "
+            "Swap them: (x, context)."
+        )
 
 
 def _progress_bar(fit: Fit, epochs: int, *, disable: bool) -> tqdm:
@@ -226,12 +381,33 @@ def _progress_bar(fit: Fit, epochs: int, *, disable: bool) -> tqdm:
     return tqdm(total=epochs, initial=len(fit.history), desc=name, unit="epoch", disable=disable, mininterval=interval)
 
 
-def _train_epoch(step: LossStep | AdversarialStep, batches: Batches, weights: TrainedWeights) -> dict[str, float]:
-    """Train on all data once, and return the mean losses by name (nats per datum)."""
+def _postfix(record: Mapping[str, float], units: Mapping[str, str]) -> str:
+    """Return the losses of an epoch with their units, for the progress bar."""
+    words = []
+    for name, unit in units.items():
+        others = [u for n, u in units.items() if n != name]
+        words.append(f"{name}={record[name]:.3f}" + (f" {unit}" if unit not in others or name == [*units][-1] else ""))
+    return ", ".join(words)
+
+
+def _train_epoch(
+    step: LossStep | AdversarialStep, batches: Batches, weights: TrainedWeights, first_loss: list[float]
+) -> dict[str, float]:
+    """Train on all data once, and return the mean losses per datum by name.
+
+    Append the training loss of the first step to `first_loss`: that of the parameters with which the epoch begins.
+    """
     losses = []
     for number, batch in enumerate(batches.shuffled(), 1):
-        losses.append((step.step(batch, number), len(batch[0])))
+        try:
+            losses.append((step.step(batch, number), batch.rows))
+        except FloatingPointError:
+            if number == 1 and batch.nonfinite_rows():
+                first_loss.append(0.0)  # the parameters are not to blame
+            raise
         weights.update()
+        if number == 1:
+            first_loss.append(losses[0][0]["train"])
     if not weights.finite:
         raise FloatingPointError("a parameter is not finite after the last step: lower the learning rate")
     rows = sum(n for _, n in losses)
@@ -243,3 +419,8 @@ def _validate(step: LossStep | AdversarialStep, held_out: Batches, weights: Trai
     with weights.averaged(), handlers.side_effect_free(step), torch.random.fork_rng():
         torch.manual_seed(VALIDATION_SEED)
         return step.validate(held_out)
+
+
+def _is_usual(first_loss: list[float], fit: Fit) -> bool:
+    """Return True if there was a first step after the best epoch, and its loss was not far above that epoch's."""
+    return bool(first_loss) and first_loss[0] <= EXPLOSION * max(fit.usual_loss, abs(fit.best["train"]))

@@ -1,7 +1,8 @@
 r"""One step of training: of a Pyro loss by one optimiser, or of an adversarial loss by two.
 
-The loss is in nats per datum, and so is the gradient: the model's plate scales each minibatch of B out of N rows by N / B, and
-the sum is divided by N here.
+The loss is per datum, and so is the gradient: the model's plate scales each minibatch of B out of N rows by N / B, and the sum
+is divided by N here. A model that draws its minibatches itself, by a plate over all rows with ``subsample_size``, is given all
+rows.
 """
 
 from __future__ import annotations
@@ -16,27 +17,31 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer import ELBO, EnergyDistance, Trace_ELBO, Trace_MMD
 from pyro.nn import PyroModule
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from pyro_genmodels._pyro import traces
+from pyro_genmodels._pyro import handlers, subsampling, traces
 from pyro_genmodels.distributions.capabilities import Capabilities, capabilities
 from pyro_genmodels.distributions.energy.partition import quick_log_partition
 from pyro_genmodels.divergences import EnergyKernel, mmd
-from pyro_genmodels.infer.adversarial import Adversarial
+from pyro_genmodels.infer.adversarial import Adversarial, LostGameError
 from pyro_genmodels.infer.adversarial.losses import AdversarialLoss
 from pyro_genmodels.infer.contrastive import ContrastiveDivergence, NoiseContrastive
 from pyro_genmodels.infer.denoising import DenoisingScoreMatching
 from pyro_genmodels.infer.flow_matching import FlowMatching
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
+from pyro_genmodels.infer.sample_losses import SampleLoss
 from pyro_genmodels.optim.adapters import make_optimizer
 from pyro_genmodels.training.batches import Batch, Batches
 from pyro_genmodels.utils.distributions import modules_and_tensors, unwrap
+
+UNITS = {EnergyDistance: "energy distance", Trace_MMD: "loss"}
+"""What losses of Pyro measure that are not in nats."""
 
 
 def make_step(fit: Any, objective: Any, optim: Any, batches: Batches, clip_norm: float | None) -> LossStep | AdversarialStep:
@@ -62,7 +67,7 @@ def make_step(fit: Any, objective: Any, optim: Any, batches: Batches, clip_norm:
     if isinstance(objective, Adversarial):
         return AdversarialStep(objective, model, guide, batches)
     if objective is not None and not isinstance(objective, ELBO):
-        found = f"the class {objective.__name__}" if isinstance(objective, type) else type(objective).__name__
+        found = f"the class {objective.__name__}; call it" if isinstance(objective, type) else type(objective).__name__
         raise TypeError(f"objective wants a Pyro loss, an object such as MaximumLikelihood(), but found {found}.")
     return LossStep(model, guide, objective, batches, optim, clip_norm)
 
@@ -86,6 +91,7 @@ class LossStep:
         excluded: names of parameters that belong to the objective, not to the fit.
         extra_modules: modules that do not belong to the fit.
         wants_average: True if samples take many passes through the network, which the last parameters serve badly.
+        smallest_loss: usual size of a loss that is 0 at first: 1, or 0 for losses in the units of the data.
     """
 
     def __init__(
@@ -100,7 +106,7 @@ class LossStep:
         self.model, self.guide, self.rows = model, guide, batches.rows
         self.takes_size = "size" in inspect.signature(model).parameters
         self.clip_norm = inf if clip_norm is None else clip_norm
-        self.objective, sites = self._first_run(objective, batches.first())
+        self.objective, sites = _first_run(batches, model, lambda batch: self._first_run(objective, batch))
         self.distributions, self.parameters = sites.distributions, sites.trainable()
         self.optimiser = make_optimizer(optim, list(self.parameters.values()))
         self.excluded = getattr(self.objective, "own_parameters", ())
@@ -109,17 +115,24 @@ class LossStep:
             isinstance(self.objective, DenoisingScoreMatching)
             and any(capabilities(d).has_noise_error for d in self.distributions)
         )
+        self.smallest_loss = 0.0 if isinstance(self.objective, SampleLoss) else 1.0
         self._warned = False
+
+    @property
+    def units(self) -> dict[str, str]:
+        """What the losses measure, by the column of the history."""
+        unit = getattr(self.objective, "unit", UNITS.get(type(self.objective), "nats"))
+        return {"train": getattr(self.objective, "training_unit", None) or unit, "valid": unit}
 
     def step(self, batch: Batch, number: int) -> dict[str, float]:
         """Take one step.
 
         Args:
-            batch: rows of x and of the context.
+            batch: arguments of the model.
             number: number of the step in its epoch, for the error.
 
         Returns:
-            The loss of the batch, in nats per datum, as "train".
+            The loss of the batch per datum, as "train".
 
         Raises:
             FloatingPointError: if the loss or its gradient is not finite.
@@ -127,25 +140,29 @@ class LossStep:
         for p in self.parameters.values():
             p.grad = None
         loss = self._loss(self.objective.loss_and_grads, batch, self.rows)
-        rows = self.rows if self.takes_size else len(batch[0])
+        rows = self.rows if self.takes_size else batch.rows
         for p in self.parameters.values():
             if p.grad is not None:
                 p.grad.div_(rows)
         norm = clip_grad_norm_(list(self.parameters.values()), self.clip_norm, foreach=True).item()
         for name, value in (("loss", loss), ("norm of the gradient", norm)):
             if not isfinite(value):
-                raise FloatingPointError(
-                    f"the {name} is {value} at step {number}: lower the learning rate, or look for outliers"
-                )
+                advice = batch.nonfinite_rows() or "lower the learning rate, or look for outliers"
+                raise FloatingPointError(f"the {name} is {value} at step {number}: {advice}")
         self.optimiser.step()
         return {"train": loss}
 
+    def loss(self, batch: Batch) -> float:
+        """Return the loss of a batch per datum, without a step."""
+        with torch.no_grad():
+            return self._loss(self.objective.loss, batch, self.rows)
+
     def validate(self, held_out: Batches) -> float:
-        """Return the mean loss of held-out data, in nats per datum."""
+        """Return the mean loss of held-out data per datum."""
         if energies := [d for d in self.distributions if capabilities(d).intractable]:
             self._prepare_log_partition(energies, held_out.first())
         with torch.no_grad():
-            return _mean([(self._loss(self.objective.loss, b, held_out.rows), len(b[0])) for b in held_out.in_order()])
+            return _mean([(self._loss(self.objective.loss, b, held_out.rows), b.rows) for b in held_out.in_order()])
 
     def _first_run(self, objective: Any, batch: Batch) -> tuple[Any, _Sites]:
         """Run the fit once, or twice if its parameters show only in the loss; return the objective and the recorded sites."""
@@ -184,7 +201,7 @@ class LossStep:
     def _traces(self, batch: Batch) -> tuple[Trace, Trace]:
         """Run model and guide once without gradients, and return their traces."""
         with torch.no_grad():
-            return traces.run_pair(self.model, self.guide, _args(batch), {})
+            return traces.run_pair(self.model, self.guide, batch.args, batch.kwargs)
 
     def _loss(self, loss: Callable[..., float], batch: Batch, rows: int) -> float:
         """Return the loss, which is NaN or infinite also where a distribution refuses such parameters by a ValueError."""
@@ -198,8 +215,8 @@ class LossStep:
             return value
 
     def _call(self, loss: Callable[..., float], batch: Batch, rows: int) -> float:
-        kwargs = {"size": rows} if self.takes_size else {}
-        return loss(self.model, self.guide, *_args(batch), **kwargs) / (rows if self.takes_size else len(batch[0]))
+        kwargs = batch.kwargs | ({"size": rows} if self.takes_size else {})
+        return loss(self.model, self.guide, *batch.args, **kwargs) / (rows if self.takes_size else batch.rows)
 
 
 class AdversarialStep:
@@ -225,7 +242,8 @@ class AdversarialStep:
             raise ValueError("The objective is an Adversarial of another model than this fit: build it of fit.model.")
         self.trainer, self.rows = trainer, batches.rows
         self.takes_size = "size" in inspect.signature(trainer.model).parameters
-        trainer.prepare(*_args(batches.first()), **self._size(self.rows))
+        prepare = trainer.prepare
+        _first_run(batches, trainer.model, lambda batch: prepare(*batch.args, **self._kwargs(batch, self.rows)))
         critic = {f"critic.{name}": p for name, p in trainer.parameters["critic"].items()}
         self.parameters = {**trainer.parameters["generator"], **critic}
         self.optimiser: Any = _TwoOptimizers(list(trainer.optimisers.values()))
@@ -233,11 +251,35 @@ class AdversarialStep:
         self.excluded = () if owns_critic else tuple(critic)
         self.extra_modules: list[nn.Module] = [] if owns_critic else [trainer.critic]
         self.wants_average = True
+        self.smallest_loss = 1.0
+
+    @property
+    def units(self) -> dict[str, str]:
+        """What the losses measure, by the column of the history."""
+        valid = "squared energy distance" if self._compares_samples else "adversarial loss"
+        return {"train": "adversarial loss", "critic": "adversarial loss", "valid": valid}
+
+    @property
+    def _compares_samples(self) -> bool:
+        return self.trainer.pairing.compares_data and self.trainer.extra_loss is None
 
     def step(self, batch: Batch, number: int) -> dict[str, float]:
-        """Take one step of each, and return the loss of the generator as "train" and of the critic as "critic"."""
-        losses = self.trainer.step(*_args(batch), **self._size(self.rows))
+        """Take one step of each, and return the loss of the generator as "train" and of the critic as "critic".
+
+        Raises:
+            FloatingPointError: if a loss or gradient is not finite, or the data are not.
+        """
+        try:
+            losses = self.trainer.step(*batch.args, **self._kwargs(batch, self.rows))
+        except (LostGameError, ValueError) as error:
+            if found := batch.nonfinite_rows():
+                raise FloatingPointError(f"the loss is nan at step {number}: {found}") from error
+            raise
         return {"train": losses["generator"], "critic": losses["critic"]}
+
+    def loss(self, batch: Batch) -> float:
+        """Return the loss of the generator on a batch, without a step."""
+        return self.trainer.evaluate_loss(*batch.args, **self._kwargs(batch, self.rows))["generator"]
 
     @torch.no_grad()
     def validate(self, held_out: Batches) -> float:
@@ -245,18 +287,24 @@ class AdversarialStep:
 
         Otherwise return the loss of the generator by the present critic.
         """
-        trainer, size = self.trainer, self._size(held_out.rows)
-        if not trainer.pairing.compares_data or trainer.extra_loss is not None:
-            losses = [(trainer.evaluate_loss(*_args(b), **size)["generator"], len(b[0])) for b in held_out.in_order()]
-            return _mean(losses)
-        inputs = [
-            trainer.pairing.critic_inputs(trainer.model, trainer.guide, _args(batch), size) for batch in held_out.in_order()
-        ]
+        try:
+            return self._validation_loss(held_out)
+        except ValueError:  # of a loader's rows that are not finite
+            if any(batch.nonfinite_rows() for batch in held_out.in_order()):
+                return float("nan")
+            raise
+
+    def _validation_loss(self, held_out: Batches) -> float:
+        trainer = self.trainer
+        runs = [(batch.args, self._kwargs(batch, held_out.rows), batch.rows) for batch in held_out.in_order()]
+        if not self._compares_samples:
+            return _mean([(trainer.evaluate_loss(*args, **kwargs)["generator"], rows) for args, kwargs, rows in runs])
+        inputs = [trainer.pairing.critic_inputs(trainer.model, trainer.guide, args, kwargs) for args, kwargs, _ in runs]
         real, fake = (torch.cat([getattr(part, name)[0] for part in inputs]) for name in ("real", "fake"))
         return mmd(real, fake, kernel=EnergyKernel()).value.item() if fake.isfinite().all() else float("nan")
 
-    def _size(self, rows: int) -> dict[str, int]:
-        return {"size": rows} if self.takes_size else {}
+    def _kwargs(self, batch: Batch, rows: int) -> dict[str, Any]:
+        return batch.kwargs | ({"size": rows} if self.takes_size else {})
 
 
 class _TwoOptimizers:
@@ -291,6 +339,28 @@ class _TwoOptimizers:
             first += count
 
 
+def _first_run(batches: Batches, model: Any, run: Callable[[Batch], Any]) -> Any:
+    """Call a function with the first batch, or with all rows if the model draws its minibatches itself."""
+    batch = batches.first()
+    counts = [] if traces.is_family(model) else _rows_that_are_drawn(model, batch, batches.rows)
+    if not counts or counts[0] == batch.rows:  # a batch may be the minibatch of the plate
+        try:
+            return run(batch)
+        except IndexError:
+            if not counts:
+                raise
+    batches.subsample(counts[0])
+    return run(batches.first())
+
+
+def _rows_that_are_drawn(model: Any, batch: Batch, rows: int) -> list[int]:
+    """Return the number of rows that plates over all rows, or over those of the batch, draw by themselves."""
+    kwargs = batch.kwargs | ({"size": rows} if "size" in inspect.signature(model).parameters else {})
+    with handlers.side_effect_free(model), torch.random.fork_rng():
+        plates = subsampling.subsampled_plates(model, batch.args, kwargs)
+    return [plate.count for plate in plates if plate.size in (batch.rows, rows)]
+
+
 class _Sites(Messenger):
     """Handler that records the distributions and parameters that a run meets."""
 
@@ -318,10 +388,6 @@ class _Sites(Messenger):
 def _mean(losses: list[tuple[float, int]]) -> float:
     """Return the mean of (loss, rows) pairs, weighted by rows."""
     return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
-
-
-def _args(batch: Batch) -> tuple[Tensor, ...]:
-    return (batch[0],) if batch[1] is None else (batch[0], batch[1])
 
 
 def _has_one_constant(fn: Any) -> bool:

@@ -918,16 +918,17 @@ def test_a_good_checkpoint_is_not_replaced_before_there_is_another(tmp_path):
 
 @pytest.mark.parametrize("objective", [None, Trace_ELBO()], ids=["by default", "given"])
 @pytest.mark.parametrize("valid", [None, torch.ones(5)], ids=["alone", "validated"])
-def test_a_model_is_run_once_to_begin_with_and_once_a_batch(objective, valid):
+def test_a_model_is_run_twice_to_begin_with_and_once_a_batch(objective, valid):
     runs = []
 
     def model(x):
         runs.append(len(x))
         location(x)
 
+    # Twice to begin with: as far as its first site in a plate, to see if it subsamples, and whole.
     train((model, no_guide), torch.ones(9), valid=valid, objective=objective, epochs=3, batch_size=3)
     epoch = [3, 3, 3] if valid is None else [3, 3, 3, 5]
-    assert runs == [3, *epoch, *epoch, *epoch]
+    assert runs == [3, 3, *epoch, *epoch, *epoch]
 
 
 class Copies(TorchDispatchMode):
