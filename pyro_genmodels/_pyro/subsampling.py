@@ -1,0 +1,109 @@
+"""Plates that choose their rows by themselves (``subsample_size``), run block by block so that each row counts once.
+
+Such a plate refuses indices of another number than its own. It takes a block of that many, and the last block begins with rows
+that an earlier one has.
+"""
+
+from __future__ import annotations
+
+__all__ = ["RowBlock", "SubsampledPlate", "fixed_rows", "row_blocks", "subsampled_plates"]
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.replay_messenger import ReplayMessenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+
+class RowBlock(NamedTuple):
+    """Rows of a subsampled plate that one run sees.
+
+    Attributes:
+        indices: indices of these rows in the plate.
+        new: slice of them that no earlier block has.
+        to: position of the new rows among all.
+    """
+
+    indices: Tensor
+    new: slice
+    to: slice
+
+
+class SubsampledPlate(NamedTuple):
+    """A plate that chooses rows at random.
+
+    Attributes:
+        name: name of the plate.
+        size: number of its rows.
+        count: number of rows that a run sees.
+        device: device of their indices.
+    """
+
+    name: str
+    size: int
+    count: int
+    device: Any = "cpu"
+
+    def blocks(self) -> Iterator[RowBlock]:
+        """Yield blocks of rows that are all rows together."""
+        return row_blocks(self.size, self.count, self.device)
+
+
+def row_blocks(size: int, count: int, device: Any = "cpu") -> Iterator[RowBlock]:
+    """Yield blocks of ``count`` rows that are all rows together. The last begins with rows that an earlier block has.
+
+    Example:
+        >>> [(block.indices.tolist(), block.new, block.to) for block in row_blocks(3, 2)]
+        [([0, 1], slice(0, 2, None), slice(0, 2, None)), ([1, 2], slice(1, 2, None), slice(2, 3, None))]
+    """
+    for start in range(0, size, count):
+        first = min(start, size - count)
+        indices = torch.arange(first, first + count, device=device)
+        yield RowBlock(indices, slice(start - first, count), slice(start, first + count))
+
+
+def fixed_rows(indices: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
+    """Return a context in which plates take these rows, {name of the plate: indices}, instead of choosing them."""
+    rows = Trace()
+    for name, value in indices.items():
+        site = {"type": "sample", "name": name, "value": value, "is_observed": False, "infer": {}, "cond_indep_stack": ()}
+        rows.add_node(name, **site)
+    return ReplayMessenger(trace=rows)
+
+
+class _PlatesSeenError(Exception):
+    """The end of a run that has shown its plates."""
+
+
+class _PlatesMessenger(Messenger):
+    """Handler that records plates with ``subsample_size``, up to the first site inside a plate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, SubsampledPlate] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            fn = msg["fn"]
+            if msg["value"] is None and fn.subsample_size is not None and fn.subsample_size < fn.size:
+                self.found[msg["name"]] = SubsampledPlate(msg["name"], fn.size, fn.subsample_size, fn.device)
+        elif any(frame.vectorized for frame in msg["cond_indep_stack"]):
+            raise _PlatesSeenError
+
+
+def subsampled_plates(fn: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> list[SubsampledPlate]:
+    """Return the plates that choose rows at random around the first site of a function that lies inside a plate.
+
+    The function runs no further than that site, so that this is cheap for any number of rows. An error of the run, such as one
+    of a prior draw that a later distribution refuses, ends it too.
+    """
+    plates = _PlatesMessenger()
+    with suppress(Exception), poutine.block(), torch.no_grad(), plates:
+        fn(*args, **kwargs)
+    return list(plates.found.values())
