@@ -1,14 +1,47 @@
-"""Arguments of a model. Those with one row per datum are cut along with the data."""
+"""Arguments of a model, whose rows are cut along with the data, or chosen by the model's own plate."""
 
 from __future__ import annotations
 
-__all__ = ["RowArguments"]
+__all__ = ["RowArguments", "given", "map_nested", "row_arguments", "with_own_plate"]
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from torch import Tensor
+
+from pyro_genmodels._pyro import subsampling, traces
+from pyro_genmodels._pyro.subsampling import RowBlock, SubsampledPlate
+from pyro_genmodels.utils.tensors import as_tensor
+
+
+def row_arguments(owner: str, x: Any, args: tuple, kwargs: Mapping[str, Any], row_dim: int = 0) -> RowArguments:
+    """Return the arguments of a model, with arrays and data frames as tensors.
+
+    Args:
+        owner: function that takes them, for error messages.
+        x: data, (N, ...) or with N rows in another dimension: tensor, numpy array, data frame or list of numbers.
+        args: other positional arguments.
+        kwargs: keyword arguments.
+        row_dim: dimension of x that holds the rows.
+
+    Raises:
+        TypeError: if x holds no numbers.
+        ValueError: if x has no rows in that dimension.
+    """
+    x = as_tensor(x, owner)
+    if isinstance(row_dim, bool) or not isinstance(row_dim, int):
+        raise TypeError(f"{owner} wants row_dim as an integer, the dimension of x that holds the rows, but found {row_dim!r}.")
+    if not -x.dim() <= row_dim < max(x.dim(), 1):
+        raise ValueError(f"{owner} wants row_dim as a dimension of x, of the shape {tuple(x.shape)}, but found {row_dim}.")
+    if not x.dim() or not x.shape[row_dim]:
+        raise ValueError(
+            f"{owner} wants one or more rows, (N, ...), but found x of the shape {tuple(x.shape)}. A single datum is x[None]."
+        )
+    return RowArguments((x, *_as_tensors(args)), dict(_as_tensors(kwargs)), row_dim % x.dim())
 
 
 @dataclass(frozen=True)
@@ -18,34 +51,120 @@ class RowArguments:
     Attributes:
         args: positional arguments; the first is the data, (N, ...).
         kwargs: keyword arguments.
+        row_dim: dimension of the data that holds the rows.
+        plate: plate of the model that chooses rows by itself, so that the arguments are never cut; None cuts them.
+        block: rows of that plate that a run sees; None if there is no such plate, or they are all rows.
     """
 
     args: tuple
     kwargs: dict[str, Any]
+    row_dim: int = 0
+    plate: SubsampledPlate | None = None
+    block: RowBlock | None = None
 
     @property
     def num_rows(self) -> int:
-        """N, the number of rows of the data."""
-        return len(self.args[0])
+        """Number of rows that a run sees."""
+        return self.args[0].shape[self.row_dim] if self.block is None else len(self.block.indices)
+
+    @property
+    def new(self) -> slice:
+        """Rows of a run that no earlier batch has."""
+        return slice(None) if self.block is None else self.block.new
+
+    def fixed_rows(self) -> AbstractContextManager[Any]:
+        """Return a context in which the model's own plate takes these rows."""
+        indices = {} if self.plate is None or self.block is None else {self.plate.name: self.block.indices}
+        return subsampling.fixed_rows(indices)
+
+    def subsampled(self, plate: SubsampledPlate | None) -> RowArguments:
+        """Return the same arguments for a model whose own plate chooses rows; None for one without such a plate."""
+        return replace(self, plate=plate)
 
     def take(self, rows: slice | Tensor) -> RowArguments:
-        """Return the arguments with only these rows of every tensor that has N of them.
+        """Return the arguments with only these rows of every tensor that has N of them, also inside lists and dicts.
 
         Args:
             rows: slice, or indices (n,).
 
         Example:
             >>> import torch
-            >>> RowArguments((torch.arange(3), torch.tensor([5.0, 6.0])), {"context": torch.zeros(3, 1)}).take(slice(0, 1))
-            RowArguments(args=(tensor([0]), tensor([5., 6.])), kwargs={'context': tensor([[0.]])})
+            >>> covariates = {"context": torch.zeros(3, 1), "name": "a"}
+            >>> RowArguments((torch.arange(3), [torch.tensor([5.0, 6.0])]), covariates).take(slice(0, 1)).kwargs
+            {'context': tensor([[0.]]), 'name': 'a'}
         """
 
         def cut(value: Any) -> Any:
-            return value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == self.num_rows else value
+            if not isinstance(value, Tensor):
+                return value
+            dim = next((d for d in (self.row_dim, 0) if value.dim() > d and value.shape[d] == self.num_rows), None)
+            return value if dim is None else value[(slice(None),) * dim + (rows,)]
 
-        return RowArguments(tuple(map(cut, self.args)), {name: cut(value) for name, value in self.kwargs.items()})
+        return replace(self, args=map_nested(cut, self.args), kwargs=map_nested(cut, self.kwargs))
+
+    def first(self, count: int) -> RowArguments:
+        """Return the arguments of at most `count` rows at the beginning, or of the first block of the model's own plate."""
+        return self.take(slice(0, count)) if self.plate is None else next(self.batches(count))
 
     def batches(self, size: int) -> Iterator[RowArguments]:
-        """Yield the arguments of consecutive batches of at most `size` rows."""
-        for start in range(0, self.num_rows, size):
-            yield self.take(slice(start, start + size))
+        """Yield the arguments of consecutive batches of at most `size` rows, or of blocks of the model's own plate."""
+        if self.plate is None:
+            for start in range(0, self.num_rows, size):
+                yield self.take(slice(start, start + size))
+        else:
+            for block in self.plate.blocks():
+                yield replace(self, block=block)
+
+
+def _as_tensors(values: Any) -> Any:
+    """Return values with their numpy arrays and data frames as tensors, also inside lists and dicts."""
+
+    def convert(value: Any) -> Any:
+        is_array = isinstance(value, np.ndarray) or (hasattr(value, "to_numpy") and not isinstance(value, Tensor))
+        return as_tensor(value, "An argument of the model") if is_array else value
+
+    return map_nested(convert, values)
+
+
+def given(function: Any, options: Mapping[str, Any]) -> list[str]:
+    """Return the names of the options that differ from the function's defaults."""
+    defaults = inspect.signature(function).parameters
+    return [name for name, value in options.items() if value is not defaults[name].default]
+
+
+def map_nested(fn: Callable[[Any], Any], values: Any) -> Any:
+    """Return lists, tuples and dicts with a function applied to what they hold, at any depth.
+
+    A container in which the function changes nothing is returned as it is.
+
+    Example:
+        >>> map_nested(lambda v: v + 1, {"a": [1, (2, 3)], "b": 4})
+        {'a': [2, (3, 4)], 'b': 5}
+    """
+    if isinstance(values, Mapping):
+        mapped = {name: map_nested(fn, value) for name, value in values.items()}
+        return values if all(mapped[name] is value for name, value in values.items()) else mapped
+    if isinstance(values, (list, tuple)):
+        items = [map_nested(fn, value) for value in values]
+        if all(new is old for new, old in zip(items, values, strict=True)):
+            return values
+        return type(values)(*items) if hasattr(values, "_fields") else type(values)(items)
+    return fn(values)
+
+
+def with_own_plate(fn: Any, data: RowArguments) -> RowArguments:
+    """Return the arguments with the plate of the data by which a function chooses rows, if there is one.
+
+    Raises:
+        ValueError: if other plates choose rows, or the plate has another number of rows than the data.
+    """
+    plates = [] if traces.is_family(fn) else subsampling.subsampled_plates(fn, data.args, data.kwargs)
+    if not plates:
+        return data
+    found = ", ".join(f"{p.name!r} ({p.count} of {p.size} rows)" for p in plates)
+    if len(plates) > 1 or plates[0].size != data.num_rows:
+        raise ValueError(
+            f"log_likelihood takes a model without subsample_size, or with one in the plate of the {data.num_rows} rows of x, "
+            f"but found {found}. Build that plate with the number of rows of x, and others without subsample_size."
+        )
+    return data.subsampled(plates[0])

@@ -8,6 +8,13 @@ integrated by importance sampling: k samples from the guide give
 a lower bound that rises with k and converges to the truth. The noise of a dequantised density is integrated in the same way.
 Burda et al., *Importance Weighted Autoencoders* (arXiv 1509.00519).
 
+A guide that is too narrow gives weights without a variance, and the bound stays far below the truth for any k. Their k-hat
+(`pyro_genmodels.utils.pareto`, arXiv 1507.02646) tells: above .7 a row's value is called unreliable. `values` are means of the
+raw weights, because the mean of Pareto-smoothed weights is no bound; that better estimate is in `smoothed`.
+
+Signs: `values`, `mean` and an elpd are log-likelihoods, so higher is better. "nats per datum", printed and in tables, and bits
+per dimension are their negatives, as losses are, so lower is better.
+
 The normalising constant of an energy is computed, or estimated by annealed importance sampling. The estimate of log Z is too
 low in expectation, so the likelihood is too high. Annealing backwards from the data errs the other way
 (`conservative_log_likelihood`).
@@ -15,11 +22,13 @@ low in expectation, so the likelihood is too high. Annealing backwards from the 
 
 from __future__ import annotations
 
-__all__ = ["LogLikelihood", "has_likelihood", "log_likelihood", "no_likelihood"]
+__all__ = ["LogLikelihood", "has_likelihood", "log_likelihood", "no_likelihood", "reliable_kind"]
 
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import log
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -27,11 +36,15 @@ from torch import Tensor
 from pyro_genmodels._pyro import handlers, traces, vectorize
 from pyro_genmodels.distributions.energy.state import LogPartition
 from pyro_genmodels.distributions.ode import fresh_probes
-from pyro_genmodels.evaluation.arguments import RowArguments
+from pyro_genmodels.evaluation.arguments import RowArguments, given, row_arguments, with_own_plate
 from pyro_genmodels.evaluation.importance import LikelihoodKind, RowEstimator, structure_of
 from pyro_genmodels.evaluation.log_z import LogPartitions
 from pyro_genmodels.utils.distributions import density_of
 from pyro_genmodels.utils.errors import check_positive_int
+from pyro_genmodels.utils.keywords import check_keywords, joined_keywords
+from pyro_genmodels.utils.pareto import MAX_PARETO_K, count_unreliable, is_unreliable
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,14 +52,18 @@ class LogLikelihood:
     """Log-likelihoods (nats), one per datum, and what is known about them.
 
     Attributes:
-        values: log-likelihoods, (N,); NaN if the kind is "none".
+        values: log-likelihoods, (N,), higher is better; NaN if the kind is "none".
         std_error: Monte Carlo standard error of each value, (N,); 0 for values without sampling, NaN for a single sample.
-        kind: meaning of the values; "none" for a fit that can be sampled from but has no likelihood.
+        kind: meaning of the values; "unreliable" if k-hat of the rows says so, or log Z is; "none" for a fit that can be
+            sampled from but has no likelihood.
         num_samples: k, the number of samples behind each value; 1 if nothing was sampled.
         log_partition: log Z that all values share, if they are of one energy; its error is part of each standard error.
         shared_error: standard error of the mean that comes from values of log Z shared by several rows.
         observation_noise: deviation of the Gaussian noise that was added to samples without a density
             (`gaussian_observation_likelihood`); None if none was added.
+        pareto_k: k-hat of the importance weights of each row, (N,); NaN for fewer than 21 samples, None if nothing was sampled.
+        smoothed: estimate of each value from Pareto-smoothed weights, (N,): better than `values`, but no bound; None without
+            importance weights.
     """
 
     values: Tensor
@@ -56,21 +73,39 @@ class LogLikelihood:
     log_partition: LogPartition | None = None
     shared_error: float = 0.0
     observation_noise: float | None = None
+    pareto_k: Tensor | None = None
+    smoothed: Tensor | None = None
 
     @property
     def mean(self) -> float:
-        """Mean log-likelihood in nats per datum."""
-        return self.values.mean().item()
+        """Mean log-likelihood of a datum (nats), higher is better."""
+        return self.values.double().mean().item()
+
+    @property
+    def nats(self) -> float:
+        """Negative log-likelihood in nats per datum, lower is better."""
+        return -self.mean
 
     @property
     def mean_std_error(self) -> float:
         """Standard error of the mean, with the data as a random sample; NaN for a single datum."""
         if len(self.values) < 2:
             return float("nan")
-        return (self.values.var() / len(self.values) + self.shared_error**2).sqrt().item()
+        return (self.values.double().var() / len(self.values) + self.shared_error**2).sqrt().item()
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on rows whose values say less than the others: NaN, infinite, or of a k-hat above .7."""
+        if self.kind == "none":
+            return []
+        counts = {"the value is NaN": self.values.isnan(), "the value is infinite": self.values.isinf()}
+        if self.pareto_k is not None and count_unreliable(self.pareto_k):
+            largest = self.pareto_k[~self.pareto_k.isnan()].max()
+            counts[f"Pareto k-hat is above {MAX_PARETO_K} (largest {largest:.2f})"] = self.pareto_k > MAX_PARETO_K
+        return [f"{what} in {rows.sum()} of {len(rows)} rows" for what, rows in counts.items() if rows.any()]
 
     def bits_per_dim(self, dims: int) -> float:
-        """Return the negative log-likelihood in bits per dimension, for data of `dims` dimensions."""
+        """Return the negative log-likelihood in bits per dimension, lower is better, for data of `dims` dimensions."""
         return -self.mean / (dims * log(2))
 
     def __repr__(self) -> str:
@@ -81,30 +116,62 @@ class LogLikelihood:
             return f"- (no likelihood, n={len(self.values)})"
         k = "" if self.kind == "exact" else f", k={self.num_samples}"
         noise = self.observation_noise
-        suffix = "" if noise is None else f", with Gaussian observation noise {noise:.3g}"
-        return f"{self.mean:.3f} ± {self.mean_std_error:.3f} nats per datum ({self.kind}{k}, n={len(self.values)}{suffix})"
+        about = f"{self.kind}{k}, n={len(self.values)}"
+        about += "" if noise is None else f", with Gaussian observation noise {noise:.3g}"
+        notes = "".join(f"; {note}" for note in self.notes)
+        return f"{self.nats:.3f} ± {self.mean_std_error:.3f} nats per datum, lower is better ({about}{notes})"
+
+
+def reliable_kind(owner: str, kind: LikelihoodKind, pareto_k: Tensor | None, num_samples: int, cure: str) -> LikelihoodKind:
+    """Return the kind of some values, or "unreliable" if their k-hat says so.
+
+    Args:
+        owner: function that made the values.
+        kind: their kind if they are reliable.
+        pareto_k: k-hat of each, or None.
+        num_samples: number of samples behind each.
+        cure: what to do about unreliable ones.
+
+    Warns:
+        RuntimeWarning: if they are unreliable; it names how many.
+    """
+    if pareto_k is None or not is_unreliable(pareto_k, num_samples):
+        return kind
+    known = pareto_k[~pareto_k.isnan()]
+    warnings.warn(
+        f"{owner}: Pareto k-hat is above {MAX_PARETO_K} in {count_unreliable(pareto_k)} of {len(pareto_k)} rows (largest "
+        f"{known.max():.2f}): a few samples carry the weight there, and the value and its standard error cannot be relied on. "
+        f"{cure}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return "unreliable"
 
 
 def log_likelihood(
     fit: Any,
-    x: Tensor,
+    x: Any,
     *args: Any,
     num_samples: int = 1000,
     num_steps: int = 1000,
     batch_size: int = 20_000,
     parallel: bool | None = None,
     progress: bool = False,
+    row_dim: int = 0,
+    model_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> LogLikelihood:
-    """Return the log-likelihood (nats) of each row of x.
+    """Return the log-likelihood (nats, higher is better) of each row of x.
 
     The fit's modules run in evaluation mode (no dropout), and their mode is restored afterwards. Scales of plates and of
-    `poutine.scale` are ignored; masks are applied. A family of energies keeps the log Z that was found.
+    `poutine.scale` are ignored; masks are applied. A family of energies keeps the log Z that was found. If the model's own
+    plate chooses rows (``subsample_size``), it is given all of them, block by block.
 
     Args:
         fit: family, `SVI`, or pair (model, guide); the data are the first argument of the model.
-        x: data, (N, ...), in a plate of N rows.
-        args: other arguments of the model; tensors of N rows are cut into batches along with x.
+        x: data, (N, ...), in a plate of N rows: tensor, numpy array or data frame.
+        args: other arguments of the model; tensors, arrays and frames of N rows, also inside lists and dicts, are cut into
+            batches along with x.
         num_samples: k, the number of samples per row if anything is sampled; also the number of chains behind an estimated
             log Z (per row for a conditional energy).
         num_steps: number of betas of the annealing path on which log Z of an energy is estimated.
@@ -112,15 +179,23 @@ def log_likelihood(
         parallel: True to make samples together in one run. The model must allow it (no ``z[0]`` or ``z.sum()``). None tries
             it on a few rows.
         progress: True to show a progress bar, after five seconds and while log Z is estimated.
-        kwargs: keyword arguments of the model, treated as args.
+        row_dim: dimension of x that holds the rows, if it is not the first. Other tensors are cut in the same dimension, or in
+            the first, where they have N rows.
+        model_kwargs: keyword arguments of the model whose names are also options of this function.
+        kwargs: other keyword arguments of the model, treated as args.
 
     Returns:
-        Values, standard errors (delta method) and kind. For energies the kind is "exact" if log Z is exact, "unreliable" if
-        its estimate is unreliable, and "estimate" otherwise.
+        Values, standard errors (delta method), k-hat and kind. For energies the kind is "exact" if log Z is exact, "unreliable"
+        if its estimate is unreliable, and "estimate" otherwise.
 
     Raises:
-        ValueError: if latent variables lie outside the data's plate; if the guide is a point mass; if an observed site has no
-            normalised density.
+        TypeError: if x holds no numbers.
+        ValueError: if x has no rows; if latent variables lie outside the data's plate; if the guide is a point mass; if an
+            observed site has no normalised density; if another plate than the data's chooses rows; if a keyword is the model's
+            as well as an option.
+
+    Warns:
+        RuntimeWarning: if k-hat of the importance weights calls values unreliable (`pyro_genmodels.utils.pareto`).
 
     Example:
         >>> from pyro_genmodels import Flow, log_likelihood
@@ -128,29 +203,54 @@ def log_likelihood(
         'exact'
     """
     model, guide = traces.as_pair(fit)
-    if not isinstance(x, Tensor) or x.dim() < 1 or not len(x):
-        found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"log_likelihood wants a torch.Tensor of one or more rows, but found {found}: see torch.as_tensor.")
+    options = {"num_samples": num_samples, "num_steps": num_steps, "batch_size": batch_size}
+    options |= {"parallel": parallel, "progress": progress, "row_dim": row_dim}
     check_positive_int("log_likelihood", num_samples=num_samples, num_steps=num_steps, batch_size=batch_size)
-    data = RowArguments((x, *args), kwargs)
+    check_keywords("log_likelihood", model, given(log_likelihood, options), (x, *args), model_kwargs)
+    kwargs = joined_keywords("log_likelihood", kwargs, model_kwargs)
+    data = row_arguments("log_likelihood", x, args, kwargs, row_dim)
     log_partitions = LogPartitions(num_samples, num_steps, progress=progress)
     with handlers.side_effect_free(model, guide), fresh_probes():
-        structure = structure_of(model, guide, data.take(slice(0, 1)), log_partitions)
+        data, structure = _first_run(model, guide, data, lambda first: structure_of(model, guide, first, log_partitions))
         k = num_samples if structure.is_sampled else 1
         if parallel is None:
-            trial = data.take(slice(0, max(1, min(5, batch_size // 3))))
-            parallel = k > 1 and vectorize.can_vectorize(model, guide, trial.args, trial.kwargs, structure.nesting)
+            trial = data.first(max(1, min(5, batch_size // 3)))
+            with trial.fixed_rows():
+                parallel = k > 1 and vectorize.can_vectorize(model, guide, trial.args, trial.kwargs, structure.nesting)
         estimator = RowEstimator(model, guide, structure, log_partitions, k, batch_size, parallel)
-        values, std_error = estimator.estimate(data, progress=progress)
-    kind = next((kind for kind in ("unreliable", "estimate") if kind in log_partitions.kinds), structure.kind)
+        found = estimator.estimate(data, progress=progress)
+    cure = "Raise num_samples, or use a guide that is as wide as the posterior."
+    kind = reliable_kind("log_likelihood", structure.kind, found.pareto_k, k, cure)
+    kind = max([kind, *log_partitions.kinds], key=get_args(LikelihoodKind).index)
     k = k if structure.is_sampled or kind == "exact" else num_samples
-    return LogLikelihood(values, std_error, kind, k, log_partitions.single, log_partitions.shared_error(len(x)))
+    log_z, shared_error = log_partitions.single, log_partitions.shared_error(len(found.values))
+    return LogLikelihood(
+        found.values, found.std_error, kind, k, log_z, shared_error, pareto_k=found.pareto_k, smoothed=found.smoothed
+    )
 
 
-def has_likelihood(fit: Any, x: Tensor, *args: Any, **kwargs: Any) -> bool:
+def _first_run(model: Any, guide: Any, data: RowArguments, run: Callable[[RowArguments], T]) -> tuple[RowArguments, T]:
+    """Run a function on the first rows.
+
+    Returns:
+        The arguments, with the plate that chooses rows if the model or the guide has one, and the function's result.
+    """
+    data = with_own_plate(model, data)
+    try:
+        return data, run(data.first(1))
+    except Exception:
+        again = with_own_plate(guide, data)  # if only the guide chooses rows, its first run shows nothing but an error
+        if data.plate is not None or again.plate is None:
+            raise
+    return again, run(again.first(1))
+
+
+def has_likelihood(
+    fit: Any, x: Any, *args: Any, row_dim: int = 0, model_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
+) -> bool:
     """Return True if every site of a fit's model has a density; the model runs once, on the first row of x, (N, ...).
 
-    Torch's random number generator is left as it was.
+    Torch's random number generator is left as it was. Arguments are as those of `log_likelihood`.
 
     Example:
         >>> from pyro_genmodels import Flow
@@ -158,10 +258,15 @@ def has_likelihood(fit: Any, x: Tensor, *args: Any, **kwargs: Any) -> bool:
         True
     """
     model, guide = traces.as_pair(fit)
-    first = RowArguments((x, *args), kwargs).take(slice(0, 1))
+    data = row_arguments("has_likelihood", x, args, joined_keywords("has_likelihood", kwargs, model_kwargs), row_dim)
+
+    def has_density(first: RowArguments) -> bool:
+        with first.fixed_rows():
+            trace, _ = traces.run_pair(model, guide, first.args, first.kwargs)
+        return all(density_of(site["fn"])[0] != "none" for site in traces.sample_sites(trace).values())
+
     with handlers.side_effect_free(model, guide), torch.random.fork_rng(devices=[]):
-        trace, _ = traces.run_pair(model, guide, first.args, first.kwargs)
-    return all(density_of(site["fn"])[0] != "none" for site in traces.sample_sites(trace).values())
+        return _first_run(model, guide, data, has_density)[1]
 
 
 def no_likelihood(num_rows: int) -> LogLikelihood:

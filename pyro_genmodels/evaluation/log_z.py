@@ -151,13 +151,14 @@ class LogPartitions:
 
     # Errors.
 
-    def variance(self, used: list[SiteConstants], nesting: int, dim: int, weight: float) -> Tensor:
-        """Return the variance that log Z gives to each row of a run, and count its use of the constants.
+    def variance(self, used: list[SiteConstants], nesting: int, dim: int, new: slice, weight: float) -> Tensor:
+        """Return the variance that log Z gives to each new row of a run, and count its use of the constants.
 
         Args:
             used: constants of the run, as `normalize` returned them.
             nesting: number of dimensions of plates. Draws are in the dimension on their left.
             dim: dimension of the rows.
+            new: rows that no earlier run has.
             weight: fraction of all draws of these rows that the run has.
 
         Returns:
@@ -166,7 +167,7 @@ class LogPartitions:
         total = torch.zeros(())
         for site, indices in used:
             constants = self.constants[site]
-            indices = indices.reshape((1,) * (nesting + 1 - indices.dim()) + indices.shape).movedim((0, dim), (0, 1))
+            indices = indices.reshape((1,) * (nesting + 1 - indices.dim()) + indices.shape).movedim((0, dim), (0, 1))[:, new]
             draws, rows, count = indices.shape[0], indices.shape[1], len(constants.variances)
             pairs = torch.arange(draws * rows)[:, None] * count + indices.reshape(draws * rows, -1)
             pairs, times = pairs.unique(return_counts=True)

@@ -27,13 +27,14 @@ from torch.distributions import Distribution, biject_to
 
 from pyro_genmodels._pyro import handlers, traces
 from pyro_genmodels.distributions.capabilities import capabilities
-from pyro_genmodels.distributions.energy.annealed import mean_weight
 from pyro_genmodels.distributions.implicit import Implicit
-from pyro_genmodels.evaluation.likelihood import LogLikelihood
+from pyro_genmodels.evaluation.arguments import row_arguments
+from pyro_genmodels.evaluation.likelihood import LogLikelihood, reliable_kind
 from pyro_genmodels.samplers import Hamiltonian, Sampler, Target, anneal
 from pyro_genmodels.samplers.annealing import schedule, tune
 from pyro_genmodels.utils.distributions import density_of, sum_event, unwrap
 from pyro_genmodels.utils.errors import check_positive_int
+from pyro_genmodels.utils.pareto import LogMean, log_mean_weight
 
 Start = Callable[[Sequence[int]], Tensor]
 
@@ -47,11 +48,11 @@ SIGMA_RATIOS = tuple(2.0**-k for k in range(7))
 
 def gaussian_observation_likelihood(
     fit: Any,
-    x: Tensor,
-    context: Tensor | None = None,
+    x: Any,
+    context: Any = None,
     *,
     sigma: float | None = None,
-    valid: Tensor | tuple[Tensor, Tensor] | None = None,
+    valid: Any = None,
     num_chains: int = 16,
     num_steps: int = 500,
     batch_size: int = 2000,
@@ -69,8 +70,8 @@ def gaussian_observation_likelihood(
     Args:
         fit: family whose distribution is an `Implicit`, or an `SVI` or a pair (model, guide) that observes one and nothing
             else. The prior of z needs a density.
-        x: data, (N, *event_shape).
-        context: one context per row, (N, ...).
+        x: data, (N, *event_shape): tensor, numpy array or data frame.
+        context: one context per row, (N, ...), or None.
         sigma: standard deviation of the noise, in the units of the data. None chooses among 7 multiples, from 1 to 1/64, of the
             data's standard deviation: the one with the highest bound on up to 32 rows of valid, or of x itself without valid,
             which makes the values slightly too high.
@@ -83,12 +84,13 @@ def gaussian_observation_likelihood(
         progress: True to show progress bars.
 
     Returns:
-        Values, standard errors (delta method), the kind "lower bound", num_chains as ``num_samples``, and sigma as
-        ``observation_noise``.
+        Values, standard errors (delta method), k-hat, the kind "lower bound" (or "unreliable" if k-hat says so), num_chains as
+        ``num_samples``, and sigma as ``observation_noise``.
 
     Raises:
-        ValueError: if the fit has no such distribution, if its prior has no density over real numbers, or if x has another
-            shape.
+        TypeError: if x holds no numbers.
+        ValueError: if the fit has no such distribution, if its prior has no density over real numbers, if x has another shape
+            or no rows, or if a row of x is not finite.
 
     Example:
         >>> import pyro.distributions as dist
@@ -106,6 +108,9 @@ def gaussian_observation_likelihood(
         raise ValueError(f"sigma must be a positive number, in the units of the data, or None, but found {sigma!r}.")
     if seed is not None:
         pyro.set_rng_seed(seed)
+    data = row_arguments("gaussian_observation_likelihood", x, (context, valid), {})
+    x, context, valid = data.args
+    _check_finite("x", x)
     annealing = _Annealing(fit, num_steps, batch_size, Hamiltonian() if sampler is None else sampler)
     x = _centred(x)
     with handlers.side_effect_free(*traces.as_pair(fit)):
@@ -115,8 +120,25 @@ def gaussian_observation_likelihood(
             pilot_context = None if pilot[1] is None else pilot[1][:MAX_PILOT_ROWS]
             scale = _standard_deviation(rows if valid is None else x)
             sigma = annealing.best_sigma(rows, pilot_context, scale, min(num_chains, MAX_PILOT_CHAINS))
-        values, errors = annealing.estimate(x, context, sigma, num_chains, progress=progress)
-    return LogLikelihood(values, errors, "lower bound", num_chains, observation_noise=sigma)
+        found = annealing.estimate(x, context, sigma, num_chains, progress=progress)
+    cure = "Raise num_steps or num_chains."
+    kind = reliable_kind("gaussian_observation_likelihood", "lower bound", found.pareto_k, num_chains, cure)
+    return LogLikelihood(
+        found.value,
+        found.std_error,
+        kind,
+        num_chains,
+        observation_noise=sigma,
+        pareto_k=found.pareto_k,
+        smoothed=found.smoothed,
+    )
+
+
+def _check_finite(name: str, x: Tensor) -> None:
+    """Raise a ValueError if rows of the data are not finite, since chains could not tell them from others."""
+    bad = (~x.isfinite()).flatten(1).any(1) if x.dim() > 1 else ~x.isfinite()
+    if bad.any():
+        raise ValueError(f"{name} has {int(bad.sum())} of {len(x)} rows with values that are NaN or infinite. Leave them out.")
 
 
 def _centred(x: Tensor) -> Tensor:
@@ -150,23 +172,19 @@ class _Annealing:
     def best_sigma(self, x: Tensor, context: Tensor | None, scale: float, num_chains: int) -> float:
         """Return the candidate for sigma, a multiple of scale, with the highest mean bound on x."""
         candidates = [ratio * scale for ratio in SIGMA_RATIOS]
-        bounds = [self.estimate(x, context, s, num_chains, progress=False)[0].mean().item() for s in candidates]
+        bounds = [self.estimate(x, context, s, num_chains, progress=False).value.double().mean().item() for s in candidates]
         return candidates[max(range(len(candidates)), key=bounds.__getitem__)]
 
-    def estimate(
-        self, x: Tensor, context: Tensor | None, sigma: float, num_chains: int, *, progress: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Return log mean weights of the rows of x, and their standard errors (NaN for one chain), (N,) each."""
+    def estimate(self, x: Tensor, context: Tensor | None, sigma: float, num_chains: int, *, progress: bool) -> LogMean:
+        """Return log mean weights of the rows of x, with standard errors (NaN for one chain) and k-hat, (N,) each."""
         parts = []
         size = max(1, self.batch_size // num_chains)
         for start in range(0, len(x), size):
             rows = x[start : start + size]
             dist = _implicit(self.fit, rows, None if context is None else context[start : start + size])
             log_w = self._log_weights(dist, rows, sigma, num_chains, progress=progress)
-            one = (log_w[0], torch.full_like(log_w[0], torch.nan))
-            parts.append(mean_weight(log_w)[:2] if num_chains > 1 else one)
-        values, errors = zip(*parts, strict=True)
-        return torch.cat(values), torch.cat(errors)
+            parts.append(log_mean_weight(log_w))
+        return LogMean(*map(torch.cat, zip(*parts, strict=True)))
 
     def _log_weights(self, dist: Implicit, x: Tensor, sigma: float, num_chains: int, *, progress: bool) -> Tensor:
         """Return log weights of annealed chains, (num_chains, rows)."""

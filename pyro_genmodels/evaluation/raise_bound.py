@@ -13,26 +13,28 @@ from __future__ import annotations
 
 __all__ = ["conservative_log_likelihood"]
 
+from collections.abc import Mapping
 from typing import Any
-
-from torch import Tensor
 
 from pyro_genmodels._pyro import handlers, traces
 from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.distributions.energy.annealed import conservative_bound
-from pyro_genmodels.evaluation.likelihood import LogLikelihood
+from pyro_genmodels.evaluation.arguments import given, row_arguments
+from pyro_genmodels.evaluation.likelihood import LogLikelihood, reliable_kind
 from pyro_genmodels.utils.distributions import unwrap
 from pyro_genmodels.utils.errors import check_positive_int
+from pyro_genmodels.utils.keywords import check_keywords, joined_keywords
 
 
 def conservative_log_likelihood(
     fit: Any,
-    x: Tensor,
+    x: Any,
     *args: Any,
     num_samples: int = 1,
     num_steps: int = 1000,
     batch_size: int = 20_000,
     progress: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> LogLikelihood:
     """Bound the log-likelihood (nats) of each row of x under an energy from below, in expectation.
@@ -41,19 +43,26 @@ def conservative_log_likelihood(
 
     Args:
         fit: family of energies, `SVI` or pair (model, guide), without latent variables and with one energy as observed site.
-        x: data, (N, ...).
+        x: data, (N, ...): tensor, numpy array or data frame.
         args: other arguments of the model.
         num_samples: chains per row, whose weights are averaged; more give a tighter bound.
         num_steps: betas of the path; more give a tighter bound.
         batch_size: largest number of chains in memory.
         progress: True to show progress bars.
-        kwargs: keyword arguments of the model.
+        model_kwargs: keyword arguments of the model whose names are also options of this function.
+        kwargs: other keyword arguments of the model.
 
     Returns:
-        Bounds with standard errors, NaN for a single chain, and the kind "lower bound".
+        Bounds with standard errors, NaN for a single chain, k-hat, and the kind "lower bound", or "unreliable" if k-hat says
+        so.
 
     Raises:
-        ValueError: if the model has latent variables or observes anything else, or for counts that are not positive.
+        TypeError: if x holds no numbers.
+        ValueError: if the model has latent variables or observes anything else, for counts that are not positive, without
+            rows, or if a keyword is the model's as well as an option.
+
+    Warns:
+        RuntimeWarning: if k-hat calls the bounds unreliable.
 
     Example:
         >>> import torch
@@ -66,8 +75,12 @@ def conservative_log_likelihood(
     """
     model, guide = traces.as_pair(fit)
     check_positive_int("conservative_log_likelihood", num_samples=num_samples, num_steps=num_steps, batch_size=batch_size)
+    options = {"num_samples": num_samples, "num_steps": num_steps, "batch_size": batch_size, "progress": progress}
+    check_keywords("conservative_log_likelihood", model, given(conservative_log_likelihood, options), (x, *args), model_kwargs)
+    kwargs = joined_keywords("conservative_log_likelihood", kwargs, model_kwargs)
+    data = row_arguments("conservative_log_likelihood", x, args, kwargs)
     with handlers.side_effect_free(model, guide):
-        trace, _ = traces.run_pair(model, guide, (x, *args), kwargs)
+        trace, _ = traces.run_pair(model, guide, data.args, data.kwargs)
         sites = traces.sample_sites(trace)
         names = list(sites)
         dist: Any = unwrap(sites[names[0]]["fn"]) if names else None
@@ -76,7 +89,7 @@ def conservative_log_likelihood(
                 f"conservative_log_likelihood wants a model that observes one energy and nothing else, but found the sites "
                 f"{', '.join(names) or 'none'}. Use log_likelihood."
             )
-        values, errors = conservative_bound(
+        bound = conservative_bound(
             dist,
             sites[names[0]]["value"],
             num_chains=num_samples,
@@ -84,4 +97,7 @@ def conservative_log_likelihood(
             batch_size=batch_size,
             progress=progress,
         )
-    return LogLikelihood(values, errors, "lower bound", num_samples)
+    cure = "Raise num_steps or num_samples."
+    kind = reliable_kind("conservative_log_likelihood", "lower bound", bound.pareto_k, num_samples, cure)
+    k_hat = bound.pareto_k
+    return LogLikelihood(bound.value, bound.std_error, kind, num_samples, pareto_k=k_hat, smoothed=bound.smoothed)

@@ -34,8 +34,10 @@ from torch import Tensor
 
 MAX_PARETO_K = 0.7
 """Largest k-hat of a mean that is called reliable."""
-MAX_UNRELIABLE_SHARE = 0.01
-"""Largest share of means with a k-hat above that, while all are below 1, that chance alone explains."""
+MAX_UNRELIABLE_SHARE = 0.05
+"""Largest share of means with a k-hat above that which is put down to chance."""
+MIN_DRAWS_FOR_MAX_K = 100
+"""Number of draws below which k-hat, of a tail of fewer than 20, is too rough to be held against `MAX_PARETO_K`."""
 MIN_PARETO_DRAWS = 21
 """Number of values below which there is no tail of five, and k-hat is NaN: unknown."""
 MIN_TAIL = 5
@@ -157,17 +159,27 @@ def log_mean_weight(log_weights: Tensor) -> LogMean:
     return LogMean(*(part.masked_fill(value.isnan(), torch.nan).to(log_weights.dtype) for part in found))
 
 
-def is_unreliable(pareto_k: Tensor) -> bool:
-    """Return True if the k-hats of one or more means say that their values cannot be trusted.
+def is_unreliable(pareto_k: Tensor, num_draws: int) -> bool:
+    r"""Return True if the k-hats of one or more means say that these cannot be trusted.
 
-    That is so if one of them is 1 or more, so that there is no mean to estimate, or if more than one in a hundred is above
-    `MAX_PARETO_K`: of many reliable means, some are above it by chance. A k-hat of NaN says nothing.
+    That is so if more than one in twenty is above `MAX_PARETO_K`, where there are 100 draws or more; or if one of n draws is
+    above :math:`1 + 10 / \sqrt n`, so that there is no mean to estimate even if chance is allowed for. Of many reliable means
+    some are above .7: with log-normal weights of deviation 1, one in twenty for 100 draws, and one in 2000 for 1000. A k-hat of
+    NaN says nothing.
+
+    Args:
+        pareto_k: k-hat of each mean, (...).
+        num_draws: number of draws behind each.
 
     Example:
-        >>> is_unreliable(torch.tensor([0.2, 0.8])), is_unreliable(torch.tensor([0.2] * 200 + [0.8]))
+        >>> is_unreliable(torch.tensor([0.2, 0.8]), 1000), is_unreliable(torch.tensor([0.2] * 200 + [0.8]), 1000)
         (True, False)
+        >>> is_unreliable(torch.tensor([0.2, 0.8]), 50)
+        False
     """
-    return bool((pareto_k >= 1).any()) or count_unreliable(pareto_k) > MAX_UNRELIABLE_SHARE * pareto_k.numel()
+    share = count_unreliable(pareto_k) / max(pareto_k.numel(), 1)
+    too_many = num_draws >= MIN_DRAWS_FOR_MAX_K and share > MAX_UNRELIABLE_SHARE
+    return too_many or bool((pareto_k > 1 + 10 / sqrt(num_draws)).any())
 
 
 def count_unreliable(pareto_k: Tensor) -> int:

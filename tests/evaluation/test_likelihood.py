@@ -481,7 +481,7 @@ def test_a_latent_without_a_guide_is_refused():
         log_likelihood((vae.model, no_latents), torch.randn(4, 2))
 
 
-@pytest.mark.parametrize("x", [torch.empty(0, 2), torch.tensor(1.0), [[1.0, 2.0]]], ids=["empty", "scalar", "list"])
+@pytest.mark.parametrize("x", [torch.empty(0, 2), torch.tensor(1.0), [], 1.0], ids=["empty", "scalar", "list", "number"])
 def test_no_rows_are_refused(x):
     with pytest.raises(ValueError, match="rows"):
         log_likelihood(small_flow(), x)
@@ -512,7 +512,7 @@ def test_the_mean_and_its_error():
     assert found.mean == pytest.approx(-3)
     assert found.mean_std_error == pytest.approx(7**0.5 / 3**0.5)
     assert found.bits_per_dim(4) == pytest.approx(3 / (4 * np.log(2)))
-    assert str(found) == "-3.000 ± 1.528 nats per datum (exact, n=3)"
+    assert (found.nats, str(found)) == (3.0, "3.000 ± 1.528 nats per datum, lower is better (exact, n=3)")
     assert "lower bound, k=50, n=3" in str(LogLikelihood(found.values, found.values, "lower bound", 50))
 
 

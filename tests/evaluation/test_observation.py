@@ -51,7 +51,7 @@ def test_a_linear_map_meets_the_closed_form(dims, latent, steps):
     assert (found.kind, found.num_samples, found.observation_noise) == ("lower bound", 32, 0.5)
     assert (gap.abs() < 6 * found.std_error + 0.1).all()
     assert abs(gap.mean()) < 0.15
-    assert "(lower bound, k=32, n=10, with Gaussian observation noise 0.5)" in str(found)
+    assert "(lower bound, k=32, n=10, with Gaussian observation noise 0.5" in str(found)
 
 
 def test_more_steps_are_tighter_and_it_is_low_on_average():

@@ -194,17 +194,32 @@ def test_means_of_odd_weights(log_weights, value, std_error, k):
 
 
 @pytest.mark.parametrize(
-    ("k", "count", "unreliable"),
+    ("k", "draws", "count", "unreliable"),
     [
-        ([0.71], 1, True),
-        ([0.7], 0, False),
-        ([float("nan")], 0, False),
-        ([INF] + 500 * [0.1], 1, True),
-        ([0.9] + 500 * [0.1], 1, False),
-        (6 * [0.9] + 500 * [0.1], 6, True),
-        ([], 0, False),
+        ([0.71], 1000, 1, True),
+        ([0.71], 99, 1, False),
+        ([1.5], 25, 1, False),
+        ([3.1], 25, 1, True),
+        ([0.7], 1000, 0, False),
+        ([float("nan")], 1000, 0, False),
+        ([INF] + 500 * [0.1], 1000, 1, True),
+        (25 * [0.9] + 475 * [0.1], 1000, 25, False),
+        (26 * [0.9] + 474 * [0.1], 1000, 26, True),
+        ([], 1000, 0, False),
     ],
 )
-def test_what_is_called_unreliable(k, count, unreliable):
+def test_what_is_called_unreliable(k, draws, count, unreliable):
     assert count_unreliable(torch.tensor(k)) == count
-    assert is_unreliable(torch.tensor(k)) is unreliable
+    assert is_unreliable(torch.tensor(k), draws) is unreliable
+
+
+@pytest.mark.parametrize("n", [30, 50, 100, 256, 1000])
+def test_good_weights_are_not_called_unreliable(n, float64):
+    """Log-normal weights of deviation 1/2 in 1000 rows: above .7 are 3 % of rows (50 draws), .5 % (100), none (1000)."""
+    assert not is_unreliable(pareto_k(0.5 * torch.randn(n, 1000)), n)
+
+
+@pytest.mark.parametrize("n", [30, 100, 1000])
+def test_weights_that_no_draw_covers_are_called_unreliable(n, float64):
+    """Log-normal weights of deviation 10: one draw carries all."""
+    assert is_unreliable(pareto_k(10 * torch.randn(n, 20)), n)

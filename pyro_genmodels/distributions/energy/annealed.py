@@ -5,17 +5,19 @@ Chains follow the energy's path (`pyro_genmodels.samplers.annealing`). The mean 
 .. math:: \mathrm{se}(\log \bar w) = \frac{\mathrm{sd}(w)}{\bar w \sqrt m}, \qquad
     \text{effective sample size} = \frac{(\sum w)^2}{\sum w^2} .
 
+The mean is that of the raw weights: it makes log Z too low in expectation, and backwards too high, so that the two bracket it.
+Smoothed weights would do neither. k-hat of the weights (arXiv 1507.02646) says whether their mean and its error can be trusted.
+
 Neal (1998); Grosse et al., *Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo* (arXiv 1511.02543).
 """
 
 from __future__ import annotations
 
-__all__ = ["Annealing", "conservative_bound", "mean_weight"]
+__all__ = ["Annealing", "conservative_bound"]
 
 import warnings
 from dataclasses import dataclass
 from itertools import pairwise
-from math import log
 
 import torch
 from torch import Size, Tensor
@@ -25,6 +27,7 @@ from pyro_genmodels.distributions.energy.state import LogPartition, PartitionKin
 from pyro_genmodels.dynamics.guided import effective_size
 from pyro_genmodels.samplers import Sampler, Target, anneal, default_sampler
 from pyro_genmodels.samplers.annealing import schedule, tune
+from pyro_genmodels.utils.pareto import MAX_PARETO_K, LogMean, is_unreliable, log_mean_weight
 
 NUM_TUNING_CHAINS = 200
 """Chains of the run that tunes step sizes for `conservative_bound`."""
@@ -64,14 +67,18 @@ class Annealing:
             raise ValueError("Annealing backwards from draws is for energies without a context: leave draws out.")
         parts = [None] if contexts is None else contexts.split(max(1, batch_size // m))
         results = [self._forwards(part) for part in parts]
-        value, error, size = results[0] if contexts is None else (torch.cat(part) for part in zip(*results, strict=True))
+        value, error, size, k = results[0] if contexts is None else (torch.cat(part) for part in zip(*results, strict=True))
         kind: PartitionKind = "estimate"
         message, back, back_error = "", None, None
+        if is_unreliable(k, m):
+            kind = "unreliable"
+            message = f"the weights have a heavy tail (Pareto k-hat {k[~k.isnan()].max():.2f}, above {MAX_PARETO_K})"
         if not bool((size >= max(0.02 * m, min(5.0, 0.5 * m))).all()):  # also if it is NaN
             kind = "unreliable"
             message = f"few chains carry all the weight (effective sample size {size.min():.1f} of {m})"
         if draws is not None:
-            back, back_error = self._backwards(draws)
+            backwards = self._backwards(draws)
+            back, back_error = -backwards.value, backwards.std_error
             if not bool((back - value).abs() <= 3 * (back_error**2 + error**2).sqrt()):  # also if it is NaN
                 kind = "unreliable"
                 message = f"forwards it is {value:.2f} ± {error:.2f}, backwards {back:.2f} ± {back_error:.2f}"
@@ -81,31 +88,32 @@ class Annealing:
                 RuntimeWarning,
                 stacklevel=4,
             )
-        return LogPartition(value, error, kind, back, back_error, size, m, self.num_steps)
+        return LogPartition(value, error, kind, back, back_error, size, m, self.num_steps, k)
 
-    def _forwards(self, contexts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log Z, its error and the effective sample size for each context (n, c)."""
+    def _forwards(self, contexts: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return log Z, its error, the effective sample size and k-hat for each context (n, c)."""
         shape = Size([self.num_chains]) if contexts is None else Size([self.num_chains, len(contexts)])
         rows = None if contexts is None else contexts.repeat(self.num_chains, 1)
         sampler, target, start = _kernel(self.dist), self.dist.path.target(rows), self.dist.path.begin((shape.numel(),))
         betas, sizes = _tuned(self.dist, target, sampler, self.num_steps, shape.numel())
         _, log_w = anneal(target, sampler, start, betas, step_sizes=sizes, progress=self.progress)
-        return mean_weight(log_w.reshape(shape))
+        log_w = log_w.reshape(shape)
+        mean = log_mean_weight(log_w)
+        return mean.value, mean.std_error, effective_size(log_w.double()).to(log_w), mean.pareto_k
 
-    def _backwards(self, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log Z and its error, from exact draws."""
+    def _backwards(self, draws: Tensor) -> LogMean:
+        """Return -log Z and its error, from exact draws."""
         sampler, target = _kernel(self.dist), self.dist.path.target()
         u = self.dist.path.encode(self.dist.aligned(draws)[0])
         betas, sizes = _tuned(self.dist, target, sampler, self.num_steps, self.num_chains)
         back = None if sizes is None else sizes.flip(0)
         _, log_w = anneal(target, sampler, u, betas.flip(0), step_sizes=back, progress=self.progress)
-        value, error, _ = mean_weight(log_w)
-        return -value, error
+        return log_mean_weight(log_w)
 
 
 def conservative_bound(
     dist: Energy, x: Tensor, *, num_chains: int = 1, num_steps: int = 1000, batch_size: int = 20_000, progress: bool = False
-) -> tuple[Tensor, Tensor]:
+) -> LogMean:
     """Bound the log density of data from below in expectation, by annealing backwards from them (RAISE).
 
     Args:
@@ -117,7 +125,8 @@ def conservative_bound(
         progress: True to show progress bars.
 
     Returns:
-        Bounds (N,) in nats, and their standard errors, NaN for a single chain.
+        Bounds in nats, their standard errors (NaN for a single chain), their k-hat, and estimates from smoothed weights, (N,)
+        each.
 
     Raises:
         TypeError: if it is not the distribution of an energy.
@@ -125,7 +134,7 @@ def conservative_bound(
     if not isinstance(dist, Energy):
         raise TypeError(f"Annealing backwards wants the distribution of an energy, but found {type(dist).__name__}.")
     sampler, path = _kernel(dist), dist.path
-    values, errors = [], []
+    parts = []
     with torch.no_grad():
         pilots = NUM_TUNING_CHAINS if dist.context is None else min(len(x), NUM_TUNING_CHAINS)
         pilot = path.target(None if dist.context is None else dist.context[:1].expand(pilots, -1))
@@ -136,11 +145,10 @@ def conservative_bound(
             rows = None if dist.context is None else dist.context[start:stop].repeat(num_chains, 1)
             u = path.encode(part).repeat(num_chains, *(1 for _ in path.position_shape))
             _, log_w = anneal(path.target(rows), sampler, u, betas.flip(0), step_sizes=back, progress=progress)
-            log_w = log_w.reshape(num_chains, len(part))
-            value, error, _ = mean_weight(log_w) if num_chains > 1 else (log_w[0], torch.full_like(log_w[0], torch.nan), None)
-            values.append(path.log_density(part, None if rows is None else rows[: len(part)]) + value)
-            errors.append(error)
-    return torch.cat(values), torch.cat(errors)
+            mean = log_mean_weight(log_w.reshape(num_chains, len(part)))
+            log_f = path.log_density(part, None if rows is None else rows[: len(part)])
+            parts.append(mean._replace(value=log_f + mean.value, smoothed=log_f + mean.smoothed))
+    return LogMean(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _kernel(dist: Energy) -> Sampler:
@@ -156,11 +164,3 @@ def _tuned(dist: Energy, target: Target, sampler: Sampler, num_steps: int, chain
     u = dist.path.begin((chains,))
     betas = schedule(num_steps, u)
     return betas, tune(target, sampler, u, betas)
-
-
-def mean_weight(log_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the log of the mean weight over the first dimension, its standard error, and the effective sample size."""
-    m = len(log_w)
-    value = log_w.logsumexp(0) - log(m)
-    error = (log_w - value).exp().std(0) / m**0.5
-    return value, error, effective_size(log_w)

@@ -50,15 +50,15 @@ def log_partition(
         progress: True to show a progress bar.
 
     Returns:
-        log Z, () or of the batch shape of a conditional energy.
+        log Z in nats, () or of the batch shape of a conditional energy, with its standard error, kind and k-hat.
 
     Raises:
         TypeError: if it is not an energy.
         ValueError: if an exact value is asked for and cannot be computed, the energy has no sampler, or its dropout is active.
 
     Warns:
-        RuntimeWarning: if the estimate is unreliable: if few chains carry all the weight, or forwards and backwards estimates
-            differ by more than three standard errors.
+        RuntimeWarning: if the estimate is unreliable: if few chains carry all the weight, k-hat of the weights is above .7
+            (`pyro_genmodels.utils.pareto`), or forwards and backwards estimates differ by more than three standard errors.
 
     Example:
         >>> import torch
@@ -102,7 +102,7 @@ def log_partition(
                 distinct = distinct.replace(path=dataclasses.replace(distinct.path, origin=start))
             result = Annealing(distinct, num_chains, num_steps, progress).estimate(draws, batch_size)
     if place is not None:
-        each = {name: getattr(result, name) for name in ("value", "std_error", "effective_sample_size")}
+        each = {name: getattr(result, name) for name in ("value", "std_error", "effective_sample_size", "pareto_k")}
         each = {name: value[place].reshape(dist.batch_shape) for name, value in each.items() if value is not None}
         result = dataclasses.replace(result, **each)
     dist.remember_log_partition(result)

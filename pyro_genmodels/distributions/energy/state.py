@@ -37,6 +37,7 @@ class LogPartition:
         effective_sample_size: effective sample size of the importance weights.
         num_chains: number of chains; 0 if nothing was sampled.
         num_steps: number of betas of the annealing path, or of terms of a sum or an integral.
+        pareto_k: k-hat of the importance weights; above .7 the kind is "unreliable". None if nothing was sampled.
     """
 
     value: Tensor
@@ -47,13 +48,17 @@ class LogPartition:
     effective_sample_size: Tensor | None = None
     num_chains: int = 0
     num_steps: int = 0
+    pareto_k: Tensor | None = None
 
     def __str__(self) -> str:
+        k = None if self.pareto_k is None else self.pareto_k[~self.pareto_k.isnan()]
+        tail = "" if k is None or not k.numel() else f", Pareto k-hat {k.max():.2f}"
         if self.value.dim():
-            return f"log Z of {tuple(self.value.shape)} contexts, {self.value.mean():.3f} in the mean ({self.kind})"
+            mean = f"{self.value.mean():.3f} nats in the mean"
+            return f"log Z of {tuple(self.value.shape)} contexts, {mean} ({self.kind}{tail})"
         error = "" if self.kind == "exact" else f" ± {self.std_error:.3f}"
         reverse = "" if self.reverse is None else f", backwards {self.reverse:.3f} ± {self.reverse_std_error:.3f}"
-        return f"log Z = {self.value:.3f}{error} nats ({self.kind}{reverse})"
+        return f"log Z = {self.value:.3f}{error} nats ({self.kind}{reverse}{tail})"
 
 
 class ReplayBuffer(nn.Module):
@@ -121,7 +126,7 @@ class PartitionCache(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("values", torch.zeros(5))  # value, standard error, chains, steps, effective sample size
+        self.register_buffer("values", torch.zeros(6))  # value, standard error, chains, steps, effective sample size, k-hat
         self.register_buffer("kind_index", torch.tensor(-1))
         self.register_buffer("fingerprint", torch.tensor(0))
         self.reread()
@@ -146,6 +151,7 @@ class PartitionCache(nn.Module):
             log_partition.num_chains,
             log_partition.num_steps,
             0.0 if size is None else size,
+            torch.nan if log_partition.pareto_k is None else log_partition.pareto_k,
         )
         with torch.no_grad():
             self.values.copy_(torch.stack([torch.as_tensor(v).to(self.values) for v in values]))
@@ -161,7 +167,7 @@ class PartitionCache(nn.Module):
             self._set_kind(-1)
             self._snapshot = None
             return None
-        value, error, chains, steps, size = self.values.clone().unbind()
+        value, error, chains, steps, size, k = self.values.clone().unbind()
         return LogPartition(
             value,
             error,
@@ -169,6 +175,7 @@ class PartitionCache(nn.Module):
             effective_sample_size=size if size else None,
             num_chains=int(chains),
             num_steps=int(steps),
+            pareto_k=None if k.isnan() else k,
         )
 
     def _set_kind(self, index: int) -> None:
