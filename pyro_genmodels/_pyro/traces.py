@@ -49,8 +49,8 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
 from pyro_genmodels._pyro import sites
-from pyro_genmodels._pyro.plates import measure_plates
 from pyro_genmodels._pyro.messages import without_trace_shapes
+from pyro_genmodels._pyro.plates import measure_plates
 from pyro_genmodels._pyro.reparam import MarkComputed
 from pyro_genmodels._pyro.sites import PARTICLES, is_computed, plate_depth
 
@@ -71,8 +71,7 @@ def as_pair(fit: Any) -> Pair:
         return fit.model, fit.guide
     if hasattr(fit, "get_samples"):
         raise TypeError(
-            f"A fit must have .model and .guide here, but a {type(fit).__name__} has draws and no guide. Pass it to to_arviz, and "
-            "see az.loo and az.compare."
+            f"A fit must have .model and .guide here, but {type(fit).__name__} has draws and no guide: see to_arviz and az.loo."
         )
     raise TypeError(
         "A fit must have .model and .guide, as a family or an SVI has, or be a pair (model, guide), but found "

@@ -213,6 +213,9 @@ class _Posterior:
         if layout.factors and not layout.observed:
             self.reports["log_likelihood"] = f"the model has it in pyro.factor {layout.factors[0]!r}, which has no rows"
         self.reports |= self.undrawn.reports
+        if self.arrays.wants("sample_stats") and layout.has_latents and self.replay.point_masses:
+            found = ", ".join(map(repr, self.replay.point_masses))
+            self.reports["sample_stats.log_q"] = f"the guide has a single value of {found}, a point mass without a density"
         why = "the model subsamples this plate in a Python loop, so only one subsample is run: log_p is an estimate"
         self.reports |= {f"most rows of {plate!r}": why for plate in layout.rows.sequential}
 
@@ -221,7 +224,7 @@ class _Posterior:
         layout = self.replay.layout
         if self.source.is_family_prior or not layout.has_latents or self.undrawn.leaves_no_likelihood:
             return []
-        return ["log_p"] if isinstance(self.source.guide, Mapping) or layout.is_point_mass else ["log_p", "log_q"]
+        return ["log_p"] if isinstance(self.source.guide, Mapping) or self.replay.point_masses else ["log_p", "log_q"]
 
     def _put_values(self, block: ReplayBlock) -> None:
         """Put the values and densities of a block into the arrays."""

@@ -78,6 +78,7 @@ class ModelLayout:
         guide_is_given: True if draws stand in place of a guide; then guide_trace only holds the first of them.
 
     Attributes:
+        model_trace: trace of the model.
         sites: all sites, the guide's too.
         nesting: number of batch dimensions that plates take.
         extra_event_dims: number of batch dimensions of a site outside all plates. They count as dimensions of its event.
@@ -88,13 +89,12 @@ class ModelLayout:
         unguided: sites of the latent variables that the guide leaves to the model.
         observed: observed sites of the model.
         factors: names of the sites of `pyro.factor`.
-        is_point_mass: True if the guide samples nothing, as `AutoDelta`.
         rows: plates and their rows.
     """
 
     def __init__(self, model_trace: Trace, guide_trace: Trace, *, guide_is_given: bool) -> None:
         measure_plates(model_trace, guide_trace)
-        self._model_trace, self._guide_trace, self._guide_is_given = model_trace, guide_trace, guide_is_given
+        self.model_trace, self._guide_trace, self._guide_is_given = model_trace, guide_trace, guide_is_given
         model_sites = traces.sample_sites(model_trace)
         guide_sites = {} if guide_is_given else traces.sample_sites(guide_trace)
         self.sites = guide_sites | model_sites
@@ -112,7 +112,6 @@ class ModelLayout:
         self.unguided = {name: self.sites[name] for name in self.latents if name not in guide_trace.nodes}
         self.observed = {n: self.sites[n] for n in traces.observed(model_trace) if not _is_factor(self.sites[n])}
         self.factors = [name for name, site in self.sites.items() if _is_factor(site)]
-        self.is_point_mass = not guide_is_given and traces.is_point_mass(prune_subsample_sites(guide_trace))
         self.rows = SubsampledRows(self.sites | _chosen_rows(guide_sites))
 
     def joined(self, runs: Iterable[tuple[Trace, Trace]]) -> ModelLayout:
@@ -121,7 +120,7 @@ class ModelLayout:
         Args:
             runs: pairs (guide trace, model trace).
         """
-        guide_trace, model_trace = self._guide_trace.copy(), self._model_trace.copy()
+        guide_trace, model_trace = self._guide_trace.copy(), self.model_trace.copy()
         for pair in runs:
             for whole, part in zip((guide_trace, model_trace), pair, strict=True):
                 whole.nodes.update({name: site for name, site in part.nodes.items() if name not in whole.nodes})

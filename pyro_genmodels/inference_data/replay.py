@@ -56,6 +56,7 @@ class Replay:
     Attributes:
         layout: sites and plates of the model.
         parallel: True if the draws of a block are made in one run.
+        point_masses: continuous variables for which the guide has a single value and no density.
 
     Raises:
         ValueError: if the shapes of given draws are not those of the sites, or rows cannot be run block by block.
@@ -77,6 +78,7 @@ class Replay:
         self._num_samples, self._batch_size = num_samples, batch_size
         self._guide_runs_model = not isinstance(guide, Mapping) and isinstance(poutine.unwrap(guide), Messenger)
         self._guide_of: Callable[..., Callable[[], Any]]
+        self.point_masses: list[str] = []
         if isinstance(guide, Mapping):
             self.layout = layout or self._find_layout(_first_draws(guide), guide_is_given=True)
             latents = {name: values for name, values in guide.items() if name in self.layout.latents}
@@ -84,9 +86,12 @@ class Replay:
             self._guide_of = _DrawsAsGuide(latents, self.layout)
         else:
             guide_without_args = lambda: guide(*args, **kwargs)  # noqa: E731
-            self.layout = layout or self._find_layout(
-                traces.proposal(poutine.trace(guide_without_args).get_trace()), guide_is_given=False
-            )
+            if layout is None:
+                guide_trace = traces.proposal(poutine.trace(guide_without_args).get_trace())
+                self.layout = self._find_layout(guide_trace, guide_is_given=False)
+                self.point_masses = self._find_point_masses(guide_trace, guide_without_args)
+            else:
+                self.layout = layout
             _check_autoguide(self.layout, poutine.unwrap(guide))
             self._guide_of = lambda draws, *, together: guide_without_args
         if layout is None and len(self.layout.rows.blocks) > 1:
@@ -165,6 +170,11 @@ class Replay:
     def _find_layout(self, guide_trace: Trace, *, guide_is_given: bool) -> ModelLayout:
         model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace()
         return ModelLayout(model_trace, guide_trace, guide_is_given=guide_is_given)
+
+    def _find_point_masses(self, guide_trace: Trace, guide: Callable[[], Any]) -> list[str]:
+        if self._guide_runs_model:
+            return []
+        return traces.point_masses(self.layout.model_trace, guide_trace, lambda: self._trace(guide, {}, {}))
 
     def _try_parallel(self) -> bool:
         """Return True if the first block of draws can be made in one run, which is kept for `runs`."""

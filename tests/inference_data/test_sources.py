@@ -97,7 +97,9 @@ def test_a_family_as_guide(y):
 
 
 def test_a_point_mass_has_no_density(y):
-    data = to_arviz(svi(mean_model, AutoDelta(mean_model), y, steps=3), y, num_samples=5)
+    fit = svi(mean_model, AutoDelta(mean_model), y, steps=3)
+    with pytest.warns(UserWarning, match="log_q.*a single value of 'mu'"):
+        data = to_arviz(fit, y, num_samples=5)
     assert variables(data, "sample_stats") == {"log_p"}
     assert len(draws(data, "mu").unique()) == 1
     check_model_groups(data, y)
@@ -635,5 +637,5 @@ def test_fits_that_say_different_things_are_refused_in_either_order(order, y):
     for make in order:
         pyro.clear_param_store()
         fits.append(svi(mean_model, make(mean_model), y))
-    with pytest.raises(ValueError, match="log_q"):
+    with pytest.raises(ValueError, match="log_q"), pytest.warns(UserWarning, match="a single value of 'mu'"):
         to_arviz(fits, y, num_samples=4)
