@@ -75,17 +75,21 @@ def side_effect_free(*parts: Any) -> Iterator[None]:
 
     Args:
         parts: the model, the guide and anything else that is run inside: functions, modules or distributions.
+
+    Raises:
+        RuntimeError: if another thread trains or evaluates a model; see `exclusive`.
     """
-    store, freeze = pyro.get_param_store(), _FrozenParametersMessenger()
-    before = store.get_state()
-    try:
-        evaluation = modules.evaluation_mode(modules.reachable_modules(*parts))
-        with without_trace_shapes(), evaluation, torch.no_grad(), poutine.block(), freeze, MarkComputed():
-            yield
-    finally:
-        freeze.restore()
-        store.clear()
-        store.set_state(before)
+    with exclusive("an evaluation of a model"):
+        store, freeze = pyro.get_param_store(), _FrozenParametersMessenger()
+        before = store.get_state()
+        try:
+            evaluation = modules.evaluation_mode(modules.reachable_modules(*parts))
+            with without_trace_shapes(), evaluation, torch.no_grad(), poutine.block(), freeze, MarkComputed():
+                yield
+        finally:
+            freeze.restore()
+            store.clear()
+            store.set_state(before)
 
 
 class _FrozenParametersMessenger(Messenger):

@@ -120,7 +120,7 @@ def run_pair(
 
 def trace_of(fn: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Trace:
     """Return the trace of one function, without log probabilities and subsample sites."""
-    with MarkComputed():
+    with without_trace_shapes(), MarkComputed():
         trace = prune_subsample_sites(poutine.trace(lambda: fn(*args, **kwargs)).get_trace())
     measure_plates(trace)
     return trace

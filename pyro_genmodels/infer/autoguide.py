@@ -61,8 +61,8 @@ class AutoFamily(AutoContinuous):
                     self.prototype_trace = None  # the next run checks again
                     raise ValueError(
                         f"AutoFamily has one joint distribution of all latent variables, but the model takes {frame.size} of "
-                        f"{frame.full_size} rows of plate {frame.name!r}, in which {name!r} lies: it would hold the same latent "
-                        "variables for any rows. Write a guide that is conditioned on each row, such as "
+                        f"{frame.full_size} rows of plate {frame.name!r}, in which {name!r} lies: it would hold the same "
+                        "latent variables for any rows. Write a guide that is conditioned on each row, such as "
                         f"pyro.sample({name!r}, family(x[rows])), or run the model on all rows, without subsampling."
                     )
 

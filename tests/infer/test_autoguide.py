@@ -40,7 +40,7 @@ def test_latent_variables_of_subsampled_rows_are_refused_at_each_run(model, batc
     guide = AutoFamily(model, build)
     for _ in range(2):
         with pytest.raises(
-            ValueError, match=r"takes 10 of 60 rows of plate 'data', in which 'z' lies.*conditioned on each row"
+            ValueError, match=r"10 of 60 rows of plate 'data', in which 'z' lies.*conditioned on each row"
         ):
             guide(y, batch)
 
