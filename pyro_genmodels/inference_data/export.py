@@ -74,9 +74,10 @@ def to_arviz(
     Args:
         fit: a family, an `SVI` or a pair (model, guide); an `MCMC` run; a run of `Importance` or the result of
             `WeighedPredictive`, with draws that are weighted and not resampled; `Chains`; `WeightedDraws`, with weights in
-            ``sample_stats``; draws by name, (chain, draw, ...); or a list of these, whose chains are concatenated. The
-            fits of a list must have separate parameters. Agreement of their chains is informative only if they started from
-            different points (`init_to_sample`).
+            ``sample_stats``; a `CompartmentalModel` of `pyro.contrib.epidemiology` that is fitted; draws by name,
+            (chain, draw, ...); or a list of these, whose chains are concatenated. The fits of a list must have separate
+            parameters. Agreement of their chains is informative only if they started from different points
+            (`init_to_sample`).
         args: positional arguments of the model. A family called without data gives draws of x as ``posterior_predictive``,
             and of its latent variables from their prior as ``posterior``.
         num_samples: number of draws, 1000 by default. Leave it out for a fit that has draws: all of them are exported.

@@ -311,7 +311,8 @@ def _leave_out(arrays: GroupArrays, reports: dict[str, str], group: str, error: 
     if isinstance(error, NotImplementedError):
         reports[group] = one_line(error) if str(error) else "a variable of the model cannot be sampled"
     else:
-        reports[group] = f"the model fails for one of its draws: {one_line(error)}"
+        first_line = str(error).partition("\n")[0]
+        reports[group] = f"the model fails for one of its draws: {one_line(first_line)}"
 
 
 def _collect_constants(source: DrawSource, replay: Replay, arrays: GroupArrays) -> None:

@@ -57,7 +57,7 @@ def source_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int
 
     Args:
         fit: object with a model and a guide (a family, an `SVI`, a pair), or with draws (`MCMC`, `Importance`, the result of
-            `WeighedPredictive`, `Chains`, or draws by name, (chain, draw, ...)).
+            `WeighedPredictive`, `Chains`, an object with `.samples` by name, or draws by name, (chain, draw, ...)).
         args: positional arguments of the model.
         kwargs: keyword arguments of the model.
         num_samples: number of draws to make, or None.
@@ -126,6 +126,10 @@ def _draws_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], model: Any) -> _
         draws = {name: values[None] for name, values in dict(fit.samples).items() if isinstance(values, Tensor)}
         log_probs = {"log_p": fit.model_log_prob, "log_q": fit.guide_log_prob, "log_weight": fit.log_weights}
         return _FoundDraws(draws, model, args, kwargs, {name: to_numpy(values) for name, values in log_probs.items()})
+    if isinstance(getattr(fit, "samples", None), Mapping):  # a CompartmentalModel
+        if not fit.samples:
+            raise ValueError(f"This {type(fit).__name__} has no draws yet: fit it first, by its fit_svi(...) or fit_mcmc(...).")
+        return _FoundDraws({name: values[None] for name, values in fit.samples.items()}, model, args, kwargs)
     if isinstance(fit, Mapping):
         draws = {n: v if isinstance(v, Tensor) else torch.as_tensor(np.asarray(v)) for n, v in fit.items()}
         return _FoundDraws(draws, model, args, kwargs)
