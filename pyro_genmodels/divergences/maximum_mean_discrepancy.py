@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pyro_genmodels.divergences.kernels import GaussianKernel, Kernel, check_kernel
+from pyro_genmodels.divergences.kernels import GaussianKernel, Kernel, check_kernel, check_kernel_values
 from pyro_genmodels.divergences.kullback_leibler import Divergence
-from pyro_genmodels.divergences.samples import as_matrices
+from pyro_genmodels.divergences.samples import Samples, as_matrices
 
 _MAX_BLOCK_SIZE = 2**24  # largest number of entries of the kernel matrix in memory
 
 
-def mmd(x: Tensor, y: Tensor, *, kernel: Kernel = GaussianKernel()) -> Divergence:  # noqa: B008 (immutable)
+def mmd(x: Samples, y: Samples, *, kernel: Kernel = GaussianKernel()) -> Divergence:  # noqa: B008 (immutable)
     """Return an unbiased estimate of the squared maximum mean discrepancy between two sets of samples.
 
     Its expectation is zero for equal distributions.
@@ -47,8 +47,9 @@ def mmd(x: Tensor, y: Tensor, *, kernel: Kernel = GaussianKernel()) -> Divergenc
         the estimate is not normally distributed and the error is only a rough guide: use `mmd_test`.
 
     Raises:
-        TypeError: if kernel is no `Kernel`.
-        ValueError: for events of different shapes, two devices, fewer than 2 samples, or samples with NaN or infinity.
+        TypeError: if kernel is no `Kernel`, or a set no tensor, array or frame of numbers.
+        ValueError: for events of different shapes, two devices, fewer than 2 samples, samples with NaN or infinity, or a kernel
+            that returns them.
 
     Example:
         >>> x = torch.randn(500, 2)
@@ -57,10 +58,12 @@ def mmd(x: Tensor, y: Tensor, *, kernel: Kernel = GaussianKernel()) -> Divergenc
         tensor(True)
     """
     check_kernel(kernel, by="mmd")
-    x, y = as_matrices(x, y, by="mmd")
+    x, y, dtype = as_matrices(x, y, by="mmd")
     a, b = witnesses(kernel.fitted(x.detach(), y.detach()), x, y)
     variance = 4 * (a.detach().var() / len(a) + b.detach().var() / len(b))
-    return Divergence(a.mean() + b.mean(), variance.sqrt())
+    value = a.mean() + b.mean()
+    check_kernel_values(value, kernel, by="mmd")
+    return Divergence(value.to(dtype), variance.sqrt().to(dtype))
 
 
 def witnesses(kernel: Kernel, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ Wasserstein Barycenters of Measures* (2015). Computed by POT (JMLR 2021).
 
 from __future__ import annotations
 
-__all__ = ["sliced_wasserstein"]
+__all__ = ["directions", "sliced_costs", "sliced_wasserstein"]
 
 from math import isfinite
 
@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from pyro_genmodels.divergences.kullback_leibler import Divergence
-from pyro_genmodels.divergences.samples import as_matrices
+from pyro_genmodels.divergences.samples import Samples, as_matrices, centred
 from pyro_genmodels.utils.errors import import_extra
 
 _MAX_BLOCK_SIZE = 2**22  # largest number of projections sorted at once
 
 
 def sliced_wasserstein(
-    x: Tensor, y: Tensor, *, num_projections: int = 1000, p: float = 2.0, seed: int | None = None
+    x: Samples, y: Samples, *, num_projections: int = 1000, p: float = 2.0, seed: int | None = None
 ) -> Divergence:
     """Return the sliced Wasserstein distance of order p between two sets of samples, in the units of the data.
 
@@ -50,6 +50,7 @@ def sliced_wasserstein(
         and not the randomness of the samples. It is 0 for d = 1.
 
     Raises:
+        TypeError: for anything but tensors, arrays and frames of numbers.
         ValueError: for events of different shapes, two devices, fewer than 2 samples or directions, samples with NaN or
             infinity, or an order below 1.
         ImportError: if POT, of the extra ``eval``, is missing.
@@ -60,21 +61,29 @@ def sliced_wasserstein(
         >>> abs(value - 5 / 2**0.5) < 5 * std_error
         tensor(True)
     """
-    x, y = as_matrices(x, y, by="sliced_wasserstein")
+    x, y, dtype = as_matrices(x, y, by="sliced_wasserstein")
     if num_projections < 2:
         raise ValueError(f"sliced_wasserstein wants at least 2 directions for a standard error, but found {num_projections=}.")
     if not (p >= 1 and isfinite(p)):
         raise ValueError(f"sliced_wasserstein wants an order p of at least 1, and finite, but found {p=}.")
+    x, y, unit = centred(x, y)
+    costs = sliced_costs(x, y, num_projections=num_projections, p=p, seed=seed)
+    mean = costs.mean()
+    equal = mean.detach() == 0
+    positive = torch.where(equal, 1.0, mean)
+    value = positive.pow(1 / p).masked_fill(equal, 0.0) * unit  # the root is not differentiable at zero
+    error = costs.detach().std() / len(costs) ** 0.5 if len(costs) > 1 else torch.zeros_like(mean.detach())
+    return Divergence(value.to(dtype), (value.detach() * error / positive.detach() / p).to(dtype))
+
+
+def sliced_costs(x: Tensor, y: Tensor, *, num_projections: int, p: float, seed: int | None = None) -> Tensor:
+    """Return the Wasserstein distance to the power p along each direction, (num_projections,), or (1,) in one dimension.
+
+    Nothing is checked, so that NaN in the samples gives NaN. Samples, (n, d) and (m, d), should be near zero: see `centred`.
+    """
     ot = import_extra("ot", extra="eval", by="sliced_wasserstein")
     blocks = directions(num_projections, x.shape[1], seed).to(x).split(max(1, _MAX_BLOCK_SIZE // (len(x) + len(y))))
-    costs = torch.cat([ot.wasserstein_1d(x @ block.T, y @ block.T, p=p) for block in blocks])  # W_p^p along each direction
-    mean = costs.mean()
-    positive = mean.detach() > 0
-    value = torch.where(positive, mean, 1.0).pow(1 / p) * positive  # the root is not differentiable at zero
-    if len(costs) == 1:
-        return Divergence(value, torch.zeros_like(mean.detach()))
-    relative = costs.detach().std() / len(costs) ** 0.5 / torch.where(positive, mean.detach(), 1.0)
-    return Divergence(value, value.detach() * relative / p)
+    return torch.cat([ot.wasserstein_1d(x @ block.T, y @ block.T, p=p) for block in blocks])
 
 
 def directions(num_projections: int, dims: int, seed: int | None) -> Tensor:

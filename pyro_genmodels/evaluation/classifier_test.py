@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_genmodels.divergences.samples import as_matrices
+from pyro_genmodels.divergences.samples import Samples, as_matrices
 from pyro_genmodels.utils.errors import import_extra
 
 
@@ -60,8 +60,8 @@ class ClassifierTest:
 
 
 def c2st(
-    x: Tensor,
-    y: Tensor,
+    x: Samples,
+    y: Samples,
     *,
     folds: int = 5,
     seed: int = 1,
@@ -99,7 +99,7 @@ def c2st(
     """
     if folds < 2:
         raise ValueError(f"c2st wants at least 2 folds, but found {folds=}.")
-    x, y = as_matrices(x, y, by="c2st", least=10 * folds)
+    x, y, _ = as_matrices(x, y, by="c2st", least=10 * folds)
     if len(x) != len(y):
         n, larger = (len(y), "x") if len(x) > len(y) else (len(x), "y")
         raise ValueError(

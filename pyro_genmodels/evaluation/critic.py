@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from pyro_genmodels.divergences import Divergence
-from pyro_genmodels.divergences.samples import as_matrices
+from pyro_genmodels.divergences.samples import Samples, as_matrices
+from pyro_genmodels.utils.distances import distances
 from pyro_genmodels.utils.errors import check_positive_int
 
 NUM_NEIGHBOURS = 5
@@ -155,7 +156,7 @@ def _calibration_error(probability: Tensor, num_real: int, bins: int) -> float:
     return sum(errors) / len(probability)
 
 
-def coverage(x: Tensor, samples: Tensor, *, num_neighbours: int = NUM_NEIGHBOURS) -> float:
+def coverage(x: Samples, samples: Samples, *, num_neighbours: int = NUM_NEIGHBOURS) -> float:
     """Return the share of data points that have a sample within the distance of their k-th nearest neighbour in the data.
 
     Args:
@@ -164,7 +165,9 @@ def coverage(x: Tensor, samples: Tensor, *, num_neighbours: int = NUM_NEIGHBOURS
         num_neighbours: k.
 
     Raises:
-        ValueError: for events of different shapes, different numbers of samples and data, or too few data.
+        TypeError: for anything but tensors, arrays and frames of numbers.
+        ValueError: for events of different shapes, different numbers of samples and data, too few data, or NaN or infinity in
+            either.
 
     Example:
         >>> x = torch.arange(20.0)
@@ -172,8 +175,9 @@ def coverage(x: Tensor, samples: Tensor, *, num_neighbours: int = NUM_NEIGHBOURS
         (1.0, 0.2)
     """
     check_positive_int("coverage", num_neighbours=num_neighbours)
-    x, samples = as_matrices(x, samples, by="coverage", least=num_neighbours + 1)
+    x, samples, _ = as_matrices(x, samples, by="coverage", least=num_neighbours + 1, names=("x", "samples"))
     if len(x) != len(samples):
         raise ValueError(f"coverage wants as many samples as data, but found {len(samples)} samples and {len(x)} data.")
-    radius = torch.cdist(x, x).kthvalue(num_neighbours + 1, dim=1).values  # the nearest is the datum itself
-    return (torch.cdist(x, samples).min(1).values <= radius).double().mean().item()
+    with torch.no_grad():
+        radius = distances(x, x).kthvalue(num_neighbours + 1, dim=1).values  # the nearest is the datum itself
+        return (distances(x, samples).min(1).values <= radius).double().mean().item()

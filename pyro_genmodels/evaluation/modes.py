@@ -15,12 +15,13 @@ from __future__ import annotations
 __all__ = ["ModeCoverage", "mode_coverage"]
 
 from dataclasses import dataclass
-from math import log
+from math import inf, log
 
 import torch
 from torch import Tensor
 
-from pyro_genmodels.divergences.samples import as_matrices
+from pyro_genmodels.divergences.samples import Samples, as_matrices
+from pyro_genmodels.utils.distances import distances
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class ModeCoverage:
         return f"{self.covered} of {len(self.counts)} modes, {self.high_quality:.1%} of high quality (n={self.num_samples})"
 
 
-def mode_coverage(samples: Tensor, centres: Tensor, scale: float, *, max_deviations: float = 3.0) -> ModeCoverage:
+def mode_coverage(samples: Samples, centres: Samples, scale: float, *, max_deviations: float = 3.0) -> ModeCoverage:
     """Count the high-quality samples of each mode of a mixture.
 
     Args:
@@ -65,7 +66,8 @@ def mode_coverage(samples: Tensor, centres: Tensor, scale: float, *, max_deviati
         max_deviations: largest distance of a high-quality sample from a centre, in standard deviations.
 
     Raises:
-        ValueError: for samples and centres of different dimensions, and for a scale or max_deviations that is not positive.
+        ValueError: for samples and centres of different dimensions, with NaN or infinity, and for a scale or max_deviations
+            that is not positive and finite.
 
     Example:
         >>> samples = torch.tensor([[0.0, 0.1], [5.0, 5.0], [9.0, 9.0]])
@@ -73,11 +75,11 @@ def mode_coverage(samples: Tensor, centres: Tensor, scale: float, *, max_deviati
         >>> found.covered, round(found.high_quality, 2)
         (2, 0.67)
     """
-    samples, centres = as_matrices(samples.detach(), centres, by="mode_coverage", least=1)
-    if not (scale > 0 and max_deviations > 0):
+    samples, centres, _ = as_matrices(samples, centres, by="mode_coverage", least=1, names=("samples", "centres"))
+    if not (0 < scale < inf and 0 < max_deviations < inf):
         raise ValueError(
-            f"mode_coverage wants a positive scale and max_deviations, but found {scale!r} and {max_deviations!r}."
+            f"mode_coverage wants a positive scale and max_deviations, and finite, but found {scale!r} and {max_deviations!r}."
         )
-    distance, nearest = torch.cdist(samples, centres).min(1)
+    distance, nearest = distances(samples.detach(), centres.detach()).min(1)
     counts = torch.bincount(nearest[distance < max_deviations * scale], minlength=len(centres))
     return ModeCoverage(counts, len(samples))

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_genmodels.divergences.kernels import GaussianKernel, Kernel, check_kernel
-from pyro_genmodels.divergences.samples import as_matrices
+from pyro_genmodels.divergences.kernels import GaussianKernel, Kernel, check_kernel, check_kernel_values
+from pyro_genmodels.divergences.samples import Samples, as_matrices
 from pyro_genmodels.utils.errors import check_positive_int
 
 MAX_SAMPLES = 10_000
@@ -49,8 +49,8 @@ class MMDTest:
 
 
 def mmd_test(
-    x: Tensor,
-    y: Tensor,
+    x: Samples,
+    y: Samples,
     *,
     kernel: Kernel = GaussianKernel(),  # noqa: B008 (immutable)
     num_permutations: int = 1000,
@@ -71,7 +71,7 @@ def mmd_test(
 
     Raises:
         ValueError: for events of different shapes, two devices, samples with NaN or infinity, fewer than 2 samples in a set,
-            and more than 10,000 in both.
+            more than 10,000 in both, and a kernel that returns NaN or infinity.
 
     Example:
         >>> mmd_test(torch.randn(100, 2), torch.randn(100, 2) + 1).p_value < 0.01
@@ -79,16 +79,17 @@ def mmd_test(
     """
     check_kernel(kernel, by="mmd_test")
     check_positive_int("mmd_test", num_permutations=num_permutations)
-    x, y = (samples.detach().double() for samples in as_matrices(x, y, by="mmd_test"))
+    x, y, _ = as_matrices(x, y, by="mmd_test")
     n, m = len(x), len(y)
     if n + m > MAX_SAMPLES:
         raise ValueError(
             f"mmd_test holds a matrix of all pairs, of at most {MAX_SAMPLES} samples, but found {n} and {m}. Test a part: "
             f"x[torch.randperm(len(x))[:{MAX_SAMPLES // 2}]], and y likewise. mmd gives the value alone, for any number."
         )
-    both = torch.cat([x, y])
+    both = torch.cat([x, y]).detach()
     with torch.no_grad():
         k = kernel.fitted(both)(both, both).fill_diagonal_(0)
+        check_kernel_values(k, kernel, by="mmd_test")
         in_first = _permutations(n, m, num_permutations, seed).to(both)
         values = _discrepancies(k, in_first, n, m)
         a = k[:n, :n].sum(1) / (n - 1) - k[:n, n:].mean(1)

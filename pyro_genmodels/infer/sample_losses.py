@@ -40,10 +40,17 @@ from pyro_genmodels._pyro.predictive import (
     replicated_data,
 )
 from pyro_genmodels.divergences import ConvexFunction, KullbackLeibler
-from pyro_genmodels.divergences.kernels import EnergyKernel, GaussianKernel, Kernel, check_kernel, median_distance
+from pyro_genmodels.divergences.kernels import (
+    EnergyKernel,
+    GaussianKernel,
+    Kernel,
+    check_kernel,
+    median_distance,
+    squares_in_bandwidths,
+)
 from pyro_genmodels.divergences.sliced import sliced_costs
 from pyro_genmodels.infer.objective import Loss
-from pyro_genmodels.utils.distances import distances, in_doubles
+from pyro_genmodels.utils.distances import in_doubles
 from pyro_genmodels.utils.distributions import density_of, unwrap
 
 
@@ -337,4 +344,4 @@ class SpreadDivergence(SampleLoss):
 
 def _log_mixture(z: Tensor, centres: Tensor, h: Any) -> Tensor:
     """Return the log density at z (k, d) of a mixture of Gaussians with equal weights, (k,), up to a common constant."""
-    return ((distances(z, centres) / h).square() / -2).logsumexp(1) - log(len(centres))
+    return (squares_in_bandwidths(z, centres, h) / -2).logsumexp(1) - log(len(centres))

@@ -1,13 +1,13 @@
 r"""Euclidean distances between the rows of two matrices, computed from differences in double precision.
 
-The textbook form :math:`|x|^2 + |y|^2 - 2 x \cdot y` loses the squared distance to rounding if the rows are far from the origin:
+The textbook form :math:`|x|^2 + |y|^2 - 2 x \cdot y` loses the squared distance to rounding if rows are far from the origin:
 at an offset of 1e4 in single precision its error is 10. Squares of single-precision numbers also overflow from 2e19 and vanish
 below 1e-23. Neither happens here.
 """
 
 from __future__ import annotations
 
-__all__ = ["distances", "in_doubles", "squared_distances"]
+__all__ = ["common_dtype", "distances", "in_doubles", "squared_distances"]
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
         tensor([[0.],
                 [1.]])
     """
-    return _distances_in_doubles(x, y).to(_common_dtype(x, y))
+    return _distances_in_doubles(x, y).to(common_dtype(x, y))
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -44,12 +44,17 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
         >>> squared_distances(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0]]))
         tensor([[25.]])
     """
-    return _distances_in_doubles(x, y).square().to(_common_dtype(x, y))
+    return _distances_in_doubles(x, y).square().to(common_dtype(x, y))
 
 
 def in_doubles(x: Tensor) -> Tensor:
     """Return x in double precision, or in single precision on devices without doubles (Apple's MPS)."""
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
+def common_dtype(x: Tensor, y: Tensor) -> torch.dtype:
+    """Return the wider of the two dtypes, with integers counted as torch's default dtype."""
+    return torch.promote_types(*(t.dtype if t.is_floating_point() else torch.get_default_dtype() for t in (x, y)))
 
 
 def _distances_in_doubles(x: Tensor, y: Tensor) -> Tensor:
@@ -59,8 +64,3 @@ def _distances_in_doubles(x: Tensor, y: Tensor) -> Tensor:
             f"{tuple(y.shape)}."
         )
     return torch.cdist(in_doubles(x), in_doubles(y), compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def _common_dtype(x: Tensor, y: Tensor) -> torch.dtype:
-    """Return the wider of the two dtypes, with integers counted as torch's default dtype."""
-    return torch.promote_types(*(t.dtype if t.is_floating_point() else torch.get_default_dtype() for t in (x, y)))

@@ -80,6 +80,30 @@ def test_the_regularised_nears_the_exact_and_is_zero_between_equals(dims):
     assert wasserstein(x, x, regularization=0.5).value < 1e-3
 
 
+@pytest.mark.parametrize("regularization", [0.2, 1.0, 100.0, 1e6])
+@pytest.mark.parametrize(("dims", "shift"), [(1, 1e-3), (2, 1e-3), (2, 30.0)])
+def test_the_standard_error_of_a_shift_is_that_of_the_mean_along_it(dims, shift, regularization):
+    """The distance of order 2 is |s|, with the potentials 2 s x of a Gaussian shift: an error of sd(s x) / |s| in both sets."""
+    x = torch.randn(60, dims)
+    value, error = wasserstein(x, x + shift, regularization=regularization)
+    torch.testing.assert_close(value, torch.tensor(shift * dims**0.5), rtol=1e-4, atol=0)
+    truth = (2 * (x.sum(1) / dims**0.5).var() / 60) ** 0.5
+    torch.testing.assert_close(error, truth, rtol=2e-3, atol=0)
+
+
+def test_a_large_regularization_leaves_the_distance_of_the_means():
+    """And its error, for order 2; for order 1 it leaves half the energy distance."""
+    x, y = torch.randn(50, 2), 2 * torch.randn(70, 2) + 1
+    value, error = wasserstein(x, y, regularization=1e6)
+    between = y.mean(0) - x.mean(0)
+    along = [part @ between / between.norm() for part in (x, y)]
+    torch.testing.assert_close(value, between.norm(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(error, sum(a.var() / len(a) for a in along).sqrt(), rtol=1e-3, atol=0)
+    value, _ = wasserstein(x, y, p=1, regularization=1e6)
+    means = [torch.cdist(a, b).mean() for a, b in ((x, y), (x, x), (y, y))]
+    torch.testing.assert_close(value, means[0] - means[1] / 2 - means[2] / 2, rtol=1e-4, atol=0)
+
+
 def test_events_are_flattened_and_the_wider_dtype_is_kept():
     x, y = torch.randn(10, 2, 3), torch.randn(12, 2, 3)
     assert wasserstein(x, y) == wasserstein(x.reshape(10, 6), y.reshape(12, 6))
@@ -112,10 +136,10 @@ def test_a_solver_that_does_not_end_is_an_error(monkeypatch):
     x, y = torch.randn(40, 2), torch.randn(40, 2) + 1
     module = sys.modules["pyro_genmodels.divergences.optimal_transport"]
     monkeypatch.setattr(module, "_MAX_PIVOTS", 3)
-    monkeypatch.setattr(module, "_MAX_SWEEPS", 2)
+    monkeypatch.setattr(module, "_MAX_STEPS", 2)
     with pytest.raises(ValueError, match=r"could not solve the linear programme of 40 x 40 samples: .*Use fewer samples"):
         wasserstein(x, y)
-    with pytest.raises(ValueError, match=r"iteration did not converge. After 2 sweeps.*Use a larger regularization"):
+    with pytest.raises(ValueError, match=r"iteration did not converge. After 2 steps.*Use a larger regularization"):
         wasserstein(x, y, regularization=0.01)
 
 
