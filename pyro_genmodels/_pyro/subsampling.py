@@ -6,7 +6,7 @@ that an earlier one has.
 
 from __future__ import annotations
 
-__all__ = ["RowBlock", "SubsampledPlate", "fixed_rows", "row_blocks", "subsampled_plates"]
+__all__ = ["GivenRows", "RowBlock", "SubsampledPlate", "fixed_rows", "row_blocks", "subsampled_plates"]
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
@@ -75,6 +75,35 @@ def fixed_rows(indices: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
         site = {"type": "sample", "name": name, "value": value, "is_observed": False, "infer": {}, "cond_indep_stack": ()}
         rows.add_node(name, **site)
     return ReplayMessenger(trace=rows)
+
+
+class GivenRows(Messenger):
+    """Handler that notes the rows which a model gives to its plates, ``pyro.plate(name, size, subsample=rows)``.
+
+    It must be the innermost handler: `poutine.replay` puts the rows of a guide in their place.
+
+    Attributes:
+        rows: indices by name of the plate.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[str, Any] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is not None:
+            self.rows[msg["name"]] = msg["value"]
+
+    def other_than(self, guide_trace: Trace) -> dict[str, Any]:
+        """Return the given rows of the plates for which a guide chooses rows at random, or is given others."""
+        plates = {name: site for name, site in guide_trace.nodes.items() if site_is_subsample(site) and name in self.rows}
+        given = {name: self.rows[name] for name, site in plates.items() if self.rows[name] is not site["value"]}
+        return {
+            name: rows
+            for name, rows in given.items()
+            if plates[name]["fn"].subsample_size is not None
+            or not torch.equal(torch.as_tensor(rows), torch.as_tensor(plates[name]["value"]))
+        }
 
 
 class _PlatesSeenError(Exception):

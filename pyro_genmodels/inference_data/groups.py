@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from pyro import poutine
 from pyro.distributions import Unit
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -215,7 +216,14 @@ class _Posterior:
         self.reports |= self.undrawn.reports
         if self.arrays.wants("sample_stats") and layout.has_latents and self.replay.point_masses:
             found = ", ".join(map(repr, self.replay.point_masses))
-            self.reports["sample_stats.log_q"] = f"the guide has a single value of {found}, a point mass without a density"
+            why = f"the guide has a single value of {found}, a point mass without a density"
+            if hasattr(poutine.unwrap(self.source.guide), "laplace_approximation"):
+                why = "the guide is a point mass until it is converted: use guide.laplace_approximation(...)"
+            self.reports["sample_stats.log_q and log_weight"] = why
+        why = (
+            "the guide chooses rows where the model is given them, and Pyro trains it on rows of other data; see create_plates="
+        )
+        self.reports |= {f"rows of {plate!r} that the model is not given": why for plate in self.replay.mispaired}
         why = "the model subsamples this plate in a Python loop, so only one subsample is run: log_p is an estimate"
         self.reports |= {f"most rows of {plate!r}": why for plate in layout.rows.sequential}
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["ModelLayout", "RowBlock", "SubsampledRows"]
+__all__ = ["ModelLayout", "SubsampledRows"]
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,21 +17,8 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro_genmodels._pyro import sites, traces
 from pyro_genmodels._pyro.plates import measure_plates
 from pyro_genmodels._pyro.sites import is_deterministic, plate_depth, plate_frames
+from pyro_genmodels._pyro.subsampling import RowBlock, row_blocks
 from pyro_genmodels.inference_data.arrays import to_numpy
-
-
-class RowBlock(NamedTuple):
-    """Rows of a subsampled plate that one run sees.
-
-    Attributes:
-        indices: indices of these rows in the plate.
-        new: slice of them that no earlier block has.
-        to: position of the new rows among all.
-    """
-
-    indices: torch.Tensor
-    new: slice
-    to: slice
 
 
 class SubsampledRows:
@@ -62,7 +49,7 @@ class SubsampledRows:
                 continue
             if name in vectorized:
                 self.sizes[name], self.coords[name] = size, np.arange(size)
-                blocks.append([(name, block) for block in _row_blocks(size, count, site["value"].device)])
+                blocks.append([(name, block) for block in row_blocks(size, count, site["value"].device)])
             else:
                 self.sequential.append(name)
         self.coords |= {name: np.arange(size) for name, size in _plate_sizes(sites).items() if name not in self.coords}
@@ -171,11 +158,3 @@ def _row_labels(rows: Any, count: int) -> np.ndarray:
 
 def _is_factor(site: Mapping[str, Any]) -> bool:
     return isinstance(site["fn"], Unit)
-
-
-def _row_blocks(size: int, count: int, device: torch.device) -> Iterator[RowBlock]:
-    """Yield blocks of ``count`` rows that are all rows together. The last begins with rows that an earlier block has."""
-    for start in range(0, size, count):
-        first = min(start, size - count)
-        indices = torch.arange(first, first + count, device=device)
-        yield RowBlock(indices, slice(start - first, count), slice(start, first + count))

@@ -33,8 +33,9 @@ from torch import Tensor
 
 from pyro_genmodels._pyro import handlers, sites, traces, vectorize
 from pyro_genmodels._pyro.plates import measure_plates
+from pyro_genmodels._pyro.subsampling import GivenRows, RowBlock, fixed_rows
 from pyro_genmodels.inference_data.arrays import BlockValues, PlateRows
-from pyro_genmodels.inference_data.layout import ModelLayout, RowBlock
+from pyro_genmodels.inference_data.layout import ModelLayout
 
 Sites = dict[str, Any]
 """Sites of a trace, by name."""
@@ -57,6 +58,7 @@ class Replay:
         layout: sites and plates of the model.
         parallel: True if the draws of a block are made in one run.
         point_masses: continuous variables for which the guide has a single value and no density.
+        mispaired: rows that the model gives to a plate, ``subsample=rows``, where the guide chooses others.
 
     Raises:
         ValueError: if the shapes of given draws are not those of the sites, or rows cannot be run block by block.
@@ -79,6 +81,7 @@ class Replay:
         self._guide_runs_model = not isinstance(guide, Mapping) and isinstance(poutine.unwrap(guide), Messenger)
         self._guide_of: Callable[..., Callable[[], Any]]
         self.point_masses: list[str] = []
+        self.mispaired: dict[str, Any] = {}
         if isinstance(guide, Mapping):
             self.layout = layout or self._find_layout(_first_draws(guide), guide_is_given=True)
             latents = {name: values for name, values in guide.items() if name in self.layout.latents}
@@ -89,6 +92,9 @@ class Replay:
             if layout is None:
                 guide_trace = traces.proposal(poutine.trace(guide_without_args).get_trace())
                 self.layout = self._find_layout(guide_trace, guide_is_given=False)
+                if self.mispaired:
+                    guide_trace = self._on_rows_of_model(guide_without_args)
+                    self.layout = self._find_layout(guide_trace, guide_is_given=False)
                 self.point_masses = self._find_point_masses(guide_trace, guide_without_args)
             else:
                 self.layout = layout
@@ -168,8 +174,19 @@ class Replay:
     # Single runs.
 
     def _find_layout(self, guide_trace: Trace, *, guide_is_given: bool) -> ModelLayout:
-        model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace()
+        given = GivenRows()
+        model_trace = poutine.trace(poutine.replay(given(self.model), trace=guide_trace)).get_trace()
+        if not (self.mispaired or guide_is_given):
+            self.mispaired = given.other_than(guide_trace)
         return ModelLayout(model_trace, guide_trace, guide_is_given=guide_is_given)
+
+    def _on_rows_of_model(self, guide: Callable[[], Any]) -> Trace:
+        """Return the trace of the guide on the rows that the model is given, without the plates at which it chose others."""
+        with fixed_rows(self.mispaired):
+            trace = traces.proposal(poutine.trace(guide).get_trace())
+        for plate in self.mispaired:
+            trace.remove_node(plate)
+        return trace
 
     def _find_point_masses(self, guide_trace: Trace, guide: Callable[[], Any]) -> list[str]:
         if self._guide_runs_model:

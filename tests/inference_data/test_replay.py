@@ -335,6 +335,44 @@ def test_given_rows_are_labelled_by_themselves():
     check_weights(data, normal(0.0, 3.0, mu) + ROWS / 3 * normal(mu[:, None], 2.0, y).sum(-1), mean_log_q(mu))
 
 
+@pytest.mark.parametrize("rows", [[7, 2, 4], [0, 1, 2], [2, 0, 1]])
+def test_given_rows_are_those_of_an_autoguide_too(rows):
+    """An autoguide chooses rows at random, and Pyro would label the data by them (pyro#3468)."""
+    rows, y = torch.tensor(rows), 10.0 * torch.arange(ROWS)
+
+    def model(y):
+        with pyro.plate("data", ROWS, subsample=rows):
+            z = pyro.sample("z", dist.Normal(0.0, 3.0))
+            pyro.sample("y", dist.Normal(z, 2.0), obs=y[rows])
+
+    guide = AutoNormal(model, init_scale=1e-4)
+    guide(y)
+    guide.locs.z.data = torch.arange(1.0 * ROWS)
+    with pytest.warns(UserWarning, match="rows of 'data' that the model is not given .*create_plates="):
+        data = to_arviz((model, guide), y, num_samples=3)
+    for group, name in (("observed_data", "y"), ("log_likelihood", "y"), ("posterior", "z"), ("posterior_predictive", "y")):
+        np.testing.assert_array_equal(data[group][name]["data"], rows)
+    np.testing.assert_array_equal(data["observed_data"]["y"], y[rows])
+    z = draws(data, "z")
+    close(z, rows.expand_as(z), tolerance=1e-2)
+    close(draws(data, "y", "log_likelihood"), normal(z, 2.0, y[rows]))
+
+
+def test_an_autoguide_with_the_given_rows_is_taken_as_it_is():
+    rows, y = torch.tensor([7, 2, 4]), torch.randn(ROWS)
+
+    def plate(y):
+        return pyro.plate("data", ROWS, subsample=rows, dim=-1)
+
+    def model(y):
+        with plate(y):
+            z = pyro.sample("z", dist.Normal(0.0, 3.0))
+            pyro.sample("y", dist.Normal(z, 2.0), obs=y[rows])
+
+    data = to_arviz((model, AutoNormal(model, create_plates=plate)), y, num_samples=3)
+    np.testing.assert_array_equal(data["posterior"]["data"], rows)
+
+
 # Sequential plates.
 
 

@@ -8,7 +8,14 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import HMC, MCMC, NUTS, Importance, Predictive, WeighedPredictive
-from pyro.infer.autoguide import AutoDelta, AutoIAFNormal, AutoMultivariateNormal, AutoNormal, AutoNormalizingFlow
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoIAFNormal,
+    AutoLaplaceApproximation,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoNormalizingFlow,
+)
 from pyro.nn import PyroModule, PyroParam
 from readings import (
     affine_flow,
@@ -94,6 +101,26 @@ def test_a_family_as_guide(y):
     b = draws(data, "b")
     with torch.no_grad():
         check_weights(data, regression_log_p(b, x, y), flow().log_prob(b), tolerance=1e-3)
+
+
+def scale_model(y):
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+
+
+def test_a_laplace_approximation_has_a_density_once_it_is_converted(y):
+    """Before, its log_q was the Jacobian of the constrained variable alone."""
+    guide = AutoLaplaceApproximation(scale_model)
+    fit = svi(scale_model, guide, y, steps=3)
+    with pytest.warns(UserWarning, match=r"log_q .*use guide.laplace_approximation\(...\)"):
+        data = to_arviz(fit, y, num_samples=3)
+    assert variables(data, "sample_stats") == {"log_p"}
+    assert len(draws(data, "scale").unique()) == 1
+    converted = guide.laplace_approximation(y)
+    data = to_arviz((scale_model, converted), y, num_samples=3)
+    expected = dist.LogNormal(converted.loc, converted.scale_tril.squeeze() * converted.scale).log_prob(draws(data, "scale"))
+    close(stat(data, "log_q"), expected.squeeze())
 
 
 def test_a_point_mass_has_no_density(y):
