@@ -455,15 +455,6 @@ def test_a_missing_plate_is_refused():
         log_likelihood((model, no_latents), torch.randn(4))
 
 
-def test_a_plate_subsampled_inside_the_model_is_refused():
-    def model(x):
-        with pyro.plate("data", len(x), subsample_size=min(2, len(x))) as rows:
-            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x[rows])
-
-    with pytest.raises(ValueError, match="without subsampling"):
-        log_likelihood((model, no_latents), torch.randn(4))
-
-
 def test_an_implicit_likelihood_is_refused():
     vae = VAE((2,), latent_dim=1, hidden=(4,))
 

@@ -144,14 +144,14 @@ class PartitionCache(nn.Module):
 
     def put(self, log_partition: LogPartition, tensors: Sequence[Tensor]) -> None:
         """Store log Z for the present values of the tensors that it depends on."""
-        size = log_partition.effective_sample_size
+        size, k = log_partition.effective_sample_size, log_partition.pareto_k
         values = (
             log_partition.value,
             log_partition.std_error,
             log_partition.num_chains,
             log_partition.num_steps,
             0.0 if size is None else size,
-            torch.nan if log_partition.pareto_k is None else log_partition.pareto_k,
+            0.0 if k is None or k.isnan() else k,  # a NaN would make equal states unequal
         )
         with torch.no_grad():
             self.values.copy_(torch.stack([torch.as_tensor(v).to(self.values) for v in values]))
@@ -175,7 +175,7 @@ class PartitionCache(nn.Module):
             effective_sample_size=size if size else None,
             num_chains=int(chains),
             num_steps=int(steps),
-            pareto_k=None if k.isnan() else k,
+            pareto_k=k if k else None,
         )
 
     def _set_kind(self, index: int) -> None:
