@@ -18,7 +18,7 @@ from torch.distributions import constraints
 from pyro_genmodels.distributions.autoregressive import Autoregression
 from pyro_genmodels.distributions.likelihoods import Likelihood, check_likelihood
 from pyro_genmodels.families.context import Context
-from pyro_genmodels.families.family import Family, Standardize
+from pyro_genmodels.families.family import Family, Standardize, StandardizeContext
 from pyro_genmodels.nn.masked import MADE
 
 
@@ -36,6 +36,7 @@ class Autoregressive(Family):
         dropout: rate at which hidden units are dropped in training.
         support: set in which one coordinate lies; only with `NormalLikelihood`.
         standardize: see `Family`; only with `NormalLikelihood`.
+        standardize_context: see `Family`.
         name: see `Family`.
 
     Raises:
@@ -61,11 +62,19 @@ class Autoregressive(Family):
         dropout: float = 0.0,
         support: constraints.Constraint = constraints.real,
         standardize: Standardize = True,
+        standardize_context: StandardizeContext = True,
         name: str | None = None,
     ) -> None:
         likelihood = check_likelihood(likelihood)
         support = likelihood.support_within(support)
-        super().__init__(event_shape, context=context, support=support, standardize=standardize, name=name)
+        super().__init__(
+            event_shape,
+            context=context,
+            support=support,
+            standardize=standardize,
+            standardize_context=standardize_context,
+            name=name,
+        )
         self.likelihood = likelihood
         features = self.event_shape.numel()
         order = torch.arange(features) if order is None else torch.as_tensor(order)

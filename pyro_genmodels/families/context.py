@@ -1,20 +1,33 @@
 """Contexts: modules that turn what a distribution is conditioned on into the vector that its networks read.
 
 A context module has an attribute ``out_features``, the length of its output, and maps a batch of contexts to
-(batch..., out_features). `Labels` does so for integer classes and `VectorContext` for float vectors.
+(batch..., out_features). `Labels` does so for integer classes and `VectorContext` for float vectors, which it standardises.
 """
 
 from __future__ import annotations
 
-__all__ = ["Context", "Labels", "VectorContext", "as_context_module", "check_one_per_row", "output_length"]
+__all__ = [
+    "Context",
+    "Labels",
+    "StandardizeContext",
+    "VectorContext",
+    "as_context_module",
+    "check_one_per_row",
+    "output_length",
+]
+
+from typing import Any, Literal
 
 import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
+from pyro_genmodels.families.standardization import estimate
 from pyro_genmodels.utils.errors import check_positive_int
+from pyro_genmodels.utils.tensors import as_tensor
 
 Context = int | nn.Module
+StandardizeContext = bool | Literal["robust"]
 
 
 class Labels(nn.Module):
@@ -25,7 +38,7 @@ class Labels(nn.Module):
 
     Raises:
         ValueError: for fewer than one class, and when called with labels that are not integers from 0 to num_classes - 1.
-        TypeError: when called with anything but a tensor.
+        TypeError: when called with what holds no numbers.
 
     Example:
         >>> from pyro_genmodels import Flow, Labels
@@ -45,8 +58,7 @@ class Labels(nn.Module):
 
     def forward(self, labels: Tensor) -> Tensor:
         """Return the one-hot vectors (..., num_classes) of integer labels (...)."""
-        if not isinstance(labels, Tensor):
-            raise TypeError(f"Labels wants a tensor of integers, but found {type(labels).__name__}. Use torch.tensor(labels).")
+        labels = self.as_tensor(labels)
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(f"Labels wants integers, but found {labels.dtype}. Convert the labels with .long().")
         if is_validation_enabled() and labels.numel() and (labels.min() < 0 or labels.max() >= self.num_classes):
@@ -56,32 +68,84 @@ class Labels(nn.Module):
             )
         return self.one_hot[labels.long()]
 
+    def as_tensor(self, labels: Any) -> Tensor:
+        """Return labels as a tensor on the device of this module; a tensor is returned as it is."""
+        return labels if isinstance(labels, Tensor) else as_tensor(labels, "Labels").to(self.one_hot.device)
+
 
 class VectorContext(nn.Module):
-    """A float vector as a context, passed on unchanged.
+    """A float vector as a context, standardised once its mean and deviation are known.
 
     Args:
         size: length of the vector.
+        standardize: True to standardise by mean and deviation, "robust" by median and interquartile range, False not to.
+
+    Attributes:
+        loc: mean that standardisation subtracts, (size,).
+        scale: deviation that standardisation divides by, (size,).
+        standardized: True once both are set.
 
     Raises:
         ValueError: when called with integers, with vectors of another length, or with NaN or infinite entries.
-        TypeError: when called with anything but a tensor.
+        TypeError: when called with what holds no numbers.
     """
 
+    loc: Tensor
+    scale: Tensor
+    standardized: Tensor
     event_dim = 1
     """Number of dimensions of one context: a vector has one."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, standardize: StandardizeContext = True) -> None:
         super().__init__()
+        if not (isinstance(standardize, bool) or standardize == "robust"):
+            raise ValueError(f'standardize_context wants True, False or "robust", but found {standardize!r}.')
         self.out_features = size
+        self.kind = standardize
+        self.register_buffer("loc", torch.zeros(size))
+        self.register_buffer("scale", torch.ones(size))
+        self.register_buffer("standardized", torch.tensor(False))
+        self._due = bool(standardize)
+        self.register_load_state_dict_pre_hook(_complete_loaded)
+        self.register_load_state_dict_post_hook(_read_standardized)
+
+    @property
+    def due(self) -> bool:
+        """True if contexts are to be standardised, and mean and deviation are not known yet."""
+        return self._due
+
+    def standardize(self, context: Tensor, owner: str) -> None:
+        """Set mean and deviation to those of contexts (N, size), in a family called `owner`."""
+        if not self.kind:
+            return
+        self._check(context)
+        loc, scale = estimate(
+            context,
+            context,
+            self.loc,
+            kind=self.kind,
+            owner=owner,
+            noun="contexts",
+            of_constants="What depends on them cannot be learned; contexts with other values there are an extrapolation.",
+        )
+        self.loc.copy_(loc)
+        self.scale.copy_(scale)
+        self.standardized.fill_(True)
+        self._due = False
 
     def forward(self, context: Tensor) -> Tensor:
-        """Return the context (..., size) itself, once it is known to be one."""
-        if not isinstance(context, Tensor):
-            raise TypeError(
-                f"This family wants its context as a tensor of floats, but found {type(context).__name__}. Use "
-                "torch.as_tensor(context)."
-            )
+        """Return the context (..., size), standardised in its own precision, in the precision of the networks."""
+        context = self.as_tensor(context)
+        self._check(context)
+        return ((context - self.loc) / self.scale).to(self.loc.dtype)
+
+    def as_tensor(self, context: Any) -> Tensor:
+        """Return contexts as a tensor on the device of this module; a tensor is returned as it is."""
+        if isinstance(context, Tensor):
+            return context
+        return as_tensor(context, "A family with a context").to(self.loc.device)
+
+    def _check(self, context: Tensor) -> None:
         if not context.is_floating_point() or context.dim() < 1 or context.shape[-1] != self.out_features:
             raise ValueError(
                 f"This family wants a context of floats, (..., {self.out_features}), but found {context.dtype} of shape "
@@ -90,14 +154,29 @@ class VectorContext(nn.Module):
             )
         if is_validation_enabled() and not context.isfinite().all():
             raise ValueError(f"The context, of shape {tuple(context.shape)}, has NaN or infinite entries. Impute them first.")
-        return context
+
+    def complete(self, state: dict[str, Any], prefix: str) -> None:
+        """Add to a `state_dict` of a version before 0.2 what it lacks: its contexts were not standardised."""
+        if not any(prefix + name in state for name in ("loc", "scale", "standardized")):
+            state[prefix + "loc"] = torch.zeros_like(self.loc, device="cpu")
+            state[prefix + "scale"] = torch.ones_like(self.scale, device="cpu")
+            state[prefix + "standardized"] = torch.tensor(True)
 
 
-def as_context_module(context: Context) -> nn.Module | None:
+def _complete_loaded(module: VectorContext, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    module.complete(state, prefix)
+
+
+def _read_standardized(module: VectorContext, _: Any) -> None:
+    module._due = bool(module.kind) and not bool(module.standardized)
+
+
+def as_context_module(context: Context, *, standardize: StandardizeContext = True) -> nn.Module | None:
     """Return the module that embeds a context.
 
     Args:
         context: length of a float vector, 0 for no context, or a module with an attribute `out_features`.
+        standardize: see `VectorContext`.
 
     Returns:
         A module, or None if there is no context.
@@ -110,7 +189,8 @@ def as_context_module(context: Context) -> nn.Module | None:
         return context
     if isinstance(context, bool) or not isinstance(context, int) or context < 0:
         raise ValueError(f"context wants a vector length (0 or more), Labels(k) or a module, but found {context!r}.")
-    return VectorContext(context) if context else None
+    vectors = VectorContext(context, standardize=standardize)  # checks `standardize` without a context too
+    return vectors if context else None
 
 
 def output_length(module: nn.Module) -> int:
@@ -141,6 +221,8 @@ def check_one_per_row(module: nn.Module | None, context: Tensor | None, rows: in
     """
     if context is None:
         return
+    if isinstance(context, Tensor) and not context.dim():
+        raise ValueError(f"There are {rows} rows of x but one context, {context.item()}. Pass one context per row.")
     if len(context) != rows:
         raise ValueError(f"There are {rows} rows of x but {len(context)} of context. Pass one context per row.")
     event_dim = getattr(module, "event_dim", None)

@@ -21,7 +21,7 @@ from pyro_genmodels.distributions.energy.negatives import Annealed, Negatives, P
 from pyro_genmodels.distributions.energy.path import PathOptions, positions, space_of
 from pyro_genmodels.distributions.energy.state import PartitionCache, ReplayBuffer
 from pyro_genmodels.families.context import Context
-from pyro_genmodels.families.family import Family, Standardize
+from pyro_genmodels.families.family import Family, Standardize, StandardizeContext
 from pyro_genmodels.nn.energies import DenseEnergy, EnergyChoice
 from pyro_genmodels.samplers import Gibbs, Langevin, Sampler, Space, default_sampler
 from pyro_genmodels.utils.distributions import check_exact_density, without_validation
@@ -60,6 +60,7 @@ class EnergyModel(Family):
             The context of the energy then ends with the logarithm of the level. The distribution is that at the lowest level,
             and draws are annealed from the highest.
         standardize: see `Family`. Without it, the input of a module is the data as they are.
+        standardize_context: see `Family`.
         name: see `Family`.
 
     Attributes:
@@ -93,11 +94,19 @@ class EnergyModel(Family):
         num_steps: int = 500,
         noise: tuple[float, float] | None = None,
         standardize: Standardize = True,
+        standardize_context: StandardizeContext = True,
         name: str | None = None,
     ) -> None:
-        super().__init__(event_shape, context=context, support=support, standardize=standardize, name=name)
+        super().__init__(
+            event_shape,
+            context=context,
+            support=support,
+            standardize=standardize,
+            standardize_context=standardize_context,
+            name=name,
+        )
         space = self.space
-        self._standardize = bool(standardize) and not space.bounded  # of discrete data too, whose frequencies it sets
+        self._standardize = False if space.bounded else standardize  # of discrete data too, whose frequencies it sets
         energy = DenseEnergy() if energy is None else energy
         self.tilted, self.noise = isinstance(energy, EnergyChoice), _checked_noise(noise, space)
         if isinstance(energy, EnergyChoice):
@@ -188,19 +197,27 @@ class EnergyModel(Family):
         """Bijection from data to positions; None on an interval and for discrete data, which need no standardisation."""
         return None if self.space.bounded or self.space.is_discrete else super().pretransform
 
-    def standardize(self, x: Tensor) -> None:
-        """Set mean and standard deviation to those of the data x, (N, *event_shape); or the frequencies of discrete data."""
+    def standardize(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Set mean and deviation to those of the data, or the frequencies of discrete data; see `Family.standardize`."""
+        super().standardize(x, context)
         if isinstance(self.base, Family):
             self.base.prepare(x)
+
+    def prepare(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Standardise by the data x unless that has been done, and a base that is a family too."""
+        super().prepare(x, context)
+        if isinstance(self.base, Family):
+            self.base.prepare(x)
+
+    def _standardize_data(self, x: Tensor) -> None:
         if not self.space.is_discrete:
-            return super().standardize(x)
-        if self._standardize:
-            with torch.no_grad():
-                self.marginals.copy_(self.space.frequencies(x.to(self.marginals.device)))
-                if isinstance(centre := getattr(self.energy, "centre", None), Tensor):
-                    centre.copy_(self._start().mean.reshape(-1))
-                self.standardized.fill_(True)
-            self._standardized = True
+            return super()._standardize_data(x)
+        with torch.no_grad():
+            self.marginals.copy_(self.space.frequencies(x.to(self.marginals.device)))
+            if isinstance(centre := getattr(self.energy, "centre", None), Tensor):
+                centre.copy_(self._start().mean.reshape(-1))
+            self.standardized.fill_(True)
+        self._standardized = True
         return None
 
 

@@ -8,13 +8,14 @@ unbiased estimate of the gradient over all data.
 
 from __future__ import annotations
 
-__all__ = ["Family", "Standardize"]
+__all__ = ["Family", "Standardize", "StandardizeContext"]
 
 import copy
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Any, ClassVar
 
 import pyro
 import torch
@@ -22,20 +23,23 @@ from pyro.distributions import TorchDistribution
 from pyro.infer.util import is_validation_enabled
 from pyro.nn import PyroModule, PyroParam, PyroSample, pyro_method
 from torch import Size, Tensor, nn
-from torch.distributions import (
-    AffineTransform,
-    ComposeTransform,
-    Distribution,
-    Transform,
-    biject_to,
-    constraints,
-)
+from torch.distributions import ComposeTransform, Distribution, Transform, biject_to, constraints
 
 from pyro_genmodels._pyro import params
-from pyro_genmodels.families.context import Context, as_context_module, check_one_per_row, output_length
+from pyro_genmodels.distributions.base import GenerativeDistribution
+from pyro_genmodels.families.context import (
+    Context,
+    Labels,
+    StandardizeContext,
+    VectorContext,
+    as_context_module,
+    check_one_per_row,
+    output_length,
+)
+from pyro_genmodels.families.standardization import InputCheck, Standardization, Standardize, estimate
 from pyro_genmodels.utils.distributions import is_real, map_tensors, over_events
-
-Standardize = bool | Literal["jointly"]
+from pyro_genmodels.utils.errors import check_positive_int
+from pyro_genmodels.utils.tensors import as_tensor
 
 _OWN = ("event_shape", "context", "support", "loc", "scale", "standardized")
 """Attributes that `Family.__init__` sets."""
@@ -48,6 +52,11 @@ class Family(PyroModule):
     model. To keep a family fixed, such as a prior that was learned before, call ``family.requires_grad_(False)``. With Pyro's
     own losses pass a context by position, ``svi.step(x, context)``, because Pyro's handlers have a keyword argument `context`.
 
+    The initial weights are drawn here, when the family is built: for reproducible ones call ``pyro.set_rng_seed(0)`` before.
+
+    Data and contexts may be tensors, numpy arrays, data frames or lists. They may be in float64 in a family of lower precision:
+    the mean is subtracted in float64, and networks, draws and log densities have the precision of the family.
+
     Args:
         event_shape: shape of one datum.
         context: what the distribution is conditioned on: 0 for nothing, the length of a float vector, `Labels`, or a module
@@ -56,9 +65,17 @@ class Family(PyroModule):
             the density; values at the ends of the interval, which would map to infinity, are refused. Integers are not mapped.
         standardize: True for networks that see data of mean 0 and standard deviation 1 in each coordinate (after the map
             above). "jointly" uses one mean and one deviation for all coordinates, which suits coordinates of one kind, such as
-            the pixels of an image. `train` computes them from all its data, and `model` from the first data it is given in
-            training. In a model of your own, ``pyro.sample("x", family(), obs=x)``, call ``family.standardize(x)`` first. They
-            are saved with the parameters and counted in the density.
+            the pixels of an image. "robust" uses the median and the interquartile range (divided by 1.349, that of a normal
+            distribution), which a few far rows do not move; where more than half of the values are one number, the median
+            distance of the others from it (divided by .674). "jointly robust" uses those of all coordinates together.
+            `train` computes them from all its data, and `model` from the first data it is given in training. In a model of your
+            own, ``pyro.sample("x", family(), obs=x)``, call ``family.standardize(x)`` first. They are saved with the parameters
+            and counted in the density. A coordinate that is constant is divided by its size, with a warning: a density can
+            become arbitrarily high there, so that log densities mean nothing.
+        standardize_context: True for networks that see float contexts of mean 0 and deviation 1 too, "robust" for median and
+            interquartile range, False for contexts as they are. It concerns contexts that are given by their length; a module
+            of your own is given the context as it is. They are computed together with those of the data, in a model of your own
+            by ``family.standardize(x, context)``, and saved in ``family.context``.
         name: unique name under which Pyro stores the parameters; by default the class name and a free number. If another family
             has the name already, that family gets a new one. Save a family by its `state_dict`, not by Pyro's param store.
 
@@ -69,6 +86,12 @@ class Family(PyroModule):
     """
 
     arguments: dict[str, Any]
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show the constructor's arguments, which `__new__` would hide from `help` and `inspect`."""
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = _constructor_signature(cls)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Family:
         """Create the family and record the constructor's arguments in `arguments`."""
@@ -90,8 +113,11 @@ class Family(PyroModule):
         context: Context = 0,
         support: constraints.Constraint = constraints.real,
         standardize: Standardize = False,
+        standardize_context: StandardizeContext = True,
         name: str | None = None,
     ) -> None:
+        if not (name is None or isinstance(name, str)):
+            raise TypeError(f"{type(self).__name__} wants a string as its name, but found {name!r}.")
         super().__init__(name or params.unused_name(self))
         if not isinstance(support, constraints.Constraint):
             raise TypeError(f"support wants a constraint such as constraints.interval(0.0, 1.0), but found {support!r}.")
@@ -106,12 +132,15 @@ class Family(PyroModule):
                 f"{type(self).__name__} cannot map the support {support} of events {tuple(self.event_shape)} to as many real "
                 "numbers. Use an interval, or transform the data beforehand."
             )
-        if not (isinstance(standardize, bool) or standardize == "jointly"):
-            raise ValueError(f'standardize wants True, False or "jointly", but found {standardize!r}.')
-        self.context = as_context_module(context)
+        if not (isinstance(standardize, bool) or standardize in ("jointly", "robust", "jointly robust")):
+            raise ValueError(
+                f'standardize wants True, False, "jointly", "robust" or "jointly robust", but found {standardize!r}.'
+            )
+        self.context = as_context_module(context, standardize=standardize_context)
         self.support = support
-        self._standardize, self._standardized = bool(standardize) and not support.is_discrete, False
-        self._jointly = standardize == "jointly"
+        self._standardize: Standardize = False if support.is_discrete else standardize
+        self._standardized = False
+        self._data_check, self._context_check = InputCheck(), InputCheck()
         self.register_buffer("loc", torch.zeros(self.event_shape))
         self.register_buffer("scale", torch.ones(self.event_shape))
         self.register_buffer("standardized", torch.tensor(False))
@@ -126,6 +155,18 @@ class Family(PyroModule):
                 f"Give it another name, such as own_{name}."
             )
         super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or not hasattr(GenerativeDistribution, name):
+                raise
+        call = "family()" if self.__dict__.get("_modules", {}).get("context") is None else "family(context)"
+        raise AttributeError(
+            f"{type(self).__name__} is a module that returns a distribution, and {name} belongs to the distribution: call the "
+            f"family first, as in {call}.{name}."
+        )
 
     @abstractmethod
     def forward(self, context: Tensor | None = None) -> TorchDistribution:
@@ -162,7 +203,15 @@ class Family(PyroModule):
             return None
         if context is None:
             raise ValueError(f"{self.name} wants a context, but was given none. Pass context=...")
-        return self.context(context)
+        embedded: Tensor = self.context(context)
+        if self._context_check.due and isinstance(self.context, VectorContext) and self.context.kind and self._is_trained:
+            cure = "Call family.standardize(x, context) before training."
+            self._context_check(embedded, owner=self.name, noun="contexts", event_dim=1, cure=cure)
+        return embedded
+
+    @property
+    def _is_trained(self) -> bool:
+        return self.training and torch.is_grad_enabled()
 
     @property
     def pretransform(self) -> Transform | None:
@@ -171,37 +220,79 @@ class Family(PyroModule):
         if not (is_real(self.support) or self.support.is_discrete):
             parts.append(self._to_reals())
         if self._standardize:
-            parts.append(AffineTransform(self.loc, self.scale, event_dim=len(self.event_shape)).inv)
+            parts.append(Standardization(self.loc, self.scale, self._check_of_data()))
         return ComposeTransform(parts) if parts else None
 
     def _to_reals(self) -> Transform:
         return over_events(biject_to(self.support).inv, len(self.event_shape))
 
-    def standardize(self, x: Tensor) -> None:
-        """Set mean and standard deviation to those of the data x, (N, *event_shape).
+    def _check_of_data(self) -> Callable[[Tensor], None] | None:
+        """Return the check of the first values that networks see in training, or None if it was made."""
+        if not (self._data_check.due and self._is_trained):
+            return None
+        cure = "Call family.standardize(x) with all data before training."
+        return partial(self._data_check, owner=self.name, noun="data", event_dim=len(self.event_shape), cure=cure)
 
-        A family that was built with ``standardize=False`` is left as it is.
+    def standardize(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Set mean and deviation to those of data and contexts, also if they were set before.
+
+        A family that was built with ``standardize=False`` keeps those of the data, and likewise for contexts.
+
+        Args:
+            x: rows of data, (N, *event_shape).
+            context: contexts of these rows, (N, ...). With None, theirs are set by the first contexts that `model` is given in
+                training.
+
+        Raises:
+            TypeError: if x holds no numbers.
+            ValueError: if x is not data of this family, or the precision of the family cannot hold mean and deviation.
         """
-        if not self._standardize:
-            return
-        with torch.no_grad():
-            y = self._as_reals(x.to(self.loc.device)).to(self.loc.dtype)
-            if not is_real(self.support):
-                y = self._to_reals()(y)
-            self.loc.copy_(y.mean() if self._jointly else y.mean(0))
-            if len(y) > 1:
-                scale = (y.std() if self._jointly else y.std(0)).expand_as(self.scale)
-                self.scale.copy_(torch.where(scale > 1e-6 * (1 + self.loc.abs()), scale, torch.ones_like(scale)))
-            self.standardized.fill_(True)
-        self._standardized = True
+        x, context = self._as_tensors(x, context)
+        self.validate(x)
+        check_one_per_row(self.context, context, len(x))
+        if self._standardize:
+            self._standardize_data(x)
+        if context is not None:
+            self._standardize_contexts(context)
 
-    def prepare(self, x: Tensor) -> None:
-        """Standardise by the data x, (N, *event_shape), unless mean and standard deviation are set already.
+    def prepare(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Standardise by the data x, (N, *event_shape), and their contexts, (N, ...), unless that has been done.
 
         `train` calls this with all data before the first step, and `model` with the first data it is given in training.
         """
         if self._standardize and not self._standardized:
-            self.standardize(x)
+            self._standardize_data(x)
+        if context is not None:
+            self._standardize_contexts(context, again=False)
+
+    def _standardize_data(self, x: Tensor) -> None:
+        with torch.no_grad():
+            x = self._as_reals(x.to(self.loc.device))
+            y = x if is_real(self.support) else self._to_reals()(x)
+            loc, scale = estimate(
+                x,
+                y,
+                self.loc,
+                kind=self._standardize,
+                owner=self.name,
+                noun="data",
+                of_constants="A density can become arbitrarily high there, so that the loss falls for ever and means nothing. "
+                "Drop them, add noise, or model integers (levels=K, or a discrete likelihood).",
+            )
+            self.loc.copy_(loc)
+            self.scale.copy_(scale)
+            self.standardized.fill_(True)
+        self._standardized = True
+
+    def _standardize_contexts(self, context: Tensor, *, again: bool = True) -> None:
+        """Standardise float contexts; if not `again`, then only where that has not been done."""
+        for module in self._context_modules():
+            if isinstance(module, VectorContext) and (again or module.due):
+                module.standardize(context, self.name)
+
+    def _context_modules(self) -> list[nn.Module | None]:
+        """Return the modules that are given the contexts. A family with further ones adds them."""
+        return [self.context]
 
     def _as_reals(self, x: Tensor) -> Tensor:
         """Return the data as real numbers; families over integers add noise here."""
@@ -236,7 +327,7 @@ class Family(PyroModule):
         Returns:
             x, or the draws.
         """
-        self._accept(x)
+        x, context = self._accept(x, context)
         plate, distribution = self.plate(x, context, size), self(context)  # random weights are drawn outside the plate
         with plate:
             return pyro.sample("x", distribution, obs=x)
@@ -256,6 +347,8 @@ class Family(PyroModule):
         if rows is None:
             raise ValueError(f"{self.name}.model wants data x, a context or size=, the number of rows to draw.")
         check_one_per_row(self.context, context, rows)
+        if size is not None:
+            check_positive_int(f"{self.name}.model", size=size)
         if size is None or size == rows:
             return pyro.plate("data", rows, device=self.loc.device)
         if size < rows:
@@ -264,12 +357,28 @@ class Family(PyroModule):
 
     # Checks of the data.
 
-    def _accept(self, x: Tensor | None) -> None:
-        """Validate data that a model or guide is given, and prepare the family by them if it is being trained."""
+    def _as_tensors(self, x: Any, context: Any) -> tuple[Any, Any]:
+        """Return data and contexts as tensors. What a context module of your own is given is left as it is."""
+        if not (x is None or isinstance(x, Tensor)):
+            x = as_tensor(x, self.name).to(self.loc.device)
+        if isinstance(self.context, (Labels, VectorContext)) and context is not None:
+            context = self.context.as_tensor(context)
+        return x, context
+
+    def _accept(self, x: Any, context: Any) -> tuple[Any, Any]:
+        """Return data and contexts that a model or guide is given as tensors, once they are known to be right.
+
+        If the family is being trained, it is standardised by them first.
+        """
+        x, context = self._as_tensors(x, context)
         if x is not None:
             self.validate(x)
-            if self.training and torch.is_grad_enabled():
-                self.prepare(x)
+            if self._is_trained:
+                check_one_per_row(self.context, context, len(x))
+                self.prepare(x, context)
+            if x.is_floating_point() and not self._standardize:
+                x = x.to(self.loc.dtype)
+        return x, context
 
     def validate(self, x: Tensor) -> None:
         """Check that x is data of this family. Nothing is changed.
@@ -278,13 +387,12 @@ class Family(PyroModule):
             x: rows of data, (N, *event_shape).
 
         Raises:
-            TypeError: if x is not a tensor.
+            TypeError: if x holds no numbers.
             ValueError: if its shape, dtype or values are not those of this family's data. Values are checked only while Pyro's
                 validation is on.
         """
         wanted = f"{self.name} wants data of shape (N, {', '.join(map(str, self.event_shape))})"
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{wanted} as a torch.Tensor, but found {type(x).__name__}. Wrap it in torch.as_tensor(...).")
+        x = as_tensor(x, self.name)
         if x.dim() != 1 + len(self.event_shape) or x.shape[1:] != self.event_shape:
             raise ValueError(f"{wanted}, but found {tuple(x.shape)}. Reshape the data or change the family's event_shape.")
         if not len(x):
@@ -296,14 +404,9 @@ class Family(PyroModule):
     def _validate_dtype(self, x: Tensor) -> None:
         if not x.is_floating_point() and not self.data_support.is_discrete:
             raise ValueError(
-                f"{self.name} models real numbers, but was given data of {x.dtype}. Convert with .float(), or model integers: "
-                "levels=K for Flow, ODEFlow and Diffusion, a discrete likelihood, or EnergyModel(..., "
-                "support=integer_interval(0, K - 1))."
-            )
-        if x.is_floating_point() and x.dtype != self.loc.dtype:
-            raise ValueError(
-                f"{self.name} computes in {self.loc.dtype}, but the data are {x.dtype}. Convert one of them: "
-                f"x.to({self.loc.dtype}) or the family's .to({x.dtype})."
+                f"{self.name} models real numbers, but was given data of {x.dtype}. Convert with .float() (arrays and data "
+                "frames with .astype(float)), or model integers: levels=K for Flow, ODEFlow and Diffusion, a discrete "
+                "likelihood, or EnergyModel(..., support=integer_interval(0, K - 1))."
             )
 
     def _validate_values(self, x: Tensor) -> None:
@@ -312,6 +415,12 @@ class Family(PyroModule):
             raise ValueError(
                 f"{self.name} was given data with NaN or infinite values in {int(rows.sum())} of {len(x)} rows, the "
                 f"first of them row {int(rows.nonzero()[0])}. Drop or impute these rows first."
+            )
+        largest = torch.finfo(self.loc.dtype).max
+        if x.is_floating_point() and not self._standardize and (x.abs() > largest).any():
+            raise ValueError(
+                f"{self.name} computes in {self.loc.dtype}, with numbers up to {largest:.2g}, but was given data of {x.dtype} "
+                f"up to {float(x.abs().max()):.2g}. Use another unit, or call family.double()."
             )
         support = self.data_support
         ends = [getattr(support, name, None) for name in ("lower_bound", "upper_bound")]
@@ -334,7 +443,15 @@ class Family(PyroModule):
         """Set in which one coordinate of the data lies: `support`, or the integers that a family with levels models."""
         return self.support
 
-    # Copying and moving.
+    # Saving, copying and moving.
+
+    def complete(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a `state_dict` with what versions before 0.2 did not save, as it was then. `load_state_dict` does so too."""
+        state = dict(state)
+        for prefix, module in self.named_modules():
+            if isinstance(module, VectorContext):
+                module.complete(state, f"{prefix}.")
+        return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Family:
         """Return a copy with a name of its own, so that both can be trained independently."""
@@ -363,6 +480,13 @@ class Family(PyroModule):
             if isinstance(value, (constraints.Constraint, Distribution)):
                 setattr(self, name, map_tensors(value, fn))
         return self
+
+
+def _constructor_signature(cls: type[Family]) -> inspect.Signature:
+    return inspect.Signature(list(inspect.signature(cls.__init__).parameters.values())[1:])
+
+
+Family.__signature__ = _constructor_signature(Family)
 
 
 def _keeps_shape(support: constraints.Constraint, event_shape: Size) -> bool:

@@ -18,7 +18,7 @@ from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.flow import NormalizingFlow
 from pyro_genmodels.families.context import Context
 from pyro_genmodels.families.continuous import ContinuousFamily
-from pyro_genmodels.families.family import Standardize
+from pyro_genmodels.families.family import Standardize, StandardizeContext
 from pyro_genmodels.nn.transforms import NSF, FlowTransform, flow_options, lazy_transform
 from pyro_genmodels.utils.distributions import is_real
 from pyro_genmodels.utils.errors import check_choice
@@ -36,6 +36,7 @@ class Flow(ContinuousFamily):
             transform.
         levels: number K of levels, for data that are integers 0 .. K - 1. The flow is then a `Dequantized` density on [0, K].
         standardize: see `Family`; ignored for `NCSF`, whose angles have no scale.
+        standardize_context: see `Family`.
         name: see `Family`.
 
     Raises:
@@ -59,6 +60,7 @@ class Flow(ContinuousFamily):
         support: constraints.Constraint = constraints.real,
         levels: int | None = None,
         standardize: Standardize = True,
+        standardize_context: StandardizeContext = True,
         name: str | None = None,
     ) -> None:
         transform = check_choice("Flow", "transform", transform, NSF(), FlowTransform | nn.Module)
@@ -67,7 +69,15 @@ class Flow(ContinuousFamily):
         if bounded and not (is_real(support) and levels is None):
             raise ValueError(f"{type(transform).__name__} has the support {choice.support}: leave out support and levels.")
         standardize = False if bounded else standardize
-        super().__init__(event_shape, context=context, support=support, levels=levels, standardize=standardize, name=name)
+        super().__init__(
+            event_shape,
+            context=context,
+            support=support,
+            levels=levels,
+            standardize=standardize,
+            standardize_context=standardize_context,
+            name=name,
+        )
         if isinstance(transform, FlowTransform):
             transform = transform.build(self.event_shape.numel(), self.context_size)
         self.transform = lazy_transform(transform)

@@ -21,7 +21,7 @@ from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.implicit import Implicit
 from pyro_genmodels.families.context import Context
 from pyro_genmodels.families.continuous import ContinuousFamily
-from pyro_genmodels.families.family import Standardize
+from pyro_genmodels.families.family import Standardize, StandardizeContext
 from pyro_genmodels.nn.gan import CriticChoice, DenseCritic, DenseGenerator, GeneratorChoice
 from pyro_genmodels.nn.mlp import call_batched
 from pyro_genmodels.utils.errors import check_choice, check_positive_int
@@ -46,6 +46,7 @@ class GAN(ContinuousFamily):
         levels: number K of levels, for data that are integers 0 .. K - 1. Generator and critic are trained on these with
             uniform noise added, and draws are rounded.
         standardize: see `Family`; by default True for a `DenseGenerator` and "jointly" otherwise.
+        standardize_context: see `Family`.
         name: see `Family`.
 
     Attributes:
@@ -76,13 +77,22 @@ class GAN(ContinuousFamily):
         support: constraints.Constraint = constraints.real,
         levels: int | None = None,
         standardize: Standardize | None = None,
+        standardize_context: StandardizeContext = True,
         name: str | None = None,
     ) -> None:
         check_positive_int("GAN", latent_dim=latent_dim, pack=pack)
         generator = check_choice("GAN", "generator", generator, DenseGenerator(), GeneratorChoice | nn.Module)
         if standardize is None:
             standardize = generator.standardize if isinstance(generator, GeneratorChoice) else "jointly"
-        super().__init__(event_shape, context=context, support=support, levels=levels, standardize=standardize, name=name)
+        super().__init__(
+            event_shape,
+            context=context,
+            support=support,
+            levels=levels,
+            standardize=standardize,
+            standardize_context=standardize_context,
+            name=name,
+        )
         self.latent_dim = latent_dim
         default = DenseCritic(octaves=5 if self.event_shape.numel() <= 4 else 0)
         critic = check_choice("GAN", "critic", critic, default, CriticChoice | nn.Module)
@@ -105,6 +115,9 @@ class GAN(ContinuousFamily):
             "gaussian_observation_likelihood.",
         )
         return self._over_data(implicit)
+
+    def _context_modules(self) -> list[nn.Module | None]:
+        return [self.context, self.critic.context]
 
 
 class Critic(nn.Module):

@@ -25,7 +25,7 @@ from pyro_genmodels.distributions.ode import ContinuousFlow, Evaluations, Hutchi
 from pyro_genmodels.dynamics.ode import Dopri5, Solver
 from pyro_genmodels.families.context import Context
 from pyro_genmodels.families.continuous import ContinuousFamily
-from pyro_genmodels.families.family import Family, Standardize
+from pyro_genmodels.families.family import Family, Standardize, StandardizeContext
 from pyro_genmodels.nn.fields import DenseField, FieldChoice
 from pyro_genmodels.utils.distributions import check_exact_density, is_real, without_validation
 from pyro_genmodels.utils.errors import check_choice
@@ -56,6 +56,7 @@ class ODEFlow(ContinuousFamily):
         support: set in which one coordinate lies; see `Family`.
         levels: number K of levels, for data that are integers 0 .. K - 1. The flow is then a `Dequantized` density.
         standardize: see `Family`; by default "jointly" for a `UNet` and True otherwise.
+        standardize_context: see `Family`.
         name: see `Family`.
 
     Raises:
@@ -83,6 +84,7 @@ class ODEFlow(ContinuousFamily):
         support: constraints.Constraint = constraints.real,
         levels: int | None = None,
         standardize: Standardize | None = None,
+        standardize_context: StandardizeContext = True,
         name: str | None = None,
     ) -> None:
         if not (0 <= kinetic < inf and 0 <= jacobian < inf):
@@ -90,7 +92,15 @@ class ODEFlow(ContinuousFamily):
         network = check_choice("ODEFlow", "network", network, DenseField(), FieldChoice | nn.Module)
         if standardize is None:
             standardize = network.standardize if isinstance(network, FieldChoice) else True
-        super().__init__(event_shape, context=context, support=support, levels=levels, standardize=standardize, name=name)
+        super().__init__(
+            event_shape,
+            context=context,
+            support=support,
+            levels=levels,
+            standardize=standardize,
+            standardize_context=standardize_context,
+            name=name,
+        )
         own = isinstance(network, nn.Module)
         self.network = network if own else network.build(self.event_shape, self.context_size)
         self.solver = check_choice("ODEFlow", "solver", solver, Dopri5(), Solver)

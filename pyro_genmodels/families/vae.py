@@ -27,7 +27,7 @@ from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.implicit import Implicit
 from pyro_genmodels.distributions.likelihoods import Likelihood, check_likelihood
 from pyro_genmodels.families.context import Context
-from pyro_genmodels.families.family import Family, Standardize
+from pyro_genmodels.families.family import Family, Standardize, StandardizeContext
 from pyro_genmodels.nn.mlp import MLP, call_batched
 from pyro_genmodels.utils.distributions import is_real
 from pyro_genmodels.utils.errors import check_positive_int
@@ -53,6 +53,7 @@ class VAE(Family):
         dropout: rate at which hidden units of the default encoder and decoder are dropped in training.
         support: set in which one coordinate lies; only with `NormalLikelihood`.
         standardize: see `Family`; only with `NormalLikelihood`.
+        standardize_context: see `Family`.
         name: see `Family`.
 
     Raises:
@@ -80,11 +81,19 @@ class VAE(Family):
         dropout: float = 0.0,
         support: constraints.Constraint = constraints.real,
         standardize: Standardize = True,
+        standardize_context: StandardizeContext = True,
         name: str | None = None,
     ) -> None:
         likelihood = check_likelihood(likelihood)
         support = likelihood.support_within(support)
-        super().__init__(event_shape, context=context, support=support, standardize=standardize, name=name)
+        super().__init__(
+            event_shape,
+            context=context,
+            support=support,
+            standardize=standardize,
+            standardize_context=standardize_context,
+            name=name,
+        )
         check_positive_int("VAE", latent_dim=latent_dim)
         if prior is not None:
             _check_prior(prior)
@@ -116,7 +125,7 @@ class VAE(Family):
     @pyro_method
     def model(self, x: Tensor | None = None, context: Tensor | None = None, *, size: int | None = None) -> Tensor:
         """Draw z from the prior, then x given z. The arguments are those of `Family.model`."""
-        self._accept(x)
+        x, context = self._accept(x, context)
         if x is not None:
             x = self.likelihood.cast(x, self.loc.dtype)
         plate, prior, decode, embedded = self.plate(x, context, size), self._prior(context), self._decode(), self.embed(context)
@@ -130,13 +139,14 @@ class VAE(Family):
         """Draw z given x from the encoder's normal distribution; without x, nothing is drawn."""
         if x is None:
             return None
-        self._accept(x)
+        x, context = self._accept(x, context)
         with self.plate(x, context, size):
             return pyro.sample("z", self.posterior(x, context))
 
     @pyro_method
     def posterior(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         """Return the encoder's distribution of z, of batch shape (batch...), given data x, (batch..., *event_shape)."""
+        x, context = self._as_tensors(x, context)
         batch = x.shape[: x.dim() - len(self.event_shape)]
         x = self.likelihood.cast(x, self.loc.dtype)
         x = x if self.pretransform is None else self.pretransform(x)
@@ -156,6 +166,11 @@ class VAE(Family):
             )
         loc, scale = (part.reshape(batch + self.latent_shape) for part in parts)
         return dist.Normal(loc, scale).to_event(len(self.latent_shape))
+
+    def _standardize_contexts(self, context: Tensor, *, again: bool = True) -> None:
+        super()._standardize_contexts(context, again=again)
+        if isinstance(self.prior, Family) and self.prior.context is not None:
+            self.prior._standardize_contexts(context, again=False)
 
     def _decode(self) -> _Decode:
         """Return the map from z to the distribution of x.

@@ -270,7 +270,7 @@ def _family_standardize(subject: FamilySubject) -> None:
 def _family_minibatch(subject: FamilySubject) -> None:
     """Check that the loss of a minibatch is scaled by size / len(x)."""
     family, batch, loss = subject.build(), subject.batch(4), subject.objective()
-    family.standardize(batch[0])
+    family.standardize(*batch)
     alone = seeded(lambda: loss.loss(family.model, family.guide, *batch))
     scaled = seeded(lambda: loss.loss(family.model, family.guide, *batch, size=20))
     assert_close(torch.tensor(scaled), torch.tensor(5 * alone), rtol=1e-4, atol=1e-6)

@@ -50,7 +50,7 @@ def _prepared(subject: FamilySubject, **options: Any) -> tuple[Any, tuple[Tensor
     """Return a family, 6 rows and the loss, the same at every call: a loss may move chains that its family keeps."""
     with seed(0):
         family, batch = subject.build(), subject.batch(6)
-        family.standardize(batch[0])
+        family.standardize(*batch)
         return family, batch, subject.objective(**options)
 
 

@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from pyro_genmodels._pyro import handlers, traces
+from pyro_genmodels.families.context import VectorContext
 from pyro_genmodels.families.family import Family
 from pyro_genmodels.infer.adversarial import Adversarial
 from pyro_genmodels.infer.adversarial.losses import AdversarialLoss
@@ -160,7 +161,11 @@ def train(
                 ema_decay = EMA_DECAY if step.wants_average else None
             weights = TrainedWeights(step.parameters, modules, ema_decay, step.excluded, step.extra_modules)
             checkpoint = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
-            run = RunCheckpoint(checkpoint, result, weights, step.optimiser, {"rows": batches.rows, "data": batches.digest})
+            digests = {"data": batches.digest, "valid": None if held_out is None else held_out.digest}
+            settings = {"batch_size": batch_size, "patience": patience, "ema_decay": ema_decay, "clip_norm": clip_norm}
+            game = step.objective if isinstance(step, LossStep) else step.trainer.loss
+            settings |= {"seed": seed, "objective": type(game).__name__}
+            run = RunCheckpoint(checkpoint, result, weights, step.optimiser, {"rows": batches.rows, **digests}, settings)
             stopped = ""
             try:
                 _train(step, batches, held_out, result, weights, run, epochs=epochs, patience=patience, progress=progress)
@@ -293,7 +298,10 @@ def _load(
     """
     like = next((p for m in modules for p in m.parameters()), torch.empty(0))
     family = _family_of(model)
-    form: Any = {"family": None if family is None else family.name, "model_kwargs": model_kwargs}
+    form: Any = {"model_kwargs": model_kwargs}
+    if family is not None:
+        is_own_module = not isinstance(family.context, VectorContext | None)  # which is given contexts in its precision
+        form |= {"family": family.name, "exact": 1 if is_own_module else 2}
     batches = Batches(data, context, batch_size, like, **form)
     if valid is None:
         return batches, None, None
@@ -356,7 +364,7 @@ def _prepare_family(model: Callable[..., Any], batches: Batches, held_out: Batch
     for part in (rows, *([] if held_out is None else [held_out.head(STANDARDIZE_ROWS)])):
         _check_swapped(family, part)
         family.validate(part.x)
-        if part.context is not None and part.context.is_floating_point() and (found := part.nonfinite_rows()):
+        if found := part.nonfinite_rows():  # in the context
             raise ValueError(f"{family.name} cannot be trained on these data: {found}. Drop or impute these rows first.")
         with handlers.side_effect_free(family):
             family.embed(part.context if part.context is None else part.context[:256])

@@ -528,7 +528,7 @@ def test_noise_of_another_support_is_refused(name):
 )
 @pytest.mark.parametrize("as_site", [True, False])
 def test_what_is_no_energy_is_refused_and_the_objective_is_named(objective, build, cure, as_site):
-    family, x = build(), torch.ones(3, 2)
+    family, x = build(), torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
 
     def model(x):
         with pyro.plate("data", len(x)):

@@ -510,7 +510,7 @@ def test_no_negatives_are_drawn(objective):
 def test_scales_masks_and_minibatches_count(objective):
     family, x, c = smooth(context=1), torch.randn(5, 2), torch.randn(5, 1)
     present, weight = torch.tensor([True, False, True, True, False]), torch.rand(5)
-    family.standardize(x)
+    family.standardize(x, c)
     pyro.set_rng_seed(3)
     each = objective().per_datum(family(c), x)
     model = poutine.mask(poutine.scale(family.model, scale=weight), mask=present)

@@ -1,0 +1,263 @@
+r"""Standardisation: networks are given data and contexts of mean 0 and deviation 1, whatever their units and offset.
+
+.. math:: y = (x - m) / s
+
+Networks bend where inputs are of order 1. Years, Unix times or lengths in nanometres are nowhere near. The mean m and the
+deviation s are computed in float64, and x - m in the precision of x, so that nothing is lost before y is rounded to the
+precision of the networks. Robust standardisation takes the median and the interquartile range instead: Huber, *Robust
+Statistics* (1981).
+"""
+
+from __future__ import annotations
+
+__all__ = ["InputCheck", "Standardization", "Standardize", "estimate"]
+
+import warnings
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Transform, constraints
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+Standardize = bool | Literal["jointly", "robust", "jointly robust"]
+
+MAX_STEP = 0.01
+"""Largest step between neighbouring floats at the mean, in deviations, that passes without a warning."""
+OUTLIER_SHARE, MAX_OUTLIER_EFFECT, MIN_ROWS = 0.01, 10.0, 20
+"""Share of rows that may be outliers, their largest effect on the deviation without a warning, and rows needed to judge."""
+MAX_INPUT = 30.0
+"""Largest median size of an input of a network that passes without a warning; standardised inputs have about 1."""
+QUARTILES_OF_NORMAL, MEDIAN_OF_NORMAL = 1.3489795, 0.6744898
+"""Interquartile range and median distance from the centre of a standard normal."""
+
+
+class Standardization(Transform):
+    """The bijection from data to their standardised values, in the precision of `loc`.
+
+    Args:
+        loc: mean, (*event_shape).
+        scale: deviation, (*event_shape).
+        check: function that is called with each standardised value, or None.
+    """
+
+    bijective = True
+    sign = +1
+
+    def __init__(self, loc: Tensor, scale: Tensor, check: Any = None) -> None:
+        super().__init__()
+        self.loc, self.scale, self.check = loc, scale, check
+
+    @constraints.dependent_property(is_discrete=False)
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        """Real events of the shape of `loc`."""
+        return constraints.independent(constraints.real, self.loc.dim()) if self.loc.dim() else constraints.real
+
+    @constraints.dependent_property(is_discrete=False)
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        """Real events of the shape of `loc`."""
+        return self.domain
+
+    def _call(self, x: Tensor) -> Tensor:
+        y = ((x - self.loc) / self.scale).to(self.loc.dtype)
+        if self.check is not None:
+            self.check(y)
+        return y
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return y * self.scale + self.loc
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the log determinant of dy / dx, (batch...), in the precision of `loc`."""
+        return -self.scale.log().sum().expand(x.shape[: x.dim() - self.loc.dim()])
+
+
+@torch.no_grad()
+def estimate(
+    x: Tensor, y: Tensor, like: Tensor, *, kind: Standardize, owner: str, noun: str, of_constants: str
+) -> tuple[Tensor, Tensor]:
+    """Return location and scale of data. Warn of constant coordinates, outliers and offsets that hide the spread.
+
+    Args:
+        x: data in their own units and precision, (N, *event_shape).
+        y: the data as real numbers, which are standardised.
+        like: tensor of the event shape, in whose precision both will be stored.
+        kind: True for mean and standard deviation of each coordinate; see `Family`. Of a constant coordinate the scale is the
+            size of the constant, or 1 if that is 0.
+        owner: subject of the messages.
+        noun: noun for the data, such as "data".
+        of_constants: sentences that say what constant coordinates lead to, and the way out.
+
+    Returns:
+        Two tensors of the event shape, in float64.
+
+    Raises:
+        ValueError: if the precision of `like` cannot hold location or scale.
+    """
+    x, y = (t.cpu() if t.device.type == "mps" else t for t in (x, y))  # which has no float64
+    rows, jointly, robust = y.double().reshape(len(y), -1), "jointly" in str(kind), "robust" in str(kind)
+    constant = _constant_coordinates(x.reshape(len(x), -1))
+    if jointly:
+        rows, constant = rows.reshape(-1, 1), constant.all().reshape(1)
+    unit = rows.abs().amax(0)
+    unit = torch.where(unit == 0, 1.0, unit)
+    rows = rows / unit  # neither squares nor sums overflow or vanish
+    loc = rows.mean(0)
+    deviation = rows.var(0).sqrt() if len(rows) > 1 else torch.zeros_like(loc)
+    loc, scale = _robust(rows, _rounding(x)) if robust else (loc, deviation)
+    loc, scale = loc * unit, scale * unit
+    size = loc.abs()
+    scale = torch.where(constant, torch.where(size < torch.finfo(like.dtype).tiny, 1.0, size), scale)
+    _check_representable(loc, scale, like, owner, noun)
+    if constant.any():
+        _warn(f"{_named(constant, like, owner, noun)} constant in all {len(y)} rows. {of_constants}")
+    _warn_of_steps(loc, scale, ~constant, like, owner, noun)
+    if not robust:
+        spread = rows.reshape(len(y), -1) if jointly else rows
+        _warn_of_outliers(spread - loc / unit, like, owner, noun, jointly=jointly)
+    return loc.expand(like.numel()).reshape(like.shape), scale.expand(like.numel()).reshape(like.shape)
+
+
+def _constant_coordinates(rows: Tensor) -> Tensor:
+    """Return which coordinates of data (N, d) vary by no more than the rounding of their precision, (d,)."""
+    size = rows.double().abs().amax(0)
+    unit = torch.where(size == 0, 1.0, size)
+    scaled = rows.double() / unit
+    return scaled.var(0, correction=0).sqrt() <= _rounding(rows)
+
+
+def _rounding(x: Tensor) -> float:
+    """Return the relative rounding error of the precision of x; integers have none."""
+    return torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0
+
+
+def _robust(rows: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
+    """Return medians and scaled interquartile ranges of (N, d).
+
+    Where half of the values are one number, the scale is the scaled median distance of the others from it.
+    """
+    ordered = rows.sort(0).values
+    low, loc, high = (_quantile(ordered, q) for q in (0.25, 0.5, 0.75))
+    scale = (high - low) / QUARTILES_OF_NORMAL
+    atom = rounding * loc.abs()
+    for i in (scale <= atom).nonzero().flatten().tolist():
+        distance = (rows[:, i] - loc[i]).abs()
+        others = distance[distance > atom[i]]
+        if len(others):
+            scale[i] = others.median() / MEDIAN_OF_NORMAL
+    return loc, scale
+
+
+def _quantile(ordered: Tensor, q: float) -> Tensor:
+    """Return a quantile of sorted columns, interpolated. `torch.quantile` takes 16 million values at most."""
+    place = q * (len(ordered) - 1)
+    low = int(place)
+    return torch.lerp(ordered[low], ordered[min(low + 1, len(ordered) - 1)], place - low)
+
+
+def _check_representable(loc: Tensor, scale: Tensor, like: Tensor, owner: str, noun: str) -> None:
+    limits = torch.finfo(like.dtype)
+    wrong = ~((loc.abs() <= limits.max) & (scale <= limits.max) & (scale >= limits.tiny))
+    if not wrong.any():
+        return
+    i = int(wrong.nonzero()[0])
+    cure = "" if like.dtype == torch.float64 else ", or use float64 (family.double(), and x.double())"
+    raise ValueError(
+        f"{owner} computes in {like.dtype}, with numbers from {limits.tiny:.1g} to {limits.max:.1g}, but was given {noun} with "
+        f" mean {float(loc[i]):.3g} and deviation {float(scale[i]):.3g}. Use another unit{cure}."
+    )
+
+
+def _warn_of_steps(loc: Tensor, scale: Tensor, varying: Tensor, like: Tensor, owner: str, noun: str) -> None:
+    near = loc.to(like.dtype)
+    step = (torch.nextafter(near.abs(), near.new_tensor(torch.inf)) - near.abs()).double()
+    allowed = max(MAX_STEP, 16 * torch.finfo(like.dtype).eps)  # of half precision all steps are long
+    coarse = varying & (step > allowed * scale)
+    if coarse.any():
+        i = int(coarse.nonzero()[0])
+        _warn(
+            f"{_named(coarse, like, owner, noun)} far from 0 for their spread: near {float(loc[i]):.6g} the numbers of "
+            f"{like.dtype} are {float(step[i]):.2g} apart, but the deviation is {float(scale[i]):.2g}. Draws are rounded to "
+            "these steps. Subtract an offset in float64 first, or call family.double() before anything else and pass float64."
+        )
+
+
+def _warn_of_outliers(centred: Tensor, like: Tensor, owner: str, noun: str, *, jointly: bool) -> None:
+    """Warn if the few rows that are farthest from the mean make most of the deviation.
+
+    Args:
+        centred: data minus their mean, (N, d).
+        like: tensor of the event shape.
+        owner: subject of the message.
+        noun: noun for the data.
+        jointly: True if all coordinates share one deviation.
+    """
+    squares = centred.square().mean(1, keepdim=True) if jointly else centred.square()
+    n = len(squares)
+    few = max(1, int(OUTLIER_SHARE * n))
+    if n < MIN_ROWS:
+        return
+    total = squares.sum(0)
+    suspicious = (squares.amax(0) * few >= 0.9 * total) & (total > 0)  # cheap, and true wherever there is something to find
+    far = torch.zeros_like(suspicious)
+    for i in suspicious.nonzero().flatten().tolist():
+        column = centred[:, i] if not jointly else squares[:, i].sqrt()
+        middle = 0.0 if jointly else column.median()
+        kept = column[(column - middle).abs().argsort()[: n - few]]
+        rest = kept.square().mean().sqrt() if jointly else kept.std()
+        far[i] = (rest > 0) & (squares[:, i].mean().sqrt() > MAX_OUTLIER_EFFECT * rest)
+    if far.any():
+        robust = f'standardize="{"jointly " if jointly else ""}robust"' if noun == "data" else 'standardize_context="robust"'
+        _warn(
+            f"{_named(far, like, owner, noun)} spread by a few far rows: without {few} of {n} rows the standard deviation "
+            f"would be less than a {MAX_OUTLIER_EFFECT:.0f}th. Networks see all other rows as nearly one value. Drop these "
+            f"rows, transform the {noun} (such as by a logarithm), or build the family with {robust}."
+        )
+
+
+def _named(which: Tensor, like: Tensor, owner: str, noun: str) -> str:
+    """Return the beginning of a message about some coordinates, (d,) or (1,) for all of them together."""
+    if len(which) == 1:
+        return f"{owner} was given {noun} that are"
+    places = [tuple(int(k) for k in torch.unravel_index(i, like.shape)) for i in which.nonzero().flatten()[:5]]
+    names = ", ".join(str(place[0] if len(place) == 1 else place) for place in places)
+    total = int(which.sum())
+    more = f" and {total - 5} more" if total > 5 else ""
+    return f"{owner} was given {noun} of which the coordinate{'s' * (total > 1)} {names}{more} {'are' if total > 1 else 'is'}"
+
+
+class InputCheck:
+    """A check, made at the first value only, that the inputs of networks are where networks bend.
+
+    It warns at most once. It is skipped where values cannot be looked at: in a captured graph or under `torch.func`.
+
+    Attributes:
+        due: True until it was made.
+    """
+
+    def __init__(self) -> None:
+        self.due = True
+
+    def __call__(self, y: Tensor, *, owner: str, noun: str, event_dim: int, cure: str) -> None:
+        """Warn if the inputs y (batch..., *event_shape) are far outside."""
+        if not self.due or not y.numel() or _cannot_be_read(y):
+            return
+        self.due = False
+        rows = y.detach().reshape(-1, y.shape[y.dim() - event_dim :].numel())
+        size = float(rows.abs().median(0).values.max())
+        if size > MAX_INPUT:
+            _warn(
+                f"{owner}: the networks see {noun} of size {size:.3g}, but bend where these are about 1, so that they cannot "
+                f"learn. {cure}"
+            )
+
+
+def _cannot_be_read(y: Tensor) -> bool:
+    """Return True if a value may not decide what is done: in a captured graph, under `torch.func`, or of a subclass."""
+    traced = torch.compiler.is_compiling() or get_proxy_mode() is not None or torch.jit.is_tracing()
+    plain = type(y) in (Tensor, nn.Parameter) and torch.func.debug_unwrap(y) is y
+    return traced or not plain or (y.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=2)
