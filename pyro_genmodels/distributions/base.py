@@ -7,6 +7,10 @@ context carries the batch shape. A *pretransform* :math:`y = g(x)` maps the data
 
 A subclass defines the density and the samples in that space, for values and contexts of one common batch shape. The base
 broadcasts both before it applies any transform.
+
+A value may have any type of real numbers. The pretransform is computed in the more precise of its type and the value's, so that
+a large offset is subtracted before anything is rounded; the network gets its own type. Samples lie strictly inside of the
+support: where a float is rounded to an end, it is moved to the float beside it.
 """
 
 from __future__ import annotations
@@ -20,11 +24,11 @@ from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 from torch.distributions import Transform, constraints
 
 from pyro_genmodels.distributions.capabilities import Capabilities
-from pyro_genmodels.utils.distributions import has_active_dropout, map_tensors
+from pyro_genmodels.utils.distributions import as_values, has_active_dropout, interior, map_tensors
 
 
 class GenerativeDistribution(Capabilities, TorchDistribution):
@@ -77,26 +81,31 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density (nats) of value (sample..., *batch_shape, *event_shape): (sample..., *batch_shape).
 
-        The attribute `density` says if it is exact, a bound, an estimate or unnormalised.
+        The attribute `density` says if it is exact, a bound, an estimate or unnormalised. Numbers, lists, NumPy arrays and
+        pandas frames are values too.
 
         Raises:
+            TypeError: if the value does not consist of numbers.
             ValueError: if the value holds integers and the support is real numbers. If arguments are validated, also if the
                 value has another event shape, is not finite or lies outside of the support.
         """
+        if torch.is_inference_mode_enabled():
+            return self._outside_inference_mode("log_prob", value)
         y, context, log_det = self.aligned(value)
         return self._log_prob(y, context) + log_det
+
+    def _outside_inference_mode(self, method: str, value: Any) -> Tensor:
+        """Return what a method that needs gradients inside returns for a value, without a graph."""
+        with torch.inference_mode(mode=False), torch.no_grad():
+            return getattr(map_tensors(self, torch.clone), method)(as_values(value).clone())
 
     def unnormalized_log_prob(self, value: Tensor) -> Tensor:
         """Return the log density (nats) up to a constant, which is cheaper than `log_prob` for some distributions."""
         return self.log_prob(value)
 
     def aligned(self, value: Tensor) -> tuple[Tensor, Tensor | None, Tensor | float]:
-        """Return the value in the network's space, the context in the same batch shape, and the log determinant."""
-        if not (value.is_floating_point() or self.support.is_discrete):
-            raise ValueError(
-                f"{type(self).__name__} has a density over real numbers, but the value holds {value.dtype}. Convert it "
-                "with .float(), or model integers with Flow(..., levels=K) or Dequantized(flow, levels=K)."
-            )
+        """Return the value in the network's space and type, the context in the same batch shape, and the log determinant."""
+        value = self._as_value(value)
         if self._validate_args:
             self._validate_sample(value)
         shape = torch.broadcast_shapes(value.shape[: value.dim() - self.event_dim], self.batch_shape)
@@ -105,7 +114,30 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
         if self.pretransform is not None:
             x, y = y, self.pretransform(y)
             log_det = self.pretransform.log_abs_det_jacobian(x, y)
+        if y.is_floating_point() and (dtype := self._network_dtype) is not None:
+            y = y.to(dtype)
         return y, self._context_at(shape), log_det
+
+    def _as_value(self, value: Any) -> Tensor:
+        """Return a value as a tensor of numbers and events of the right kind."""
+        value = as_values(value)
+        if not (value.is_floating_point() or self.support.is_discrete):
+            raise ValueError(
+                f"{type(self).__name__} has a density over real numbers, but the value holds {value.dtype}. Convert it "
+                "with .float(), or model integers with Flow(..., levels=K) or Dequantized(flow, levels=K)."
+            )
+        if value.shape[max(value.dim() - self.event_dim, 0) :] != self.event_shape:
+            raise ValueError(
+                f"{type(self).__name__} wants values whose shape ends with its event shape {tuple(self.event_shape)}, but found "
+                f"{tuple(value.shape)}."
+            )
+        return value
+
+    @property
+    def _network_dtype(self) -> torch.dtype | None:
+        """Type of the network's parameters, to which values are converted; None leaves them as they are."""
+        parameters = self.network.parameters() if isinstance(self.network, nn.Module) else ()
+        return next((p.dtype for p in parameters if p.is_floating_point()), None)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Return samples without gradient, (*sample_shape, *batch_shape, *event_shape)."""
@@ -128,11 +160,16 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
                 "Call .eval() on the family first, or build it with dropout=0."
             )
 
-    def _transformed_draw(self, sample_shape: Sequence[int]) -> Tensor:
+    def _transformed_draw(self, sample_shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """Return samples, for which the pretransform is inverted in that type, or that of the network."""
         self._check_draws()
         shape = Size(sample_shape) + self.batch_shape
         y = self._draw(shape, self._context_at(shape))
-        return y if self.pretransform is None else self.pretransform.inv(y)
+        return self._to_data(y if dtype is None else y.to(dtype))
+
+    def _to_data(self, y: Tensor) -> Tensor:
+        """Return data from values in the space of the network, strictly inside of the support."""
+        return interior(y if self.pretransform is None else self.pretransform.inv(y), self.support)
 
     def score(self, value: Tensor) -> Tensor:
         r"""Return the score :math:`\nabla_x \log p(x)`, of the shape of the value broadcast with the batch shape.
@@ -142,6 +179,9 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
         """
         if self.support.is_discrete:
             raise ValueError(f"{type(self).__name__} is a distribution over integers, which has no score.")
+        if torch.is_inference_mode_enabled():
+            return self._outside_inference_mode("score", value)
+        value = self._as_value(value)
         shape = torch.broadcast_shapes(value.shape[: value.dim() - self.event_dim], self.batch_shape)
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -163,16 +203,41 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
         new.__dict__.update(self.__dict__, _batch_shape=batch_shape)
         return new
 
+    # What has no closed form.
+
     @property
     def mean(self) -> Tensor:
-        raise NotImplementedError(self._no_moment("mean", "mean(0)"))
+        raise self._no_closed_form("mean", "dist.sample((10_000,)).mean(0)")
 
     @property
     def variance(self) -> Tensor:
-        raise NotImplementedError(self._no_moment("variance", "var(0)"))
+        raise self._no_closed_form("variance", "dist.sample((10_000,)).var(0)")
 
-    def _no_moment(self, name: str, method: str) -> str:
-        return f"{type(self).__name__} has no closed-form {name}. Estimate it: dist.sample((10_000,)).{method}."
+    @property
+    def mode(self) -> Tensor:
+        raise self._no_closed_form("mode", "dist.sample((10_000,)), of which dist.log_prob says the highest", density=True)
+
+    def entropy(self) -> Tensor:
+        raise self._no_closed_form("entropy", "-dist.log_prob(dist.sample((10_000,))).mean(0)", density=True)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        raise self._no_closed_form("cdf", "(dist.sample((10_000,)) <= value).double().mean(0)")
+
+    def icdf(self, value: Tensor) -> Tensor:
+        raise self._no_closed_form("icdf", "dist.sample((10_000,)).quantile(value, 0)")
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:  # noqa: FBT001, FBT002 (torch's signature)
+        kind = "integers in each coordinate" if self.support.is_discrete else "real numbers"
+        raise NotImplementedError(
+            f"{type(self).__name__} cannot enumerate its support, {kind}. Draw samples: dist.sample((10_000,))."
+        )
+
+    def _no_closed_form(self, name: str, estimate: str, *, density: bool = False) -> NotImplementedError:
+        """Return the error for a quantity without a closed form; `density` is True if its estimate needs a density."""
+        cure = f"Estimate it by {estimate}."
+        if density and self.density in ("none", "unnormalized"):
+            cure = f"An estimate needs a density, which is not known here. {self.advice}"
+        return NotImplementedError(f"{type(self).__name__} has no closed-form {name}. {cure}".rstrip())
 
     def flat(self, y: Tensor) -> Tensor:
         """Return y (batch..., *event_shape) as vectors, (batch..., number of coordinates)."""

@@ -6,7 +6,8 @@ A density :math:`p` on :math:`[0, K]^d` gives the integers :math:`x \in \{0, \do
 .. math:: \log P(x) \ge \mathbb{E}_{u \sim U[0,1]^d} \log p(x + u).
 
 Each call draws new noise and is an unbiased estimate of the bound. The log of the mean of exp(log_prob) over k calls is
-tighter. Theis et al., *A note on the evaluation of generative models* (arXiv 1511.01844).
+tighter. With many levels the noise is added, and samples are rounded, in double precision: near 65535, single precision has 256
+numbers per level, and near 2^24 one. Theis et al., *A note on the evaluation of generative models* (arXiv 1511.01844).
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.utils.distributions import Density, density_of
 
+MAX_LEVELS_IN_OWN_DTYPE = 2**12
+"""Number of levels up to which noise has the dtype of the network: single precision has 2^11 numbers or more per level."""
+
 
 class Dequantized(GenerativeDistribution):
     """Integers 0 .. levels - 1 in every coordinate, from a density over the reals.
@@ -34,8 +38,13 @@ class Dequantized(GenerativeDistribution):
     Args:
         base: continuous distribution of the same event shape, in units of levels.
         levels: number of levels per coordinate, at least 2.
-        dtype: dtype of the noise, and so of the values that the base scores. None is torch's default.
+        dtype: dtype of the noise, and so of the values that the base scores. None is torch's default. With more than
+            2^12 levels it is float64.
         validate_args: True checks values; None is torch's default.
+
+    Raises:
+        TypeError: if the base is not a distribution.
+        ValueError: if `levels` is not an integer of at least 2, or if the dtype does not tell so many levels apart.
 
     Example:
         >>> import pyro.distributions as dist
@@ -55,7 +64,13 @@ class Dequantized(GenerativeDistribution):
             raise ValueError(f"Dequantized wants levels as an integer of at least 2, but found {levels!r}.")
         self.base = base
         self.levels = levels
-        self.dtype = dtype or torch.get_default_dtype()
+        dtype = dtype or torch.get_default_dtype()
+        if levels > 2 / torch.finfo(dtype).eps:
+            raise ValueError(
+                f"Dequantized tells at most {int(2 / torch.finfo(dtype).eps)} levels apart in {dtype}, but found {levels}. Use "
+                "double precision, family.double() or dtype=torch.float64, or model them as real numbers."
+            )
+        self.dtype = torch.float64 if levels > MAX_LEVELS_IN_OWN_DTYPE else dtype
         super().__init__(
             base.event_shape,
             batch_shape=base.batch_shape,
@@ -114,18 +129,25 @@ class Dequantized(GenerativeDistribution):
 
     def dequantize(self, x: Tensor) -> tuple[Distribution, Tensor]:
         """Return the base, and integers x with uniform noise in [0, 1) added, (sample..., *batch_shape, *event_shape)."""
-        y, _, _ = self.aligned(x)
-        return self.base, y + torch.rand_like(y, dtype=self.dtype)
+        return self.base, self._noisy(self.aligned(x)[0])
+
+    def _noisy(self, y: Tensor) -> Tensor:
+        """Return integers with uniform noise in [0, 1), also where the sum is rounded up to the next integer."""
+        y = y.to(self.dtype)
+        return torch.minimum(y + torch.rand_like(y), torch.nextafter(y + 1, y))
 
     def quantize(self, y: Tensor) -> Tensor:
         """Return the levels 0 .. levels - 1 that values of the base round down to, clipped at both ends."""
         return y.floor().clamp(0, self.levels - 1).long()
 
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
-        return self.base.log_prob(y + torch.rand_like(y, dtype=self.dtype))
+        return self.base.log_prob(self._noisy(y))
 
     def _draw(self, shape: Size, context: Tensor | None) -> Tensor:
         sample_shape = shape[: len(shape) - len(self.batch_shape)]
+        if isinstance(self.base, GenerativeDistribution):
+            with torch.no_grad():
+                return self.quantize(self.base._transformed_draw(sample_shape, self.dtype))
         return self.quantize(self.base.sample(sample_shape))
 
     def _over(self, base: Any) -> Any:

@@ -18,12 +18,15 @@ Song et al. (arXiv 2011.13456); Kingma et al., *Variational Diffusion Models* (a
 
 from __future__ import annotations
 
-__all__ = ["DequantizedDiffusion", "DiffusionLikelihood", "FlowDensity", "ReverseDiffusion", "VariationalBound"]
+__all__ = [
+    "DequantizedDiffusion", "DiffusionLikelihood", "FlowDensity", "ReverseDiffusion", "SamplerGap", "VariationalBound",
+    "default_reverse_sampler",
+]  # fmt: skip
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import exp, log, pi
+from math import ceil, exp, log, pi, sqrt
 from typing import Any
 
 import pyro.distributions as dist
@@ -33,10 +36,10 @@ from torch.distributions import AffineTransform, ComposeTransform
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.dequantized import Dequantized
-from pyro_genmodels.distributions.ode import ContinuousFlow, Trace
+from pyro_genmodels.distributions.ode import MAX_EXACT_TRACE_DIMS, ContinuousFlow, Trace
 from pyro_genmodels.dynamics.denoiser import Denoiser
 from pyro_genmodels.dynamics.ode import Dopri5, Solver
-from pyro_genmodels.dynamics.probability_flow import DPMSolver, flow_velocity
+from pyro_genmodels.dynamics.probability_flow import DPMSolver, ProbabilityFlow, flow_velocity
 from pyro_genmodels.dynamics.processes import Process, along, stratified
 from pyro_genmodels.dynamics.reverse import ReverseSampler, Trajectory, simulate_reverse
 from pyro_genmodels.utils.distributions import Density, modules_and_tensors, sum_event
@@ -119,13 +122,35 @@ class VariationalBound(DiffusionLikelihood):
         return diffusion.variational_bound(y, context, self.num_times) + log_det
 
 
+@dataclass(frozen=True)
+class SamplerGap:
+    """The mean log density of a sampler's draws minus that of draws of the density itself.
+
+    It is 0 for a sampler whose draws follow the density. It is positive for draws that are too near the modes, and negative for
+    draws that are too far out.
+
+    Attributes:
+        value: difference (nats).
+        std_error: its standard error (nats).
+        evaluations: number of calls of the network for the sampler's draws, each for all of them at once.
+    """
+
+    value: Tensor
+    std_error: Tensor
+    evaluations: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ± {self.std_error:.3f} nats, with {self.evaluations} evaluations"
+
+
 class ReverseDiffusion(GenerativeDistribution):
     """The distribution of a diffusion's samples, from noise by a reverse process.
 
     Args:
         denoiser: network and process.
         event_shape: shape of one datum.
-        sampler: sampler of the reverse process. `rsample` follows the probability flow instead, if parameters need gradients.
+        sampler: sampler of the reverse process; None is that of `default_reverse_sampler`. `rsample` follows the probability
+            flow instead, if parameters need gradients.
         likelihood: choice of `log_prob`: `FlowDensity`, the default, or `VariationalBound`.
         drop_context: probability with which training replaces the context by the null context.
         kwargs: further arguments of `GenerativeDistribution`.
@@ -158,7 +183,7 @@ class ReverseDiffusion(GenerativeDistribution):
         super().__init__(event_shape, **kwargs)
         self.drop_context = drop_context
         self.denoiser, self.network = denoiser, denoiser.network
-        self.sampler = _sampler(sampler)
+        self.sampler = _sampler(sampler, self.event_shape)
         self.likelihood = _likelihood(likelihood)
 
     @property
@@ -175,7 +200,7 @@ class ReverseDiffusion(GenerativeDistribution):
 
     def with_sampler(self, sampler: ReverseSampler) -> ReverseDiffusion:
         """Return the diffusion with another sampler."""
-        return self._with(sampler=_sampler(sampler))
+        return self._with(sampler=_sampler(sampler, self.event_shape))
 
     def with_likelihood(self, likelihood: DiffusionLikelihood) -> ReverseDiffusion:
         """Return the diffusion with another `log_prob`."""
@@ -214,9 +239,13 @@ class ReverseDiffusion(GenerativeDistribution):
         modules, tensors = modules_and_tensors(self)
         return next((t for t in (*(p for module in modules for p in module.parameters()), *tensors)), torch.empty(0))
 
-    def _reverse(self, shape: Size, context: Tensor | None, **kwargs: Any) -> Trajectory:
+    def _noise(self, shape: Size) -> Tensor:
+        """Return standard normal noise for as many rows as the shape has elements, (n, *event_shape)."""
         like = self._like()
-        noise = torch.randn(shape.numel(), *self.event_shape, dtype=like.dtype, device=like.device)
+        return torch.randn(shape.numel(), *self.event_shape, dtype=like.dtype, device=like.device)
+
+    def _reverse(self, shape: Size, context: Tensor | None, noise: Tensor | None = None, **kwargs: Any) -> Trajectory:
+        noise = self._noise(shape) if noise is None else noise
         rows = None if context is None else context.reshape(len(noise), context.shape[-1])
         denoiser = self.denoiser
         return simulate_reverse(self.sampler, lambda x, t: denoiser.estimate(x, t, rows), denoiser.process, noise, **kwargs)
@@ -251,7 +280,38 @@ class ReverseDiffusion(GenerativeDistribution):
             trajectory = self._reverse(shape, self._context_at(shape), num_frames=num_frames, progress=progress)
         x = trajectory.x.reshape(shape + self.event_shape)
         frames = trajectory.frames.reshape(len(trajectory.frames), *shape, *self.event_shape)
-        return replace(trajectory, x=x if self.pretransform is None else self.pretransform.inv(x), frames=frames)
+        return replace(trajectory, x=self._to_data(x), frames=frames)
+
+    def sampler_gap(self, num_samples: int = 1000) -> SamplerGap:
+        """Estimate how far the sampler's draws are from the density of the probability flow.
+
+        Draws of the sampler and of the probability flow, which has that density, start at the same noise. The mean difference
+        of their log densities is returned. It is a necessary condition only: other densities have the same mean.
+
+        Args:
+            num_samples: number of draws of each, at least 2.
+
+        Raises:
+            ValueError: if there are fewer than 2 samples, or if dropout is active.
+
+        Example:
+            >>> from pyro_genmodels import Diffusion
+            >>> gap = Diffusion((2,)).eval()().sampler_gap(100)
+            >>> gap.evaluations, bool(gap.value.abs() < 0.1)
+            (71, True)
+        """
+        check_positive_int("sampler_gap", num_samples=num_samples)
+        if num_samples < 2:
+            raise ValueError("sampler_gap wants num_samples of 2 or more, for a standard error.")
+        self._check_draws()
+        shape, exact = Size([num_samples]) + self.batch_shape, self.with_sampler(ProbabilityFlow(self.flow.solver))
+        with torch.no_grad():
+            context, noise = self._context_at(shape), self._noise(shape)
+            found = self._reverse(shape, context, noise)
+            ends = (part.x.reshape(shape + self.event_shape) for part in (found, exact._reverse(shape, context, noise)))
+            log_p, log_p_exact = (self.flow.log_prob(self._to_data(x)).double() for x in ends)
+        differences = (log_p - log_p_exact).reshape(num_samples, -1).mean(1)
+        return SamplerGap(differences.mean(), differences.std() / sqrt(num_samples), found.evaluations)
 
     # Densities and scores.
 
@@ -366,7 +426,9 @@ class ReverseDiffusion(GenerativeDistribution):
 
     def score(self, value: Tensor) -> Tensor:
         """Return the network's score of data with the smallest noise of the process. No density is integrated."""
-        process, create_graph = self.denoiser.process, torch.is_grad_enabled()
+        if torch.is_inference_mode_enabled():
+            return self._outside_inference_mode("score", value)
+        value, process, create_graph = self._as_value(value), self.denoiser.process, torch.is_grad_enabled()
         with torch.enable_grad():
             x = value if value.requires_grad else value.detach().clone().requires_grad_()
             x = x.expand(
@@ -381,8 +443,23 @@ class ReverseDiffusion(GenerativeDistribution):
             return torch.autograd.grad(ys, x, grads, create_graph=create_graph)[0]
 
 
-def _sampler(found: Any) -> ReverseSampler:
-    return check_choice("A diffusion", "sampler", found, DPMSolver(), ReverseSampler)
+def default_reverse_sampler(event_shape: Sequence[int]) -> DPMSolver:
+    r"""Return `DPMSolver` with :math:`50 \sqrt d` steps for up to 16 coordinates d, and with 20 steps for more.
+
+    The draws' mean log density differs from that of the probability flow in proportion to :math:`d / \text{steps}^2`. For
+    mixtures of normals with 1 to 16 coordinates, the default keeps it below 0.03 nats. In larger events, such as images, 20
+    steps are 0.03 to 0.06 nats off per coordinate: see `ReverseDiffusion.sampler_gap`.
+
+    Example:
+        >>> default_reverse_sampler((2,)).num_steps, default_reverse_sampler((3, 32, 32)).num_steps
+        (71, 20)
+    """
+    d = Size(event_shape).numel()
+    return DPMSolver(ceil(50 * sqrt(d))) if d <= MAX_EXACT_TRACE_DIMS else DPMSolver()
+
+
+def _sampler(found: Any, event_shape: Sequence[int]) -> ReverseSampler:
+    return check_choice("A diffusion", "sampler", found, default_reverse_sampler(event_shape), ReverseSampler)
 
 
 def _likelihood(found: Any) -> DiffusionLikelihood:
@@ -429,6 +506,10 @@ class DequantizedDiffusion(Dequantized):
     def guided(self, weight: float) -> DequantizedDiffusion:
         """Return the distribution with another weight of its context: see `ReverseDiffusion.guided`."""
         return self._over(self.base.guided(weight))
+
+    def sampler_gap(self, num_samples: int = 1000) -> SamplerGap:
+        """Estimate how far draws are from the density, before they are rounded: see `ReverseDiffusion.sampler_gap`."""
+        return self.base.sampler_gap(num_samples)
 
     def trajectory(self, sample_shape: Sequence[int] = (), **kwargs: Any) -> Trajectory:
         """Return samples with their trajectories, whose frames are not rounded: see `ReverseDiffusion.trajectory`."""

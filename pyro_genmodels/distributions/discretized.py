@@ -49,6 +49,11 @@ class DiscretizedLogisticMixture(TorchDistribution):
     def __init__(self, logits: Tensor, loc: Tensor, scale: Tensor, levels: int, *, validate_args: bool | None = None) -> None:
         if levels < 2:
             raise ValueError(f"DiscretizedLogisticMixture wants at least 2 levels, but found {levels}.")
+        if levels > 2 / torch.finfo(loc.dtype).eps:
+            raise ValueError(
+                f"DiscretizedLogisticMixture tells at most {int(2 / torch.finfo(loc.dtype).eps)} levels apart in {loc.dtype}, "
+                f"but found {levels}. Use double precision."
+            )
         self.logits, self.loc, self.scale = torch.broadcast_tensors(logits, loc, scale)
         self.levels = levels
         super().__init__(self.logits.shape[:-1], Size(), validate_args=validate_args)
@@ -67,7 +72,7 @@ class DiscretizedLogisticMixture(TorchDistribution):
             self._validate_sample(value)
         k = value.unsqueeze(-1).to(self.loc.dtype)
         bottom, top = k <= 0, k >= self.levels - 1
-        below_upper = F.logsigmoid((k + 0.5 - self.loc) / self.scale).masked_fill(top, 0)
+        below_upper = F.logsigmoid((k - self.loc + 0.5) / self.scale).masked_fill(top, 0)
         above_lower = F.logsigmoid((self.loc - k + 0.5) / self.scale).masked_fill(bottom, 0)
         width = (-torch.expm1(-1 / self.scale)).log().expand_as(below_upper).masked_fill(top | bottom, 0)
         return (self.logits.log_softmax(-1) + below_upper + above_lower + width).logsumexp(-1)
@@ -95,6 +100,29 @@ class DiscretizedLogisticMixture(TorchDistribution):
     def variance(self) -> Tensor:
         mean = self.mean
         return self._moment(lambda k: (k - mean).square())
+
+    @property
+    def mode(self) -> Tensor:
+        return self.log_prob(self.enumerate_support()).argmax(0)
+
+    def entropy(self) -> Tensor:
+        log_p = self.log_prob(self.enumerate_support())
+        return -(log_p.exp() * log_p).sum(0)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """Return the probability of value (sample..., *batch_shape) or less, for any real numbers."""
+        k = torch.as_tensor(value, device=self.loc.device).to(self.loc.dtype).floor().unsqueeze(-1)
+        below = torch.sigmoid((k - self.loc + 0.5) / self.scale).masked_fill(k >= self.levels - 1, 1).masked_fill(k < 0, 0)
+        return (self.logits.softmax(-1) * below).sum(-1)
+
+    def icdf(self, value: Tensor) -> Tensor:
+        """Return the smallest level whose `cdf` is at least value (sample..., *batch_shape), a probability."""
+        value = torch.as_tensor(value, dtype=self.loc.dtype, device=self.loc.device)
+        level = torch.zeros(torch.broadcast_shapes(value.shape, self.batch_shape), dtype=torch.long, device=self.loc.device)
+        for bit in reversed(range((self.levels - 1).bit_length())):  # the number of levels with a smaller cdf, bit by bit
+            higher = (level + 2**bit).clamp(max=self.levels - 1)
+            level = torch.where(self.cdf(higher - 1) < value, higher, level)
+        return level
 
     def _moment(self, function: Any) -> Tensor:
         k = self.enumerate_support()

@@ -351,8 +351,7 @@ class ContinuousFlow(GenerativeDistribution):
                 evaluations += path.evaluations
         self.evaluations.add(evaluations)
         positions = torch.stack(frames).reshape(num_frames, *start.shape)
-        x = positions[-1] if self.pretransform is None else self.pretransform.inv(positions[-1])
-        return Trajectory(x, evaluations, times, positions)
+        return Trajectory(self._to_data(positions[-1]), evaluations, times, positions)
 
     def _start(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor], list[Tensor]]:
         """Return points as rows (N, d), the velocity of rows, and the tensors on which it depends."""

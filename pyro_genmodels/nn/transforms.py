@@ -251,7 +251,8 @@ class _WideBisection(zuko.transforms.MonotonicTransform):
     def _inverse(self, y: torch.Tensor) -> torch.Tensor:
         def increasing(s: torch.Tensor) -> torch.Tensor:
             values = self.f(s.sinh())
-            return torch.where(values.isnan(), s * torch.inf, values)  # powers of large numbers overflow with both signs
+            overflow = s.detach() * torch.inf  # of powers of large numbers, with both signs
+            return torch.where(values.isnan(), overflow, values)
 
         ends = torch.full_like(y, asinh(INVERSE_REACH))
         precision = min(self.eps, 4 * torch.finfo(y.dtype).eps)

@@ -28,14 +28,16 @@ class TargetData:
     Attributes:
         event_shape: shape of one datum.
         support: support of the data, or None if it is not known.
-        dtype: type of discrete positions; None is torch's default. Positions over real numbers have the type of the data.
+        dtype: type of positions. None is torch's default for discrete positions, and the type of the data over real numbers.
         num_contexts: number of chains, if each has a context of its own; else None.
+        inside: function that moves data from the ends of the support, where rounding may put them, to its interior.
     """
 
     event_shape: Sequence[int]
     support: Any = None
     dtype: torch.dtype | None = None
     num_contexts: int | None = None
+    inside: Callable[[Tensor], Tensor] = lambda x: x
 
     def check(self, initial: Tensor) -> None:
         """Raise a ValueError if starting points have another shape or lie outside of the support."""
@@ -72,11 +74,14 @@ class Target:
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the chain positions that stand for data x (chains..., *event_shape), or x itself if `data` is None."""
-        return x if self.data is None else self.space.encode(x, self.data.dtype)
+        if self.data is None:
+            return x
+        u = self.space.encode(x, self.data.dtype)
+        return u if self.data.dtype is None else u.to(self.data.dtype)
 
     def decode(self, u: Tensor) -> Tensor:
         """Return the data that chain positions u stand for, or u itself if `data` is None."""
-        return u if self.data is None else self.space.decode(u)
+        return u if self.data is None else self.data.inside(self.space.decode(u))
 
 
 def check_target(target: Any, event_dim: int) -> Target:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 __all__ = [
     "Density",
+    "as_values",
     "check_exact_density",
     "density_of",
     "has_active_dropout",
+    "interior",
     "is_real",
     "map_tensors",
     "mean_inside_log",
@@ -20,8 +22,10 @@ __all__ = [
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from functools import partial
+from math import inf
 from typing import Any, Literal, get_args
 
+import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Independent, IndependentTransform, Transform, constraints
@@ -85,6 +89,58 @@ def is_real(support: constraints.Constraint | None) -> bool:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return isinstance(support, type(constraints.real))
+
+
+def interior(x: Tensor, support: constraints.Constraint | None) -> Tensor:
+    """Return values of which those at or beyond an end of the support are moved to the nearest float inside.
+
+    Near 100, for example, float32 has 1.3e5 numbers per unit: 100 + 1e-6 is 100, which ``greater_than(100.0)`` excludes.
+
+    Args:
+        x: values, (..., *event_shape).
+        support: support of one coordinate or of a whole event. Only the ends of intervals and rays are known; other supports
+            and discrete ones leave x as it is.
+
+    Example:
+        >>> x = interior(torch.tensor([100.0, 101.0]), constraints.greater_than(100.0))
+        >>> constraints.greater_than(100.0).check(x).tolist(), x[1]
+        ([True, True], tensor(101.))
+    """
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if support is None or support.is_discrete:
+        return x
+    for name, direction in (("lower_bound", inf), ("upper_bound", -inf)):
+        if (end := getattr(support, name, None)) is None:
+            continue
+        end = torch.as_tensor(end, dtype=x.dtype, device=x.device)
+        beside = torch.nextafter(end, torch.full_like(end, direction))
+        smallest = torch.full_like(end, torch.finfo(x.dtype).tiny).copysign(beside)  # of what is not rounded to 0
+        beside = torch.where(end == 0, smallest, beside)
+        x = torch.maximum(x, beside) if direction > 0 else torch.minimum(x, beside)
+    return x
+
+
+def as_values(value: Any) -> Tensor:
+    """Return a tensor as it is, and numbers, lists, NumPy arrays and pandas frames as tensors of their own dtype.
+
+    Raises:
+        TypeError: if the value does not consist of numbers.
+
+    Example:
+        >>> as_values([0.5, 1.0])
+        tensor([0.5000, 1.0000])
+    """
+    if isinstance(value, Tensor):
+        return value
+    found = type(value).__name__
+    value = value.to_numpy() if hasattr(value, "to_numpy") else value
+    try:
+        return torch.tensor(value)  # a copy, since a frame may be read-only
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"A value should be a tensor, or numbers that torch.tensor(...) takes, but found a {found}: {error}"
+        ) from error
 
 
 def modules_and_tensors(value: Any) -> tuple[list[nn.Module], list[Tensor]]:

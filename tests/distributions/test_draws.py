@@ -1,15 +1,22 @@
 """Samples are samples of the density that `log_prob` states: of numerical inverses, and near the ends of a support."""
 
 from functools import partial
+from math import log
 
 import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.testing import assert_close
 
-from pyro_genmodels import Flow
+from pyro_genmodels import DenseEnergy, DenseField, Diffusion, DPMSolver, EnergyModel, Flow, Langevin, ODEFlow, RealNVP
+from pyro_genmodels.distributions import Energy
+from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.distributions.flow import NormalizingFlow
-from pyro_genmodels.families import BPF, NAF, SOSPF, UNAF
+from pyro_genmodels.families import BPF, NAF, RK4, SOSPF, UNAF
+from pyro_genmodels.samplers import sample_chains
+from pyro_genmodels.utils.distributions import interior
 
 WIDE = {
     "NAF": partial(NAF, hidden=(8,)),
@@ -95,7 +102,7 @@ def test_a_context_stays_with_its_row_where_samples_are_drawn_anew():
 def test_a_flow_whose_samples_are_never_found_is_an_error():
     nowhere = torch.distributions.IndependentTransform(torch.distributions.ComposeTransform([_Unreachable()]), 1)
     flow = NormalizingFlow(lambda context: nowhere, dist.Normal(0.0, 1.0), (1,), numerical_inverse=True)
-    with pytest.raises(FloatingPointError, match="50 of 50 samples of the base have no inverse.*NSF"):
+    with pytest.raises(FloatingPointError, match=r"50 of 50 samples of the base have no inverse.*NSF"):
         flow.sample((50,))
 
 
@@ -107,3 +114,110 @@ class _Unreachable(torch.distributions.AffineTransform):
 
     def _inverse(self, y: Tensor) -> Tensor:
         return y + 5.0
+
+
+# The ends of a support.
+
+
+SUPPORTS = {
+    "positive": (constraints.positive, 1.0),
+    "greater_than(100)": (constraints.greater_than(100.0), 1e-5),
+    "greater_than(1e6)": (constraints.greater_than(1e6), 0.1),
+    "less_than(-100)": (constraints.less_than(-100.0), 1e-5),
+    "unit_interval": (constraints.unit_interval, 1.0),
+    "interval(1000, 1001)": (constraints.interval(1000.0, 1001.0), 1.0),
+    "half_open_interval(1000, 1001)": (constraints.half_open_interval(1000.0, 1001.0), 1.0),
+    "interval(0.1, 0.3)": (constraints.interval(0.1, 0.3), 0.2),
+}
+"""Supports, and the distance from their end at which half of the data lie."""
+BOUNDED = {
+    "flow": lambda support: Flow((2,), transform=RealNVP(2, (8,)), support=support),
+    "ode_flow": lambda support: ODEFlow((2,), network=DenseField(8, 1), solver=RK4(2), support=support),
+    "diffusion": lambda support: Diffusion((2,), network=DenseField(8, 1), sampler=DPMSolver(3), support=support),
+    "energy": lambda support: EnergyModel((2,), energy=DenseEnergy((8,)), num_steps=2, support=support),
+}
+
+
+@pytest.mark.parametrize("where", SUPPORTS)
+@pytest.mark.parametrize("name", BOUNDED)
+def test_samples_lie_inside_of_a_support_where_their_density_is_finite(name, where):
+    """As floats, %s of these samples were the end itself, which lies outside."""
+    support, width = SUPPORTS[where]
+    family = BOUNDED[name](support).eval()
+    if not (hasattr(support, "lower_bound") and hasattr(support, "upper_bound")):
+        family.loc.fill_(log(width))  # the data lie near the end of a ray
+    d = family()
+    with torch.no_grad():
+        x = d.sample((100_000 if name == "flow" else 2_000,))
+        assert d.support.check(x).all()
+        density = d.unnormalized_log_prob if name == "energy" else d.log_prob
+        assert density(x[:20_000]).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("where", SUPPORTS)
+def test_only_values_at_an_end_are_moved_and_by_one_float(where, dtype):
+    support, _ = SUPPORTS[where]
+    ends = [getattr(support, name) for name in ("lower_bound", "upper_bound") if hasattr(support, name)]
+    if dtype == torch.float16 and ends[0] == 1e6:
+        return  # infinite in half precision
+    at = torch.tensor(ends, dtype=dtype)
+    moved = interior(at, support)
+    assert support.check(moved).all()
+    assert (moved != at).all()
+    assert (
+        ((moved - at).abs() <= torch.finfo(dtype).eps * at.abs().clamp(min=torch.finfo(dtype).tiny)).logical_or(at == 0).all()
+    )
+    inside = interior(moved, support)
+    assert (inside == moved).all()
+    assert interior(torch.tensor([-3.0, 3.0]), constraints.real).tolist() == [-3.0, 3.0]
+
+
+def test_a_sample_that_is_nan_stays_so():
+    assert interior(torch.tensor([torch.nan]), constraints.positive).isnan().all()
+
+
+def test_chains_and_trajectories_lie_inside_of_their_support():
+    near = constraints.greater_than(1e6)
+    energy = Energy(lambda x: (x.log() - 1).square().sum(-1) * 0.01, (1,), support=near, sampler=Langevin(1.0))
+    draws = sample_chains(energy, torch.full((200, 1), 1e6 + 1), num_samples=100, warmup=20, progress=False).draws
+    assert near.check(draws).all()
+    diffusion = Diffusion((1,), network=DenseField(8, 1), sampler=DPMSolver(3), support=near).eval()
+    assert near.check(diffusion().trajectory((5000,), num_frames=2).x).all()
+    flow = ODEFlow((1,), network=DenseField(8, 1), solver=RK4(1), support=near).eval()
+    assert near.check(flow().trajectory((5000,), num_frames=2).x).all()
+
+
+# Integers.
+
+
+@pytest.mark.parametrize("levels", [2, 256, 2**12 + 1, 2**16, 2**20, 2**24])
+def test_noise_keeps_every_level_and_its_density(levels):
+    """Right values: a uniform density, 1 / levels. With 2^16 levels, one value in 500 was rounded up to the next level."""
+    d = Dequantized(dist.Uniform(torch.zeros(()), float(levels)), levels)
+    x = torch.full((100_000,), levels - 1)
+    _, y = d.dequantize(x)
+    assert (d.quantize(y) == x).all()
+    assert (y < levels).all()
+    assert_close(d.log_prob(x).double(), torch.full((100_000,), 1 / levels).double().log(), rtol=1e-6, atol=0.0)
+    u = (y - x).double()
+    # a uniform number: mean 1/2, with a distance of five standard errors (6e-7)
+    assert abs(u.mean() - 0.5) < 5 * 12**-0.5 / 100_000**0.5 + 2**-12
+
+
+def test_a_flow_of_many_levels_draws_all_of_them():
+    """Right values: in single precision no odd number above 2^23 could be drawn from a flow over 2^24 levels."""
+    flow = Flow((1,), transform=RealNVP(1, (8,)), levels=2**24).eval()
+    flow.standardize(torch.randint(2**24, (1000, 1)))
+    x = flow().sample((100_000,))
+    top = x[x > 2**23]
+    assert len(top) > 5000
+    assert (top % 2 == 1).float().mean().sub(0.5).abs() < 0.035  # five standard errors of 5000
+    assert flow().log_prob(x).isfinite().all()
+
+
+def test_more_levels_than_the_type_tells_apart_are_refused():
+    base = dist.Uniform(torch.zeros(()), 1.0)
+    with pytest.raises(ValueError, match=r"16777216 levels apart in torch.float32, but found 33554432.*float64"):
+        Dequantized(base, 2**25)
+    assert Dequantized(base, 2**25, dtype=torch.float64).levels == 2**25

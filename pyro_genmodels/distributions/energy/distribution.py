@@ -198,6 +198,10 @@ class Energy(GenerativeDistribution):
         """
         return self.path.log_density(*self.aligned(value)[:2])
 
+    @property
+    def _network_dtype(self) -> None:
+        """None, since values are converted to positions before their type changes: see `AnnealingPath.encode`."""
+
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
         log_p, known = self.path.log_density(y, context), self.log_partition
         if known is None and self.latents_without_gradient and torch.is_grad_enabled():

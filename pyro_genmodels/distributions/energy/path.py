@@ -13,6 +13,7 @@ __all__ = ["AnnealingPath", "PathOptions", "positions", "space_of"]
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.distributions import Distribution, Transform, constraints
 
 from pyro_genmodels.samplers import Binary, OneHot, Reals, Space, Target, TargetData
 from pyro_genmodels.samplers.target import Beta
-from pyro_genmodels.utils.distributions import is_real, sum_event
+from pyro_genmodels.utils.distributions import interior, is_real, sum_event
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,15 @@ class AnnealingPath:
         return tilts_start and sees_positions and isinstance(self.start, self.space.start_type)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Convert data to positions."""
-        return self.space.encode(x, self._dtype)
+        """Convert data to positions, of the type of the start."""
+        u = self.space.encode(x, self._dtype)
+        return u if self._dtype is None else u.to(self._dtype)
 
     @property
     def _dtype(self) -> torch.dtype | None:
-        """Type of discrete positions; None over real numbers, where positions have the type of the data."""
-        logits = getattr(self.start, "logits", None)
-        return None if logits is None else logits.dtype
+        """Type of positions; None for a start without location or logits, where positions have the type of the data."""
+        parameter = getattr(self.start, "logits" if self.space.is_discrete else "loc", None)
+        return parameter.dtype if isinstance(parameter, Tensor) else None
 
     def decode(self, u: Tensor) -> Tensor:
         """Convert positions to data."""
@@ -195,7 +197,7 @@ class AnnealingPath:
             self.space,
             gibbs=None if sweep is None else lambda u, beta: self._sweep(sweep, u, for_copies(u), beta),
             start=self.begin,
-            data=TargetData(self.event_shape, support, self._dtype, num_contexts),
+            data=TargetData(self.event_shape, support, self._dtype, num_contexts, partial(interior, support=support)),
         )
 
     def begin(self, shape: Sequence[int]) -> Tensor:
