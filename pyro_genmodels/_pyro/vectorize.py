@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SHAPE_ERRORS", "agree_alone", "can_vectorize", "most_different_particle"]
+__all__ = ["SHAPE_ERRORS", "agree_alone", "at_most_one_more_dim", "can_vectorize", "most_different_particle"]
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_genmodels._pyro import sites, traces
@@ -42,10 +43,35 @@ def can_vectorize(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any]
         return False
     model_without_args, guide_without_args = (lambda: model(*args, **kwargs)), (lambda: guide(*args, **kwargs))
     try:
-        pair = traces.run_pair(model, guide, args, kwargs, traces.particles(trials, nesting))
+        with at_most_one_more_dim(nesting):
+            pair = traces.run_pair(model, guide, args, kwargs, traces.particles(trials, nesting))
         return agree_alone(model_without_args, guide_without_args, pair, trials, nesting, range(trials))
     except SHAPE_ERRORS:
         return False
+
+
+def at_most_one_more_dim(nesting: int) -> Messenger:
+    """Return a context that ends a run of many particles at a site with more dimensions than those of particles and plates.
+
+    A model that takes particles for coordinates may add dimensions at each step of a loop, until no memory is left.
+
+    Args:
+        nesting: number of batch dimensions that plates take.
+
+    Raises:
+        ValueError: in the context, at such a site.
+    """
+    return _DimsMessenger(nesting + 1)
+
+
+class _DimsMessenger(Messenger):
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not site_is_subsample(msg) and len(msg["fn"].batch_shape) > self.most:
+            raise ValueError(f"site {msg['name']!r} has {len(msg['fn'].batch_shape)} batch dimensions, not {self.most}")
 
 
 def agree_alone(

@@ -199,7 +199,8 @@ class Replay:
             return False
         draws, rows = slice(0, min(self._num_samples, self._batch_size)), self.layout.rows.blocks[0]
         try:
-            guide_trace, model_trace = self._run(draws, rows, {}, together=True)
+            with vectorize.at_most_one_more_dim(self.layout.nesting):
+                guide_trace, model_trace = self._run(draws, rows, {}, together=True)
             model, guide = (self._with_rows(fn, rows, {}) for fn in (self.model, self._guide_of(draws, together=True)))
             checked = vectorize.most_different_particle(model_trace, draws.stop, self.layout.nesting)
             pair, nesting = (model_trace, guide_trace), self.layout.nesting
@@ -346,7 +347,15 @@ class ReplayBlock:
         if "unscaled_log_prob" not in site:
             site["unscaled_log_prob"] = site["fn"].log_prob(site["value"])
         log_p = scale_and_mask(site["unscaled_log_prob"], scale, site["mask"])
+        if not layout.extra_event_dims.get(site["name"], 0):
+            log_p = self._summed_outside_plates(log_p, site)
         return self._for_new_rows(log_p, site, layout.extra_event_dims.get(site["name"], 0))
+
+    def _summed_outside_plates(self, log_p: Tensor, site: Mapping[str, Any]) -> Tensor:
+        """Return a log probability summed over dimensions that are no plate's, as a `Delta` of `NeuTraReparam` may have."""
+        dims = {-self.replay.layout.nesting - 1, *(frame.dim for frame in sites.plate_frames(site))}
+        others = [d for d in range(-min(self.replay.layout.nesting, log_p.dim()), 0) if d not in dims and log_p.shape[d] > 1]
+        return log_p.sum(others, keepdim=True) if others else log_p
 
     def _for_new_rows(self, value: Tensor, site: Mapping[str, Any], event_dim: int) -> BlockValues:
         """Return a value with all dimensions of its plates and one of draws on the left, cut to the new rows."""
