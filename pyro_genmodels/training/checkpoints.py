@@ -3,19 +3,35 @@
 A checkpoint holds no code, and reading one runs none: a family is described by the names and arguments of its parts, and is
 rebuilt from the classes of `pyro_genmodels.families` alone. A file is written completely or not at all. A checksum of record
 and tensors reveals damage. The JSON file beside it is a copy for people to read.
+
+A file may come from anywhere. Its size and its header are looked at before its tensors are read. The entries of the record are
+checked against a schema (see `records`). A family that is rebuilt may take little more memory than the tensors in the file.
 """
 
 from __future__ import annotations
 
-__all__ = ["FORMAT", "describe", "load", "read", "rebuild", "save", "write"]
+__all__ = [
+    "FORMAT",
+    "decode_tensor",
+    "describe",
+    "encode_tensor",
+    "load",
+    "load_state",
+    "read",
+    "read_record",
+    "rebuild",
+    "save",
+    "write",
+]
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -23,8 +39,10 @@ from torch.distributions import constraints
 
 from pyro_genmodels import __version__, families
 from pyro_genmodels.families import Family, Labels
-from pyro_genmodels.utils.errors import import_extra, unknown_name
-from pyro_genmodels.utils.files import atomic_write
+from pyro_genmodels.training.records import check_record
+from pyro_genmodels.utils.allocation import LimitError, limited
+from pyro_genmodels.utils.errors import import_extra, one_line, unknown_name
+from pyro_genmodels.utils.files import MAX_BYTES, atomic_write, check_size
 
 FORMAT = 1
 """Version of the record's format. Files of a newer format are refused."""
@@ -36,6 +54,14 @@ DTYPES = {
 """Data types of tensors that a record may hold as lists."""
 MAX_RECORD_TENSOR_SIZE = 10_000
 """Largest number of elements of a tensor that a record may hold as a list."""
+MAX_HEADER_BYTES = 2**24
+"""Largest size of a header, which holds the record."""
+MAX_INTEGER = 2**20
+"""Largest size of an integer in the arguments of a family that is rebuilt, unless the file has as many numbers."""
+REBUILD_BYTES = 2**24, 64
+"""Bytes that the constructor of a family may take: in any case, and for each byte of its tensors. Families take 2 to 6."""
+REBUILD_OPERATIONS = 1000, 100
+"""Calls of torch's functions that it may make: in any case, and for each of its tensors. Families make 2 to 10."""
 
 _PARTS = {name: getattr(families, name) for name in families.__all__ if name != "Family"}
 _CONSTRAINTS: dict[str, Any] = {
@@ -85,40 +111,64 @@ def save(path: str | Path, family: Family, **record: Any) -> Path:
     return write(path, family.state_dict(), {**record, **describe(family)})
 
 
-def load(path: str | Path, family: Family | None = None) -> Family:
+def load(path: str | Path, family: Family | None = None, *, max_bytes: int = MAX_BYTES) -> Family:
     """Return the family of a checkpoint in evaluation mode, as written by `save` or ``train(..., checkpoint=...)``.
 
     Args:
         path: path with or without suffix.
         family: family to load the parameters into. It is needed for networks of your own, which a checkpoint cannot hold.
+        max_bytes: largest size of the file; by default 1 GiB.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, is not of this package, or is of a newer format; if it holds another family than the
-            given one; or if it describes parts of your own and no family is given.
+        ValueError: if the file is damaged, too large, not of this package, or of a newer format; if it holds another family
+            than the given one, or tensors of other shapes or data types; or if no family is given, and it describes parts of
+            your own or a family far larger than its tensors.
 
     Example:
         >>> load("flow")
         Traceback (most recent call last):
         FileNotFoundError: There is no checkpoint flow.safetensors.
     """
-    state, record = read(path)
+    return load_state(*read(path, max_bytes=max_bytes), path, family)
+
+
+def load_state(
+    state: Mapping[str, Tensor], record: Mapping[str, Any], path: str | Path, family: Family | None = None
+) -> Family:
+    """Return the family of a checkpoint that was read by `read`; see `load`.
+
+    Args:
+        state: its tensors.
+        record: its record.
+        path: its path, for messages.
+        family: family to load the parameters into.
+    """
     if family is None:
-        family = rebuild(record, path)
+        family = rebuild(record, path, state)
     elif record.get("class") not in (None, type(family).__name__):
         raise ValueError(f"{path} holds a {record['class']}, which cannot be loaded into a {type(family).__name__}.")
-    own = family.state_dict()
-    if set(own) != set(state) or any(own[name].shape != state[name].shape for name in own):
-        wrong = sorted(set(own) ^ set(state)) or [name for name in own if own[name].shape != state[name].shape]
-        raise ValueError(
-            f"The parameters in {path} do not fit this {type(family).__name__}: {len(wrong)} differ in name or shape, first "
-            f"{wrong[0]!r}. Build the family with the arguments it was saved with."
-        )
-    dtypes = {t.dtype for t in state.values() if t.is_floating_point()}
+    state = family.complete(state)
+    found, own = _forms(state), _forms(family.state_dict())
+    dtypes = {dtype for _, dtype in found.values() if dtype.is_floating_point}
     if len(dtypes) == 1:
-        family.to(dtypes.pop())
+        [precision] = dtypes
+        own = {name: (shape, precision if dtype.is_floating_point else dtype) for name, (shape, dtype) in own.items()}
+    if found != own:
+        wrong = sorted(name for name in {*own, *found} if own.get(name) != found.get(name))
+        raise ValueError(
+            f"The parameters in {path} do not fit this {type(family).__name__}: {len(wrong)} differ in name, shape or data "
+            f"type, first {one_line(wrong[0], 100)!r}. Build the family with the arguments it was saved with."
+        )
+    if len(dtypes) == 1:
+        family.to(precision)
     family.load_state_dict(state)
     return family.eval()
+
+
+def _forms(state: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return the shape and data type of each tensor."""
+    return {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
 
 
 # Files.
@@ -137,6 +187,7 @@ def write(path: str | Path, state: Mapping[str, Tensor], record: Mapping[str, An
         The path of the tensors.
 
     Raises:
+        ValueError: if an entry of the record that checkpoints use has another type than theirs.
         ImportError: if safetensors is not installed.
         OSError: if a file cannot be written.
     """
@@ -144,6 +195,7 @@ def write(path: str | Path, state: Mapping[str, Tensor], record: Mapping[str, An
     tensors = _apart({name: t.detach().contiguous().cpu() for name, t in state.items()})
     full = {"format": FORMAT, "pyro_genmodels": __version__, **record}
     text = json.dumps(full)
+    check_record(json.loads(text), "The checkpoint cannot be written")
     with atomic_write(target) as part:
         metadata = {"pyro_genmodels": text, "sha256": _digest(tensors, text)}
         try:
@@ -156,14 +208,53 @@ def write(path: str | Path, state: Mapping[str, Tensor], record: Mapping[str, An
     return target
 
 
-def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: str | Path, *, max_bytes: int = MAX_BYTES) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the record of a checkpoint. Nothing in it is executed.
+
+    Args:
+        path: path with or without suffix.
+        max_bytes: largest size of the file.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is no checkpoint of this package, is damaged, or is of a newer format.
+        ValueError: if the file is no checkpoint of this package, is damaged or too large, or is of a newer format.
         ImportError: if safetensors is not installed.
     """
+    path = _existing(path)
+    with path.open("rb") as file:
+        text, checksum = _read_header(file, path)
+        check_size(str(path), os.fstat(file.fileno()).st_size, max_bytes)
+        file.seek(0)
+        raw = file.read()
+    try:
+        state = _safetensors(".torch").load(raw)
+    except _safetensors().SafetensorError as error:
+        raise ValueError(f"{path} is no checkpoint, or is damaged: it is not a safetensors file ({_brief(error)}).") from error
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:  # data types that torch does not have
+        raise ValueError(f"{path} is damaged: its tensors cannot be read ({_brief(error)}).") from error
+    if checksum != _digest(state, text):
+        raise ValueError(f"{path} is damaged: its checksum does not match its contents. Use another copy of the file.")
+    return state, _parse_record(text, path)
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """Return the record of a checkpoint, from its header alone. The tensors are not read, nor is the checksum compared.
+
+    Args:
+        path: path with or without suffix.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is no checkpoint of this package, or is of a newer format.
+        ImportError: if safetensors is not installed.
+    """
+    path = _existing(path)
+    with path.open("rb") as file:
+        return _parse_record(_read_header(file, path)[0], path)
+
+
+def _existing(path: str | Path) -> Path:
+    """Return the path of a checkpoint's tensors that exists, for a path with or without suffix."""
     _safetensors()
     given, path = Path(path), tensors_of(path)
     if not path.is_file() and given.is_file():
@@ -171,23 +262,34 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         near = ", ".join(sorted(p.name for p in path.parent.glob("*.safetensors") if ".training" not in p.name)[:5])
         raise FileNotFoundError(f"There is no checkpoint {path}." + (f" Its folder has {near}." if near else ""))
-    raw = path.read_bytes()
+    return path
+
+
+def _read_header(file: BinaryIO, path: Path) -> tuple[str, Any]:
+    """Return the record as text and the checksum, from the header of an open safetensors file."""
+    length = int.from_bytes(file.read(8), "little")
+    rest = os.fstat(file.fileno()).st_size - 8
+    if not 0 < length <= rest:
+        raise ValueError(f"{path} is no checkpoint, or is damaged: it is not a safetensors file.")
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(f"{path} is no checkpoint: its header takes {length:,} bytes, of at most {MAX_HEADER_BYTES:,}.")
     try:
-        state = _safetensors(".torch").load(raw)
-        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-        metadata = header.get("__metadata__") or {}
-    except _safetensors().SafetensorError as error:
-        raise ValueError(f"{path} is no checkpoint, or is damaged: it is not a safetensors file ({_brief(error)}).") from error
-    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:  # data types that torch does not have
-        raise ValueError(f"{path} is damaged: its tensors cannot be read ({_brief(error)}).") from error
-    if "pyro_genmodels" not in metadata:
+        header = json.loads(file.read(length))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no checkpoint, or is damaged: it is not a safetensors file.") from error
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    metadata = metadata if isinstance(metadata, dict) else {}
+    text = metadata.get("pyro_genmodels")
+    if not isinstance(text, str):
         raise ValueError(
             f"{path} is not a checkpoint of pyro_genmodels: its header has no record. Read other safetensors files by "
             "safetensors.torch.load_file, and pass the tensors to a family's load_state_dict."
         )
-    text = metadata["pyro_genmodels"]
-    if metadata.get("sha256") != _digest(state, text):
-        raise ValueError(f"{path} is damaged: its checksum does not match its contents. Use another copy of the file.")
+    return text, metadata.get("sha256")
+
+
+def _parse_record(text: str, path: Path) -> dict[str, Any]:
+    """Return a record, once its entries are known to be of the right types."""
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -196,10 +298,11 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path} is damaged: its record is not one of pyro_genmodels.")
     if record.get("format", 0) > FORMAT:
         raise ValueError(
-            f"{path} was written by pyro_genmodels {record.get('pyro_genmodels')} in format {record['format']}, but this "
-            f"version, {__version__}, reads up to format {FORMAT}. Update pyro_genmodels."
+            f"{path} was written by pyro_genmodels {one_line(record.get('pyro_genmodels'), 50)} in format {record['format']}, "
+            f"but this version, {__version__}, reads up to format {FORMAT}. Update pyro_genmodels."
         )
-    return state, record
+    check_record(record, f"{path} is damaged")
+    return record
 
 
 def tensors_of(path: str | Path) -> Path:
@@ -237,7 +340,7 @@ def _digest(state: Mapping[str, Tensor], text: str) -> str:
 
 def _brief(error: Exception) -> str:
     """Return the first line of an error's message, shortened."""
-    return str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+    return one_line(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__, 100)
 
 
 # A family as data.
@@ -255,18 +358,23 @@ def describe(family: Any) -> dict[str, Any]:
     return description | ({"own": own} if own else {"arguments": arguments})
 
 
-def rebuild(record: Mapping[str, Any], path: str | Path) -> Family:
+def rebuild(record: Mapping[str, Any], path: str | Path, state: Mapping[str, Tensor]) -> Family:
     """Return the untrained family that a record describes.
 
+    Args:
+        record: the record.
+        path: path of the file, for messages.
+        state: the tensors in the file, which limit what building may take.
+
     Raises:
-        ValueError: if it cannot be built from parts of this package.
+        ValueError: if it cannot be built from parts of this package, or is far larger than the tensors.
     """
     if "options" in record:
         name = Path(path).name.removesuffix(".safetensors").removesuffix(".training")
         raise ValueError(f"{path} is a run to resume training from. The parameters are in {name}.safetensors beside it.")
-    kind = str(record.get("class", "model"))
+    kind = one_line(record.get("class", "model"), 50)
     if own := record.get("own"):
-        parts = ", ".join(map(str, own)) if isinstance(own, list) else str(own)
+        parts = one_line(", ".join(own))
         raise ValueError(
             f"{path} holds a {kind} with parts of your own ({parts}), which a checkpoint cannot rebuild. Build the family with "
             "the same arguments and load it by checkpoints.load(path, family)."
@@ -276,8 +384,17 @@ def rebuild(record: Mapping[str, Any], path: str | Path) -> Family:
             f"{path} holds the parameters of a {kind} that is no family of pyro_genmodels: read them by checkpoints.read and "
             "pass them to load_state_dict."
         )
+    held = sum(t.nbytes for t in state.values())
+    (least_bytes, per_byte), (least, per_tensor) = REBUILD_BYTES, REBUILD_OPERATIONS
+    largest = max(MAX_INTEGER, sum(t.numel() for t in state.values()))
     try:
-        family = _decode({"class": kind, "arguments": record["arguments"]})
+        with limited(max_bytes=least_bytes + per_byte * held, max_operations=least + per_tensor * len(state)):
+            family = _decode({"class": record.get("class"), "arguments": record["arguments"]}, largest)
+    except LimitError as error:
+        raise ValueError(
+            f"{path} describes a {kind} far larger than its {len(state)} tensors of {held:,} bytes: {error} to build. If you "
+            "trust it, build the family yourself and load it by checkpoints.load(path, family)."
+        ) from error
     except Exception as error:  # any error that wrong arguments may cause
         raise ValueError(f"{path} describes a {kind} that this version cannot build: {_brief(error)}.") from error
     if not isinstance(family, Family):
@@ -300,7 +417,7 @@ def _encode(value: Any, where: str, own: list[str]) -> Any:
     if isinstance(value, Sequence):
         return [_encode(v, where, own) for v in value]
     if isinstance(value, Tensor) and value.numel() <= MAX_RECORD_TENSOR_SIZE:
-        return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
+        return encode_tensor(value)
     if isinstance(value, Labels):
         return {"class": "Labels", "arguments": {"num_classes": value.num_classes}}
     if isinstance(value, Family):
@@ -322,18 +439,30 @@ def _encode(value: Any, where: str, own: list[str]) -> Any:
     return None
 
 
-def _decode(value: Any) -> Any:
-    """Return the value that `_encode` encoded, built from classes of this package."""
+def _decode(value: Any, largest: int) -> Any:
+    """Return the value that `_encode` encoded, built from classes of this package. Integers may be as large as `largest`."""
     if isinstance(value, list):
-        return [_decode(v) for v in value]
+        return [_decode(v, largest) for v in value]
+    if isinstance(value, int) and abs(value) > largest:
+        raise LimitError(f"it takes the number {one_line(value, 30)}")
     if not isinstance(value, Mapping):
         return value
     if "tensor" in value:
-        return torch.tensor(value["tensor"], dtype=DTYPES[value["dtype"]])
+        return decode_tensor(value)
     if "constraint" in value:
         if value["constraint"] not in _CONSTRAINTS:
             raise unknown_name("constraint", str(value["constraint"]), _CONSTRAINTS)
         return _CONSTRAINTS[value["constraint"]](*value.get("bounds", ()))
     if value.get("class") not in _PARTS:
         raise unknown_name("family or part of one", str(value.get("class")), _PARTS)
-    return _PARTS[value["class"]](**{name: _decode(v) for name, v in value["arguments"].items()})
+    return _PARTS[value["class"]](**{name: _decode(v, largest) for name, v in value["arguments"].items()})
+
+
+def encode_tensor(value: Tensor) -> dict[str, Any]:
+    """Return a small tensor as JSON."""
+    return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
+
+
+def decode_tensor(value: Mapping[str, Any]) -> Tensor:
+    """Return the tensor that `encode_tensor` encoded."""
+    return torch.tensor(value["tensor"], dtype=DTYPES[value["dtype"]])

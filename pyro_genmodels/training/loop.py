@@ -162,9 +162,9 @@ def train(
             weights = TrainedWeights(step.parameters, modules, ema_decay, step.excluded, step.extra_modules)
             checkpoint = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
             digests = {"data": batches.digest, "valid": None if held_out is None else held_out.digest}
-            settings = {"batch_size": batch_size, "patience": patience, "ema_decay": ema_decay, "clip_norm": clip_norm}
-            game = step.objective if isinstance(step, LossStep) else step.trainer.loss
-            settings |= {"seed": seed, "objective": type(game).__name__}
+            loss = step.objective if isinstance(step, LossStep) else step.trainer.loss
+            settings: dict[str, Any] = {"seed": seed, "objective": type(loss).__name__, "batch_size": batch_size}
+            settings |= {"patience": patience, "ema_decay": ema_decay, "clip_norm": clip_norm}
             run = RunCheckpoint(checkpoint, result, weights, step.optimiser, {"rows": batches.rows, **digests}, settings)
             stopped = ""
             try:

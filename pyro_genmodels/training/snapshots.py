@@ -1,14 +1,27 @@
-"""Training runs as tensors and JSON: copied between two epochs, written to disk, and restored to continue exactly."""
+"""Training runs as tensors and JSON: copied between two epochs, written to disk, and restored to continue exactly.
+
+A run has an identity: its settings, its seed, checksums of its data, and the time at which it began. Both of its files hold it.
+So a run is resumed with its own parameters, on its own data, by its own settings, or not at all.
+
+A new run by the name of an older one leaves the older files as they are until it has something to write. Then it renames the
+older run, from ``name.training.safetensors`` to ``name.old.training.safetensors``, which is resumed by the path ``name.old``.
+"""
 
 from __future__ import annotations
 
 __all__ = ["Checkpoint", "RunCheckpoint", "capture", "restore"]
 
+import copy
+import json
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -16,6 +29,9 @@ from torch.optim import Optimizer
 
 from pyro_genmodels.optim.averaging import TrainedWeights
 from pyro_genmodels.training import checkpoints
+from pyro_genmodels.training.records import is_number
+from pyro_genmodels.utils.errors import one_line
+from pyro_genmodels.utils.files import MAX_BYTES
 
 if TYPE_CHECKING:
     from pyro_genmodels.training.fit import Fit
@@ -29,7 +45,8 @@ class Checkpoint:
         path: path without suffix; its folder is made.
         resume: True to continue the run that the files hold, with the same data and the same arguments apart from the number of
             epochs. It ends as if it had never stopped.
-        notes: further entries of the record, of types that JSON has.
+        notes: further entries of the record, of types that JSON has. A run that is resumed keeps its own, and takes these
+            beside them or in their place.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -69,54 +86,128 @@ def capture(weights: TrainedWeights, optimiser: Optimizer) -> tuple[dict[str, Te
     tensors["random"] = torch.get_rng_state()
     if weights.live[0].is_cuda:
         tensors["random.cuda"] = torch.cuda.get_rng_state(weights.live[0].device)
-    groups = [{n: _encode_option(v) for n, v in group.items()} for group in state["param_groups"]]
-    record = {"optimiser": type(optimiser).__name__, "param_groups": groups, "numbers": numbers}
+    record = {"optimiser": type(optimiser).__name__, "param_groups": _options(optimiser), "numbers": numbers}
     return {name: t.detach().clone() for name, t in tensors.items()} | best, record
 
 
 def restore(weights: TrainedWeights, optimiser: Optimizer, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-    """Restore what `capture` copied.
+    """Restore what `capture` copied. Everything is checked first, so that an error leaves all as it was.
 
     Raises:
-        ValueError: if it was copied from another model or another optimiser.
+        ValueError: if it was copied from another model or another optimiser, or is damaged.
     """
     own = {f"{part}.{i}": t for part, group in _parts(weights).items() for i, t in enumerate(group)}
     saved = {name: t for name, t in tensors.items() if name.split(".")[0] not in ("optimiser", "random")}
-    own_shapes, saved_shapes = ({name: tuple(t.shape) for name, t in group.items()} for group in (own, saved))
-    if own_shapes != saved_shapes:
+    own_forms, saved_forms = ({name: (t.shape, t.dtype) for name, t in group.items()} for group in (own, saved))
+    if own_forms != saved_forms:
         raise ValueError(
             f"The saved training run is of another model: it has {len(saved)} tensors where this one has {len(own)}, or of "
-            "other shapes. Build model, guide and averaging as they were."
+            "other shapes or data types. Build model, guide and averaging as they were."
         )
     if record["optimiser"] != type(optimiser).__name__:
         raise ValueError(
-            f"The saved training run was optimised by {record['optimiser']}, but this one is optimised by "
+            f"The saved training run was optimised by {one_line(record['optimiser'], 50)}, but this one is optimised by "
             f"{type(optimiser).__name__}. Pass the same optim=."
         )
+    state = _optimiser_state(optimiser, tensors, record)
+    generators = {"random": torch.Generator()}
+    if "random.cuda" in tensors and weights.live[0].is_cuda:
+        generators["random.cuda"] = torch.Generator(weights.live[0].device)
+    try:
+        for name, generator in generators.items():
+            generator.set_state(tensors[name])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise ValueError("The random state of the saved training run is damaged.") from error
     with torch.no_grad():
         for name, t in own.items():
             t.copy_(tensors[name])
     weights.reread()
+    optimiser.load_state_dict(state)
+    torch.set_rng_state(tensors["random"])
+    if "random.cuda" in generators:
+        torch.cuda.set_rng_state(tensors["random.cuda"], weights.live[0].device)
+
+
+def _optimiser_state(optimiser: Optimizer, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state to load into an optimiser, once it is known to have the form of this optimiser's own after a step.
+
+    Raises:
+        ValueError: if it has another form.
+    """
+    damaged = ValueError(f"The state of {type(optimiser).__name__} in the saved training run is damaged, or of other options.")
     state: dict[int, dict[str, Any]] = {int(i): dict(values) for i, values in record["numbers"].items()}
     for name, t in tensors.items():
         kind, *rest = name.split(".", 2)
         if kind == "optimiser":
+            if len(rest) != 2 or not rest[0].isdecimal():
+                raise damaged
             state.setdefault(int(rest[0]), {})[rest[1]] = t
-    groups = [{n: _decode_option(v) for n, v in group.items()} for group in record["param_groups"]]
-    optimiser.load_state_dict({"state": state, "param_groups": groups})
-    torch.set_rng_state(tensors["random"])
-    if "random.cuda" in tensors and weights.live[0].is_cuda:
-        torch.cuda.set_rng_state(tensors["random.cuda"], weights.live[0].device)
+    try:
+        groups = [{n: _decode_option(v) for n, v in group.items()} for group in record["param_groups"]]
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise damaged from error
+    expected = _state_after_a_step(optimiser)
+    if not _have_one_form(groups, expected["param_groups"]):
+        raise damaged
+    for i, values in state.items():
+        if not _have_one_form(values, expected["state"].get(i)):
+            raise damaged
+    return {"state": state, "param_groups": groups}
+
+
+def _state_after_a_step(optimiser: Optimizer) -> dict[str, Any]:
+    """Return the state of a copy of the optimiser after a step with gradients of zero."""
+    twin = copy.deepcopy(optimiser)
+    for part in getattr(twin, "optimisers", [twin]):
+        for parameter in (p for group in part.param_groups for p in group["params"]):
+            parameter.grad = torch.zeros_like(parameter)
+        part.step()
+    return twin.state_dict()
+
+
+def _have_one_form(value: Any, like: Any) -> bool:
+    """Return True if two values have the same types throughout: tensors of the same shape, and numbers that are finite."""
+    if isinstance(like, Tensor):
+        return isinstance(value, Tensor) and (value.shape, value.dtype) == (like.shape, like.dtype)
+    if isinstance(like, Mapping):
+        return (
+            isinstance(value, Mapping) and value.keys() == like.keys() and all(_have_one_form(value[n], like[n]) for n in like)
+        )
+    if isinstance(like, Sequence) and not isinstance(like, str):
+        same = isinstance(value, list) and len(value) == len(like)
+        return same and all(_have_one_form(a, b) for a, b in zip(value, like, strict=True))
+    if like is None or isinstance(like, bool):
+        return value is None or isinstance(value, bool)
+    if is_number(like):
+        return is_number(value) and value - value == 0  # neither NaN nor infinite
+    return isinstance(value, type(like))
 
 
 def _encode_option(value: Any) -> Any:
     """Return an option of an optimiser as JSON; a learning rate may be a tensor."""
-    return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")} if isinstance(value, Tensor) else value
+    return checkpoints.encode_tensor(value) if isinstance(value, Tensor) else value
 
 
 def _decode_option(value: Any) -> Any:
     """Return the option that `_encode_option` encoded."""
-    return torch.tensor(value["tensor"], dtype=checkpoints.DTYPES[value["dtype"]]) if isinstance(value, dict) else value
+    return checkpoints.decode_tensor(value) if isinstance(value, dict) else value
+
+
+def _options(optimiser: Optimizer) -> list[dict[str, Any]]:
+    """Return the options of each group of an optimiser's parameters as JSON."""
+    return [{n: _encode_option(v) for n, v in group.items()} for group in optimiser.state_dict()["param_groups"]]
+
+
+def _differences(saved: Any, found: Any, name: str = "") -> Iterator[str]:
+    """Yield a text for each place where two values of JSON differ."""
+    if isinstance(saved, dict) and isinstance(found, dict):
+        for key in dict.fromkeys([*saved, *found]):
+            yield from _differences(saved.get(key), found.get(key), f"{name} {key}".lstrip())
+    elif isinstance(saved, list) and isinstance(found, list) and len(saved) == len(found):
+        for a, b in zip(saved, found, strict=True):
+            yield from _differences(a, b, name)
+    elif saved != found:
+        yield f"{one_line(name, 60)} was {one_line(json.dumps(saved), 60)} and is {one_line(json.dumps(found), 60)}"
 
 
 def _parts(weights: TrainedWeights) -> dict[str, list[Tensor]]:
@@ -133,11 +224,13 @@ class RunCheckpoint:
         fit: the fit, with the history so far.
         weights: its parameters.
         optimiser: their optimiser.
-        data: number of rows and checksum of the data, by which resuming knows them again.
+        data: number of rows, and checksums of data and held-out data, by which resuming knows them again.
+        settings: arguments of the training, of types that JSON has. A run can be resumed by the same ones only, apart from a
+            `seed` of None.
     """
 
     SECONDS = 30.0
-    """Seconds between two writes of the run, apart from the last one."""
+    """Seconds between two writes of the run, apart from the first, after the first epoch, and the last."""
 
     def __init__(
         self,
@@ -146,12 +239,20 @@ class RunCheckpoint:
         weights: TrainedWeights,
         optimiser: Optimizer,
         data: Mapping[str, Any],
+        settings: Mapping[str, Any],
     ) -> None:
         self.path = None if checkpoint is None else checkpoints.tensors_of(checkpoint.path)
-        self.run_path = Path() if self.path is None else self.path.with_name(self.path.stem + ".training.safetensors")
+        self.run_path, self.old_path = (
+            Path() if self.path is None else self.path.with_name(f"{self.path.stem}{kind}.training.safetensors")
+            for kind in ("", ".old")
+        )
         self.fit, self.weights, self.optimiser = fit, weights, optimiser
         self.data, self.notes = dict(data), {} if checkpoint is None else dict(checkpoint.notes)
-        self.epochs = 0
+        groups = [{n: v for n, v in group.items() if n != "params"} for group in _options(optimiser)]
+        own = {**settings, "optim": [type(optimiser).__name__, *groups], "fit": checkpoints.describe(fit.family)}
+        begun = datetime.now(UTC).isoformat(timespec="seconds")
+        self.identity = {"id": uuid4().hex, "begun": begun, "settings": json.loads(json.dumps(own))}
+        self.epochs, self._is_written = 0, False
         self._written = time.perf_counter()
         if checkpoint is not None and checkpoint.resume:
             self.restore()
@@ -164,7 +265,7 @@ class RunCheckpoint:
         tensors, options = capture(self.weights, self.optimiser)
         captured = self.weights.best_state(), self.fit.record(), tensors, options
         self._captured, self.epochs = captured, len(self.fit.history)  # in one statement: Ctrl-C may come at any time
-        if time.perf_counter() - self._written > self.SECONDS:
+        if (self.epochs and not self._is_written) or time.perf_counter() - self._written > self.SECONDS:
             self.write()
 
     def restore(self) -> None:
@@ -172,9 +273,16 @@ class RunCheckpoint:
 
         Raises:
             FileNotFoundError: if there is no run.
-            ValueError: if the file is damaged, or holds a run of another fit or on other data.
+            ValueError: if the file is damaged, or holds a run of another fit, on other data, by other settings, or another run
+                than that of the parameters.
         """
-        tensors, record = checkpoints.read(self.run_path)
+        if not self.run_path.is_file() and (old := self.old_path).is_file():
+            raise FileNotFoundError(
+                f"There is no training run {self.run_path}. {old.name} beside it holds an older one: resume that by the path "
+                f"{old.with_name(old.name.removesuffix('.training.safetensors'))}."
+            )
+        own_bytes = sum(t.nbytes for group in _parts(self.weights).values() for t in group)
+        tensors, record = checkpoints.read(self.run_path, max_bytes=max(MAX_BYTES, 16 * own_bytes))
         if record.get("rows") != self.data["rows"]:
             raise ValueError(
                 f"{self.run_path} was trained on {record.get('rows')} rows of data, but found {self.data['rows']}. "
@@ -182,11 +290,44 @@ class RunCheckpoint:
             )
         if record.get("data") != self.data["data"]:
             raise ValueError(f"{self.run_path} was trained on other data with as many rows. Resume on the same data.")
+        if not {"options", "history", "best", "run"} <= record.keys():
+            raise ValueError(f"{self.run_path} holds no training run to resume.")
+        if record.get("valid") != self.data.get("valid"):
+            raise ValueError(f"{self.run_path} was validated on other data. Resume with the same held-out data.")
+        self._check_identity(record["run"])
         try:
             restore(self.weights, self.optimiser, tensors, record["options"])
-            self.fit.history, self.fit.best = record["history"], record["best"]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{self.run_path} holds no training run to resume.") from error
+        except ValueError as error:
+            raise ValueError(f"{self.run_path} cannot be resumed. {error}") from error
+        history = record["history"]
+        self.fit.history, self.fit.units = history, record.get("units", {})
+        self.fit.best = history[record["best"]["epoch"] - 1] if record["best"] else {}
+        self.identity, self._is_written = record["run"], True
+        saved = record.get("notes")
+        self.notes = {**(saved if isinstance(saved, dict) else {}), **self.notes}
+
+    def _check_identity(self, saved: Mapping[str, Any]) -> None:
+        """Raise an error if the saved run is another one than this, or than that of the parameters beside it."""
+        settings = dict(self.identity["settings"])
+        if settings.get("seed") is None:  # the saved random state is what counts
+            settings["seed"] = saved["settings"].get("seed")
+        differences = list(_differences(saved["settings"], settings))
+        named = f"the run that began at {one_line(saved['begun'], 40)}"
+        if differences:
+            raise ValueError(
+                f"{self.run_path} holds {named}, which is another run than this one: {'; '.join(differences[:4])}. Resume "
+                "it with its own settings, or start anew without resume."
+            )
+        if self.path is None or not self.path.is_file():
+            return
+        beside = checkpoints.read_record(self.path).get("run")
+        if beside is not None and beside["id"] != saved["id"]:
+            differences = list(_differences(saved["settings"], beside["settings"])) or ["by the same settings"]
+            raise ValueError(
+                f"{self.run_path} holds {named}, but {self.path.name} is of the run that began at "
+                f"{one_line(beside['begun'], 40)} ({'; '.join(differences[:4])}), which was stopped before it was written. "
+                f"To resume the former, move {self.path.name} away first; to repeat the latter, start anew without resume."
+            )
 
     def write_best(self) -> None:
         """Write the best parameters."""
@@ -205,10 +346,28 @@ class RunCheckpoint:
             return None
         state, record, tensors, options = self._captured
         self._write_parameters(self.path, state, record | {"stopped": self.fit.stopped})
-        run = {"history": record["history"], "best": record["best"], "options": options, **self.data, "notes": self.notes}
-        checkpoints.write(self.run_path, tensors, run, readable=False)
-        self._written = time.perf_counter()
+        saved: dict[str, Any] = {name: record[name] for name in ("history", "best", "units") if name in record}
+        with self._retired():
+            checkpoints.write(self.run_path, tensors, {**saved, "options": options, **self._entries()}, readable=False)
+        self._written, self._is_written = time.perf_counter(), True
         return self.path
 
     def _write_parameters(self, path: Path, state: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        checkpoints.write(path, state, {**record, **self.data, "notes": self.notes})
+        checkpoints.write(path, state, {**record, **self._entries()})
+
+    def _entries(self) -> dict[str, Any]:
+        """Return the entries of both files."""
+        return {**self.data, "run": self.identity, "notes": self.notes}
+
+    @contextmanager
+    def _retired(self) -> Iterator[None]:
+        """Rename an older run before the block first writes this one, and rename it back if the block fails."""
+        retire = not self._is_written and self.run_path.is_file()
+        if retire:
+            os.replace(self.run_path, self.old_path)
+        try:
+            yield
+        except BaseException:
+            if retire and not self.run_path.exists():
+                os.replace(self.old_path, self.run_path)
+            raise

@@ -727,16 +727,24 @@ def test_another_run_is_refused(tmp_path):
     run(affine_flow, path, 2, ema_decay=0.9)
     before = files(path)
     for words, change in [
-        ("another model", {"make": small_vae}),
+        ('fit class was "Flow" and is "VAE"', {"make": small_vae}),
         ("trained on other data", {"data": ROWS + 1.0}),
         ("trained on other data", {"make": partial(affine_flow, context=Labels(2)), "data": (ROWS, torch.arange(40) % 2)}),
-        ("another model", {"ema_decay": None}),
-        ("optimised by Adam, but this one is optimised by SGD", {"optim": SGD}),
-        ("optimised by Adam, but this one is optimised by AdamW", {"optim": partial(torch.optim.AdamW, lr=1e-2)}),
+        ("ema_decay was 0.9 and is null", {"ema_decay": None}),
+        ('optim was "Adam" and is "SGD"', {"optim": SGD}),
+        ('optim was "Adam" and is "AdamW"', {"optim": partial(torch.optim.AdamW, lr=1e-2)}),
+        ("optim lr was 0.01 and is 0.02", {"optim": partial(torch.optim.Adam, lr=2e-2)}),
+        ("seed was 3 and is 4", {"seed": 4}),
+        ("batch_size was 10 and is 20", {"batch_size": 20}),
+        ("patience was 20 and is 5", {"patience": 5}),
+        ("clip_norm was 10.0 and is null", {"clip_norm": None}),
+        ('objective was "MaximumLikelihood" and is "Trace_ELBO"', {"objective": Trace_ELBO()}),
+        ("fit arguments standardize was", {"make": partial(affine_flow, standardize=False)}),
+        ("validated on other data", {"valid": HELD_OUT[:-1]}),
         ("40 rows of data, but found 39", {"data": ROWS[:39]}),
     ]:
         options = {"make": affine_flow, "ema_decay": 0.9, **change}
-        options["valid"] = options["data"] if isinstance(options.get("data"), tuple) else HELD_OUT
+        options.setdefault("valid", options["data"] if isinstance(options.get("data"), tuple) else HELD_OUT)
         with pytest.raises(ValueError, match=words):
             run(checkpoint=path, epochs=4, resume=True, **options)
         assert files(path) == before
