@@ -1,5 +1,6 @@
 """Export of any fit to ArviZ."""
 
+from pyro_genmodels._pyro.kernels import record_statistics
 from pyro_genmodels.inference_data.export import to_arviz
 
-__all__ = ["to_arviz"]
+__all__ = ["record_statistics", "to_arviz"]

@@ -59,7 +59,8 @@ def to_arviz(
       account. Use `log_likelihood` instead;
     - ``log_prior``: log density of each latent variable, in nats;
     - ``sample_stats``: for each draw ``log_p``, the joint density of latent variables and data, and (unless the guide is a
-      point mass) ``log_q`` and ``log_weight`` = log_p - log_q, in nats; for MCMC also ``diverging``;
+      point mass) ``log_q`` and ``log_weight`` = log_p - log_q, in nats; for MCMC also ``diverging``, and if its
+      kernel is in `record_statistics` ``energy``, ``lp``, ``acceptance_rate``, ``step_size`` and ``tree_depth``;
     - ``observed_data``;
     - ``constant_data``: tensors among the model's arguments that it does not observe.
 
@@ -78,8 +79,8 @@ def to_arviz(
             (chain, draw, ...); or a list of these, whose chains are concatenated. The fits of a list must have separate
             parameters. Agreement of their chains is informative only if they started from different points
             (`init_to_sample`).
-        args: positional arguments of the model. A family called without data gives draws of x as ``posterior_predictive``,
-            and of its latent variables from their prior as ``posterior``.
+        args: positional arguments of the model; an `MCMC` run remembers its own. A family called without data gives draws of x
+            as ``posterior_predictive``, and of its latent variables from their prior as ``posterior``.
         num_samples: number of draws, 1000 by default. Leave it out for a fit that has draws: all of them are exported.
         batch_size: largest number of draws made in one run, which bounds memory; 100 by default.
         groups: names of the wanted groups.
@@ -162,7 +163,8 @@ def _inference_data(groups: Groups, coords: Mapping[str, Sequence[Any]]) -> arvi
             kind = {"kind": groups.kinds[name]} if group == "log_likelihood" and name in groups.kinds else {}
             own = {xarray_name(dim): labels.get(dim, np.arange(size)) for dim, size in zip(names, array.shape, strict=True)}
             variables[xarray_name(name)] = xr.DataArray(array, own, list(own), attrs=kind)
-        datasets[group] = xr.Dataset(variables, attrs=attrs)
+        note = {"left_out": groups.note} if group == "sample_stats" and groups.note else {}
+        datasets[group] = xr.Dataset(variables, attrs=attrs | note)
     if int(az.__version__.split(".")[0]) == 0:
         return az.InferenceData(**datasets)
     return xr.DataTree.from_dict(datasets)  # type: ignore[return-value]

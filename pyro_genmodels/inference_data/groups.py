@@ -43,11 +43,13 @@ class Groups:
         variables: variables of each group, with the dimensions (chain, draw, plates, event).
         coords: labels of dimensions.
         kinds: kind of each log-likelihood that is not exact, by variable.
+        note: statistics of each draw that cannot be had, and why.
     """
 
     variables: dict[str, Variables]
     coords: Mapping[str, Any]
     kinds: Mapping[str, str]
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def concatenate_chains(parts: Sequence[Groups]) -> Groups:
             elif not all(same_array(array, other) for other in others):
                 raise ValueError(f"The fits do not go together: their {group} of {name!r} differ.")
             joined.setdefault(group, {})[name] = (array, dims)
-    return Groups(joined, first.coords, first.kinds)
+    return Groups(joined, first.coords, first.kinds, first.note)
 
 
 def collect(source: DrawSource, reports: dict[str, str], options: CollectOptions) -> Groups:
@@ -113,7 +115,7 @@ def collect(source: DrawSource, reports: dict[str, str], options: CollectOptions
     if source.model is None:
         arrays.put_all_draws(source.guide)
         arrays.put_stats(source.stats)
-        return Groups(arrays.by_chain(source.num_chains), {}, {})
+        return Groups(arrays.by_chain(source.num_chains), {}, {}, source.note)
     replay = Replay(
         source.model,
         source.guide,
@@ -134,7 +136,7 @@ def collect(source: DrawSource, reports: dict[str, str], options: CollectOptions
         _collect_constants(source, replay, arrays)
     elif source.kwargs.get("size") == 1:  # one row for each draw
         arrays.without_plate("data")
-    return Groups(arrays.by_chain(source.num_chains), coords, posterior.densities.kinds)
+    return Groups(arrays.by_chain(source.num_chains), coords, posterior.densities.kinds, source.note)
 
 
 class _Densities:

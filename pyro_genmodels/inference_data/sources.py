@@ -17,7 +17,7 @@ from pyro.infer.predictive import WeighedPredictiveResults
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from pyro_genmodels._pyro import handlers, params, traces
+from pyro_genmodels._pyro import handlers, kernels, params, traces
 from pyro_genmodels.inference_data.arrays import to_numpy
 
 DEFAULT_NUM_SAMPLES = 1000
@@ -39,6 +39,7 @@ class DrawSource:
         has_all_continuous: True if there are draws of all continuous latent variables, as from MCMC.
         stats: statistics of each draw, (draws,).
         is_family_prior: True for a family called without data.
+        note: statistics of each draw that cannot be had, and why.
     """
 
     model: Any
@@ -50,6 +51,7 @@ class DrawSource:
     has_all_continuous: bool = False
     stats: Mapping[str, np.ndarray] = field(default_factory=dict)
     is_family_prior: bool = False
+    note: str = ""
 
 
 def source_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int | None, model: Any) -> DrawSource:
@@ -89,6 +91,7 @@ def source_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int
         chains,
         has_all_continuous=hasattr(fit, "kernel"),
         stats=found.stats,
+        note=found.note,
     )
 
 
@@ -102,6 +105,7 @@ class _FoundDraws:
         args: positional arguments of the model.
         kwargs: keyword arguments of the model.
         stats: statistics of each draw, (draws,).
+        note: statistics that cannot be had, and why.
     """
 
     draws: Mapping[str, Tensor]
@@ -109,14 +113,22 @@ class _FoundDraws:
     args: tuple
     kwargs: Mapping[str, Any]
     stats: Mapping[str, np.ndarray] = field(default_factory=dict)
+    note: str = ""
 
 
 def _draws_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], model: Any) -> _FoundDraws | None:
     """Return the draws that a fit holds, or None if it has a model and a guide to make them."""
     if hasattr(fit, "get_samples") and hasattr(fit, "kernel"):  # MCMC
+        if kernels.has_not_run(fit):
+            raise ValueError(f"This {type(fit).__name__} has not been run. Call its .run(...) first.")
         draws = fit.get_samples(group_by_chain=True)
+        if not (args or kwargs):
+            args, kwargs = kernels.arguments_of_run(fit)
+        recorded = kernels.recorded_statistics(fit)
         stats = _divergences(fit, *next(iter(draws.values())).shape[:2])
-        return _FoundDraws(draws, _one_model(fit, fit.kernel.model, model), args, kwargs, stats)
+        stats |= {name: values.reshape(-1) for name, values in (recorded or {}).items()}
+        note = kernels.NOT_RECORDED if recorded is None else ""
+        return _FoundDraws(draws, _one_model(fit, fit.kernel.model, model), args, kwargs, stats, note)
     if hasattr(fit, "get_samples") and hasattr(fit, "stats"):  # Chains and WeightedDraws
         stats = {name: to_numpy(values.flatten()) for name, values in fit.stats.items()}
         return _FoundDraws(fit.get_samples(group_by_chain=True), model, args, kwargs, stats)
