@@ -9,8 +9,10 @@ from __future__ import annotations
 __all__ = ["Batch", "Batches"]
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from math import ceil
 from numbers import Number
@@ -24,7 +26,9 @@ from pyro_genmodels.utils.errors import listed
 from pyro_genmodels.utils.tensors import as_tensor
 
 MAX_ROUNDING = 1e-3
-"""Largest change by rounding to the precision of a fit, relative to the deviation of a column, that goes without a warning."""
+"""Largest change of a column by rounding to the precision of a fit, relative to its range, that goes without a warning."""
+EXACT_ROUNDING = 1e-6
+"""The same, above which a family is given the data as they are. It subtracts their mean before it rounds."""
 
 
 class Batch(NamedTuple):
@@ -83,6 +87,7 @@ class Batches:
         batch_size: largest number of rows in a minibatch. The sizes differ by one at most.
         like: tensor with the device and precision for the batches.
         family: name of the family that is trained, which takes x or (x, context); None for a model that takes any arguments.
+        exact: number of leading arguments that may be of higher precision, if rounding would change them noticeably.
         model_kwargs: further keyword arguments of the model, the same in every batch.
 
     Attributes:
@@ -103,10 +108,12 @@ class Batches:
         like: Tensor,
         *,
         family: str | None = None,
+        exact: int = 0,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.device, self.dtype, self.family, self.batch_size = like.device, like.dtype, family, batch_size
-        self.model_kwargs = dict(model_kwargs or {})
+        self.model_kwargs, self.exact = dict(model_kwargs or {}), exact
+        self._keeps: dict[int, bool] = {}  # by the place of an argument: True if its precision is kept
         if isinstance(data, TensorDataset):
             data = data.tensors
         self.source = data if isinstance(data, (DataLoader, Dataset)) else None
@@ -116,7 +123,6 @@ class Batches:
         else:
             self.all = self._batch(data if context is None else (*_first_of(data), context))
             self.rows = self.all.rows
-            self._warn_of_rounding(data if context is None else (data, context))
         if not self.rows:
             raise ValueError("Training wants data of at least one row, as x and as valid, but found no rows.")
         self.count = ceil(self.rows / batch_size)
@@ -195,6 +201,10 @@ class Batches:
         """Return the first batch in order."""
         return next(self.in_order())
 
+    def take(self, rows: int) -> Batch:
+        """Return the first rows, or of a `Dataset` or `DataLoader` the first batch."""
+        return self.first() if self.all is None else self._take(torch.arange(min(rows, self.rows)))
+
     def head(self, rows: int) -> Batch:
         """Return all rows, or of a `Dataset` or `DataLoader` at least this many if it has them."""
         if self.all is not None:
@@ -264,7 +274,8 @@ class Batches:
                 raise ValueError(
                     "The data have the key 'size', which is the number of all rows that train gives the model. Rename it."
                 )
-        args, kwargs = (_map(lambda v: self.to(as_tensor(v, "train")) if _is_array(v) else v, part) for part in (args, kwargs))
+        args = tuple(_map(partial(self._converted, place), value) for place, value in enumerate(args))
+        kwargs = _map(partial(self._converted, None), kwargs)
         rows = _number_of_rows(_by_place(args, kwargs))
         return Batch(args, kwargs | self.model_kwargs, rows)
 
@@ -282,25 +293,47 @@ class Batches:
             )
         return args
 
-    def _warn_of_rounding(self, data: Any) -> None:
-        """Warn of columns whose values change in the fit's precision by much of their deviation."""
-        arrays = [(place, v) for place, v in _leaves(data) if _is_array(v)]
-        for place, given in arrays:
-            t = as_tensor(given, "train")
-            if t.numel() and t.dim() and t.is_floating_point() and torch.finfo(t.dtype).eps < torch.finfo(self.dtype).eps:
-                rows = t.detach().reshape(len(t), -1)
-                change = (rows.to(self.dtype).to(t.dtype) - rows).abs().amax(0)
-                spread = rows.amax(0) - rows.amin(0)
-                resolved = spread > 1e3 * torch.finfo(t.dtype).eps * rows.abs().amax(0)  # others are constant
-                lost = (change > MAX_ROUNDING * spread) & resolved
-                if lost.any():
-                    warnings.warn(
-                        f"In {self.dtype} the data{f' in argument {place}' if len(arrays) > 1 else ''} change by "
-                        f"{(change / spread)[lost].max():.0%} of their range in column {int(lost.nonzero()[0])}. Subtract an "
-                        "offset from them, or train in float64: family.double().",
-                        RuntimeWarning,
-                        stacklevel=5,
-                    )
+    def _converted(self, place: int | None, value: Any) -> Any:
+        """Return an array in the argument at this place as a tensor, and anything else as it is."""
+        if not _is_array(value):
+            return value
+        t = as_tensor(value, "train")
+        if place is not None and place < self.exact:
+            if place not in self._keeps:
+                self._keeps[place] = bool((_rounding(t, self.dtype) > EXACT_ROUNDING).any())
+            if self._keeps[place]:
+                return t.to(self.device, non_blocking=True)
+        elif self.source is None and (lost := _rounding(t, self.dtype)).max() > MAX_ROUNDING and lost.isfinite().all():
+            warnings.warn(
+                f"In {self.dtype} the data change by {lost.max():.0%} of their range in column {int(lost.argmax())}. Subtract "
+                "an offset from them, or train in float64: model.double(), or torch.set_default_dtype(torch.float64).",
+                RuntimeWarning,
+                stacklevel=_outside(),
+            )
+        return self.to(t)
+
+
+def _rounding(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the largest change of each column by rounding to a precision, relative to the column's range.
+
+    It is 0 for a column that is constant apart from rounding, and infinite if values become infinite.
+    """
+    if not (t.numel() and t.dim() and t.is_floating_point()) or torch.finfo(t.dtype).eps >= torch.finfo(dtype).eps:
+        return torch.zeros(1)
+    rows = t.detach().reshape(len(t), -1)
+    rows = torch.where(rows.isfinite(), rows, 0.0)
+    change = (rows.to(dtype).to(t.dtype) - rows).abs().amax(0)
+    spread = rows.amax(0) - rows.amin(0)
+    is_constant = spread <= 1e3 * torch.finfo(t.dtype).eps * rows.abs().amax(0)
+    return torch.where(is_constant & change.isfinite(), 0.0, change / spread)
+
+
+def _outside() -> int:
+    """Return the number of frames up to the first one outside of this package, for warnings."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pyro_genmodels."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 # Structures of arrays.

@@ -38,7 +38,7 @@ from pyro_genmodels.training.fit import EXPLODED_EPOCHS, EXPLOSION, Fit
 from pyro_genmodels.training.snapshots import Checkpoint, RunCheckpoint
 from pyro_genmodels.training.steps import AdversarialStep, LossStep, make_step
 from pyro_genmodels.utils.errors import check_positive_int, listed
-from pyro_genmodels.utils.keywords import check_keywords
+from pyro_genmodels.utils.keywords import check_keywords, joined_keywords
 
 STANDARDIZE_ROWS = 10_000
 """Number of rows of a DataLoader that are validated and set a family's mean and deviation. Of a tensor all rows are used."""
@@ -146,6 +146,7 @@ def train(
     fit = fit.family if isinstance(fit, Fit) else fit
     model, guide = traces.as_pair(fit)
     options = [p for p in inspect.signature(train).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != "context"]
+    model_kwargs = joined_keywords("train", {}, model_kwargs)
     check_keywords("train", model, [p.name for p in options if given[p.name] is not p.default], (), model_kwargs)
     with handlers.exclusive("train"), _torch_threads(threads):
         if seed is not None:

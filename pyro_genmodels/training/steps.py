@@ -40,6 +40,8 @@ from pyro_genmodels.optim.adapters import make_optimizer
 from pyro_genmodels.training.batches import Batch, Batches
 from pyro_genmodels.utils.distributions import modules_and_tensors, unwrap
 
+MANY_ROWS = 10_000
+"""Number of rows by which it is found out if a model draws its minibatches itself."""
 UNITS = {EnergyDistance: "energy distance", Trace_MMD: "loss"}
 """What losses of Pyro measure that are not in nats."""
 
@@ -201,7 +203,7 @@ class LossStep:
     def _traces(self, batch: Batch) -> tuple[Trace, Trace]:
         """Run model and guide once without gradients, and return their traces."""
         with torch.no_grad():
-            return traces.run_pair(self.model, self.guide, batch.args, batch.kwargs)
+            return traces.run_pair(self.model, self.guide, batch.args, self._kwargs(batch, self.rows))
 
     def _loss(self, loss: Callable[..., float], batch: Batch, rows: int) -> float:
         """Return the loss, which is NaN or infinite also where a distribution refuses such parameters by a ValueError."""
@@ -215,8 +217,11 @@ class LossStep:
             return value
 
     def _call(self, loss: Callable[..., float], batch: Batch, rows: int) -> float:
-        kwargs = batch.kwargs | ({"size": rows} if self.takes_size else {})
-        return loss(self.model, self.guide, *batch.args, **kwargs) / (rows if self.takes_size else batch.rows)
+        loss_of_all = loss(self.model, self.guide, *batch.args, **self._kwargs(batch, rows))
+        return loss_of_all / (rows if self.takes_size else batch.rows)
+
+    def _kwargs(self, batch: Batch, rows: int) -> dict[str, Any]:
+        return batch.kwargs | ({"size": rows} if self.takes_size else {})
 
 
 class AdversarialStep:
@@ -341,24 +346,25 @@ class _TwoOptimizers:
 
 def _first_run(batches: Batches, model: Any, run: Callable[[Batch], Any]) -> Any:
     """Call a function with the first batch, or with all rows if the model draws its minibatches itself."""
-    batch = batches.first()
-    counts = [] if traces.is_family(model) else _rows_that_are_drawn(model, batch, batches.rows)
-    if not counts or counts[0] == batch.rows:  # a batch may be the minibatch of the plate
+    batch, many = batches.first(), batches.take(MANY_ROWS)
+    drawn = None if traces.is_family(model) else _rows_that_are_drawn(model, many, batches.rows)
+    fixed = drawn == batch.rows and _rows_that_are_drawn(model, batch, batches.rows) == drawn
+    if drawn in (None, many.rows) or fixed:  # a plate of fixed sizes may be meant for this batch
         try:
             return run(batch)
         except IndexError:
-            if not counts:
+            if not fixed:
                 raise
-    batches.subsample(counts[0])
+    batches.subsample(drawn)  # type: ignore[arg-type]
     return run(batches.first())
 
 
-def _rows_that_are_drawn(model: Any, batch: Batch, rows: int) -> list[int]:
-    """Return the number of rows that plates over all rows, or over those of the batch, draw by themselves."""
+def _rows_that_are_drawn(model: Any, batch: Batch, rows: int) -> int | None:
+    """Return how many rows a plate over all rows, or over those of the batch, draws by itself, or None."""
     kwargs = batch.kwargs | ({"size": rows} if "size" in inspect.signature(model).parameters else {})
     with handlers.side_effect_free(model), torch.random.fork_rng():
         plates = subsampling.subsampled_plates(model, batch.args, kwargs)
-    return [plate.count for plate in plates if plate.size in (batch.rows, rows)]
+    return next((plate.count for plate in plates if plate.size in (batch.rows, rows)), None)
 
 
 class _Sites(Messenger):

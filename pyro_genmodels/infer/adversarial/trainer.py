@@ -137,6 +137,7 @@ class Adversarial:
 
     # Methods of SVI.
 
+    @handlers.exclusive("Adversarial.step")
     def step(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Take the steps of the critic, and one step of the model.
 
@@ -149,6 +150,7 @@ class Adversarial:
 
         Raises:
             LostGameError: if a loss or gradient is not finite, or the critic's loss has been nearly 0 for 100 steps.
+            RuntimeError: if another thread trains or evaluates a model.
         """
         self.prepare(*args, **kwargs)
         for _ in range(self.num_critic_steps - 1):

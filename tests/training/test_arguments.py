@@ -1,0 +1,417 @@
+"""What `train` accepts as data and options, and how it refuses everything else."""
+
+import threading
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_value
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from pyro_genmodels import GAN, MAF, Adversarial, Flow, Labels, MaximumLikelihood, log_likelihood, to_arviz, train
+from pyro_genmodels._pyro import handlers
+from pyro_genmodels.datasets import load
+from pyro_genmodels.training import Checkpoint
+
+train = partial(train, progress=False)
+
+
+def flow(**kwargs):
+    return Flow((2,), transform=MAF(transforms=1, hidden=(8,)), **kwargs)
+
+
+def no_guide(*args, **kwargs):
+    pass
+
+
+X, C = torch.randn(30, 2, generator=torch.Generator().manual_seed(0)), torch.linspace(0, 1, 30)[:, None]
+
+
+# Wrong arguments.
+
+
+def swallowing(x, *, batch_size=None):
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(pyro.param("loc", torch.zeros(2)), 1.0).to_event(1), obs=x)
+
+
+CONDITIONAL = {"fit": lambda: flow(context=1), "context": C}
+BAD = {
+    "a distribution": ({"fit": lambda: flow()()}, TypeError, "Pass the family itself, not the distribution"),
+    "a class": ({"fit": lambda: Flow}, TypeError, r"found the class Flow: build it, as in Flow\(\.\.\.\)"),
+    "a model alone": ({"fit": lambda: swallowing}, TypeError, r"a pair \(model, guide\), but found function"),
+    "a network": ({"fit": lambda: nn.Linear(2, 1)}, TypeError, "but found Linear"),
+    "an optimiser": ({"optim": torch.optim.Adam([nn.Parameter(X)])}, TypeError, r"function of the parameters.*found a Adam"),
+    "an optimiser's name": ({"optim": "adam"}, TypeError, r"functools\.partial.*found a str"),
+    "no optimiser": ({"optim": lambda parameters: None}, TypeError, "it returned NoneType"),
+    "a class of objectives": ({"objective": MaximumLikelihood}, TypeError, "the class MaximumLikelihood; call it"),
+    "the class Adversarial": ({"objective": Adversarial}, TypeError, "the class Adversarial; call it"),
+    "an objective's name": ({"objective": "elbo"}, TypeError, "objective wants a Pyro loss.*found str"),
+    "clip_norm=True": ({"clip_norm": True}, ValueError, "positive number as clip_norm.*found True"),
+    "clip_norm=0": ({"clip_norm": 0}, ValueError, "positive number as clip_norm"),
+    "seed='a'": ({"seed": "a"}, ValueError, r"an integer from 0 to 2\*\*32 - 1 as seed, or None, but found 'a'"),
+    "seed=-1": ({"seed": -1}, ValueError, "as seed.*found -1"),
+    "seed=1.5": ({"seed": 1.5}, ValueError, r"as seed.*found 1\.5"),
+    "seed=2**32": ({"seed": 2**32}, ValueError, "as seed.*found 4294967296"),
+    "ema_decay=2": ({"ema_decay": 2}, ValueError, r"decay such as 0\.999.*found 2"),
+    "ema_decay=True": ({"ema_decay": True}, ValueError, r"decay such as 0\.999.*found True"),
+    "ema_decay='yes'": ({"ema_decay": "yes"}, ValueError, r"decay such as 0\.999.*found 'yes'"),
+    "threads=0": ({"threads": 0}, ValueError, "integer threads of 1 or more, but found 0"),
+    "epochs=1.5": ({"epochs": 1.5}, ValueError, r"integer epochs of 1 or more, but found 1\.5"),
+    "batch_size=True": ({"batch_size": True}, ValueError, "integer batch_size of 1 or more, but found True"),
+    "checkpoint=True": ({"checkpoint": True}, TypeError, r"a path or a Checkpoint\(path\)"),
+    "the class Checkpoint": ({"checkpoint": Checkpoint}, TypeError, r"a path or a Checkpoint\(path\)"),
+    "model_kwargs of a family": ({"model_kwargs": {"temperature": 1.0}}, TypeError, "temperature"),
+    "model_kwargs of no names": ({"model_kwargs": ["a"]}, TypeError, "model_kwargs as a dictionary"),
+    "no data": ({"data": None}, TypeError, "found NoneType"),
+    "data by name": ({"data": "moons"}, TypeError, "found str"),
+    "a record of data": ({"data": load("moons")}, TypeError, r"found Dataset\. Pass its rows, such as data\.train"),
+    "empty data": ({"data": X[:0]}, ValueError, "at least one row"),
+    "one number": ({"data": 1.0}, ValueError, "the single number 1"),
+    "rows of different lengths": ({"data": [[1.0, 2.0], [3.0]]}, TypeError, "rows differ in shape"),
+    "words in a frame": ({"data": pd.DataFrame({"a": ["u"], "b": [1.0]})}, TypeError, "the column 'a' holds str"),
+    "one dimension": ({"fit": lambda: Flow((1,)), "data": X[:, 0]}, ValueError, r"data of shape \(N, 1\), but found \(30,\)"),
+    "another shape": ({"data": X[:, :1]}, ValueError, r"data of shape \(N, 2\), but found \(30, 1\)"),
+    "integers": ({"data": X.long()}, ValueError, r"models real numbers, but was given data of torch\.int64"),
+    "context of another length": ({**CONDITIONAL, "context": C[:9]}, ValueError, "30 rows of data but 9 of context"),
+    "context of another width": ({**CONDITIONAL, "context": X}, ValueError, r"context of floats, \(\.\.\., 1\).*\(30, 2\)"),
+    "context with NaN": ({**CONDITIONAL, "context": C / 0 * 0}, ValueError, "NaN or infinite values in argument 2"),
+    "no context": ({**CONDITIONAL, "context": None}, ValueError, "wants a context, but was given none"),
+    "superfluous context": ({"context": C}, ValueError, "built without a context"),
+    "context twice": ({**CONDITIONAL, "data": (X, C)}, ValueError, "leave context= out"),
+    "x and context swapped": ({**CONDITIONAL, "data": C, "context": X}, ValueError, r"Swap them: \(x, context\)"),
+    "labels of floats": ({"fit": lambda: flow(context=Labels(2)), "context": C[:, 0]}, ValueError, "Labels wants integers"),
+    "valid of another form": (
+        {**CONDITIONAL, "valid": X},
+        ValueError,
+        r"valid holds argument 1, but the data hold .*argument 2",
+    ),
+    "valid of another shape": ({"valid": X[:, :1]}, ValueError, r"data of shape \(N, 2\), but found \(30, 1\)"),
+    "valid=True": ({"valid": True}, ValueError, "a share of the data between 0 and 1, but found True"),
+    "valid=20": ({"valid": 20}, ValueError, "a share of the data between 0 and 1, but found 20"),
+    "valid by name": ({"valid": "auto"}, TypeError, "found str"),
+    "a share of a loader": ({"data": DataLoader(X), "valid": 0.1}, TypeError, "random_split"),
+    "unknown keys": ({"data": {"y": X}}, ValueError, "the keys 'x' and 'context', but found y"),
+    "a key of ours": ({"fit": lambda: (swallowing, no_guide), "data": {"x": X, "size": X}}, ValueError, "Rename it"),
+    "a keyword of both": ({"fit": lambda: (swallowing, no_guide), "batch_size": 8}, ValueError, "model_kwargs={'batch_size': "),
+}
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD.values(), ids=BAD)
+def test_wrong_arguments_are_refused_in_one_line(arguments, error, message):
+    arguments = {"fit": flow, "data": X, "epochs": 1, **arguments}
+    fit = arguments.pop("fit")()
+    with pytest.raises(error, match=message) as found:
+        train(fit, arguments.pop("data"), **arguments)
+    assert "\n" not in str(found.value)
+
+
+# Data in other forms.
+
+
+FORMS = {
+    "array": X.numpy(),
+    "array of doubles": X.double().numpy(),
+    "list": X.tolist(),
+    "frame": pd.DataFrame(X.numpy(), columns=["a", "b"]),
+    "dictionary": {"x": X},
+    "tuple": (X,),
+    "TensorDataset": TensorDataset(X),
+}
+
+
+@pytest.mark.parametrize("data", FORMS.values(), ids=FORMS)
+def test_data_train_alike_in_every_form(data):
+    def losses(data):
+        pyro.set_rng_seed(0)
+        fit = train(flow(), data, valid=data, epochs=2, batch_size=8, seed=1)
+        return [(record["train"], record["valid"]) for record in fit.history]
+
+    assert losses(data) == losses(X)
+
+
+def regression(x, covariates, *, scale=1.0):
+    a, b = pyro.param("a", torch.tensor(0.0)), pyro.param("b", torch.tensor(0.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(a * covariates[0] + b * covariates[1], scale), obs=x)
+
+
+def by_name(*, x, covariates, scale=1.0):
+    regression(x, [covariates["a"], covariates["b"].squeeze(-1)], scale=scale)
+
+
+@pytest.mark.parametrize("form", ["list", "dictionary", "loader", "loader of dictionaries"])
+def test_covariates_go_with_their_rows(form):
+    """Rows of 2 a - 3 b: least squares finds the coefficients only if each row has its own covariates."""
+    a, b = torch.randn(60), torch.randn(60)
+    x = 2 * a - 3 * b
+    named = {"x": x, "covariates": {"a": a.numpy(), "b": pd.DataFrame(b.numpy())}}
+    rows = [{"x": x[i], "covariates": {"a": a[i], "b": b[i : i + 1]}} for i in range(60)]
+    model, data = {
+        "list": (regression, (x, [a, b])),
+        "dictionary": (by_name, named),
+        "loader": (regression, DataLoader(TensorDataset(x, torch.stack([a, b], 1)), batch_size=20, collate_fn=_columns)),
+        "loader of dictionaries": (by_name, DataLoader(rows, batch_size=20, shuffle=True)),
+    }[form]
+    options = {"optim": partial(torch.optim.Adam, lr=0.5), "epochs": 25, "batch_size": 20}
+    train((model, no_guide), data, valid=data, model_kwargs={"scale": 2.0}, **options)
+    assert pyro.param("a").item() == pytest.approx(2, abs=0.05)
+    assert pyro.param("b").item() == pytest.approx(-3, abs=0.05)
+
+
+def _columns(rows):
+    x, covariates = zip(*rows, strict=True)
+    return torch.stack(x), list(torch.stack(covariates, 1))
+
+
+def test_a_share_is_held_out():
+    def fitted(seed):
+        pyro.set_rng_seed(0)
+        return train(flow(), X, valid=0.2, epochs=2, seed=seed)
+
+    fit = fitted(3)
+    rows = fit.held_out
+    assert len(rows) == 6
+    kept = torch.ones(30, dtype=torch.bool)
+    kept[rows] = False
+    pyro.set_rng_seed(0)
+    by_hand = train(flow(), X[kept], valid=X[rows], epochs=2, seed=3)
+    assert [r["valid"] for r in by_hand.history] == [r["valid"] for r in fit.history]
+    assert torch.equal(fitted(3).held_out, rows)
+    assert not torch.equal(fitted(4).held_out, rows)
+    assert by_hand.held_out is None
+    with_context = train(flow(context=1), (X, C), valid=0.5, epochs=1)
+    assert torch.allclose(with_context.family.context.loc, C[sorted({*range(30)} - {*with_context.held_out.tolist()})].mean(0))
+
+
+def test_a_run_that_holds_out_a_share_goes_on_with_the_same_rows(tmp_path):
+    whole = train(flow(), X, valid=0.2, epochs=1, checkpoint=tmp_path / "c")
+    resumed = train(flow(), X, valid=0.2, epochs=2, checkpoint=Checkpoint(tmp_path / "c", resume=True))
+    assert torch.equal(whole.held_out, resumed.held_out)
+    assert len(resumed.history) == 2
+
+
+def test_the_models_keyword_is_passed_on():
+    seen = []
+
+    def model(x, batch_size=None):
+        seen.append(batch_size)
+        swallowing(x)
+
+    train((model, no_guide), X, epochs=1, batch_size=30, model_kwargs={"batch_size": 7})
+    assert set(seen) == {7}
+    pyro.clear_param_store()
+    seen.clear()
+    train((model, no_guide), X, epochs=1)  # no batch_size= of train: no clash
+    assert set(seen) == {None}
+
+
+# Models that draw their minibatches themselves.
+
+Y, LOC = torch.linspace(-1.0, 4.0, 50), torch.tensor(0.5)
+STILL = partial(torch.optim.SGD, lr=0.0)
+
+
+def point(model):
+    return lambda y: pyro.sample("loc", dist.Delta(pyro.param("q", LOC.clone())))
+
+
+def subsampling(size, count):
+    def model(y):
+        loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+        with pyro.plate("data", size or len(y), subsample_size=count) as rows:
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y[rows])
+
+    return model
+
+
+@pytest.mark.parametrize("batch_size", [10, 17, 20, 128])
+@pytest.mark.parametrize("size", [None, 50], ids=["len(y)", "50"])
+@pytest.mark.parametrize("make_guide", [lambda model: AutoDelta(model, init_loc_fn=init_to_value(values={"loc": LOC})), point])
+def test_a_model_that_subsamples_is_given_all_rows(make_guide, size, batch_size):
+    """With equal rows and a guide without noise each step has the loss of all rows, and shared variables count once."""
+    model = subsampling(size, 20)
+    fit = train((model, make_guide(model)), torch.ones(50), epochs=1, batch_size=batch_size, optim=STILL)
+    loss = -dist.Normal(LOC, 1.0).log_prob(torch.ones(50)).sum() - dist.Normal(0.0, 3.0).log_prob(LOC)
+    assert fit.best["train"] == pytest.approx(loss.item() / 50, rel=1e-5)
+
+
+def test_a_model_that_subsamples_takes_as_many_steps_as_it_has_minibatches():
+    sizes = []
+
+    def model(y):
+        with pyro.plate("data", 50, subsample_size=20) as rows:
+            sizes.append((len(y), len(rows)))
+            pyro.sample("y", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0), obs=y[rows])
+
+    train((model, no_guide), Y, epochs=2)
+    assert sizes[-6:] == [(50, 20)] * 6
+    assert len(sizes) <= 6 + 3
+
+
+def test_local_latents_of_a_model_that_subsamples_are_all_trained():
+    def model(y):
+        with pyro.plate("data", len(y), subsample_size=10) as rows:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y[rows])
+
+    guide = AutoNormal(model)
+    train((model, guide), Y, epochs=15, optim=partial(torch.optim.Adam, lr=0.2), batch_size=20)
+    assert guide.locs.z.shape == (50,)
+    assert (guide.locs.z - Y / 2).square().mean() < 0.3 < (Y / 2).square().mean()
+
+
+def test_a_plate_that_fits_the_batch_is_left_alone():
+    """``plate("data", size, subsample_size=len(x))`` is how a model scales the minibatch that it is given."""
+    seen = []
+
+    def model(x, *, size):
+        seen.append(len(x))
+        with pyro.plate("data", size, subsample_size=len(x)):
+            pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0), obs=x)
+
+    train((model, no_guide), Y, epochs=1, batch_size=25)
+    assert seen == [50, 25, 25, 25]  # the first looks for plates that subsample
+
+
+def test_models_that_subsample_need_all_rows():
+    fixed = (subsampling(50, 20), no_guide_of_loc)
+    with pytest.raises(TypeError, match=r"minibatches of 20 rows itself \(subsample_size\).*not in a DataLoader"):
+        train(fixed, DataLoader(Y, batch_size=10), epochs=1)
+    with pytest.raises(ValueError, match=r"a plate of 50 rows for any data, but valid has 9\. .*len\(x\)"):
+        train(fixed, Y, valid=Y[:9], epochs=1)
+    free = (subsampling(None, 5), no_guide_of_loc)
+    assert train(free, Y, valid=Y[:9], epochs=1).best["valid"] > 0
+
+
+def no_guide_of_loc(y):
+    pyro.sample("loc", dist.Normal(pyro.param("q", torch.tensor(0.0)), 1.0))
+
+
+def test_other_index_errors_are_not_touched():
+    def model(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(pyro.param("loc", torch.zeros(3))[7], 1.0), obs=y)
+
+    with pytest.raises(IndexError):
+        train((model, no_guide), Y, epochs=1)
+
+
+# Threads.
+
+
+def test_threads_are_set_for_the_training_only():
+    seen = []
+
+    def model(x):
+        seen.append(torch.get_num_threads())
+        swallowing(x)
+
+    before = torch.get_num_threads()
+    train((model, no_guide), X, epochs=1, threads=2)
+    assert set(seen) == {2}
+    assert torch.get_num_threads() == before
+    with pytest.raises(RuntimeError, match="stop"):
+        train((lambda x: _stop(), no_guide), X, epochs=1, threads=2)
+    assert torch.get_num_threads() == before
+
+
+def _stop():
+    raise RuntimeError("stop")
+
+
+class Elsewhere:
+    """Another thread that is inside `train` until the block ends."""
+
+    def __enter__(self):
+        self.inside, self.go_on, self.errors = threading.Event(), threading.Event(), []
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+        assert self.inside.wait(20)
+        return self
+
+    def __exit__(self, *exc):
+        self.go_on.set()
+        self.thread.join()
+
+    def run(self):
+        def model(x):
+            self.inside.set()
+            assert self.go_on.wait(20)
+            swallowing(x)
+
+        try:
+            train((model, no_guide), X, epochs=1)
+        except BaseException as error:
+            self.errors.append(error)
+
+
+def test_a_second_thread_is_refused_and_the_first_goes_on():
+    fit, gan = flow(), GAN((2,))
+    calls = {
+        "train": lambda: train(flow(), X, epochs=1),
+        "log_likelihood": lambda: log_likelihood(fit, X),
+        "to_arviz": lambda: to_arviz(fit, num_samples=10),
+        "step": lambda: Adversarial(gan.model, gan.critic).step(X),
+    }
+    with Elsewhere() as other:
+        for call in calls.values():
+            with pytest.raises(RuntimeError, match=r"while train runs in another thread.*joblib\.Parallel"):
+                call()
+    assert other.errors == []
+    for call in calls.values():
+        call()
+
+
+def test_calls_may_be_nested_and_errors_release():
+    with handlers.exclusive("a"), handlers.exclusive("b"):
+        pass
+    with pytest.raises(KeyError), handlers.exclusive("a"):
+        raise KeyError
+    errors = []
+
+    def run():
+        try:
+            with handlers.exclusive("c"):
+                pass
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert errors == []
+
+
+def test_a_forked_process_is_free_of_another_threads_lock():
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hold():
+        with handlers.exclusive("train"):
+            inside.set()
+            go_on.wait(20)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert inside.wait(20)
+    lock, running = handlers._lock, list(handlers._running)
+    try:
+        handlers._after_fork()  # as the main thread of a forked process does
+        with handlers.exclusive("train"):
+            pass
+    finally:
+        handlers._lock = lock
+        handlers._running[:] = running
+        go_on.set()
+        thread.join()
+
+
+def test_svi_in_one_thread_is_as_ever():
+    svi = SVI(swallowing, no_guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+    assert np.isfinite(svi.step(X))
