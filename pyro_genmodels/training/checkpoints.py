@@ -58,7 +58,7 @@ MAX_HEADER_BYTES = 2**24
 """Largest size of a header, which holds the record."""
 MAX_INTEGER = 2**20
 """Largest size of an integer in the arguments of a family that is rebuilt, unless the file has as many numbers."""
-REBUILD_BYTES = 2**24, 64
+REBUILD_BYTES = 2**20, 64
 """Bytes that the constructor of a family may take: in any case, and for each byte of its tensors. Families take 2 to 6."""
 REBUILD_OPERATIONS = 1000, 100
 """Calls of torch's functions that it may make: in any case, and for each of its tensors. Families make 2 to 10."""

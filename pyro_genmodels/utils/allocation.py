@@ -68,7 +68,7 @@ class _Limits(TorchFunctionMode):
 def _result_bytes(func: Any, args: Any, kwargs: Any) -> int:
     """Return the number of bytes of a function's results, as far as they follow from the shapes of the arguments.
 
-    The others, such as the unique elements of a tensor, are no larger than the arguments.
+    For others, such as the unique elements of a tensor, it is a bound: one number of 8 bytes for each element of the arguments.
     """
     if _product((args, kwargs)) <= SMALL:
         return 0
@@ -76,7 +76,15 @@ def _result_bytes(func: Any, args: Any, kwargs: Any) -> int:
         with torch.device("meta"):
             return _bytes(func(*_on_meta(args), **_on_meta({**kwargs, **({"device": "meta"} if "device" in kwargs else {})})))
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
-        return 0
+        return 8 * _elements((args, kwargs))
+
+
+def _elements(value: Any) -> int:
+    """Return the number of elements of all tensors in the arguments of a function."""
+    if isinstance(value, Tensor):
+        return value.numel()
+    value = tuple(value.values()) if isinstance(value, dict) else value
+    return sum(map(_elements, value)) if isinstance(value, list | tuple) else 0
 
 
 def _product(value: Any) -> int:

@@ -14,9 +14,11 @@ import tempfile
 import textwrap
 import threading
 import time
+import tracemalloc
 import zipfile
 from contextlib import suppress
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import pyro
 import pyro.distributions as dist
@@ -39,6 +41,8 @@ from pyro_genmodels import (
     ConvolutionalGenerator,
     DenseCritic,
     DenseGenerator,
+    Diffusion,
+    EnergyModel,
     Flow,
     Labels,
     NormalLikelihood,
@@ -47,6 +51,7 @@ from pyro_genmodels import (
 )
 from pyro_genmodels.families import NICE, SOSPF
 from pyro_genmodels.training import Checkpoint, Fit, checkpoints
+from pyro_genmodels.utils.allocation import limited
 
 SMALL = MAF(transforms=1, hidden=(4,))
 
@@ -517,6 +522,177 @@ def test_tensors_of_another_kind_are_refused(kind, path):
     check_refusal(path)
 
 
+# What is larger than it looks.
+
+
+BOMBS = {
+    "wide": (Flow, {"transform": part("NSF", hidden=[10**9])}),
+    "wide twice": (Flow, {"transform": part("MAF", hidden=[10**6, 10**6])}),
+    "many layers": (Flow, {"transform": part("NSF", transforms=10**6)}),
+    "many coupling layers": (Flow, {"transform": part("RealNVP", transforms=10**6)}),
+    "many bins": (Flow, {"transform": part("NSF", bins=10**9)}),
+    "many bins below the limit of integers": (Flow, {"transform": part("NSF", bins=10**6)}),
+    "many polynomials": (Flow, {"transform": part("SOSPF", degree=10**6)}),
+    "a long signal": (Flow, {"transform": part("NAF", signal=10**6)}),
+    "many labels": (Flow, {"context": part("Labels", num_classes=10**6)}),
+    "a long context": (Flow, {"context": 10**6}),
+    "a large event": (Flow, {"event_shape": [10**6]}),
+    "many events": (Flow, {"event_shape": [100] * 9}),
+    "many hidden layers": (VAE, {"hidden": [10] * 10**6}),
+    "many latent numbers": (VAE, {"latent_dim": 10**6}),
+    "a wide autoregressive network": (Autoregressive, {"hidden": [10**6, 10**6]}),
+    "many components": (Autoregressive, {"likelihood": part("NormalLikelihood", components=10**6)}),
+    "many classes": (Autoregressive, {"likelihood": part("CategoricalLikelihood", num_classes=10**6)}),
+    "many octaves": (GAN, {"generator": part("DenseGenerator", octaves=10**6)}),
+    "many rows for a critic": (GAN, {"pack": 10**6}),
+    "many blocks": (Diffusion, {"network": part("DenseField", blocks=10**6)}),
+    "many channels": (Diffusion, {"event_shape": [8, 8], "network": part("UNet", channels=[8 * 10**5])}),
+    "many temperatures": (EnergyModel, {"sampler": part("ParallelTempering", temperatures=10**6)}),
+    "many chains": (EnergyModel, {"negatives": part("Persistent", num_chains=10**6)}),
+    "many hidden units": (
+        EnergyModel,
+        {"energy": part("RestrictedBoltzmannMachine", hidden=10**7), "support": {"constraint": "boolean", "bounds": []}},
+    ),
+    "more steps than can be taken": (EnergyModel, {"num_steps": 10**9}),
+    "more levels than can be": (Flow, {"levels": 10**10}),
+    "a prior of a prior": (
+        VAE,
+        {"prior": part("VAE", event_shape=[2], prior=part("Flow", event_shape=[2]), hidden=[10**6])},
+    ),
+}
+
+
+def defaults(family, **changes):
+    """The arguments of a family's description."""
+    return {"class": family.__name__, "arguments": {"event_shape": [2], **changes}}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_small_file_cannot_ask_for_a_large_family(kind, path):
+    """The limits are on bytes and calls, so this takes no time either."""
+    family, changes = BOMBS[kind]
+    forge(path, defaults(family, **changes))
+    before = getrusage(RUSAGE_SELF).ru_maxrss
+    check_refusal(path, "far larger than its 1 tensors of 12 bytes" if kind != "many events" else "", "load(path, family)")
+    assert getrusage(RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
+
+
+@rows()
+def test_what_a_family_takes_to_build_is_far_from_the_limits(case):
+    """At most a quarter of what a file of its tensors may ask for, whatever its size."""
+    state = case.build().state_dict()
+    held = sum(t.nbytes for t in state.values())
+    with limited(
+        max_bytes=2**16 + checkpoints.REBUILD_BYTES[1] * held // 4,
+        max_operations=50 + checkpoints.REBUILD_OPERATIONS[1] * len(state) // 4,
+    ):
+        case.build()
+
+
+def test_a_family_of_many_labels_and_of_many_layers_comes_back(path):
+    for family in (small_flow(context=Labels(2000)), small_flow(transform=MAF(transforms=60, hidden=(4,)))):
+        assert same_state(checkpoints.load(checkpoints.save(path, family)), family)
+
+
+def test_a_large_file_of_others_is_refused_by_its_header(path):
+    safetensors.torch.save_file({"a": torch.ones(3)}, file_of(path))
+    os.truncate(file_of(path), 3_000_000_000)  # a hole: it takes no room on the disk
+    tracemalloc.start()
+    try:
+        check_refusal(path, "not a checkpoint of pyro_genmodels")
+        checkpoints.save(path, small_flow())
+        os.truncate(file_of(path), 3_000_000_000)
+        check_refusal(path, "takes 3,000,000,000 bytes, but at most 1,073,741,824 are read. If you trust it, raise max_bytes")
+        file_of(path).write_bytes(struct.pack("<Q", 2**31))
+        os.truncate(file_of(path), 3_000_000_000)
+        check_refusal(path, "its header takes 2,147,483,648 bytes")
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_largest_size_can_be_raised(path):
+    flow = small_flow()
+    size = checkpoints.save(path, flow).stat().st_size
+    assert same_state(checkpoints.load(path, max_bytes=size), flow)
+    for read in (checkpoints.load, checkpoints.read):
+        with pytest.raises(ValueError, match="raise max_bytes"):
+            read(path, max_bytes=size - 1)
+    assert checkpoints.read_record(path) == checkpoints.read(path)[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("loc", torch.float64),
+        ("loc", torch.float16),
+        ("loc", torch.int64),
+        ("standardized", torch.uint8),
+        ("last", torch.float64),
+    ],
+)
+def test_a_tensor_of_another_data_type_is_refused(name, dtype, path):
+    flow = small_flow()
+    state = flow.state_dict()
+    name = list(state)[-1] if name == "last" else name
+    forge(path, record_of(flow), {**state, name: state[name].to(dtype)})
+    check_refusal(path, "data type", name)
+    check_refusal(path, "data type", load=lambda path: checkpoints.load(path, small_flow()))
+
+
+# Entries of the wrong type.
+
+
+WRONG = {
+    "class": [3, None, ["Flow"], {}],
+    "arguments": [3, [], "x", None],
+    "own": [3, "x", [3], {}, None],
+    "pyro_genmodels": [3, None],
+    "rows": ["x", 0, -1, 1.5, True, []],
+    "data": [3, [], {}],
+    "valid": [3, True],
+    "history": [3, None, {}, "x", [3], [{}], [{"epoch": 1}], [{"epoch": 2, "train": 1.0, "seconds": 1.0}], [{"epoch": "1"}]],
+    "best": [3, None, [], {"epoch": "x"}, {"epoch": 0}, {"epoch": 2}, {"train": 1.0}, {"epoch": 1, "valid": "low"}],
+    "stopped": [3, None, []],
+    "units": [3, None, [], {"train": 3}],
+    "run": [3, None, {}, {"id": "x"}, {"id": 1, "begun": "x", "settings": {}}, {"id": "x", "begun": "x", "settings": 3}],
+    "options": [3, None, {}, {"optimiser": "Adam"}],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_entry_of_the_wrong_type_is_refused_by_its_name(name, path):
+    flow = small_flow()
+    for value in WRONG[name]:
+        record = {**record_of(flow), "history": [{"epoch": 1, "train": 1.0, "seconds": 1.0}], name: value}
+        forge(path, record, flow.state_dict())
+        check_refusal(path, "is damaged: its", name)
+        check_refusal(path, load=checkpoints.read_record)
+        if name not in ("class", "arguments", "own"):
+            checkpoints.save(path, flow)
+            before = file_of(path).read_bytes()
+            with pytest.raises(ValueError, match=name):
+                checkpoints.save(path, flow, **{"history": record["history"], name: value})
+            assert file_of(path).read_bytes() == before
+
+
+def test_texts_of_a_record_reach_messages_without_control_characters(path):
+    flow = small_flow()
+    for record in (
+        {"class": "Fl\x1b[31mow\n\n", "arguments": {}},
+        {"class": "Flow", "own": ["\x1b[2J" * 1000]},
+        {"class": "x" * 10**6},
+        {"format": 99, "pyro_genmodels": "\x07" * 1000},
+        {"rows": "\r" * 1000},
+        {**record_of(flow), "arguments": {"\x1b[2J": 1}},
+    ):
+        forge(path, record)
+        with pytest.raises(ValueError, match=r".") as caught:
+            checkpoints.load(path)
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 600
+
+
 # What is no checkpoint, or no longer one.
 
 
@@ -817,17 +993,17 @@ def test_tensors_that_share_memory_are_saved_apart(path):
 def test_one_that_is_replaced_while_it_is_read_is_the_old_or_the_new(path, monkeypatch):
     old, new = trained(small_flow()), trained(small_flow())
     checkpoints.save(path, old)
-    read_bytes, replaced = Path.read_bytes, []
+    read_header = checkpoints._read_header
 
-    def replace_first(self):
-        if not replaced:
-            replaced.append(self)
-            checkpoints.save(path, new)
-        return read_bytes(self)
+    def replace_first(*args):
+        found = read_header(*args)
+        checkpoints.save(path, new)
+        return found
 
-    monkeypatch.setattr(Path, "read_bytes", replace_first)
-    again = checkpoints.load(path)
-    assert same_state(again, old) or same_state(again, new)
+    monkeypatch.setattr(checkpoints, "_read_header", replace_first)
+    assert same_state(checkpoints.load(path), old)
+    monkeypatch.undo()
+    assert same_state(checkpoints.load(path), new)
 
 
 def test_threads_may_save_and_load_at_once(path):
