@@ -10,6 +10,7 @@ __all__ = ["GivenRows", "RowBlock", "SubsampledPlate", "fixed_rows", "row_blocks
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,8 @@ class RowBlock(NamedTuple):
     to: slice
 
 
-class SubsampledPlate(NamedTuple):
+@dataclass(frozen=True)
+class SubsampledPlate:
     """A plate that chooses rows at random.
 
     Attributes:
@@ -119,7 +121,7 @@ class _PlatesMessenger(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
-            fn = msg["fn"]
+            fn: Any = msg["fn"]
             if msg["value"] is None and fn.subsample_size is not None and fn.subsample_size < fn.size:
                 self.found[msg["name"]] = SubsampledPlate(msg["name"], fn.size, fn.subsample_size, fn.device)
         elif any(frame.vectorized for frame in msg["cond_indep_stack"]):

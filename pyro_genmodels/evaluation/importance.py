@@ -215,7 +215,8 @@ class RowEstimator:
             for batch in data.batches(rows):
                 log_weights, variance = self._log_weights(batch, bar)
                 parts.append(self._average(log_weights[:, batch.new], variance))
-        return RowEstimates(*(None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)))
+        joined: Any = (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
+        return RowEstimates(*joined)
 
     def _log_weights(self, batch: RowArguments, bar: tqdm) -> tuple[Tensor, Tensor]:
         """Return log weights of k samples, (k, rows), and the variance that log Z adds to each new row."""

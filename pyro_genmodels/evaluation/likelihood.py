@@ -203,9 +203,9 @@ def log_likelihood(
         'exact'
     """
     model, guide = traces.as_pair(fit)
-    options = {"num_samples": num_samples, "num_steps": num_steps, "batch_size": batch_size}
-    options |= {"parallel": parallel, "progress": progress, "row_dim": row_dim}
-    check_positive_int("log_likelihood", num_samples=num_samples, num_steps=num_steps, batch_size=batch_size)
+    sizes = {"num_samples": num_samples, "num_steps": num_steps, "batch_size": batch_size}
+    check_positive_int("log_likelihood", **sizes)
+    options: dict[str, Any] = {**sizes, "parallel": parallel, "progress": progress, "row_dim": row_dim}
     check_keywords("log_likelihood", model, given(log_likelihood, options), (x, *args), model_kwargs)
     kwargs = joined_keywords("log_likelihood", kwargs, model_kwargs)
     data = row_arguments("log_likelihood", x, args, kwargs, row_dim)
@@ -221,7 +221,7 @@ def log_likelihood(
         found = estimator.estimate(data, progress=progress)
     cure = "Raise num_samples, or use a guide that is as wide as the posterior."
     kind = reliable_kind("log_likelihood", structure.kind, found.pareto_k, k, cure)
-    kind = max([kind, *log_partitions.kinds], key=get_args(LikelihoodKind).index)
+    kind = max([kind, *log_partitions.kinds], key=get_args(LikelihoodKind).index)  # the weakest
     k = k if structure.is_sampled or kind == "exact" else num_samples
     log_z, shared_error = log_partitions.single, log_partitions.shared_error(len(found.values))
     return LogLikelihood(

@@ -90,7 +90,7 @@ class LogPartitions:
     num_steps: int
     progress: bool = False
     constants: dict[Site, _Constants] = field(default_factory=dict)
-    kinds: set[str] = field(default_factory=set)
+    kinds: set[PartitionKind] = field(default_factory=set)
 
     def normalize(self, trace: Trace, role: str) -> list[SiteConstants]:
         """Replace the energies of a trace by normalised ones.

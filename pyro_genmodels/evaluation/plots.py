@@ -62,21 +62,25 @@ def _tile(images: Tensor, columns: int) -> Tensor:
 def scatters(panels: Mapping[str, Tensor]) -> Figure:
     """Plot points in the plane, with one panel per title and the limits of the first panel in all of them.
 
+    Points that are not finite are left out, and the title says how many.
+
     Args:
-        panels: title -> points, (N, 2).
+        panels: title -> points, (N, 2), in the units of the data.
     """
     figure = _figure(figsize=(3 * len(panels), 3.2))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     low, high = plot_limits(next(iter(panels.values())))
     for ax, (title, points) in zip(axes, panels.items(), strict=True):
-        x, y = points.cpu().T.numpy()
+        finite = points.isfinite().all(1)
+        x, y = points[finite].cpu().T.numpy()
         ax.scatter(x, y, s=1, alpha=0.5, linewidths=0)
-        ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), title=title)
+        note = "" if finite.all() else f"\n({int((~finite).sum())} points not finite)"
+        ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), title=f"{title}{note}")
     return figure
 
 
 def densities(panels: Mapping[str, Tensor], low: Sequence[float], high: Sequence[float]) -> Figure:
-    """Plot log densities in the plane, with one panel per title and one colour scale.
+    """Plot log densities in the plane, with one panel per title and one colour scale, cut 10 nats below the highest.
 
     Args:
         panels: title -> log densities (nats) at `lattice(low, high, n)`, (n * n,).
@@ -84,7 +88,7 @@ def densities(panels: Mapping[str, Tensor], low: Sequence[float], high: Sequence
         high: upper right corner of a panel.
     """
     figure = _figure(figsize=(3 * len(panels), 3.2))
-    top = max(log_p.max().item() for log_p in panels.values())
+    top = max(_finite(log_p).max().item() for log_p in panels.values())
     for ax, (title, log_p) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         n = round(len(log_p) ** 0.5)
         image = log_p.reshape(n, n).clamp(min=top - 10).cpu().numpy()
@@ -106,7 +110,7 @@ def surfaces(panels: Mapping[str, Tensor], low: Sequence[float], high: Sequence[
     figure = _figure(figsize=(3.4 * len(panels), 3.2))
     for ax, (title, energies) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         n = round(len(energies) ** 0.5)
-        surface = (energies - energies.min()).reshape(n, n).clamp(max=20).cpu().numpy()
+        surface = (energies - _finite(energies).min()).reshape(n, n).clamp(0, 20).cpu().numpy()
         x, y = (torch.linspace(a, b, n).numpy() for a, b in zip(low, high, strict=True))
         mappable = ax.contourf(x, y, surface, levels=20, cmap="magma")
         ax.contour(x, y, surface, levels=10, colors="white", linewidths=0.4)
@@ -145,7 +149,7 @@ def velocity_fields(panels: Mapping[str, VelocityPanel], *, arrows: int = 15) ->
         low, high = plot_limits(panel.frames.flatten(0, 1))
         points = lattice(low, high, arrows).to(panel.frames)
         velocities = torch.stack([panel.velocity(points, t.expand(len(points))) for t in panel.times])
-        fastest = velocities.norm(dim=-1).max().item() or 1.0
+        fastest = _finite(velocities.norm(dim=-1)).max().item() or 1.0
         scale = {"angles": "xy", "scale_units": "xy", "scale": arrows / 2 * fastest / (high[0] - low[0])}
         for ax, t, points_then, velocity in zip(axes, panel.times, panel.frames, velocities, strict=True):
             ax.quiver(*points.cpu().T.numpy(), *velocity.cpu().T.numpy(), color="0.6", width=0.004, **scale)
@@ -156,10 +160,32 @@ def velocity_fields(panels: Mapping[str, VelocityPanel], *, arrows: int = 15) ->
 
 
 def plot_limits(points: Tensor) -> tuple[list[float], list[float]]:
-    """Return the lower left and upper right corner of a plot of points, (N, 2), with a margin."""
+    """Return the lower left and upper right corner of a plot of points, (N, 2), with a margin.
+
+    Points that are not finite do not count. The margin is a tenth of the range, in any unit, and where the points are all the
+    same, a tenth of their size.
+
+    Raises:
+        ValueError: if no point is finite.
+
+    Example:
+        >>> plot_limits(torch.tensor([[0.0, 4.0], [10.0, 4.0], [float("nan"), 0.0]]))
+        ([-1.0, 3.6], [11.0, 4.4])
+    """
+    points = points[points.isfinite().all(1)].double()
+    if not len(points):
+        raise ValueError("A plot wants points, but none is finite.")
     low, high = points.min(0).values, points.max(0).values
-    margin = 0.1 * torch.maximum(high - low, 1e-3 * (1 + low.abs()))
+    size = torch.maximum(low.abs(), high.abs())
+    is_one_value = high - low <= 1e-7 * size  # about the rounding of single precision
+    margin = 0.1 * torch.where(is_one_value, torch.where(size > 0, size, 1.0), high - low)
     return (low - margin).tolist(), (high + margin).tolist()
+
+
+def _finite(values: Tensor) -> Tensor:
+    """Return the values that are finite, or a zero if none is."""
+    found = values[values.isfinite()]
+    return found if len(found) else values.new_zeros(1)
 
 
 def lattice(low: Sequence[float], high: Sequence[float], n: int) -> Tensor:

@@ -107,9 +107,9 @@ def smooth_log_weights(log_weights: Tensor, dim: int = 0) -> tuple[Tensor, Tenso
     rows = _rows(log_weights, dim)
     tail = _fit(rows)
     # Quantiles at (i - 1/2) / L of the L values of each tail, which stand at the end of `order`.
-    length = tail.order.shape[1]
-    place = torch.arange(length, dtype=rows.dtype, device=rows.device) - (length - tail.count)[:, None]
-    k, nats = tail.k[:, None], -torch.log1p(-((place + 0.5) / tail.count[:, None]).clamp(min=0.0))
+    m = tail.order.shape[1]
+    place = torch.arange(m, dtype=rows.dtype, device=rows.device) - (m - tail.length)[:, None]
+    k, nats = tail.k[:, None], -torch.log1p(-((place + 0.5) / tail.length[:, None]).clamp(min=0.0))
     excess = tail.sigma[:, None] * torch.where(k.abs() < 1e-15, nats, torch.expm1(k * nats) / k)
     smoothed = torch.logaddexp(tail.log_cutoff[:, None], excess.log()).clamp(max=0.0)
     replaced = (place >= 0) & tail.k.isfinite()[:, None] & smoothed.isfinite()
@@ -199,7 +199,7 @@ class _Tail(NamedTuple):
         k: k-hat, (rows,).
         sigma: scale, relative to the largest value, (rows,); NaN without a fit.
         order: indices of the m largest values of each row, ascending, (rows, m).
-        count: number of these that belong to the tail, (rows,): the last ones.
+        length: number of these that belong to the tail, (rows,): the last ones.
         log_max: log of the largest value, (rows,).
         log_cutoff: log of the value that the tail exceeds, relative to the largest, (rows,).
     """
@@ -207,7 +207,7 @@ class _Tail(NamedTuple):
     k: Tensor
     sigma: Tensor
     order: Tensor
-    count: Tensor
+    length: Tensor
     log_max: Tensor
     log_cutoff: Tensor
 

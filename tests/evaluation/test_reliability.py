@@ -147,6 +147,23 @@ def test_the_k_of_log_z_is_kept_with_it(chains):
     assert family().log_partition.pareto_k == (None if chains == 5 else found.pareto_k)
 
 
+@pytest.mark.parametrize("value", [NAN, -INF])
+def test_a_sum_over_odd_energies_is_not_exact(value):
+    """Log Z was NaN or infinite, and "exact"."""
+    odd = Energy(lambda x: torch.where(x[..., 0] == 1, value, 0.0), (3,), support=constraints.boolean)
+    with pytest.warns(RuntimeWarning, match=r"log Z is unreliable: it is (nan|inf)"):
+        found = log_partition(odd)
+    assert found.kind == "unreliable"
+
+
+def test_a_sum_of_many_terms_is_added_in_doubles():
+    """2^20 equal terms: log Z is 20 log 2 - 0.3 to the rounding of single precision."""
+    flat = Energy(lambda x: 0.3 + 0 * x.sum(-1), (20,), support=constraints.boolean)
+    found = log_partition(flat)
+    assert found.value.dtype == torch.float32
+    assert found.value.item() == pytest.approx(20 * np.log(2) - 0.3, abs=2e-6)
+
+
 def test_bounds_by_annealing_backwards_carry_k():
     family = EnergyModel((10,), energy=RestrictedBoltzmannMachine(5), support=constraints.boolean)
     x = torch.randint(2, (4, 10)).float()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 __all__ = ["MAX_STATES", "exact_log_partition"]
 
+import warnings
 from collections.abc import Callable
 from math import log
 from typing import Any
@@ -41,7 +42,10 @@ def exact_log_partition(dist: Energy, max_terms: int | None = None, *, progress:
         progress: True to show a progress bar over contexts.
 
     Returns:
-        log Z, or None if that takes too many terms.
+        log Z, or None if that takes too many terms. A sum that is not finite is "unreliable".
+
+    Warns:
+        RuntimeWarning: if a sum is NaN or infinite.
     """
     rows = [None] if dist.context is None else list(dist.context.split(1))
     if max_terms is not None and len(rows) * _num_terms(dist.path) > max_terms:
@@ -56,6 +60,14 @@ def exact_log_partition(dist: Energy, max_terms: int | None = None, *, progress:
         errors.append(error)
     value, error = torch.stack(values), torch.stack(errors)
     value, error = (value[0], error[0]) if dist.context is None else (value, error)
+    if not bool((value < torch.inf).all()):  # also if it is NaN
+        warnings.warn(
+            f"log Z is unreliable: it is {value[~(value < torch.inf)].reshape(-1)[0]:.0f}, so the energy is NaN or minus "
+            "infinity for some data.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return LogPartition(value, error, "unreliable", num_steps=terms)
     return LogPartition(value, error, "exact" if not error.any() else "estimate", num_steps=terms)
 
 
@@ -77,7 +89,8 @@ def _sum(path: AnnealingPath, context: Tensor | None) -> tuple[Tensor, Tensor, i
         count, terms = 2**energy.num_hidden, _hidden_states(path, context)
     else:
         return None
-    total = _log_total(terms, torch.arange(count, device=path.begin((1,)).device))
+    like = path.begin((1,))
+    total = _log_total(terms, torch.arange(count, device=like.device)).to(like.dtype)
     return total, torch.zeros_like(total), count
 
 
@@ -136,9 +149,9 @@ def _integral(path: AnnealingPath, context: Tensor | None) -> tuple[Tensor, Tens
         points = torch.cartesian_prod(*[torch.arange(n, device=like.device)] * dims).reshape(-1, dims)
         total = _log_total(lambda rows, axis=axis: log_f(axis[rows]), points) + dims * log(2 * half / (n - 1))
         if before is not None and (total - before).abs() < 1e-5:
-            return total, torch.zeros_like(total), n**dims
+            return total.to(like.dtype), like.new_zeros(()), n**dims
         before, error = total, torch.full_like(total, torch.inf) if before is None else (total - before).abs()
-    return (total, error, n**dims) if error < 0.1 else None
+    return (total.to(like.dtype), error.to(like.dtype), n**dims) if error < 0.1 else None
 
 
 def _axis(half: float, n: int, like: Tensor) -> Tensor:
@@ -146,7 +159,8 @@ def _axis(half: float, n: int, like: Tensor) -> Tensor:
 
 
 def _log_total(terms: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    return torch.stack([terms(part).logsumexp(0) for part in rows.split(BATCH_ROWS)]).logsumexp(0)
+    """Return the log of a sum of terms, added in double precision."""
+    return torch.stack([terms(part).double().logsumexp(0) for part in rows.split(BATCH_ROWS)]).logsumexp(0)
 
 
 def _digits(numbers: Tensor, base: int, digits: int) -> Tensor:
