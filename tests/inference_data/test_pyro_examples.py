@@ -590,7 +590,7 @@ def test_a_plate_without_a_size_is_that_of_its_sites_for_every_reader():
 
 
 def test_a_model_that_adds_dimensions_is_not_tried_further():
-    """Particles taken for coordinates would multiply the dimensions at each step: 2^20 numbers and more."""
+    """Particles taken for states would multiply the numbers by 8 at each step."""
     largest = 0
 
     def model(x):
@@ -598,7 +598,7 @@ def test_a_model_that_adds_dimensions_is_not_tried_further():
         p = pyro.sample("p", dist.Dirichlet(torch.ones(2, 2)).to_event(1))
         z = torch.zeros(len(x), dtype=torch.long)
         with pyro.plate("data", len(x)):
-            for t in range(20):
+            for t in range(6):
                 z = pyro.sample(f"z_{t}", dist.Categorical(p[z]))
                 largest = max(largest, z.numel())
             pyro.sample("x", dist.Normal(z.float(), 1.0), obs=x)
@@ -606,5 +606,5 @@ def test_a_model_that_adds_dimensions_is_not_tried_further():
     def guide(x):
         pyro.sample("p", dist.Dirichlet(torch.ones(2, 2)).to_event(1))
 
-    export((model, guide), (torch.randn(3),), num_samples=4)
-    assert largest < 1000
+    export((model, guide), (torch.randn(2),), num_samples=4)
+    assert largest < 100
