@@ -147,7 +147,8 @@ def _optimiser_state(optimiser: Optimizer, tensors: Mapping[str, Tensor], record
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise damaged from error
     expected = _state_after_a_step(optimiser)
-    if not _have_one_form(groups, expected["param_groups"]):
+    numbers = [[group.get("params") for group in part] for part in (groups, expected["param_groups"])]
+    if numbers[0] != numbers[1] or not _have_one_form(groups, expected["param_groups"]):
         raise damaged
     for i, values in state.items():
         if not _have_one_form(values, expected["state"].get(i)):

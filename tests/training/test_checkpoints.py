@@ -17,6 +17,7 @@ import time
 import tracemalloc
 import zipfile
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
@@ -50,7 +51,7 @@ from pyro_genmodels import (
     train,
 )
 from pyro_genmodels.families import NICE, SOSPF
-from pyro_genmodels.training import Checkpoint, Fit, checkpoints
+from pyro_genmodels.training import Checkpoint, Fit, checkpoints, snapshots
 from pyro_genmodels.utils.allocation import limited
 
 SMALL = MAF(transforms=1, hidden=(4,))
@@ -1061,3 +1062,219 @@ def test_processes_may_save_at_once(path):
     assert seen <= {1.0, 2.0}
     checkpoints.load(path)
     assert len(list(path.parent.iterdir())) == 2
+
+
+# Runs and their identity.
+
+
+X = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+
+
+def fit_run(path, epochs, *, resume=False, notes=None, rate=1e-3, seed=0, x=X, **options):
+    """Train a small flow on x."""
+    pyro.set_rng_seed(seed)
+    flow = small_flow()
+    optim = partial(torch.optim.Adam, lr=rate)
+    checkpoint = Checkpoint(path, resume=resume, notes=notes or {})
+    train(flow, x, epochs=epochs, optim=optim, checkpoint=checkpoint, seed=seed, progress=False, **options)
+    return flow
+
+
+def history_of(path):
+    return [epoch["train"] for epoch in checkpoints.read(path)[1]["history"]]
+
+
+def test_both_files_hold_the_identity_of_their_run(path):
+    fit_run(path, 2, notes={"mine": 1})
+    one, two = (checkpoints.read_record(p) for p in (path, path.with_name("family.training")))
+    assert one["run"] == two["run"]
+    assert one["run"]["settings"]["seed"] == 0
+    assert one["run"]["settings"]["optim"][1]["lr"] == 1e-3
+    assert (one["rows"], one["data"]) == (two["rows"], two["data"]) == (40, one["data"])
+    fit_run(path, 3, resume=True)
+    again = checkpoints.read_record(path)
+    assert again["run"] == one["run"]
+    assert again["notes"] == {"mine": 1}
+    fit_run(path, 2)
+    assert checkpoints.read_record(path)["run"]["id"] != one["run"]["id"]
+
+
+def test_a_new_run_keeps_the_older_one_under_another_name_and_both_go_on(path):
+    whole = fit_run(path.with_name("whole"), 5, rate=1e-3)
+    fit_run(path, 3, rate=1e-3, notes={"which": "first"})
+    fit_run(path, 2, rate=1e-2, notes={"which": "second"})
+    assert {p.name for p in path.parent.iterdir()} > {"family.safetensors", "family.old.training.safetensors"}
+    fit_run(path, 4, rate=1e-2, resume=True)
+    assert checkpoints.read_record(path)["notes"] == {"which": "second"}
+    first = fit_run(path.with_name("family.old"), 5, rate=1e-3, resume=True)
+    assert same_state(first, whole)
+    assert checkpoints.read_record(path.with_name("family.old"))["notes"] == {"which": "first"}
+    assert len(history_of(path)) == 4
+    fit_run(path, 1)  # one older run is kept, the latest
+    assert checkpoints.read_record(path.with_name("family.old.training"))["notes"] == {"which": "second"}
+
+
+class Killed(BaseException):
+    pass
+
+
+OTHER_RUNS = {"rate": {"rate": 1e-2}, "seed": {"seed": 1}, "data": {"x": X + 1}, "batch": {"batch_size": 7}}
+
+
+@pytest.mark.parametrize("other", OTHER_RUNS.values(), ids=OTHER_RUNS)
+@pytest.mark.parametrize("at", ["before its first write", "after the parameters alone"])
+def test_a_run_that_is_killed_is_not_resumed_from_another(at, other, path, monkeypatch):
+    """The issue's case: the older run of another rate and seed went on in its place, with the notes of the new one."""
+    fit_run(path, 3, notes={"which": "first"})
+    before = {p.name: p.read_bytes() for p in path.parent.iterdir()}
+    name = "write_best" if at == "before its first write" else "write"
+
+    def killed(self):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshots.RunCheckpoint, name, killed)
+        with pytest.raises(Killed):
+            fit_run(path, 3, notes={"which": "second"}, **other)
+    after = {p.name: p.read_bytes() for p in path.parent.iterdir()}
+    assert after["family.training.safetensors"] == before["family.training.safetensors"]
+    assert (after == before) == (name == "write_best")
+    with pytest.raises(ValueError, match=r"data|run that began at .*, which is another run than this one: ") as caught:
+        fit_run(path, 6, resume=True, **other)
+    for option, value in other.items():
+        if option in ("seed", "batch_size"):
+            assert f"{option} was " in str(caught.value)
+            assert f"and is {value}" in str(caught.value)
+    if name == "write":  # the parameters are of the second run
+        with pytest.raises(ValueError, match=r"began at .*family\.safetensors is of the run that began at") as caught:
+            fit_run(path, 6, resume=True)
+        assert other.keys() & {"x"} or " was " in str(caught.value)
+        file_of(path).unlink()
+        after.pop(file_of(path).name)
+    assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == after
+    fit_run(path, 4, resume=True)
+    assert len(history_of(path)) == 4
+    assert checkpoints.read_record(path)["notes"] == {"which": "first"}
+
+
+def test_a_run_is_on_disk_after_its_first_epoch(path, monkeypatch):
+    """The first epochs of an hour each are not lost."""
+    calls = []
+
+    def killed(self):
+        calls.append(1)
+        if len(calls) == 2:
+            raise Killed
+        return write_best(self)
+
+    write_best = snapshots.RunCheckpoint.write_best
+    monkeypatch.setattr(snapshots.RunCheckpoint, "write_best", killed)
+    with pytest.raises(Killed):
+        fit_run(path, 3)
+    monkeypatch.undo()
+    whole = fit_run(path.with_name("whole"), 3)
+    assert same_state(fit_run(path, 3, resume=True), whole)
+
+
+def test_where_only_an_older_run_is_left_it_is_named(path):
+    fit_run(path, 1)
+    path.with_name("family.training.safetensors").rename(path.with_name("family.old.training.safetensors"))
+    with pytest.raises(
+        FileNotFoundError, match=r"family\.old\.training\.safetensors beside it holds an older one.*family\.old"
+    ):
+        fit_run(path, 2, resume=True)
+
+
+def test_a_seed_need_not_be_said_again(path):
+    fit_run(path, 1, seed=5)
+    flow = small_flow()
+    train(flow, X, epochs=2, optim=partial(torch.optim.Adam, lr=1e-3), checkpoint=Checkpoint(path, resume=True), progress=False)
+    assert len(history_of(path)) == 2
+
+
+def run_file(path):
+    """The tensors and the record of a run that is whole."""
+    fit_run(path, 2, ema_decay=0.9)
+    return checkpoints.read(path.with_name("family.training"))
+
+
+def set_in(value, way, new):
+    value = copy.deepcopy(value)
+    inside = value
+    for key in way[:-1]:
+        inside = inside[key]
+    if new is KeyError:
+        del inside[way[-1]]
+    else:
+        inside[way[-1]] = new
+    return value
+
+
+class Done(BaseException):
+    pass
+
+
+class Resumed:
+    """A run that is resumed from forged files, again and again."""
+
+    def __init__(self, path):
+        self.path, self.place = path, path.with_name("family.training")
+        self.tensors, self.record = run_file(path)
+        self.files = {p: p.read_bytes() for p in path.parent.iterdir()}
+        self.flow = small_flow()
+
+    def is_refused(self, record, tensors):
+        """Return True if the run is refused, in words that name it, and leaves the parameters as they were."""
+        forge(self.place, record, tensors)
+        before = [p.clone() for p in self.flow.parameters()]
+        checkpoint, optim = Checkpoint(self.path, resume=True), partial(torch.optim.Adam, lr=1e-3)
+        with pytest.raises((ValueError, FloatingPointError, Done)) as caught:  # noqa: PT012
+            train(self.flow, X, epochs=2, optim=optim, ema_decay=0.9, checkpoint=checkpoint, seed=0, progress=False)
+            raise Done
+        if caught.type is Done:
+            for file, raw in self.files.items():
+                file.write_bytes(raw)
+            return False
+        assert "family" in str(caught.value) or caught.type is FloatingPointError  # of a run without a best epoch
+        assert str(caught.value).isprintable()
+        assert all(torch.equal(p, q) for p, q in zip(self.flow.parameters(), before, strict=True))
+        return True
+
+
+FREE = ("notes", "pyro_genmodels", "stopped", "format"), ("id", "begun")
+"""Entries, and those of the run's identity, which may have any text."""
+FLAGS = {"foreach", "fused", "amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay"}
+NUMBERS = {"lr", "eps", "weight_decay", "betas"}
+
+
+@pytest.mark.parametrize("number", [80, pytest.param(None, marks=pytest.mark.slow)])
+def test_a_record_of_a_run_changed_in_any_place_is_refused_and_nothing_is_changed(number, path):
+    """Each entry is removed and replaced by values of other types; a few options of Adam may be other numbers or null."""
+    run, outcomes = Resumed(path), {}
+    ways = [way for way in places(run.record) if way and way[0] not in FREE[0] and way[-1] not in FREE[1]]
+    changes = [(way, new) for way in ways for new in (KeyError, None, "x", -7, [], {}, float("nan"))]
+    assert len(changes) > 400
+    for way, new in changes if number is None else random.Random(0).sample(changes, number):
+        changed = set_in(run.record, way, new)
+        if json.dumps(changed) != json.dumps(run.record):
+            outcomes[(*way, str(new))] = run.is_refused(changed, run.tensors)
+    taken = [way for way, refused in outcomes.items() if not refused]
+    for *way, new in taken:
+        if way[:2] == ["options", "param_groups"]:
+            assert way[3] in (FLAGS if new == "None" else NUMBERS)
+        else:
+            assert way[0] in ("history", "best", "units")
+            assert new in ("nan", "-7", "{}", "<class 'KeyError'>", "x")
+
+
+def test_a_tensor_of_a_run_changed_in_any_way_is_refused_and_nothing_is_changed(path):
+    run = Resumed(path)
+    for name, t in run.tensors.items():
+        others = {n: other for n, other in run.tensors.items() if n != name}
+        for new in (torch.zeros(3, 3), torch.zeros((), dtype=torch.int64), t.double()):
+            assert run.is_refused(run.record, {**others, name: new}) or (new.shape, new.dtype) == (t.shape, t.dtype)
+        assert run.is_refused(run.record, others)
+    for name in ("optimiser.0", "optimiser.x.step", "optimiser.99.step", "optimiser.0.more", "live.99", "optimiser"):
+        assert run.is_refused(run.record, {**run.tensors, name: torch.zeros(())})
+    assert run.is_refused(run.record, {**run.tensors, "random": torch.zeros_like(run.tensors["random"])})
+    assert not run.is_refused(run.record, run.tensors)
