@@ -74,6 +74,7 @@ def runs():
             yield pytest.param(page, section, id=name, marks=pytest.mark.slow if name in SLOW else ())
 
 
+@pytest.mark.filterwarnings("ignore:.*Pareto k-hat:RuntimeWarning")  # of fits that are trained for seconds
 @pytest.mark.parametrize(("page", "section"), list(runs()))
 def test_code_runs(page, section):
     run(page, section)

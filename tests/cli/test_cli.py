@@ -68,6 +68,8 @@ from pyro_genmodels.families import DDIM, RK4, Contrastive
 from pyro_genmodels.families.family import Family
 from pyro_genmodels.training import Fit, checkpoints, loop
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*Pareto k-hat:RuntimeWarning")  # one epoch trains no wide guide
+
 PNG = b"\x89PNG"
 QUICK = ["compare", "--data", "digits", "--epochs", "1", "--families", "autoregressive"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -132,7 +134,7 @@ def check_refusal(result, *words):
 
 VERDICT = re.compile(
     r"(?P<family>\w+) on (?P<data>\S+) \((?P<split>\w+)\): (?P<nats>\S+) ± (?P<se>\S+) nats per datum, lower is better "
-    r"\((?P<kind>exact|(lower bound|estimate), k=\d+), n=(?P<n>\d+)\)(; (?P<bits>\S+) bits per dimension)?"
+    r"\((?P<kind>exact|(lower bound|estimate|unreliable), k=\d+), n=(?P<n>\d+)\)(; (?P<bits>\S+) bits per dimension)?"
 )
 WITHOUT = re.compile(
     r"(?P<family>gan) on (?P<data>\S+) \((?P<split>\w+)\): - \((?P<kind>no likelihood), n=(?P<n>\d+)\); "
@@ -292,8 +294,9 @@ def test_compare_says_what_it_knows_and_of_what_kind(run):
         assert any(text in result.stdout for text in wanted)  # the table has six digits
     kinds = {row["family"]: row["kind"] for row in rows(out)}
     wanted = {"flow": "lower bound", "vae": "lower bound", "autoregressive": "exact", "energy": "estimate"}
-    assert kinds == wanted | {"ode_flow": "estimate", "diffusion": "lower bound", "gan": "none"}
-    assert "lower bound" in result.stdout
+    wanted |= {"ode_flow": "estimate", "diffusion": "lower bound", "gan": "none"}
+    sampled = {"flow", "vae", "energy", "diffusion"}  # little training leaves guides that k-hat calls unreliable
+    assert all(kind == wanted[name] or (name in sampled and kind == "unreliable") for name, kind in kinds.items())
     assert "exact" in result.stdout
     assert "held-out" in result.stdout
     assert "loo" not in result.stdout.lower()
@@ -539,7 +542,7 @@ def test_fit_and_evaluate_say_the_same(family, args, data, tmp_path):
     assert verdict(done("evaluate", tmp_path / family, "--seed", 5)) == said
     if "k=" in said["kind"]:
         other = verdict(done("evaluate", tmp_path / family, "--seed", 6, "-n", 100))
-        assert other["kind"] == said["kind"].split(",")[0] + ", k=100"
+        assert other["kind"] in (said["kind"].split(",")[0] + ", k=100", "unreliable, k=100")
         assert other["nats"] == pytest.approx(said["nats"], abs=0.5)
 
 
