@@ -24,11 +24,12 @@ from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.ops.provenance import ProvenanceTensor, detach_provenance, get_provenance, track_provenance
 from torch import Size, Tensor, nn
 from torch.distributions import Transform, constraints
 
 from pyro_genmodels.distributions.capabilities import Capabilities
-from pyro_genmodels.utils.distributions import as_values, has_active_dropout, interior, map_tensors
+from pyro_genmodels.utils.distributions import as_values, has_active_dropout, interior, map_tensors, modules_and_tensors
 
 
 class GenerativeDistribution(Capabilities, TorchDistribution):
@@ -75,6 +76,11 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
         """Return samples of y, (*shape, *event_shape), given context (*shape, c) or None."""
 
     @property
+    def owner(self) -> str:
+        """Name for error messages: that of the class, or of the family that the user has called."""
+        return type(self).__name__
+
+    @property
     def support(self) -> constraints.Constraint:
         return self._support
 
@@ -89,6 +95,8 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
             ValueError: if the value holds integers and the support is real numbers. If arguments are validated, also if the
                 value has another event shape, is not finite or lies outside of the support.
         """
+        if isinstance(value, ProvenanceTensor) or isinstance(self.context, ProvenanceTensor):
+            return self._tracked_log_prob(value)
         if torch.is_inference_mode_enabled():
             return self._outside_inference_mode("log_prob", value)
         y, context, log_det = self.aligned(value)
@@ -98,6 +106,14 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
         """Return what a method that needs gradients inside returns for a value, without a graph."""
         with torch.inference_mode(mode=False), torch.no_grad():
             return getattr(map_tensors(self, torch.clone), method)(as_values(value).clone())
+
+    def _tracked_log_prob(self, value: Tensor) -> Tensor:
+        """Return the log density (without one, zeros) with what it depends on, as `pyro.render_model` asks for it."""
+        plain, x = map_tensors(self, detach_provenance), detach_provenance(value)
+        shape = torch.broadcast_shapes(x.shape[: x.dim() - self.event_dim], self.batch_shape)
+        log_p = torch.zeros(shape, device=x.device) if self.density == "none" else plain.log_prob(x)
+        tracked: Tensor = track_provenance(log_p, get_provenance([value, *modules_and_tensors(self)[1]]))
+        return tracked
 
     def unnormalized_log_prob(self, value: Tensor) -> Tensor:
         """Return the log density (nats) up to a constant, which is cheaper than `log_prob` for some distributions."""
@@ -123,12 +139,12 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
         value = as_values(value)
         if not (value.is_floating_point() or self.support.is_discrete):
             raise ValueError(
-                f"{type(self).__name__} has a density over real numbers, but the value holds {value.dtype}. Convert it "
+                f"{self.owner} has a density over real numbers, but the value holds {value.dtype}. Convert it "
                 "with .float(), or model integers with Flow(..., levels=K) or Dequantized(flow, levels=K)."
             )
         if value.shape[max(value.dim() - self.event_dim, 0) :] != self.event_shape:
             raise ValueError(
-                f"{type(self).__name__} wants values whose shape ends with its event shape {tuple(self.event_shape)}, but found "
+                f"{self.owner} wants values whose shape ends with its event shape {tuple(self.event_shape)}, but found "
                 f"{tuple(value.shape)}."
             )
         return value
@@ -148,7 +164,7 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
         """Return samples with the gradient of the parameters, (*sample_shape, *batch_shape, *event_shape)."""
         if not self.has_rsample:
             raise NotImplementedError(
-                f"{type(self).__name__} has no reparametrised samples (rsample). Use sample(), or SVI, which then uses the "
+                f"{self.owner} has no reparametrised samples (rsample). Use sample(), or SVI, which then uses the "
                 "score function."
             )
         return self._transformed_draw(sample_shape)
@@ -156,7 +172,7 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
     def _check_draws(self) -> None:
         if has_active_dropout(self.network):
             raise ValueError(
-                f"{type(self).__name__} cannot be sampled while its dropout is active: each pass would use another network. "
+                f"{self.owner} cannot be sampled while its dropout is active: each pass would use another network. "
                 "Call .eval() on the family first, or build it with dropout=0."
             )
 
@@ -178,7 +194,7 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
             ValueError: if the distribution is over integers.
         """
         if self.support.is_discrete:
-            raise ValueError(f"{type(self).__name__} is a distribution over integers, which has no score.")
+            raise ValueError(f"{self.owner} is a distribution over integers, which has no score.")
         if torch.is_inference_mode_enabled():
             return self._outside_inference_mode("score", value)
         value = self._as_value(value)
@@ -196,7 +212,7 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
         own = (1,) * (len(batch_shape) - len(self.batch_shape)) + tuple(self.batch_shape)
         if len(own) != len(batch_shape) or any(a not in (1, b) for a, b in zip(own, batch_shape, strict=True)):
             raise ValueError(
-                f"{type(self).__name__} of batch shape {tuple(self.batch_shape)} cannot be expanded to "
+                f"{self.owner} of batch shape {tuple(self.batch_shape)} cannot be expanded to "
                 f"{tuple(batch_shape)}: trailing sizes must be equal or 1."
             )
         new = self.__class__.__new__(self.__class__)
@@ -229,7 +245,7 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
     def enumerate_support(self, expand: bool = True) -> Tensor:  # noqa: FBT001, FBT002 (torch's signature)
         kind = "integers in each coordinate" if self.support.is_discrete else "real numbers"
         raise NotImplementedError(
-            f"{type(self).__name__} cannot enumerate its support, {kind}. Draw samples: dist.sample((10_000,))."
+            f"{self.owner} cannot enumerate its support, {kind}. Draw samples: dist.sample((10_000,))."
         )
 
     def _no_closed_form(self, name: str, estimate: str, *, density: bool = False) -> NotImplementedError:
@@ -237,7 +253,7 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
         cure = f"Estimate it by {estimate}."
         if density and self.density in ("none", "unnormalized"):
             cure = f"An estimate needs a density, which is not known here. {self.advice}"
-        return NotImplementedError(f"{type(self).__name__} has no closed-form {name}. {cure}".rstrip())
+        return NotImplementedError(f"{self.owner} has no closed-form {name}. {cure}".rstrip())
 
     def flat(self, y: Tensor) -> Tensor:
         """Return y (batch..., *event_shape) as vectors, (batch..., number of coordinates)."""
@@ -253,7 +269,7 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
     def _validate_sample(self, value: Tensor) -> None:
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(
-                f"{type(self).__name__} was given a value of shape {tuple(value.shape)} with "
+                f"{self.owner} was given a value of shape {tuple(value.shape)} with "
                 f"{int((~value.isfinite()).sum())} NaN or infinite entries. Drop or impute these first, or fill them and mask "
                 "their rows with dist.mask(...)."
             )

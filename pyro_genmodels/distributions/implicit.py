@@ -13,6 +13,7 @@ __all__ = ["Implicit"]
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pyro.ops.provenance import ProvenanceTensor
 from torch import Size, Tensor
 from torch.distributions import Distribution
 
@@ -28,6 +29,7 @@ class Implicit(GenerativeDistribution):
         likelihood: function (z, context) -> distribution of x, with the batch shape of z and the event shape `event_shape`.
         event_shape: shape of one datum.
         reparametrised: True if samples carry gradients. Prior and likelihood must have reparametrised samples.
+        owner: name for error messages, such as that of the family that returns it.
         advice: sentence for the error of `log_prob` that says what to use instead.
         kwargs: further arguments of `GenerativeDistribution`.
 
@@ -50,19 +52,27 @@ class Implicit(GenerativeDistribution):
         event_shape: Sequence[int],
         *,
         reparametrised: bool = False,
+        owner: str = "Implicit",
         advice: str = "Train it with Trace_ELBO on a model and guide that name its latent variables.",
         **kwargs: Any,
     ) -> None:
         super().__init__(event_shape, **kwargs)
         self.prior, self.likelihood = prior, likelihood
-        self.reparametrised, self.advice = reparametrised, advice
+        self.reparametrised, self._owner, self.advice = reparametrised, owner, advice
+
+    @property
+    def owner(self) -> str:
+        """Name for error messages."""
+        return self._owner
 
     @property
     def has_rsample(self) -> bool:
         return self.reparametrised
 
     def log_prob(self, value: Tensor) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} has samples but no density. {self.advice}")
+        if isinstance(value, ProvenanceTensor):
+            return self._tracked_log_prob(value)
+        raise NotImplementedError(f"{self.owner} has samples but no density. {self.advice}")
 
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
         return self.log_prob(y)

@@ -18,7 +18,7 @@ __all__ = [
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from math import expm1, log
+from math import expm1, inf, log
 from typing import Any, Literal
 
 import pyro.distributions as dist
@@ -79,6 +79,11 @@ class Likelihood(ABC):
         return x.to(dtype)
 
 
+def _is_positive(value: Any) -> bool:
+    """Return True for a positive, finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < inf
+
+
 def check_likelihood(likelihood: Any) -> Likelihood:
     """Return a likelihood, or `NormalLikelihood()` for None.
 
@@ -110,7 +115,7 @@ class CategoricalLikelihood(Likelihood):
     num_classes: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_classes, int) or self.num_classes < 2:
+        if isinstance(self.num_classes, bool) or not isinstance(self.num_classes, int) or self.num_classes < 2:
             raise ValueError(f"CategoricalLikelihood wants at least 2 classes, but found {self.num_classes!r}.")
 
     @property
@@ -148,11 +153,9 @@ class DiscretizedLogisticLikelihood(Likelihood):
     components: int = 5
 
     def __post_init__(self) -> None:
-        if self.levels < 2 or self.components < 1:
-            raise ValueError(
-                f"DiscretizedLogisticLikelihood wants at least 2 levels and 1 component, but found {self.levels} and "
-                f"{self.components}."
-            )
+        check_positive_int("DiscretizedLogisticLikelihood", levels=self.levels, components=self.components)
+        if self.levels < 2:
+            raise ValueError(f"DiscretizedLogisticLikelihood wants at least 2 levels, but found {self.levels}.")
 
     @property
     def num_outputs(self) -> int:
@@ -183,7 +186,8 @@ class NormalLikelihood(Likelihood):
     Args:
         scale: "learned" for a standard deviation that the network predicts for each coordinate, or a fixed standard deviation,
             in units of the standardised data if the family standardises.
-        min_scale: lower bound of a learned scale, which keeps the density finite.
+        min_scale: lower bound of a learned scale, in the same units, which keeps the density finite. Without standardisation
+            these are the units of the data: give a bound far below their spread.
         components: number of components of a mixture with learned weights (Bishop, *Mixture Density Networks*, 1994). Samples
             of a mixture carry no gradients.
     """
@@ -196,8 +200,10 @@ class NormalLikelihood(Likelihood):
 
     def __post_init__(self) -> None:
         check_positive_int("NormalLikelihood", components=self.components)
-        if self.scale != "learned" and not (isinstance(self.scale, (int, float)) and self.scale > 0):
+        if self.scale != "learned" and not _is_positive(self.scale):
             raise ValueError(f'NormalLikelihood wants scale="learned" or a positive number, but found {self.scale!r}.')
+        if not _is_positive(self.min_scale):
+            raise ValueError(f"NormalLikelihood wants a positive number as min_scale, but found {self.min_scale!r}.")
 
     @property
     def num_outputs(self) -> int:
@@ -207,6 +213,10 @@ class NormalLikelihood(Likelihood):
     def has_rsample(self) -> bool:
         """True if samples carry gradients."""
         return self.components == 1
+
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return floats as they are: what standardises them subtracts a mean in their own precision."""
+        return x if x.is_floating_point() else x.to(dtype)
 
     def __call__(self, params: Tensor) -> dist.TorchDistribution:
         loc, *others = params.split(self.components, -1)

@@ -20,6 +20,7 @@ from pyro_genmodels.distributions.likelihoods import Likelihood, check_likelihoo
 from pyro_genmodels.families.context import Context
 from pyro_genmodels.families.family import Family, Standardize, StandardizeContext
 from pyro_genmodels.nn.masked import MADE
+from pyro_genmodels.utils.tensors import as_tensor
 
 
 class Autoregressive(Family):
@@ -77,7 +78,7 @@ class Autoregressive(Family):
         )
         self.likelihood = likelihood
         features = self.event_shape.numel()
-        order = torch.arange(features) if order is None else torch.as_tensor(order)
+        order = torch.arange(features) if order is None else as_tensor(order, "order")
         if order.shape != (features,) or not order.sort().values.equal(torch.arange(features)):
             raise ValueError(f"order wants a permutation of 0 .. {features - 1}, but found {order.tolist()}.")
         self.register_buffer("order", order)

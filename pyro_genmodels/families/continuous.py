@@ -54,4 +54,4 @@ class ContinuousFamily(Family):
         return self.support
 
     def _as_reals(self, x: Tensor) -> Tensor:
-        return x if self.levels is None else x + torch.rand_like(x, dtype=self.loc.dtype)
+        return x if self.levels is None else x + torch.rand_like(x, dtype=torch.float64)

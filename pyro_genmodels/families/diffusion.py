@@ -31,6 +31,7 @@ from pyro_genmodels.dynamics.reverse import ReverseSampler
 from pyro_genmodels.families.context import Context
 from pyro_genmodels.families.continuous import ContinuousFamily
 from pyro_genmodels.families.family import Standardize, StandardizeContext
+from pyro_genmodels.nn.checks import check_rate
 from pyro_genmodels.nn.fields import DenseField, FieldChoice
 from pyro_genmodels.utils.errors import check_choice
 
@@ -76,6 +77,8 @@ class Diffusion(ContinuousFamily):
         torch.Size([5, 2])
     """
 
+    _trains_by_density = False
+
     def __init__(
         self,
         event_shape: Sequence[int],
@@ -115,10 +118,10 @@ class Diffusion(ContinuousFamily):
         default_sampler = default_reverse_sampler(self.event_shape)
         self.sampler = check_choice("Diffusion", "sampler", sampler, default_sampler, ReverseSampler)
         self.likelihood = check_choice("Diffusion", "likelihood", likelihood, FlowDensity(), DiffusionLikelihood)
-        if not 0 <= drop_context < 1 or (drop_context and not self.context_size):
+        check_rate("Diffusion", drop_context=drop_context)
+        if drop_context and not self.context_size:
             raise ValueError(
-                f"Diffusion wants drop_context of at least 0 and less than 1, and only with a context, but found "
-                f"{drop_context} and a context of length {self.context_size}."
+                f"Diffusion drops contexts only where it has one, but found drop_context={drop_context} and no context."
             )
         self.drop_context = drop_context
         self.null = nn.Parameter(torch.zeros(self.context_size)) if drop_context else None

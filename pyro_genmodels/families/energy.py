@@ -251,7 +251,8 @@ def _checked_noise(noise: Any, space: Space) -> tuple[float, float] | None:
         return None
     if space.is_discrete:
         raise ValueError("Noise is added to real numbers: leave noise out, or give a support of real numbers.")
-    low, high = map(float, noise) if isinstance(noise, Sequence) and len(noise) == 2 else (0.0, 0.0)
+    is_pair = isinstance(noise, Sequence) and len(noise) == 2 and all(isinstance(level, (int, float)) for level in noise)
+    low, high = map(float, noise) if is_pair else (0.0, 0.0)
     if not 0 < low < high < float("inf"):
         raise ValueError(f"EnergyModel wants noise as (lowest, highest), both positive, but found {noise!r}.")
     return low, high

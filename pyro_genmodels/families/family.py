@@ -13,7 +13,7 @@ __all__ = ["Family", "Standardize", "StandardizeContext"]
 import copy
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -86,6 +86,7 @@ class Family(PyroModule):
     """
 
     arguments: dict[str, Any]
+    _trains_by_density = True  # so that the loss falls for ever where data are constant
     __signature__: ClassVar[inspect.Signature]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -267,7 +268,7 @@ class Family(PyroModule):
 
     def _standardize_data(self, x: Tensor) -> None:
         with torch.no_grad():
-            x = self._as_reals(x.to(self.loc.device))
+            x = self._as_reals(x.to("cpu" if self.loc.device.type == "mps" else self.loc.device))  # mps has no float64
             y = x if is_real(self.support) else self._to_reals()(x)
             loc, scale = estimate(
                 x,
@@ -278,6 +279,7 @@ class Family(PyroModule):
                 noun="data",
                 of_constants="A density can become arbitrarily high there, so that the loss falls for ever and means nothing. "
                 "Drop them, add noise, or model integers (levels=K, or a discrete likelihood).",
+                of_some=self._trains_by_density,
             )
             self.loc.copy_(loc)
             self.scale.copy_(scale)
@@ -445,7 +447,7 @@ class Family(PyroModule):
 
     # Saving, copying and moving.
 
-    def complete(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def complete(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a `state_dict` with what versions before 0.2 did not save, as it was then. `load_state_dict` does so too."""
         state = dict(state)
         for prefix, module in self.named_modules():

@@ -65,6 +65,8 @@ class GAN(ContinuousFamily):
         torch.Size([5, 2])
     """
 
+    _trains_by_density = False
+
     def __init__(
         self,
         event_shape: Sequence[int],
@@ -111,6 +113,7 @@ class GAN(ContinuousFamily):
             support=self.support,
             pretransform=self.pretransform,
             reparametrised=True,
+            owner=type(self).__name__,
             advice="Train it by Adversarial. Judge its draws by c2st, mmd_test or sliced_wasserstein, or see "
             "gaussian_observation_likelihood.",
         )

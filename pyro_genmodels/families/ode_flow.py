@@ -87,8 +87,9 @@ class ODEFlow(ContinuousFamily):
         standardize_context: StandardizeContext = True,
         name: str | None = None,
     ) -> None:
-        if not (0 <= kinetic < inf and 0 <= jacobian < inf):
-            raise ValueError(f"ODEFlow wants weights of 0 or more, but found kinetic={kinetic}, jacobian={jacobian}.")
+        for weight, value in (("kinetic", kinetic), ("jacobian", jacobian)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < inf:
+                raise ValueError(f"ODEFlow wants {weight} as a number of 0 or more, but found {value!r}.")
         network = check_choice("ODEFlow", "network", network, DenseField(), FieldChoice | nn.Module)
         if standardize is None:
             standardize = network.standardize if isinstance(network, FieldChoice) else True

@@ -74,7 +74,15 @@ class Standardization(Transform):
 
 @torch.no_grad()
 def estimate(
-    x: Tensor, y: Tensor, like: Tensor, *, kind: Standardize, owner: str, noun: str, of_constants: str
+    x: Tensor,
+    y: Tensor,
+    like: Tensor,
+    *,
+    kind: Standardize,
+    owner: str,
+    noun: str,
+    of_constants: str,
+    of_some: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return location and scale of data. Warn of constant coordinates, outliers and offsets that hide the spread.
 
@@ -87,6 +95,7 @@ def estimate(
         owner: subject of the messages.
         noun: noun for the data, such as "data".
         of_constants: sentences that say what constant coordinates lead to, and the way out.
+        of_some: False to warn of constant coordinates only if each has a scale of its own, or all are constant.
 
     Returns:
         Two tensors of the event shape, in float64.
@@ -94,9 +103,9 @@ def estimate(
     Raises:
         ValueError: if the precision of `like` cannot hold location or scale.
     """
-    x, y = (t.cpu() if t.device.type == "mps" else t for t in (x, y))  # which has no float64
     rows, jointly, robust = y.double().reshape(len(y), -1), "jointly" in str(kind), "robust" in str(kind)
     constant = _constant_coordinates(x.reshape(len(x), -1))
+    told = constant if of_some or not jointly else constant.all().expand_as(constant)
     if jointly:
         rows, constant = rows.reshape(-1, 1), constant.all().reshape(1)
     unit = rows.abs().amax(0)
@@ -109,8 +118,8 @@ def estimate(
     size = loc.abs()
     scale = torch.where(constant, torch.where(size < torch.finfo(like.dtype).tiny, 1.0, size), scale)
     _check_representable(loc, scale, like, owner, noun)
-    if constant.any():
-        _warn(f"{_named(constant, like, owner, noun)} constant in all {len(y)} rows. {of_constants}")
+    if told.any():
+        _warn(f"{_named(told, like, owner, noun)} constant in all {len(y)} rows. {of_constants}")
     _warn_of_steps(loc, scale, ~constant, like, owner, noun)
     if not robust:
         spread = rows.reshape(len(y), -1) if jointly else rows
@@ -164,7 +173,7 @@ def _check_representable(loc: Tensor, scale: Tensor, like: Tensor, owner: str, n
     cure = "" if like.dtype == torch.float64 else ", or use float64 (family.double(), and x.double())"
     raise ValueError(
         f"{owner} computes in {like.dtype}, with numbers from {limits.tiny:.1g} to {limits.max:.1g}, but was given {noun} with "
-        f" mean {float(loc[i]):.3g} and deviation {float(scale[i]):.3g}. Use another unit{cure}."
+        f"mean {float(loc[i]):.3g} and deviation {float(scale[i]):.3g}. Use another unit{cure}."
     )
 
 
@@ -217,7 +226,7 @@ def _warn_of_outliers(centred: Tensor, like: Tensor, owner: str, noun: str, *, j
 
 def _named(which: Tensor, like: Tensor, owner: str, noun: str) -> str:
     """Return the beginning of a message about some coordinates, (d,) or (1,) for all of them together."""
-    if len(which) == 1:
+    if len(which) == 1 or which.all():
         return f"{owner} was given {noun} that are"
     places = [tuple(int(k) for k in torch.unravel_index(i, like.shape)) for i in which.nonzero().flatten()[:5]]
     names = ", ".join(str(place[0] if len(place) == 1 else place) for place in places)

@@ -119,6 +119,7 @@ class VAE(Family):
             context=self.embed(context),
             support=self.support,
             reparametrised=prior.has_rsample and self.likelihood.has_rsample,
+            owner=type(self).__name__,
             advice="Train it by Trace_ELBO with vae.model and vae.guide; for its likelihood use log_likelihood(vae, x).",
         )
 

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
+from pyro_genmodels.nn.checks import check_count
 from pyro_genmodels.nn.energies import EnergyChoice, Units
 
 
@@ -43,8 +44,7 @@ class RestrictedBoltzmannMachine(EnergyChoice):
     num_hidden: int = 64
 
     def __post_init__(self) -> None:
-        if self.num_hidden < 1:
-            raise ValueError(f"RestrictedBoltzmannMachine wants num_hidden of 1 or more, but found {self.num_hidden}.")
+        check_count("RestrictedBoltzmannMachine", num_hidden=self.num_hidden)
 
     def build(self, event_shape: Size, space: Units, context: int) -> nn.Module:
         return _Restricted(event_shape, space, context, self.num_hidden)
@@ -64,7 +64,8 @@ class BoltzmannMachine(EnergyChoice):
     num_hidden: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.num_hidden <= 16:
+        check_count("BoltzmannMachine", num_hidden=self.num_hidden, least=0)
+        if self.num_hidden > 16:
             raise ValueError(
                 f"BoltzmannMachine wants num_hidden from 0 to 16, because it sums over 2^num_hidden states, but found "
                 f"{self.num_hidden}. RestrictedBoltzmannMachine(num_hidden=...) has no such limit."

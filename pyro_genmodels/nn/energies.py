@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
+from pyro_genmodels.nn.checks import check_widths
 from pyro_genmodels.nn.mlp import MLP
 from pyro_genmodels.nn.residual import Residual
 
@@ -65,14 +66,13 @@ class DenseEnergy(EnergyChoice):
         hidden: widths of the hidden layers.
 
     Raises:
-        TypeError: if the widths are not a sequence.
+        TypeError: if the widths are not a sequence of positive integers.
     """
 
     hidden: Sequence[int] = (128, 128)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.hidden, Sequence):
-            raise TypeError(f"DenseEnergy wants widths of its hidden layers, such as (128, 128), but found {self.hidden!r}.")
+        check_widths("DenseEnergy", hidden=self.hidden, empty=True)
 
     def build(self, event_shape: Size, space: Units, context: int) -> nn.Module:
         return _Dense(space, space.position_shape(event_shape).numel() + context, self.hidden)
@@ -97,10 +97,14 @@ class ConvolutionalEnergy(EnergyChoice):
         channels: channels of each stage.
 
     Raises:
+        TypeError: if the channels are not a sequence of positive integers.
         ValueError: by `build`, if the data are not images, or too small for the number of stages.
     """
 
     channels: Sequence[int] = (32, 64, 64)
+
+    def __post_init__(self) -> None:
+        check_widths("ConvolutionalEnergy", channels=self.channels)
 
     def build(self, event_shape: Size, space: Units, context: int) -> nn.Module:
         if len(event_shape) not in (2, 3) or min(event_shape[-2:]) < 2 ** (len(self.channels) - 1):

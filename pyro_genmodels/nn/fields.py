@@ -22,6 +22,8 @@ import torch
 from torch import Size, Tensor, nn
 from torch.nn import functional as F
 
+from pyro_genmodels.nn.checks import check_count, check_rate, check_widths
+
 NUM_TIME_FEATURES = 64
 """Length of the sinusoidal embedding of time."""
 
@@ -54,6 +56,11 @@ class DenseField(FieldChoice):
     dropout: float = 0.0
     octaves: int = 0
 
+    def __post_init__(self) -> None:
+        check_count("DenseField", width=self.width)
+        check_count("DenseField", blocks=self.blocks, octaves=self.octaves, least=0)
+        check_rate("DenseField", dropout=self.dropout)
+
     def build(self, shape: Size, context: int) -> nn.Module:
         return _Dense(shape, context, self.width, self.blocks, self.dropout, self.octaves)
 
@@ -68,7 +75,9 @@ class UNet(FieldChoice):
         dropout: rate at which units are dropped in training.
 
     Raises:
-        ValueError: in `build`, if events are not images or their sides cannot be halved that often.
+        TypeError: if the channels are not a sequence of positive integers.
+        ValueError: if they are not multiples of 8; in `build`, if events are not images or their sides cannot be halved that
+            often.
     """
 
     standardize: ClassVar[bool | Literal["jointly"]] = "jointly"
@@ -77,10 +86,14 @@ class UNet(FieldChoice):
     attention: bool = True
     dropout: float = 0.0
 
+    def __post_init__(self) -> None:
+        check_widths("UNet", channels=self.channels)
+        check_rate("UNet", dropout=self.dropout)
+        if any(n % 8 for n in self.channels):
+            raise ValueError(f"UNet wants channels in multiples of 8, such as (32, 64, 64), but found {tuple(self.channels)}.")
+
     def build(self, shape: Size, context: int) -> nn.Module:
         factor = 2 ** (len(self.channels) - 1)
-        if not self.channels or any(n < 8 or n % 8 for n in self.channels):
-            raise ValueError(f"UNet wants channels in multiples of 8, such as (32, 64, 64), but found {tuple(self.channels)}.")
         if len(shape) not in (2, 3) or any(n % factor for n in shape[-2:]):
             raise ValueError(
                 f"UNet{tuple(self.channels)} wants images (h, w) or (c, h, w) whose sides are multiples of {factor}, but "

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
+from pyro_genmodels.nn.checks import check_count, check_widths
 from pyro_genmodels.nn.mlp import MLP
 from pyro_genmodels.nn.residual import Residual
 
@@ -67,6 +68,10 @@ class DenseGenerator(GeneratorChoice):
     octaves: int = 0
     standardize: ClassVar[bool | Literal["jointly"]] = True
 
+    def __post_init__(self) -> None:
+        check_widths("DenseGenerator", hidden=self.hidden, empty=True)
+        check_count("DenseGenerator", octaves=self.octaves, least=0)
+
     def build(self, shape: Size, latent: int, context: int) -> nn.Module:
         return _DenseGenerator(shape, latent, context, self.hidden, self.octaves)
 
@@ -94,6 +99,10 @@ class DenseCritic(CriticChoice):
 
     hidden: Sequence[int] = (128, 128, 128)
     octaves: int = 0
+
+    def __post_init__(self) -> None:
+        check_widths("DenseCritic", hidden=self.hidden, empty=True)
+        check_count("DenseCritic", octaves=self.octaves, least=0)
 
     def build(self, shape: Size, pack: int, context: int) -> nn.Module:
         return _DenseCritic(pack * shape.numel(), context, self.hidden, self.octaves)
@@ -140,6 +149,9 @@ class ConvolutionalGenerator(GeneratorChoice):
 
     channels: Sequence[int] = (64, 64, 32)
 
+    def __post_init__(self) -> None:
+        check_widths("ConvolutionalGenerator", channels=self.channels)
+
     def build(self, shape: Size, latent: int, context: int) -> nn.Module:
         _check_image("ConvolutionalGenerator", shape, self.channels)
         return _ConvolutionalGenerator(shape, latent + context, self.channels)
@@ -175,6 +187,9 @@ class ConvolutionalCritic(CriticChoice):
 
     channels: Sequence[int] = (32, 64, 64)
 
+    def __post_init__(self) -> None:
+        check_widths("ConvolutionalCritic", channels=self.channels)
+
     def build(self, shape: Size, pack: int, context: int) -> nn.Module:
         _check_image("ConvolutionalCritic", shape, self.channels)
         return _ConvolutionalCritic(shape, pack, context, self.channels)
@@ -201,7 +216,7 @@ class _ConvolutionalCritic(nn.Module):
 
 def _check_image(owner: str, shape: Size, channels: Sequence[int]) -> None:
     factor = 2 ** (len(channels) - 1)
-    if not channels or len(shape) not in (2, 3) or any(n % factor for n in shape[-2:]):
+    if len(shape) not in (2, 3) or any(n % factor for n in shape[-2:]):
         raise ValueError(
             f"{owner}{tuple(channels)} wants images (h, w) or (c, h, w) whose sides are multiples of {factor}, but found "
             f"{tuple(shape)}. Use {owner.replace('Convolutional', 'Dense')}, fewer stages, or pad the images."

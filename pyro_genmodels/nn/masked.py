@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
-from pyro_genmodels.nn.mlp import check_widths
+from pyro_genmodels.nn.checks import check_rate, check_widths
 
 
 class MaskedLinear(nn.Linear):
@@ -80,7 +80,8 @@ class MADE(nn.Module):
         activation: Callable[[], nn.Module] = nn.ReLU,
     ) -> None:
         super().__init__()
-        check_widths(hidden)
+        check_widths("A masked network", hidden=hidden, empty=True)
+        check_rate("A masked network", dropout=dropout)
         self.features, self.num_inputs, self.num_outputs = features, num_inputs, num_outputs
         places = torch.arange(features)
         first = -1 if context or features == 1 else 0

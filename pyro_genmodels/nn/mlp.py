@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["MLP", "call_batched", "check_widths"]
+__all__ = ["MLP", "call_batched"]
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Size, Tensor, nn
+
+from pyro_genmodels.nn.checks import check_rate, check_widths
 
 
 class MLP(nn.Sequential):
@@ -32,22 +34,13 @@ class MLP(nn.Sequential):
         activation: Callable[[], nn.Module] = nn.SiLU,
         last_bias: bool = True,
     ) -> None:
-        check_widths(hidden)
+        check_widths("A dense network", hidden=hidden, empty=True)
+        check_rate("A dense network", dropout=dropout)
         layers: list[nn.Module] = []
         for before, after in zip((in_features, *hidden), hidden, strict=False):
             layers += [nn.Linear(before, after), activation()]
             layers += [nn.Dropout(dropout)] if dropout else []
         super().__init__(*layers, nn.Linear((in_features, *hidden)[-1], out_features, bias=last_bias))
-
-
-def check_widths(hidden: Any) -> None:
-    """Raise a TypeError unless the widths of hidden layers are a sequence of positive integers."""
-    widths = list(hidden) if isinstance(hidden, Iterable) else [0]
-    if not all(isinstance(width, int) and not isinstance(width, bool) and width > 0 for width in widths):
-        raise TypeError(
-            f"hidden must be a sequence of positive integers, the widths of the hidden layers, such as (128, 128), but "
-            f"found {hidden!r}."
-        )
 
 
 def call_batched(network: Callable[..., Any], batch: Size, x: Tensor, context: Tensor | None) -> Any:

@@ -55,6 +55,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
+from pyro_genmodels.nn.checks import check_count, check_rate, check_widths
+
 _validation = Distribution._validate_args
 import zuko  # noqa: E402  (the flag above must be read first)
 
@@ -77,8 +79,8 @@ class FlowTransform(ABC):
         dropout: rate at which hidden units are dropped in training. A flow with dropout can be sampled only after ``.eval()``.
 
     Raises:
-        TypeError: if `hidden` is a number.
-        ValueError: for fewer than one transform, or a dropout rate outside [0, 1).
+        TypeError: if `hidden` is not a sequence of positive integers.
+        ValueError: for a number that is not a positive integer, or a dropout rate outside [0, 1).
     """
 
     transforms: int = 3
@@ -92,15 +94,12 @@ class FlowTransform(ABC):
     """Set in which one coordinate of the transform's input lies."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.hidden, int):
-            raise TypeError(
-                f"{type(self).__name__} wants the widths of its hidden layers as a sequence, but found {self.hidden}. Use "
-                f"hidden=({self.hidden},)."
-            )
-        if self.transforms < 1:
-            raise ValueError(f"{type(self).__name__} wants at least one transform, but found transforms={self.transforms}.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"{type(self).__name__} wants 0 <= dropout < 1, but found {self.dropout}.")
+        owner = type(self).__name__
+        check_count(owner, transforms=self.transforms)
+        check_widths(owner, hidden=self.hidden, empty=True)
+        check_rate(owner, dropout=self.dropout)
+        if not isinstance(self.randperm, bool):
+            raise TypeError(f"{owner} wants randperm as True or False, but found {self.randperm!r}.")
 
     @abstractmethod
     def build(self, features: int, context: int) -> nn.Module:
@@ -187,6 +186,11 @@ class MAF(FlowTransform):
 
     passes: int | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.passes is not None:
+            check_count(type(self).__name__, passes=self.passes)
+
     def build(self, features: int, context: int) -> nn.Module:
         return self.stack(zuko.flows.MAF, features, context, randperm=self.randperm, passes=self.passes)
 
@@ -200,6 +204,10 @@ class NSF(MAF):
     """
 
     bins: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(type(self).__name__, bins=self.bins, least=2)
 
     def build(self, features: int, context: int) -> nn.Module:
         return self.stack(zuko.flows.NSF, features, context, randperm=self.randperm, passes=self.passes, bins=self.bins)
@@ -233,6 +241,10 @@ class NAF(FlowTransform):
 
     signal: int = 16
     tolerance: ClassVar[float] = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(type(self).__name__, signal=self.signal)
 
     def build(self, features: int, context: int) -> nn.Module:
         return self.stack(zuko.flows.NAF, features, context, randperm=self.randperm, signal=self.signal)
@@ -306,6 +318,10 @@ class SOSPF(FlowTransform):
     polynomials: int = 3
     tolerance: ClassVar[float] = 1e-4
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("SOSPF", degree=self.degree, polynomials=self.polynomials)
+
     def build(self, features: int, context: int) -> nn.Module:
         return self.stack(
             zuko.flows.SOSPF,
@@ -327,6 +343,10 @@ class BPF(FlowTransform):
 
     degree: int = 16
     tolerance: ClassVar[float] = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("BPF", degree=self.degree)
 
     def build(self, features: int, context: int) -> nn.Module:
         return self.stack(zuko.flows.BPF, features, context, randperm=self.randperm, degree=self.degree)

@@ -1,7 +1,9 @@
 """Families: the contract over the table of cases, standardisation, networks of one's own, names, and error messages."""
 
 import copy
+import inspect
 import pickle
+import pydoc
 import subprocess
 import sys
 import warnings
@@ -14,6 +16,7 @@ import torch
 import zuko
 from cases import CASES, CLASSES, LEVELS, SMALL, UNIT, labels, latent, real, rows
 from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.inspect import get_model_relations
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from pyro.optim import Adam
 from torch import nn
@@ -29,18 +32,27 @@ from pyro_genmodels import (
     Autoregressive,
     BernoulliLikelihood,
     CategoricalLikelihood,
+    ConvolutionalCritic,
+    ConvolutionalEnergy,
+    ConvolutionalGenerator,
+    DenseCritic,
+    DenseEnergy,
     DenseField,
+    DenseGenerator,
     Diffusion,
     DiscretizedLogisticLikelihood,
+    EnergyModel,
+    Family,
     Flow,
     Labels,
     MaximumLikelihood,
     NormalLikelihood,
     ODEFlow,
     RealNVP,
+    RestrictedBoltzmannMachine,
     UNet,
 )
-from pyro_genmodels.families import GF, NICE
+from pyro_genmodels.families import BPF, GF, NAF, NICE, SOSPF, BoltzmannMachine
 from pyro_genmodels.testing import check_family
 
 BY_NAME = {case.name: case for case in CASES}
@@ -103,6 +115,67 @@ def test_families_inside_a_users_module_do_not_meet():
     svi = SVI(pair, lambda x: None, Adam({"lr": 0.01}), Trace_ELBO())
     svi.step(torch.randn(8, 2))
     assert moved(before, pair) == before.keys()
+
+
+# The constructor, questions that belong to the distribution, and Pyro's pictures.
+
+FAMILIES = [Flow, ODEFlow, Diffusion, GAN, Autoregressive, VAE, EnergyModel]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, Family], ids=lambda family: family.__name__)
+def test_the_signature_is_that_of_the_constructor(family):
+    parameters = inspect.signature(family).parameters
+    assert next(iter(parameters)) == "event_shape"
+    assert {"context", "standardize", "standardize_context", "name"} < set(parameters)
+    assert all(p.kind is p.KEYWORD_ONLY for name, p in parameters.items() if name != "event_shape")
+    shown = pydoc.render_doc(family, renderer=pydoc.plaintext).splitlines()
+    assert any(line.startswith(f"class {family.__name__}") for line in shown)
+    assert not any("(*args: 'Any', **kwargs: 'Any') -> 'Family'" in line for line in shown[:5])
+
+
+def test_a_familys_own_subclass_shows_its_own_constructor():
+    class Wide(Flow):
+        def __init__(self, event_shape, *, width=8):
+            super().__init__(event_shape, transform=MAF(hidden=(width,)))
+
+    assert list(inspect.signature(Wide).parameters) == ["event_shape", "width"]
+    assert Wide((2,), width=4).arguments == {"event_shape": (2,), "width": 4}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+@pytest.mark.parametrize(
+    "name", ["log_prob", "sample", "rsample", "mean", "variance", "entropy", "score", "expand", "batch_shape"]
+)
+def test_what_belongs_to_the_distribution_says_to_call_the_family_first(family, name):
+    with pytest.raises(AttributeError, match=rf"{family.__name__} is a module.*call the family first, as in family\(\).{name}"):
+        getattr(family((2,)), name)
+    with pytest.raises(AttributeError, match=rf"as in family\(context\).{name}"):
+        getattr(family((2,), context=1), name)
+    with pytest.raises(AttributeError, match="has no attribute 'log_prop'"):
+        family((2,)).log_prop  # noqa: B018
+    assert not hasattr(family((2,)), name)
+
+
+@rows()
+def test_pyro_can_draw_the_model(case):
+    family = case.build()
+    for args, kwargs in ((case.batch(5), {}), ((None, *case.batch(5)[1:]), {"size": 5})):
+        relations = get_model_relations(family.model, args, kwargs)
+        assert relations["plate_sample"]["data"][-1] == "x"
+        assert ("x" in relations["observed"]) == (args[0] is not None)
+
+
+@rows(lambda case: case.conditional and not case.labelled)
+def test_pyro_sees_that_data_depend_on_a_latent_context(case):
+    family, x = case.build().eval(), case.data(4)
+    for value in (None, x):
+
+        def model(value=value):
+            with pyro.plate("data", 4):
+                c = pyro.sample("c", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                pyro.sample("x", family(c), obs=value)
+
+        assert get_model_relations(model)["sample_sample"]["x"] == ["c"]
 
 
 # Standardisation and state_dict.
@@ -523,23 +596,55 @@ def test_angles_go_with_neither_support_nor_levels(options):
         Flow((2,), transform=NCSF(), **options)
 
 
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda: Flow((2,), levels=1),
-        lambda: CategoricalLikelihood(1),
-        lambda: DiscretizedLogisticLikelihood(1),
-        lambda: DiscretizedLogisticLikelihood(4, components=0),
-        lambda: NormalLikelihood(scale=-1.0),
-        lambda: NormalLikelihood(scale="fixed"),
-        lambda: CategoricalLikelihood("3"),
-        lambda: NSF(transforms=0),
-        lambda: NSF(dropout=1.0),
-    ],
-)
-def test_choices_that_make_no_sense_are_refused(build):
-    with refused(ValueError, "at least|positive|dropout"):
-        build()
+CHOICES = {
+    "an integer transforms of at least 1": [lambda v: NSF(transforms=v), [0, -1, 2.5, True, "3", None]],
+    "an integer passes of at least 1": [lambda v: MAF(passes=v), [0, -1, 1.5, True]],
+    "an integer bins of at least 2": [lambda v: NSF(bins=v), [0, 1, 1.5, True]],
+    "an integer signal of at least 1": [lambda v: NAF(signal=v), [0, 1.5]],
+    "an integer degree of at least 1": [lambda v: (BPF if v else SOSPF)(degree=v), [0, 1.5]],
+    "an integer polynomials of at least 1": [lambda v: SOSPF(polynomials=v), [0, "a"]],
+    "an integer width of at least 1": [lambda v: DenseField(width=v), [0, 2.5]],
+    "an integer blocks of at least 0": [lambda v: DenseField(blocks=v), [-1, True]],
+    "DenseField wants an integer octaves of at least 0": [lambda v: DenseField(octaves=v), [-1, 1.5]],
+    "DenseGenerator wants an integer octaves of at least 0": [lambda v: DenseGenerator(octaves=v), [-1, 1.5]],
+    "DenseCritic wants an integer octaves of at least 0": [lambda v: DenseCritic(octaves=v), [-1, 1.5]],
+    "RestrictedBoltzmannMachine wants an integer num_hidden": [RestrictedBoltzmannMachine, [0, 1.5, "a", True]],
+    "BoltzmannMachine wants": [BoltzmannMachine, [-1, 17, 2.5, True]],
+    "NSF wants dropout as a number": [lambda v: NSF(dropout=v), [-0.1, 1.0, float("nan"), "a", True]],
+    "DenseField wants dropout as a number": [lambda v: DenseField(dropout=v), [-0.1, 1.0, "a"]],
+    "UNet wants dropout as a number": [lambda v: UNet(dropout=v), [-0.1, 1.0]],
+    "A dense network wants dropout as a number": [lambda v: VAE((2,), dropout=v), [-0.1, 3, float("nan")]],
+    "A masked network wants dropout as a number": [lambda v: Autoregressive((2,), dropout=v), [-0.1, 3, float("nan")]],
+    "NSF wants hidden as a sequence": [lambda v: NSF(hidden=v), [3, (0,), [0], "ab", (2.5,), (True,), None]],
+    "DenseEnergy wants hidden as a sequence": [lambda v: DenseEnergy(v), [3, (0,), "ab", None]],
+    "DenseGenerator wants hidden as a sequence": [lambda v: DenseGenerator(v), [3, (0,)]],
+    "DenseCritic wants hidden as a sequence": [lambda v: DenseCritic(v), [3, (0,)]],
+    "ConvolutionalEnergy wants channels as a sequence": [lambda v: ConvolutionalEnergy(v), [8, (), (0,)]],
+    "ConvolutionalGenerator wants channels as a sequence": [lambda v: ConvolutionalGenerator(v), [8, (), (0,)]],
+    "ConvolutionalCritic wants channels as a sequence": [lambda v: ConvolutionalCritic(v), [8, (), (0,)]],
+    "UNet wants channels": [lambda v: UNet(v), [8, (), (0,), (12,)]],
+    "randperm as True or False": [lambda v: NSF(randperm=v), [3, "yes"]],
+    "levels as an integer of at least 2": [lambda v: Flow((2,), levels=v), [1, 2.5, True]],
+    "at least 2 classes": [CategoricalLikelihood, [1, "3", True]],
+    "DiscretizedLogisticLikelihood wants": [DiscretizedLogisticLikelihood, [1, 4.5, "a", True]],
+    "an integer components": [lambda v: DiscretizedLogisticLikelihood(4, components=v), [0, 1.5]],
+    'scale="learned" or a positive number': [lambda v: NormalLikelihood(v), [-1.0, "fixed", float("nan"), float("inf"), True]],
+    "a positive number as min_scale": [lambda v: NormalLikelihood(min_scale=v), [-1, 0, "a", float("nan")]],
+    "kinetic as a number of 0 or more": [lambda v: ODEFlow((2,), kinetic=v), [-1, "a", True, float("nan")]],
+    "drop_context as a number": [lambda v: Diffusion((2,), context=1, drop_context=v), [-1, 1, "a"]],
+    "and no context": [lambda v: Diffusion((2,), drop_context=v), [0.5]],
+    "noise as .lowest, highest.": [lambda v: EnergyModel((2,), noise=v), [("a", "b"), (float("nan"), 1), 3, (2, 1)]],
+    "a string as its name": [lambda v: Flow((2,), name=v), [3]],
+    "an integer size of 1 or more": [lambda v: Flow((2,)).model(size=v), [0, -1, 2.5, "a"]],
+    "order wants": [lambda v: Autoregressive((2,), order=v), ["ab", [0, 0]]],
+    "one context per row": [lambda v: Flow((2,), context=Labels(4)).model(torch.randn(2, 2), v), [3, [1]]],
+}
+
+
+@pytest.mark.parametrize(("words", "bad"), [(words, bad) for words, (_, many) in CHOICES.items() for bad in many])
+def test_choices_that_make_no_sense_are_refused(words, bad):
+    with pytest.raises((ValueError, TypeError), match=words):
+        CHOICES[words][0](bad)
 
 
 @pytest.mark.parametrize("bad", [0, -1, True, 2.5, "3", None])
@@ -553,7 +658,7 @@ def test_counts_that_are_no_positive_integers_are_refused(bad):
 @pytest.mark.parametrize("build", [Autoregressive, VAE])
 @pytest.mark.parametrize("bad", [3, (0,), (True,), ("3",), None])
 def test_widths_that_are_no_sequence_of_positive_integers_are_refused(build, bad):
-    with refused(TypeError, "hidden must be a sequence of positive integers", "found"):
+    with refused(TypeError, "hidden as a sequence of positive integers", "found"):
         build((2,), hidden=bad)
 
 
