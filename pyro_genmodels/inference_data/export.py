@@ -160,11 +160,25 @@ def _inference_data(groups: Groups, coords: Mapping[str, Sequence[Any]]) -> arvi
     for group in (group for group in GROUPS if group in groups.variables):
         variables = {}
         for name, (array, names) in groups.variables[group].items():
-            kind = {"kind": groups.kinds[name]} if group == "log_likelihood" and name in groups.kinds else {}
+            attributes = _of_log_likelihood(groups, name) if group == "log_likelihood" else {}
             own = {xarray_name(dim): labels.get(dim, np.arange(size)) for dim, size in zip(names, array.shape, strict=True)}
-            variables[xarray_name(name)] = xr.DataArray(array, own, list(own), attrs=kind)
+            variables[xarray_name(name)] = xr.DataArray(array, own, list(own), attrs=attributes)
         note = {"left_out": groups.note} if group == "sample_stats" and groups.note else {}
         datasets[group] = xr.Dataset(variables, attrs=attrs | note)
     if int(az.__version__.split(".")[0]) == 0:
         return az.InferenceData(**datasets)
     return xr.DataTree.from_dict(datasets)  # type: ignore[return-value]
+
+
+def _of_log_likelihood(groups: Groups, name: str) -> dict[str, str]:
+    """Return the attributes of a log-likelihood: its kind unless it is exact, and the dimensions of its events if any."""
+    attributes = {"kind": groups.kinds[name]} if name in groups.kinds else {}
+    _, dims = groups.variables["log_likelihood"][name]
+    _, data_dims = groups.variables.get("observed_data", {}).get(name, (None, []))
+    if event := [dim for dim in data_dims if dim not in dims]:
+        attributes["event"] = (
+            f"one density for all of {', '.join(event)}, where az.loo_pit(data) wants one for each number. For a coordinate j "
+            "call az.loo_pit(y=y[:, j], y_hat=y_hat[:, j], log_weights=az.psislw(-log_likelihood)[0]), with draws as the last "
+            "dimension"
+        )
+    return attributes

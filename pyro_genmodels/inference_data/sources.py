@@ -24,6 +24,12 @@ DEFAULT_NUM_SAMPLES = 1000
 MIN_DRAWS_OF_DIAGNOSTICS = 4
 """Smallest number of draws per chain for which Pyro computes the diagnostics of an MCMC run."""
 
+INDEPENDENT = (
+    "energy, diverging: draws of a guide are independent, and no Markov chain has made them, so there is nothing to see in "
+    "plot_energy, bfmi and plot_parallel"
+)
+"""Words for the statistics that draws of a guide do not have."""
+
 
 @dataclass(frozen=True)
 class DrawSource:
@@ -75,7 +81,7 @@ def source_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int
         call = _family_call_without_data(pair[0], args, kwargs)
         if call is not None:
             return DrawSource(*pair, (), call, num_samples or DEFAULT_NUM_SAMPLES, is_family_prior=True)
-        return DrawSource(*pair, args, kwargs, num_samples or DEFAULT_NUM_SAMPLES)
+        return DrawSource(*pair, args, kwargs, num_samples or DEFAULT_NUM_SAMPLES, note=INDEPENDENT)
     if num_samples is not None:
         raise ValueError(f"A {type(fit).__name__} has draws of its own: leave num_samples out.")
     if found.model is None and (args or kwargs):
