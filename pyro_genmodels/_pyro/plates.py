@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
 
 UNKNOWN_SIZE = -1
 
@@ -22,7 +23,7 @@ def measure_plates(*traces: Trace) -> None:
     for trace in traces:
         for site in trace.nodes.values():
             frames = [frame for frame in site.get("cond_indep_stack", ()) if _has_no_size(frame)]
-            if frames and site["type"] == "sample":
+            if frames and site["type"] == "sample" and not site_is_subsample(site):
                 shape = _batch_shape(site)
                 for f in frames:
                     sizes[f.name] = max(sizes.get(f.name, 1), shape[f.dim] if len(shape) >= -f.dim else 1)

@@ -608,3 +608,54 @@ def test_a_model_that_adds_dimensions_is_not_tried_further():
 
     export((model, guide), (torch.randn(2),), num_samples=4)
     assert largest < 100
+
+
+def test_rows_without_a_site_add_nothing_to_the_densities():
+    """Series of different lengths in batches: log p is that of the values there are."""
+    x, lengths = torch.randn(4, 3), torch.tensor([1, 1, 3, 2])
+
+    def model(x, lengths):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("series", len(x), subsample_size=2) as rows:
+            for t in range(int(lengths[rows].max())):
+                with pyro.poutine.mask(mask=t < lengths[rows]):
+                    pyro.sample(f"x_{t}", dist.Normal(mu, 1.0), obs=x[rows, t])
+
+    for seed in range(5):
+        pyro.set_rng_seed(seed)
+        data = export((model, lambda *args: normal_guide(x)), (x, lengths))
+        mu = draws(data, "mu")
+        there = torch.arange(3) < lengths[:, None]
+        terms = torch.where(there, dist.Normal(mu[:, None, None], 1.0).log_prob(x), 0.0)
+        found = torch.stack([draws(data, f"x_{t}", "log_likelihood") for t in range(3)], -1)
+        close(found, terms)
+        close(stat(data, "log_p"), terms.sum((1, 2)) + dist.Normal(0.0, 1.0).log_prob(mu))
+
+
+def test_data_in_the_place_of_indices_may_be_a_minibatch():
+    """The rows of the minibatch are then counted from 0, and scaled to all."""
+    fit, (x, t, y) = make("cevae")
+    data = export(fit, (x, t, y), size=60)
+    assert data["posterior"]["data"].values.tolist() == list(range(6))
+    parts = [draws(data, name, "log_likelihood").sum(-1) for name in "xty"] + [draws(data, "z", "log_prior").sum(-1)]
+    close(stat(data, "log_p"), 10 * sum(parts), tolerance=1e-3)
+    assert log_likelihood(fit, x, t, y, num_samples=4, size=60).values.shape == (6,)
+
+
+def test_rows_in_the_second_dimension_have_a_likelihood():
+    """As in LDA, documents are the columns of the data."""
+
+    def model(data):
+        with pyro.plate("documents", data.shape[1]):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.plate("words", data.shape[0]):
+                pyro.sample("w", dist.Normal(z, 1.0), obs=data)
+
+    def guide(data):  # the exact posterior
+        n = len(data)
+        with pyro.plate("documents", data.shape[1]):
+            pyro.sample("z", dist.Normal(data.sum(0) / (n + 1), (n + 1) ** -0.5))
+
+    data = torch.randn(3, 6)
+    exact = dist.MultivariateNormal(torch.zeros(3), torch.eye(3) + 1.0).log_prob(data.T)
+    close(log_likelihood((model, guide), data, num_samples=4, row_dim=1).values, exact)
