@@ -1198,6 +1198,12 @@ def run_file(path):
     return checkpoints.read(path.with_name("family.training"))
 
 
+def value_at(value, way):
+    for key in way:
+        value = value.get(key) if isinstance(value, dict) else value[key] if len(value) > key else None
+    return value
+
+
 def set_in(value, way, new):
     value = copy.deepcopy(value)
     inside = value
@@ -1247,7 +1253,7 @@ FLAGS = {"foreach", "fused", "amsgrad", "maximize", "capturable", "differentiabl
 NUMBERS = {"lr", "eps", "weight_decay", "betas"}
 
 
-@pytest.mark.parametrize("number", [80, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [40, pytest.param(None, marks=pytest.mark.slow)])
 def test_a_record_of_a_run_changed_in_any_place_is_refused_and_nothing_is_changed(number, path):
     """Each entry is removed and replaced by values of other types; a few options of Adam may be other numbers or null."""
     run, outcomes = Resumed(path), {}
@@ -1256,7 +1262,7 @@ def test_a_record_of_a_run_changed_in_any_place_is_refused_and_nothing_is_change
     assert len(changes) > 400
     for way, new in changes if number is None else random.Random(0).sample(changes, number):
         changed = set_in(run.record, way, new)
-        if json.dumps(changed) != json.dumps(run.record):
+        if value_at(changed, way) != value_at(run.record, way):  # an entry that is missing is one of null
             outcomes[(*way, str(new))] = run.is_refused(changed, run.tensors)
     taken = [way for way, refused in outcomes.items() if not refused]
     for *way, new in taken:
