@@ -88,8 +88,9 @@ def save_rows(path: Path, x: Tensor, labels: Tensor | None, notes: Notes) -> Non
 def plot_fits(fits: Mapping[str, Fit], data: Dataset, out: Path, *, conditional: bool, seed: int = 0, suffix: str = "") -> None:
     """Plot the training, and for images and points in the plane what the fits have learned.
 
-    Writes ``loss.png``; ``samples.png``; for points in the plane ``density.png``, and ``energy.png`` for energies; and for
-    diffusions and ODE flows ``trajectory.png``, from noise to data. For several fits to images, also the samples of each.
+    Writes ``loss.png``, with a panel for each unit of the losses; ``samples.png``; for points in the plane ``density.png``, and
+    ``energy.png`` for energies; and for diffusions and ODE flows ``trajectory.png``, from noise to data. For several fits to
+    images, also the samples of each.
 
     Args:
         fits: name -> fit.
@@ -99,7 +100,8 @@ def plot_fits(fits: Mapping[str, Fit], data: Dataset, out: Path, *, conditional:
         seed: seed of the samples.
         suffix: suffix of the file names.
     """
-    save_figure(plots.loss_curves({name: fit.history for name, fit in fits.items()}), out / f"loss{suffix}.png")
+    histories, units = {name: fit.history for name, fit in fits.items()}, {name: fit.units for name, fit in fits.items()}
+    save_figure(plots.loss_curves(histories, units), out / f"loss{suffix}.png")
     pyro.set_rng_seed(seed)
     plane, images = data.train.shape[1:] == (2,) and not data.levels, data.train.dim() == 3
     if not (plane or images):

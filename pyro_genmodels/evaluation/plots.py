@@ -16,7 +16,7 @@ __all__ = [
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -194,26 +194,42 @@ def lattice(low: Sequence[float], high: Sequence[float], n: int) -> Tensor:
     return torch.stack([x.repeat(n), y.repeat_interleave(n)], 1)
 
 
-def loss_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Plot the training loss (dotted) and validation loss (solid) of each fit, in nats per datum, over epochs.
+def loss_curves(
+    histories: Mapping[str, Sequence[Mapping[str, float]]], units: Mapping[str, Mapping[str, str]] | None = None
+) -> Figure:
+    """Plot the training loss (dotted) and validation loss (solid) of each fit over epochs, with one panel for each unit.
 
     Args:
         histories: title -> history of a fit, one record per epoch with the keys "epoch", "train" and, if known, "valid".
+        units: title -> what the losses measure, {"train": "nats", "valid": "nats"}, as in `Fit.units`.
     """
-    figure = _figure(figsize=(7, 4.5))
-    ax = figure.subplots()
-    for i, (name, history) in enumerate(histories.items()):
-        epochs = [record["epoch"] for record in history]
-        marker = "." if len(history) < 5 else ""
-        ax.plot(epochs, [record["train"] for record in history], ":", color=f"C{i}", linewidth=1, marker=marker)
-        ax.plot(epochs, [record.get("valid", float("nan")) for record in history], color=f"C{i}", label=name, marker=marker)
-    values = sorted(r[key] for history in histories.values() for r in history for key in ("train", "valid") if key in r)
-    best, usual = values[0], values[int(0.9 * (len(values) - 1))]
-    margin = 0.1 * (usual - best) or 1.0
-    ax.set_ylim(best - margin, usual + 3 * margin)  # the first epochs may leave the picture
-    ax.set_xlabel("epoch")
-    ax.set_ylabel("nats per datum (dotted: training)")
-    ax.legend()
+    columns = [(name, key) for name, history in histories.items() for key in ("train", "valid") if key in history[0]]
+    unit_of = {(name, key): (units or {}).get(name, {}).get(key, "loss") for name, key in columns}
+    panels = list(dict.fromkeys(unit_of.values()))
+    figure = _figure(figsize=(7 if len(panels) == 1 else 5 * len(panels), 4.5))
+    axes = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True))
+    values: dict[str, list[float]] = {unit: [] for unit in panels}
+    for (name, key), unit in unit_of.items():
+        history, color = histories[name], f"C{list(histories).index(name)}"
+        losses = [record.get(key, float("nan")) for record in history]
+        values[unit] += [loss for loss in losses if isfinite(loss)]
+        has_label = key == "valid" or unit_of.get((name, "valid")) != unit
+        axes[unit].plot(
+            [record["epoch"] for record in history],
+            losses,
+            ":" if key == "train" else "-",
+            color=color,
+            linewidth=1 if key == "train" else None,
+            marker="." if len(history) < 5 else "",
+            label=name if has_label else None,
+        )
+    for unit, ax in axes.items():
+        found = sorted(values[unit]) or [0.0]
+        best, usual = found[0], found[int(0.9 * (len(found) - 1))]
+        margin = 0.1 * (usual - best) or abs(best) or 1.0
+        ax.set_ylim(best - margin, usual + 3 * margin)  # the first epochs may leave the picture
+        ax.set(xlabel="epoch", ylabel=f"{'nats per datum' if unit == 'nats' else unit} (dotted: training)")
+        ax.legend()
     return figure
 
 

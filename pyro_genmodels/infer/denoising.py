@@ -171,7 +171,8 @@ class DenoisingScoreMatching(ScoreMatching):
             t, weight = self._times(dist.process, u)
             return weight * dist.training_form.noise_error(y, t, context)
         batch = torch.broadcast_shapes(x.shape[: x.dim() - dist.event_dim], dist.batch_shape)
-        sigma = self._levels(dist, batch, x)
+        _, u, _ = dist.score_coordinates(x)  # in the precision of the network
+        sigma = self._levels(dist, batch, u)
         if dist.noise is not None:
             dist = dist.at_noise(sigma)
         log_density, u, event_dim = dist.score_coordinates(x)
@@ -199,16 +200,15 @@ class DenoisingScoreMatching(ScoreMatching):
         default: TimeWeighting = LogNormalWeighting() if process.is_mostly_noise else UniformWeighting()
         return (self.weighting if isinstance(self.weighting, TimeWeighting) else default)(process, u)
 
-    def _levels(self, dist: Any, batch: Size, x: Tensor) -> Tensor:
+    def _levels(self, dist: Any, batch: Size, u: Tensor) -> Tensor:
         """Return a noise level for each datum, (batch...)."""
-        dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
         if self.noise is not None:
-            levels = self.noise.to(x.device, dtype)
-            return levels[torch.randint(len(levels), batch, device=x.device)]
+            levels = self.noise.to(u)
+            return levels[torch.randint(len(levels), batch, device=u.device)]
         if dist.noise is None:
-            return torch.full(batch, 0.1, dtype=dtype, device=x.device)
+            return torch.full(batch, 0.1, dtype=u.dtype, device=u.device)
         low, high = dist.noise
-        return low * (high / low) ** torch.rand(batch, dtype=dtype, device=x.device)
+        return low * (high / low) ** torch.rand(batch, dtype=u.dtype, device=u.device)
 
 
 def _has_noise_error(site: Mapping[str, Any]) -> bool:

@@ -392,11 +392,8 @@ def _progress_bar(fit: Fit, epochs: int, *, disable: bool) -> tqdm:
 
 def _postfix(record: Mapping[str, float], units: Mapping[str, str]) -> str:
     """Return the losses of an epoch with their units, for the progress bar."""
-    words = []
-    for name, unit in units.items():
-        others = [u for n, u in units.items() if n != name]
-        words.append(f"{name}={record[name]:.3f}" + (f" {unit}" if unit not in others or name == [*units][-1] else ""))
-    return ", ".join(words)
+    last = {unit: name for name, unit in units.items()}  # the unit stands after the last loss that has it
+    return ", ".join(f"{name}={record[name]:.4g}" + (f" {unit}" if last[unit] == name else "") for name, unit in units.items())
 
 
 def _train_epoch(

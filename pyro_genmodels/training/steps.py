@@ -17,7 +17,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import ELBO, EnergyDistance, Trace_ELBO, Trace_MMD
+from pyro.infer import ELBO, Trace_ELBO, Trace_MMD
 from pyro.nn import PyroModule
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
@@ -42,7 +42,7 @@ from pyro_genmodels.utils.distributions import modules_and_tensors, unwrap
 
 MANY_ROWS = 10_000
 """Number of rows by which it is found out if a model draws its minibatches itself."""
-UNITS = {EnergyDistance: "energy distance", Trace_MMD: "loss"}
+UNITS = {Trace_MMD: "loss"}
 """What losses of Pyro measure that are not in nats."""
 
 
