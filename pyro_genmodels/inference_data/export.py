@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 BATCH_SIZE = 100
 """Default of the largest number of draws made in one run."""
 
+JOINT_DENSITY = (
+    "loo_pit(data, y={name!r}): there is one density for all of {dims}, and loo_pit wants one for each number. For coordinate j "
+    "call az.loo_pit(y=y[:, j], y_hat=y_hat[:, j], log_weights=az.psislw(-log_likelihood)[0]), with draws as the last dimension"
+)
+"""Words for a log-likelihood of events."""
+
 
 def to_arviz(
     fit: Any,
@@ -62,7 +68,8 @@ def to_arviz(
       point mass) ``log_q`` and ``log_weight`` = log_p - log_q, in nats; for MCMC also ``diverging``, and if its
       kernel is in `record_statistics` ``energy``, ``lp``, ``acceptance_rate``, ``step_size`` and ``tree_depth``;
     - ``observed_data``;
-    - ``constant_data``: tensors among the model's arguments that it does not observe.
+    - ``constant_data``: tensors and arrays among the model's arguments that it does not observe. Those in lists,
+      dictionaries and frames are called ``name_0``, ``name_key`` and ``name_column``.
 
     Dimensions are (chain, draw), then the plates by name, then the event's. If the model subsamples a plate, all of its rows
     are run block by block, and log_p and log_q are those of all rows. For a minibatch of a family (``size=``) they are scaled
@@ -120,14 +127,7 @@ def to_arviz(
     for source in sources:
         given = [name for name, value in own.items() if value is not None]
         check_keywords("to_arviz", source.model, given, source.args, source.kwargs)
-    check_positive_int("to_arviz", **{name: own[name] for name in ("num_samples", "batch_size") if own[name] is not None})
-    if isinstance(groups, str) or (unknown := [group for group in groups if group not in GROUPS]):
-        found = repr(groups) if isinstance(groups, str) else ", ".join(map(repr, unknown))
-        raise ValueError(f"Unknown groups {found}: choose a list from {', '.join(GROUPS)}.")
-    check_dims(dims or {})
-    if not isinstance(coords or {}, Mapping):
-        raise TypeError(f"to_arviz wants coords as a dictionary of labels, but found {type(coords).__name__}.")
-    options = CollectOptions(frozenset(groups), batch_size or BATCH_SIZE, parallel, dims or {}, progress)
+    options = _collect_options(own, groups)
     if len(sources) > 1:
         check_separate_parameters(sources)
     reports: dict[str, str] = {}
@@ -140,6 +140,19 @@ def to_arviz(
         left_out = "; ".join(f"{name} ({why})" for name, why in reports.items())
         warnings.warn(f"to_arviz leaves out: {left_out}.", UserWarning, stacklevel=2)
     return _inference_data(concatenate_chains(parts), coords or {})
+
+
+def _collect_options(own: Mapping[str, Any], groups: Collection[str]) -> CollectOptions:
+    """Return the options of `to_arviz`, given by name, after checking them; None is the default."""
+    check_positive_int("to_arviz", **{name: own[name] for name in ("num_samples", "batch_size") if own[name] is not None})
+    if isinstance(groups, str) or (unknown := [group for group in groups if group not in GROUPS]):
+        found = repr(groups) if isinstance(groups, str) else ", ".join(map(repr, unknown))
+        raise ValueError(f"Unknown groups {found}: choose a list from {', '.join(GROUPS)}.")
+    check_dims(own["dims"] or {})
+    if not isinstance(own["coords"] or {}, Mapping):
+        raise TypeError(f"to_arviz wants coords as a dictionary of labels, but found {type(own['coords']).__name__}.")
+    batch_size = own["batch_size"] or BATCH_SIZE
+    return CollectOptions(frozenset(groups), batch_size, own["parallel"], own["dims"] or {}, own["progress"])
 
 
 def _inference_data(groups: Groups, coords: Mapping[str, Sequence[Any]]) -> arviz.InferenceData:
@@ -160,25 +173,21 @@ def _inference_data(groups: Groups, coords: Mapping[str, Sequence[Any]]) -> arvi
     for group in (group for group in GROUPS if group in groups.variables):
         variables = {}
         for name, (array, names) in groups.variables[group].items():
-            attributes = _of_log_likelihood(groups, name) if group == "log_likelihood" else {}
+            kind = {"kind": groups.kinds[name]} if group == "log_likelihood" and name in groups.kinds else {}
             own = {xarray_name(dim): labels.get(dim, np.arange(size)) for dim, size in zip(names, array.shape, strict=True)}
-            variables[xarray_name(name)] = xr.DataArray(array, own, list(own), attrs=attributes)
-        note = {"left_out": groups.note} if group == "sample_stats" and groups.note else {}
-        datasets[group] = xr.Dataset(variables, attrs=attrs | note)
+            variables[xarray_name(name)] = xr.DataArray(array, own, list(own), attrs=kind)
+        left_out = _left_out(groups, group)
+        datasets[group] = xr.Dataset(variables, attrs=attrs | ({"left_out": left_out} if left_out else {}))
     if int(az.__version__.split(".")[0]) == 0:
         return az.InferenceData(**datasets)
     return xr.DataTree.from_dict(datasets)  # type: ignore[return-value]
 
 
-def _of_log_likelihood(groups: Groups, name: str) -> dict[str, str]:
-    """Return the attributes of a log-likelihood: its kind unless it is exact, and the dimensions of its events if any."""
-    attributes = {"kind": groups.kinds[name]} if name in groups.kinds else {}
-    _, dims = groups.variables["log_likelihood"][name]
-    _, data_dims = groups.variables.get("observed_data", {}).get(name, (None, []))
-    if event := [dim for dim in data_dims if dim not in dims]:
-        attributes["event"] = (
-            f"one density for all of {', '.join(event)}, where az.loo_pit(data) wants one for each number. For a coordinate j "
-            "call az.loo_pit(y=y[:, j], y_hat=y_hat[:, j], log_weights=az.psislw(-log_likelihood)[0]), with draws as the last "
-            "dimension"
-        )
-    return attributes
+def _left_out(groups: Groups, group: str) -> str:
+    """Return what a group does not have that functions of ArviZ ask for, and why."""
+    if group == "sample_stats":
+        return groups.note
+    data = groups.variables.get("observed_data", {})
+    densities = groups.variables[group] if group == "log_likelihood" else {}
+    events = {name: [d for d in data[name][1] if d not in dims] for name, (_, dims) in densities.items() if name in data}
+    return "; ".join(JOINT_DENSITY.format(name=name, dims=", ".join(dims)) for name, dims in events.items() if dims)

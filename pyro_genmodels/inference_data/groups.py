@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["GROUPS", "CollectOptions", "Groups", "collect", "concatenate_chains"]
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -326,19 +326,18 @@ def _leave_out(arrays: GroupArrays, reports: dict[str, str], group: str, error: 
 
 
 def _collect_constants(source: DrawSource, replay: Replay, arrays: GroupArrays) -> None:
-    """Put the tensors among the model's arguments that it does not observe into the arrays.
+    """Put the arrays among the model's arguments that it does not observe into the arrays.
 
-    If exactly one plate is as long as a tensor, the tensor's first dimension is that plate; but not if an argument has the name
+    If exactly one plate is as long as an array, the array's first dimension is that plate; but not if an argument has the name
     of the plate, because xarray has no variable that is called as a dimension of its group.
     """
     observed = [array for array, _ in arrays.groups.get("observed_data", {}).values()]
     rows = replay.layout.rows
     lengths = {plate: rows.sizes.get(plate, len(indices)) for plate, indices in rows.coords.items()}
-    arguments = _tensor_arguments(source)
+    arguments = _array_arguments(source)
     lengths = {plate: length for plate, length in lengths.items() if plate not in arguments}
-    for name, value in arguments.items():
-        array = to_numpy(value) if isinstance(value, Tensor) else np.asarray(value)
-        if any(same_array(array, data) for data in observed):
+    for name, array in arguments.items():
+        if any(same_array(array.astype(data.dtype) if _is_rounded(array, data) else array, data) for data in observed):
             continue
         plates = [plate for plate, length in lengths.items() if array.ndim and len(array) == length]
         arrays.put_constant(name, array, plates if len(plates) == 1 else [])
@@ -351,17 +350,38 @@ def _with_progress(replay: Replay, name: str, *, progress: bool) -> Any:
     return tqdm(blocks, desc=name, unit="block", delay=PROGRESS_DELAY, disable=not show, leave=False)
 
 
-def _tensor_arguments(source: DrawSource) -> dict[str, Any]:
-    """Return the model's arguments that are tensors or arrays, by their names."""
+def _is_rounded(array: np.ndarray, data: np.ndarray) -> bool:
+    """Return True if the model may have rounded these numbers to the precision of its data."""
+    return array.dtype.kind in "biuf" and data.dtype.kind == "f"
+
+
+def _array_arguments(source: DrawSource) -> dict[str, np.ndarray]:
+    """Return the arrays among the model's arguments by their names, also those in lists, dictionaries and frames."""
     model = getattr(source.model, "forward", source.model)  # the call of a module takes anything
     signature = inspect.signature(model)
     named: dict[str, Any] = {}
     for name, value in signature.bind(*source.args, **source.kwargs).arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL:
-            named |= {f"{name}_{i}": item for i, item in enumerate(value)}
-        elif kind is inspect.Parameter.VAR_KEYWORD:
-            named |= value
-        else:
-            named[name] = value
-    return {name: value for name, value in named.items() if isinstance(value, (Tensor, np.ndarray))}
+        is_keywords = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+        named |= dict(_arrays_in(value) if is_keywords else _arrays_in({name: value}))
+    return named
+
+
+def _arrays_in(values: Mapping[Any, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the arrays in a dictionary of arguments; those inside another container are called as it, "_" and their key."""
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            yield str(name), to_numpy(value)
+        elif hasattr(value, "columns") and hasattr(value, "to_numpy"):  # a frame
+            yield from _arrays_in({f"{name}_{column}": value[column].to_numpy() for column in value.columns})
+        elif isinstance(value, np.ndarray) or hasattr(value, "to_numpy"):
+            array = np.asarray(value)
+            array = array.astype(str) if array.dtype == object and all(isinstance(text, str) for text in array.flat) else array
+            if array.dtype != object:
+                yield str(name), array
+        elif isinstance(value, Mapping):
+            yield from _arrays_in({f"{name}_{key}": item for key, item in value.items()})
+        elif isinstance(value, (list, tuple)) and value:
+            if all(isinstance(item, (int, float)) for item in value):
+                yield str(name), np.asarray(value)
+            else:
+                yield from _arrays_in({f"{name}_{i}": item for i, item in enumerate(value)})

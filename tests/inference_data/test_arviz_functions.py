@@ -58,7 +58,7 @@ def one_coordinate(data, y):
 
 
 def loo_pit(data, y):
-    """Return the probabilities by the recipe in the attribute ``event``, which also serves where there is no event."""
+    """Return the probabilities by the recipe in the group's attributes, which also serves where there is no event."""
     observed, predicted = one_coordinate(data, y)
     log_weights = az.psislw(-data.log_likelihood[y].to_numpy()[0].T)[0]
     return az.loo_pit(y=observed, y_hat=predicted, log_weights=log_weights)
@@ -157,5 +157,5 @@ def test_plots(name, results):
 def test_the_recipe_for_events_is_that_of_arviz_where_there_are_none(results):
     data, y, _ = results["mcmc"]
     np.testing.assert_allclose(loo_pit(data, y), az.loo_pit(data, y=y), atol=1e-6)
-    assert "event" not in data.log_likelihood[y].attrs
-    assert "loo_pit" in results["vae"][0].log_likelihood["x"].attrs["event"]
+    assert "left_out" not in data.log_likelihood.attrs
+    assert "loo_pit" in results["vae"][0].log_likelihood.attrs["left_out"]

@@ -3,6 +3,7 @@
 import warnings
 
 import numpy as np
+import pandas
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -692,3 +693,73 @@ def test_a_discrete_likelihood():
     assert data["posterior_predictive"]["x"].dtype.kind == data["observed_data"]["x"].dtype.kind
     with torch.no_grad():
         close(draws(data, "x", "log_likelihood"), family.eval()(draws(data, "z")).log_prob(x), tolerance=1e-3)
+
+
+# Covariates in containers.
+
+
+def as_floats(values):
+    return torch.tensor(np.asarray(values).tolist())
+
+
+class Covariates:
+    """Linear regression whose columns come in containers of any kind."""
+
+    def __init__(self, read):
+        self.read = read
+
+    def model(self, y, covariates, batch=None):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        target = as_floats(y)
+        with pyro.plate("data", len(target), subsample_size=batch) as rows:
+            x = as_floats(self.read(covariates))
+            pyro.sample("y", dist.Normal(slope * x[rows], 1.0), obs=target[rows])
+
+    def guide(self, y, covariates, batch=None):
+        pyro.sample("slope", dist.Normal(0.0, 1.0))
+
+
+CONTAINERS = {
+    "list": (lambda x, z: [x, z], lambda found: found[0], {"covariates_0": "data", "covariates_1": "data column"}),
+    "tuple": (lambda x, z: (x, z), lambda found: found[0], {"covariates_0": "data", "covariates_1": "data column"}),
+    "dictionary": (lambda x, z: {"x": x, "z": z}, lambda found: found["x"],
+                   {"covariates_x": "data", "covariates_z": "data column"}),
+    "nested": (lambda x, z: {"a": [x], "b": {"z": z}}, lambda found: found["a"][0],
+               {"covariates_a_0": "data", "covariates_b_z": "data column"}),
+    "array": (lambda x, z: x.numpy(), lambda found: found, {"covariates": "data"}),
+    "numbers": (lambda x, z: x.tolist(), lambda found: found, {"covariates": "data"}),
+    "frame": (lambda x, z: pandas.DataFrame({"x": x.numpy(), "name": list("abcdef")}), lambda found: found["x"],
+              {"covariates_x": "data", "covariates_name": "data"}),
+    "series": (lambda x, z: pandas.Series(x.numpy()), lambda found: found, {"covariates": "data"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [None, 4])
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_covariates_in_a_container_are_constants(kind, batch):
+    build, read, expected = CONTAINERS[kind]
+    fit, x, y = Covariates(read), torch.randn(6), torch.randn(6)
+    names = {name: ["column"] for name, dims in expected.items() if "column" in dims}
+    data = to_arviz((fit.model, fit.guide), y, build(x, torch.randn(6, 2)), batch, num_samples=3, dims=names)
+    assert {name: " ".join(array.dims) for name, array in data["constant_data"].data_vars.items()} == expected
+    np.testing.assert_array_equal(data["constant_data"][next(iter(expected))], x)
+    slope = draws(data, "slope")
+    close(draws(data, "y", "log_likelihood"), normal(slope[:, None] * x, 1.0, y))
+
+
+@pytest.mark.parametrize("of", [lambda y: y.double().numpy() + 1e-9, lambda y: pandas.Series(y.numpy()), lambda y: y.tolist()])
+def test_data_that_the_model_converts_are_no_constants(of):
+    fit, y = Covariates(lambda found: found), torch.randn(6)
+    data = to_arviz((fit.model, fit.guide), of(y), torch.randn(6), num_samples=2)
+    assert variables(data, "constant_data") == {"covariates"}
+
+
+def test_a_covariate_that_rounds_to_counts_is_a_constant():
+    def model(y, x):
+        rate = pyro.sample("rate", dist.Gamma(1.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Poisson(rate), obs=y)
+
+    counts = torch.tensor([1, 0, 2])
+    data = to_arviz((model, lambda y, x: pyro.sample("rate", dist.Gamma(1.0, 1.0))), counts, counts + 0.5, num_samples=2)
+    assert variables(data, "constant_data") == {"x"}
