@@ -244,9 +244,7 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
 
     def enumerate_support(self, expand: bool = True) -> Tensor:  # noqa: FBT001, FBT002 (torch's signature)
         kind = "integers in each coordinate" if self.support.is_discrete else "real numbers"
-        raise NotImplementedError(
-            f"{self.owner} cannot enumerate its support, {kind}. Draw samples: dist.sample((10_000,))."
-        )
+        raise NotImplementedError(f"{self.owner} cannot enumerate its support, {kind}. Draw samples: dist.sample((10_000,)).")
 
     def _no_closed_form(self, name: str, estimate: str, *, density: bool = False) -> NotImplementedError:
         """Return the error for a quantity without a closed form; `density` is True if its estimate needs a density."""

@@ -220,10 +220,15 @@ class _AncestralSteps:
 
 def _curvature(slope: Tensor, x: Tensor) -> Tensor:
     """Return minus the second derivative of the log-likelihood along its gradient, (n,), or 0 if it is convex there."""
-    size = slope.detach().reshape(len(x), -1).norm(dim=1).clamp(min=1e-30)
-    direction = slope.detach() / along(size, x)
+    direction = torch.nn.functional.normalize(_scaled(slope.detach().reshape(len(x), -1)), dim=1).reshape(x.shape)
     curvature = -(direction * _gradient((slope * direction).sum(), x)).reshape(len(x), -1).sum(1)
     return curvature.masked_fill(~curvature.isfinite(), 0.0).clamp(min=0)
+
+
+def _scaled(rows: Tensor) -> Tensor:
+    """Return rows (n, d) divided by their largest entry, so that their squares neither vanish nor overflow."""
+    largest = rows.abs().amax(1, keepdim=True)
+    return torch.where(largest > 0, rows / largest, rows)
 
 
 def _gradient(value: Tensor, x: Tensor, *, create_graph: bool = False) -> Tensor:

@@ -324,7 +324,7 @@ def _solve(
         raise _failure(name, start, end, f"gave up ({str(error).splitlines()[0].split(':')[0]})") from error
     finished = True
     ends = tuple(part[-1] for part in states)
-    if not ends[0].isfinite().all():
+    if not all(part.isfinite().all() for part in ends):
         raise _failure(name, start, end, "reached NaN or infinite values")
     return ends, evaluations
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 __all__ = ["GuidedDiffusion", "TwistedDiffusion", "WeightedDraws", "diffusion_posterior", "inpaint"]
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ from torch.distributions import Distribution
 from pyro_genmodels._pyro import traces
 from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.dynamics.guided import Particles, effective_size, sample_guided, sample_twisted
-from pyro_genmodels.utils.distributions import unwrap
+from pyro_genmodels.utils.distributions import interior, unwrap
 from pyro_genmodels.utils.errors import check_choice, check_positive_int
 
 
@@ -115,9 +116,10 @@ class WeightedDraws:
         return {"log_weight": self.log_weight[None]}
 
     def __repr__(self) -> str:
+        evidence = "not computed" if self.log_evidence.isnan() else f"{self.log_evidence:.3f}"
         return (
             f"WeightedDraws({self.name!r}, {len(self.draws)} draws, effective sample size {self.effective_sample_size:.1f}, "
-            f"log evidence {self.log_evidence:.3f})"
+            f"log evidence {evidence})"
         )
 
     def get_samples(self, *, group_by_chain: bool = False) -> dict[str, Tensor]:
@@ -155,7 +157,7 @@ def diffusion_posterior(
 
     Raises:
         ValueError: if the model is not of this kind; the error says what to use instead.
-        TypeError: if `method` is not one of the two methods.
+        TypeError: if `method` is not one of the two methods, `model` is not a function, or it does not take the arguments.
         FloatingPointError: if no particle has a finite likelihood, or a guided draw becomes infinite.
 
     Example:
@@ -171,10 +173,13 @@ def diffusion_posterior(
     """
     check_positive_int("diffusion_posterior", num_samples=num_samples)
     method = check_choice("diffusion_posterior", "method", method, TwistedDiffusion(), TwistedDiffusion | GuidedDiffusion)
+    _check_arguments(model, args, kwargs)
     with torch.no_grad():
         trace = poutine.trace(model).get_trace(*args, **kwargs)
     name, prior = _prior(trace)
-    to_data = (lambda y: y) if prior.pretransform is None else prior.pretransform.inv
+
+    def to_data(y: Tensor) -> Tensor:
+        return interior(y if prior.pretransform is None else prior.pretransform.inv(y), prior.support)
 
     def log_likelihood(y: Tensor) -> Tensor:
         try:
@@ -210,12 +215,35 @@ def diffusion_posterior(
     )
 
 
+def _check_arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise an error unless the model is a function that takes the arguments."""
+    is_family = hasattr(model, "model") and hasattr(model, "guide")
+    if isinstance(model, Distribution) or is_family or not callable(model):
+        kind = "distribution" if isinstance(model, Distribution) else "family" if is_family else "value"
+        raise TypeError(
+            "diffusion_posterior wants a model, a function that draws x = pyro.sample('x', diffusion()) and observes what "
+            f"depends on it, but found a {kind} of type {type(model).__name__}. For observed coordinates of x itself use "
+            "inpaint(diffusion(), values, known)."
+        )
+    try:
+        signature = inspect.signature(model)
+    except ValueError:  # of a function that is not written in Python
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            "diffusion_posterior passes its arguments to the model, except method, num_samples and progress, but the model "
+            f"takes {signature}: {error}."
+        ) from error
+
+
 def inpaint(
     diffusion: TorchDistribution,
     values: Tensor,
     known: Tensor,
     *,
-    tolerance: float = 0.02,
+    tolerance: float | None = None,
     **kwargs: Any,
 ) -> WeightedDraws:
     """Draw from a diffusion with some coordinates given.
@@ -224,7 +252,8 @@ def inpaint(
         diffusion: distribution with a denoiser over one event, ``family()`` or ``family(context)``.
         values: values of the coordinates, (*event_shape). Unknown ones are ignored.
         known: boolean mask of the known coordinates, (*event_shape).
-        tolerance: standard deviation with which the known coordinates are observed, in the units of the data.
+        tolerance: standard deviation with which the known coordinates are observed, in the units of the data. None is 0.02
+            standard deviations of the data that the diffusion was standardised by.
         kwargs: further arguments of `diffusion_posterior`.
 
     Raises:
@@ -247,12 +276,24 @@ def inpaint(
             f"inpaint wants values and a boolean mask of shape {tuple(diffusion.event_shape)}, but found "
             f"{tuple(values.shape)} and {tuple(known.shape)} of {known.dtype}."
         )
+    if tolerance is not None and not 0 < tolerance < float("inf"):
+        raise ValueError(f"inpaint wants a positive tolerance, or None, but found {tolerance!r}.")
+    deviation = _deviations(diffusion, values)[known] * 0.02 if tolerance is None else tolerance
 
     def model() -> None:
         x = pyro.sample("x", diffusion)
-        pyro.sample("known", dist.Normal(x[known], tolerance).to_event(1), obs=values[known])
+        pyro.sample("known", dist.Normal(x[known], deviation).to_event(1), obs=values[known])
 
     return diffusion_posterior(model, **kwargs)
+
+
+def _deviations(diffusion: Any, values: Tensor) -> Tensor:
+    """Return the change of data at these values (*event_shape) per standard deviation in the network's space."""
+    pretransform = unwrap(diffusion).pretransform
+    if pretransform is None:
+        return torch.ones_like(values)
+    y = pretransform(values.double())
+    return ((pretransform.inv(y + 1e-3) - pretransform.inv(y - 1e-3)) / 2e-3).abs().to(values.dtype)
 
 
 def _prior(trace: Trace) -> tuple[str, Any]:

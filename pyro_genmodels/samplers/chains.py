@@ -176,6 +176,12 @@ def _check_density(target: Target, x: Tensor) -> None:
         )
 
 
+def _is_lost(log_prob: Tensor) -> Tensor:
+    """Return True where a log density is far below the best finite one, infinite or NaN."""
+    best = log_prob.masked_fill(~log_prob.isfinite(), -torch.inf).max()
+    return ~(log_prob.isfinite() & (log_prob >= best - MAX_LOG_DENSITY_GAP))
+
+
 def _warn(chains: Chains, sampler: Sampler) -> None:
     """Warn if chains diverged, stood still, or accepted nearly every proposal."""
     draws, has_rejections = flatten_event(chains.draws, 2), sampler.target_acceptance is not None
@@ -185,7 +191,7 @@ def _warn(chains: Chains, sampler: Sampler) -> None:
         message = (
             f"{int(bad.any(1).sum())} of {len(bad)} chains left the real numbers. Lower the step size, or adjust the steps"
         )
-    elif lp is not None and (lost := (lp < lp.max() - MAX_LOG_DENSITY_GAP).any(1)).any():
+    elif lp is not None and (lost := _is_lost(lp).any(1)).any():
         message = (
             f"{int(lost.sum())} of {len(lost)} chains ran away, to log densities of {lp.min():.3g}. Lower the step size, or "
             "adjust the steps"

@@ -77,7 +77,8 @@ class GibbsWithGradients(Sampler):
     def step(self, state: State, target: Target, step_size: Tensor, beta: Beta = 1.0) -> tuple[State, Tensor]:
         space, chain_dim = target.space, state.log_prob.dim()
         log_q = flatten_event(space.changes(state.x, state.score), chain_dim).log_softmax(-1)
-        neighbour = torch.multinomial(log_q.exp().reshape(-1, log_q.shape[-1]), 1).reshape(*log_q.shape[:-1], 1)
+        probabilities = log_q.exp().nan_to_num(nan=1.0)  # whatever is proposed for a NaN is rejected below
+        neighbour = torch.multinomial(probabilities.reshape(-1, log_q.shape[-1]), 1).reshape(*log_q.shape[:-1], 1)
         proposed, way_back = space.move(state.x, neighbour, chain_dim)
         new = State(proposed, *value_and_score(target, proposed, beta))
         log_q_back = flatten_event(space.changes(new.x, new.score), chain_dim).log_softmax(-1)

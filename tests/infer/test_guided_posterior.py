@@ -22,7 +22,7 @@ from torch.testing import assert_close
 
 from pyro_genmodels import DenseField, Diffusion, Flow, VariancePreserving, to_arviz
 from pyro_genmodels.distributions import GenerativeDistribution
-from pyro_genmodels.dynamics.guided import effective_size, sample_guided, sample_twisted
+from pyro_genmodels.dynamics.guided import _curvature, effective_size, sample_guided, sample_twisted
 from pyro_genmodels.dynamics.spacing import UniformLogSNR
 from pyro_genmodels.families import Karras, SubVariancePreserving
 from pyro_genmodels.infer.guided_posterior import GuidedDiffusion, TwistedDiffusion, diffusion_posterior, inpaint
@@ -599,3 +599,70 @@ def test_images_are_inpainted():
 def test_masks_of_another_shape_are_refused(values, known):
     with pytest.raises(ValueError, match=r"boolean mask of shape \(2,\)"):
         inpaint(exact(), values, known)
+
+
+# Arguments, and what is shown.
+
+
+def sum_of_two(y):
+    x = pyro.sample("x", PRIOR.diffusion(VariancePreserving(), (2,)))
+    pyro.sample("y", dist.Normal(x.sum(), 0.5), obs=y)
+
+
+WRONG = {
+    "a family": (lambda: (Diffusion((2,)), torch.tensor(1.0)), {}, "a family of type Diffusion.*inpaint"),
+    "a distribution": (lambda: (Diffusion((2,))(), torch.tensor(1.0)), {}, "a distribution of type ReverseDiffusion"),
+    "data": (lambda: (torch.ones(2),), {}, "a value of type Tensor"),
+    "nothing": (lambda: (None,), {}, "a value of type NoneType"),
+    "no data": (lambda: (sum_of_two,), {}, r"takes \(y\): missing a required argument: 'y'"),
+    "another keyword": (lambda: (sum_of_two, 1.0), {"num_particles": 5}, "unexpected keyword argument 'num_particles'"),
+    "a class as method": (lambda: (sum_of_two, 1.0), {"method": GuidedDiffusion}, "the class GuidedDiffusion; call it"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_are_refused_before_the_model_runs(case):
+    arguments, keywords, message = WRONG[case]
+    with pytest.raises(TypeError, match=message):
+        diffusion_posterior(*arguments(), **keywords)
+
+
+def test_an_evidence_that_is_not_computed_says_so():
+    found = diffusion_posterior(sum_of_two, torch.tensor(1.0), method=GuidedDiffusion(3), num_samples=5)
+    assert repr(found).endswith("log evidence not computed)")
+    found = diffusion_posterior(sum_of_two, torch.tensor(1.0), method=TwistedDiffusion(3), num_samples=5)
+    assert float(repr(found).removesuffix(")").split()[-1]) == pytest.approx(found.log_evidence.item(), abs=1e-3)
+
+
+@pytest.mark.parametrize(("unit", "offset"), [(1.0, 0.0), (1e-6, 0.0), (1e6, 0.0), (1.0, 1e4)])
+def test_inpainting_observes_to_a_share_of_the_spread_in_any_unit(unit, offset):
+    """Right values: those of unit 1. A deviation of 0.02 in units of the data is none at all for data of size 1e-6."""
+    transform = torch.distributions.AffineTransform(torch.full((2,), offset), torch.full((2,), unit), event_dim=1)
+    prior = PRIOR.diffusion(VariancePreserving(), (2,), pretransform=transform.inv)
+    known = torch.tensor([True, False])
+    found = inpaint(prior, transform(torch.tensor([0.7, 0.0])), known, method=TwistedDiffusion(100), num_samples=100)
+    assert ((found.resampled(100)[:, 0] - offset) / unit - 0.7).abs().max() < 0.12  # six deviations
+
+
+def test_an_invalid_tolerance_is_refused():
+    with pytest.raises(ValueError, match=r"positive tolerance, or None, but found -1.0"):
+        inpaint(PRIOR.diffusion(VariancePreserving(), (2,)), torch.ones(2), torch.tensor([True, False]), tolerance=-1.0)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e12, 1e15])
+def test_the_curvature_of_a_likelihood_is_right_in_any_unit(scale):
+    """Right value: the second derivative, 3 scale. In single precision, squares of slopes below 1e-22 vanished."""
+    x = torch.randn(5, 4).requires_grad_()
+    slope = torch.autograd.grad((-1.5 * scale * x.square()).sum(), x, create_graph=True)[0]
+    torch.testing.assert_close(_curvature(slope, x), torch.full((5,), 3.0 * scale), rtol=1e-4, atol=0.0)
+
+
+def test_posterior_draws_lie_inside_of_the_support():
+    near = torch.distributions.constraints.greater_than(1e6)
+    diffusion = Diffusion((1,), support=near, network=DenseField(8, 1)).eval()
+
+    def model():
+        x = pyro.sample("x", diffusion())
+        pyro.sample("y", dist.Normal(x.sum(), 10.0), obs=torch.tensor(1e6))
+
+    assert near.check(diffusion_posterior(model, method=TwistedDiffusion(10), num_samples=500).draws).all()

@@ -25,13 +25,12 @@ from torch.distributions import Distribution, biject_to, constraints
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.capabilities import ContrastiveTerms, ScoreJumps
-from pyro_genmodels.distributions.energy.chains import EnergyChains
+from pyro_genmodels.distributions.energy.chains import DRAWS_TUNING_RATE, EnergyChains
 from pyro_genmodels.distributions.energy.negatives import Annealed, Contrastive, Negatives, Persistent
 from pyro_genmodels.distributions.energy.noise import NoiseConditionalEnergy
 from pyro_genmodels.distributions.energy.path import AnnealingPath, PathOptions, space_of
 from pyro_genmodels.distributions.energy.state import LogPartition, PartitionCache, ReplayBuffer
-from pyro_genmodels.samplers import Sampler, Target, annealed_langevin, default_sampler
-from pyro_genmodels.samplers.target import value_and_score
+from pyro_genmodels.samplers import Langevin, Sampler, Target, default_sampler, run
 from pyro_genmodels.utils.distributions import (
     Density,
     check_exact_density,
@@ -291,25 +290,27 @@ class Energy(GenerativeDistribution):
 
     def _draw(self, shape: Size, context: Tensor | None) -> Tensor:
         if self.noise is not None:
-            return self._denoised_draw(shape)
+            return self._draw_by_noise(shape)
         u = self.chains.draw(shape.numel(), self._context_rows(context))
         return self.path.decode(u).reshape(shape + self.event_shape)
 
-    def _denoised_draw(self, shape: Size) -> Tensor:
-        """Draw by annealed Langevin dynamics, from the highest noise level to the lowest."""
+    def _draw_by_noise(self, shape: Size) -> Tensor:
+        """Draw by adjusted Langevin dynamics at each noise level, from the highest to the lowest, whose density this is."""
         self.chains.required_sampler("draws")
         low, high = self.noise
         expanded = self.expand(shape)
 
-        def score(u: Tensor, sigma: Tensor) -> Tensor:
+        def target(sigma: Tensor) -> Target:
             noisy = expanded.at_noise(sigma.expand(shape))
-            target = Target(lambda u, _: noisy.path.log_f(u, noisy.context), len(self.path.position_shape))
-            return value_and_score(target, u, 1.0)[1]
+            return Target(lambda u, _: noisy.path.log_f(u, noisy.context), len(self.path.position_shape))
 
         u = self.path.begin(shape)
         levels = torch.logspace(log10(high), log10(low), NUM_NOISE_LEVELS, dtype=u.dtype, device=u.device)
-        u = u + high * torch.randn_like(u)
-        u = annealed_langevin(score, u, levels, steps=max(self.num_steps // NUM_NOISE_LEVELS, 1))
+        u, steps, size = u + high * torch.randn_like(u), max(self.num_steps // NUM_NOISE_LEVELS, 1), u.new_tensor(0.5)
+        for sigma in levels:  # sizes are in units of the variance of the noise
+            variance = sigma.square()
+            u, tuned, _ = run(Langevin(), target(sigma), u, steps, step_size=size * variance, rate=DRAWS_TUNING_RATE)
+            size = tuned / variance
         return self.path.decode(self.chains.check_finite(u))
 
     def at_noise(self, sigma: Tensor) -> Energy:
