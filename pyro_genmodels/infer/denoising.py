@@ -23,12 +23,14 @@ __all__ = [
     "UniformWeighting",
 ]
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from torch import Size, Tensor
 
@@ -38,6 +40,9 @@ from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.dynamics.processes import Process, stratified
 from pyro_genmodels.infer.score_matching import ScoreMatching, score_of
 from pyro_genmodels.utils.distributions import sum_event, unwrap
+
+DEFAULT_NOISE = 0.1
+"""Deviation of the noise by default, for data of deviation 1."""
 
 
 class TimeWeighting(ABC):
@@ -138,7 +143,7 @@ class DenoisingScoreMatching(ScoreMatching):
         levels = None if noise is None else torch.as_tensor(noise, dtype=torch.get_default_dtype()).reshape(-1)
         if levels is not None and not (len(levels) and (levels > 0).all() and levels.isfinite().all()):
             raise ValueError(f"DenoisingScoreMatching wants positive standard deviations as noise, but found {noise!r}.")
-        self.noise, self.weighting = levels, weighting
+        self.noise, self.weighting, self._has_looked = levels, weighting, False
 
     def check(self, name: str, dist: Any) -> None:
         diffusion = capabilities(dist).has_noise_error
@@ -172,6 +177,7 @@ class DenoisingScoreMatching(ScoreMatching):
             return weight * dist.training_form.noise_error(y, t, context)
         batch = torch.broadcast_shapes(x.shape[: x.dim() - dist.event_dim], dist.batch_shape)
         _, u, _ = dist.score_coordinates(x)  # in the precision of the network
+        self._warn_of_default_noise(dist, u)
         sigma = self._levels(dist, batch, u)
         if dist.noise is not None:
             dist = dist.at_noise(sigma)
@@ -200,13 +206,27 @@ class DenoisingScoreMatching(ScoreMatching):
         default: TimeWeighting = LogNormalWeighting() if process.is_mostly_noise else UniformWeighting()
         return (self.weighting if isinstance(self.weighting, TimeWeighting) else default)(process, u)
 
+    def _warn_of_default_noise(self, dist: Any, u: Tensor) -> None:
+        """Warn if the default noise hides the first batch of data, as far as Pyro's validation is on."""
+        if self._has_looked or self.noise is not None or dist.noise is not None or not is_validation_enabled() or len(u) < 2:
+            return
+        self._has_looked = True
+        deviation = u.detach().reshape(len(u), -1).std(0).max().item()
+        if deviation < DEFAULT_NOISE:
+            warnings.warn(
+                f"DenoisingScoreMatching adds noise of {DEFAULT_NOISE} by default, but the data deviate by {deviation:.2g} at "
+                "most, so that the model learns the noise. Standardise the data, or pass noise=, such as a tenth of that.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
     def _levels(self, dist: Any, batch: Size, u: Tensor) -> Tensor:
         """Return a noise level for each datum, (batch...)."""
         if self.noise is not None:
             levels = self.noise.to(u)
             return levels[torch.randint(len(levels), batch, device=u.device)]
         if dist.noise is None:
-            return torch.full(batch, 0.1, dtype=u.dtype, device=u.device)
+            return torch.full(batch, DEFAULT_NOISE, dtype=u.dtype, device=u.device)
         low, high = dist.noise
         return low * (high / low) ** torch.rand(batch, dtype=u.dtype, device=u.device)
 

@@ -37,6 +37,7 @@ from torch.distributions import Distribution
 from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.dynamics.processes import stratified
 from pyro_genmodels.infer.objective import Objective
+from pyro_genmodels.utils.distances import distances
 from pyro_genmodels.utils.errors import check_choice, import_extra
 
 
@@ -96,9 +97,10 @@ class OptimalTransportCoupling(Coupling):
         order = torch.arange(len(x1))
         for group in groups.unique():
             rows = (groups == group).nonzero().squeeze(1)
-            if len(rows) > 1:
-                ends = (x.detach().flatten(1).cpu().double()[rows].numpy() for x in (x0, x1))
-                plan = transport.emd([], [], transport.dist(*ends))  # a permutation matrix, divided by the number of rows
+            lengths = distances(*(x.detach().flatten(1).cpu().double()[rows] for x in (x0, x1)))
+            if len(rows) > 1 and 0 < lengths.max() < float("inf"):  # with NaN rows the loss is NaN, however they are paired
+                cost = (lengths / lengths.max()).square()  # POT's tolerances are absolute
+                plan = transport.emd([], [], cost.numpy())  # a permutation matrix, divided by the number of rows
                 order[rows] = rows[torch.as_tensor(plan.argmax(0))]
         return x0[order.to(x0.device)], x1
 

@@ -48,7 +48,7 @@ class Loss(ELBO):
     """
 
     unit: str = "nats"
-    """What the loss measures per datum, for tables and plots: "nats" only if it is a negative log-likelihood or a bound of it."""
+    """What the loss measures, for tables and plots: "nats" only if it is a negative log-likelihood or a bound of it."""
 
     training_unit: str | None = None
     """What the loss measures while gradients are enabled, if that is something else than without."""

@@ -167,6 +167,16 @@ def test_penalties_of_a_linear_critic_are_in_closed_form():
     assert_close(R2(2.0)(square, (real,), (fake,)), fake.square().sum(1).mean())
 
 
+@pytest.mark.parametrize("size", [1.0, 1e6, 1e9, 1e-6])
+def test_the_gradient_penalty_has_a_gradient_in_any_unit(size):
+    """A critic with the gradient (1, 1) / (2 size): the penalty (1 / sqrt(2) / size - 1)^2 was flat beyond size = 1e6."""
+    weight = torch.full((2,), 0.5 / size, requires_grad=True)
+    real, fake = size * torch.randn(2, 8, 2)
+    GradientPenalty(1.0)(lambda x: x @ weight, (real,), (fake,)).backward()
+    norm = 0.5**0.5 / size
+    assert_close(weight.grad, torch.full((2,), 2 * (norm - 1) * 0.5**0.5))
+
+
 def test_a_clipped_critic_stays_within_its_bound():
     critic = mlp(2)
     trainer = Adversarial(GAN((2,)).model, critic, WGAN(), penalties=[WeightClipping(0.05)])

@@ -169,6 +169,22 @@ def test_transport_costs_least_of_all_permutations():
     assert data is x1
 
 
+@pytest.mark.parametrize(("size", "offset"), [(1e-20, 0.0), (1e-150, 0.0), (1e20, 0.0), (1.0, 1e6), (1e-3, 1e4)])
+def test_transport_pairs_alike_in_any_unit_and_at_any_offset(size, offset):
+    """POT's tolerances are absolute: of data of size 1e-20 the pairs were arbitrary."""
+    x0, x1 = torch.randn(2, 40, 2, dtype=torch.float64)
+    usual, _ = OptimalTransportCoupling()(x0, x1, None)
+    other, _ = OptimalTransportCoupling()(size * x0 + offset, size * x1 + offset, None)
+    assert_close((other - offset) / size, usual, atol=1e-5, rtol=0)
+
+
+def test_transport_of_rows_with_nan_leaves_the_loss_nan():
+    x0, x1 = torch.randn(2, 5, 2)
+    x1[2] = float("nan")
+    paired, _ = OptimalTransportCoupling()(x0, x1, None)
+    assert paired.equal(x0)
+
+
 def test_transport_permutes_draws_and_shortens_ways():
     x0, x1 = torch.randn(200, 3), torch.randn(200, 3) + 1
     paired, data = OptimalTransportCoupling()(x0, x1, None)

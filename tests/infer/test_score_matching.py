@@ -593,3 +593,16 @@ def test_a_loss_and_its_gradient_are_captured_as_one_graph(objective, name):
         wanted = step(fresh)
         pyro.set_rng_seed(6)
         torch.testing.assert_close(graph(fresh), wanted)
+
+
+def test_a_default_noise_that_hides_the_data_is_warned_of_once():
+    """Data of deviation 1e-3 under noise of 0.1: the best fit has a deviation of 0.1, 100 times that of the data."""
+    x, objective = 1e-3 * torch.randn(200), DenoisingScoreMatching()
+    model = model_of(lambda: dist.Normal(0.0, pyro.param("scale", torch.tensor(1e-3), constraint=constraints.positive)))
+    with pytest.warns(RuntimeWarning, match=r"noise of 0\.1 by default, but the data deviate by 0\.001 at most"):
+        loss_of(objective, model, x)
+    loss_of(objective, model, x)  # once
+    loss_of(DenoisingScoreMatching(1e-4), model, x)  # a choice
+    loss_of(DenoisingScoreMatching(), model, 1000 * x)
+    with pyro.validation_enabled(False):
+        loss_of(DenoisingScoreMatching(), model, x)

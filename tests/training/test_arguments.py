@@ -170,6 +170,33 @@ def _columns(rows):
     return torch.stack(x), list(torch.stack(covariates, 1))
 
 
+@pytest.mark.parametrize("make", [flow, lambda: GAN((2,))], ids=["flow", "gan"])
+@pytest.mark.parametrize("form", [lambda x: x, lambda x: DataLoader(x, batch_size=10)], ids=["tensor", "loader"])
+def test_a_constant_column_is_said_once(make, form):
+    x = torch.stack([X[:, 0], torch.full((30,), 3.0)], 1)
+    with pytest.warns(UserWarning, match="constant") as found:
+        train(make(), form(x), valid=form(x), epochs=3, batch_size=10)
+    assert len(found) == 1
+
+
+def test_a_constant_column_is_said_in_a_model_of_ones_own():
+    x, family = torch.stack([X[:, 0], torch.full((30,), 3.0)], 1), flow()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", family(), obs=x)
+
+    with pytest.warns(UserWarning, match="constant"):
+        family.standardize(x)
+    train((model, no_guide), x, epochs=2)  # not again
+
+
+def test_a_constant_context_is_said_once():
+    with pytest.warns(UserWarning, match="constant") as found:
+        train(flow(context=1), X, context=torch.full((30, 1), 2005.0), epochs=2)
+    assert len(found) == 1
+
+
 def test_a_share_is_held_out():
     def fitted(seed):
         pyro.set_rng_seed(0)

@@ -100,7 +100,8 @@ class GradientPenalty(Penalty):
             x.lerp(y, share.to(x).reshape(-1, *(1,) * (x.dim() - 1))) if x.is_floating_point() else x
             for x, y in zip(real, fake, strict=True)
         )
-        norms = _squared_norms(critic, between).clamp(min=1e-12).sqrt()  # the root has no derivative at 0
+        squares = _squared_norms(critic, between)
+        norms = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()  # the root has no derivative at 0
         return self.weight * (norms - 1).square().mean()
 
 
