@@ -93,7 +93,7 @@ class _Recorder:
         before, potential = kernel._mean_accept_prob, kernel._potential_energy_last
         with _TransitionSites() as sites:
             params = type(kernel).sample(kernel, params)
-        n = kernel._t - kernel._warmup_steps
+        n = kernel._t - int(kernel._warmup_steps or 0)
         if n <= 0:
             return params
         kept = {

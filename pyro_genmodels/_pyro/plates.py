@@ -22,7 +22,7 @@ def measure_plates(*traces: Trace) -> None:
     unmeasured = []
     for trace in traces:
         for site in trace.nodes.values():
-            frames = [frame for frame in site.get("cond_indep_stack", ()) if _has_no_size(frame)]
+            frames: list[Any] = [frame for frame in site.get("cond_indep_stack", ()) if _has_no_size(frame)]
             if frames and site["type"] == "sample" and not site_is_subsample(site):
                 shape = _batch_shape(site)
                 for f in frames:

@@ -98,7 +98,8 @@ class GivenRows(Messenger):
 
     def other_than(self, guide_trace: Trace) -> dict[str, Any]:
         """Return the given rows of the plates for which a guide chooses rows at random, or is given others."""
-        plates = {name: site for name, site in guide_trace.nodes.items() if site_is_subsample(site) and name in self.rows}
+        nodes = guide_trace.nodes.items()
+        plates: dict[str, Any] = {name: site for name, site in nodes if site_is_subsample(site) and name in self.rows}
         given = {name: self.rows[name] for name, site in plates.items() if self.rows[name] is not site["value"]}
         return {
             name: rows

@@ -209,7 +209,7 @@ def point_masses(model_trace: Trace, guide_trace: Trace, run_again: Callable[[],
         guide_trace: trace of the guide.
         run_again: function that runs the guide with the same arguments and rows; it is called only if there is such a `Delta`.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for name in latents(guide_trace):
         fn = sites.innermost(guide_trace.nodes[name]["fn"])
         is_mass = isinstance(fn, Delta) and not torch.as_tensor(fn.log_density).any()

@@ -32,7 +32,7 @@ BATCH_SIZE = 100
 """Default of the largest number of draws made in one run."""
 
 JOINT_DENSITY = (
-    "loo_pit(data, y={name!r}): there is one density for all of {dims}, and loo_pit wants one for each number. For coordinate j "
+    "loo_pit(data, y={name!r}): there is one density for all of {dims}, and loo_pit wants one per number. For a coordinate j "
     "call az.loo_pit(y=y[:, j], y_hat=y_hat[:, j], log_weights=az.psislw(-log_likelihood)[0]), with draws as the last dimension"
 )
 """Words for a log-likelihood of events."""
@@ -117,7 +117,7 @@ def to_arviz(
         >>> to_arviz(Flow((2,)), num_samples=50).posterior_predictive.sizes["draw"]
         50
     """
-    own = {"num_samples": num_samples, "batch_size": batch_size, "groups": None if groups is GROUPS else groups}
+    own: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "groups": None if groups is GROUPS else groups}
     own |= {"model": model, "parallel": parallel, "coords": coords, "dims": dims, "progress": progress}
     kwargs = joined_keywords("to_arviz", kwargs, model_kwargs)
     fits = fit if isinstance(fit, list) else [fit]

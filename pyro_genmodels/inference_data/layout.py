@@ -151,9 +151,11 @@ def _chosen_rows(guide_sites: Mapping[str, Any]) -> dict[str, Any]:
 
 def _row_labels(rows: Any, count: int) -> np.ndarray:
     """Return the indices of a plate's rows, or 0 to count - 1 if the plate was given the data instead of indices."""
-    rows = to_numpy(rows) if isinstance(rows, torch.Tensor) else np.asarray(rows) if isinstance(rows, Sequence) else None
-    is_index = rows is not None and rows.ndim == 1 and rows.dtype.kind in "iu"
-    return rows if is_index else np.arange(count)
+    if isinstance(rows, (torch.Tensor, Sequence)):
+        labels = to_numpy(rows) if isinstance(rows, torch.Tensor) else np.asarray(rows)
+        if labels.ndim == 1 and labels.dtype.kind in "iu":
+            return labels
+    return np.arange(count)
 
 
 def _is_factor(site: Mapping[str, Any]) -> bool:
