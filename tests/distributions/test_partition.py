@@ -742,7 +742,7 @@ def test_the_error_of_log_z_counts_beside_that_of_latent_variables():
             pyro.sample("z", dist.Normal((x + context) / 2, 0.5 / 2**0.5).to_event(1))
 
     context, x = torch.randn(6, 3), torch.randn(6, 3)
-    found = log_likelihood((model, guide), x, context, num_samples=100, num_steps=20)
+    found = log_likelihood((model, guide), x, context, num_samples=400, num_steps=20)
     exact = dist.Normal(context, 0.5**0.5).to_event(1).log_prob(x)
     assert found.kind == "estimate"
     assert ((found.values - exact).abs() < 6 * found.std_error).all()
