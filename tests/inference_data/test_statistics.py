@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import HMC, MCMC, NUTS, RandomWalkKernel
-from readings import draws, mean_model, stat, variables
+from readings import ARVIZ_1, draws, mean_model, stat, variables
 
 from pyro_genmodels import to_arviz
 from pyro_genmodels.inference_data import record_statistics
@@ -102,6 +102,7 @@ def test_only_hamiltonian_kernels_are_recorded():
         record_statistics(RandomWalkKernel(mean_model))
 
 
+@pytest.mark.skipif(ARVIZ_1, reason="ArviZ 1.x returns data, and subtracts one from its count")
 def test_arviz_reads_the_energy():
     data = to_arviz(run(record_statistics(NUTS(mean_model)), y, num_samples=100))
     found = float(np.asarray(az.bfmi(data)).squeeze())

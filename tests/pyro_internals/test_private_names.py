@@ -6,11 +6,12 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
-from pyro.infer import ELBO
+from pyro.infer import ELBO, MCMC, NUTS
 from pyro.infer.autoguide import AutoNormal
 from pyro.infer.reparam import AutoReparam, LocScaleReparam
 from pyro.infer.trace_elbo import _compute_log_r
 from pyro.nn import PyroModule, PyroParam, PyroSample
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _ENUM_ALLOCATOR, _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import prune_subsample_sites
@@ -19,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from pyro_genmodels._pyro import params, sites
 from pyro_genmodels._pyro.reparam import MarkComputed
+from pyro_genmodels._pyro.subsampling import GivenRows
 
 
 def test_the_stack_holds_the_handlers_of_the_current_run():
@@ -206,3 +208,49 @@ def test_subsample_sites_hold_the_size_of_their_plate():
     site = poutine.trace(model).get_trace().nodes["n"]
     assert poutine.util.site_is_subsample(site)
     assert (site["fn"].size, site["fn"].subsample_size, len(site["value"])) == (10, 4, 4)
+
+
+def test_a_run_of_mcmc_keeps_its_arguments_and_diagnostics():
+    def model(x):
+        pyro.sample("z", dist.Normal(x, 1.0))
+
+    mcmc = MCMC(kernel := NUTS(model), num_samples=3, warmup_steps=2, disable_progbar=True)
+    assert mcmc._samples is None
+    assert mcmc._args is None
+    kernel.diagnostics = lambda: {"own": (kernel._t, kernel._warmup_steps, kernel._mean_accept_prob)}
+    mcmc.run(torch.tensor(1.0))
+    assert mcmc._args == (torch.tensor(1.0),)
+    assert mcmc._kwargs == {}
+    assert set(mcmc._samples) == {"z"}
+    steps, warmup, rate = mcmc._diagnostics[0]["own"]
+    assert (steps, warmup) == (5, 2)
+    assert 0 <= rate <= 1
+
+
+class _Names(Messenger):
+    """Handler that notes the names of sites."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def _pyro_sample(self, msg):
+        self.seen.append(msg["name"])
+
+
+def test_a_kernel_caches_its_potential_energy_and_samples_at_sites():
+    kernel = NUTS(lambda: pyro.sample("z", dist.Normal(0.0, 1.0)))
+    kernel.setup(0)
+    with _Names(seen := []):
+        z = kernel.sample(kernel.initial_params)["z"]
+    torch.testing.assert_close(kernel._potential_energy_last, -dist.Normal(0.0, 1.0).log_prob(z))
+    assert [name for name in seen if name.startswith("r_t=")] == ["r_t=0_('z',)"]
+    assert "direction_t=0_treedepth=0" in seen
+
+
+def test_a_plate_with_given_rows_says_so_before_it_is_replayed():
+    given = GivenRows()
+    with given, poutine.trace() as capture:
+        pyro.plate("data", 5, subsample=[3, 1])
+    assert given.rows == {"data": [3, 1]}
+    assert capture.trace.nodes["data"]["fn"].subsample_size is None
