@@ -41,6 +41,7 @@ from pyro_genmodels.samplers import (
     sample_chains,
 )
 from pyro_genmodels.samplers.annealing import schedule, tune
+from pyro_genmodels.samplers.chains import _is_lost
 from pyro_genmodels.samplers.hamiltonian import leapfrog
 from pyro_genmodels.samplers.kernel import DualAveraging, State
 from pyro_genmodels.samplers.tempering import swap
@@ -290,16 +291,21 @@ def test_the_acceptance_told_is_the_share_that_moves(sampler):
 
 
 def test_the_acceptance_of_langevin_is_that_of_metropolis_and_hastings():
+    """Of whole steps, and of the quarter of steps that are smaller by a log-uniform factor up to 100."""
+
     def log_q(b, a, eps):  # of the proposal b from a, for N(0, 1)
         return normal_log_prob(b, a - eps * a, sqrt(2 * eps))
+
+    def acceptance(eps):
+        ratio = normal_log_prob(ends) - normal_log_prob(x) + log_q(x, ends, eps) - log_q(ends, x, eps)
+        return (log_q(ends, x, eps).exp() * ratio.clamp(max=0).exp()).sum(0) * width
 
     x, eps = torch.tensor([0.3, -1.0, 2.0]), 0.7
     sampler, target = Langevin(eps), Target(lambda x, beta: -0.5 * beta * (x**2).sum(-1), 1)
     _, accept = sampler.step(sampler.init(x.repeat(20_000)[:, None], target), target, torch.tensor(eps))
-    grid_of_ends, width = grid(-12.0, 12.0, 4000)
-    ratio = normal_log_prob(grid_of_ends) - normal_log_prob(x) + log_q(x, grid_of_ends, eps) - log_q(grid_of_ends, x, eps)
-    wanted = (log_q(grid_of_ends, x, eps).exp() * ratio.clamp(max=0).exp()).sum(0) * width
-    assert_means(accept.reshape(20_000, 3), wanted)
+    ends, width = grid(-12.0, 12.0, 4000)
+    small = torch.stack([acceptance(eps * 0.01**share) for share in ((torch.arange(40) + 0.5) / 40).tolist()]).mean(0)
+    assert_means(accept.reshape(20_000, 3), 0.75 * acceptance(eps) + 0.25 * small)
 
 
 # Leapfrog.
@@ -1686,3 +1692,40 @@ def test_nuts_wants_the_energy_of_one_context():
 def test_annealed_langevin_refuses_steps_that_make_no_sense(options):
     with pytest.raises(ValueError, match="steps wants 1 or more and step_size a positive number"):
         annealed_langevin(lambda x, sigma: -x, torch.zeros(3, 1), [1.0, 0.1], **options)
+
+
+# NaN and infinite densities.
+
+
+def test_a_density_that_is_nan_counts_as_lost_in_the_warning():
+    """Every comparison with NaN is false, so no chain was lost if the best density was NaN."""
+    assert _is_lost(torch.tensor([0.0, -1.0, torch.nan, -2e6, torch.inf])).tolist() == [False, False, True, True, True]
+    assert _is_lost(torch.full((2,), torch.nan)).all()
+
+
+@pytest.mark.parametrize("sampler", [Langevin(0.5), Hamiltonian(0.3, 3)], ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_no_position_of_an_undefined_density_is_accepted(sampler, bad):
+    half = Target(lambda x, beta: torch.where(x[..., 0] > 0, -beta * x[..., 0] ** 2, x[..., 0] * 0 + bad), 1)
+    found = run(sampler, half, torch.rand(500, 1) + 0.1, 30)
+    assert (found.x > 0).all()
+    assert 0.1 < found.acceptance < 0.99
+
+
+def test_gibbs_with_gradients_rejects_where_the_density_is_nan():
+    """The proposal of a chain whose gradient is NaN was an error of torch.multinomial."""
+    broken = Target(lambda x, beta: torch.where(x.sum(-1) > 2, x.sum(-1) * torch.nan, x.sum(-1)), 1, Binary())
+    start = torch.zeros(50, 4)
+    start[0] = 1.0
+    found = run(GibbsWithGradients(), broken, start, 40).x
+    assert (found[1:].sum(-1) <= 2).all()
+    assert (found[0] == 1).all()
+
+
+def test_steps_are_tuned_in_any_unit():
+    """Right values: step sizes in the square of the unit, and draws of its size."""
+    for unit in (1e-8, 1.0, 1e8):
+        start = unit * torch.randn(200, 1)
+        chains = sample_chains(lambda x, unit=unit: -0.5 * (x / unit).square().sum(-1), start, num_samples=50, progress=False)
+        assert (chains.step_size / unit**2).item() == pytest.approx(1.7, rel=0.3)
+        assert (chains.draws / unit).square().mean().item() == pytest.approx(1.0, abs=0.15)
