@@ -13,6 +13,7 @@ from pyro_genmodels.divergences.convex import (
     SquaredHellinger,
     TotalVariation,
 )
+from pyro_genmodels.divergences.divergence import Divergence
 from pyro_genmodels.divergences.f import f_divergence, js, tv
 from pyro_genmodels.divergences.fisher_divergence import fisher
 from pyro_genmodels.divergences.kernels import (
@@ -23,7 +24,7 @@ from pyro_genmodels.divergences.kernels import (
     RationalQuadraticKernel,
     ScaledKernel,
 )
-from pyro_genmodels.divergences.kullback_leibler import Divergence, kl, reverse_kl
+from pyro_genmodels.divergences.kullback_leibler import kl, reverse_kl
 from pyro_genmodels.divergences.maximum_mean_discrepancy import mmd
 from pyro_genmodels.divergences.optimal_transport import wasserstein
 from pyro_genmodels.divergences.sliced import sliced_wasserstein

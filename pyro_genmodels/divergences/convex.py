@@ -35,6 +35,7 @@ class KullbackLeibler(ConvexFunction):
 
     at_zero: ClassVar[float] = 0.0
     slope_at_infinity: ClassVar[float] = inf
+    kullback_leibler: ClassVar[tuple[str, ...]] = ("forward",)
 
     def __call__(self, u: Tensor) -> Tensor:
         return u * u.log()
@@ -60,6 +61,7 @@ class ReverseKullbackLeibler(ConvexFunction):
 
     at_zero: ClassVar[float] = inf
     slope_at_infinity: ClassVar[float] = 0.0
+    kullback_leibler: ClassVar[tuple[str, ...]] = ("reverse",)
 
     def __call__(self, u: Tensor) -> Tensor:
         return -u.log()
@@ -89,6 +91,7 @@ class Jeffreys(ConvexFunction):
 
     at_zero: ClassVar[float] = inf
     slope_at_infinity: ClassVar[float] = inf
+    kullback_leibler: ClassVar[tuple[str, ...]] = ("forward", "reverse")
 
     def __call__(self, u: Tensor) -> Tensor:
         return (u - 1) * u.log()
@@ -185,6 +188,7 @@ class SquaredHellinger(ConvexFunction):
 
     at_zero: ClassVar[float] = 0.5
     slope_at_infinity: ClassVar[float] = 0.5
+    power: ClassVar[tuple[float, float] | None] = (0.5, 0.25)
 
     def __call__(self, u: Tensor) -> Tensor:
         return (u.sqrt() - 1).square() / 2
@@ -216,6 +220,7 @@ class PearsonChiSquared(ConvexFunction):
 
     at_zero: ClassVar[float] = 1.0
     slope_at_infinity: ClassVar[float] = inf
+    power: ClassVar[tuple[float, float] | None] = (2.0, 2.0)
 
     def __call__(self, u: Tensor) -> Tensor:
         return (u - 1).square()
@@ -247,6 +252,7 @@ class NeymanChiSquared(ConvexFunction):
 
     at_zero: ClassVar[float] = inf
     slope_at_infinity: ClassVar[float] = 1.0
+    power: ClassVar[tuple[float, float] | None] = (-1.0, 2.0)
 
     def __call__(self, u: Tensor) -> Tensor:
         return (u - 1).square() / u
@@ -292,6 +298,10 @@ class Alpha(ConvexFunction):
         if self.alpha in (0, 1) or not isfinite(self.alpha):
             limit = {0.0: "ReverseKullbackLeibler()", 1.0: "KullbackLeibler()"}.get(self.alpha, "a number")
             raise ValueError(f"Alpha wants a finite alpha other than 0 and 1, but found {self.alpha}. Use {limit}.")
+
+    @property
+    def power(self) -> tuple[float, float]:
+        return self.alpha, 1.0
 
     @property
     def at_zero(self) -> float:

@@ -39,6 +39,15 @@ class ConvexFunction(ABC):
 
     at_zero: ClassVar[float]
     slope_at_infinity: ClassVar[float]
+    power: ClassVar[tuple[float, float] | None] = None
+    """(alpha, factor) if f is factor times the f of `Alpha(alpha)`, whose divergences of normal distributions are known."""
+    kullback_leibler: ClassVar[tuple[str, ...]] = ()
+    """Names of the KL divergences, "forward" and "reverse", whose sum the divergence is; empty for others."""
+
+    @property
+    def bounded(self) -> bool:
+        """True if both limits are finite, so that the divergence and every term of its mean are."""
+        return isfinite(self.at_zero) and isfinite(self.slope_at_infinity)
 
     @abstractmethod
     def __call__(self, u: Tensor) -> Tensor:

@@ -11,38 +11,35 @@ Informations in Statistics and Information Theory* (2006).
 
 from __future__ import annotations
 
-__all__ = ["f_divergence", "in_closed_form", "js", "tv"]
+__all__ = ["f_divergence", "js", "tv"]
 
 import torch
-from torch import Tensor
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import Distribution
 
-from pyro_genmodels.divergences.convex import (
-    ConvexFunction,
-    Jeffreys,
-    JensenShannon,
-    KullbackLeibler,
-    ReverseKullbackLeibler,
-    TotalVariation,
-)
+from pyro_genmodels.divergences.convex import ConvexFunction, JensenShannon, TotalVariation
 from pyro_genmodels.divergences.densities import (
     check_densities,
     check_events,
+    check_measures,
     check_num_samples,
+    common_batch,
     log_densities,
     mean_of,
-    support_of,
+    score_function,
 )
-from pyro_genmodels.divergences.kullback_leibler import Divergence
+from pyro_genmodels.divergences.divergence import Divergence, warn_unless_reliable
+from pyro_genmodels.divergences.exact import in_closed_form
+from pyro_genmodels.utils.distances import in_doubles
 
 
 def f_divergence(p: Distribution, q: Distribution, f: ConvexFunction, *, num_samples: int = 10_000) -> Divergence:
     """Return D_f(p || q), in closed form or as a finite sum if possible, and otherwise as a mean over samples of both.
 
-    Closed forms are torch's, for KL, reverse KL and Jeffreys. The sum is used for two discrete distributions of single numbers
-    with the same finite support. The value has gradients with respect to the parameters of both distributions, through
-    reparametrised samples or, without these, by the score function. It has none through the ends of a support that moves with
-    the parameters.
+    Closed forms are torch's for KL, reverse KL and Jeffreys, and those of normal distributions for powers: Pearson, Neyman,
+    squared Hellinger and `Alpha`. Point masses are exact against anything, and share no mass with a density. The sum is that
+    over two discrete distributions of single numbers with the same finite support. The value has gradients with respect to the
+    parameters of both distributions, through reparametrised samples or, without these, by the score function. It has none
+    through the ends of a support that moves with the parameters.
 
     Args:
         p: distribution with an exact density.
@@ -51,17 +48,19 @@ def f_divergence(p: Distribution, q: Distribution, f: ConvexFunction, *, num_sam
         num_samples: number of samples per batch element, at least 4; half of them are from p and half from q.
 
     Returns:
-        Value and standard error (of the two strata together), of the broadcast batch shape. If a sample proves that the value
-        is infinite, the value is infinite and its error is 0. If f(0) or the slope at infinity is infinite, the terms may have
-        no variance, and the reported error is then too small.
+        Value and standard error (of the two strata together), of the broadcast batch shape, and k-hat of the terms. If a sample
+        proves that the value is infinite, the value is infinite and its error is 0. If f(0) or the slope at infinity is
+        infinite, the terms may have no variance, or the divergence may be infinite without a sample that proves it: k-hat above
+        0.7 says so, and a RuntimeWarning. The largest terms are smoothed by their Pareto tail where no term is negative.
 
     Raises:
         TypeError: if f is no `ConvexFunction`.
-        ValueError: for different event shapes, fewer than 4 samples, a distribution without an exact, normalised density, or a
-            continuous against a discrete distribution.
+        ValueError: for different event shapes, fewer than 4 samples, a distribution without an exact, normalised density (such
+            as a masked one), a continuous against a discrete distribution, or a log density that is NaN.
 
     Example:
         >>> import pyro.distributions as dist
+        >>> from pyro_genmodels.divergences import Jeffreys
         >>> p, q = dist.Normal(0.0, 1.0), dist.Normal(1.0, 1.0)
         >>> f_divergence(p, q, Jeffreys())
         Divergence(value=tensor(1.), std_error=tensor(0.))
@@ -75,23 +74,22 @@ def f_divergence(p: Distribution, q: Distribution, f: ConvexFunction, *, num_sam
             f"f_divergence wants a convex function such as KullbackLeibler(), but found {given}. Wrap your own function: "
             "Convex(function, at_zero=..., slope_at_infinity=...)."
         )
-    if (known := in_closed_form(p, q, f)) is not None:
+    check_densities(p, q, by="f_divergence")
+    check_measures(p, q, by="f_divergence")
+    if (known := in_closed_form(p, q, f, by="f_divergence")) is not None:
         return Divergence(known[0], torch.zeros_like(known[0].detach()))
     check_num_samples(num_samples, by="f_divergence", least=4)
-    check_densities(p, q, by="f_divergence")
-    if support_of(p).is_discrete != support_of(q).is_discrete:
-        raise ValueError(
-            f"f_divergence wants two continuous or two discrete distributions, but p is a {type(p).__name__} over {p.support} "
-            f"and q a {type(q).__name__} over {q.support}. Use Dequantized for integers, or compare samples by wasserstein."
-        )
-    shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
-    p, q = p.expand(shape), q.expand(shape)
-    log_p, log_q = log_densities(p, q, num_samples // 2)
-    mean_p, variance_p = mean_of(f.mean_term(log_p - log_q), log_p, p)
-    log_q, log_p = log_densities(q, p, num_samples - num_samples // 2)
-    mean_q, variance_q = mean_of(f.mean_term(log_p - log_q), log_q, q)
-    value, std_error = (mean_p + mean_q) / 2, (variance_p + variance_q).sqrt() / 2
-    return Divergence(value, torch.where(value.detach().isinf(), torch.zeros_like(std_error), std_error))
+    p, q = common_batch(p, q)
+    strata, gradient = [], 0.0
+    for one, other, sign, size in ((p, q, 1, num_samples // 2), (q, p, -1, num_samples - num_samples // 2)):
+        log_one, log_other = log_densities(one, other, size, by="f_divergence")
+        terms = f.mean_term(sign * in_doubles(log_one - log_other))
+        strata.append(terms)
+        gradient = gradient + score_function(terms, log_one, one) / 2
+    value, variance, k = mean_of(*strata, bounded=f.bounded)
+    dtype = torch.promote_types(log_one.dtype, log_other.dtype)
+    found = Divergence((value + gradient).to(dtype), variance.sqrt().to(dtype), k.to(dtype))
+    return warn_unless_reliable(found, num_samples, by="f_divergence")
 
 
 def js(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Divergence:
@@ -118,40 +116,3 @@ def tv(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Diverg
         tensor(0.3000)
     """
     return f_divergence(p, q, TotalVariation(), num_samples=num_samples)
-
-
-def in_closed_form(p: Distribution, q: Distribution, f: ConvexFunction) -> tuple[Tensor, str] | None:
-    """Return the value (batch...) and "closed form" or "exact sum"; None if the divergence must be estimated.
-
-    Example:
-        >>> import pyro.distributions as dist
-        >>> in_closed_form(dist.Bernoulli(0.2), dist.Bernoulli(0.5), JensenShannon())
-        (tensor(0.0507), 'exact sum')
-    """
-    pairs = {KullbackLeibler: [(p, q)], ReverseKullbackLeibler: [(q, p)], Jeffreys: [(p, q), (q, p)]}.get(type(f), [])
-    try:
-        if pairs:
-            return torch.stack([kl_divergence(*pair) for pair in pairs]).sum(0), "closed form"
-    except NotImplementedError:
-        pass
-    total = _finite_sum(p, q, f)
-    return None if total is None else (total, "exact sum")
-
-
-def _finite_sum(p: Distribution, q: Distribution, f: ConvexFunction) -> Tensor | None:
-    """Return the sum over the common support of two discrete distributions of numbers, (batch...); None if it is not finite."""
-    if p.event_shape or not (p.has_enumerate_support and q.has_enumerate_support):
-        return None
-    shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
-    p, q = p.expand(shape), q.expand(shape)
-    try:
-        x, y = p.enumerate_support(expand=False), q.enumerate_support(expand=False)
-    except NotImplementedError:  # the supports differ within a batch
-        return None
-    if len(x) != len(y) or not torch.equal(x.flatten().double(), y.flatten().double()):
-        return None
-    log_p, log_q = p.log_prob(x), q.log_prob(y)
-    possible = (log_p > -torch.inf) | (log_q > -torch.inf)
-    weight = (log_p.exp() + log_q.exp()) / 2
-    terms = weight * f.mean_term(torch.where(possible, log_p - log_q, 0.0))
-    return terms.sum(0)

@@ -15,8 +15,17 @@ from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
-from pyro_genmodels.divergences.densities import check_events, check_num_samples
-from pyro_genmodels.divergences.kullback_leibler import Divergence
+from pyro_genmodels.divergences.densities import (
+    COUNTS,
+    check_densities,
+    check_events,
+    check_num_samples,
+    common_batch,
+    mean_of,
+    measure_of,
+    support_of,
+)
+from pyro_genmodels.divergences.divergence import Divergence, warn_unless_reliable
 from pyro_genmodels.utils.distributions import density_of, sum_event
 
 
@@ -29,11 +38,13 @@ def fisher(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Di
         num_samples: number of samples per batch element, at least 2.
 
     Returns:
-        Value (inverse squared units of the data) and standard error, of the broadcast batch shape. The value has gradients with
-        respect to the parameters of q. It is infinite if a sample of p lies outside of the support of q.
+        Value (inverse squared units of the data) and standard error, of the broadcast batch shape, and k-hat of the squares; a
+        RuntimeWarning is issued if it is above 0.7. The value has gradients with respect to the parameters of q. It is infinite
+        if a sample of p lies outside of the support of q.
 
     Raises:
-        ValueError: for different event shapes, fewer than 2 samples, or a distribution without a density over real numbers.
+        ValueError: for different event shapes, fewer than 2 samples, a distribution without a density over real numbers, a
+            masked distribution, or a score that is NaN.
 
     Example:
         >>> import pyro.distributions as dist
@@ -44,24 +55,26 @@ def fisher(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Di
     check_num_samples(num_samples, by="fisher")
     for name, dist in (("p", p), ("q", q)):
         density, advice = density_of(dist)
-        if density == "none" or dist.support is None or dist.support.is_discrete:
+        if density == "none" or dist.support is None or measure_of(dist) == COUNTS:
             raise ValueError(
                 f"fisher wants two densities over real numbers, but {name} is a {type(dist).__name__} over {dist.support}. "
                 f"{advice or 'Use kl.'}"
             )
-    shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
-    p, q = p.expand(shape), q.expand(shape)
+    check_densities(p, q, by="fisher", normalised=False)
+    p, q = common_batch(p, q)
     with torch.no_grad():
         x = p.sample((num_samples,))
-        inside = q.support.check(x)
+        inside = support_of(q).check(x)
         x_valid = x
         if not inside.all():  # samples of q replace points outside of its support
             x_valid = torch.where(inside.reshape(inside.shape + (1,) * len(q.event_shape)), x, q.sample((num_samples,)))
     difference = score_of(p, x).detach() - score_of(q, x_valid)
     squares = sum_event(difference.square(), len(p.event_shape)).masked_fill(~inside, torch.inf)
-    value = squares.mean(0)
-    std_error = squares.detach().std(0) / num_samples**0.5
-    return Divergence(value, torch.where(value.detach().isinf(), torch.zeros_like(std_error), std_error))
+    if num_nan := int(squares.detach().isnan().sum()):
+        raise ValueError(f"fisher wants scores, but {num_nan} of {squares.numel()} are NaN. Check the parameters of p and q.")
+    value, variance, k = mean_of(squares)
+    found = Divergence(value.to(squares.dtype), variance.sqrt().to(squares.dtype), k.to(squares.dtype))
+    return warn_unless_reliable(found, num_samples, by="fisher")
 
 
 def score_of(dist: Distribution, x: Tensor) -> Tensor:

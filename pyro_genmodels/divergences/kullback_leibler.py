@@ -9,31 +9,27 @@ Kullback and Leibler, *On Information and Sufficiency* (1951).
 
 from __future__ import annotations
 
-__all__ = ["Divergence", "kl", "reverse_kl"]
-
-from typing import NamedTuple
+__all__ = ["kl", "reverse_kl"]
 
 import torch
-from torch import Tensor
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import Distribution
 
-from pyro_genmodels.divergences.densities import check_densities, check_events, check_num_samples, log_densities, mean_of
-
-
-class Divergence(NamedTuple):
-    """Estimate of a divergence and its standard error.
-
-    Attributes:
-        value: divergence, (batch...); in nats unless its function says otherwise.
-        std_error: standard error of the value, (batch...); 0 for a closed form.
-    """
-
-    value: Tensor
-    std_error: Tensor
+from pyro_genmodels.divergences.convex import KullbackLeibler
+from pyro_genmodels.divergences.densities import (
+    check_densities,
+    check_events,
+    check_num_samples,
+    common_batch,
+    log_densities,
+    mean_of,
+    score_function,
+)
+from pyro_genmodels.divergences.divergence import Divergence, warn_unless_reliable
+from pyro_genmodels.divergences.exact import in_closed_form
 
 
 def kl(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Divergence:
-    """Return KL(p || q), in closed form if torch knows one, and otherwise as a mean over samples of p.
+    """Return KL(p || q), in closed form or as a finite sum if possible, and otherwise as a mean over samples of p.
 
     The value has gradients with respect to the parameters of q and of p; for p they come from reparametrised samples or,
     without these, from the score function.
@@ -44,11 +40,14 @@ def kl(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Diverg
         num_samples: number of samples per batch element, at least 2.
 
     Returns:
-        Value and standard error, of the broadcast batch shape. If a sample of p lies outside of the support of q, the value is
-        infinite and its error is 0.
+        Value and standard error, of the broadcast batch shape, and k-hat of the log ratios; a RuntimeWarning is issued if it is
+        above 0.7. If a sample of p lies outside of the support of q, or one of the two is a point mass and the other has a
+        density, the value is infinite and its error is 0.
 
     Raises:
-        ValueError: for different event shapes, fewer than 2 samples, or a distribution without an exact, normalised density.
+        TypeError: for anything but distributions.
+        ValueError: for different event shapes, fewer than 2 samples, a distribution without an exact, normalised density (such
+            as a masked one), or a log density that is NaN.
 
     Example:
         >>> import pyro.distributions as dist
@@ -56,11 +55,17 @@ def kl(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Diverg
         tensor(0.5000)
     """
     check_events(p, q, by="kl")
-    try:
-        value = kl_divergence(p, q)
-        return Divergence(value, torch.zeros_like(value))
-    except NotImplementedError:
-        return _estimate(p, q, num_samples)
+    check_densities(p, q, by="kl")
+    known = in_closed_form(p, q, KullbackLeibler(), by="kl")
+    if known is not None:
+        return Divergence(known[0], torch.zeros_like(known[0].detach()))
+    check_num_samples(num_samples, by="kl")
+    p, q = common_batch(p, q)
+    log_p, log_q = log_densities(p, q, num_samples, by="kl")
+    terms = log_p - log_q
+    value, variance, k = mean_of(terms)
+    value = value.to(terms.dtype) + score_function(terms, log_p, p)
+    return warn_unless_reliable(Divergence(value, variance.sqrt().to(terms.dtype), k.to(terms.dtype)), num_samples, by="kl")
 
 
 def reverse_kl(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Divergence:
@@ -72,14 +77,3 @@ def reverse_kl(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -
         True
     """
     return kl(q, p, num_samples=num_samples)
-
-
-def _estimate(p: Distribution, q: Distribution, num_samples: int) -> Divergence:
-    """Return the Monte Carlo estimate of KL(p || q)."""
-    check_num_samples(num_samples, by="kl")
-    check_densities(p, q, by="kl")
-    shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
-    p, q = p.expand(shape), q.expand(shape)
-    log_p, log_q = log_densities(p, q, num_samples)
-    value, variance = mean_of(log_p - log_q, log_p, p)
-    return Divergence(value, variance.sqrt())

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pyro_genmodels.divergences.divergence import Divergence
 from pyro_genmodels.divergences.kernels import GaussianKernel, Kernel, check_kernel, check_kernel_values
-from pyro_genmodels.divergences.kullback_leibler import Divergence
 from pyro_genmodels.divergences.samples import Samples, as_matrices
 
 _MAX_BLOCK_SIZE = 2**24  # largest number of entries of the kernel matrix in memory

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_genmodels.divergences.kullback_leibler import Divergence
+from pyro_genmodels.divergences.divergence import Divergence
 from pyro_genmodels.divergences.samples import Samples, as_matrices, centred
 from pyro_genmodels.utils.distances import distances
 from pyro_genmodels.utils.errors import import_extra

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["Samples", "as_matrices", "as_samples", "centred"]
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -18,9 +18,7 @@ from pyro_genmodels.utils.tensors import as_tensor
 if TYPE_CHECKING:
     import pandas as pd
 
-    Samples = Tensor | np.ndarray | pd.DataFrame | pd.Series
-else:
-    Samples = Any
+Samples: TypeAlias = "Tensor | np.ndarray | pd.DataFrame | pd.Series"
 """A set of samples, one in each row: a tensor, an array, or a frame of pandas."""
 
 MAX_MAGNITUDE = 1e150

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["divergence_table"]
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -22,10 +23,12 @@ from pyro_genmodels.divergences.convex import (
     SquaredHellinger,
     TotalVariation,
 )
-from pyro_genmodels.divergences.densities import check_events
-from pyro_genmodels.divergences.f import f_divergence, in_closed_form
+from pyro_genmodels.divergences.densities import check_densities, check_events, check_measures
+from pyro_genmodels.divergences.divergence import Divergence
+from pyro_genmodels.divergences.exact import in_closed_form
+from pyro_genmodels.divergences.f import f_divergence
 from pyro_genmodels.divergences.fisher_divergence import fisher
-from pyro_genmodels.divergences.kullback_leibler import Divergence, kl, reverse_kl
+from pyro_genmodels.divergences.kullback_leibler import kl, reverse_kl
 from pyro_genmodels.divergences.maximum_mean_discrepancy import mmd
 from pyro_genmodels.divergences.optimal_transport import wasserstein
 from pyro_genmodels.divergences.sliced import sliced_wasserstein
@@ -77,8 +80,9 @@ def divergence_table(
 
     Returns:
         One row per divergence, by its name, with columns ``value``, ``std_error``, ``kind`` ("densities", "scores" or
-        "samples") and ``method`` ("closed form", "exact sum", "Monte Carlo", ...). ``table.attrs["left_out"]`` is a dict from
-        the names of the missing divergences to the reasons.
+        "samples") and ``method`` ("closed form", "exact sum", "Monte Carlo", ...). Where the value is not reliable (see
+        `Divergence`), "unreliable (k = 3.2)" stands in place of the error, and there is one RuntimeWarning.
+        ``table.attrs["left_out"]`` is a dict from the names of the missing divergences to the reasons.
 
     Raises:
         ValueError: for different event shapes, and for distributions with a batch shape.
@@ -101,11 +105,18 @@ def divergence_table(
         check_events(p, q, by="divergence_table")
     rows: dict[str, dict[str, float | str]] = {}
     left_out: dict[str, str] = {}
+    unreliable: list[str] = []
 
     def add(name: str, kind: str, method: str, divergence: Callable[[], Divergence]) -> None:
         try:
-            value, std_error = divergence()
-            rows[name] = {"value": float(value), "std_error": float(std_error), "kind": kind, "method": method}
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*Pareto shape", category=RuntimeWarning)  # one warning below
+                found = divergence()
+            error: float | str = float(found.std_error)
+            if found.pareto_k is not None and not found.reliable:
+                error = f"unreliable (k = {float(found.pareto_k):.1f})"
+                unreliable.append(name)
+            rows[name] = {"value": float(found.value), "std_error": error, "kind": kind, "method": method}
         except (ValueError, NotImplementedError, ImportError) as error:
             left_out[name] = str(error)
 
@@ -114,6 +125,14 @@ def divergence_table(
             torch.manual_seed(seed)
         _add_densities(add, p, q, num_samples, left_out)
         _add_samples(add, *(side.sample((set_size,)) if isinstance(side, Distribution) else side for side in (p, q)))
+    if unreliable:
+        warnings.warn(
+            f"divergence_table: {', '.join(unreliable)} may be infinite: the terms of their means have tails so heavy (Pareto "
+            "shape k above 0.7) that neither value nor error means anything. Rely on those that are bounded: js, tv, "
+            "squared_hellinger.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     import pandas as pd  # pandas is slow to import
 
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["value", "std_error", "kind", "method"])
@@ -134,8 +153,13 @@ def _add_densities(
             left_out[name] = f"It needs two scores, but {reason}"
         return
     by_name = {"kl": kl, "reverse_kl": reverse_kl}
-    for name, f in DENSITY_DIVERGENCES.items():
-        known = in_closed_form(p, q, f)
+    try:
+        check_densities(p, q, by="divergence_table")
+        check_measures(p, q, by="divergence_table")
+    except ValueError as error:
+        left_out.update(dict.fromkeys(DENSITY_DIVERGENCES, str(error)))
+    for name, f in DENSITY_DIVERGENCES.items() if not left_out else ():
+        known = in_closed_form(p, q, f, by=name)
         if known is not None:
             add(name, "densities", known[1], lambda known=known: Divergence(known[0], torch.zeros(())))
         elif name in by_name:

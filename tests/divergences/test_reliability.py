@@ -1,0 +1,101 @@
+"""Means whose terms have heavy tails say so, and good ones do not."""
+
+from math import inf
+
+import pyro.distributions as dist
+import pytest
+import torch
+from normals import FORMS, not_reparametrised, reparametrised
+
+from pyro_genmodels.divergences import (
+    Divergence,
+    NeymanChiSquared,
+    PearsonChiSquared,
+    SquaredHellinger,
+    divergence_table,
+    f_divergence,
+    fisher,
+    js,
+    kl,
+    mmd,
+    tv,
+)
+
+pytestmark = pytest.mark.usefixtures("float64")
+P, Q = reparametrised(torch.tensor(0.0), torch.tensor(1.0)), reparametrised(torch.tensor(1.0), torch.tensor(2.0))
+CAUCHY = dist.Cauchy(torch.tensor(0.0), 1.0)
+
+
+def test_an_infinite_divergence_is_called_unreliable():
+    """The integral of q^2 / p is infinite, which no sample proves."""
+    with pytest.warns(RuntimeWarning, match=r"f_divergence: its value is unreliable, and may be infinite.*k = \d\.\d"):
+        found = f_divergence(P, Q, NeymanChiSquared())
+    assert found.pareto_k > 2
+    assert not found.reliable
+    assert "pareto_k=tensor(" in repr(found)
+    with pytest.warns(RuntimeWarning, match="kl: its value is unreliable"):
+        assert kl(CAUCHY, P).pareto_k > 1  # the mean of x^2 under a Cauchy distribution
+    with pytest.warns(RuntimeWarning, match="fisher: its value is unreliable"):
+        assert fisher(CAUCHY, P).pareto_k > 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("seed", range(5))
+def test_good_means_are_reliable(form, seed):
+    torch.manual_seed(seed)
+    p, q = form(torch.tensor(0.0), torch.tensor(1.0)), form(torch.tensor(1.0), torch.tensor(2.0))
+    for found in (kl(p, q), kl(q, p), js(p, q), tv(p, q), f_divergence(p, q, SquaredHellinger()), fisher(p, q),
+                  f_divergence(p, q, PearsonChiSquared())):  # fmt: skip
+        assert found.reliable
+        assert found.pareto_k < 0.7
+        assert "pareto_k" not in repr(found)
+
+
+def test_bounded_terms_have_no_tail_and_what_is_exact_has_no_k():
+    far = reparametrised(torch.tensor(9.0), torch.tensor(0.1))
+    assert js(P, far).pareto_k == tv(far, CAUCHY).pareto_k == -inf
+    assert kl(dist.Normal(0.0, 1.0), dist.Normal(1.0, 1.0)).pareto_k is None
+    assert mmd(torch.randn(9), torch.randn(9)).pareto_k is None
+    assert kl(P, dist.Uniform(0.0, 1.0)) == (inf, 0)
+    assert kl(P, dist.Uniform(0.0, 1.0)).reliable
+    assert f_divergence(P, P, NeymanChiSquared()).pareto_k == -inf
+
+
+def test_a_batch_has_a_k_of_each():
+    scale = torch.tensor([1.0, 2.0])
+    with pytest.warns(RuntimeWarning, match="1 of its 2 values are unreliable"):
+        found = f_divergence(P, not_reparametrised(torch.zeros(2), scale), NeymanChiSquared())
+    assert (found.pareto_k > 0.7).tolist() == [False, True]
+    assert not found.reliable
+
+
+def test_smoothing_lowers_the_variance_of_a_heavy_mean_and_keeps_its_value():
+    """Neyman's terms with k of 0.5: 200 estimates of 200 samples against the closed form."""
+    q = (torch.zeros(200), torch.full((200,), 1.15))
+    p, exact = reparametrised(torch.zeros(200), torch.ones(200)), dist.Normal(torch.tensor(0.0), 1.0)
+    truth = f_divergence(exact, dist.Normal(torch.tensor(0.0), 1.15), NeymanChiSquared()).value
+    value, _ = f_divergence(p, reparametrised(*q), NeymanChiSquared(), num_samples=400)
+    assert abs(value.mean() - truth) < 6 * value.std() / 200**0.5
+
+
+def test_the_table_says_unreliable_in_place_of_an_error_and_warns_once():
+    with pytest.warns(RuntimeWarning) as caught:
+        table = divergence_table(P, Q, num_samples=2000, set_size=20, seed=0)
+    assert [str(w.message)[:52] for w in caught] == ["divergence_table: neyman_chi_squared may be infinite"]
+    assert str(table.std_error["neyman_chi_squared"]).startswith("unreliable (k = ")
+    assert "unreliable (k = " in table.to_string()
+    assert table.std_error["js"] < 0.01
+
+
+def test_the_table_of_normals_is_exact_where_it_can_be():
+    table = divergence_table(dist.Normal(0.0, 1.0), dist.Normal(1.0, 2.0), num_samples=100, set_size=20, seed=0)
+    assert table.value["neyman_chi_squared"] == inf
+    assert (table.method[["squared_hellinger", "pearson_chi_squared", "neyman_chi_squared"]] == "closed form").all()
+
+
+def test_a_divergence_is_a_pair():
+    value, error = found = Divergence(torch.tensor(1.0), torch.tensor(0.1))
+    assert found == (value, error)
+    assert found.pareto_k is None
+    assert found.reliable
+    assert Divergence(value, error, pareto_k=torch.tensor(torch.nan)).reliable  # too few samples to tell
