@@ -120,7 +120,8 @@ class GAN(ContinuousFamily):
         return self._over_data(implicit)
 
     def _context_modules(self) -> list[nn.Module | None]:
-        return [self.context, self.critic.context]
+        # not self.critic, which would make the critic's parameters those of the model that asks
+        return [self.context, self._modules["critic"].context]  # type: ignore[union-attr, list-item]
 
 
 class Critic(nn.Module):

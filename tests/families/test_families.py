@@ -870,3 +870,14 @@ def test_a_pickled_family_is_renamed_only_where_its_name_is_taken():
     assert twin.prior.name == f"{twin.name}.prior"
     del flow, twin
     assert pickle.loads(pickled).name == name
+
+
+@pytest.mark.parametrize("context", [0, 2, Labels(2)], ids=["alone", "vectors", "labels"])
+def test_the_model_of_a_gan_has_the_parameters_of_its_generator_alone(context):
+    """Or the generator's optimiser would train the critic too."""
+    gan = GAN((2,), context=context)
+    given = () if context == 0 else (torch.arange(5) % 2,) if isinstance(context, Labels) else (torch.randn(5, 2),)
+    for _ in range(2):  # the first run standardises
+        trace = pyro.poutine.trace(gan.model, param_only=True).get_trace(torch.randn(5, 2), *given)
+        assert trace.param_nodes
+        assert not [name for name in trace.param_nodes if "critic" in name]
