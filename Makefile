@@ -42,7 +42,7 @@ $(READY_ARVIZ1): pyproject.toml constraints.txt constraints-arviz1.txt
 
 demo: $(READY)
 	@echo "== fitting seven families of deep generative model to scikit-learn's digits, judged on held-out images"
-	$(BIN)/python -m pyro_genmodels compare --data digits --out $(OUT) $(DEMO)
+	$(BIN)/python -m pyro_genmodels compare --data digits --out $(OUT) --force $(DEMO)
 
 test: $(READY)
 	@echo "== tests"

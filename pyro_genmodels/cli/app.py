@@ -26,6 +26,7 @@ from pyro_genmodels.cli.console import (
     print_table,
     report_errors,
     say,
+    set_threads,
     terminate,
     warn,
 )
@@ -39,6 +40,8 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exce
 FAMILIES = ("flow", "vae", "autoregressive", "energy", "ode_flow", "diffusion", "gan")
 DATA = ("digits", "moons", "ring", "grid", "pinwheel", "checkerboard")
 SPLITS = ("train", "valid", "test", "all")
+MAX_SIZE = 1.0
+"""Largest size of a file in GB, by default."""
 
 
 def _completion(names: tuple[str, ...]) -> Any:
@@ -47,10 +50,11 @@ def _completion(names: tuple[str, ...]) -> Any:
 
 
 Data = Annotated[
-    str,
+    str | None,
     typer.Option(
         help=f"A data set ({', '.join(DATA)}), or a .npy, .npz, .csv or .parquet file of rows.",
         autocompletion=_completion(DATA),
+        show_default=False,
     ),
 ]
 Columns = Annotated[
@@ -72,6 +76,24 @@ Epochs = Annotated[
     int | None,
     typer.Option(min=1, help="Largest number of passes over the data. Each family has its own default.", show_default=False),
 ]
+MaxSize = Annotated[
+    float,
+    typer.Option(
+        "--max-size",
+        min=0,
+        help="Largest size of a file that is read, and of the numbers in it, in GB (1e9 bytes).",
+        show_default=True,
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Threads of torch. By default 1 for families of less than a million parameters, and one for each core for others.",
+        show_default=False,
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an older run in the folder.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar and no messages about files.")]
 CheckpointPath = Annotated[Path, typer.Argument(help="A .safetensors file from `fit` or `compare`.", show_default=False)]
 
@@ -97,7 +119,7 @@ def root(
 @app.command()
 def compare(
     context: typer.Context,
-    data: Data = "digits",
+    data: Data = None,
     families: Annotated[
         str, typer.Option(help="Families to fit, separated by commas.", autocompletion=_completion(FAMILIES))
     ] = ",".join(FAMILIES),
@@ -108,6 +130,9 @@ def compare(
     seed: Seed = 0,
     device: Device = "cpu",
     epochs: Epochs = None,
+    threads: Threads = None,
+    max_size: MaxSize = MAX_SIZE,
+    force: Force = False,  # noqa: FBT002
     quiet: Quiet = False,  # noqa: FBT002
 ) -> None:
     """Fit families to one data set and compare them on held-out data.
@@ -122,18 +147,22 @@ def compare(
     with report_errors(context):
         _check_names("family", names or [""], FAMILIES)
         source = _source(data, columns, labels, levels, seed)
+        _check_unused([out / "run.json", *_files_of_runs(out, names)], force=force)
         prepare(out, device, "matplotlib", "safetensors", "h5netcdf", "h5py", "ot")
-        dataset = source.load()
+        dataset = source.load(_bytes(max_size))
         from pyro_genmodels.cli import recipes, reports
 
         fits: dict[str, Fit] = {}
         for name in names:
             try:
-                fits[name] = recipes.fit(name, source, dataset, out / name, device=device, epochs=epochs, progress=not quiet)
+                fits[name] = recipes.fit(
+                    name, source, dataset, out / name, device=device, epochs=epochs, threads=threads, progress=not quiet
+                )
             except FloatingPointError as error:  # the other families are still fitted
                 warn(f"{name} could not be trained: {error}.")
         if not fits:
             raise FloatingPointError("none of the families could be trained")
+        set_threads(threads, *(fit.family for fit in fits.values()))
         test_labels = dataset.test_labels if labels else None
         found = {name: recipes.evaluate(fit, dataset.test, test_labels, progress=not quiet) for name, fit in fits.items()}
         arguments = {"data": data, "columns": columns, "labels": labels, "levels": levels, "families": names}
@@ -146,7 +175,7 @@ def compare(
 @app.command()
 def fit(
     context: typer.Context,
-    data: Data = "digits",
+    data: Data = None,
     family: Annotated[
         str, typer.Option(help=f"Family to fit: {', '.join(FAMILIES)}.", autocompletion=_completion(FAMILIES))
     ] = "flow",
@@ -167,6 +196,9 @@ def fit(
     resume: Annotated[
         Path | None, typer.Option(help="Continue from this checkpoint, with its data and settings. --epochs may be higher.")
     ] = None,
+    threads: Threads = None,
+    max_size: MaxSize = MAX_SIZE,
+    force: Force = False,  # noqa: FBT002
     quiet: Quiet = False,  # noqa: FBT002
 ) -> None:
     """Fit one family to one data set. Ctrl-C keeps the state reached so far.
@@ -186,19 +218,22 @@ def fit(
         if resume is None:
             _check_names("family", [family], FAMILIES)
             source, path = _source(data, columns, labels, levels, seed), out / family
+            _check_unused(_files_of_runs(out, [family]), force=force)
         else:
             check_modules("safetensors")
             given = [
-                name for name in ("family", "out", "columns", "labels", "levels", "seed", *settings) if _is_given(context, name)
+                name
+                for name in ("family", "out", "columns", "labels", "levels", "seed", "force", *settings)
+                if _is_given(context, name)
             ]
             if given:
                 options = ", ".join("--" + name.replace("_", "-") for name in given)
                 raise ValueError(f"--resume continues with the settings of the checkpoint: leave {options} out")
-            family, source, settings, path = _saved_run(resume, data if _is_given(context, "data") else None)
+            family, source, settings, path = _saved_run(resume, data)
             out, saved_epochs = path.parent, settings.pop("epochs")
             epochs = epochs if _is_given(context, "epochs") else saved_epochs
         prepare(out, device, "matplotlib", "safetensors")
-        dataset = source.load()
+        dataset = source.load(_bytes(max_size))
         import pyro
 
         from pyro_genmodels.cli import recipes, reports
@@ -210,10 +245,12 @@ def fit(
             path,
             device=device,
             epochs=epochs,
+            threads=threads,
             progress=not quiet,
             resume=resume is not None,
             **settings,
         )
+        set_threads(threads, fitted.family)
         reports.plot_fits(
             {family: fitted}, dataset, out, conditional=bool(source.labels), seed=source.seed, suffix=f"_{family}"
         )
@@ -223,7 +260,7 @@ def fit(
         words = describe(
             found, dataset.levels, dataset.test, lambda: recipes.sample_quality_of(fitted, dataset.test, test_labels)
         )
-        typer.echo(f"{family} on {dataset.name} (test): {words}")
+        say(f"{family} on {dataset.name} (test): {words}", quiet=False)
         say(
             f"training ended at {fitted.stopped}, best epoch {fitted.best['epoch']}; checkpoint: {path}.safetensors",
             quiet=quiet,
@@ -242,6 +279,8 @@ def sample(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the samples.")] = 0,
     device: Device = "cpu",
+    threads: Threads = None,
+    max_size: MaxSize = MAX_SIZE,
     quiet: Quiet = False,  # noqa: FBT002
 ) -> None:
     """Sample from a fitted family.
@@ -263,7 +302,8 @@ def sample(
         from pyro_genmodels.families import Labels
 
         reports.check_rows(out)
-        family, notes = recipes.load_family(checkpoint, device=device)
+        family, notes = recipes.load_family(checkpoint, device=device, max_bytes=_bytes(max_size))
+        set_threads(threads, family)
         if picture is not None:
             reports.check_picture(family, picture)
         pyro.set_rng_seed(seed)
@@ -314,9 +354,17 @@ def evaluate(
             "--num-samples", "-n", min=1, help="k, samples per row for a bound or an estimate. By default 512, or 8 for ODEs."
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="File (.csv) for the log-likelihood of each row.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="File (.csv) for the log-likelihood of each row. Its column `row` is the number of the row in the file of "
+            "data, from 0, without the header."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the samples for a bound.")] = 0,
     device: Device = "cpu",
+    threads: Threads = None,
+    max_size: MaxSize = MAX_SIZE,
 ) -> None:
     """Evaluate a fitted family by the log-likelihood of data.
 
@@ -341,29 +389,55 @@ def evaluate(
         from pyro_genmodels.cli import recipes
         from pyro_genmodels.utils.files import atomic_write
 
-        family, notes = recipes.load_family(checkpoint, device=device)
-        x, y, name = recipes.rows_of(notes, data=data, columns=_split(columns), labels=labels, split=split)
+        family, notes = recipes.load_family(checkpoint, device=device, max_bytes=_bytes(max_size))
+        set_threads(threads, family)
+        rows = recipes.rows_of(
+            notes, data=data, columns=_split(columns), labels=labels, split=split, max_bytes=_bytes(max_size)
+        )
         pyro.set_rng_seed(seed)
-        found = recipes.evaluate(family, x, y, num_samples=num_samples)
+        found = recipes.evaluate(family, rows.x, rows.labels, num_samples=num_samples)
         if out is not None:
-            table = pd.DataFrame({"log_likelihood": found.values.cpu(), "std_error": found.std_error.cpu()})
+            table = pd.DataFrame(
+                {"log_likelihood": found.values.cpu(), "std_error": found.std_error.cpu()}, index=rows.numbers.numpy()
+            )
             table.index.name = "row"
             with atomic_write(out) as part:
-                table.to_csv(part)
-        words = describe(found, notes.levels, x, lambda: recipes.sample_quality_of(family, x, y))
-        typer.echo(f"{notes.family} on {name}: {words}")
+                table.sort_index().to_csv(part)
+        words = describe(found, notes.levels, rows.x, lambda: recipes.sample_quality_of(family, rows.x, rows.labels))
+        say(f"{notes.family} on {rows.name}: {words}", quiet=False)
 
 
 # Checks before work begins.
 
 
-def _source(data: str, columns: str | None, labels: str | None, levels: int | None, seed: int) -> DataSource:
+def _source(data: str | None, columns: str | None, labels: str | None, levels: int | None, seed: int) -> DataSource:
     """Return the source of the data. An unknown name is refused before anything heavy is imported."""
+    if data is None:
+        raise ValueError(f"--data is missing: a data set ({', '.join(DATA)}) or a file of rows, such as --data moons")
     _check_data(data)
     from pyro_genmodels.cli.recipes import DataSource
 
     data = data if data in DATA else str(Path(data).resolve())  # a checkpoint finds it from any folder
     return DataSource(data, _split(columns), labels, levels, seed)
+
+
+def _files_of_runs(out: Path, families: list[str]) -> list[Path]:
+    """Return the paths of the checkpoints of families in a folder, and of their runs."""
+    return [out / f"{family}{kind}.safetensors" for family in families for kind in ("", ".training")]
+
+
+def _check_unused(paths: list[Path], *, force: bool) -> None:
+    """Raise a ValueError if files that a new run would replace exist, unless that is wanted."""
+    taken = [path for path in paths if path.exists()]
+    if taken and not force:
+        runs = [path for path in taken if path.name.endswith(".training.safetensors")]
+        cure = f", --resume {runs[0].with_name(runs[0].name.replace('.training.', '.'))} to continue it" if runs else ""
+        raise ValueError(f"{taken[0]} is of an older run: pass --force to replace it{cure}, or another folder as --out")
+
+
+def _bytes(max_size: float) -> int:
+    """Return a size in GB as a number of bytes."""
+    return int(min(max_size * 1e9, 2**62))
 
 
 def _check_data(data: str) -> None:
@@ -395,7 +469,8 @@ def _saved_run(checkpoint: Path, data: str | None) -> tuple[str, DataSource, dic
 
     path = checkpoints.tensors_of(checkpoint)
     path = path.with_name(path.name.removesuffix(".training.safetensors").removesuffix(".safetensors") + ".safetensors")
-    notes = read_notes(checkpoints.read(path)[1])
+    run = path.with_name(path.stem + ".training.safetensors")
+    notes = read_notes(checkpoints.read_record(run) if run.is_file() else checkpoints.read(path)[1])
     if notes is None or notes.source is None:
         raise ValueError(
             f"{path} was not written by the command line: continue in Python, by train(..., "

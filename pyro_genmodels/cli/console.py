@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-__all__ = ["check_device", "check_modules", "describe", "prepare", "print_table", "report_errors", "say", "terminate", "warn"]
+__all__ = [
+    "check_device",
+    "check_modules",
+    "describe",
+    "prepare",
+    "print_table",
+    "report_errors",
+    "say",
+    "set_threads",
+    "terminate",
+    "warn",
+]
 
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import ceil
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from pyro_genmodels.utils.errors import one_line
+
 if TYPE_CHECKING:
     from pyro_genmodels.datasets import Dataset
     from pyro_genmodels.evaluation import Comparison, LogLikelihood, SampleQuality
+
+
+MAX_MESSAGE = 1000
+"""Largest number of characters of a message, which may hold texts from files."""
 
 
 def prepare(out: Path, device: str, *modules: str) -> None:
@@ -31,9 +49,8 @@ def prepare(out: Path, device: str, *modules: str) -> None:
     check_device(device)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".probe{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        with TemporaryFile(dir=out):
+            pass
     except OSError as error:
         raise OSError(f"cannot write to {out}: {error.strerror}") from error
 
@@ -55,6 +72,17 @@ def check_device(device: str) -> None:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"the device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def set_threads(threads: int | None, *families: Any) -> None:
+    """Set torch's number of threads for the rest of the command: by default one if all families are small."""
+    import torch
+
+    from pyro_genmodels.cli.recipes import threads_for
+
+    wanted = threads or (1 if all(threads_for(family) == 1 for family in families) else None)
+    if wanted is not None:
+        torch.set_num_threads(wanted)
 
 
 @contextmanager
@@ -80,10 +108,14 @@ def report_errors(context: typer.Context) -> Iterator[None]:
 def _one_line(error: Exception) -> str:
     """Return the message of an error, in terms of the command line."""
     text = str(error).split("\nTrace Shapes:")[0].split("\n  Trace Shapes:")[0].strip()  # Pyro adds shapes for model authors
-    if argument := getattr(error, "argument", None):  # of `datasets.tables.ArgumentError`
-        text += f" On the command line: --{argument} {getattr(error, 'example', '')}"
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    text = one_line(text, MAX_MESSAGE)
+    if argument := getattr(error, "argument", None):  # of `utils.errors.ArgumentError`
+        example = str(getattr(error, "example", ""))
+        if argument == "max_bytes":
+            argument, example = "max-size", f"{ceil(int(example) / 1e7) / 100:g}"
+        text += f" On the command line: --{argument} {example}"
     return text if text.endswith((".", "?", ")")) else text + "."
 
 
@@ -103,13 +135,13 @@ def terminate(*_: Any) -> None:
 
 def warn(message: Any, *_: Any, **__: Any) -> None:
     """Print a warning in one line. It replaces `warnings.showwarning`."""
-    typer.echo(f"pyro-genmodels: warning: {message}", err=True)
+    typer.echo(f"pyro-genmodels: warning: {one_line(message, MAX_MESSAGE)}", err=True)
 
 
 def say(text: str, *, quiet: bool) -> None:
     """Print a line, unless quiet."""
     if not quiet:
-        typer.echo(text)
+        typer.echo(one_line(text, MAX_MESSAGE))
 
 
 def describe(found: LogLikelihood, levels: int | None, x: Any, sample_quality: Callable[[], SampleQuality]) -> str:

@@ -7,6 +7,7 @@ __all__ = [
     "DataSource",
     "Notes",
     "Recipe",
+    "Rows",
     "draw",
     "evaluate",
     "fit",
@@ -14,6 +15,7 @@ __all__ = [
     "read_notes",
     "rows_of",
     "sample_quality_of",
+    "threads_for",
 ]
 
 from collections.abc import Callable, Mapping
@@ -72,6 +74,7 @@ from pyro_genmodels.infer.adversarial import R1, R2, Relativistic
 from pyro_genmodels.optim.adapters import Optim
 from pyro_genmodels.training import Checkpoint, Fit, checkpoints, train
 from pyro_genmodels.utils.errors import unknown_name
+from pyro_genmodels.utils.files import MAX_BYTES
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,11 @@ class DataSource:
     levels: int | None = None
     seed: int = 0
 
-    def load(self) -> Dataset:
+    def load(self, max_bytes: int = MAX_BYTES) -> Dataset:
         """Return the data set.
+
+        Args:
+            max_bytes: largest size of a file and of the numbers in it.
 
         Raises:
             ValueError: see `pyro_genmodels.datasets.load`.
@@ -123,7 +129,7 @@ class DataSource:
         if is_named and self.labels not in (None, "label"):
             raise unknown_name(f"labels of {self.data}", str(self.labels), ["label"])
         labels = None if is_named else self.labels
-        return load(self.data, seed=self.seed, columns=self.columns, labels=labels, levels=self.levels)
+        return load(self.data, seed=self.seed, columns=self.columns, labels=labels, levels=self.levels, max_bytes=max_bytes)
 
 
 @dataclass(frozen=True)
@@ -240,6 +246,9 @@ def _adversarial(data: Dataset, family: Any, optim: Any) -> Adversarial:
     return Adversarial(family.model, family.critic, Relativistic(), optim, penalties=(R1(gamma), R2(gamma)))
 
 
+SMALL_FAMILY = 1_000_000
+"""Number of parameters below which a family is trained and evaluated by one thread: several would wait for each other."""
+
 FAMILIES: Mapping[str, Recipe] = {
     "flow": Recipe(_flow, learning_rate=2e-3, batch_size=(128, 256)),
     "vae": Recipe(_vae),
@@ -272,6 +281,7 @@ def fit(
     batch_size: int | None = None,
     learning_rate: float | None = None,
     patience: int = 25,
+    threads: int | None = None,
     progress: bool = True,
     resume: bool = False,
 ) -> Fit:
@@ -287,6 +297,7 @@ def fit(
         batch_size: number of rows per step; None for the recipe's.
         learning_rate: learning rate of Adam; None for the recipe's.
         patience: number of epochs without a better validation loss after which training stops.
+        threads: number of threads of torch; None is one for a small family, and as many as there are cores for a large one.
         progress: True to show a progress bar.
         resume: True to continue the run of the checkpoint.
     """
@@ -321,8 +332,14 @@ def fit(
         ema_decay=recipe.ema_decay,
         checkpoint=Checkpoint(checkpoint, resume=resume, notes=asdict(notes)),
         seed=source.seed,
+        threads=threads or threads_for(family),
         progress=progress,
     )
+
+
+def threads_for(family: Family) -> int | None:
+    """Return the number of threads that suits a family: one if it is small, and otherwise None, which is torch's own number."""
+    return 1 if sum(p.numel() for p in family.parameters()) < SMALL_FAMILY else None
 
 
 def evaluate(
@@ -365,10 +382,34 @@ def sample_quality_of(family: Any, x: Tensor, labels: Tensor | None, *, num_samp
     return sample_quality(family, x, context, {}, split_rows(x, num_samples))
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows to evaluate a family on.
+
+    Attributes:
+        x: the rows, (N, *event_shape).
+        labels: their labels, (N,), or None.
+        numbers: their numbers in the file or collection that they come from, (N,), counted from 0 and without the header. Rows
+            that a data set draws are counted from the first of the split.
+        name: name of the data and the split.
+    """
+
+    x: Tensor
+    labels: Tensor | None
+    numbers: Tensor
+    name: str
+
+
 def rows_of(
-    notes: Notes, *, data: str | None, columns: list[str] | None, labels: str | None, split: str | None
-) -> tuple[Tensor, Tensor | None, str]:
-    """Return rows to evaluate a checkpoint on, their labels, and a name for them.
+    notes: Notes,
+    *,
+    data: str | None,
+    columns: list[str] | None,
+    labels: str | None,
+    split: str | None,
+    max_bytes: int = MAX_BYTES,
+) -> Rows:
+    """Return rows to evaluate a checkpoint on.
 
     Args:
         notes: notes of the checkpoint.
@@ -376,6 +417,7 @@ def rows_of(
         columns: columns of a file; None for those that the checkpoint was fitted to.
         labels: name of the labels; None for those that the checkpoint was fitted with.
         split: train, valid, test or all. The default is all for another file, and otherwise test.
+        max_bytes: largest size of a file and of the numbers in it.
 
     Raises:
         ValueError: if the rows cannot be read, or have other columns, labels or levels.
@@ -399,11 +441,16 @@ def rows_of(
         split = split or "all"
     name = f"{Path(source.data).name} ({split})"
     if source.data not in DATASETS and split == "all":
-        return *load_rows(source.data, columns=source.columns, labels=source.labels, levels=notes.levels), name
-    dataset = source.load()
-    parts = ("train", "valid", "test") if split == "all" else (split,)
-    x = torch.cat([getattr(dataset, part) for part in parts])
-    return x, torch.cat([getattr(dataset, f"{part}_labels") for part in parts]) if source.labels else None, name
+        x, y = load_rows(source.data, columns=source.columns, labels=source.labels, levels=notes.levels, max_bytes=max_bytes)
+        return Rows(x, y, torch.arange(len(x)), name)
+    dataset = source.load(max_bytes)
+    names = ("train", "valid", "test")
+    parts = [getattr(dataset, part) for part in names]
+    wanted = [split in (part, "all") for part in names]
+    chosen = torch.cat([torch.full((len(part),), is_wanted) for part, is_wanted in zip(parts, wanted, strict=True)])
+    numbers = torch.arange(int(chosen.sum())) if dataset.order is None else dataset.order[chosen]
+    y = torch.cat([getattr(dataset, f"{part}_labels") for part in names])[chosen] if source.labels else None
+    return Rows(torch.cat(parts)[chosen], y, numbers, name)
 
 
 def _same_file(a: str, b: str) -> bool:
@@ -425,24 +472,52 @@ def draw(family: Any, num_samples: int, labels: Tensor | None = None, *, batch_s
 
 
 def read_notes(record: Mapping[str, Any]) -> Notes | None:
-    """Return the notes of the command line in a checkpoint's record, or None if it was made in Python."""
+    """Return the notes of the command line in a checkpoint's record, or None if it has others or none."""
     try:
         fields = dict(record["notes"])
         notes = Notes(**fields | {"source": DataSource(**fields["source"])})
-        texts = [notes.family, notes.source.data if notes.source else "", *(notes.columns or ())]
     except (KeyError, TypeError, ValueError):  # a user's own notes
         return None
-    return notes if all(isinstance(text, str) for text in texts) else None
+    return notes if _are_possible(notes) else None
 
 
-def load_family(path: Path, *, device: str) -> tuple[Family, Notes]:
+def _are_possible(notes: Notes) -> bool:
+    """Return True if notes from a file hold values that the command line could have written."""
+
+    def is_whole(value: Any, low: int, high: int = 2**63) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and low <= value < high
+
+    def are_texts(value: Any) -> bool:
+        return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+    source, rate = notes.source, notes.learning_rate
+    return (
+        notes.family in FAMILIES
+        and source is not None
+        and isinstance(source.data, str)
+        and "\0" not in source.data
+        and are_texts(source.columns)
+        and are_texts(notes.columns)
+        and (source.labels is None or isinstance(source.labels, str))
+        and (source.levels is None or is_whole(source.levels, 0))
+        and (notes.levels is None or is_whole(notes.levels, 2))
+        and is_whole(source.seed, 0, 2**32)
+        and all(is_whole(number, 1) for number in (notes.batch_size, notes.patience, notes.epochs))
+        and isinstance(rate, float | int)
+        and not isinstance(rate, bool)
+        and 0 < rate < float("inf")
+    )
+
+
+def load_family(path: Path, *, device: str, max_bytes: int = MAX_BYTES) -> tuple[Family, Notes]:
     """Return the family of a checkpoint on a device, and its notes."""
-    _, record = checkpoints.read(path)
-    family = checkpoints.load(path)
-    notes = read_notes(record)
+    state, record = checkpoints.read(path, max_bytes=max_bytes)
+    family, notes = checkpoints.load_state(state, record, path), read_notes(record)
+    support = family.data_support
+    levels = int(getattr(support, "upper_bound", 1)) + 1 if support.is_discrete else None
     if notes is None:
-        support = family.data_support
-        levels = int(getattr(support, "upper_bound", 1)) + 1 if support.is_discrete else None
         notes = Notes(type(family).__name__.lower(), None, None, levels)
+    elif notes.levels != levels:
+        raise ValueError(f"{path} is damaged: its notes say {notes.levels} levels, but its family has {levels}.")
     family.name = notes.family
     return family.to(device), notes

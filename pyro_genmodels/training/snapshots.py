@@ -231,7 +231,7 @@ class RunCheckpoint:
     """
 
     SECONDS = 30.0
-    """Seconds between two writes of the run, apart from the first, after the first epoch, and the last."""
+    """Seconds between two writes of the run, apart from the first, after the first good epoch, and the last."""
 
     def __init__(
         self,
@@ -266,7 +266,7 @@ class RunCheckpoint:
         tensors, options = capture(self.weights, self.optimiser)
         captured = self.weights.best_state(), self.fit.record(), tensors, options
         self._captured, self.epochs = captured, len(self.fit.history)  # in one statement: Ctrl-C may come at any time
-        if (self.epochs and not self._is_written) or time.perf_counter() - self._written > self.SECONDS:
+        if (self.fit.best and not self._is_written) or time.perf_counter() - self._written > self.SECONDS:
             self.write()
 
     def restore(self) -> None:

@@ -247,7 +247,7 @@ MEASURES = ["--columns", "height,width,depth"]
 
 def fit(out, *args, epochs=2):
     """Fits, and returns the path of the checkpoint."""
-    done("fit", *args, "--epochs", epochs, "--out", out, "--quiet")
+    done("fit", *args, "--epochs", epochs, "--out", out, "--quiet", "--force")
     [path] = [path for path in Path(out).glob("*.safetensors") if ".training" not in path.name]
     return path
 
@@ -358,7 +358,7 @@ def test_digits_are_compared(tmp_path):
 
 def test_a_seed_says_everything_whatever_families_are_compared_with(run, data, tmp_path):
     def nats(seed):
-        args = ["--data", data / "images.npz", "--families", "autoregressive", "--epochs", 1, "--seed", seed]
+        args = ["--data", data / "images.npz", "--families", "autoregressive", "--epochs", 1, "--seed", seed, "--force"]
         done("compare", *args, "--out", tmp_path, "--quiet")
         return rows(tmp_path)[0]["nats"]
 
@@ -791,9 +791,10 @@ def test_one_draw_is_pictured_without_a_warning(data, tmp_path):
 def test_a_seed_says_everything_and_the_same_folder_may_be_used_again(data, tmp_path):
     go = partial(fit, tmp_path / "out", "--data", data / "plane.csv", epochs=2)
     first = load_file(go("--seed", 1))
-    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    before = [path.name for path in (tmp_path / "out").iterdir()]
     again, other = load_file(go("--seed", 1)), None
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+    after = [path.name for path in (tmp_path / "out").iterdir()]
+    assert sorted(after) == sorted([*before, "flow.old.training.safetensors"])
     other = load_file(go("--seed", 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
@@ -1018,7 +1019,7 @@ def test_a_stop_is_told_in_a_line_and_where_the_run_is_in_another(command, epoch
 
 
 def test_a_stop_while_data_are_read_is_told_in_a_line(data, tmp_path, monkeypatch):
-    def stopped(self):
+    def stopped(self, max_bytes):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(recipes.DataSource, "load", stopped)
@@ -1106,7 +1107,9 @@ def test_a_full_disk_is_told_in_a_line_and_leaves_what_was_there(room, data, tmp
     assert sizes[0] < sizes[1]
     full_disk(1000 if room == "for nothing" else sum(sizes) // 2)
     try:
-        result = invoke("fit", "--data", data / "plain.csv", "--epochs", 2, "--seed", 9, "--out", path.parent, "--quiet")
+        result = invoke(
+            "fit", "--data", data / "plain.csv", "--epochs", 2, "--seed", 9, "--out", path.parent, "--force", "--quiet"
+        )
     finally:
         full_disk(-1)
     check_refusal(result)
@@ -1186,7 +1189,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_drawing(flow, tmp_path,
     ids=" ".join,
 )
 def test_what_cannot_be_done_is_refused_in_one_line(args, words, tmp_path):
-    known = {"--families": "autoregressive", "--out": tmp_path, "--epochs": 1}
+    known = {"--data": "digits", "--families": "autoregressive", "--out": tmp_path, "--epochs": 1}
     known[args[0]] = args[1]
     result = invoke("compare", *(part for option in known.items() for part in option))
     check_refusal(result, *words)
@@ -1209,7 +1212,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(args, words, tmp_path):
         (["--learning-rate", "-1"], ["--learning-rate", "-1"]),
         (["--learning-rate", "nan"], ["--learning-rate", "nan"]),
         (["--learning-rate", "inf"], ["--learning-rate", "inf"]),
-        (["--device", "banana"], ["banana"]),
+        (["--data", "moons", "--device", "banana"], ["banana"]),
     ],
     ids=" ".join,
 )
@@ -1462,12 +1465,12 @@ def test_help_names_the_options_and_has_examples(command, monkeypatch):
     known = set(re.findall(r"--[a-z-]+", text.split("Options", 1)[1]))
     assert set(re.findall(r"--[a-z-]+", " ".join(examples))) <= known
     options = {
-        "compare": "data families out columns labels levels seed device epochs quiet",
-        "fit": "data family out columns labels levels seed device epochs batch-size learning-rate patience resume quiet",
+        "compare": "data families out columns labels levels seed device epochs force quiet",
+        "fit": "data family out columns labels levels seed device epochs batch-size learning-rate patience resume force quiet",
         "sample": "out num-samples label picture seed device quiet",
         "evaluate": "data split columns labels num-samples out seed device",
     }
-    assert {f"--{option}" for option in options[command].split()} | {"--help"} == known
+    assert {f"--{option}" for option in options[command].split()} | {"--help", "--threads", "--max-size"} == known
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
