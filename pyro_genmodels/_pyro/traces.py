@@ -215,7 +215,7 @@ def point_masses(model_trace: Trace, guide_trace: Trace, run_again: Callable[[],
         is_mass = isinstance(fn, Delta) and not torch.as_tensor(fn.log_density).any()
         if is_mass and not (name in model_trace.nodes and _has_masses(model_trace.nodes[name]["fn"])):
             found[name] = guide_trace.nodes[name]["value"]
-    again = run_again() if found else guide_trace
+    again: Any = run_again() if found else guide_trace
     return [name for name, value in found.items() if value.equal(again.nodes[name]["value"])]
 
 
