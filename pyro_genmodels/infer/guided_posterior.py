@@ -289,7 +289,7 @@ def inpaint(
 
 def _deviations(diffusion: Any, values: Tensor) -> Tensor:
     """Return the change of data at these values (*event_shape) per standard deviation in the network's space."""
-    pretransform = unwrap(diffusion).pretransform
+    pretransform = capabilities(unwrap(diffusion)).pretransform
     if pretransform is None:
         return torch.ones_like(values)
     y = pretransform(values.double())

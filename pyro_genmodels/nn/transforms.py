@@ -378,7 +378,7 @@ def lazy_transform(module: nn.Module) -> nn.Module:
             )
         if type(part) in _INVERTIBLE:
             part.__class__ = _INVERTIBLE[type(part)]
-        if getattr(univariate, "func", None) is zuko.flows.polynomial.ShiftedSOSPTransform:
+        if isinstance(univariate, partial) and univariate.func is zuko.flows.polynomial.ShiftedSOSPTransform:
             part.univariate = partial(_shifted_polynomial, **univariate.keywords)
     return lazy
 
