@@ -65,15 +65,15 @@ def to_arviz(
       account. Use `log_likelihood` instead;
     - ``log_prior``: log density of each latent variable, in nats;
     - ``sample_stats``: for each draw ``log_p``, the joint density of latent variables and data, and (unless the guide is a
-      point mass at a continuous variable) ``log_q`` and ``log_weight`` = log_p - log_q, in nats; for MCMC also ``diverging``, and if its
-      kernel is in `record_statistics` ``energy``, ``lp``, ``acceptance_rate``, ``step_size`` and ``tree_depth``;
+      point mass at a continuous variable) ``log_q`` and ``log_weight`` = log_p - log_q, in nats; for MCMC also ``diverging``,
+      and if its kernel is in `record_statistics` ``energy``, ``lp``, ``acceptance_rate``, ``step_size`` and ``tree_depth``;
     - ``observed_data``;
     - ``constant_data``: tensors and arrays among the model's arguments that it does not observe. Those in lists,
       dictionaries and frames are called ``name_0``, ``name_key`` and ``name_column``.
 
     Dimensions are (chain, draw), then the plates by name, then the event's. If the model or the guide subsamples a plate, all
     of its rows are run block by block, and log_p and log_q are those of all rows. Rows that have no value of a variable, such
-    as short sequences, hold NaN, and a log density of 0. For a minibatch of a family (``size=``) they are scaled
+    as short sequences, hold NaN, and a log density of 0. For a minibatch of a family (``size=``) log_p and log_q are scaled
     estimates.
 
     All modules of the fit are in evaluation mode during the call. A plain model runs four times for one block of draws: once
