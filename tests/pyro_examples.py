@@ -1,7 +1,7 @@
 """Programs of the kinds found among Pyro's examples and tutorials, small, with their fits.
 
-Each function returns a fit and the arguments of its model. Networks are single layers, data are a few rows, and training is a step
-or two: what counts is how the programs are written.
+Each function returns a fit and the arguments of its model. Networks are single layers, data are a few rows, and training is a
+step or two: what counts is how the programs are written.
 """
 
 import pyro
