@@ -6,7 +6,7 @@ message of this package, which says what was found and what to do, they only hid
 
 from __future__ import annotations
 
-__all__ = ["without_trace_shapes"]
+__all__ = ["is_own", "without_trace_shapes"]
 
 import re
 from collections.abc import Iterator
@@ -29,15 +29,17 @@ def without_trace_shapes() -> Iterator[None]:
         while original.__cause__ is not None and _SHAPES.search(str(original)):
             original = original.__cause__
         shapes = _SHAPES.search(str(error))
-        if shapes is None or not _is_own(original):
+        if shapes is None or not is_own(original):
             raise
         error.args = (_SHAPES.sub("", str(error)),)
         error.trace_shapes = shapes.group().strip("\n")  # type: ignore[union-attr]
         raise error from original.__cause__
 
 
-def _is_own(error: BaseException) -> bool:
+def is_own(error: BaseException) -> bool:
     """Return True if an error was raised by a function of this package."""
+    if hasattr(error, "trace_shapes"):
+        return True
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_genmodels._pyro import traces, vectorize
+from pyro_genmodels._pyro import messages, traces, vectorize
 from pyro_genmodels.dynamics.reverse import PROGRESS_DELAY
 from pyro_genmodels.evaluation.arguments import RowArguments
 from pyro_genmodels.evaluation.log_z import LogPartitions
@@ -80,10 +80,12 @@ def _first_run(model: Any, guide: Any, first: RowArguments) -> tuple[Any, Any]:
     try:
         model_trace, guide_trace = traces.run_pair(model, guide, first.args, first.kwargs)
     except vectorize.SHAPE_ERRORS as error:
+        if messages.is_own(error):
+            raise
         first_line = one_line(str(error).partition("\n")[0])
         raise ValueError(
             f"log_likelihood runs model and guide on some rows of the data, here {first.num_rows}, but they fail: "
-            f"{type(error).__name__} {first_line}. A guide of single rows reads x and has no size of "
+            f"{type(error).__name__}: {first_line.rstrip('.')}. A guide of single rows reads x and has no size of "
             "its own. A model whose rows depend on each other has no likelihood of single rows: see to_arviz."
         ) from error
     return model_trace, traces.proposal(guide_trace)

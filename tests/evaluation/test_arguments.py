@@ -266,3 +266,24 @@ def test_one_row_and_integers():
     assert log_likelihood((normal, none), torch.zeros(1)).values.tolist() == pytest.approx([-0.9189385])
     assert str(log_likelihood((normal, none), torch.zeros(1))).startswith("0.919 ± nan nats per datum")
     assert log_likelihood((normal, none), np.array([0, 1])).values.tolist() == pytest.approx([-0.9189385, -1.4189385])
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(5, 3), r"wants data of shape \(N, 2\), but found \(1, 3\)"),
+        (torch.zeros(5), r"wants data of shape \(N, 2\), but found \(1,\)"),
+        (torch.zeros(5, 2, dtype=torch.long), "models real numbers, but was given data of torch.int64"),
+        (torch.tensor([[0.0, 0.0], [float("nan"), 0.0]]), "NaN or infinite values in 1 of 2 rows, the first of them row 1"),
+    ],
+)
+def test_the_errors_of_a_family_are_not_wrapped(x, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        log_likelihood(small_flow(), x)
+    assert "log_likelihood" not in str(caught.value)
+
+
+@pytest.mark.parametrize("samples", ["a", 2.5, True])
+def test_a_number_of_quality_samples_that_is_none_is_refused(samples):
+    with pytest.raises(TypeError, match="quality_samples as a number of samples or None"):
+        compare({"flow": small_flow()}, torch.randn(10, 2), quality_samples=samples)
