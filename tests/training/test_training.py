@@ -933,10 +933,10 @@ def test_a_model_is_run_twice_to_begin_with_and_once_a_batch(objective, valid):
         runs.append(len(x))
         location(x)
 
-    # Twice to begin with: as far as its first site in a plate, to see if it subsamples, and whole.
+    # Twice to begin with: with many rows as far as its first site in a plate, to see if it subsamples, and with a batch.
     train((model, no_guide), torch.ones(9), valid=valid, objective=objective, epochs=3, batch_size=3)
     epoch = [3, 3, 3] if valid is None else [3, 3, 3, 5]
-    assert runs == [3, 3, *epoch, *epoch, *epoch]
+    assert runs == [9, 3, *epoch, *epoch, *epoch]
 
 
 class Copies(TorchDispatchMode):
