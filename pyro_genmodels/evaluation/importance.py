@@ -6,7 +6,7 @@ With k samples z from the guide, a row has the log weights and the estimate
 
 If the log density of a site is itself a random estimate, only the mean of the log weights is a bound, and is used instead.
 The weights are averaged as they are, since smoothed ones give no bound. k-hat says whether their mean can be trusted, and the
-mean of smoothed weights, which estimates log p(x) better, is given beside it.
+mean of smoothed weights, which has less variance, is given beside it.
 """
 
 from __future__ import annotations

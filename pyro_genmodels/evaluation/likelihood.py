@@ -10,7 +10,7 @@ Burda et al., *Importance Weighted Autoencoders* (arXiv 1509.00519).
 
 A guide that is too narrow gives weights without a variance, and the bound stays far below the truth for any k. Their k-hat
 (`pyro_genmodels.utils.pareto`, arXiv 1507.02646) tells: above .7 a row's value is called unreliable. `values` are means of the
-raw weights, because the mean of Pareto-smoothed weights is no bound; that better estimate is in `smoothed`.
+raw weights, because the mean of Pareto-smoothed weights is no bound; that estimate, of less variance, is in `smoothed`.
 
 Signs: `values`, `mean` and an elpd are log-likelihoods, so higher is better. "nats per datum", printed and in tables, and bits
 per dimension are their negatives, as losses are, so lower is better.
@@ -62,8 +62,8 @@ class LogLikelihood:
         observation_noise: deviation of the Gaussian noise that was added to samples without a density
             (`gaussian_observation_likelihood`); None if none was added.
         pareto_k: k-hat of the importance weights of each row, (N,); NaN for fewer than 21 samples, None if nothing was sampled.
-        smoothed: estimate of each value from Pareto-smoothed weights, (N,): better than `values`, but no bound; None without
-            importance weights.
+        smoothed: estimate of each value from Pareto-smoothed weights, (N,): of less variance than `values`, but no bound; None
+            without importance weights.
     """
 
     values: Tensor

@@ -83,9 +83,9 @@ def pareto_k(log_values: Tensor, dim: int = 0) -> Tensor:
 def smooth_log_weights(log_weights: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     """Return log weights whose tail is replaced by quantiles of its generalised Pareto law, and k-hat.
 
-    No smoothed weight exceeds the largest raw one. The mean of smoothed weights has less variance than that of raw ones, so it
-    is a better estimate of an evidence. But it is not an unbiased one, so its logarithm is no bound in expectation. Weights
-    whose k-hat is infinite or NaN stay as they are.
+    No smoothed weight exceeds the largest raw one. The mean of smoothed weights has less variance than that of raw ones, and a
+    small bias downwards: below `MAX_PARETO_K` it has the smaller mean square error. But it is not unbiased, so its logarithm is
+    no bound in expectation. Weights whose k-hat is infinite or NaN stay as they are.
 
     Args:
         log_weights: log weights, not normalised; -inf for zero.
@@ -127,7 +127,7 @@ class LogMean(NamedTuple):
         value: log of the mean of the raw weights. If these are unbiased, it is too low in expectation.
         std_error: its standard error by the delta method; NaN for a single weight, inf where the value is infinite.
         pareto_k: k-hat of the weights.
-        smoothed: log of the mean of the smoothed weights: a better estimate, but no bound in expectation.
+        smoothed: log of the mean of the smoothed weights: of less variance, but no bound in expectation.
     """
 
     value: Tensor
