@@ -132,6 +132,8 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
             log_det = self.pretransform.log_abs_det_jacobian(x, y)
         if y.is_floating_point() and (dtype := self._network_dtype) is not None:
             y = y.to(dtype)
+        if isinstance(log_det, Tensor):
+            log_det = log_det.to(y.dtype)
         return y, self._context_at(shape), log_det
 
     def _as_value(self, value: Any) -> Tensor:

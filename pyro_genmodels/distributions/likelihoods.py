@@ -32,6 +32,10 @@ from pyro_genmodels.utils.distributions import is_real
 from pyro_genmodels.utils.errors import check_choice, check_positive_int
 
 
+MIN_LOGISTIC_SCALE = 0.03
+"""Scale of a discretised logistic, in levels, that networks can always reach: it is one level for sure."""
+
+
 class Likelihood(ABC):
     """A univariate distribution whose parameters are outputs of a network."""
 
@@ -169,7 +173,8 @@ class DiscretizedLogisticLikelihood(Likelihood):
         logits, loc, log_scale = params.chunk(3, -1)
         half = (self.levels - 1) / 2
         spread = torch.linspace(-0.5, 0.5, self.components, device=loc.device, dtype=loc.dtype)
-        scale = self.levels / 8 * log_scale.clamp(-7, 7).exp()
+        lowest = min(-7.0, log(8 * MIN_LOGISTIC_SCALE / self.levels))
+        scale = self.levels / 8 * log_scale.clamp(lowest, 7).exp()
         return DiscretizedLogisticMixture(logits, half * (1 + spread + loc), scale, self.levels, validate_args=False)
 
     def encode(self, x: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ from pyro_genmodels.nn.fields import DenseField, UNet
 from pyro_genmodels.nn.gan import ConvolutionalCritic, ConvolutionalGenerator, DenseCritic, DenseGenerator
 from pyro_genmodels.nn.transforms import BPF, GF, MAF, NAF, NCSF, NICE, NSF, SOSPF, UNAF, RealNVP
 from pyro_genmodels.samplers import Gibbs, GibbsWithGradients, Hamiltonian, Langevin, ParallelTempering
+from pyro_genmodels.utils.errors import suggest_names
 
 __all__ = [
     "BPF",
@@ -117,3 +118,5 @@ __all__ = [
     "VariationalBound",
     "VelocityPrediction",
 ]  # fmt: skip
+
+suggest_names(__name__)

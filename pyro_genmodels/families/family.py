@@ -484,7 +484,7 @@ class Family(PyroModule):
         return self
 
 
-def _constructor_signature(cls: type[Family]) -> inspect.Signature:
+def _constructor_signature(cls: Any) -> inspect.Signature:
     return inspect.Signature(list(inspect.signature(cls.__init__).parameters.values())[1:])
 
 

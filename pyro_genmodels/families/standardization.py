@@ -49,12 +49,12 @@ class Standardization(Transform):
         self.loc, self.scale, self.check = loc, scale, check
 
     @constraints.dependent_property(is_discrete=False)
-    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+    def domain(self) -> constraints.Constraint:
         """Real events of the shape of `loc`."""
         return constraints.independent(constraints.real, self.loc.dim()) if self.loc.dim() else constraints.real
 
     @constraints.dependent_property(is_discrete=False)
-    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+    def codomain(self) -> constraints.Constraint:
         """Real events of the shape of `loc`."""
         return self.domain
 

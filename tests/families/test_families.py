@@ -733,6 +733,23 @@ def test_maximum_likelihood_refuses_a_vae_and_names_the_objective():
         MaximumLikelihood().loss(vae.model, vae.guide, real(3)(5))
 
 
+@pytest.mark.parametrize("levels", [5, 256, 2**16])
+def test_a_discretised_logistic_can_be_one_level_for_sure(levels):
+    """With 65,536 levels the smallest scale was 7.5 levels."""
+    logistic = DiscretizedLogisticLikelihood(levels, components=1)(torch.tensor([0.0, 2 / (levels - 1) - 0.5, -50.0]))
+    assert logistic.loc.item() == pytest.approx(1, abs=0.01)
+    assert logistic.log_prob(torch.tensor(1)).exp().item() > 0.999
+
+
+@rows(lambda case: case.density != "none")
+def test_float64_values_have_log_densities_in_the_precision_of_the_family(case):
+    family, batch = case.build().eval(), case.batch(4)
+    double = [part.double() if part.is_floating_point() else part for part in batch]
+    with torch.no_grad():
+        assert family(*double[1:]).log_prob(double[0]).dtype == torch.float32
+        assert family.double()(*batch[1:]).log_prob(batch[0]).dtype == torch.float64
+
+
 # Constant and degenerate data.
 
 
