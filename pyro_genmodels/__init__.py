@@ -48,7 +48,7 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(f"{__name__}.{_home[name]}"), name)
     if name in _modules:
         return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise import_module(f"{__name__}.utils.errors").unknown_attribute(__name__, name, [*__all__, *_modules])
 
 
 def __dir__() -> list[str]:

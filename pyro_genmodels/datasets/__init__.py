@@ -4,5 +4,8 @@ from pyro_genmodels.datasets.dataset import Dataset
 from pyro_genmodels.datasets.loading import load, load_rows
 from pyro_genmodels.datasets.named import DATASETS, digits
 from pyro_genmodels.datasets.plane import checkerboard, grid, moons, pinwheel, ring
+from pyro_genmodels.utils.errors import suggest_names
 
 __all__ = ["DATASETS", "Dataset", "checkerboard", "digits", "grid", "load", "load_rows", "moons", "pinwheel", "ring"]
+
+suggest_names(__name__)

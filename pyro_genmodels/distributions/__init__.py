@@ -10,6 +10,7 @@ from pyro_genmodels.distributions.flow import NormalizingFlow
 from pyro_genmodels.distributions.implicit import Implicit
 from pyro_genmodels.distributions.ode import ContinuousFlow
 from pyro_genmodels.utils.distributions import unwrap
+from pyro_genmodels.utils.errors import suggest_names
 
 __all__ = [
     "Autoregression",
@@ -23,3 +24,5 @@ __all__ = [
     "ReverseDiffusion",
     "unwrap",
 ]
+
+suggest_names(__name__)

@@ -29,6 +29,7 @@ from pyro_genmodels.divergences.maximum_mean_discrepancy import mmd
 from pyro_genmodels.divergences.optimal_transport import wasserstein
 from pyro_genmodels.divergences.sliced import sliced_wasserstein
 from pyro_genmodels.divergences.table import divergence_table
+from pyro_genmodels.utils.errors import suggest_names
 
 __all__ = [
     "Alpha", "Convex", "ConvexFunction", "Divergence", "EnergyKernel", "GaussianKernel", "Jeffreys", "JensenShannon",
@@ -36,3 +37,5 @@ __all__ = [
     "ReverseKullbackLeibler", "ScaledKernel", "SquaredHellinger", "TotalVariation", "divergence_table", "f_divergence",
     "fisher", "js", "kl", "mmd", "reverse_kl", "sliced_wasserstein", "tv", "wasserstein",
 ]  # fmt: skip
+
+suggest_names(__name__)

@@ -11,6 +11,7 @@ from pyro_genmodels.evaluation.observation import gaussian_observation_likelihoo
 from pyro_genmodels.evaluation.permutation_test import MMDTest, mmd_test
 from pyro_genmodels.evaluation.raise_bound import conservative_log_likelihood
 from pyro_genmodels.evaluation.sample_quality import SampleQuality
+from pyro_genmodels.utils.errors import suggest_names
 
 __all__ = [
     "ClassifierTest",
@@ -34,3 +35,5 @@ __all__ = [
     "mode_coverage",
     "no_likelihood",
 ]  # fmt: skip
+
+suggest_names(__name__)

@@ -23,6 +23,7 @@ from pyro_genmodels.infer.sample_losses import (
     SpreadDivergence,
 )
 from pyro_genmodels.infer.score_matching import ImplicitScoreMatching, SlicedScoreMatching
+from pyro_genmodels.utils.errors import suggest_names
 
 __all__ = [
     "Adversarial",
@@ -55,3 +56,5 @@ __all__ = [
     "diffusion_posterior",
     "inpaint",
 ]
+
+suggest_names(__name__)

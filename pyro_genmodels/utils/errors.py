@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-__all__ = ["ArgumentError", "check_choice", "check_positive_int", "import_extra", "listed", "one_line", "unknown_name"]
+__all__ = [
+    "ArgumentError",
+    "check_choice",
+    "check_positive_int",
+    "import_extra",
+    "listed",
+    "one_line",
+    "suggest_names",
+    "unknown_attribute",
+    "unknown_name",
+]
 
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 
 class ArgumentError(ValueError):
@@ -115,6 +126,44 @@ def unknown_name(kind: str, found: str, known: Iterable[str]) -> ValueError:
     near = get_close_matches(found.casefold(), by_case, n=1)
     hint = f" Did you mean {_printable(by_case[near[0]])}?" if near else ""
     return ValueError(f"unknown {kind} {_shortened(found)!r}: choose from {listed(known)}.{hint}")
+
+
+def unknown_attribute(module: str, found: str, known: Iterable[str]) -> AttributeError:
+    """Build the error to raise for a name that a module does not have.
+
+    Args:
+        module: name of the module.
+        found: the name.
+        known: names that the module has.
+
+    Returns:
+        An error that suggests the nearest name, ignoring case, if one is near. An `AttributeError`, so that `hasattr` works.
+
+    Example:
+        >>> raise unknown_attribute("pyro_genmodels", "Flwo", ["Flow", "GAN"])
+        Traceback (most recent call last):
+        AttributeError: module 'pyro_genmodels' has no attribute 'Flwo'. Did you mean Flow?
+    """
+    by_case = {name.casefold(): name for name in known}
+    near = [] if found.startswith("_") else get_close_matches(found.casefold(), by_case, n=1)
+    hint = f". Did you mean {by_case[near[0]]}?" if near else ""
+    return AttributeError(f"module {module!r} has no attribute {found!r}{hint}")
+
+
+def suggest_names(module: str) -> None:
+    """Make the errors for names that a module does not have suggest the nearest name of its `__all__`.
+
+    The module gets a ``__getattr__`` at run time only, so that type checkers still know which names it has.
+
+    Args:
+        module: name of the module.
+    """
+    owner = sys.modules[module]
+
+    def fail(name: str) -> NoReturn:
+        raise unknown_attribute(module, name, owner.__all__)
+
+    vars(owner)["__getattr__"] = fail
 
 
 def listed(names: Iterable[str]) -> str:

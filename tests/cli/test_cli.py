@@ -1531,10 +1531,30 @@ def test_every_submodule_of_the_face_can_be_reached_and_imported_by_star():
     assert set(pyro_genmodels.__all__) <= set(namespace)
 
 
-def test_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="no attribute 'Flwo'"):
-        _ = pyro_genmodels.Flwo
-    assert not hasattr(pyro_genmodels, "nonsense")
+ROOMS = ("distributions", "divergences", "datasets", "families", "infer", "infer.adversarial", "evaluation", "training")
+
+
+@pytest.mark.parametrize("room", ["", *ROOMS, "inference_data"])
+def test_a_name_that_is_misspelt_is_an_attribute_error_with_the_nearest(room):
+    module = importlib.import_module(f"pyro_genmodels.{room}".rstrip("."))
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+        if len(name) > 4:
+            wrong = name[:-2] + name[-1] + name[-2] if name[-1] != name[-2] else name + "x"
+            with pytest.raises(
+                AttributeError, match=rf"^module '{module.__name__}' has no attribute '{wrong}'. Did you mean \w+\?$"
+            ):
+                getattr(module, wrong)
+    for name in ("zebra", "__wrapped__", "_Flow"):
+        assert not hasattr(module, name)
+    with pytest.raises(AttributeError, match=r"no attribute 'zebra'$"):
+        _ = module.zebra
+
+
+def test_the_nearest_name_is_found_whatever_its_case():
+    for wrong, name in [("Flwo", "Flow"), ("flow", "Flow"), ("Gan", "GAN"), ("family", "Family"), ("familes", "families")]:
+        with pytest.raises(AttributeError, match=f"Did you mean {name}"):
+            getattr(pyro_genmodels, wrong)
 
 
 @pytest.mark.parametrize(
