@@ -638,3 +638,43 @@ def test_a_discrete_latent_that_is_read_from_the_left_is_run_draw_by_draw(y):
     k, log_p = draws(data, "k").to(levels), stat(data, "log_p")
     expected = normal(levels[k.long()][:, None], 1.0, y).sum(1) + torch.tensor(0.5).log()
     close(log_p, expected)
+
+
+# A model that takes particles for coordinates, z.sum(), in any unit.
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (1e-6, 0.0), (1e-20, 0.0), (1e6, 0.0), (1.0, 1e4), (1e-3, 10.0)])
+def test_values_of_a_particle_are_compared_in_their_own_unit(scale, offset):
+    """Together, every draw has the sum of all; with an absolute tolerance that went unseen at 1e-6, and at an offset of 1e4."""
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), scale).to_event(1))
+        pyro.deterministic("total", offset + z.sum())
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
+
+    def guide(y):
+        pyro.sample("z", dist.Normal(torch.zeros(3), scale).to_event(1))
+
+    data = to_arviz((model, guide), torch.randn(4), num_samples=20)
+    torch.testing.assert_close(draws(data, "total"), offset + draws(data, "z").sum(-1), rtol=1e-5, atol=1e-3 * scale)
+
+
+def test_densities_of_a_particle_are_compared_in_nats():
+    """log p is about -1e5 nats, of which z.sum() moves 14 for each unit: a relative tolerance of 1e-3 let 100 pass."""
+    y = torch.full((1000,), 0.14)
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(1e-5 * z.sum(), 0.01), obs=y)
+
+    def guide(y):
+        pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    data = to_arviz((model, guide), y, num_samples=10)
+    mean = 1e-5 * draws(data, "z").double().sum(-1, keepdim=True)
+    exact = dist.Normal(mean, 0.01).log_prob(y.double()).sum(-1)
+    found = draws(data, "y", "log_likelihood").sum(-1)
+    torch.testing.assert_close(found, exact, rtol=0.0, atol=0.5)
+    assert exact.max() - exact.min() > 20
