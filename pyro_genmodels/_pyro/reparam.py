@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pyro.distributions import Delta
+from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.reparam_messenger import ReparamMessenger
 from pyro.poutine.runtime import _PYRO_STACK
@@ -37,6 +38,11 @@ def _reparametrises(config: Any, name: str) -> bool:
     return by_name.get(name) is not None if isinstance(by_name, Mapping) else True
 
 
+def _is_conditioned(name: str) -> bool:
+    """Return True if a running `poutine.condition` has fixed this site."""
+    return any(isinstance(handler, ConditionMessenger) and name in handler.data for handler in _PYRO_STACK)
+
+
 class MarkComputed(Messenger):
     """Handler that marks the sites of reparametrised latent variables.
 
@@ -55,7 +61,7 @@ class MarkComputed(Messenger):
             return
         name, auxiliary = msg["name"], previous["name"]
         is_data = (previous["is_observed"] or sites.was_observed(previous)) and not sites.is_computed(previous)
-        if is_data and auxiliary.startswith(f"{name}_"):
+        if is_data and auxiliary.startswith(f"{name}_") and not _is_conditioned(auxiliary):
             raise ValueError(
                 f"The observed site {name!r} is reparametrised as {auxiliary!r}, in a way that Pyro has for latent variables "
                 f"only. Leave {name!r} out of the config of poutine.reparam."

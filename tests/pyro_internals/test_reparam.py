@@ -231,6 +231,21 @@ def test_data_under_a_method_for_latents_are_refused(method, y):
         to_arviz((model, traces.no_latents), y, num_samples=2)
 
 
+def test_a_latent_whose_auxiliary_variable_is_fixed_is_no_data(y):
+    def two(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        x = pyro.sample("x", dist.Normal(mean, 2.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(x, 1.0).expand([SIZE]).to_event(1), obs=y)
+
+    model = poutine.reparam(two, {"x": methods.LocScaleReparam(0.0)})
+    model = poutine.condition(model, {"x_decentered": torch.tensor(0.5)})
+    data = to_arviz((model, AutoNormal(model)), y, num_samples=3)
+    assert variables(data, "posterior") == {"mean", "x"}
+    assert variables(data, "observed_data") == {"x_decentered", "y"}
+    torch.testing.assert_close(draws(data, "x"), draws(data, "mean") + 1.0)
+
+
 def test_a_delta_of_data_is_data(y):
     """A likelihood of one's own, written as a Delta with a density."""
 
