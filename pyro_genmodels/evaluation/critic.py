@@ -92,7 +92,8 @@ def diagnose(
 
     Raises:
         TypeError: if adversarial is no `Adversarial`.
-        ValueError: for fewer than 5 rows per bin.
+        ValueError: for fewer than 5 rows per bin, outputs of the critic with NaN or infinity, and a log_ratio of another shape
+            or with NaN.
 
     Example:
         >>> from pyro_genmodels import GAN, NSF, Adversarial, Flow
@@ -112,13 +113,25 @@ def diagnose(
             f"log_ratio takes single rows, but this critic sees {adversarial.pack} rows at once. Leave it out, or use pack=1."
         )
     inputs, (real, fake) = adversarial.critic_outputs(x, *args)
+    for name, values in (("real", real), ("generated", fake)):
+        if not values.isfinite().all():
+            raise ValueError(
+                f"diagnose wants a critic with finite outputs, but found NaN or infinity on {int((~values.isfinite()).sum())} "
+                f"of {len(values)} {name} rows. Look for NaN in the data and in the samples, or train with a smaller rate."
+            )
     loss = adversarial.loss
     calibration_error = distance = float("nan")
     if loss.estimates_ratio:
         probability = loss.log_ratio(torch.cat([real, fake])).sigmoid()
         calibration_error = _calibration_error(probability, len(real), bins)
         if log_ratio is not None:
-            optimum = torch.cat([log_ratio(*part) for part in (inputs.real, inputs.fake)]).sigmoid()
+            ratios = torch.cat([log_ratio(*part) for part in (inputs.real, inputs.fake)])
+            if ratios.shape != probability.shape or ratios.isnan().any():
+                raise ValueError(
+                    f"diagnose wants a log_ratio that returns a number for each row, {tuple(probability.shape)} in all, but "
+                    f"found shape {tuple(ratios.shape)} with {int(ratios.isnan().sum())} NaN."
+                )
+            optimum = ratios.sigmoid()
             distance = (probability - optimum).abs().mean().item()
     rows = [torch.cat([value.reshape(len(value), -1) for value in part], 1) for part in (inputs.real, inputs.fake)]
     diagnosis = Diagnosis(

@@ -75,3 +75,23 @@ def test_coverage_of_equal_distributions_is_the_expected_one():
     assert coverage(torch.randn(2000, 2), torch.randn(2000, 2)) == pytest.approx(1 - 0.5**5, abs=0.06)
     with pytest.raises(ValueError, match="as many samples"):
         coverage(torch.randn(20), torch.randn(30))
+
+
+def test_diagnosis_is_refused_where_the_critic_or_the_log_ratio_is_nan():
+    model, x = LocationScale(), torch.randn(100)
+    with pytest.raises(ValueError, match="finite outputs, but found NaN or infinity on 100 of 100 real rows"):
+        diagnose(Adversarial(model, Linear(torch.nan), NonSaturating()), x)
+    with pytest.raises(ValueError, match=r"log_ratio that returns a number for each row, \(200,\) in all.*100 NaN"):
+        diagnose(
+            Adversarial(model, Linear(0.0), NonSaturating()), x, log_ratio=lambda x: torch.where(x > x.median(), x, torch.nan)
+        )
+
+
+def test_a_network_that_wants_columns_says_so_for_numbers():
+    adversarial = Adversarial(LocationScale(), nn.Linear(1, 1), NonSaturating())
+    with pytest.raises(
+        ValueError, match=r"The critic was given numbers, \(rows,\) = \(100,\), and failed.*Unflatten\(0, \(-1, 1\)\)"
+    ):
+        diagnose(adversarial, torch.randn(100))
+    works = Adversarial(LocationScale(), nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 1)), NonSaturating())
+    assert not diagnose(works, torch.randn(100)).collapsed

@@ -873,3 +873,28 @@ def test_values_that_depend_on_integers_match_them():
     x = torch.randint(9, (64, 1))
     inputs, _ = Adversarial(model, mlp(2)).critic_outputs(x, x.squeeze(-1).float())
     assert_close(inputs.fake[0][:, 0].floor(), inputs.fake[0][:, 1].round())
+
+
+def test_the_reference_of_a_guide_is_in_its_units():
+    """Coordinates of units 1e-12 and 1e6 with an offset are whitened alike; a constant one does no harm."""
+    from pyro_genmodels.infer.adversarial.pairings import _normal_fit
+
+    z = torch.randn(500, 3, dtype=torch.float64) * torch.tensor([1e-12, 1.0, 1e6]) + torch.tensor([0.0, 1e4, 0.0])
+    z[:, 2] += z[:, 1] * 1e5
+    found = _normal_fit(z)
+    white = torch.linalg.solve_triangular(found.scale_tril, (z - found.loc).T, upper=False)
+    torch.testing.assert_close(white.cov(), torch.eye(3, dtype=torch.float64), rtol=1e-3, atol=1e-3)
+    z[:, 0] = 3.0
+    assert _normal_fit(z).scale_tril.isfinite().all()
+    single = _normal_fit((torch.randn(500, 2) + 1e6).float())
+    torch.testing.assert_close(single.covariance_matrix, torch.eye(2), rtol=0.3, atol=0.3)
+
+
+@pytest.mark.parametrize("loss", [WGAN(), Minimax(), FGAN(KullbackLeibler())], ids=repr)
+def test_a_bound_of_a_divergence_is_refused_for_outputs_that_are_nan_and_has_a_k(loss):
+    with pytest.raises(ValueError, match="found 1 with NaN or infinity among the 3 on fake inputs"):
+        loss.divergence(torch.zeros(3), torch.tensor([0.0, torch.nan, 1.0]))
+    good, heavy = torch.randn(500), dist.StudentT(2.0).sample((500,)) * 3
+    assert loss.divergence(good, good).reliable
+    if isinstance(loss, FGAN):  # whose conjugate is exp(v)
+        assert not loss.divergence(good, heavy).reliable

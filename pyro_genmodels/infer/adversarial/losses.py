@@ -26,6 +26,8 @@ from torch import Tensor
 
 from pyro_genmodels.divergences import ConvexFunction, Divergence, JensenShannon
 from pyro_genmodels.infer.adversarial.penalties import R1, R2, GradientPenalty, Penalty
+from pyro_genmodels.utils.distances import in_doubles
+from pyro_genmodels.utils.pareto import pareto_k
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,18 @@ class Relativistic(AdversarialLoss):
 
 
 def difference(real: Tensor, fake: Tensor) -> Divergence:
-    """Return the estimate of E[real] - E[fake] from independent values, with its standard error."""
-    error = (real.detach().var() / len(real) + fake.detach().var() / len(fake)).sqrt()
-    return Divergence(real.mean() - fake.mean(), error)
+    """Return the estimate of E[real] - E[fake] from independent values, with its standard error and k-hat of both tails.
+
+    Raises:
+        ValueError: for fewer than 2 values, and for values with NaN or infinity.
+    """
+    for name, values in (("real", real), ("fake", fake)):
+        if len(values) < 2 or not values.detach().isfinite().all():
+            raise ValueError(
+                f"A divergence wants 2 or more finite outputs of a critic, but found {int((~values.isfinite()).sum())} with "
+                f"NaN or infinity among the {len(values)} on {name} inputs."
+            )
+    value = in_doubles(real).mean() - in_doubles(fake).mean()
+    error = sum(in_doubles(values.detach()).var() / len(values) for values in (real, fake)) ** 0.5
+    k = torch.stack([pareto_k(values.detach().abs().log()) for values in (real, fake)]).max()
+    return Divergence(value.to(real.dtype), torch.as_tensor(error).to(real), k)

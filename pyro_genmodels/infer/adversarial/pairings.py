@@ -36,6 +36,7 @@ from pyro_genmodels._pyro.predictive import data_plate, draw_replicates
 from pyro_genmodels._pyro.sites import PARTICLES
 from pyro_genmodels.infer.adversarial import inputs
 from pyro_genmodels.infer.adversarial.losses import AdversarialLoss
+from pyro_genmodels.utils.distances import in_doubles
 from pyro_genmodels.utils.distributions import density_of, unwrap
 from pyro_genmodels.utils.errors import check_positive_int, listed
 
@@ -264,7 +265,12 @@ def _plate_around(implicit: Mapping[str, Any], model_trace: Trace, args: tuple) 
 
 @torch.no_grad()
 def _normal_fit(z: Tensor) -> dist.MultivariateNormal:
-    """Return the normal distribution with the mean and covariance of samples (n, d), regularised so that it is not singular."""
-    covariance = torch.cov(z.T).reshape(z.shape[1], z.shape[1])
-    covariance = covariance + 1e-6 * covariance.diagonal().mean().clamp(min=1e-12) * torch.eye(len(covariance)).to(z)
-    return dist.MultivariateNormal(z.mean(0), covariance)
+    """Return the normal distribution with the mean and covariance of samples (n, d), regularised so that it is not singular.
+
+    Each variance is raised by a millionth of itself, and of the square of the rounding of its coordinate, in whatever unit.
+    """
+    wide = in_doubles(z)
+    covariance = torch.cov(wide.T).reshape(z.shape[1], z.shape[1])
+    rounding = torch.finfo(z.dtype).eps * wide.abs().max(0).values
+    variances = torch.maximum(covariance.diagonal(), torch.where(rounding == 0, 1.0, rounding.square()))
+    return dist.MultivariateNormal(wide.mean(0).to(z), (covariance + 1e-6 * variances.diag()).to(z))

@@ -326,8 +326,16 @@ class Adversarial:
         return real, fake
 
     def _call_critic(self, *tensors: Tensor) -> Tensor:
-        outputs = self.critic(*tensors)
         rows = len(tensors[0])
+        try:
+            outputs = self.critic(*tensors)
+        except RuntimeError as error:
+            if tensors[0].ndim > 1:
+                raise
+            raise ValueError(
+                f"The critic was given numbers, (rows,) = {(rows,)}, and failed: {error}. A network wants columns: put "
+                "torch.nn.Unflatten(0, (-1, 1)) first, or give the model events of shape (1,)."
+            ) from error
         if outputs.shape not in ((rows,), (rows, 1)):
             raise ValueError(f"The critic should return {(rows,)}, a number for each row, but returned {tuple(outputs.shape)}.")
         return outputs.reshape(rows)
