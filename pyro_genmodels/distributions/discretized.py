@@ -22,6 +22,8 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import constraints
 
+from pyro_genmodels.utils.distributions import as_values
+
 
 class DiscretizedLogisticMixture(TorchDistribution):
     """A distribution over the integers 0 .. levels - 1.
@@ -68,6 +70,7 @@ class DiscretizedLogisticMixture(TorchDistribution):
         return DiscretizedLogisticMixture(logits, loc, scale, self.levels, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
+        value = as_values(value)
         if self._validate_args:
             self._validate_sample(value)
         k = value.unsqueeze(-1).to(self.loc.dtype)
@@ -111,7 +114,7 @@ class DiscretizedLogisticMixture(TorchDistribution):
 
     def cdf(self, value: Tensor) -> Tensor:
         """Return the probability of value (sample..., *batch_shape) or less, for any real numbers."""
-        k = torch.as_tensor(value, device=self.loc.device).to(self.loc.dtype).floor().unsqueeze(-1)
+        k = as_values(value).to(self.loc).floor().unsqueeze(-1)
         below = torch.sigmoid((k - self.loc + 0.5) / self.scale).masked_fill(k >= self.levels - 1, 1).masked_fill(k < 0, 0)
         return (self.logits.softmax(-1) * below).sum(-1)
 

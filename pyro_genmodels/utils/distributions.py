@@ -98,8 +98,8 @@ def interior(x: Tensor, support: constraints.Constraint | None) -> Tensor:
 
     Args:
         x: values, (..., *event_shape).
-        support: support of one coordinate or of a whole event. Only the ends of intervals and rays are known; other supports
-            and discrete ones leave x as it is.
+        support: support of one coordinate or of a whole event. The ends of intervals and rays are known, also inside of
+            ``constraints.stack``; other supports and discrete ones leave x as it is.
 
     Example:
         >>> x = interior(torch.tensor([100.0, 101.0]), constraints.greater_than(100.0))
@@ -108,6 +108,9 @@ def interior(x: Tensor, support: constraints.Constraint | None) -> Tensor:
     """
     while isinstance(support, constraints.independent):
         support = support.base_constraint
+    if isinstance(support, constraints.stack):
+        parts = zip(x.unbind(support.dim), support.cseq, strict=True)
+        return torch.stack([interior(part, each) for part, each in parts], support.dim)
     if support is None or support.is_discrete:
         return x
     for name, direction in (("lower_bound", inf), ("upper_bound", -inf)):

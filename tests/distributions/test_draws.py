@@ -141,11 +141,13 @@ BOUNDED = {
 @pytest.mark.parametrize("where", SUPPORTS)
 @pytest.mark.parametrize("name", BOUNDED)
 def test_samples_lie_inside_of_a_support_where_their_density_is_finite(name, where):
-    """As floats, %s of these samples were the end itself, which lies outside."""
+    """As floats, 13 to 18 % of these samples on rays were the end itself, and 12 % of those on intervals above 1000."""
     support, width = SUPPORTS[where]
     family = BOUNDED[name](support).eval()
-    if not (hasattr(support, "lower_bound") and hasattr(support, "upper_bound")):
-        family.loc.fill_(log(width))  # the data lie near the end of a ray
+    if hasattr(support, "lower_bound") and hasattr(support, "upper_bound"):
+        family.scale.fill_(6.0)  # much of the mass lies at the ends
+    else:
+        family.loc.fill_(log(width))
     d = family()
     with torch.no_grad():
         x = d.sample((100_000 if name == "flow" else 2_000,))
@@ -171,6 +173,12 @@ def test_only_values_at_an_end_are_moved_and_by_one_float(where, dtype):
     inside = interior(moved, support)
     assert (inside == moved).all()
     assert interior(torch.tensor([-3.0, 3.0]), constraints.real).tolist() == [-3.0, 3.0]
+
+
+def test_each_coordinate_of_a_stack_has_ends_of_its_own():
+    support = constraints.stack([constraints.greater_than(1e6), constraints.real, constraints.interval(0.0, 1.0)], -1)
+    x = torch.tensor([[1e6, 1e6, 1.0], [2e6, -1.0, 0.5]])
+    assert interior(x, support).tolist() == [[1e6 + 0.0625, 1e6, 1 - 2**-24], [2e6, -1.0, 0.5]]
 
 
 def test_a_sample_that_is_nan_stays_so():

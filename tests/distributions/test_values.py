@@ -9,7 +9,9 @@ from torch.distributions import AffineTransform, constraints
 from torch.testing import assert_close
 
 from pyro_genmodels import (
+    GAN,
     MAF,
+    VAE,
     Autoregressive,
     DenseEnergy,
     DenseField,
@@ -142,6 +144,14 @@ def test_an_unknown_density_has_no_estimates_that_need_one(quantity):
         NOTHING[quantity](made("energy")())
 
 
+@pytest.mark.parametrize("family", [VAE, GAN])
+def test_errors_name_the_family_that_the_user_has(family):
+    d = family((2,)).eval()()
+    for quantity in (lambda: d.log_prob(torch.zeros(2)), lambda: d.score(torch.zeros(2)), d.entropy, lambda: d.mean):
+        with pytest.raises(NotImplementedError, match=rf"^{family.__name__} has "):
+            quantity()
+
+
 # Integers.
 
 
@@ -160,6 +170,7 @@ def test_a_discretised_mixture_has_the_cdf_entropy_and_mode_of_its_masses(float6
     assert_close(d.entropy(), -(p * p.log()).sum())
     assert d.mode == p.argmax()
     q = torch.linspace(0.001, 0.999, 57)
+    assert_close(d.log_prob(np.array([2, 5])), p.log()[[2, 5]])
     assert (d.icdf(q) == (p.cumsum(0).unsqueeze(-1) < q).sum(0)).all()
 
 
