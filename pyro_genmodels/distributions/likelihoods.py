@@ -31,7 +31,6 @@ from pyro_genmodels.distributions.discretized import DiscretizedLogisticMixture
 from pyro_genmodels.utils.distributions import is_real
 from pyro_genmodels.utils.errors import check_choice, check_positive_int
 
-
 MIN_LOGISTIC_SCALE = 0.03
 """Scale of a discretised logistic, in levels, that networks can always reach: it is one level for sure."""
 

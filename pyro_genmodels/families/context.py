@@ -149,8 +149,8 @@ class VectorContext(nn.Module):
         if not context.is_floating_point() or context.dim() < 1 or context.shape[-1] != self.out_features:
             raise ValueError(
                 f"This family wants a context of floats, (..., {self.out_features}), but found {context.dtype} of shape "
-                f"{tuple(context.shape)}. For one number per row pass context[:, None]; for integer classes build the family "
-                "with context=Labels(k)."
+                f"{tuple(context.shape)}. For one number per row pass context[:, None]; convert other numbers by "
+                ".float(); for integer classes build the family with context=Labels(k)."
             )
         if is_validation_enabled() and not context.isfinite().all():
             raise ValueError(f"The context, of shape {tuple(context.shape)}, has NaN or infinite entries. Impute them first.")

@@ -250,6 +250,8 @@ class Family(PyroModule):
         """
         x, context = self._as_tensors(x, context)
         self.validate(x)
+        if context is not None and self.context is None:
+            self.embed(context)  # says that there is none
         check_one_per_row(self.context, context, len(x))
         if self._standardize:
             self._standardize_data(x)

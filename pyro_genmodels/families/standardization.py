@@ -119,7 +119,8 @@ def estimate(
     scale = torch.where(constant, torch.where(size < torch.finfo(like.dtype).tiny, 1.0, size), scale)
     _check_representable(loc, scale, like, owner, noun)
     if told.any():
-        _warn(f"{_named(told, like, owner, noun)} constant in all {len(y)} rows. {of_constants}")
+        rows_said = f"all {len(y)} rows" if len(y) > 1 else "the only row"
+        _warn(f"{_named(told, like, owner, noun)} constant in {rows_said}. {of_constants}")
     _warn_of_steps(loc, scale, ~constant, like, owner, noun)
     if not robust:
         spread = rows.reshape(len(y), -1) if jointly else rows

@@ -755,7 +755,7 @@ def test_float64_values_have_log_densities_in_the_precision_of_the_family(case):
 
 def test_standardising_jointly_keeps_what_pixels_are_to_each_other(float64):
     """One mean and deviation of all coordinates; by default of U-Nets, whose filters see every pixel alike."""
-    x = 3 + torch.arange(16.0) * torch.randn(100, 16)
+    x = 3 + torch.arange(1.0, 17.0) * torch.randn(100, 16)
     family = Flow((4, 4), transform=MAF(**SMALL), standardize="jointly").double()
     family.standardize(x.reshape(-1, 4, 4))
     assert_close(family.loc, x.mean().expand(4, 4))
@@ -779,9 +779,9 @@ def test_constant_coordinates_and_single_rows_do_not_break_standardisation(case,
         family.model(*batch)
         assert torch.tensor(case.objective().loss(family.model, family.guide, *batch)).isfinite()
     told = [str(w.message) for w in caught]
-    assert sum("constant in all" in message and "data" in message for message in told) == bool(family._standardize)
+    assert sum("constant in" in message and "data" in message for message in told) == bool(family._standardize)
     if case.conditional and not case.labelled:
-        assert sum("constant in all" in message and "contexts" in message for message in told) == 1
+        assert sum("constant in" in message and "contexts" in message for message in told) == 1
     assert torch.isfinite(family.scale).all()
     assert (family.scale > 0).all()
 

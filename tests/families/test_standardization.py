@@ -142,6 +142,18 @@ def test_wrong_data_are_refused_before_they_set_anything():
         assert flow.loc.equal(torch.zeros(1))
 
 
+def test_contexts_that_do_not_go_with_the_family_or_the_rows_are_refused():
+    x = torch.randn(5, 1)
+    for family, contexts, words in (
+        (Flow((1,)), torch.randn(5, 1), "built without a context"),
+        (Flow((1,), context=1), torch.randn(4, 1), "5 rows of x but 4 of context"),
+        (Flow((1,), context=1), torch.full((5, 1), torch.nan), "NaN or infinite"),
+        (Flow((1,), context=1), torch.ones(5, 1, dtype=torch.long), r"context of floats.*\.float\(\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            family.standardize(x, contexts)
+
+
 # Constant coordinates.
 
 CONSTANT = r"of which the coordinate 1 is constant in all 50 rows.*Drop them, add noise, or model integers"
