@@ -68,7 +68,7 @@ def warn_unless_reliable(found: Divergence, num_samples: int, *, by: str) -> Div
     if clear.any():
         which = f"{int(clear.sum())} of its {k.numel()} values are" if k.numel() > 1 else "its value is"
         warnings.warn(
-            f"{by}: {which} unreliable, and may be infinite: the terms of the mean have a tail of Pareto shape k = "
+            f"{by}: {which} unreliable, and may be infinite: the terms of the mean have a Pareto k-hat of "
             f"{float(k.max()):.1f}, above {MAX_PARETO_K}, so that a few samples decide it and the standard error means "
             "nothing. Use a bounded divergence (js, tv, SquaredHellinger), or exchange p and q.",
             RuntimeWarning,

@@ -110,7 +110,7 @@ def divergence_table(
     def add(name: str, kind: str, method: str, divergence: Callable[[], Divergence]) -> None:
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*Pareto shape", category=RuntimeWarning)  # one warning below
+                warnings.filterwarnings("ignore", message=".*Pareto k-hat", category=RuntimeWarning)  # one warning below
                 found = divergence()
             error: float | str = float(found.std_error)
             if found.pareto_k is not None and not found.reliable:
@@ -127,8 +127,8 @@ def divergence_table(
         _add_samples(add, *(side.sample((set_size,)) if isinstance(side, Distribution) else side for side in (p, q)))
     if unreliable:
         warnings.warn(
-            f"divergence_table: {', '.join(unreliable)} may be infinite: the terms of their means have tails so heavy (Pareto "
-            "shape k above 0.7) that neither value nor error means anything. Rely on those that are bounded: js, tv, "
+            f"divergence_table: {', '.join(unreliable)} may be infinite: the terms of their means have tails so heavy (a Pareto "
+            "k-hat above 0.7) that neither value nor error means anything. Rely on those that are bounded: js, tv, "
             "squared_hellinger.",
             RuntimeWarning,
             stacklevel=2,
