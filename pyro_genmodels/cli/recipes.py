@@ -492,7 +492,8 @@ def _are_possible(notes: Notes) -> bool:
 
     source, rate = notes.source, notes.learning_rate
     return (
-        notes.family in FAMILIES
+        isinstance(notes.family, str)
+        and notes.family in FAMILIES
         and source is not None
         and isinstance(source.data, str)
         and "\0" not in source.data

@@ -29,6 +29,7 @@ import safetensors.torch
 import torch
 from matplotlib.image import imread
 from safetensors.torch import load_file
+from sklearn.datasets import load_digits
 from torch.distributions import constraints
 from typer.testing import CliRunner
 
@@ -585,6 +586,31 @@ def test_what_evaluate_says_is_the_mean_log_likelihood_of_the_rows(flow, data, t
     np.testing.assert_allclose(table["log_likelihood"], values.numpy(), rtol=1e-4, atol=1e-4)
     assert (table["std_error"] == 0).all()
     assert list(table.index) == list(range(N))
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test", "all"])
+def test_the_rows_of_evaluate_are_those_of_the_file(split, flow, data, tmp_path):
+    """Counted from 0 and without the header, as pandas does, also of a part of the file."""
+    out = tmp_path / "values.csv"
+    done("evaluate", flow, "--split", split, "--out", out)
+    table = pd.read_csv(out)
+    assert len(table) == {"train": 128, "valid": 16, "test": 16, "all": N}[split]
+    assert list(table.row) == sorted(set(table.row))
+    x = torch.from_numpy(pd.read_csv(data / "plain.csv").iloc[table.row].to_numpy(np.float32))
+    expected = checkpoints.load(flow)().log_prob(x).detach()
+    np.testing.assert_allclose(table["log_likelihood"], expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_rows_of_digits_are_those_of_scikit_learn(tmp_path):
+    images = torch.from_numpy(load_digits().images).long()
+    family = Autoregressive((8, 8), likelihood=DiscretizedLogisticLikelihood(17), hidden=(8,)).eval()
+    checkpoints.save(tmp_path / "mine", family)
+    done("evaluate", tmp_path / "mine", "--data", "digits", "--out", tmp_path / "values.csv")
+    table = pd.read_csv(tmp_path / "values.csv")
+    assert len(table) == 180
+    np.testing.assert_allclose(
+        table["log_likelihood"], family().log_prob(images[table.row.tolist()]).detach().numpy(), rtol=1e-4
+    )
 
 
 def test_the_splits_are_all_rows_each_once(flow):
@@ -1219,6 +1245,108 @@ def test_what_cannot_be_done_is_refused_in_one_line(args, words, tmp_path):
 def test_what_cannot_be_fitted_is_refused_in_one_line(args, words, tmp_path):
     check_refusal(invoke("fit", *args, "--out", tmp_path, "--epochs", 1), *words)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["fit", "compare"])
+def test_without_data_a_usage_line_is_printed_and_nothing_is_trained(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "fit", lambda *args, **kwargs: pytest.fail("it trained"))
+    monkeypatch.chdir(tmp_path)
+    check_refusal(invoke(command), "--data", *DATA, "--data moons")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_older_run_is_replaced_only_by_force(data, tmp_path):
+    args = ["fit", "--data", data / "plane.csv", "--epochs", 1, "--out", tmp_path, "--quiet"]
+    done(*args)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    check_refusal(invoke(*args), "flow.safetensors", "--force", f"--resume {tmp_path / 'flow.safetensors'}", "--out")
+    check_refusal(invoke("compare", *args[1:], "--families", "vae,flow"), "flow.safetensors", "--force")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    done(*args, "--family", "autoregressive")  # another family's
+    done(*args, "--force", "--seed", 4)
+    assert checkpoints.read(tmp_path / "flow")[1]["run"]["settings"]["seed"] == 4
+    done("fit", "--resume", tmp_path / "flow.old", "--epochs", 2)
+    assert checkpoints.read(tmp_path / "flow.old")[1]["run"]["settings"]["seed"] == 0
+    done("fit", "--resume", tmp_path / "flow", "--epochs", 2)
+    args = ["--data", data / "plane.csv", "--families", "vae", "--epochs", 1, "--out", tmp_path, "--quiet"]
+    done("compare", *args)
+    check_refusal(invoke("compare", *args, "--families", "energy"), "run.json", "--force")
+    done("compare", *args, "--force")
+    check_refusal(invoke("fit", "--resume", tmp_path / "flow", "--force"), "--force")
+
+
+def test_a_run_of_other_settings_is_not_gone_on_with(data, tmp_path):
+    """The parameters and the run of two fits in one folder, as after one that was killed."""
+    for name, seed in (("one", 1), ("two", 2)):
+        done("fit", "--data", data / "plane.csv", "--epochs", 1, "--out", tmp_path / name, "--seed", seed)
+    shutil.copy(tmp_path / "one" / "flow.training.safetensors", tmp_path / "two")
+    before = (tmp_path / "two" / "flow.safetensors").read_bytes()
+    words = ["flow.training.safetensors", "flow.safetensors", "seed was 1 and is 2"]
+    check_refusal(invoke("fit", "--resume", tmp_path / "two" / "flow", "--epochs", 3), *words)
+    assert (tmp_path / "two" / "flow.safetensors").read_bytes() == before
+
+
+def test_columns_that_are_hardly_real_are_warned_of_in_a_line(data, tmp_path):
+    args = ["fit", "--data", data / "measures.csv", "--epochs", 1, "--quiet"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = console.warn
+        result = invoke(*args, "--out", tmp_path / "a")
+        assert result.exit_code == 0, result.output
+        [line] = [line for line in result.stderr.splitlines() if "taken for real" in line]
+        assert "kind (3 values)" in line
+        assert "height" not in line
+        for more in (["--levels", 0], MEASURES):
+            assert "taken for real" not in invoke(*args, *more, "--out", tmp_path / more[0]).stderr
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".csv"])
+def test_the_largest_size_of_data_is_an_option(suffix, flow, tmp_path):
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes({".npy": b"\x93NUMPY", ".npz": b"PK\x03\x04", ".csv": b"a,b\n"}[suffix])
+    os.truncate(path, 3_000_000_000)
+    for command in (["fit", "--out", tmp_path / "out"], ["compare", "--out", tmp_path / "out"], ["evaluate", flow]):
+        check_refusal(invoke(*command, "--data", path), path.name, "3,000,000,000 bytes", "--max-size 3.")
+
+
+def test_the_largest_size_of_a_checkpoint_is_an_option(flow, data, tmp_path):
+    raw = flow.read_bytes()
+    path = tmp_path / "flow.safetensors"
+    path.write_bytes(raw)
+    os.truncate(path, 3_000_000_000)
+    for command in (["sample"], ["evaluate"]):
+        check_refusal(invoke(*command, path), "3,000,000,000 bytes", "--max-size 3.")
+        check_refusal(invoke(*command, flow, "--max-size", 1e-6), "--max-size 0.0")
+    rows = ["--data", data / "plain.csv"]
+    check_refusal(invoke("fit", *rows, "--out", tmp_path / "out", "--max-size", 1e-6), "plain.csv", "--max-size 0.0")
+    assert "--max-size" in invoke("fit", *rows, "--max-size", -1).stderr
+
+
+@pytest.mark.parametrize("threads", [None, 3])
+def test_small_families_take_one_thread_unless_another_number_is_said(threads, data, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(*args, **kwargs):
+        seen.append(kwargs["threads"])
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(recipes, "train", spy)
+    args = [] if threads is None else ["--threads", threads]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        done("fit", "--data", data / "plane.csv", "--epochs", 1, "--out", tmp_path, *args)
+        assert torch.get_num_threads() == (threads or 1)
+        torch.set_num_threads(2)
+        done("sample", tmp_path / "flow", "--out", tmp_path / "draws.npy", *args)
+        assert torch.get_num_threads() == (threads or 1)
+        monkeypatch.setattr(recipes, "SMALL_FAMILY", 10)
+        torch.set_num_threads(2)
+        done("fit", "--data", data / "plane.csv", "--epochs", 1, "--out", tmp_path, "--force", *args)
+        assert torch.get_num_threads() == (threads or 2)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [threads or 1, threads]
 
 
 TABLES = {
