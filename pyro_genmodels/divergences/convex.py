@@ -148,7 +148,7 @@ class JensenShannon(ConvexFunction):
 class TotalVariation(ConvexFunction):
     r""":math:`f(u) = |u - 1| / 2`: the largest difference between the probabilities of an event; at most 1.
 
-    :math:`f^*(t) = \max(t, -\tfrac12)` for :math:`t \le \tfrac12`. The optimal critic is half the sign of p - q. It does
+    :math:`f^*(t) = \max(t, -\tfrac12)` for :math:`t \le \tfrac{1}{2}`. The optimal critic is half the sign of p - q. It does
     not determine the ratio p/q.
     """
 

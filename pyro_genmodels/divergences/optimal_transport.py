@@ -17,6 +17,7 @@ from __future__ import annotations
 __all__ = ["wasserstein"]
 
 import warnings
+from collections.abc import Callable
 from math import ceil, inf, isfinite, log, log2
 from typing import Any
 
@@ -60,8 +61,7 @@ def wasserstein(x: Samples, y: Samples, *, p: float = 2.0, regularization: float
         Value and standard error, scalars of the samples' dtype (at least single precision) and device. The value has gradients
         with respect to x and y, which are zero at zero distance. The error covers the randomness of the samples, by the central
         limit theorem for the dual potentials and the delta method for the root. It does not cover the bias, and is not valid if
-        both sets come from the same distribution. For sets of equal sizes the exact distance leaves the potentials open by
-        about the distance between neighbours, so that close sets need a regularization for a good error.
+        both sets come from the same distribution.
 
     Raises:
         ValueError: for events of different shapes, two devices, fewer than 2 samples, samples with NaN or infinity, an order
@@ -138,13 +138,49 @@ def _linear_programme(ot: Any, costs: Tensor) -> tuple[Tensor, Potentials]:
     n, m = costs.shape
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an error is raised below instead
-        cost, found = ot.emd2(_masses(n, costs), _masses(m, costs), costs, numItermax=_MAX_PIVOTS, log=True)
+        cost, found = ot.emd2(_masses(n, costs), _masses(m, costs), costs, numItermax=_MAX_PIVOTS, log=True, return_matrix=True)
     if found["warning"] is not None:
         raise ValueError(
             f"wasserstein could not solve the linear programme of {n} x {m} samples: {found['warning']} Use fewer samples, a "
             "regularization, or sliced_wasserstein."
         )
-    return cost, (found["u"].detach(), found["v"].detach())
+    return cost, _central_potentials(costs.detach(), found["u"].detach(), found["v"].detach(), found["G"].detach() > 0)
+
+
+def _central_potentials(costs: Tensor, u: Tensor, v: Tensor, used: Tensor) -> Potentials:
+    """Return the mean of the highest and the lowest optimal potentials that agree with u and v at the first sample.
+
+    Where the plan falls apart into groups of samples that exchange no mass, as between sets of the same size, the potentials of
+    a group may be shifted as far as u + v stays below the costs. The solver returns a corner of what is possible; the mean of
+    opposite ends cancels, up to the direction of transport. The ends are shortest paths, by Bellman and Ford.
+
+    Args:
+        costs: costs of all pairs, (n, m).
+        u: optimal potential of the rows, (n,).
+        v: optimal potential of the columns, (m,).
+        used: pairs between which the plan transports mass, (n, m).
+    """
+    slack = (costs - u[:, None] - v).clamp(min=0)
+    rows, columns = used.nonzero().T
+
+    def along(shift: Tensor, start: Tensor, end: Tensor, like: Tensor) -> Tensor:
+        """Return the least shift of the samples with which each sample at the other end exchanges mass."""
+        return torch.full_like(like, torch.inf).scatter_reduce(0, end, shift[start], "amin")
+
+    def shortest(step: Callable[[Tensor], Tensor]) -> Tensor:
+        shift = torch.full_like(u, torch.inf)
+        shift[0] = 0.0
+        for _ in range(len(u)):
+            shorter = torch.minimum(shift, step(shift))
+            if torch.equal(shorter, shift):
+                break
+            shift = shorter
+        return shift
+
+    highest = shortest(lambda shift: (along(shift, rows, columns, v) + slack).min(1).values)
+    lowest = -shortest(lambda shift: along((shift + slack.T).min(1).values, columns, rows, u))
+    shift = (highest + lowest) / 2
+    return u + shift, v - along(shift, rows, columns, v)
 
 
 def _debiased(x: Tensor, y: Tensor, p: float, regularization: Tensor) -> tuple[Tensor, Potentials]:

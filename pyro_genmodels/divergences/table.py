@@ -127,8 +127,8 @@ def divergence_table(
         _add_samples(add, *(side.sample((set_size,)) if isinstance(side, Distribution) else side for side in (p, q)))
     if unreliable:
         warnings.warn(
-            f"divergence_table: {', '.join(unreliable)} may be infinite: the terms of their means have tails so heavy (a Pareto "
-            "k-hat above 0.7) that neither value nor error means anything. Rely on those that are bounded: js, tv, "
+            f"divergence_table: {', '.join(unreliable)} may be infinite: the terms of their means have tails so heavy (a "
+            "Pareto k-hat above 0.7) that neither value nor error means anything. Rely on those that are bounded: js, tv, "
             "squared_hellinger.",
             RuntimeWarning,
             stacklevel=2,

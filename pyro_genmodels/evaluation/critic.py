@@ -61,11 +61,10 @@ class Diagnosis:
         return self.coverage < self.expected_coverage / 2
 
     def __str__(self) -> str:
-        bound = (
-            ""
-            if self.divergence is None
-            else f", divergence at least {self.divergence.value:.3f} ± {self.divergence.std_error:.3f}"
-        )
+        bound = ""
+        if self.divergence is not None:
+            trusted = "" if self.divergence.reliable else f", unreliable (k = {self.divergence.pareto_k:.1f})"
+            bound = f", divergence at least {self.divergence.value:.3f} ± {self.divergence.std_error:.3f}{trusted}"
         distance = "" if isnan(self.distance) else f", distance from the optimal critic {self.distance:.3f}"
         return (
             f"critic: calibration error {self.calibration_error:.3f}{distance}{bound}; samples cover {self.coverage:.0%} of "

@@ -80,7 +80,7 @@ def test_the_regularised_nears_the_exact_and_is_zero_between_equals(dims):
     assert wasserstein(x, x, regularization=0.5).value < 1e-3
 
 
-@pytest.mark.parametrize("regularization", [0.2, 1.0, 100.0, 1e6])
+@pytest.mark.parametrize("regularization", [None, 0.2, 1.0, 100.0, 1e6])
 @pytest.mark.parametrize(("dims", "shift"), [(1, 1e-3), (2, 1e-3), (2, 30.0)])
 def test_the_standard_error_of_a_shift_is_that_of_the_mean_along_it(dims, shift, regularization):
     """The distance of order 2 is |s|, with the potentials 2 s x of a Gaussian shift: an error of sd(s x) / |s| in both sets."""
@@ -89,6 +89,17 @@ def test_the_standard_error_of_a_shift_is_that_of_the_mean_along_it(dims, shift,
     torch.testing.assert_close(value, torch.tensor(shift * dims**0.5), rtol=1e-4, atol=0)
     truth = (2 * (x.sum(1) / dims**0.5).var() / 60) ** 0.5
     torch.testing.assert_close(error, truth, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize(("n", "m"), [(30, 30), (30, 40), (20, 37)])
+def test_the_potentials_of_the_linear_programme_are_optimal(n, m):
+    """Their means sum to the cost, and no pair costs less than their sum."""
+    x, y = torch.randn(n, 2), torch.randn(m, 2) + 0.3
+    module = sys.modules["pyro_genmodels.divergences.optimal_transport"]
+    costs = module._costs(x, y, 2.0)
+    cost, (u, v) = module._linear_programme(pytest.importorskip("ot"), costs)
+    torch.testing.assert_close(u.mean() + v.mean(), cost)
+    assert (costs - u[:, None] - v).min() > -1e-12
 
 
 def test_a_large_regularization_leaves_the_distance_of_the_means():
