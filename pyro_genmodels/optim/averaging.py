@@ -110,8 +110,10 @@ class TrainedWeights:
         return {name: t.detach().clone() if (value := kept[name]) is None else value for name, t in state.items()}
 
     def restore_best(self) -> None:
-        """Replace the current parameters and buffers by the best."""
+        """Replace the current parameters and buffers, and the average, by the best."""
         _copy([*(p.data for p in self.live), *self.buffers], self.best)
+        if self.average is not None:
+            _copy(list(self.average.module.parameters()), self.best)
         self.reread()
 
 

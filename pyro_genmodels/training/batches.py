@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
 from math import ceil
-from numbers import Number
 from typing import Any, NamedTuple
 
 import torch
@@ -254,7 +253,7 @@ class Batches:
 
     def _take(self, rows: Tensor) -> Batch:
         """Return rows of the tensors that are held here."""
-        args, kwargs, _ = self.all  # type: ignore[misc]
+        args, kwargs, _ = self.all
 
         def cut(t: Any) -> Any:
             return t[rows.to(t.device)] if isinstance(t, Tensor) and t.dim() else t
@@ -413,7 +412,7 @@ def _number_of_rows(arguments: Any) -> int:
     tensors = [(place, t) for place, t in _leaves(arguments) if isinstance(t, Tensor) and t.dim()]
     if not tensors:
         found = [v for _, v in _leaves(arguments)]
-        if numbers := [v for v in found if isinstance(v, (Tensor, Number))]:
+        if numbers := [v for v in found if isinstance(v, (Tensor, int, float))]:
             raise ValueError(f"Training wants data of at least one row, but found the single number {float(numbers[0]):g}.")
         cure = " Pass its rows, such as data.train." if any(hasattr(v, "train") for v in found) else ""
         raise TypeError(

@@ -241,8 +241,10 @@ def _train(
         if not fit.best:
             raise FloatingPointError("no epoch has a finite validation loss: look for held-out data that the model rules out")
     except FloatingPointError:
-        if held_out is None and fit.best and not _is_usual(first_loss, fit):
+        is_unsound = held_out is None and bool(fit.best) and not _is_usual(first_loss, fit)
+        if is_unsound:
             fit.best, weights.best = before
+        if is_unsound or fit.exploded_epochs:  # a run that is resumed begins with the parameters that are kept
             weights.restore_best()
             run.capture()
         raise

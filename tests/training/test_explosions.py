@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from pyro_genmodels import GAN, MAF, Flow, SlicedWasserstein, train
-from pyro_genmodels.training import Fit, loop
+from pyro_genmodels.training import Checkpoint, Fit, loop
 
 train = partial(train, progress=False)
 
@@ -34,9 +34,11 @@ class Location(PyroModule):
 class Thrown(torch.optim.SGD):
     """Gradient descent that throws the parameters far off at some of its steps."""
 
+    at, to, back, steps = (), 1e8, (), 0  # torch leaves them out where it copies an optimiser
+
     def __init__(self, parameters, at=(), to=1e8, back=()):
         super().__init__(parameters, lr=0.1)
-        self.at, self.to, self.back, self.steps = at, to, back, 0
+        self.at, self.to, self.back = at, to, back
 
     def step(self, closure=None):
         self.steps += 1
@@ -73,6 +75,18 @@ def test_a_finite_explosion_stops_training_and_the_last_good_state_is_kept(valid
     assert fit.best["epoch"] == 4
     assert 0 < model.loc < 2
     assert torch.equal(load_file(tmp_path / "c.safetensors")["loc"], model.loc.detach())
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_a_run_that_exploded_is_resumed_from_the_state_that_was_kept(ema_decay, tmp_path):
+    options = {"ema_decay": ema_decay, "epochs": 8}
+    with pytest.warns(RuntimeWarning, match="the state of epoch 4 is kept"):
+        model, _ = run(at=[5], checkpoint=tmp_path / "c", **options)
+    kept = model.loc.item()
+    pyro.clear_param_store()
+    model, fit = run(at=[], checkpoint=Checkpoint(tmp_path / "c", resume=True), **options | {"epochs": 9})
+    assert fit.best["epoch"] == len(fit.history) == 9
+    assert 0 < model.loc < kept < 2
 
 
 def test_an_explosion_in_the_last_epochs_is_noticed():
