@@ -121,6 +121,19 @@ def test_a_family_that_ignores_its_transform_is_noticed(clause, message, support
         check_family(lambda: IgnoresTransform((2,), hidden=(8,), support=support), two, skip=others)
 
 
+class IgnoresUnits(Flow):
+    """A family that gives its networks the contexts as they are."""
+
+    def embed(self, context):
+        return context
+
+
+def test_a_family_that_ignores_the_unit_of_contexts_is_noticed():
+    others = [name for name in CLAUSES["family"] if name != "unit_of_contexts"]
+    with pytest.raises(AssertionError, match='clause "unit_of_contexts": contexts in another unit change it'):
+        check_family(lambda: IgnoresUnits((2,), context=2), two, context=two, skip=others)
+
+
 def test_a_family_in_place_of_a_function_is_refused():
     with pytest.raises(TypeError, match=r"lambda: Flow\(...\), but found a family"):
         check_family(Flow((2,), transform=MAF(**SMALL)), two)

@@ -18,6 +18,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from pyro_genmodels.families.context import VectorContext
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
 from pyro_genmodels.testing.clauses import clause, require, require_error, run_clauses, seed, seeded
 from pyro_genmodels.utils.distributions import density_of, is_real
@@ -264,6 +265,22 @@ def _family_standardize(subject: FamilySubject) -> None:
     if not transformed().equal(before):
         unchanged = seeded(family(*contexts).sample).equal(draws)
         require(not unchanged, "the mean of the data does not change the draws. Pass pretransform on to the distribution")
+
+
+@clause("family")
+def _family_unit_of_contexts(subject: FamilySubject) -> None:
+    """Check that networks are given standardised contexts, so that the unit of float contexts does not matter."""
+    family, (x, *contexts) = subject.build().eval(), subject.batch(16)
+    if not (contexts and isinstance(family.context, VectorContext) and family.context.kind):
+        return
+    twin, others = copy.deepcopy(family), (2005 + 9 * contexts[0],)
+    family.standardize(x, *contexts)
+    twin.standardize(x, *others)
+    one, other = subject.value(family, (x, *contexts)), subject.value(twin, (x, *others))
+    require(
+        torch.allclose(one, other, rtol=1e-2, atol=1e-2),
+        "contexts in another unit change it. Give networks self.embed(context)",
+    )
 
 
 @clause("family")
