@@ -1,7 +1,9 @@
-"""Configuration of Sphinx, which `make docs` runs. It needs no network."""
+"""Configuration of Sphinx, which `make docs` runs. Neither it nor the pages need a network."""
 
 import re
 import shutil
+import sys
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 
 from pyro_genmodels import __version__, families, infer
@@ -10,11 +12,12 @@ project = "pyro_genmodels"
 author = "The pyro_genmodels authors"
 release = version = __version__
 
+sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
 extensions = [
+    "mathml",
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
@@ -33,6 +36,9 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 python_maximum_signature_line_length = 100
 
+html_math_renderer = "mathml"
+html_static_path = ["_static"]
+html_css_files = ["mathematics.css"]
 html_theme = "furo"
 html_title = f"pyro_genmodels {release}"
 
@@ -64,7 +70,30 @@ def skip_duplicates(app, what, name, obj, skip, options) -> bool | None:  # noqa
     return True if other is not None and getattr(other, name, None) is obj else None
 
 
+def begin_sentences(app, what, name, obj, options, lines) -> None:  # noqa: D103
+    # Napoleon takes the words before a colon in a property's first line for its type, unless a comment stands before.
+    if what in ("attribute", "property") and lines:
+        lines[:0] = ["..", ""]
+
+
+def link_tutorials(app, docname, source) -> None:  # noqa: D103
+    # The notebooks stand beside docs/, where GitHub finds them. Sphinx reads its own copies of them.
+    source[0] = source[0].replace("](../tutorials/", "](tutorials/")
+
+
+def show_defaults(app, what, name, obj, options, signature, returned) -> tuple[str, str] | None:  # noqa: D103
+    # Dataclasses say `<factory>` for a default that is made anew for each object, which Sphinx cannot parse.
+    if signature is None or "<factory>" not in signature or not is_dataclass(obj):
+        return None
+    made = (repr(field.default_factory()) for field in fields(obj) if field.init and field.default_factory is not MISSING)
+    shown = re.sub("<factory>", lambda _: next(made), signature)
+    return re.sub(r"~(?:\w+\.)*(?=\w)", "", shown), returned
+
+
 def setup(app) -> None:  # noqa: D103
+    app.connect("source-read", link_tutorials)
+    app.connect("autodoc-process-signature", show_defaults)
+    app.connect("autodoc-process-docstring", begin_sentences, priority=100)  # before napoleon
     app.connect("autodoc-process-docstring", escape_shapes)
     app.connect("autodoc-skip-member", skip_duplicates)
     app.connect("config-inited", lambda app, config: tutorials())

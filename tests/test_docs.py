@@ -231,6 +231,58 @@ def test_the_theory_names_every_test_of_it_under_its_number():
     assert all(named.values())
 
 
+# What the pages quote.
+
+
+def pattern(text):
+    """Return a pattern for a text in which dots stand for anything."""
+    return ".*".join(re.escape(part) for part in text.split("..."))
+
+
+@cache
+def messages():
+    """Return the strings of the package, with dots for what is put in, and those of its warnings by their place."""
+    strings, warned = set(), {}
+    for path in (ROOT / "pyro_genmodels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            calls = (
+                isinstance(node, ast.Call)
+                and ast.unparse(node.func) in ("warnings.warn", "_warn")
+                and path.parent.name != "cli"
+            )
+            for found in [node, *(node.args[:1] if calls else ())]:
+                if isinstance(found, ast.JoinedStr):
+                    text = "".join(part.value if isinstance(part, ast.Constant) else "..." for part in found.values)
+                elif isinstance(found, ast.Constant) and isinstance(found.value, str):
+                    text = found.value
+                else:
+                    continue
+                strings.add(text)
+                if found is not node and len(text.replace("...", "")) > 12:
+                    warned[f"{path.name}:{node.lineno}"] = text
+    return strings, warned
+
+
+def quotes():
+    """Return the messages that begin an entry of the page of warnings: one, or two joined by "and"."""
+    joined = PAGES["warnings"].replace("\n  ", " ")
+    entries = re.findall(r"^- `([^`\n]+)`(?: and `([^`\n]+)`)?", joined, flags=re.M)
+    return [quote for entry in entries for quote in entry if quote]
+
+
+def test_every_warning_is_on_the_page_of_warnings():
+    _, warned = messages()
+    missing = [text for text in warned.values() if not any(re.search(pattern(quote), text, re.S) for quote in quotes())]
+    assert len(warned) > 15
+    assert missing == []
+
+
+def test_every_quoted_message_is_in_the_code():
+    strings, _ = messages()
+    assert len(quotes()) > 25
+    assert [quote for quote in quotes() if not any(re.search(pattern(quote), text, re.S) for text in strings)] == []
+
+
 # What the pages name.
 
 

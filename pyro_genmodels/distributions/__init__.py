@@ -3,7 +3,7 @@
 from pyro_genmodels.distributions.autoregressive import Autoregression
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.dequantized import Dequantized
-from pyro_genmodels.distributions.diffusion import ReverseDiffusion
+from pyro_genmodels.distributions.diffusion import ReverseDiffusion, SamplerGap
 from pyro_genmodels.distributions.discretized import DiscretizedLogisticMixture
 from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.distributions.flow import NormalizingFlow
@@ -22,6 +22,7 @@ __all__ = [
     "Implicit",
     "NormalizingFlow",
     "ReverseDiffusion",
+    "SamplerGap",
     "unwrap",
 ]
 

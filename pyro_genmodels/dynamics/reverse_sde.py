@@ -69,7 +69,7 @@ class Ancestral(DDIM):
     Attributes:
         num_steps: number of steps, of one evaluation of the network each.
         spacing: spacing of the times.
-        eta: 1. It cannot be set.
+        eta: always 1; it cannot be set.
     """
 
     num_steps: int = 1000

@@ -281,7 +281,7 @@ class SpreadDivergence(SampleLoss):
 
     With noise the two sets are mixtures of Gaussians. Their densities are known for any model:
 
-    .. math:: D_f\bigl(\tfrac1N \textstyle\sum_n N(x_n, h^2) \,\big\|\, \tfrac1M \sum_m N(\tilde x_m, h^2)\bigr)
+    .. math:: D_f\bigl(\tfrac1N \sum_n N(x_n, h^2) \,\|\, \tfrac1M \sum_m N(\tilde x_m, h^2)\bigr)
         = \mathbb{E}_{\frac12 (p + q)}\, \frac{2 q f(p / q)}{p + q},
 
     The estimate, from noisy samples of both with gradients through them, is unbiased. The divergence is zero if the two

@@ -101,7 +101,7 @@ def annealed_langevin(
 ) -> Tensor:
     r"""Draw samples with a noise-conditional score, from the highest noise level to the lowest.
 
-    The step at the noise level :math:`\sigma` is :math:`\epsilon = \texttt{step\_size} \cdot \sigma^2`.
+    The step at the noise level :math:`\sigma` is :math:`\epsilon = \mathtt{step\_size} \cdot \sigma^2`.
 
     Args:
         score: (x, sigma) -> score, of the shape of x, of the data with noise of that standard deviation; sigma is ().
