@@ -179,9 +179,9 @@ def _check_reals(path: Path, table: Table, values: np.ndarray, *, sure: bool) ->
         shown = [f"{name} ({n} values)" for name, n, odd in zip(names, before, repeated | whole, strict=True) if odd]
         where = listed(shown) if table.columns else f"{len(shown)} of {len(names)} coordinates"
         warnings.warn(
-            f"{path}: taken for real numbers, but whole numbers alone, or one value in over a twentieth of the rows: {where}. A "
-            "density of real numbers is unbounded on them. Leave them out, condition on one as labels, save whole numbers from 0 "
-            "alone to model them as levels, or give levels=0 if real numbers are meant.",
+            f"{path}: taken for real numbers, but whole numbers alone, or one value in over a twentieth of the rows: {where}. "
+            "A density of real numbers is unbounded on them. Leave them out, condition on one as labels, save whole numbers "
+            "from 0 alone to model them as levels, or give levels=0 if real numbers are meant.",
             UserWarning,
             stacklevel=3,
         )

@@ -220,7 +220,7 @@ def _csv(file: BinaryIO, size: int, columns: Columns, labels: str | None, max_by
 
     _check_lines(file, max_bytes)
     names, rows = _header_and_rows(file)
-    check_size("its numbers, 8 bytes each,", 8 * len(names) * rows, max_bytes)
+    check_size("the table, 8 bytes a number,", 8 * len(names) * rows, max_bytes)
     header = None if all(map(_is_number, names)) else 0
     with _errors_as_damage():
         file.seek(0)
@@ -339,7 +339,7 @@ def _parquet(file: BinaryIO, size: int, columns: Columns, labels: str | None, ma
     def read(names: Sequence[str]) -> np.ndarray:
         with _errors_as_damage():
             claimed = _unpacked_bytes(source.metadata, set(names))
-        check_size("its numbers, once unpacked,", claimed, max_bytes)
+        check_size("the table, once unpacked,", claimed, max_bytes)
         with _errors_as_damage():
             table = source.read(columns=list(names), use_threads=False)
             parts = [table.column(name) for name in names]

@@ -440,7 +440,7 @@ def test_a_small_parquet_file_that_unpacks_to_much_is_refused_before_it_is_unpac
         ("a\n" + "\n" * 100_000 + "1\n", "more than 65,536 blank lines"),
         ("\r" * 100_000, "more than 65,536 blank lines"),
         ("a,b\r\n" + "\r\n" * 100_000, "more than 65,536 blank lines"),
-        ("a,b,c,d,e,f,g,h,i,j\n" + "0,0,0,0,0,0,0,0,0,0\n" * 900_000, "its numbers, 8 bytes each, takes 72,000,000 bytes"),
+        ("a,b,c,d,e,f,g,h,i,j\n" + "0,0,0,0,0,0,0,0,0,0\n" * 900_000, "the table, 8 bytes a number, takes 72,000,000 bytes"),
     ],
     ids=["line", "field", "lines", "old lines", "blanks", "blank", "blank inside", "old blank", "blank of two", "numbers"],
 )
