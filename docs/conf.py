@@ -39,6 +39,7 @@ python_maximum_signature_line_length = 100
 html_math_renderer = "mathml"
 html_static_path = ["_static"]
 html_css_files = ["mathematics.css"]
+html_show_copyright = False
 html_theme = "furo"
 html_title = f"pyro_genmodels {release}"
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from functools import cache
+from html import unescape
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -325,9 +326,48 @@ def test_every_public_module_is_on_the_page_of_the_api():
     assert all(import_module(name).__all__ for name in LISTED)
 
 
+# What is built.
+
+
+WITHOUT_SPHINX = any(find_spec(name) is None for name in ("sphinx", "myst_nb", "furo", "latex2mathml"))
+needs_sphinx = pytest.mark.skipif(WITHOUT_SPHINX, reason="wants the extra docs")
+NOTEBOOKS = [path.stem for path in sorted((ROOT / "tutorials").glob("*.ipynb"))]
+
+
+@pytest.fixture
+def mathml(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs/_extensions")
+    return import_module("mathml").mathml
+
+
+@needs_sphinx
+@pytest.mark.parametrize(
+    ("tex", "shown"),
+    [
+        (r"\tfrac12 F", "<mfrac><mn>1</mn><mn>2</mn></mfrac></mstyle><mi>F</mi>"),
+        (r"\frac18 \sum", "<mfrac><mn>1</mn><mn>8</mn></mfrac><mo>∑</mo>"),
+        (r"\hat\theta_N", "</mover><mi>N</mi></msub>"),
+        (r"\log_2 p", '<msub><mi>log</mi><mn>2</mn></msub><mspace width="0.167em" /><mi>p</mi>'),
+        (r"u \log(u)", '<mi>u</mi><mspace width="0.167em" /><mi>log</mi><mo stretchy="false">(</mo>'),
+        (r"[-1, x - 1]", '<mo form="prefix">\u2212</mo><mn>1</mn><mo>,</mo><mi>x</mi><mo>\u2212</mo><mn>1</mn>'),
+        (r"|x| - 1", '<mo stretchy="false">|</mo><mo>\u2212</mo><mn>1</mn>'),
+        (r"a < b", "<mi>a</mi><mo>&lt;</mo><mi>b</mi>"),
+    ],
+)
+def test_equations_are_shown_as_meant(mathml, tex, shown):
+    assert shown in mathml(tex, block=False)
+
+
+@needs_sphinx
+@pytest.mark.parametrize("tex", [r"\foo x", r"\frac{a}{", "a_b_c", r"\begin{aligned} a &= b \end{aligned}"])
+def test_equations_that_cannot_be_shown_are_refused(mathml, tex):
+    with pytest.raises(ValueError, match="in the equation"):
+        mathml(tex, block=False)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(any(find_spec(name) is None for name in ("sphinx", "myst_nb", "furo")), reason="wants the extra docs")
-def test_it_builds_without_a_warning(tmp_path):
+@needs_sphinx
+def test_it_builds_without_a_warning_and_shows_what_it_should(tmp_path):
     made = shutil.ignore_patterns("_build", "api", "tutorials")
     shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=made)
     for path in ROOT.iterdir():
@@ -336,6 +376,58 @@ def test_it_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "sphinx", "-W", "-n", "--keep-going", "-q", "docs", "html"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    notebooks = [f"tutorials/{path.stem}" for path in (ROOT / "tutorials").glob("*.ipynb")]
-    for page in (*PAGES, "api/pyro_genmodels.families", "tutorials/index", *notebooks):
-        assert (tmp_path / "html" / f"{page}.html").exists()
+    html = tmp_path / "html"
+    for page in (*PAGES, "api/pyro_genmodels.families", "tutorials/index", *(f"tutorials/{name}" for name in NOTEBOOKS)):
+        assert (html / f"{page}.html").exists()
+    pages = {path: path.read_text() for path in html.rglob("*.html") if "_modules" not in path.parts}
+    for path, page in pages.items():
+        assert loaded_from_elsewhere(page) == [], path
+        assert latex_shown(page) == [], path
+        assert not re.search(r"&lt;factory&gt;|<li><p>It cannot", page), path
+    assert sum(page.count("<math ") for page in pages.values()) > 250
+    assert all(not re.search(r"(url\(|@import)[^;)]*//", path.read_text()) for path in html.rglob("*.css"))
+    for module in LISTED:
+        assert hidden_constructors(module, pages[html / f"api/{module}.html"]) == []
+    landing = pages[html / "index.html"].partition('<article role="main"')[2]
+    assert families() > {pyro_genmodels.ODEFlow, pyro_genmodels.Flow}
+    assert all(f'href="api/pyro_genmodels.families.html#pyro_genmodels.families.{f.__name__}"' in landing for f in families())
+    assert all(f'href="tutorials/{name}.html"' in landing for name in NOTEBOOKS)
+
+
+def families():
+    """Return the families that can be built."""
+    names = (getattr(pyro_genmodels.families, name) for name in pyro_genmodels.families.__all__)
+    base = pyro_genmodels.families.Family
+    return {f for f in names if isinstance(f, type) and issubclass(f, base) and not inspect.isabstract(f) and f is not base}
+
+
+def loaded_from_elsewhere(page):
+    """Return the addresses that a browser loads something from when it opens the page: neither links nor files beside it."""
+    tags = re.findall(r"<(?:script|img|link|iframe|source|object|embed)\b[^>]*>", page)
+    found = [address for tag in tags for address in re.findall(r"(?:src|href|data)=\"((?:https?:)?//[^\"]*)\"", tag)]
+    return found + re.findall(r"(?:url\(|@import|import\()\s*[\"']?((?:https?:)?//[^\"')]*)", page)
+
+
+def latex_shown(page):
+    """Return the LaTeX that stands in the text of a page, outside of code."""
+    text = re.sub(r"<(pre|code|script|style|title)\b.*?</\1>|<[^>]+>", " ", page, flags=re.S)
+    return re.findall(r"\\[(\[][^\n]*|\\(?:frac|tfrac|log|sum|int|mathbb|mathrm|theta|sigma|alpha)\b[^\n]*|\$\$?\\[^\n]*", text)
+
+
+def hidden_constructors(module, page):
+    """Return the classes of a module whose constructor the page does not show with the names of its arguments."""
+    hidden = []
+    for target, heading in re.findall(r'<dt class="sig sig-object py" id="([\w.]+)">\s*(.*?)</dt>', page, flags=re.S):
+        found = getattr(import_module(module), target.removeprefix(f"{module}."), None)
+        if not inspect.isclass(found) or issubclass(found, Exception):
+            continue
+        text = html_text(heading)
+        shown = set(re.findall(r"(?:^|[(,])\s*\**(\w+)(?=\s*[:=,)])", text.partition(found.__name__)[2]))
+        wanted = set(inspect.signature(found).parameters)
+        if not wanted <= shown or wanted == {"args", "kwargs"}:
+            hidden.append(f"{found.__name__}: {text}")
+    return hidden
+
+
+def html_text(html):
+    return unescape(re.sub("<[^>]+>", "", html))

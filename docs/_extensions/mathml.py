@@ -49,6 +49,8 @@ def _set_spaces(parent: Element) -> None:
     parts = list(parent)
     if parent.tag in ("munder", "mover") and parts[-1].text in BRACES:
         parts[-1].set("stretchy", "true")
+    if parent.tag == "mover" and parent.get("accent") and parts[0].tag == "mi":
+        parts[-1].set("stretchy", "false")  # a hat over one letter
     if parent.tag not in ("mrow", "mstyle", "math"):
         return
     for before, part, after in zip([None, *parts], parts, [*parts[1:], None], strict=False):
