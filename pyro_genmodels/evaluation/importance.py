@@ -256,5 +256,7 @@ class RowEstimator:
         error = log_weights.double().var(0) / k if k > 1 else torch.full_like(values, torch.nan)
         std_error = (error + variance).sqrt().masked_fill(values.isinf(), torch.inf)
         below = (log_weights.max(0).values - log_weights).log().masked_fill(log_weights.isnan(), -torch.inf)  # the heavier tail
-        heaviness = pareto_k(below.masked_fill(below.isnan(), torch.inf)).masked_fill(values.isnan(), torch.nan)
+        heaviness = pareto_k(below.masked_fill(below.isnan(), torch.inf))
+        heaviness = heaviness.masked_fill((below == -torch.inf).all(0), -torch.inf)  # all terms are equal
+        heaviness = heaviness.masked_fill(values.isnan(), torch.nan)
         return RowEstimates(values.to(log_weights), std_error.to(log_weights), heaviness)
