@@ -96,13 +96,13 @@ def test_nothing_sampled_has_no_k_and_few_samples_an_unknown_one():
 
 def test_the_lower_tail_counts_where_log_weights_are_averaged():
     class Noisy(dist.Normal):
-        """A density whose log is a random estimate; its noise has the tail index 1."""
+        """A density whose log is a random estimate; its noise has a tail of shape k = 2."""
 
         density, mean_inside_log = "lower bound", False
 
         def log_prob(self, value):
             log_p = super().log_prob(value)
-            return log_p - dist.StudentT(1.0).sample(log_p.shape).abs()
+            return log_p - dist.StudentT(0.5).sample(log_p.shape).abs()
 
         def expand(self, batch_shape, _instance=None):
             return Noisy(self.loc.expand(batch_shape), self.scale.expand(batch_shape))
