@@ -350,7 +350,8 @@ def mathml(monkeypatch):
         (r"\log_2 p", '<msub><mi>log</mi><mn>2</mn></msub><mspace width="0.167em" /><mi>p</mi>'),
         (r"u \log(u)", '<mi>u</mi><mspace width="0.167em" /><mi>log</mi><mo stretchy="false">(</mo>'),
         (r"[-1, x - 1]", '<mo form="prefix">\u2212</mo><mn>1</mn><mo>,</mo><mi>x</mi><mo>\u2212</mo><mn>1</mn>'),
-        (r"|x| - 1", '<mo stretchy="false">|</mo><mo>\u2212</mo><mn>1</mn>'),
+        (r"|x| - 1", '<mo stretchy="false" lspace="0" rspace="0">|</mo><mo>\u2212</mo><mn>1</mn>'),
+        (r"= \infty", "<mo>=</mo><mi>\u221e</mi>"),
         (r"a < b", "<mi>a</mi><mo>&lt;</mo><mi>b</mi>"),
     ],
 )

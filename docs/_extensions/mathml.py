@@ -14,6 +14,7 @@ from sphinx.util import logging
 
 SIGNS = ("+", "\u2212", "\u00b1")
 ENDS = (")", "]", "}", "|", "\u2016", "\u2225", "!", "\u2032", "*")  # a sign after one of these is an operation
+BARS = ("|", "\u2016")
 BRACES = ("\u23de", "\u23df")
 
 
@@ -35,10 +36,14 @@ def mathml(tex: str, *, block: bool) -> str:
         root = convert_to_element(tex, display="block" if block else "inline")
     except Exception as error:  # its errors share no class
         raise ValueError(f"{type(error).__name__} in the equation {tex}") from error
-    for parent in root.iter():
-        parent.text = parent.text and unescape(parent.text)
-        if parent.text and parent.tag != "mtext" and parent.text[0] in "\\&":
-            raise ValueError(f"{parent.text} is not known, in the equation {tex}")
+    for node in root.iter():
+        node.text = node.text and unescape(node.text)
+        if node.text and node.tag != "mtext" and node.text[0] in "\\&":
+            raise ValueError(f"{node.text} is not known, in the equation {tex}")
+        if node.tag == "mo" and node.text == "\u221e":
+            node.tag = "mi"  # infinity is a number
+        elif node.tag == "mo" and node.text in BARS:
+            node.attrib |= {"lspace": "0", "rspace": "0"}
     for parent in list(root.iter()):
         _set_spaces(parent)
     return tostring(root, encoding="unicode")
