@@ -31,14 +31,15 @@ _running: list[tuple[str, int]] = []
 
 
 def _after_fork() -> None:
-    """Replace, in a forked process, a lock that another thread of its parent held."""
+    """Replace, in a forked process, a lock that another thread of its parent may hold, also one not yet or no longer listed."""
     global _lock
-    if _running and _running[0][1] != threading.get_ident():
+    if not any(thread == threading.get_ident() for _, thread in _running[:1]):
         _lock = threading.RLock()
         _running.clear()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):  # there are no forks on Windows
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextmanager
@@ -52,8 +53,9 @@ def exclusive(name: str) -> Iterator[None]:
         RuntimeError: if another thread is inside.
     """
     if not _lock.acquire(blocking=False):
+        running = _running[:1]  # once, since the other thread may end in between
         raise RuntimeError(
-            f"{name} cannot run while {_running[0][0] if _running else 'another call'} runs in another thread: Pyro keeps its "
+            f"{name} cannot run while {running[0][0] if running else 'another call'} runs in another thread: Pyro keeps its "
             "handlers and parameters once for all threads. Use processes, such as joblib.Parallel(n_jobs=...), or a lock of "
             "your own around the calls."
         )

@@ -98,6 +98,8 @@ def agree_alone(
     together = [traces.log_prob(trace, (dim,), scaled=True).expand(num_particles) for trace in pair]
     if not any(map(traces.latents, pair)):  # nothing to index; and the noise of a dequantised density is drawn at each call
         return True
+    if any(bool(values.isneginf().all()) for values in together):  # impossible particles are alike whatever the model does
+        return False
     for i in checked:
         model_i, guide_i = (poutine.replay(fn, trace=_particle(t, i, dim)) for fn, t in zip((model, guide), pair, strict=True))
         alone = traces.run_pair(model_i, guide_i, (), {})
@@ -107,7 +109,7 @@ def agree_alone(
                 if not _close(value, site["value"], spread):
                     return False
         for trace, values in zip(alone, together, strict=True):
-            spread = (values.amax() - values.amin()).clamp(min=1.0)
+            spread = _typical_difference(values).clamp(min=1.0)
             if not _close(traces.log_prob(trace, (dim,), scaled=True).squeeze(), values[i], spread):
                 return False
     return True
@@ -144,13 +146,21 @@ def _close(a: Tensor, b: Tensor, spread: Tensor) -> bool:
     return bool(same.all())
 
 
+def _typical_difference(values: Tensor) -> Tensor:
+    """Return the median distance of log densities from their median; impossible particles, and far ones, hardly change it."""
+    values = values[values.isfinite()]
+    return (values - values.median()).abs().median() if len(values) else torch.zeros(())
+
+
 def _deterministic_value(together: Tensor, alone: Mapping[str, Any], i: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Return a computed value of one particle and the spread over particles, in the shape that it has in a run of one."""
+    """Return a computed value of one particle and the spread of finite ones, in the shape that it has in a run of one."""
     event_dim = max(alone["value"].dim() - sites.plate_depth(alone), 0)
     together = together.reshape((1,) * (event_dim - dim - together.dim()) + together.shape)
     axis, shape = dim - event_dim, alone["value"].shape
     own = together.select(axis, i if together.shape[axis] > 1 else 0)
-    spread = together.double().amax(axis) - together.double().amin(axis)
+    is_finite = together.isfinite()
+    largest, least = (together.double().where(is_finite, end) for end in (-torch.inf, torch.inf))
+    spread = (largest.amax(axis) - least.amin(axis)).clamp(min=0.0)  # 0 if none is finite
     return own.reshape(shape), spread.reshape(shape)
 
 

@@ -1,5 +1,6 @@
 """What `train` accepts as data and options, and how it refuses everything else."""
 
+import importlib.util
 import threading
 from functools import partial
 
@@ -414,6 +415,32 @@ def test_calls_may_be_nested_and_errors_release():
     thread.start()
     thread.join()
     assert errors == []
+
+
+def test_a_fork_before_another_thread_is_listed_leaves_no_lock(monkeypatch):
+    monkeypatch.setattr(handlers, "_lock", threading.RLock())
+    monkeypatch.setattr(handlers, "_running", [])
+    thread = threading.Thread(target=handlers._lock.acquire)  # another thread between the lock and its entry
+    thread.start()
+    thread.join()
+    with pytest.raises(RuntimeError, match="another call runs in another thread"), handlers.exclusive("train"):
+        pass
+    handlers._after_fork()
+    with handlers.exclusive("train"):
+        pass
+
+
+def test_a_fork_inside_a_run_keeps_its_lock():
+    with handlers.exclusive("train"):
+        lock = handlers._lock
+        handlers._after_fork()
+        assert handlers._lock is lock and len(handlers._running) == 1
+
+
+def test_a_system_without_forks_can_import_the_handlers(monkeypatch):
+    monkeypatch.delattr("os.register_at_fork")
+    spec = importlib.util.find_spec("pyro_genmodels._pyro.handlers")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def test_a_forked_process_is_free_of_another_threads_lock():
