@@ -155,7 +155,7 @@ class VectorContext(nn.Module):
         if is_validation_enabled() and not context.isfinite().all():
             raise ValueError(f"The context, of shape {tuple(context.shape)}, has NaN or infinite entries. Impute them first.")
 
-    def complete(self, state: dict[str, Any], prefix: str) -> None:
+    def complete_state(self, state: dict[str, Any], prefix: str) -> None:
         """Add to a `state_dict` of a version before 0.2 what it lacks: its contexts were not standardised."""
         if not any(prefix + name in state for name in ("loc", "scale", "standardized")):
             state[prefix + "loc"] = torch.zeros_like(self.loc, device="cpu")
@@ -164,7 +164,7 @@ class VectorContext(nn.Module):
 
 
 def _complete_loaded(module: VectorContext, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    module.complete(state, prefix)
+    module.complete_state(state, prefix)
 
 
 def _read_standardized(module: VectorContext, _: Any) -> None:

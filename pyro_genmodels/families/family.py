@@ -453,8 +453,8 @@ class Family(PyroModule):
         """Return a `state_dict` with what versions before 0.2 did not save, as it was then. `load_state_dict` does so too."""
         state = dict(state)
         for prefix, module in self.named_modules():
-            if isinstance(module, VectorContext):
-                module.complete(state, f"{prefix}.")
+            if hasattr(module, "complete_state"):
+                module.complete_state(state, f"{prefix}.")
         return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Family:

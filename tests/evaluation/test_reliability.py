@@ -11,6 +11,7 @@ from torch.distributions import constraints
 
 from pyro_genmodels import MAF, VAE, EnergyModel, Flow, RestrictedBoltzmannMachine, compare, log_likelihood
 from pyro_genmodels.distributions import Energy, Implicit
+from pyro_genmodels.distributions.energy.state import LogPartition, PartitionCache
 from pyro_genmodels.evaluation import (
     LogLikelihood,
     conservative_log_likelihood,
@@ -159,7 +160,25 @@ def test_the_k_of_log_z_is_kept_with_it(chains):
     family = EnergyModel((30,), energy=RestrictedBoltzmannMachine(25), support=constraints.boolean)
     found = log_partition(family, num_chains=chains, num_steps=50)
     assert found.pareto_k.isnan() == (chains == 5)
-    assert family().log_partition.pareto_k == (None if chains == 5 else found.pareto_k)
+    torch.testing.assert_close(family().log_partition.pareto_k, found.pareto_k, rtol=0, atol=0, equal_nan=True)
+    old = {name: value for name, value in family.state_dict().items() if not name.endswith("pareto_k")}  # as of version 0.1
+    assert old["partition_cache.values"].shape == (5,)
+    assert set(family.complete(old)) == set(family.state_dict())
+    family.load_state_dict(old)
+    assert family().log_partition.value == found.value
+    assert family().log_partition.pareto_k.isnan()
+    state = family.partition_cache.__getstate__()
+    state["_buffers"] = {name: value for name, value in state["_buffers"].items() if name != "pareto_k"}
+    pickled = PartitionCache.__new__(PartitionCache)
+    pickled.__setstate__(state)
+    assert pickled.pareto_k.isnan()
+
+
+def test_the_k_of_an_exact_log_z_is_none_and_a_k_of_zero_is_zero():
+    cache, parameters = PartitionCache(), [torch.zeros(2)]
+    for k, chains in ((None, 0), (torch.tensor(0.0), 100), (torch.tensor(torch.inf), 100)):
+        cache.put(LogPartition(torch.tensor(1.0), torch.tensor(0.0), "exact", num_chains=chains, pareto_k=k), parameters)
+        assert cache.get(parameters).pareto_k == k
 
 
 @pytest.mark.parametrize("value", [NAN, -INF])

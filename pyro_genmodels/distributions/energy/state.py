@@ -121,16 +121,24 @@ class PartitionCache(nn.Module):
     """
 
     values: Tensor
+    pareto_k: Tensor
     kind_index: Tensor
     fingerprint: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("values", torch.zeros(6))  # value, standard error, chains, steps, effective sample size, k-hat
+        self.register_buffer("values", torch.zeros(5))  # value, standard error, chains, steps, effective sample size
+        self.register_buffer("pareto_k", torch.tensor(0.0))
         self.register_buffer("kind_index", torch.tensor(-1))
         self.register_buffer("fingerprint", torch.tensor(0))
         self.reread()
+        self.register_load_state_dict_pre_hook(_complete_loaded)
         self.register_load_state_dict_post_hook(_reread)
+
+    def complete_state(self, state: dict[str, Any], prefix: str) -> None:
+        """Add to a `state_dict` of a version before 0.2 what it lacks: the k-hat of its log Z is not known."""
+        if prefix + "values" in state and prefix + "pareto_k" not in state:
+            state[prefix + "pareto_k"] = state[prefix + "values"].new_tensor(torch.nan)
 
     def reread(self) -> None:
         """Update the Python attributes after the buffers have changed."""
@@ -151,10 +159,10 @@ class PartitionCache(nn.Module):
             log_partition.num_chains,
             log_partition.num_steps,
             0.0 if size is None else size,
-            0.0 if k is None or k.isnan() else k,  # a NaN would make equal states unequal
         )
         with torch.no_grad():
             self.values.copy_(torch.stack([torch.as_tensor(v).to(self.values) for v in values]))
+            self.pareto_k.copy_(torch.as_tensor(0.0 if k is None else k))
             self.fingerprint.copy_(fingerprint(tensors))
             self._set_kind(_KINDS.index(log_partition.kind))
         self._snapshot = _copies(tensors)
@@ -167,7 +175,7 @@ class PartitionCache(nn.Module):
             self._set_kind(-1)
             self._snapshot = None
             return None
-        value, error, chains, steps, size, k = self.values.clone().unbind()
+        value, error, chains, steps, size = self.values.clone().unbind()
         return LogPartition(
             value,
             error,
@@ -175,7 +183,7 @@ class PartitionCache(nn.Module):
             effective_sample_size=size if size else None,
             num_chains=int(chains),
             num_steps=int(steps),
-            pareto_k=k if k else None,
+            pareto_k=self.pareto_k.clone() if chains else None,
         )
 
     def _set_kind(self, index: int) -> None:
@@ -194,6 +202,16 @@ class PartitionCache(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copying and pickling, without the copy of the parameters."""
         return {**self.__dict__, "_snapshot": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickled cache; one of a version before 0.2 has no k-hat."""
+        super().__setstate__(state)
+        if "pareto_k" not in self._buffers:
+            self.register_buffer("pareto_k", self.values.new_tensor(torch.nan))
+
+
+def _complete_loaded(module: PartitionCache, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    module.complete_state(state, prefix)
 
 
 def _reread(module: ReplayBuffer | PartitionCache, _: Any) -> None:
