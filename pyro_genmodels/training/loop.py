@@ -62,6 +62,10 @@ class TrainingInterrupted(KeyboardInterrupt):
         )
         self.path, self.epoch = path, epoch
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the path and the number, from which the message is made."""
+        return type(self), (self.path, self.epoch)
+
 
 def train(
     fit: Any,

@@ -17,6 +17,7 @@ __all__ = [
 import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -33,6 +34,10 @@ class ArgumentError(ValueError):
     def __init__(self, message: str, *, argument: str, example: str) -> None:
         super().__init__(message)
         self.argument, self.example = argument, example
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the error with its fields, so that it reaches the user from a worker process."""
+        return partial(type(self), argument=self.argument, example=self.example), self.args
 
 
 def check_positive_int(owner: str, **values: Any) -> None:

@@ -1,8 +1,21 @@
 """Errors name what was found, what is known or wanted, and the nearest known name."""
 
+import copy
+import pickle
+from pathlib import Path
+
 import pytest
 
-from pyro_genmodels.utils.errors import check_choice, check_positive_int, import_extra, listed, one_line, unknown_name
+from pyro_genmodels.training import TrainingInterrupted
+from pyro_genmodels.utils.errors import (
+    ArgumentError,
+    check_choice,
+    check_positive_int,
+    import_extra,
+    listed,
+    one_line,
+    unknown_name,
+)
 
 NAMES = ["digits", "moons", "ring", "grid"]
 
@@ -95,3 +108,14 @@ def test_a_text_from_elsewhere_is_one_printable_line(text, line):
     assert found.isprintable()
     assert len(found) <= 200
     found.encode()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ArgumentError("too many", argument="max_bytes", example="11"), TrainingInterrupted(Path("a.safetensors"), 3)],
+    ids=["ArgumentError", "TrainingInterrupted"],
+)
+@pytest.mark.parametrize("transfer", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy], ids=["pickle", "copy"])
+def test_an_error_reaches_the_user_from_a_worker_process(error, transfer):
+    again = transfer(error)
+    assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
