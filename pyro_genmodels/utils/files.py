@@ -7,6 +7,7 @@ __all__ = ["MAX_BYTES", "atomic_write", "check_size"]
 import os
 import secrets
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
@@ -17,6 +18,9 @@ from pyro_genmodels.utils.errors import ArgumentError
 
 MAX_BYTES = 2**30
 """Default limit on the size in bytes of a file that is read, and of what it unpacks to."""
+
+LEFTOVER_SECONDS = 86_400.0
+"""Age in seconds from which a temporary file of a process that is not found is a leftover, not one of another container's."""
 
 _HOST = sha256(socket.gethostname().encode()).hexdigest()[:8]
 _PROCESS = secrets.token_hex(4)
@@ -52,7 +56,8 @@ def check_size(what: str, size: int, max_bytes: int) -> None:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Write a file completely or not at all, also if several processes write it at once; the last one to finish wins.
 
-    Temporary files of the same target that processes of this machine left behind when they were killed are removed.
+    Temporary files of the same target that processes of this machine left behind when they were killed are removed when they
+    are a day old. A younger one may be of a process in another container, whose number means nothing here.
 
     Args:
         path: path of the file. Missing folders are created; a symbolic link is followed.
@@ -100,14 +105,15 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(folder: Path, prefix: str) -> None:
-    """Remove temporary files whose name begins with `prefix` and whose process has ended."""
+    """Remove temporary files whose name begins with `prefix`, which are a day old, and whose process has ended."""
     if os.name != "posix":  # elsewhere `os.kill` is no question
         return
     for path in folder.glob(f"{prefix}*"):
         number, _, rest = path.name.removeprefix(prefix).partition("-")
         if number.isdecimal() and not _is_alive(int(number), rest.partition("-")[0]):
             with suppress(OSError):
-                path.unlink()
+                if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                    path.unlink()
 
 
 def _is_alive(number: int, process: str) -> bool:

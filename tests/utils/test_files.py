@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,12 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
 
 
+def make_old(path):
+    """Set the time of a file to a little more than a day ago."""
+    then = time.time() - 86_500
+    os.utime(path, (then, then))
+
+
 def test_a_killed_process_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
@@ -180,6 +187,10 @@ def test_a_killed_process_leaves_the_old_file(tmp_path):
     assert temporary.exists()
     with atomic_write(path) as mine:
         mine.write_text("new")
+    assert temporary.exists()  # it may be of a process that is not seen from here
+    make_old(temporary)
+    with atomic_write(path) as mine:
+        mine.write_text("new")
     assert sorted(tmp_path.iterdir()) == [path, other]
 
 
@@ -199,10 +210,18 @@ def test_a_leftover_of_an_earlier_process_with_the_same_number_is_removed(tmp_pa
         ]
         for file in (earlier, *foreign):
             file.touch()
+            make_old(file)
+        make_old(temporary)
+        with atomic_write(path) as another:  # a file of this process is no leftover, however old it is
+            another.write_text("newer")
+        assert temporary.exists()
+        assert not earlier.exists()
+        young = earlier.with_name(earlier.name.replace("0" * 8, "1" * 8))
+        young.touch()
     assert path.read_text() == "new"
     with atomic_write(path) as temporary:
         temporary.write_text("newest")
-    assert sorted(tmp_path.iterdir()) == sorted([path, *foreign])
+    assert sorted(tmp_path.iterdir()) == sorted([path, young, *foreign])
 
 
 def test_what_is_too_large_names_the_limit():
