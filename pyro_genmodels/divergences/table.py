@@ -6,6 +6,7 @@ __all__ = ["divergence_table"]
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +33,7 @@ from pyro_genmodels.divergences.kullback_leibler import kl, reverse_kl
 from pyro_genmodels.divergences.maximum_mean_discrepancy import mmd
 from pyro_genmodels.divergences.optimal_transport import wasserstein
 from pyro_genmodels.divergences.sliced import sliced_wasserstein
+from pyro_genmodels.utils.rng import forked_rng
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,9 +122,7 @@ def divergence_table(
         except (ValueError, NotImplementedError, ImportError) as error:
             left_out[name] = str(error)
 
-    with torch.no_grad(), torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with torch.no_grad(), nullcontext() if seed is None else forked_rng(seed):
         _add_densities(add, p, q, num_samples, left_out)
         _add_samples(add, *(side.sample((set_size,)) if isinstance(side, Distribution) else side for side in (p, q)))
     if unreliable:

@@ -35,6 +35,7 @@ from pyro_genmodels.evaluation.sample_quality import SampleQuality, sample_quali
 from pyro_genmodels.utils.errors import import_extra
 from pyro_genmodels.utils.keywords import check_keywords, joined_keywords
 from pyro_genmodels.utils.pareto import count_unreliable
+from pyro_genmodels.utils.rng import forked_rng
 from pyro_genmodels.utils.tensors import as_tensor
 
 if TYPE_CHECKING:
@@ -267,7 +268,7 @@ def compare(
 def _check_rows_can_be_cut(name: str, fit: Any, data: RowArguments) -> None:
     """Raise a ValueError unless a model can be given some rows of the data, for which it is to be sampled."""
     model, guide = as_pair(fit)
-    with side_effect_free(model, guide), torch.random.fork_rng(devices=[]):
+    with side_effect_free(model, guide), forked_rng():
         plate = with_own_plate(model, data).plate
     if data.row_dim or plate is not None:
         found = f"row_dim={data.row_dim}" if plate is None else f"the plate {plate.name!r} with subsample_size={plate.count}"

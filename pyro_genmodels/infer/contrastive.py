@@ -35,6 +35,7 @@ from pyro_genmodels.distributions.energy.state import LogPartition
 from pyro_genmodels.infer.objective import Objective
 from pyro_genmodels.utils.distributions import check_exact_density, density_of, unwrap
 from pyro_genmodels.utils.errors import check_positive_int
+from pyro_genmodels.utils.rng import forked_rng
 
 
 class ContrastiveDivergence(Objective):
@@ -183,7 +184,7 @@ class NoiseContrastive(Objective):
 
     def _inside(self, support: Any) -> bool:
         """Return True if 100 samples of the noise lie in the support, without advancing the random number generator."""
-        with torch.random.fork_rng():
+        with forked_rng():
             return bool(support.check(self.noise.sample((100,))).all())
 
     def per_datum(self, dist: Any, x: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import pyro
-import torch
 
 from pyro_genmodels.utils.errors import listed
+from pyro_genmodels.utils.rng import forked_rng
 
 CLAUSES: dict[str, dict[str, Callable[[Any], None]]] = {"distribution": {}, "family": {}, "objective": {}}
 """Clauses of each contract, by name. The docstring of a clause states it."""
@@ -54,8 +54,7 @@ def run_clauses(contract: str, subject: Any, skip: Collection[str]) -> None:
 @contextmanager
 def seed(value: int) -> Iterator[None]:
     """Seed torch, and restore its random state afterwards."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(value)
+    with forked_rng(value):
         yield
 
 

@@ -39,6 +39,7 @@ from pyro_genmodels.infer.sample_losses import SampleLoss
 from pyro_genmodels.optim.adapters import make_optimizer
 from pyro_genmodels.training.batches import Batch, Batches
 from pyro_genmodels.utils.distributions import modules_and_tensors, unwrap
+from pyro_genmodels.utils.rng import forked_rng
 
 MANY_ROWS = 10_000
 """Number of rows by which it is found out if a model draws its minibatches itself."""
@@ -362,7 +363,7 @@ def _first_run(batches: Batches, model: Any, run: Callable[[Batch], Any]) -> Any
 def _rows_that_are_drawn(model: Any, batch: Batch, rows: int) -> int | None:
     """Return how many rows a plate over all rows, or over those of the batch, draws by itself, or None."""
     kwargs = batch.kwargs | ({"size": rows} if "size" in inspect.signature(model).parameters else {})
-    with handlers.side_effect_free(model), torch.random.fork_rng():
+    with handlers.side_effect_free(model), forked_rng():
         plates = subsampling.subsampled_plates(model, batch.args, kwargs)
     return next((plate.count for plate in plates if plate.size in (batch.rows, rows)), None)
 

@@ -40,6 +40,7 @@ from pyro_genmodels.utils.distributions import (
     over_events,
 )
 from pyro_genmodels.utils.errors import check_positive_int
+from pyro_genmodels.utils.rng import forked_rng
 
 MAX_LOG_DENSITY = 1e6
 """Absolute log density (nats) above which an energy counts as exploded: single precision no longer resolves differences."""
@@ -235,7 +236,7 @@ class Energy(GenerativeDistribution):
             return True
         if isinstance(self.path.energy, nn.Module):
             return False
-        with torch.random.fork_rng():  # a plain function may hold parameters: evaluating it at one position shows them
+        with forked_rng():  # a plain function may hold parameters: evaluating it at one position shows them
             u, context = self.path.begin((1,)), self.context
             row = None if context is None else context.reshape(-1, context.shape[-1])[:1].detach()
             return self.path.energies(u, row).requires_grad
