@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-__all__ = ["RowArguments", "given", "map_nested", "row_arguments", "with_own_plate"]
+__all__ = ["RowArguments", "map_nested", "row_arguments", "with_own_plate"]
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -124,12 +123,6 @@ def _as_tensors(values: Any) -> Any:
         return as_tensor(value, "An argument of the model") if is_array else value
 
     return map_nested(convert, values)
-
-
-def given(function: Any, options: Mapping[str, Any]) -> list[str]:
-    """Return the names of the options that differ from the function's defaults."""
-    defaults = inspect.signature(function).parameters
-    return [name for name, value in options.items() if value is not defaults[name].default]
 
 
 def map_nested(fn: Callable[[Any], Any], values: Any) -> Any:

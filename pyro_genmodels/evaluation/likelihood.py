@@ -36,13 +36,14 @@ from torch import Tensor
 from pyro_genmodels._pyro import handlers, traces, vectorize
 from pyro_genmodels.distributions.energy.state import LogPartition
 from pyro_genmodels.distributions.ode import fresh_probes
-from pyro_genmodels.evaluation.arguments import RowArguments, given, row_arguments, with_own_plate
+from pyro_genmodels.evaluation.arguments import RowArguments, row_arguments, with_own_plate
 from pyro_genmodels.evaluation.importance import LikelihoodKind, RowEstimator, structure_of
 from pyro_genmodels.evaluation.log_z import LogPartitions
 from pyro_genmodels.utils.distributions import density_of
 from pyro_genmodels.utils.errors import check_positive_int
-from pyro_genmodels.utils.keywords import check_keywords, joined_keywords
+from pyro_genmodels.utils.keywords import check_keywords, given_keywords, joined_keywords, remember_keywords
 from pyro_genmodels.utils.pareto import MAX_PARETO_K, count_unreliable, is_unreliable
+from pyro_genmodels.utils.rng import forked_rng
 
 T = TypeVar("T")
 
@@ -148,6 +149,7 @@ def reliable_kind(owner: str, kind: LikelihoodKind, pareto_k: Tensor | None, num
     return "unreliable"
 
 
+@remember_keywords
 def log_likelihood(
     fit: Any,
     x: Any,
@@ -203,10 +205,8 @@ def log_likelihood(
         'exact'
     """
     model, guide = traces.as_pair(fit)
-    sizes = {"num_samples": num_samples, "num_steps": num_steps, "batch_size": batch_size}
-    check_positive_int("log_likelihood", **sizes)
-    options: dict[str, Any] = {**sizes, "parallel": parallel, "progress": progress, "row_dim": row_dim}
-    check_keywords("log_likelihood", model, given(log_likelihood, options), (x, *args), model_kwargs)
+    check_positive_int("log_likelihood", num_samples=num_samples, num_steps=num_steps, batch_size=batch_size)
+    check_keywords("log_likelihood", model, given_keywords(), (x, *args), model_kwargs)
     kwargs = joined_keywords("log_likelihood", kwargs, model_kwargs)
     data = row_arguments("log_likelihood", x, args, kwargs, row_dim)
     log_partitions = LogPartitions(num_samples, num_steps, progress=progress)
@@ -245,6 +245,7 @@ def _first_run(model: Any, guide: Any, data: RowArguments, run: Callable[[RowArg
     return again, run(again.first(1))
 
 
+@remember_keywords
 def has_likelihood(
     fit: Any, x: Any, *args: Any, row_dim: int = 0, model_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
 ) -> bool:
@@ -258,6 +259,7 @@ def has_likelihood(
         True
     """
     model, guide = traces.as_pair(fit)
+    check_keywords("has_likelihood", model, given_keywords(), (x, *args), model_kwargs)
     data = row_arguments("has_likelihood", x, args, joined_keywords("has_likelihood", kwargs, model_kwargs), row_dim)
 
     def has_density(first: RowArguments) -> bool:
@@ -265,7 +267,7 @@ def has_likelihood(
             trace, _ = traces.run_pair(model, guide, first.args, first.kwargs)
         return all(density_of(site["fn"])[0] != "none" for site in traces.sample_sites(trace).values())
 
-    with handlers.side_effect_free(model, guide), torch.random.fork_rng(devices=[]):
+    with handlers.side_effect_free(model, guide), forked_rng():
         return _first_run(model, guide, data, has_density)[1]
 
 

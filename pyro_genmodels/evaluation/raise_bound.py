@@ -19,13 +19,14 @@ from typing import Any
 from pyro_genmodels._pyro import handlers, traces
 from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.distributions.energy.annealed import conservative_bound
-from pyro_genmodels.evaluation.arguments import given, row_arguments
+from pyro_genmodels.evaluation.arguments import row_arguments
 from pyro_genmodels.evaluation.likelihood import LogLikelihood, reliable_kind
 from pyro_genmodels.utils.distributions import unwrap
 from pyro_genmodels.utils.errors import check_positive_int
-from pyro_genmodels.utils.keywords import check_keywords, joined_keywords
+from pyro_genmodels.utils.keywords import check_keywords, given_keywords, joined_keywords, remember_keywords
 
 
+@remember_keywords
 def conservative_log_likelihood(
     fit: Any,
     x: Any,
@@ -75,8 +76,7 @@ def conservative_log_likelihood(
     """
     model, guide = traces.as_pair(fit)
     check_positive_int("conservative_log_likelihood", num_samples=num_samples, num_steps=num_steps, batch_size=batch_size)
-    options = {"num_samples": num_samples, "num_steps": num_steps, "batch_size": batch_size, "progress": progress}
-    check_keywords("conservative_log_likelihood", model, given(conservative_log_likelihood, options), (x, *args), model_kwargs)
+    check_keywords("conservative_log_likelihood", model, given_keywords(), (x, *args), model_kwargs)
     kwargs = joined_keywords("conservative_log_likelihood", kwargs, model_kwargs)
     data = row_arguments("conservative_log_likelihood", x, args, kwargs)
     with handlers.side_effect_free(model, guide):

@@ -23,7 +23,7 @@ from pyro_genmodels.inference_data.groups import GROUPS, CollectOptions, Groups,
 from pyro_genmodels.inference_data.names import check_dims, check_names, xarray_name
 from pyro_genmodels.inference_data.sources import check_separate_parameters, source_of
 from pyro_genmodels.utils.errors import check_positive_int
-from pyro_genmodels.utils.keywords import check_keywords, joined_keywords
+from pyro_genmodels.utils.keywords import check_keywords, given_keywords, joined_keywords, remember_keywords
 
 if TYPE_CHECKING:
     import arviz
@@ -38,6 +38,7 @@ JOINT_DENSITY = (
 """Words for a log-likelihood of events."""
 
 
+@remember_keywords
 def to_arviz(
     fit: Any,
     *args: Any,
@@ -118,17 +119,14 @@ def to_arviz(
         >>> to_arviz(Flow((2,)), num_samples=50).posterior_predictive.sizes["draw"]
         50
     """
-    own: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "groups": None if groups is GROUPS else groups}
-    own |= {"model": model, "parallel": parallel, "coords": coords, "dims": dims, "progress": progress}
     kwargs = joined_keywords("to_arviz", kwargs, model_kwargs)
     fits = fit if isinstance(fit, list) else [fit]
     if not fits:
         raise ValueError("to_arviz wants at least one fit, but found an empty list.")
     sources = [source_of(one, args, kwargs, num_samples, model) for one in fits]
     for source in sources:
-        given = [name for name, value in own.items() if value is not None]
-        check_keywords("to_arviz", source.model, given, source.args, source.kwargs)
-    options = _collect_options(own, groups)
+        check_keywords("to_arviz", source.model, given_keywords(), source.args, source.kwargs)
+    options = _collect_options(num_samples, batch_size, groups, parallel, coords, dims, progress=progress)
     if len(sources) > 1:
         check_separate_parameters(sources)
     reports: dict[str, str] = {}
@@ -143,17 +141,19 @@ def to_arviz(
     return _inference_data(concatenate_chains(parts), coords or {})
 
 
-def _collect_options(own: Mapping[str, Any], groups: Collection[str]) -> CollectOptions:
-    """Return the options of `to_arviz`, given by name, after checking them; None is the default."""
-    check_positive_int("to_arviz", **{name: own[name] for name in ("num_samples", "batch_size") if own[name] is not None})
+def _collect_options(
+    num_samples: Any, batch_size: Any, groups: Any, parallel: Any, coords: Any, dims: Any, *, progress: bool
+) -> CollectOptions:
+    """Return the options of `to_arviz` after checking them; None is the default."""
+    counts = {"num_samples": num_samples, "batch_size": batch_size}
+    check_positive_int("to_arviz", **{name: count for name, count in counts.items() if count is not None})
     if isinstance(groups, str) or (unknown := [group for group in groups if group not in GROUPS]):
         found = repr(groups) if isinstance(groups, str) else ", ".join(map(repr, unknown))
         raise ValueError(f"Unknown groups {found}: choose a list from {', '.join(GROUPS)}.")
-    check_dims(own["dims"] or {})
-    if not isinstance(own["coords"] or {}, Mapping):
-        raise TypeError(f"to_arviz wants coords as a dictionary of labels, but found {type(own['coords']).__name__}.")
-    batch_size = own["batch_size"] or BATCH_SIZE
-    return CollectOptions(frozenset(groups), batch_size, own["parallel"], own["dims"] or {}, own["progress"])
+    check_dims(dims or {})
+    if not isinstance(coords or {}, Mapping):
+        raise TypeError(f"to_arviz wants coords as a dictionary of labels, but found {type(coords).__name__}.")
+    return CollectOptions(frozenset(groups), batch_size or BATCH_SIZE, parallel, dims or {}, progress)
 
 
 def _inference_data(groups: Groups, coords: Mapping[str, Sequence[Any]]) -> arviz.InferenceData:

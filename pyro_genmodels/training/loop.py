@@ -8,7 +8,6 @@ from __future__ import annotations
 
 __all__ = ["TrainingInterrupted", "train"]
 
-import inspect
 import sys
 import time
 import warnings
@@ -38,7 +37,8 @@ from pyro_genmodels.training.fit import EXPLODED_EPOCHS, EXPLOSION, Fit
 from pyro_genmodels.training.snapshots import Checkpoint, RunCheckpoint
 from pyro_genmodels.training.steps import AdversarialStep, LossStep, make_step
 from pyro_genmodels.utils.errors import check_positive_int, listed
-from pyro_genmodels.utils.keywords import check_keywords, joined_keywords
+from pyro_genmodels.utils.keywords import check_keywords, given_keywords, joined_keywords, remember_keywords
+from pyro_genmodels.utils.rng import forked_rng
 
 STANDARDIZE_ROWS = 10_000
 """Number of rows of a DataLoader that are validated and set a family's mean and deviation. Of a tensor all rows are used."""
@@ -67,6 +67,7 @@ class TrainingInterrupted(KeyboardInterrupt):
         return type(self), (self.path, self.epoch)
 
 
+@remember_keywords
 def train(
     fit: Any,
     data: Any,
@@ -145,13 +146,12 @@ def train(
         >>> [sorted(record) for record in fit.history]
         [['epoch', 'seconds', 'train', 'valid'], ['epoch', 'seconds', 'train', 'valid']]
     """
-    given = {**locals()}
     _check_options(epochs, batch_size, patience, ema_decay, clip_norm, checkpoint, seed, threads)
     fit = fit.family if isinstance(fit, Fit) else fit
     model, guide = traces.as_pair(fit)
-    options = [p for p in inspect.signature(train).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != "context"]
     model_kwargs = joined_keywords("train", {}, model_kwargs)
-    check_keywords("train", model, [p.name for p in options if given[p.name] is not p.default], (), model_kwargs)
+    args, kwargs = (data if isinstance(data, tuple) else ()), (data if isinstance(data, Mapping) else {})
+    check_keywords("train", model, given_keywords() - {"context"}, args, {**kwargs, **model_kwargs})
     with handlers.exclusive("train"), _torch_threads(threads):
         if seed is not None:
             pyro.set_rng_seed(seed)
@@ -335,7 +335,7 @@ def _subsample_held_out(step: LossStep | AdversarialStep, batches: Batches, held
     """
     held_out.subsample(ceil(batches.rows / batches.count))
     try:
-        with handlers.side_effect_free(step), torch.random.fork_rng():
+        with handlers.side_effect_free(step), forked_rng():
             step.loss(held_out.first())
     except IndexError as error:
         raise ValueError(
@@ -428,8 +428,7 @@ def _train_epoch(
 
 def _validate(step: LossStep | AdversarialStep, held_out: Batches, weights: TrainedWeights) -> float:
     """Return the loss of held-out data by the averaged parameters, always with the same random numbers."""
-    with weights.averaged(), handlers.side_effect_free(step), torch.random.fork_rng():
-        torch.manual_seed(VALIDATION_SEED)
+    with weights.averaged(), handlers.side_effect_free(step), forked_rng(VALIDATION_SEED):
         return step.validate(held_out)
 
 

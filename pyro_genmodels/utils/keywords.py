@@ -6,13 +6,48 @@ function, so the model would silently run with its default.
 
 from __future__ import annotations
 
-__all__ = ["check_keywords", "joined_keywords", "keyword_names"]
+__all__ = ["check_keywords", "given_keywords", "joined_keywords", "keyword_names", "remember_keywords"]
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from pyro import poutine
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_given: ContextVar[frozenset[str]] = ContextVar("given", default=frozenset())
+"""Options given by the innermost running call of a function under `remember_keywords`."""
+
+
+def remember_keywords(function: Callable[P, T]) -> Callable[P, T]:
+    """Return the function, in whose calls `given_keywords` knows the options that were given, also with their default value."""
+    options = {name for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        token = _given.set(frozenset(options & kwargs.keys()))
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _given.reset(token)
+
+    return call
+
+
+def given_keywords() -> frozenset[str]:
+    """Return the names of the keyword-only options that the running call of a function gives.
+
+    Example:
+        >>> @remember_keywords
+        ... def function(x, *, batch_size=128, progress=True, **kwargs):
+        ...     return sorted(given_keywords())
+        >>> function(1, batch_size=128, y=2)
+        ['batch_size']
+    """
+    return _given.get()
 
 
 def keyword_names(model: Any, args: tuple = ()) -> list[str]:
@@ -47,7 +82,7 @@ def check_keywords(
     Args:
         owner: name of the function that runs the model.
         model: the model, or None if there is none.
-        own_names: keywords of the function that the call gives. Those that are left at their default are no clash.
+        own_names: keywords of the function that the call gives, see `given_keywords`. Those left out are no clash.
         args: positional arguments of the model; what they fill is no clash.
         model_kwargs: keyword arguments that are for the model without doubt; what they fill is no clash.
 

@@ -1,5 +1,6 @@
 """Rows of arguments: plates that choose rows, rows in another dimension, lists, dicts, arrays and frames; keywords; errors."""
 
+import inspect
 from collections import namedtuple
 
 import numpy as np
@@ -225,6 +226,19 @@ def test_a_keyword_of_the_model_is_not_swallowed(call):
     assert call((with_options, none), x, batch_size=3, model_kwargs={"batch_size": 8}) is not None
     with pytest.raises(TypeError, match="wants model_kwargs as a dictionary"):
         call((with_options, none), x, model_kwargs=[8])
+
+
+@pytest.mark.parametrize("option", ["batch_size", "num_samples", "progress", "row_dim"])
+def test_a_keyword_of_the_model_is_not_swallowed_if_it_is_the_default(option):
+    def model(x, batch_size=None, num_samples=None, progress=None, row_dim=None):
+        with_options(x, 8)
+
+    default = inspect.signature(log_likelihood).parameters[option].default
+    with pytest.raises(ValueError, match=f"{option}= is a keyword of log_likelihood and of the model"):
+        log_likelihood((model, none), torch.randn(5), **{option: default})
+    assert log_likelihood((model, none), torch.randn(5)).kind == "exact"  # nothing is ambiguous
+    with pytest.raises(ValueError, match="row_dim= is a keyword of has_likelihood"):
+        has_likelihood((model, none), torch.randn(5), row_dim=0)
 
 
 def test_a_keyword_of_the_model_is_not_swallowed_by_the_conservative_bound():

@@ -139,7 +139,12 @@ def test_the_default_batch_size_given_by_name_is_refused_too():
     pair, seen = mean_with("batch_size")
     with pytest.raises(ValueError, match="batch_size= is a keyword"):
         to_arviz(pair, torch.randn(4), batch_size=100)
+    pair, seen = mean_with("progress")
     to_arviz(pair, torch.randn(4), num_samples=2)  # nothing is ambiguous
+    with pytest.raises(ValueError, match="progress= is a keyword"):
+        to_arviz(pair, torch.randn(4), num_samples=2, progress=True)
+    pair, seen = mean_with("batch_size")
+    to_arviz(pair, torch.randn(4), num_samples=2)
     assert set(seen) == {None}
     to_arviz(pair, torch.randn(4), 5, num_samples=2, batch_size=1)  # given by position
     assert set(seen) == {None, 5}

@@ -238,6 +238,12 @@ def test_the_models_keyword_is_passed_on():
     seen.clear()
     train((model, no_guide), X, epochs=1)  # no batch_size= of train: no clash
     assert set(seen) == {None}
+    with pytest.raises(ValueError, match="batch_size= is a keyword of train and of the model"):
+        train((model, no_guide), X, epochs=1, batch_size=128)  # its default, but given
+    seen.clear()
+    train((model, no_guide), (X, torch.ones(len(X))), epochs=1, batch_size=1000)  # the data fill it
+    train((model, no_guide), {"x": X, "batch_size": torch.ones(len(X))}, epochs=1, batch_size=1000)
+    assert all(len(found) == len(X) for found in seen)
 
 
 # Models that draw their minibatches themselves.
@@ -434,7 +440,8 @@ def test_a_fork_inside_a_run_keeps_its_lock():
     with handlers.exclusive("train"):
         lock = handlers._lock
         handlers._after_fork()
-        assert handlers._lock is lock and len(handlers._running) == 1
+        assert handlers._lock is lock
+        assert len(handlers._running) == 1
 
 
 def test_a_system_without_forks_can_import_the_handlers(monkeypatch):
