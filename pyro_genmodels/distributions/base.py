@@ -29,7 +29,8 @@ from torch import Size, Tensor, nn
 from torch.distributions import Transform, constraints
 
 from pyro_genmodels.distributions.capabilities import Capabilities
-from pyro_genmodels.utils.distributions import as_values, has_active_dropout, interior, map_tensors, modules_and_tensors
+from pyro_genmodels.utils.distributions import has_active_dropout, interior, map_tensors, modules_and_tensors
+from pyro_genmodels.utils.tensors import as_tensor
 
 
 class GenerativeDistribution(Capabilities, TorchDistribution):
@@ -105,7 +106,7 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
     def _outside_inference_mode(self, method: str, value: Any) -> Tensor:
         """Return what a method that needs gradients inside returns for a value, without a graph."""
         with torch.inference_mode(mode=False), torch.no_grad():
-            return getattr(map_tensors(self, torch.clone), method)(as_values(value).clone())
+            return getattr(map_tensors(self, torch.clone), method)(self._on_device(value).clone())
 
     def _tracked_log_prob(self, value: Tensor) -> Tensor:
         """Return the log density (without one, zeros) with what it depends on, as `pyro.render_model` asks for it."""
@@ -138,7 +139,7 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
 
     def _as_value(self, value: Any) -> Tensor:
         """Return a value as a tensor of numbers and events of the right kind."""
-        value = as_values(value)
+        value = self._on_device(value)
         if not (value.is_floating_point() or self.support.is_discrete):
             raise ValueError(
                 f"{self.owner} has a density over real numbers, but the value holds {value.dtype}. Convert it "
@@ -150,6 +151,16 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
                 f"{tuple(value.shape)}."
             )
         return value
+
+    def _on_device(self, value: Any) -> Tensor:
+        """Return a tensor as it is, and numbers, lists, arrays and frames as tensors on the device of the distribution."""
+        if isinstance(value, Tensor):
+            return value
+        floats = torch.get_default_dtype() if self._network_dtype is None else torch.float64  # rounded after the pretransform
+        value = as_tensor(value, self.owner, floats=floats)
+        modules, tensors = modules_and_tensors(self)
+        like = next((t for t in (*tensors, *(p for module in modules for p in module.parameters()))), value)
+        return value.to(like.device)
 
     @property
     def _network_dtype(self) -> torch.dtype | None:

@@ -22,7 +22,7 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import constraints
 
-from pyro_genmodels.utils.distributions import as_values
+from pyro_genmodels.utils.tensors import as_tensor
 
 
 class DiscretizedLogisticMixture(TorchDistribution):
@@ -70,7 +70,7 @@ class DiscretizedLogisticMixture(TorchDistribution):
         return DiscretizedLogisticMixture(logits, loc, scale, self.levels, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        value = as_values(value)
+        value = self._as_tensor(value)
         if self._validate_args:
             self._validate_sample(value)
         k = value.unsqueeze(-1).to(self.loc.dtype)
@@ -114,7 +114,7 @@ class DiscretizedLogisticMixture(TorchDistribution):
 
     def cdf(self, value: Tensor) -> Tensor:
         """Return the probability of value (sample..., *batch_shape) or less, for any real numbers."""
-        k = as_values(value).to(self.loc).floor().unsqueeze(-1)
+        k = self._as_tensor(value).to(self.loc).floor().unsqueeze(-1)
         below = torch.sigmoid((k - self.loc + 0.5) / self.scale).masked_fill(k >= self.levels - 1, 1).masked_fill(k < 0, 0)
         return (self.logits.softmax(-1) * below).sum(-1)
 
@@ -126,6 +126,9 @@ class DiscretizedLogisticMixture(TorchDistribution):
             higher = (level + 2**bit).clamp(max=self.levels - 1)
             level = torch.where(self.cdf(higher - 1) < value, higher, level)
         return level
+
+    def _as_tensor(self, value: Any) -> Tensor:
+        return as_tensor(value, type(self).__name__, floats=self.loc.dtype).to(self.loc.device)
 
     def _moment(self, function: Any) -> Tensor:
         k = self.enumerate_support()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = [
     "Density",
-    "as_values",
     "check_exact_density",
     "density_of",
     "has_active_dropout",
@@ -122,28 +121,6 @@ def interior(x: Tensor, support: constraints.Constraint | None) -> Tensor:
         beside = torch.where(end == 0, smallest, beside)
         x = torch.maximum(x, beside) if direction > 0 else torch.minimum(x, beside)
     return x
-
-
-def as_values(value: Any) -> Tensor:
-    """Return a tensor as it is, and numbers, lists, NumPy arrays and pandas frames as tensors of their own dtype.
-
-    Raises:
-        TypeError: if the value does not consist of numbers.
-
-    Example:
-        >>> as_values([0.5, 1.0])
-        tensor([0.5000, 1.0000])
-    """
-    if isinstance(value, Tensor):
-        return value
-    found = type(value).__name__
-    value = value.to_numpy() if hasattr(value, "to_numpy") else value
-    try:
-        return torch.tensor(value)  # a copy, since a frame may be read-only
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"A value should be a tensor, or numbers that torch.tensor(...) takes, but found a {found}: {error}"
-        ) from error
 
 
 def modules_and_tensors(value: Any) -> tuple[list[nn.Module], list[Tensor]]:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 
-def as_tensor(values: Any, owner: str) -> Tensor:
+def as_tensor(values: Any, owner: str, *, floats: torch.dtype = torch.float64) -> Tensor:
     """Return values as a tensor. A tensor is returned as it is.
 
     Args:
         values: tensor, numpy array, data frame or series (anything with `to_numpy`), list of numbers, or number.
         owner: subject of the error message, such as "train".
+        floats: dtype of Python's floats, alone or in lists. Double precision keeps the digits of data with an offset.
 
     Raises:
         TypeError: if they are not numbers; the message names the columns of a data frame that are not.
@@ -47,7 +48,15 @@ def as_tensor(values: Any, owner: str) -> Tensor:
         raise TypeError(f"{wanted} of {array.dtype}.")
     if array.dtype.kind == "f" and array.dtype.itemsize > 8:
         array = array.astype(np.float64)
-    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))  # a copy: the array may change
+    tensor = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))  # a copy: the array may change
+    return tensor.to(floats) if tensor.is_floating_point() and _is_python_number(values) else tensor
+
+
+def _is_python_number(values: Any) -> bool:
+    """Return True for a number that is not numpy's, and for nested lists that begin with one."""
+    while isinstance(values, (list, tuple)) and values:
+        values = values[0]
+    return isinstance(values, (int, float)) and not isinstance(values, np.generic)
 
 
 def _without_tensors(values: Any) -> Any:

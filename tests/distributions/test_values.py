@@ -83,14 +83,32 @@ def test_a_large_offset_is_subtracted_before_it_is_rounded(name):
     assert_close(found, right, rtol=1e-5, atol=1e-5, check_dtype=False)
 
 
+def test_a_list_with_a_large_offset_is_rounded_after_the_offset_is_subtracted():
+    family = made("flow")
+    with torch.no_grad():
+        family.loc.fill_(1.7e9)
+    d, x = family(), (torch.randn(20, 2, dtype=torch.float64) + 1.7e9)
+    assert d.log_prob(x.tolist()).equal(d.log_prob(x))
+    assert Energy(lambda y: y @ torch.eye(2) @ torch.ones(2), (2,)).unnormalized_log_prob([0.5, 1.0]).dtype == torch.float32
+
+
+def test_lists_lists_of_tensors_and_frames_of_several_types_are_put_on_the_device_of_a_distribution():
+    d = made("flow")()
+    x = torch.tensor([[0.5, -1.0], [2.0, 3.0]])
+    frame = pd.DataFrame({"a": [0.5, 2.0], "b": pd.array([-1, 3], dtype="Int64")})
+    for value in (x.tolist(), list(x), frame):
+        assert d.log_prob(value).equal(d.log_prob(x))
+    assert made("flow").to("meta")()._as_value([[0.5, 1.0]]).device.type == "meta"
+
+
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
         ([[1, 2]], ValueError, r"real numbers, but the value holds torch.int64.*float"),
-        (np.array([["a", "b"]]), TypeError, "numbers that torch.tensor"),
-        (pd.DataFrame({"x": ["a"], "y": ["b"]}), TypeError, "found a DataFrame"),
-        ("x", TypeError, "found a str"),
-        (None, TypeError, "found a NoneType"),
+        (np.array([["a", "b"]]), TypeError, "ndarray of <U1"),
+        (pd.DataFrame({"x": ["a"], "y": ["b"]}), TypeError, "the column 'x' holds str"),
+        ("x", TypeError, "found str"),
+        (None, TypeError, "found NoneType"),
         ([[0.5, float("nan")]], ValueError, "1 NaN or infinite"),
         ([[0.5, 1.0, 2.0]], ValueError, "event"),
     ],

@@ -35,6 +35,21 @@ def test_what_holds_numbers_becomes_a_tensor(values, wanted):
     assert found.equal(wanted)
 
 
+@pytest.mark.parametrize("values", [0.1, [0.1, 2], [[0.1], [2]], ((0.1,),)])
+def test_the_dtype_of_pythons_floats_is_chosen_by_the_caller(values):
+    assert as_tensor(values, "f").dtype == torch.float64
+    assert as_tensor(values, "f", floats=torch.float32).equal(torch.tensor(values))
+    assert as_tensor(values, "f", floats=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "values", [np.float64(0.1), np.array([0.1]), [np.array([0.1])], pd.Series([0.1]), [torch.ones(1).double()]]
+)
+def test_numbers_with_a_dtype_keep_it(values):
+    assert as_tensor(values, "f", floats=torch.float32).dtype == torch.float64
+    assert as_tensor([1, 2], "f", floats=torch.float32).dtype == torch.int64
+
+
 def test_an_array_that_changes_later_does_not_change_the_tensor():
     array = np.zeros(2)
     tensor = as_tensor(array, "f")
