@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["load", "load_rows"]
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from pyro_genmodels.datasets.dataset import Dataset
 from pyro_genmodels.datasets.named import DATASETS
 from pyro_genmodels.datasets.tables import Table, read_table
-from pyro_genmodels.utils.errors import ArgumentError, listed, unknown_name
+from pyro_genmodels.utils.errors import ArgumentError, listed, unknown_name, warn_caller
 from pyro_genmodels.utils.files import MAX_BYTES
 
 MIN_ROWS = 10
@@ -178,12 +177,11 @@ def _check_reals(path: Path, table: Table, values: np.ndarray, *, sure: bool) ->
     if not sure and (repeated | whole).any():
         shown = [f"{name} ({n} values)" for name, n, odd in zip(names, before, repeated | whole, strict=True) if odd]
         where = listed(shown) if table.columns else f"{len(shown)} of {len(names)} coordinates"
-        warnings.warn(
+        warn_caller(
             f"{path}: taken for real numbers, but whole numbers alone, or one value in over a twentieth of the rows: {where}. "
             "A density of real numbers is unbounded on them. Leave them out, condition on one as labels, save whole numbers "
             "from 0 alone to model them as levels, or give levels=0 if real numbers are meant.",
             UserWarning,
-            stacklevel=3,
         )
 
 

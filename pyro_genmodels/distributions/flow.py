@@ -9,7 +9,6 @@ from __future__ import annotations
 
 __all__ = ["NormalizingFlow"]
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.distributions import Distribution, Transform
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.capabilities import ScoreJumps
+from pyro_genmodels.utils.errors import warn_caller
 
 MAX_INVERSE_ERROR = 1e-3
 """Largest error of a numerical inverse in units of the base, where its coordinates are of order 1."""
@@ -101,7 +101,7 @@ class NormalizingFlow(GenerativeDistribution):
         advice = "The layers of this flow do not reach them, and its density lacks their mass: use NSF() or MAF()."
         if not found.all():
             raise FloatingPointError(f"{how_many}, and so have {int((~found).sum())} others in their place. {advice}")
-        warnings.warn(f"{how_many} and were drawn anew. {advice}", RuntimeWarning, stacklevel=4)
+        warn_caller(f"{how_many} and were drawn anew. {advice}")
         return y
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 __all__ = ["Diagnosis", "coverage", "diagnose"]
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isnan
@@ -27,7 +26,7 @@ from torch import Tensor
 from pyro_genmodels.divergences import Divergence
 from pyro_genmodels.divergences.samples import Samples, as_matrices
 from pyro_genmodels.utils.distances import distances
-from pyro_genmodels.utils.errors import check_positive_int
+from pyro_genmodels.utils.errors import check_positive_int, warn_caller
 
 NUM_NEIGHBOURS = 5
 """k in the definition of coverage."""
@@ -141,12 +140,10 @@ def diagnose(
         1 - 0.5**NUM_NEIGHBOURS,
     )
     if diagnosis.collapsed:
-        warnings.warn(
+        warn_caller(
             f"The samples cover {diagnosis.coverage:.0%} of the data, and samples of the same distribution would cover "
             f"{diagnosis.expected_coverage:.0%}: the model has collapsed, or is far from the data. Try R1 and R2, packing "
             "(pack=4), or a smaller learning rate.",
-            RuntimeWarning,
-            stacklevel=2,
         )
     return diagnosis
 

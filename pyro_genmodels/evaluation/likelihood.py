@@ -24,7 +24,6 @@ from __future__ import annotations
 
 __all__ = ["LogLikelihood", "has_likelihood", "log_likelihood", "no_likelihood", "reliable_kind"]
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import log
@@ -40,7 +39,7 @@ from pyro_genmodels.evaluation.arguments import RowArguments, row_arguments, wit
 from pyro_genmodels.evaluation.importance import LikelihoodKind, RowEstimator, structure_of
 from pyro_genmodels.evaluation.log_z import LogPartitions
 from pyro_genmodels.utils.distributions import density_of
-from pyro_genmodels.utils.errors import check_positive_int
+from pyro_genmodels.utils.errors import check_positive_int, warn_caller
 from pyro_genmodels.utils.keywords import check_keywords, given_keywords, joined_keywords, remember_keywords
 from pyro_genmodels.utils.pareto import MAX_PARETO_K, count_unreliable, is_unreliable
 from pyro_genmodels.utils.rng import forked_rng
@@ -139,12 +138,10 @@ def reliable_kind(owner: str, kind: LikelihoodKind, pareto_k: Tensor | None, num
     if pareto_k is None or not is_unreliable(pareto_k, num_samples):
         return kind
     known = pareto_k[~pareto_k.isnan()]
-    warnings.warn(
+    warn_caller(
         f"{owner}: Pareto k-hat is above {MAX_PARETO_K} in {count_unreliable(pareto_k)} of {len(pareto_k)} rows (largest "
         f"{known.max():.2f}): a few samples carry the weight there, and the value and its standard error cannot be relied on. "
         f"{cure}",
-        RuntimeWarning,
-        stacklevel=3,
     )
     return "unreliable"
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 __all__ = ["InputCheck", "Standardization", "Standardize", "estimate"]
 
-import warnings
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from pyro_genmodels.utils.errors import warn_caller
 
 Standardize = bool | Literal["jointly", "robust", "jointly robust"]
 
@@ -270,4 +271,4 @@ def _cannot_be_read(y: Tensor) -> bool:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=2)
+    warn_caller(message, UserWarning)

@@ -23,7 +23,6 @@ __all__ = [
     "UniformWeighting",
 ]
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.dynamics.processes import Process, stratified
 from pyro_genmodels.infer.score_matching import ScoreMatching, score_of
 from pyro_genmodels.utils.distributions import sum_event, unwrap
+from pyro_genmodels.utils.errors import warn_caller
 
 DEFAULT_NOISE = 0.1
 """Deviation of the noise by default, for data of deviation 1."""
@@ -213,11 +213,9 @@ class DenoisingScoreMatching(ScoreMatching):
         self._has_looked = True
         deviation = u.detach().reshape(len(u), -1).std(0).max().item()
         if deviation < DEFAULT_NOISE:
-            warnings.warn(
+            warn_caller(
                 f"DenoisingScoreMatching adds noise of {DEFAULT_NOISE} by default, but the data deviate by {deviation:.2g} at "
                 "most, so that the model learns the noise. Standardise the data, or pass noise=, such as a tenth of that.",
-                RuntimeWarning,
-                stacklevel=2,
             )
 
     def _levels(self, dist: Any, batch: Size, u: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 __all__ = ["to_arviz"]
 
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -22,7 +21,7 @@ from pyro_genmodels._pyro import handlers, params, traces
 from pyro_genmodels.inference_data.groups import GROUPS, CollectOptions, Groups, collect, concatenate_chains
 from pyro_genmodels.inference_data.names import check_dims, check_names, xarray_name
 from pyro_genmodels.inference_data.sources import check_separate_parameters, source_of
-from pyro_genmodels.utils.errors import check_positive_int
+from pyro_genmodels.utils.errors import check_positive_int, warn_caller
 from pyro_genmodels.utils.keywords import check_keywords, given_keywords, joined_keywords, remember_keywords
 
 if TYPE_CHECKING:
@@ -137,7 +136,7 @@ def to_arviz(
             parts.append(collect(source, reports, options))
     if reports:
         left_out = "; ".join(f"{name} ({why})" for name, why in reports.items())
-        warnings.warn(f"to_arviz leaves out: {left_out}.", UserWarning, stacklevel=2)
+        warn_caller(f"to_arviz leaves out: {left_out}.", UserWarning)
     return _inference_data(concatenate_chains(parts), coords or {})
 
 

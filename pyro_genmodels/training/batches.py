@@ -9,8 +9,6 @@ from __future__ import annotations
 __all__ = ["Batch", "Batches"]
 
 import copy
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
-from pyro_genmodels.utils.errors import listed
+from pyro_genmodels.utils.errors import listed, warn_caller
 from pyro_genmodels.utils.tensors import as_tensor
 
 MAX_ROUNDING = 1e-3
@@ -303,11 +301,9 @@ class Batches:
             if self._keeps[place]:
                 return t.to(self.device, non_blocking=True)
         elif self.source is None and (lost := _rounding(t, self.dtype)).max() > MAX_ROUNDING and lost.isfinite().all():
-            warnings.warn(
+            warn_caller(
                 f"In {self.dtype} the data change by {lost.max():.0%} of their range in column {int(lost.argmax())}. Subtract "
                 "an offset from them, or train in float64: model.double(), or torch.set_default_dtype(torch.float64).",
-                RuntimeWarning,
-                stacklevel=_outside(),
             )
         return self.to(t)
 
@@ -325,14 +321,6 @@ def _rounding(t: Tensor, dtype: torch.dtype) -> Tensor:
     spread = rows.amax(0) - rows.amin(0)
     is_constant = spread <= 1e3 * torch.finfo(t.dtype).eps * rows.abs().amax(0)
     return torch.where(is_constant & change.isfinite(), 0.0, change / spread)
-
-
-def _outside() -> int:
-    """Return the number of frames up to the first one outside of this package, for warnings."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pyro_genmodels."):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 # Structures of arrays.

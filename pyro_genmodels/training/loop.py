@@ -10,9 +10,9 @@ __all__ = ["TrainingInterrupted", "train"]
 
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from math import ceil
 from numbers import Real
 from pathlib import Path
@@ -36,7 +36,7 @@ from pyro_genmodels.training.batches import Batch, Batches
 from pyro_genmodels.training.fit import EXPLODED_EPOCHS, EXPLOSION, Fit
 from pyro_genmodels.training.snapshots import Checkpoint, RunCheckpoint
 from pyro_genmodels.training.steps import AdversarialStep, LossStep, make_step
-from pyro_genmodels.utils.errors import check_positive_int, listed
+from pyro_genmodels.utils.errors import check_positive_int, listed, warn_caller
 from pyro_genmodels.utils.keywords import check_keywords, given_keywords, joined_keywords, remember_keywords
 from pyro_genmodels.utils.rng import forked_rng
 
@@ -158,19 +158,20 @@ def train(
         modules, result = traces.modules_of(model, guide), Fit(fit)
         batches, held_out, result.held_out = _load(data, context, valid, batch_size, seed, model, modules, model_kwargs)
         with _training_mode([*modules, *traces.modules_of(getattr(objective, "critic", None))]):
-            _prepare_family(model, batches, held_out)
-            step = make_step(fit, objective, optim, batches, clip_norm)
-            if held_out is not None and batches.is_whole:
-                _subsample_held_out(step, batches, held_out)
-            if ema_decay == "auto":
-                ema_decay = EMA_DECAY if step.wants_average else None
-            weights = TrainedWeights(step.parameters, modules, ema_decay, step.excluded, step.extra_modules)
-            checkpoint = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
-            digests = {"data": batches.digest, "valid": None if held_out is None else held_out.digest}
-            loss = step.objective if isinstance(step, LossStep) else step.trainer.loss
-            settings: dict[str, Any] = {"seed": seed, "objective": type(loss).__name__, "batch_size": batch_size}
-            settings |= {"patience": patience, "ema_decay": ema_decay, "clip_norm": clip_norm}
-            run = RunCheckpoint(checkpoint, result, weights, step.optimiser, {"rows": batches.rows, **digests}, settings)
+            with _standardized_unless_refused(model):
+                _prepare_family(model, batches, held_out)
+                step = make_step(fit, objective, optim, batches, clip_norm)
+                if held_out is not None and batches.is_whole:
+                    _subsample_held_out(step, batches, held_out)
+                if ema_decay == "auto":
+                    ema_decay = EMA_DECAY if step.wants_average else None
+                weights = TrainedWeights(step.parameters, modules, ema_decay, step.excluded, step.extra_modules)
+                checkpoint = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
+                loss = step.objective if isinstance(step, LossStep) else step.trainer.loss
+                settings: dict[str, Any] = {"seed": seed, "objective": type(loss).__name__, "batch_size": batch_size}
+                settings |= {"patience": patience, "ema_decay": ema_decay, "clip_norm": clip_norm}
+                data_of_run = partial(_identity_of, batches, held_out)
+                run = RunCheckpoint(checkpoint, result, weights, step.optimiser, data_of_run, settings)
             stopped = ""
             try:
                 _train(step, batches, held_out, result, weights, run, epochs=epochs, patience=patience, progress=progress)
@@ -189,7 +190,7 @@ def train(
             finally:
                 weights.restore_best()
     if stopped:
-        warnings.warn(f"Training stopped: {stopped}.", RuntimeWarning, stacklevel=2)
+        warn_caller(f"Training stopped: {stopped}.")
     return result
 
 
@@ -360,6 +361,26 @@ def _family_of(model: Callable[..., Any]) -> Family | None:
     """Return the family whose model this is, or None."""
     owner = getattr(model, "__self__", None)
     return owner if isinstance(owner, Family) else None
+
+
+def _identity_of(batches: Batches, held_out: Batches | None) -> dict[str, Any]:
+    """Return the number of rows, and checksums of data and held-out data."""
+    return {"rows": batches.rows, "data": batches.digest, "valid": None if held_out is None else held_out.digest}
+
+
+@contextmanager
+def _standardized_unless_refused(model: Callable[..., Any]) -> Iterator[None]:
+    """Give a family back its former means and deviations, of data and contexts, if the block raises an error."""
+    family = _family_of(model)
+    buffers = [] if family is None else list(family.named_buffers())
+    own = ("loc", "scale", "standardized")
+    before = {name: buffer.clone() for name, buffer in buffers if name.rpartition(".")[2] in own}
+    try:
+        yield
+    except BaseException:
+        if family is not None:
+            family.load_state_dict(before, strict=False)
+        raise
 
 
 def _prepare_family(model: Callable[..., Any], batches: Batches, held_out: Batches | None) -> None:

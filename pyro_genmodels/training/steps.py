@@ -10,7 +10,6 @@ from __future__ import annotations
 __all__ = ["AdversarialStep", "LossStep", "make_step"]
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from math import inf, isfinite
 from typing import Any
@@ -39,6 +38,7 @@ from pyro_genmodels.infer.sample_losses import SampleLoss
 from pyro_genmodels.optim.adapters import make_optimizer
 from pyro_genmodels.training.batches import Batch, Batches
 from pyro_genmodels.utils.distributions import modules_and_tensors, unwrap
+from pyro_genmodels.utils.errors import warn_caller
 from pyro_genmodels.utils.rng import forked_rng
 
 MANY_ROWS = 10_000
@@ -194,11 +194,9 @@ class LossStep:
         knows_constants = isinstance(self.objective, (ContrastiveDivergence, NoiseContrastive))
         if not (knows_constants or self._warned) and any(d.context is not None for d in energies):
             self._warned = True
-            warnings.warn(
+            warn_caller(
                 "The validation losses of energies with a context lack log Z of each context, which changes with the "
                 "parameters, so that early stopping cannot rely on them. Use ContrastiveDivergence(), or leave valid out.",
-                RuntimeWarning,
-                stacklevel=4,
             )
 
     def _traces(self, batch: Batch) -> tuple[Trace, Trace]:

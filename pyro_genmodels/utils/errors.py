@@ -1,4 +1,4 @@
-"""Checks of arguments, and the errors for unknown names, wrong choices and missing libraries."""
+"""Checks of arguments, errors for unknown names, wrong choices and missing libraries, and warnings that name the caller."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ __all__ = [
     "suggest_names",
     "unknown_attribute",
     "unknown_name",
+    "warn_caller",
 ]
 
 import sys
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import partial
@@ -38,6 +40,10 @@ class ArgumentError(ValueError):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the error with its fields, so that it reaches the user from a worker process."""
         return partial(type(self), argument=self.argument, example=self.example), self.args
+
+
+_INNER = {"pyro_genmodels", "pyro", "torch", "contextlib"}
+"""Packages that lie between a user's call and a warning of this library."""
 
 
 def check_positive_int(owner: str, **values: Any) -> None:
@@ -169,6 +175,14 @@ def suggest_names(module: str) -> None:
         raise unknown_attribute(module, name, owner.__all__)
 
     vars(owner)["__getattr__"] = fail
+
+
+def warn_caller(message: str, category: type[Warning] = RuntimeWarning) -> None:
+    """Warn at the line of the user's code from which this library was called, be it directly or by Pyro or torch."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INNER:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 def listed(names: Iterable[str]) -> str:

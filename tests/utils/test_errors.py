@@ -2,9 +2,13 @@
 
 import copy
 import pickle
+import warnings
 from pathlib import Path
+from types import FunctionType
 
 import pytest
+from pyro import poutine
+from torch import nn
 
 from pyro_genmodels.training import TrainingInterrupted
 from pyro_genmodels.utils.errors import (
@@ -15,6 +19,7 @@ from pyro_genmodels.utils.errors import (
     listed,
     one_line,
     unknown_name,
+    warn_caller,
 )
 
 NAMES = ["digits", "moons", "ring", "grid"]
@@ -119,3 +124,22 @@ def test_a_text_from_elsewhere_is_one_printable_line(text, line):
 def test_an_error_reaches_the_user_from_a_worker_process(error, transfer):
     again = transfer(error)
     assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
+
+
+def test_a_warning_names_the_line_of_the_user_also_behind_modules_of_torch_and_handlers_of_pyro():
+    def as_of_the_library(function):
+        return FunctionType(function.__code__, {"warn_caller": warn_caller, "__name__": "pyro_genmodels.infer"})
+
+    class Warns(nn.Module):
+        forward = as_of_the_library(lambda self: warn_caller("found"))
+
+    calls = {
+        "function": as_of_the_library(lambda: warn_caller("found")),
+        "module of torch": Warns(),
+        "handler of Pyro": poutine.block(as_of_the_library(lambda: warn_caller("found"))),
+    }
+    for name, call in calls.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+        assert [(w.filename, w.category) for w in caught] == [(__file__, RuntimeWarning)], name

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 __all__ = ["Annealing", "conservative_bound"]
 
-import warnings
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -27,6 +26,7 @@ from pyro_genmodels.distributions.energy.state import LogPartition, PartitionKin
 from pyro_genmodels.dynamics.guided import effective_size
 from pyro_genmodels.samplers import Sampler, Target, anneal, default_sampler
 from pyro_genmodels.samplers.annealing import schedule, tune
+from pyro_genmodels.utils.errors import warn_caller
 from pyro_genmodels.utils.pareto import MAX_PARETO_K, LogMean, is_unreliable, log_mean_weight
 
 NUM_TUNING_CHAINS = 200
@@ -83,10 +83,8 @@ class Annealing:
                 kind = "unreliable"
                 message = f"forwards it is {value:.2f} ± {error:.2f}, backwards {back:.2f} ± {back_error:.2f}"
         if message:
-            warnings.warn(
+            warn_caller(
                 f"The estimate of log Z is unreliable: {message}. Raise num_steps ({self.num_steps}) or num_chains ({m}).",
-                RuntimeWarning,
-                stacklevel=4,
             )
         return LogPartition(value, error, kind, back, back_error, size, m, self.num_steps, k)
 

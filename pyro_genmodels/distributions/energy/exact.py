@@ -10,7 +10,6 @@ from __future__ import annotations
 
 __all__ = ["MAX_STATES", "exact_log_partition"]
 
-import warnings
 from collections.abc import Callable
 from math import log
 from typing import Any
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 from pyro_genmodels.distributions.energy.distribution import Energy
 from pyro_genmodels.distributions.energy.path import AnnealingPath
 from pyro_genmodels.distributions.energy.state import LogPartition
+from pyro_genmodels.utils.errors import warn_caller
 
 MAX_STATES = 2**20
 """Largest number of terms of a sum."""
@@ -61,11 +61,9 @@ def exact_log_partition(dist: Energy, max_terms: int | None = None, *, progress:
     value, error = torch.stack(values), torch.stack(errors)
     value, error = (value[0], error[0]) if dist.context is None else (value, error)
     if not bool((value < torch.inf).all()):  # also if it is NaN
-        warnings.warn(
+        warn_caller(
             f"log Z is unreliable: it is {value[~(value < torch.inf)].reshape(-1)[0]:.0f}, so the energy is NaN or minus "
             "infinity for some data.",
-            RuntimeWarning,
-            stacklevel=4,
         )
         return LogPartition(value, error, "unreliable", num_steps=terms)
     return LogPartition(value, error, "exact" if not error.any() else "estimate", num_steps=terms)
