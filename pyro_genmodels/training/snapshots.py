@@ -4,7 +4,8 @@ A run has an identity: its settings, its seed, checksums of its data, and the ti
 So a run is resumed with its own parameters, on its own data, by its own settings, or not at all.
 
 A new run by the name of an older one leaves the older files as they are until it has something to write. Then it renames the
-older run, from ``name.training.safetensors`` to ``name.old.training.safetensors``, which is resumed by the path ``name.old``.
+older run, from ``name.training.safetensors`` to ``name.BEGUN.training.safetensors``, by the time at which it began, such as
+``name.20260131T235900Z-c0ffee``. This path resumes it.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ __all__ = ["Checkpoint", "RunCheckpoint", "capture", "restore"]
 import copy
 import json
 import os
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -30,11 +34,16 @@ from torch.optim import Optimizer
 from pyro_genmodels.optim.averaging import TrainedWeights
 from pyro_genmodels.training import checkpoints
 from pyro_genmodels.training.records import is_number
-from pyro_genmodels.utils.errors import one_line
+from pyro_genmodels.utils.errors import listed, one_line
 from pyro_genmodels.utils.files import MAX_BYTES
 
 if TYPE_CHECKING:
     from pyro_genmodels.training.fit import Fit
+
+
+RUN_SUFFIX = ".training.safetensors"
+STAMP = r"\d{8}T\d{6}Z(-[0-9a-f]{6})?"
+"""Pattern of the time at which an older run began, with the beginning of its id, in the name of its file."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +91,11 @@ def capture(weights: TrainedWeights, optimiser: Optimizer) -> tuple[dict[str, Te
             if isinstance(value, Tensor):
                 tensors[f"optimiser.{i}.{name}"] = value
             else:
-                numbers.setdefault(str(i), {})[name] = value
+                numbers.setdefault(str(i), {})[name] = _encode(value, f"{name!r} in the state of {type(optimiser).__name__}")
     tensors["random"] = torch.get_rng_state()
     if weights.live[0].is_cuda:
         tensors["random.cuda"] = torch.cuda.get_rng_state(weights.live[0].device)
-    record = {"optimiser": type(optimiser).__name__, "param_groups": _options(optimiser), "numbers": numbers}
+    record = {"optimiser": type(optimiser).__name__, "param_groups": _groups(optimiser), "numbers": numbers}
     return {name: t.detach().clone() for name, t in tensors.items()} | best, record
 
 
@@ -135,7 +144,7 @@ def _optimiser_state(optimiser: Optimizer, tensors: Mapping[str, Tensor], record
         ValueError: if it has another form.
     """
     damaged = ValueError(f"The state of {type(optimiser).__name__} in the saved training run is damaged, or of other options.")
-    state: dict[int, dict[str, Any]] = {int(i): dict(values) for i, values in record["numbers"].items()}
+    state: dict[int, dict[str, Any]] = {}
     for name, t in tensors.items():
         kind, *rest = name.split(".", 2)
         if kind == "optimiser":
@@ -143,7 +152,9 @@ def _optimiser_state(optimiser: Optimizer, tensors: Mapping[str, Tensor], record
                 raise damaged
             state.setdefault(int(rest[0]), {})[rest[1]] = t
     try:
-        groups = [{n: _decode_option(v) for n, v in group.items()} for group in record["param_groups"]]
+        groups = [{n: _decode(v) for n, v in group.items()} for group in record["param_groups"]]
+        for i, values in record["numbers"].items():
+            state.setdefault(int(i), {}).update({n: _decode(v) for n, v in values.items()})
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise damaged from error
     expected = _state_after_a_step(optimiser)
@@ -158,8 +169,12 @@ def _optimiser_state(optimiser: Optimizer, tensors: Mapping[str, Tensor], record
 
 def _state_after_a_step(optimiser: Optimizer) -> dict[str, Any]:
     """Return the state of a copy of the optimiser after a step with gradients of zero."""
-    twin = copy.deepcopy(optimiser)
-    for part in getattr(twin, "optimisers", [twin]):
+    memo: dict[int, Any] = {}
+    twin = copy.deepcopy(optimiser, memo)
+    for own, part in zip(*(getattr(side, "optimisers", [side]) for side in (optimiser, twin)), strict=True):
+        for name, value in vars(own).items():  # torch copies an optimiser without the attributes of a class of your own
+            if name not in vars(part) and name != "step":  # a scheduler's, which steps the original
+                setattr(part, name, copy.deepcopy(value, memo))
         for parameter in (p for group in part.param_groups for p in group["params"]):
             parameter.grad = torch.zeros_like(parameter)
         part.step()
@@ -168,6 +183,7 @@ def _state_after_a_step(optimiser: Optimizer) -> dict[str, Any]:
 
 def _have_one_form(value: Any, like: Any) -> bool:
     """Return True if two values have the same types throughout: tensors of the same shape, and numbers that are finite."""
+    like = like.item() if isinstance(like, np.generic) else like
     if isinstance(like, Tensor):
         return isinstance(value, Tensor) and (value.shape, value.dtype) == (like.shape, like.dtype)
     if isinstance(like, Mapping):
@@ -179,24 +195,43 @@ def _have_one_form(value: Any, like: Any) -> bool:
         return same and all(_have_one_form(a, b) for a, b in zip(value, like, strict=True))
     if like is None or isinstance(like, bool):
         return value is None or isinstance(value, bool)
-    if is_number(like):
+    if isinstance(like, Real):
         return is_number(value) and value - value == 0  # neither NaN nor infinite
     return isinstance(value, type(like))
 
 
-def _encode_option(value: Any) -> Any:
-    """Return an option of an optimiser as JSON; a learning rate may be a tensor."""
-    return checkpoints.encode_tensor(value) if isinstance(value, Tensor) else value
+def _encode(value: Any, name: str) -> Any:
+    """Return an option of the training or its optimiser as JSON: numbers, also of numpy, texts, small tensors, lists of these.
+
+    Raises:
+        TypeError: for anything else, by the name of the option.
+    """
+    value = value.item() if isinstance(value, np.generic) else value
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, Real):
+        return int(value) if isinstance(value, Integral) else float(value)
+    if isinstance(value, Tensor) and value.numel() <= checkpoints.MAX_RECORD_TENSOR_SIZE:
+        return checkpoints.encode_tensor(value)
+    if isinstance(value, (list, tuple)):
+        return [_encode(v, name) for v in value]
+    raise TypeError(
+        f"A checkpoint of a training run wants options that are numbers, texts, small tensors or lists of these, but {name} is "
+        f"a {type(value).__name__}. Pass it in another form, or train without a checkpoint."
+    )
 
 
-def _decode_option(value: Any) -> Any:
-    """Return the option that `_encode_option` encoded."""
+def _decode(value: Any) -> Any:
+    """Return the option that `_encode` encoded."""
+    if isinstance(value, list):
+        return [_decode(v) for v in value]
     return checkpoints.decode_tensor(value) if isinstance(value, dict) else value
 
 
-def _options(optimiser: Optimizer) -> list[dict[str, Any]]:
+def _groups(optimiser: Optimizer) -> list[dict[str, Any]]:
     """Return the options of each group of an optimiser's parameters as JSON."""
-    return [{n: _encode_option(v) for n, v in group.items()} for group in optimiser.state_dict()["param_groups"]]
+    kind = type(optimiser).__name__
+    return [{n: _encode(v, f"{n}= of {kind}") for n, v in g.items()} for g in optimiser.state_dict()["param_groups"]]
 
 
 def _differences(saved: Any, found: Any, name: str = "") -> Iterator[str]:
@@ -209,6 +244,11 @@ def _differences(saved: Any, found: Any, name: str = "") -> Iterator[str]:
             yield from _differences(a, b, name)
     elif saved != found:
         yield f"{one_line(name, 60)} was {one_line(json.dumps(saved), 60)} and is {one_line(json.dumps(found), 60)}"
+
+
+def _stamp(time: datetime) -> str:
+    """Return a time as a part of a file's name."""
+    return f"{time.astimezone(UTC):%Y%m%dT%H%M%SZ}"
 
 
 def _parts(weights: TrainedWeights) -> dict[str, list[Tensor]]:
@@ -225,9 +265,12 @@ class RunCheckpoint:
         fit: the fit, with the history so far.
         weights: its parameters.
         optimiser: their optimiser.
-        data: number of rows, and checksums of data and held-out data, by which resuming knows them again.
-        settings: arguments of the training, of types that JSON has. A run can be resumed by the same ones only, apart from a
-            `seed` of None.
+        data: function that returns the number of rows, and checksums of data and held-out data, by which resuming knows them
+            again. It is called only if there is a checkpoint.
+        settings: arguments of the training. A run can be resumed by the same ones only, apart from a `seed` of None.
+
+    Raises:
+        TypeError: if a setting, or an option of the optimiser, cannot be written to the checkpoint.
     """
 
     SECONDS = 30.0
@@ -239,23 +282,24 @@ class RunCheckpoint:
         fit: Fit,
         weights: TrainedWeights,
         optimiser: Optimizer,
-        data: Mapping[str, Any],
+        data: Callable[[], Mapping[str, Any]],
         settings: Mapping[str, Any],
     ) -> None:
-        self.path = None if checkpoint is None else checkpoints.tensors_of(checkpoint.path)
-        self.run_path, self.old_path = (
-            Path() if self.path is None else self.path.with_name(f"{self.path.stem}{kind}.training.safetensors")
-            for kind in ("", ".old")
-        )
         self.fit, self.weights, self.optimiser = fit, weights, optimiser
-        self.data, self.notes = dict(data), {} if checkpoint is None else dict(checkpoint.notes)
-        groups = [{n: v for n, v in group.items() if n != "params"} for group in _options(optimiser)]
-        own = {**settings, "optim": [type(optimiser).__name__, *groups], "fit": checkpoints.describe(fit.family)}
-        begun = datetime.now(UTC).isoformat(timespec="seconds")
-        self.identity = {"id": uuid4().hex, "begun": begun, "settings": json.loads(json.dumps(own))}
         self.epochs, self._is_written = 0, False
         self._written = time.perf_counter()
-        if checkpoint is not None and checkpoint.resume:
+        self.path: Path | None = None
+        if checkpoint is None:
+            return
+        self.path = checkpoints.tensors_of(checkpoint.path)
+        self.run_path = self.path.with_name(f"{self.path.stem}{RUN_SUFFIX}")
+        self.data, self.notes = dict(data()), dict(checkpoint.notes)
+        groups = [{n: v for n, v in group.items() if n != "params"} for group in _groups(optimiser)]
+        own = {name: _encode(value, f"{name}=") for name, value in settings.items()}
+        own |= {"optim": [type(optimiser).__name__, *groups], "fit": checkpoints.describe(fit.family)}
+        begun = datetime.now(UTC).isoformat(timespec="seconds")
+        self.identity = {"id": uuid4().hex, "begun": begun, "settings": own}
+        if checkpoint.resume:
             self.restore()
         self.capture()
 
@@ -277,13 +321,18 @@ class RunCheckpoint:
             ValueError: if the file is damaged, or holds a run of another fit, on other data, by other settings, or another run
                 than that of the parameters.
         """
-        if not self.run_path.is_file() and (old := self.old_path).is_file():
+        if not self.run_path.is_file() and (older := self._older_runs()):
             raise FileNotFoundError(
-                f"There is no training run {self.run_path}. {old.name} beside it holds an older one: resume that by the path "
-                f"{old.with_name(old.name.removesuffix('.training.safetensors'))}."
+                f"There is no training run {self.run_path}. Older ones are beside it: {listed(older)}. Resume one of them by "
+                f"its path, such as {self.run_path.with_name(older[-1])}."
             )
         own_bytes = sum(t.nbytes for group in _parts(self.weights).values() for t in group)
         tensors, record = checkpoints.read(self.run_path, max_bytes=max(MAX_BYTES, 16 * own_bytes))
+        if "options" in record and "run" not in record:
+            raise ValueError(
+                f"{self.run_path} was written before 0.2, which saved no identity of the run: start anew, without resume. Its "
+                f"best parameters are in {self.path.name if self.path else ''}, as before."
+            )
         if record.get("rows") != self.data["rows"]:
             raise ValueError(
                 f"{self.run_path} was trained on {record.get('rows')} rows of data, but found {self.data['rows']}. "
@@ -363,12 +412,31 @@ class RunCheckpoint:
     @contextmanager
     def _retired(self) -> Iterator[None]:
         """Rename an older run before the block first writes this one, and rename it back if the block fails."""
-        retire = not self._is_written and self.run_path.is_file()
-        if retire:
-            os.replace(self.run_path, self.old_path)
+        if self._is_written or not self.run_path.is_file():
+            yield
+            return
+        retired = self._path_of_older()
+        os.replace(self.run_path, retired)
         try:
             yield
         except BaseException:
-            if retire and not self.run_path.exists():
-                os.replace(self.old_path, self.run_path)
+            if not self.run_path.exists():
+                os.replace(retired, self.run_path)
             raise
+
+    def _path_of_older(self) -> Path:
+        """Return the path for an older run: by the time at which it began, or was written if it does not say."""
+        try:
+            run = checkpoints.read_record(self.run_path)["run"]
+            stamp = f"{_stamp(datetime.fromisoformat(run['begun']))}-{run['id'][:6]}"
+        except (KeyError, ValueError, OverflowError):  # it is damaged, or was written before 0.2
+            stamp = ""
+        if not re.fullmatch(STAMP, stamp):
+            stamp = _stamp(datetime.fromtimestamp(self.run_path.stat().st_mtime, UTC))
+        return self.run_path.with_name(f"{self.path.stem}.{stamp}{RUN_SUFFIX}")  # type: ignore[union-attr]
+
+    def _older_runs(self) -> list[str]:
+        """Return the names of older runs beside this one, without suffix and in order."""
+        pattern = re.compile(rf"{re.escape(self.path.stem)}\.({STAMP}|old){re.escape(RUN_SUFFIX)}")  # type: ignore[union-attr]
+        names = [path.name for path in self.run_path.parent.glob(f"*{RUN_SUFFIX}")]
+        return sorted(name.removesuffix(RUN_SUFFIX) for name in names if pattern.fullmatch(name))

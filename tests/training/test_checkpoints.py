@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import random
+import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -1103,15 +1105,75 @@ def test_a_new_run_keeps_the_older_one_under_another_name_and_both_go_on(path):
     whole = fit_run(path.with_name("whole"), 5, rate=1e-3)
     fit_run(path, 3, rate=1e-3, notes={"which": "first"})
     fit_run(path, 2, rate=1e-2, notes={"which": "second"})
-    assert {p.name for p in path.parent.iterdir()} > {"family.safetensors", "family.old.training.safetensors"}
+    assert (path.parent / "family.safetensors").exists()
+    [old] = older_runs(path)
     fit_run(path, 4, rate=1e-2, resume=True)
     assert checkpoints.read_record(path)["notes"] == {"which": "second"}
-    first = fit_run(path.with_name("family.old"), 5, rate=1e-3, resume=True)
+    first = fit_run(old, 5, rate=1e-3, resume=True)
     assert same_state(first, whole)
-    assert checkpoints.read_record(path.with_name("family.old"))["notes"] == {"which": "first"}
+    assert checkpoints.read_record(old)["notes"] == {"which": "first"}
     assert len(history_of(path)) == 4
-    fit_run(path, 1)  # one older run is kept, the latest
-    assert checkpoints.read_record(path.with_name("family.old.training"))["notes"] == {"which": "second"}
+
+
+def older_runs(path):
+    """Paths, without suffix, of the older runs beside one, in order of time."""
+    names = sorted(p.name for p in path.parent.iterdir() if re.search(r"family\..*Z.*\.training\.safetensors$", p.name))
+    return [path.with_name(name.removesuffix(".training.safetensors")) for name in names]
+
+
+def test_no_run_overwrites_an_older_one(path):
+    """The third run by a name replaced the first, in silence."""
+    for rate in (1e-3, 2e-3, 3e-3, 4e-3):
+        fit_run(path, 1, rate=rate, notes={"rate": rate})
+    kept = [checkpoints.read_record(old.with_name(f"{old.name}.training"))["notes"]["rate"] for old in older_runs(path)]
+    assert sorted(kept) == [1e-3, 2e-3, 3e-3]
+    begun = checkpoints.read_record(path)["run"]["begun"]
+    assert older_runs(path)[0].name[7:15] == begun[:10].replace("-", "")
+    fit_run(older_runs(path)[0], 2, rate=1e-3, resume=True) if kept[0] == 1e-3 else None
+
+
+def test_a_run_that_cannot_be_read_is_kept_by_the_time_of_its_file(path):
+    fit_run(path, 1)
+    run = path.with_name("family.training.safetensors")
+    tensors, record = checkpoints.read(run)
+    for damage in (b"damaged", None):
+        if damage:
+            run.write_bytes(damage)
+        else:
+            forged = {**record["run"], "id": "../../../elsewhere", "begun": "2026-01-31T23:59:00+00:00"}
+            checkpoints.write(run, tensors, {**record, "run": forged}, readable=False)
+        os.utime(run, (1_800_000_000, 1_800_000_000 + bool(damage)))
+        fit_run(path, 1)
+    assert [old.name for old in older_runs(path)][-2:] == ["family.20270115T080000Z", "family.20270115T080001Z"]
+
+
+def test_a_run_of_before_0_2_says_so(path):
+    fit_run(path, 1)
+    run = path.with_name("family.training")
+    tensors, record = checkpoints.read(run)
+    del record["run"]
+    checkpoints.write(run, tensors, record, readable=False)
+    with pytest.raises(ValueError, match=r"written before 0\.2, which saved no identity of the run: start anew"):
+        fit_run(path, 2, resume=True)
+
+
+def test_a_refused_resume_changes_nothing(path):
+    def flow():
+        pyro.set_rng_seed(0)
+        return Flow((2,), context=1, transform=NSF(transforms=1, hidden=(4,)), standardize=True)
+
+    x = 100 + X
+    data = (x, x[:, :1])
+    train(flow(), data, epochs=1, checkpoint=path, progress=False)
+    family = flow()
+    before = {name: t.clone() for name, t in family.state_dict().items()}
+    for options in ({"batch_size": 7}, {"objective": 3}):
+        with pytest.raises((ValueError, TypeError), match=r"another run|Pyro loss"):
+            train(family, data, epochs=2, checkpoint=Checkpoint(path, resume=True), progress=False, **options)
+        assert all(torch.equal(t, before[name]) for name, t in family.state_dict().items())
+    train(family, (x - 50, x[:, :1] - 50), epochs=1, progress=False)  # it is standardised by the data that train it
+    assert family.loc.mean() == pytest.approx(50, abs=1)
+    assert family.context.loc.item() == pytest.approx(50, abs=1)
 
 
 class Killed(BaseException):
@@ -1178,11 +1240,15 @@ def test_a_run_is_on_disk_after_its_first_epoch(path, monkeypatch):
 
 def test_where_only_an_older_run_is_left_it_is_named(path):
     fit_run(path, 1)
-    path.with_name("family.training.safetensors").rename(path.with_name("family.old.training.safetensors"))
-    with pytest.raises(
-        FileNotFoundError, match=r"family\.old\.training\.safetensors beside it holds an older one.*family\.old"
-    ):
+    run = path.with_name("family.training.safetensors")
+    names = ["family.20260131T235900Z-c0ffee", "family.old"]
+    for name in names:
+        shutil.copy(run, path.with_name(f"{name}.training.safetensors"))
+    shutil.copy(run, path.with_name("family.two.training.safetensors"))  # another checkpoint's
+    run.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{', '.join(names)}\. Resume one of them by its path, such as .*/family\.old\."):
         fit_run(path, 2, resume=True)
+    fit_run(path.with_name(names[0]), 2, resume=True)
 
 
 def test_a_seed_need_not_be_said_again(path):

@@ -38,6 +38,7 @@ from pyro_genmodels import (
 from pyro_genmodels.families import Annealed
 from pyro_genmodels.optim.averaging import TrainedWeights
 from pyro_genmodels.training import Checkpoint, Fit, TrainingInterrupted, checkpoints, loop, snapshots
+from pyro_genmodels.training.batches import Batches
 
 train = partial(train, progress=False)
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -659,6 +660,67 @@ def test_a_run_goes_on_by_any_optimiser(optim, tmp_path):
     run(affine_flow, tmp_path / "parts", 2, optim=optim)
     fit = run(affine_flow, tmp_path / "parts", 5, optim=optim, resume=True)
     check_same(fit, kept(fit), tmp_path / "parts", whole, whole_params, tmp_path / "whole")
+
+
+class Slowed(torch.optim.SGD):
+    """An optimiser of one's own, with attributes: the rate is divided by a number, and a parameter is known by itself."""
+
+    def __init__(self, parameters, lr, divisor):
+        super().__init__(list(parameters), lr=lr)
+        self.divisor, self.first = divisor, self.param_groups[0]["params"][0]
+
+    def step(self, closure=None):
+        assert any(self.first is p for p in self.param_groups[0]["params"])
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p -= self.param_groups[0]["lr"] / self.divisor * p.grad
+                self.state[p]["last"] = np.float32(1 / self.divisor)
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        lambda parameters: Slowed(parameters, 1e-2, 2),
+        partial(torch.optim.Adam, lr=np.float32(1e-3), betas=(np.float64(0.9), 0.99)),
+        lambda parameters: scheduled(torch.optim.SGD(parameters, lr=1e-2)),
+    ],
+    ids=["attributes", "numbers of numpy", "a schedule's step"],
+)
+def test_a_run_goes_on_by_an_optimiser_of_ones_own(optim, tmp_path):
+    run(affine_flow, tmp_path / "parts", 2, optim=optim)
+    fit = run(affine_flow, tmp_path / "parts", 5, optim=optim, resume=True)
+    whole = run(affine_flow, tmp_path / "whole", 5, optim=optim)
+    check_same(fit, kept(fit), tmp_path / "parts", whole, kept(whole), tmp_path / "whole")
+
+
+def scheduled(optimiser):
+    """A schedule replaces `step` by a function that steps this very optimiser."""
+    torch.optim.lr_scheduler.ExponentialLR(optimiser, 1.0)
+    return optimiser
+
+
+def test_numbers_of_numpy_are_options_with_and_without_a_checkpoint(tmp_path):
+    optim = partial(torch.optim.Adam, lr=np.float32(1e-3))
+    for checkpoint in (None, tmp_path / "flow"):
+        train(affine_flow(), ROWS, optim=optim, clip_norm=np.float32(5), epochs=1, checkpoint=checkpoint, progress=False)
+    settings = checkpoints.read_record(tmp_path / "flow")["run"]["settings"]
+    assert settings["clip_norm"] == 5.0
+    assert settings["optim"][1]["lr"] == float(np.float32(1e-3))
+
+
+def test_an_option_that_cannot_be_saved_is_named_and_asked_for_by_a_checkpoint_only(tmp_path):
+    def optim(parameters):
+        return torch.optim.SGD([{"params": list(parameters), "schedule": lambda step: 1.0}], lr=1e-3)
+
+    train(affine_flow(), ROWS, optim=optim, epochs=1, progress=False)
+    with pytest.raises(TypeError, match=r"schedule= of SGD is a function.*without a checkpoint"):
+        train(affine_flow(), ROWS, optim=optim, epochs=1, checkpoint=tmp_path / "flow", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_checksums_are_made_for_a_checkpoint_only(monkeypatch):
+    monkeypatch.setattr(Batches, "digest", property(lambda self: pytest.fail("it was made")))
+    train(affine_flow(), ROWS, epochs=1, progress=False)
 
 
 def test_a_run_goes_on_more_than_once(tmp_path):
