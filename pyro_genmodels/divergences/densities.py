@@ -1,44 +1,19 @@
-r"""Validation of two distributions, and their log densities at samples of one of them.
-
-A log density is one with respect to a *measure*: counts for discrete distributions and point masses, volumes for continuous
-ones, areas for those on a sphere or simplex. Ratios of densities mean something for one and the same measure only.
-Distributions with different measures are mutually singular: each has its mass where the other has none.
-"""
+"""Validation of two distributions, and their log densities at samples of one of them."""
 
 from __future__ import annotations
 
-__all__ = [
-    "COUNTS", "are_singular", "check_densities", "check_events", "check_measures", "check_num_samples", "common_batch",
-    "log_densities", "log_prob_of", "mean_of", "measure_of", "score_function", "support_of",
-]  # fmt: skip
+__all__ = ["check_densities", "check_events", "common_batch", "log_densities", "log_prob_of"]
 
 from collections.abc import Iterator
-from math import ceil
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions.constraints import corr_matrix, sphere
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
-from torch.distributions import Distribution, Independent, constraints
-from torch.distributions.constraints import Constraint
+from torch.distributions import Distribution, Independent
 
-from pyro_genmodels.utils.distances import in_doubles
+from pyro_genmodels.divergences.measures import measure_of, support_of
 from pyro_genmodels.utils.distributions import density_of, unwrap, without_validation
-from pyro_genmodels.utils.pareto import MAX_PARETO_K, pareto_k, smooth_log_weights
-
-COUNTS, VOLUMES = "counts", "volumes"
-MANIFOLDS: dict[type, str] = {
-    type(constraint): name
-    for constraint, name in (
-        (constraints.simplex, "areas of a simplex"),
-        (sphere, "areas of a sphere"),
-        (constraints.corr_cholesky, "areas of Cholesky factors of correlations"),
-        (corr_matrix, "areas of correlations"),
-        (constraints.lower_cholesky, "volumes of triangular matrices"),
-        (constraints.positive_definite, "volumes of symmetric matrices"),
-    )
-}
 
 
 def check_events(p: Distribution, q: Distribution, *, by: str) -> None:
@@ -69,12 +44,6 @@ def check_events(p: Distribution, q: Distribution, *, by: str) -> None:
         ) from None
 
 
-def check_num_samples(num_samples: int, *, by: str, least: int = 2) -> None:
-    """Raise a ValueError if there are too few samples for a standard error."""
-    if num_samples < least:
-        raise ValueError(f"{by} wants at least {least} samples for a standard error, but found num_samples={num_samples}.")
-
-
 def check_densities(p: Distribution, q: Distribution, *, by: str, normalised: bool = True) -> None:
     """Raise a ValueError unless both distributions have an exact density with respect to some measure.
 
@@ -101,17 +70,6 @@ def check_densities(p: Distribution, q: Distribution, *, by: str, normalised: bo
             )
 
 
-def check_measures(p: Distribution, q: Distribution, *, by: str) -> None:
-    """Raise a ValueError for a continuous against a discrete distribution, but not for one against a point mass."""
-    if (discrete := support_of(p).is_discrete) != support_of(q).is_discrete and VOLUMES in (measure_of(p), measure_of(q)):
-        names = ("p", "q") if discrete else ("q", "p")
-        raise ValueError(
-            f"{by} wants two continuous or two discrete distributions, but p is a {type(p).__name__} over {p.support} and q a "
-            f"{type(q).__name__} over {q.support}: the probabilities of {names[0]} are no densities of {names[1]}. Use "
-            "Dequantized for integers, or compare samples by wasserstein."
-        )
-
-
 def _parts(fn: Distribution) -> Iterator[Distribution]:
     """Yield a distribution and all distributions inside of it."""
     yield fn
@@ -133,41 +91,6 @@ def _problem(part: Distribution) -> str:
         if bool((torch.as_tensor(log_factor) != 0).any()):
             return f"{type(part).__name__} with a weight: its log_prob at the point is not 0. Leave the weight out."
     return ""
-
-
-def measure_of(fn: Distribution) -> str | None:
-    """Return the name of the measure that a density is one of; None for a mixture of several.
-
-    Example:
-        >>> measure_of(dist.Delta(torch.zeros(()))), measure_of(dist.Poisson(1.0)), measure_of(dist.Normal(0.0, 1.0))
-        ('counts', 'counts', 'volumes')
-    """
-    fn = unwrap(fn)
-    if isinstance(fn, dist.ZeroInflatedDistribution) and measure_of(fn.base_dist) != COUNTS:
-        return None
-    if isinstance(fn, torch.distributions.MixtureSameFamily):
-        return measure_of(fn.component_distribution)
-    if isinstance(fn, dist.MaskedMixture):
-        measures = {measure_of(fn.component0), measure_of(fn.component1)}
-        return measures.pop() if len(measures) == 1 else None
-    if isinstance(fn, torch.distributions.TransformedDistribution) and measure_of(fn.base_dist) == COUNTS:
-        return COUNTS
-    support = support_of(fn)
-    if isinstance(fn, (dist.Delta, dist.Empirical)) or support.is_discrete:
-        return COUNTS
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return MANIFOLDS.get(type(support), VOLUMES)
-
-
-def are_singular(p: Distribution, q: Distribution) -> bool:
-    """Return True if the distributions have different measures, so that neither has mass where the other has.
-
-    Example:
-        >>> are_singular(dist.Delta(torch.zeros(())), dist.Normal(0.0, 1.0))
-        True
-    """
-    return measure_of(p) != measure_of(q)
 
 
 def common_batch(p: Distribution, q: Distribution) -> tuple[Distribution, Distribution]:
@@ -255,65 +178,3 @@ def log_densities(p: Distribution, q: Distribution, num_samples: int, *, by: str
                 f"{log_density.numel()} samples of {type(unwrap(p)).__name__}. Check its parameters."
             )
     return log_p, log_q
-
-
-def support_of(fn: Distribution) -> Constraint:
-    """Return the support of a distribution; raise a ValueError if it has none."""
-    try:
-        support = fn.support
-    except NotImplementedError:
-        support = None
-    if support is None:
-        raise ValueError(
-            f"{type(fn).__name__} has no support, so that points outside of it cannot be recognised. Give it a support."
-        )
-    return support
-
-
-def mean_of(*strata: Tensor, bounded: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the mean over samples of equally likely strata, its variance, and k-hat of all terms, (batch...) each, in doubles.
-
-    If no term is negative and k-hat is below 0.7, the largest terms are smoothed by the generalised Pareto law of their tail
-    (arXiv 1507.02646); the gradient is that of the plain mean. k-hat is that of absolute values; minus infinity where a term is
-    infinite, for the mean is then known. It is fitted to the tail and to the tail of the tail, and the lower one counts: rare
-    terms of another size look like a heavy tail, but get lighter further out.
-
-    Args:
-        strata: terms at the samples of each stratum, (num_samples, batch...); infinite only if that is certain.
-        bounded: True if no term can exceed some bound, so that there is no heavy tail.
-    """
-    value = torch.stack([in_doubles(terms).mean(0) for terms in strata]).mean(0)
-    fixed = in_doubles(torch.cat([terms.detach() for terms in strata]))
-    infinite = fixed.isinf().any(0)
-    k = torch.full_like(fixed[0], -torch.inf)
-    if not bounded:
-        logs = fixed.masked_fill(infinite, 0.0).abs().log()
-        smoothed, k = smooth_log_weights(logs)
-        has_smooth_tail = (k <= MAX_PARETO_K) & (fixed >= 0).all(0) & ~infinite
-        fixed = torch.where(has_smooth_tail, smoothed.exp(), fixed)
-        k = torch.fmin(k, pareto_k(logs.topk(min(len(logs), 2 * _tail_length(len(logs))), dim=0).values))
-        k = k.masked_fill(infinite | (fixed == 0).all(0), -torch.inf)
-    parts = fixed.split([len(terms) for terms in strata])
-    smooth = torch.stack([part.mean(0) for part in parts]).mean(0)
-    value = smooth + torch.where(infinite, 0.0, value - value.detach())
-    variance = sum(part.var(0) / len(part) for part in parts) / len(parts) ** 2
-    return value, variance.masked_fill(infinite, 0.0), k
-
-
-def _tail_length(n: int) -> int:
-    """Return the number of terms among n that k-hat is fitted to."""
-    return ceil(min(n / 5, 3 * n**0.5))
-
-
-def score_function(terms: Tensor, log_p: Tensor, p: Distribution) -> Tensor | float:
-    """Return a zero whose gradient is that of the mean of terms by the score function, (batch...), if p is not reparametrised.
-
-    Args:
-        terms: terms at samples of p, (num_samples, batch...).
-        log_p: log density of p at the samples, of the same shape.
-        p: distribution of the samples.
-    """
-    if p.has_rsample or not log_p.requires_grad:
-        return 0.0
-    surrogate = (torch.where(terms.isfinite(), terms, 0.0).detach() * log_p).mean(0)
-    return surrogate - surrogate.detach()

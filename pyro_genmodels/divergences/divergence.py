@@ -4,13 +4,12 @@ from __future__ import annotations
 
 __all__ = ["Divergence", "warn_unless_reliable"]
 
-import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from pyro_genmodels.utils.pareto import MAX_PARETO_K
+from pyro_genmodels.utils.errors import warn_caller
+from pyro_genmodels.utils.pareto import MAX_PARETO_K, count_unreliable, is_unreliable
 
 
 class _ValueAndError(NamedTuple):
@@ -26,52 +25,57 @@ class Divergence(_ValueAndError):  # noqa: N818 (no exception)
         std_error: standard error of the value, (batch...); 0 for a closed form.
         pareto_k: k-hat, the shape of the tail of the terms, (batch...); minus infinity for terms that are bounded, NaN for too
             few. None if no mean over samples was taken: for a closed form, and for distances of two sets of samples.
+        num_samples: number of terms; 0 if no mean was taken.
 
     Example:
         >>> import torch
-        >>> found = Divergence(torch.tensor(2.0), torch.tensor(0.1), pareto_k=torch.tensor(1.2))
+        >>> found = Divergence(torch.tensor(2.0), torch.tensor(0.1), pareto_k=torch.tensor(1.2), num_samples=1000)
         >>> value, std_error = found
         >>> value, found.reliable
         (tensor(2.), False)
     """
 
     pareto_k: Tensor | None
+    num_samples: int
 
-    def __new__(cls, value: Tensor, std_error: Tensor, pareto_k: Tensor | None = None) -> Divergence:
+    def __new__(cls, value: Tensor, std_error: Tensor, pareto_k: Tensor | None = None, num_samples: int = 0) -> Divergence:
+        if pareto_k is not None and num_samples < 1:
+            raise ValueError(f"A k-hat is that of num_samples terms, 1 or more, but found num_samples={num_samples}.")
         made = super().__new__(cls, value, std_error)
-        made.pareto_k = pareto_k
+        made.pareto_k, made.num_samples = pareto_k, num_samples
         return made
 
     @property
     def reliable(self) -> bool:
-        """True if no k-hat is above 0.7; above, neither the value nor its error means anything (arXiv 1507.02646)."""
-        return self.pareto_k is None or not (self.pareto_k > MAX_PARETO_K).any()
+        """True unless k-hat says that neither the value nor its error means anything: see `pyro_genmodels.utils.pareto`."""
+        return self.pareto_k is None or not is_unreliable(self.pareto_k, self.num_samples)
+
+    def _replace(self, **changes: Any) -> Divergence:
+        """Return a copy with other attributes, as of every named tuple; k-hat is kept."""
+        return Divergence(**{**self._asdict(), **changes})
+
+    def _asdict(self) -> dict[str, Any]:
+        return {**super()._asdict(), **vars(self)}
 
     def __repr__(self) -> str:
         k = "" if self.reliable else f", pareto_k={self.pareto_k!r}"
         return f"Divergence(value={self.value!r}, std_error={self.std_error!r}{k})"
 
 
-def warn_unless_reliable(found: Divergence, num_samples: int, *, by: str) -> Divergence:
-    """Return a divergence, and warn if a k-hat is above 0.7 by more than twice its own error.
+def warn_unless_reliable(found: Divergence, *, by: str) -> Divergence:
+    """Return a divergence, and warn if it is not reliable.
 
     Args:
         found: mean of terms.
-        num_samples: number of terms. k-hat comes from the m = min(n / 5, 3 n^(1/2)) largest; its error is (1 + k) / m^(1/2).
         by: name of the calling function.
     """
     k = found.pareto_k
     if k is None or found.reliable:
         return found
-    error = (1 + k) / min(num_samples / 5, 3 * num_samples**0.5) ** 0.5
-    clear = k - torch.where(k.isinf(), 0.0, 2 * error) > MAX_PARETO_K
-    if clear.any():
-        which = f"{int(clear.sum())} of its {k.numel()} values are" if k.numel() > 1 else "its value is"
-        warnings.warn(
-            f"{by}: {which} unreliable, and may be infinite: the terms of the mean have a Pareto k-hat of "
-            f"{float(k.max()):.1f}, above {MAX_PARETO_K}, so that a few samples decide it and the standard error means "
-            "nothing. Use a bounded divergence (js, tv, SquaredHellinger), or exchange p and q.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    which = f"{count_unreliable(k)} of its {k.numel()} values are" if k.numel() > 1 else "its value is"
+    warn_caller(
+        f"{by}: {which} unreliable, and may be infinite: the terms of the mean have a Pareto k-hat of "
+        f"{float(k[~k.isnan()].max()):.1f}, above {MAX_PARETO_K}, so that a few samples decide it and the standard error means "
+        "nothing. Use a bounded divergence (js, tv, SquaredHellinger), or exchange p and q.",
+    )
     return found

@@ -31,7 +31,8 @@ from torch.distributions import (
 )
 
 from pyro_genmodels.divergences.convex import ConvexFunction, KullbackLeibler
-from pyro_genmodels.divergences.densities import are_singular, common_batch, log_prob_of, support_of
+from pyro_genmodels.divergences.densities import common_batch, log_prob_of
+from pyro_genmodels.divergences.measures import are_singular, support_of
 from pyro_genmodels.utils.distributions import modules_and_tensors, sum_event, unwrap, without_validation
 
 

@@ -17,18 +17,11 @@ import torch
 from torch.distributions import Distribution
 
 from pyro_genmodels.divergences.convex import ConvexFunction, JensenShannon, TotalVariation
-from pyro_genmodels.divergences.densities import (
-    check_densities,
-    check_events,
-    check_measures,
-    check_num_samples,
-    common_batch,
-    log_densities,
-    mean_of,
-    score_function,
-)
+from pyro_genmodels.divergences.densities import check_densities, check_events, common_batch, log_densities
 from pyro_genmodels.divergences.divergence import Divergence, warn_unless_reliable
 from pyro_genmodels.divergences.exact import in_closed_form
+from pyro_genmodels.divergences.means import check_num_samples, mean_of, score_function
+from pyro_genmodels.divergences.measures import check_measures
 from pyro_genmodels.utils.distances import in_doubles
 
 
@@ -88,8 +81,8 @@ def f_divergence(p: Distribution, q: Distribution, f: ConvexFunction, *, num_sam
         gradient = gradient + score_function(terms, log_one, one) / 2
     value, variance, k = mean_of(*strata, bounded=f.bounded)
     dtype = torch.promote_types(log_one.dtype, log_other.dtype)
-    found = Divergence((value + gradient).to(dtype), variance.sqrt().to(dtype), k.to(dtype))
-    return warn_unless_reliable(found, num_samples, by="f_divergence")
+    found = Divergence((value + gradient).to(dtype), variance.sqrt().to(dtype), k.to(dtype), num_samples)
+    return warn_unless_reliable(found, by="f_divergence")
 
 
 def js(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Divergence:

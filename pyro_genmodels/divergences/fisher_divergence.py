@@ -15,17 +15,10 @@ from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
-from pyro_genmodels.divergences.densities import (
-    COUNTS,
-    check_densities,
-    check_events,
-    check_num_samples,
-    common_batch,
-    mean_of,
-    measure_of,
-    support_of,
-)
+from pyro_genmodels.divergences.densities import check_densities, check_events, common_batch
 from pyro_genmodels.divergences.divergence import Divergence, warn_unless_reliable
+from pyro_genmodels.divergences.means import check_num_samples, mean_of
+from pyro_genmodels.divergences.measures import COUNTS, measure_of, support_of
 from pyro_genmodels.utils.distributions import density_of, sum_event
 
 
@@ -73,8 +66,8 @@ def fisher(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Di
     if num_nan := int(squares.detach().isnan().sum()):
         raise ValueError(f"fisher wants scores, but {num_nan} of {squares.numel()} are NaN. Check the parameters of p and q.")
     value, variance, k = mean_of(squares)
-    found = Divergence(value.to(squares.dtype), variance.sqrt().to(squares.dtype), k.to(squares.dtype))
-    return warn_unless_reliable(found, num_samples, by="fisher")
+    found = Divergence(value.to(squares.dtype), variance.sqrt().to(squares.dtype), k.to(squares.dtype), num_samples)
+    return warn_unless_reliable(found, by="fisher")
 
 
 def score_of(dist: Distribution, x: Tensor) -> Tensor:

@@ -15,17 +15,11 @@ import torch
 from torch.distributions import Distribution
 
 from pyro_genmodels.divergences.convex import KullbackLeibler
-from pyro_genmodels.divergences.densities import (
-    check_densities,
-    check_events,
-    check_num_samples,
-    common_batch,
-    log_densities,
-    mean_of,
-    score_function,
-)
+from pyro_genmodels.divergences.densities import check_densities, check_events, common_batch, log_densities
 from pyro_genmodels.divergences.divergence import Divergence, warn_unless_reliable
 from pyro_genmodels.divergences.exact import in_closed_form
+from pyro_genmodels.divergences.means import check_num_samples, mean_of, score_function
+from pyro_genmodels.divergences.measures import check_measures
 
 
 def kl(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Divergence:
@@ -47,7 +41,7 @@ def kl(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Diverg
     Raises:
         TypeError: for anything but distributions.
         ValueError: for different event shapes, fewer than 2 samples, a distribution without an exact, normalised density (such
-            as a masked one), or a log density that is NaN.
+            as a masked one), a continuous against a discrete distribution, or a log density that is NaN.
 
     Example:
         >>> import pyro.distributions as dist
@@ -56,6 +50,7 @@ def kl(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Diverg
     """
     check_events(p, q, by="kl")
     check_densities(p, q, by="kl")
+    check_measures(p, q, by="kl")
     known = in_closed_form(p, q, KullbackLeibler(), by="kl")
     if known is not None:
         return Divergence(known[0], torch.zeros_like(known[0].detach()))
@@ -65,7 +60,8 @@ def kl(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Diverg
     terms = log_p - log_q
     value, variance, k = mean_of(terms)
     value = value.to(terms.dtype) + score_function(terms, log_p, p)
-    return warn_unless_reliable(Divergence(value, variance.sqrt().to(terms.dtype), k.to(terms.dtype)), num_samples, by="kl")
+    found = Divergence(value, variance.sqrt().to(terms.dtype), k.to(terms.dtype), num_samples)
+    return warn_unless_reliable(found, by="kl")
 
 
 def reverse_kl(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Divergence:

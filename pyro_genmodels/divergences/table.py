@@ -24,15 +24,17 @@ from pyro_genmodels.divergences.convex import (
     SquaredHellinger,
     TotalVariation,
 )
-from pyro_genmodels.divergences.densities import check_densities, check_events, check_measures
+from pyro_genmodels.divergences.densities import check_densities, check_events
 from pyro_genmodels.divergences.divergence import Divergence
 from pyro_genmodels.divergences.exact import in_closed_form
 from pyro_genmodels.divergences.f import f_divergence
 from pyro_genmodels.divergences.fisher_divergence import fisher
 from pyro_genmodels.divergences.kullback_leibler import kl, reverse_kl
 from pyro_genmodels.divergences.maximum_mean_discrepancy import mmd
+from pyro_genmodels.divergences.measures import check_measures
 from pyro_genmodels.divergences.optimal_transport import wasserstein
 from pyro_genmodels.divergences.sliced import sliced_wasserstein
+from pyro_genmodels.utils.errors import warn_caller
 from pyro_genmodels.utils.rng import forked_rng
 
 if TYPE_CHECKING:
@@ -126,12 +128,10 @@ def divergence_table(
         _add_densities(add, p, q, num_samples, left_out)
         _add_samples(add, *(side.sample((set_size,)) if isinstance(side, Distribution) else side for side in (p, q)))
     if unreliable:
-        warnings.warn(
+        warn_caller(
             f"divergence_table: {', '.join(unreliable)} may be infinite: the terms of their means have tails so heavy (a "
             "Pareto k-hat above 0.7) that neither value nor error means anything. Rely on those that are bounded: js, tv, "
             "squared_hellinger.",
-            RuntimeWarning,
-            stacklevel=2,
         )
     import pandas as pd  # pandas is slow to import
 

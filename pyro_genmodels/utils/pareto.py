@@ -8,6 +8,11 @@ generalised Pareto law of shape k and scale :math:`\sigma`, whose moments exist 
 Below k = 1/2 the variance is finite and the error of the mean falls as :math:`1 / \sqrt n`. Above .7 no practical number of
 draws makes the mean, or the standard error computed beside it, trustworthy; from k = 1 on there is no mean to estimate.
 
+Rare values of another size, such as squares that are large between two modes, look like a heavy tail, but one that ends: their
+own tail is light. So where k-hat is above .7, the largest quarter of the tail is fitted too, and is taken for the tail if its
+k-hat is below .7, and lower by three standard errors :math:`(1 + k) / \sqrt{m / 4}`. One in a thousand heavy tails with a k of
+.8 is mistaken so.
+
 The fit is that of Zhang and Stephens, *A New and Efficient Estimation Method for the Generalized Pareto Distribution* (2009),
 drawn towards 1/2 as by ten further values. Smoothing replaces the m largest weights by quantiles of the fitted law: Vehtari,
 Simpson, Gelman, Yao and Gabry, *Pareto Smoothed Importance Sampling* (arXiv 1507.02646).
@@ -24,6 +29,7 @@ __all__ = [
     "log_mean_weight",
     "pareto_k",
     "smooth_log_weights",
+    "tail_length",
 ]
 
 from math import ceil, log, sqrt
@@ -42,6 +48,10 @@ MIN_PARETO_DRAWS = 21
 """Number of values below which there is no tail of five, and k-hat is NaN: unknown."""
 MIN_TAIL = 5
 """Smallest number of values that a tail is fitted to."""
+INNER_SHARE = 4
+"""Number of times that the tail holds the inner tail, which tells rare values of another size from a heavy tail."""
+INNER_ERRORS = 3.0
+"""Number of standard errors by which k-hat of the inner tail must be lower for that to be the tail."""
 LOG_TINY = log(torch.finfo(torch.float64).tiny)
 """Log of the smallest weight relative to the largest that counts as part of a tail."""
 PRIOR_VALUES = 10
@@ -78,6 +88,16 @@ def pareto_k(log_values: Tensor, dim: int = 0) -> Tensor:
         (tensor(1.3650), tensor(0.1500))
     """
     return _fit(_rows(log_values, dim)).k.reshape(_without(log_values, dim)).to(log_values.dtype)
+
+
+def tail_length(n: int) -> int:
+    """Return the number m of values among n that k-hat is fitted to; its standard error is (1 + k) / m^(1/2).
+
+    Example:
+        >>> tail_length(100), tail_length(10_000)
+        (20, 300)
+    """
+    return min(ceil(min(n / 5, 3 * sqrt(n))), n - 1)
 
 
 def smooth_log_weights(log_weights: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
@@ -231,7 +251,7 @@ def _without(log_values: Tensor, dim: int) -> torch.Size:
 def _fit(rows: Tensor) -> _Tail:
     """Return the fitted tail of each row of log values, (rows, n)."""
     n = rows.shape[1]
-    m = min(ceil(min(n / 5, 3 * sqrt(n))), n - 1) if n > 1 else 0
+    m = tail_length(n)
     top, order = rows.topk(m + 1, dim=1)
     top, order = top.flip(1), order.flip(1)[:, 1:]
     log_max = top[:, -1]
@@ -244,9 +264,17 @@ def _fit(rows: Tensor) -> _Tail:
     sigma = torch.full_like(k, torch.nan)
     long = (count >= MIN_TAIL).nonzero()[:, 0]
     for block in long.split(max(1, MAX_BLOCK // (m * _grid_size(m)))) if len(long) else ():
-        cutoff = log_cutoff[block]
-        excess = torch.expm1((relative[block] - cutoff[:, None]).clamp(min=0.0)) * cutoff.exp()[:, None]
-        k[block], sigma[block] = _generalised_pareto(excess, count[block])
+        k[block], sigma[block] = _generalised_pareto(relative[block], log_cutoff[block], count[block])
+        heavy = block[k[block] > MAX_PARETO_K]
+        cutoff = relative[heavy, m - 1 - count[heavy] // INNER_SHARE]
+        length = (relative[heavy] > cutoff[:, None]).sum(1)
+        fits = length >= MIN_TAIL
+        heavy, cutoff, length = heavy[fits], cutoff[fits], length[fits]
+        if len(heavy):
+            inner = _generalised_pareto(relative[heavy], cutoff, length)
+            lighter = inner[0] < (k[heavy] - INNER_ERRORS * (1 + k[heavy]) / length.sqrt()).clamp(max=MAX_PARETO_K)
+            for whole, part in zip((k, sigma, log_cutoff, count), (*inner, cutoff, length), strict=True):
+                whole[heavy[lighter]] = part[lighter]
     if n < MIN_PARETO_DRAWS:
         k.fill_(torch.nan)
     k = k.masked_fill(log_max.isinf(), torch.inf)
@@ -257,17 +285,19 @@ def _grid_size(count: int) -> int:
     return 30 + int(sqrt(count))
 
 
-def _generalised_pareto(excess: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+def _generalised_pareto(log_values: Tensor, log_cutoff: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Return the shape and scale of a generalised Pareto law by Zhang and Stephens's posterior mean.
 
     Args:
-        excess: values, ascending, (rows, m). Values before the last `count` are zero and do not count.
-        count: number of values of each row, (rows,), at least 5.
+        log_values: logs of values, ascending, (rows, m).
+        log_cutoff: log of what the last `count` values of each row exceed, (rows,).
+        count: number of these values, (rows,), at least 5.
 
     Returns:
         k with its prior, and sigma, (rows,) each.
     """
-    rows, m = excess.shape
+    rows, m = log_values.shape
+    excess = torch.expm1((log_values - log_cutoff[:, None]).clamp(min=0.0)) * log_cutoff.exp()[:, None]
     largest = excess[:, -1:]
     x = excess / largest
     quartile = x[torch.arange(rows, device=x.device), m - count + (count + 2) // 4 - 1][:, None]

@@ -155,6 +155,7 @@ def test_discrete_vectors_are_sampled():
         (lambda: js(Flow((2,))(), dist.Normal(0.0, 1.0)), r"\(2,\) and q \(\).*to_event"),
         (lambda: js(dist.Normal(0.0, 1.0), dist.Normal(1.0, 1.0), num_samples=3), "at least 4 samples"),
         (lambda: js(Flow((2,))(), Dequantized(Flow((2,))(), levels=4)), "Dequantized, whose density is: lower bound"),
+        (lambda: kl(dist.Poisson(1.0), dist.Normal(0.0, 1.0)), "kl wants two continuous or two discrete.*Dequantized"),
         (lambda: js(dist.Normal(0.0, 1.0), dist.Poisson(1.0)), "two continuous or two discrete distributions.*Dequantized"),
     ],
 )

@@ -1,5 +1,8 @@
 """Means whose terms have heavy tails say so, and good ones do not."""
 
+import copy
+import pickle
+import warnings
 from math import inf
 
 import pyro.distributions as dist
@@ -20,6 +23,9 @@ from pyro_genmodels.divergences import (
     mmd,
     tv,
 )
+from pyro_genmodels.divergences.divergence import warn_unless_reliable
+from pyro_genmodels.divergences.means import mean_of
+from pyro_genmodels.utils.pareto import is_unreliable, pareto_k
 
 pytestmark = pytest.mark.usefixtures("float64")
 P, Q = reparametrised(torch.tensor(0.0), torch.tensor(1.0)), reparametrised(torch.tensor(1.0), torch.tensor(2.0))
@@ -74,7 +80,8 @@ def test_smoothing_lowers_the_variance_of_a_heavy_mean_and_keeps_its_value():
     q = (torch.zeros(200), torch.full((200,), 1.15))
     p, exact = reparametrised(torch.zeros(200), torch.ones(200)), dist.Normal(torch.tensor(0.0), 1.0)
     truth = f_divergence(exact, dist.Normal(torch.tensor(0.0), 1.15), NeymanChiSquared()).value
-    value, _ = f_divergence(p, reparametrised(*q), NeymanChiSquared(), num_samples=400)
+    with pytest.warns(RuntimeWarning, match="of its 200 values are unreliable"):  # k-hat is above 0.7 in most sets this small
+        value, _ = f_divergence(p, reparametrised(*q), NeymanChiSquared(), num_samples=400)
     assert abs(value.mean() - truth) < 6 * value.std() / 200**0.5
 
 
@@ -98,4 +105,40 @@ def test_a_divergence_is_a_pair():
     assert found == (value, error)
     assert found.pareto_k is None
     assert found.reliable
-    assert Divergence(value, error, pareto_k=torch.tensor(torch.nan)).reliable  # too few samples to tell
+    assert Divergence(value, error, torch.tensor(torch.nan), 10).reliable  # too few samples to tell
+    made = Divergence(value, error, torch.tensor(0.9), 1000)
+    for twin in (made._replace(value=-value), copy.copy(made), copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert twin.pareto_k == 0.9  # the copy with another value had no attribute of this name
+        assert not twin.reliable
+    with pytest.raises(ValueError, match="num_samples=0"):
+        Divergence(value, error, pareto_k=torch.tensor(0.9))
+
+
+@pytest.mark.parametrize("k", [0.69, 0.71, 0.8, 0.95, 1.2, 3.0, inf, torch.nan])
+@pytest.mark.parametrize("n", [25, 99, 100, 1000, 10_000])
+def test_what_is_not_reliable_warns_and_is_so_everywhere(k, n):
+    """A k of .8 from 1000 terms was not reliable, without a warning; the same weights had another rule in `log_likelihood`."""
+    found = Divergence(torch.tensor(1.0), torch.tensor(0.1), torch.tensor(k), n)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert warn_unless_reliable(found, by="mine") is found
+    assert found.reliable == (not caught) == (not is_unreliable(torch.tensor(k), n))
+
+
+def test_terms_of_both_signs_have_two_tails():
+    """Log ratios of normals are bounded above: the absolute values of 50 had a k-hat above .7 in more than half of all sets."""
+    p, q = dist.Normal(0.3, 0.8), dist.Normal(-0.5, 1.4)
+    terms = p.log_prob(x := p.sample((50, 500))) - q.log_prob(x)
+    k = mean_of(terms)[2]
+    assert (pareto_k(terms.abs().log()) > 0.7).double().mean() > 0.5
+    assert (k > 0.7).double().mean() < 0.05
+    heavy = mean_of(0.5 - torch.rand(1000, 50).log().mul(-1.2).exp())[2]
+    assert (heavy > 0.7).double().mean() > 0.9
+    torch.testing.assert_close(mean_of(-terms)[2], k)
+    assert mean_of(torch.tensor([-1.0, 1.0]).repeat(50))[2] == -inf
+    assert mean_of(torch.full((50,), -1.0))[2] == -inf
+
+
+def test_one_sample_has_one_k_in_divergences_and_elsewhere():
+    terms = torch.rand(10_000, 20).log().mul(-0.8).exp()
+    torch.testing.assert_close(mean_of(terms)[2], pareto_k(terms.log()))

@@ -59,6 +59,31 @@ def test_k_meets_the_tail_that_was_drawn(k):
     assert k == 0.7 or (found > MAX_PARETO_K) == (k > 0.7)
 
 
+@pytest.mark.parametrize(
+    ("k", "n", "power"), [(0.5, 10_000, (0.0, 0.03)), (0.8, 10_000, (0.7, 0.9)), (1.0, 10_000, (0.95, 1.0))]
+)
+def test_the_power_and_the_false_alarms_of_k(k, n, power):
+    """Shares of 500 samples called heavy: 0.006, 0.82 and 0.99. The bounds are five of their errors away.
+
+    The lower of this k-hat and that of its own tail, as divergences once took, called only .55 and .90 heavy.
+    """
+    share = (pareto_k(generalised_pareto(k, 500 * n).reshape(n, 500)) > MAX_PARETO_K).double().mean()
+    assert power[0] <= share <= power[1]
+
+
+@pytest.mark.parametrize("n", [20_000, 40_000])
+def test_rare_values_of_another_size_are_no_heavy_tail(n):
+    """Exponentials, and one in 200 above them, 20 times as large: the plain fit says 1.5 or more, without a heavy tail."""
+    values = torch.rand(n, 50, dtype=torch.float64).log().neg()
+    rare = torch.rand(n, 50) < 1 / 200
+    logs = torch.where(rare, 50 + 20 * values, values).log()
+    smoothed, k = smooth_log_weights(logs)
+    assert (k < MAX_PARETO_K).all()
+    assert (az.psislw(logs.T.numpy())[1] > 1).all()
+    assert (pareto_k(generalised_pareto(0.9, n * 50).reshape(n, 50)) > MAX_PARETO_K).sum() >= 35  # of these 49 are expected
+    torch.testing.assert_close(smoothed.exp().mean(0), logs.exp().mean(0), rtol=0.03, atol=0)  # less than a standard error
+
+
 def test_k_does_not_depend_on_scale_order_type_or_place_of_the_draws():
     log_weights = 2 * torch.randn(500, 3, 2, dtype=torch.float64)
     k = pareto_k(log_weights)

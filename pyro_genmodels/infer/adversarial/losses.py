@@ -235,4 +235,4 @@ def difference(real: Tensor, fake: Tensor) -> Divergence:
     value = in_doubles(real).mean() - in_doubles(fake).mean()
     error = sum(in_doubles(values.detach()).var() / len(values) for values in (real, fake)) ** 0.5
     k = torch.stack([pareto_k(values.detach().abs().log()) for values in (real, fake)]).max()
-    return Divergence(value.to(real.dtype), torch.as_tensor(error).to(real), k)
+    return Divergence(value.to(real.dtype), torch.as_tensor(error).to(real), k, min(len(real), len(fake)))

@@ -1,0 +1,90 @@
+r"""Measures that densities are densities of, and supports.
+
+A log density is one with respect to a *measure*: counts for discrete distributions and point masses, volumes for continuous
+ones, areas for those on a sphere or simplex. Ratios of densities mean something for one and the same measure only.
+Distributions with different measures are mutually singular: each has its mass where the other has none.
+"""
+
+from __future__ import annotations
+
+__all__ = ["COUNTS", "are_singular", "check_measures", "measure_of", "support_of"]
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.constraints import corr_matrix, sphere
+from torch.distributions import Distribution, constraints
+from torch.distributions.constraints import Constraint
+
+from pyro_genmodels.utils.distributions import unwrap
+
+COUNTS, VOLUMES = "counts", "volumes"
+MANIFOLDS: dict[type, str] = {
+    type(constraint): name
+    for constraint, name in (
+        (constraints.simplex, "areas of a simplex"),
+        (sphere, "areas of a sphere"),
+        (constraints.corr_cholesky, "areas of Cholesky factors of correlations"),
+        (corr_matrix, "areas of correlations"),
+        (constraints.lower_cholesky, "volumes of triangular matrices"),
+        (constraints.positive_definite, "volumes of symmetric matrices"),
+    )
+}
+
+
+def measure_of(fn: Distribution) -> str | None:
+    """Return the name of the measure that a density is one of; None for a mixture of several.
+
+    Example:
+        >>> measure_of(dist.Delta(torch.zeros(()))), measure_of(dist.Poisson(1.0)), measure_of(dist.Normal(0.0, 1.0))
+        ('counts', 'counts', 'volumes')
+    """
+    fn = unwrap(fn)
+    if isinstance(fn, dist.ZeroInflatedDistribution) and measure_of(fn.base_dist) != COUNTS:
+        return None
+    if isinstance(fn, torch.distributions.MixtureSameFamily):
+        return measure_of(fn.component_distribution)
+    if isinstance(fn, dist.MaskedMixture):
+        measures = {measure_of(fn.component0), measure_of(fn.component1)}
+        return measures.pop() if len(measures) == 1 else None
+    if isinstance(fn, torch.distributions.TransformedDistribution) and measure_of(fn.base_dist) == COUNTS:
+        return COUNTS
+    support = support_of(fn)
+    if isinstance(fn, (dist.Delta, dist.Empirical)) or support.is_discrete:
+        return COUNTS
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return MANIFOLDS.get(type(support), VOLUMES)
+
+
+def are_singular(p: Distribution, q: Distribution) -> bool:
+    """Return True if the distributions have different measures, so that neither has mass where the other has.
+
+    Example:
+        >>> are_singular(dist.Delta(torch.zeros(())), dist.Normal(0.0, 1.0))
+        True
+    """
+    return measure_of(p) != measure_of(q)
+
+
+def support_of(fn: Distribution) -> Constraint:
+    """Return the support of a distribution; raise a ValueError if it has none."""
+    try:
+        support = fn.support
+    except NotImplementedError:
+        support = None
+    if support is None:
+        raise ValueError(
+            f"{type(fn).__name__} has no support, so that points outside of it cannot be recognised. Give it a support."
+        )
+    return support
+
+
+def check_measures(p: Distribution, q: Distribution, *, by: str) -> None:
+    """Raise a ValueError for a continuous against a discrete distribution, but not for one against a point mass."""
+    if (discrete := support_of(p).is_discrete) != support_of(q).is_discrete and VOLUMES in (measure_of(p), measure_of(q)):
+        names = ("p", "q") if discrete else ("q", "p")
+        raise ValueError(
+            f"{by} wants two continuous or two discrete distributions, but p is a {type(p).__name__} over {p.support} and q a "
+            f"{type(q).__name__} over {q.support}: the probabilities of {names[0]} are no densities of {names[1]}. Use "
+            "Dequantized for integers, or compare samples by wasserstein."
+        )
