@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ["GivenRows", "RowBlock", "SubsampledPlate", "fixed_rows", "row_blocks", "subsampled_plates"]
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -133,9 +133,13 @@ def subsampled_plates(fn: Callable[..., Any], args: tuple, kwargs: Mapping[str, 
     """Return the plates that choose rows at random around the first site of a function that lies inside a plate.
 
     The function runs no further than that site, so that this is cheap for any number of rows. An error of the run, such as one
-    of a prior draw that a later distribution refuses, ends it too.
+    of a prior draw that a later distribution refuses, ends it too, unless it is that memory is short.
     """
     plates = _PlatesMessenger()
-    with suppress(Exception), poutine.block(), torch.no_grad(), plates:
-        fn(*args, **kwargs)
+    try:
+        with poutine.block(), torch.no_grad(), plates:
+            fn(*args, **kwargs)
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
     return list(plates.found.values())

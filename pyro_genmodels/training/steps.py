@@ -41,8 +41,8 @@ from pyro_genmodels.utils.distributions import modules_and_tensors, unwrap
 from pyro_genmodels.utils.errors import warn_caller
 from pyro_genmodels.utils.rng import forked_rng
 
-MANY_ROWS = 10_000
-"""Number of rows by which it is found out if a model draws its minibatches itself."""
+MANY_ROWS, MANY_BYTES = 10_000, 2**26
+"""Largest number of rows, and of their bytes, by which it is found out if a model draws its minibatches itself."""
 UNITS = {Trace_MMD: "loss"}
 """What losses of Pyro measure that are not in nats."""
 
@@ -345,7 +345,9 @@ class _TwoOptimizers:
 
 def _first_run(batches: Batches, model: Any, run: Callable[[Batch], Any]) -> Any:
     """Call a function with the first batch, or with all rows if the model draws its minibatches itself."""
-    batch, many = batches.first(), batches.take(MANY_ROWS)
+    batch = batches.first()
+    row_bytes = max(sum(t.nbytes for t in batch.tensors.values()) // batch.rows, 1)
+    many = batches.take(max(batch.rows, min(MANY_ROWS, MANY_BYTES // row_bytes)))
     drawn = None if traces.is_family(model) else _rows_that_are_drawn(model, many, batches.rows)
     fixed = drawn == batch.rows and _rows_that_are_drawn(model, batch, batches.rows) == drawn
     if drawn in (None, many.rows) or fixed:  # a plate of fixed sizes may be meant for this batch

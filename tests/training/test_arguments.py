@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyro_genmodels import GAN, MAF, Adversarial, Flow, Labels, MaximumLikelihood, log_likelihood, to_arviz, train
 from pyro_genmodels._pyro import handlers
 from pyro_genmodels.datasets import load
-from pyro_genmodels.training import Checkpoint
+from pyro_genmodels.training import Checkpoint, steps
 
 train = partial(train, progress=False)
 
@@ -299,6 +299,31 @@ def test_local_latents_of_a_model_that_subsamples_are_all_trained():
     train((model, guide), Y, epochs=15, optim=partial(torch.optim.Adam, lr=0.2), batch_size=20)
     assert guide.locs.z.shape == (50,)
     assert (guide.locs.z - Y / 2).square().mean() < 0.3 < (Y / 2).square().mean()
+
+
+@pytest.mark.parametrize(("width", "most"), [(1, 10_000), (2**10, 64), (2**12, 50)], ids=["narrow", "wide", "wider"])
+def test_the_first_look_at_a_model_takes_little_memory(width, most, monkeypatch):
+    """10,000 images of 256 x 256 pixels in three colours took 8 GB, by whatever batch size."""
+    monkeypatch.setattr(steps, "MANY_BYTES", 2**18)
+    seen = []
+
+    def model(x):
+        seen.append(len(x))
+        loc = pyro.param("loc", torch.tensor(0.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0).expand([width]).to_event(1), obs=x)
+
+    train((model, no_guide), torch.zeros(10_100 if width == 1 else 100, width), epochs=1, batch_size=50)
+    assert max(seen) == most
+
+
+def test_memory_that_is_short_at_the_first_look_is_an_error():
+    def model(x):
+        pyro.param("loc", torch.tensor(0.0))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        train((model, no_guide), Y, epochs=1)
 
 
 def test_a_plate_that_fits_the_batch_is_left_alone():
