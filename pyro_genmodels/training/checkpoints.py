@@ -39,13 +39,16 @@ from torch.distributions import constraints
 
 from pyro_genmodels import __version__, families
 from pyro_genmodels.families import Family, Labels
-from pyro_genmodels.training.records import check_record
+from pyro_genmodels.training.records import ENTRIES, check_record
 from pyro_genmodels.utils.allocation import LimitError, limited
 from pyro_genmodels.utils.errors import import_extra, one_line, unknown_name
 from pyro_genmodels.utils.files import MAX_BYTES, atomic_write, check_size
 
 FORMAT = 1
 """Version of the record's format. Files of a newer format are refused."""
+
+RESERVED = frozenset({"format", *ENTRIES}) - {"history"}
+"""Names of entries that checkpoints write themselves. A history of your own training may be saved."""
 
 DTYPES = {
     str(t).removeprefix("torch."): t
@@ -104,9 +107,10 @@ def save(path: str | Path, family: Family, **record: Any) -> Path:
     """
     if not isinstance(family, Family):
         raise TypeError(f"A checkpoint wants a family, but found {type(family).__name__}. Of a trained fit pass fit.family.")
-    if reserved := {"format", "pyro_genmodels", "class", "arguments", "own", "options"} & set(record):
+    if reserved := RESERVED & set(record):
         raise ValueError(
-            f"The record cannot have entries named {', '.join(map(repr, sorted(reserved)))}, which checkpoints use themselves."
+            f"The record cannot have entries named {', '.join(map(repr, sorted(reserved)))}, which checkpoints use themselves. "
+            f"Give them other names, such as {f'my_{min(reserved)}'!r}."
         )
     return write(path, family.state_dict(), {**record, **describe(family)})
 

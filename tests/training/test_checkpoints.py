@@ -261,15 +261,18 @@ def test_a_fit_is_refused_and_its_family_is_named(path):
         checkpoints.save(path, Fit(small_flow()))
 
 
-@pytest.mark.parametrize("name", ["format", "pyro_genmodels", "class", "arguments", "own", "options"])
-def test_a_record_cannot_be_taken_for_the_checkpoints_own(name, path):
-    family = small_flow()
-    try:
-        checkpoints.save(path, family, **{name: 99})
-    except (TypeError, ValueError) as error:
-        assert name in str(error)  # noqa: PT017 (either way is well)
-    else:
-        assert same_state(checkpoints.load(path), family)
+@pytest.mark.parametrize("value", [99, "text", [1, 2]], ids=repr)
+@pytest.mark.parametrize(
+    "name",
+    ["format", "pyro_genmodels", "class", "arguments", "own", "options"]
+    + ["data", "rows", "valid", "best", "units", "run", "stopped"],
+)
+def test_a_record_cannot_be_taken_for_the_checkpoints_own(name, value, path):
+    with pytest.raises(ValueError, match=rf"entries named '{name}', which checkpoints use.* such as 'my_{name}'"):
+        checkpoints.save(path, small_flow(), **{name: value})
+    assert not path.parent.exists() or not list(path.parent.iterdir())
+    checkpoints.save(path, small_flow(), **{f"my_{name}": value}, history=[])
+    assert checkpoints.read_record(path)[f"my_{name}"] == value
 
 
 def test_what_json_cannot_say_is_refused_and_leaves_what_was_there(path):
@@ -1246,7 +1249,9 @@ def test_where_only_an_older_run_is_left_it_is_named(path):
         shutil.copy(run, path.with_name(f"{name}.training.safetensors"))
     shutil.copy(run, path.with_name("family.two.training.safetensors"))  # another checkpoint's
     run.unlink()
-    with pytest.raises(FileNotFoundError, match=rf"{', '.join(names)}\. Resume one of them by its path, such as .*/family\.old\."):
+    with pytest.raises(
+        FileNotFoundError, match=rf"{', '.join(names)}\. Resume one of them by its path, such as .*/family\.old\."
+    ):
         fit_run(path, 2, resume=True)
     fit_run(path.with_name(names[0]), 2, resume=True)
 
