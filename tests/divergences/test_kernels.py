@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pyro_genmodels.divergences import EnergyKernel, GaussianKernel, LaplaceKernel, RationalQuadraticKernel, mmd
-from pyro_genmodels.divergences.kernels import median_distance
+from pyro_genmodels.divergences.kernels import median_distance, squares_in_bandwidths
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -17,6 +17,26 @@ def test_the_kernels_are_their_formulas():
     torch.testing.assert_close(EnergyKernel()(x, y), -r)
     quadratics = ((1 + r.square() / 8) ** -1 + (1 + r.square() / 2) ** -0.25) / 2
     torch.testing.assert_close(RationalQuadraticKernel(2.0, alphas=(1.0, 0.25))(x, y), quadratics)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 16, 17])
+@pytest.mark.parametrize("kernel", [GaussianKernel(1.5), RationalQuadraticKernel(1.5)], ids=["gaussian", "rational"])
+def test_kernels_of_squares_have_second_derivatives(kernel, dims):
+    """Distances by cdist had none, in up to 16 dimensions."""
+    x, y = torch.randn(3, dims, requires_grad=True), torch.randn(4, dims)
+    assert torch.autograd.gradgradcheck(lambda x: kernel(x, y), (x,))
+    laplacian = torch.autograd.functional.hessian(lambda a: GaussianKernel(1.0)(a[None], torch.zeros(1, dims)).sum(), y[0] * 0)
+    torch.testing.assert_close(laplacian, -torch.eye(dims))  # where both are equal
+
+
+@pytest.mark.parametrize("dims", [1, 2, 16, 17])
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_one_far_sample_costs_the_others_no_precision(dims, offset):
+    x = torch.randn(20, dims) + offset
+    x[0] += 1e9
+    y = torch.randn(30, dims) + offset
+    wanted = ((x[:, None] - y) / 0.5).square().sum(-1)
+    torch.testing.assert_close(squares_in_bandwidths(x, y, 0.5), wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_the_median_distance_of_mostly_equal_samples():
