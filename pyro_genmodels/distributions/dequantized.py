@@ -24,6 +24,7 @@ from torch.distributions import Distribution, constraints
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.utils.distributions import Density, density_of
+from pyro_genmodels.utils.errors import check_positive_int
 
 MAX_LEVELS_IN_OWN_DTYPE = 2**12
 """Number of levels up to which noise has the dtype of the network: single precision has 2^11 numbers or more per level."""
@@ -60,8 +61,7 @@ class Dequantized(GenerativeDistribution):
     ) -> None:
         if not isinstance(base, Distribution):
             raise TypeError(f"Dequantized wants a distribution as its base, but found {base!r}. Call a family: family().")
-        if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
-            raise ValueError(f"Dequantized wants levels as an integer of at least 2, but found {levels!r}.")
+        check_positive_int("Dequantized", least=2, levels=levels)
         self.base = base
         self.levels = levels
         dtype = dtype or torch.get_default_dtype()

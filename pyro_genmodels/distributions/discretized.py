@@ -22,6 +22,7 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import constraints
 
+from pyro_genmodels.utils.errors import check_positive_int
 from pyro_genmodels.utils.tensors import as_tensor
 
 
@@ -49,8 +50,7 @@ class DiscretizedLogisticMixture(TorchDistribution):
     has_enumerate_support = True
 
     def __init__(self, logits: Tensor, loc: Tensor, scale: Tensor, levels: int, *, validate_args: bool | None = None) -> None:
-        if levels < 2:
-            raise ValueError(f"DiscretizedLogisticMixture wants at least 2 levels, but found {levels}.")
+        check_positive_int("DiscretizedLogisticMixture", least=2, levels=levels)
         if levels > 2 / torch.finfo(loc.dtype).eps:
             raise ValueError(
                 f"DiscretizedLogisticMixture tells at most {int(2 / torch.finfo(loc.dtype).eps)} levels apart in {loc.dtype}, "

@@ -118,8 +118,7 @@ class CategoricalLikelihood(Likelihood):
     num_classes: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_classes, bool) or not isinstance(self.num_classes, int) or self.num_classes < 2:
-            raise ValueError(f"CategoricalLikelihood wants at least 2 classes, but found {self.num_classes!r}.")
+        check_positive_int("CategoricalLikelihood", least=2, num_classes=self.num_classes)
 
     @property
     def num_outputs(self) -> int:
@@ -156,9 +155,8 @@ class DiscretizedLogisticLikelihood(Likelihood):
     components: int = 5
 
     def __post_init__(self) -> None:
-        check_positive_int("DiscretizedLogisticLikelihood", levels=self.levels, components=self.components)
-        if self.levels < 2:
-            raise ValueError(f"DiscretizedLogisticLikelihood wants at least 2 levels, but found {self.levels}.")
+        check_positive_int("DiscretizedLogisticLikelihood", least=2, levels=self.levels)
+        check_positive_int("DiscretizedLogisticLikelihood", components=self.components)
 
     @property
     def num_outputs(self) -> int:

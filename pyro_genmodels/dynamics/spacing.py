@@ -10,6 +10,7 @@ __all__ = ["Spacing", "UniformLogSNR", "UniformSigma", "UniformTime", "check_num
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -64,5 +65,5 @@ class UniformSigma(Spacing):
 
 def check_num_steps(owner: object, num_steps: int) -> None:
     """Raise a ValueError that names the class of the owner unless the number of steps is a positive integer."""
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-        raise ValueError(f"{type(owner).__name__} wants num_steps of 1 or more, but found {num_steps!r}.")
+    if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or num_steps < 1:
+        raise ValueError(f"{type(owner).__name__} wants an integer num_steps of 1 or more, but found {num_steps!r}.")

@@ -7,6 +7,7 @@ __all__ = ["RowArguments", "map_nested", "row_arguments", "with_own_plate"]
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ def row_arguments(owner: str, x: Any, args: tuple, kwargs: Mapping[str, Any], ro
         ValueError: if x has no rows in that dimension.
     """
     x = as_tensor(x, owner)
-    if isinstance(row_dim, bool) or not isinstance(row_dim, int):
+    if isinstance(row_dim, bool) or not isinstance(row_dim, Integral):
         raise TypeError(f"{owner} wants row_dim as an integer, the dimension of x that holds the rows, but found {row_dim!r}.")
     if not -x.dim() <= row_dim < max(x.dim(), 1):
         raise ValueError(f"{owner} wants row_dim as a dimension of x, of the shape {tuple(x.shape)}, but found {row_dim}.")

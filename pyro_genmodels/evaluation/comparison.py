@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -232,7 +233,7 @@ def compare(
         raise ValueError("compare wants at least one fit, but found none.")
     if quality_samples is not None and x is None:
         raise ValueError(f"compare found quality_samples={quality_samples}, but no data x to compare samples with.")
-    if quality_samples is not None and (isinstance(quality_samples, bool) or not isinstance(quality_samples, int)):
+    if quality_samples is not None and (isinstance(quality_samples, bool) or not isinstance(quality_samples, Integral)):
         raise TypeError(f"compare wants quality_samples as a number of samples or None, but found {quality_samples!r}.")
     options = {name: value for name, value in kwargs.items() if name in _OPTIONS}
     own = {name: value for name, value in kwargs.items() if name not in _OPTIONS}

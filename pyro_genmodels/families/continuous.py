@@ -14,6 +14,7 @@ from torch.distributions import constraints
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.families.family import Family
+from pyro_genmodels.utils.errors import check_positive_int
 
 
 class ContinuousFamily(Family):
@@ -30,8 +31,8 @@ class ContinuousFamily(Family):
     """
 
     def __init__(self, event_shape: Sequence[int], *, levels: int | None, **kwargs: Any) -> None:
-        if levels is not None and (isinstance(levels, bool) or not isinstance(levels, int) or levels < 2):
-            raise ValueError(f"{type(self).__name__} wants levels as an integer of at least 2, but found {levels!r}.")
+        if levels is not None:
+            check_positive_int(type(self).__name__, least=2, levels=levels)
         super().__init__(event_shape, **kwargs)
         if self.support.is_discrete:
             raise ValueError(

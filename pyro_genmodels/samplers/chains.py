@@ -11,6 +11,7 @@ __all__ = ["Chains", "default_sampler", "sample_chains"]
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -103,8 +104,9 @@ def sample_chains(
         tensor(True)
     """
     for option, value, least in (("num_samples", num_samples, 1), ("thin", thin, 1), ("warmup", warmup, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
             raise ValueError(f"sample_chains wants an integer {option} of {least} or more, but found {value!r}.")
+    num_samples, thin, warmup = int(num_samples), int(thin), int(warmup)  # integers of numpy may overflow
     target, x = _checked_start(target, initial)
     sampler = default_sampler(target.space) if sampler is None else sampler
     if not isinstance(sampler, Sampler):

@@ -27,6 +27,7 @@ __all__ = [
 
 from abc import ABC, abstractmethod
 from math import log, sqrt
+from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -228,8 +229,8 @@ def check_counts(choice: Any, *names: str) -> None:
     """Raise a ValueError if an option is not an integer of 1 or more."""
     for name in names:
         value = getattr(choice, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{type(choice).__name__} wants a whole number of 1 or more as {name}, but found {value!r}.")
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{type(choice).__name__} wants an integer {name} of 1 or more, but found {value!r}.")
 
 
 def check_positive(choice: Any, *names: str) -> None:

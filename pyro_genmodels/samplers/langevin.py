@@ -17,6 +17,7 @@ __all__ = ["Langevin", "annealed_langevin", "langevin_step"]
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -129,7 +130,7 @@ def annealed_langevin(
     values = levels.tolist()
     if not values or not (levels > 0).all() or sorted(values, reverse=True) != values:
         raise ValueError(f"noise wants positive standard deviations, the largest first, but found {values}.")
-    if not (isinstance(steps, int) and steps >= 1 and 0 < step_size < float("inf")):
+    if not (isinstance(steps, Integral) and steps >= 1 and 0 < step_size < float("inf")):
         raise ValueError(f"steps wants 1 or more and step_size a positive number, but found {steps!r} and {step_size!r}.")
     with torch.no_grad():
         for sigma, value in zip(tqdm(levels, desc="noise levels", disable=not progress), values, strict=True):

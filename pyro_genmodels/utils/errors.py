@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
+from numbers import Integral
 from typing import Any, NoReturn
 
 
@@ -46,15 +47,16 @@ _INNER = {"pyro_genmodels", "pyro", "torch", "contextlib"}
 """Packages that lie between a user's call and a warning of this library."""
 
 
-def check_positive_int(owner: str, **values: Any) -> None:
-    """Raise an error unless every value is a positive integer.
+def check_positive_int(owner: str, *, least: int = 1, **values: Any) -> None:
+    """Raise an error unless every value is a positive integer, of Python or numpy.
 
     Args:
         owner: name of the class or function that takes the arguments.
+        least: smallest value.
         values: the arguments, by name.
 
     Raises:
-        ValueError: if a value is a bool, is no `int`, or is less than 1.
+        ValueError: if a value is a bool, is no integer, or is less than `least`.
 
     Example:
         >>> check_positive_int("Euler", num_steps=10)
@@ -63,8 +65,8 @@ def check_positive_int(owner: str, **values: Any) -> None:
         ValueError: Euler wants an integer num_steps of 1 or more, but found 0.
     """
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{owner} wants an integer {name} of 1 or more, but found {value!r}.")
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{owner} wants an integer {name} of {least} or more, but found {value!r}.")
 
 
 def check_choice(owner: str, role: str, found: Any, default: Any, wanted: Any) -> Any:

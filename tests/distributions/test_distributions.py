@@ -258,7 +258,7 @@ def test_dequantized_accepts_a_batched_base_and_float_levels():
 
 @pytest.mark.parametrize("bad", [1, True, 2.5, "4", None])
 def test_dequantized_wants_two_levels_of_a_distribution(bad):
-    with pytest.raises(ValueError, match="levels as an integer of at least 2, but found"):
+    with pytest.raises(ValueError, match="an integer levels of 2 or more, but found"):
         Dequantized(dist.Normal(torch.zeros(2), 1.0).to_event(1), levels=bad)
     with pytest.raises(TypeError, match="wants a distribution as its base, but found 3"):
         Dequantized(3, levels=4)
@@ -342,7 +342,7 @@ def test_discretized_refuses_what_is_no_level_and_no_scale():
             d.log_prob(bad)
     with pytest.raises(ValueError, match="scale"):
         DiscretizedLogisticMixture(torch.zeros(2), torch.zeros(2), torch.tensor([1.0, -1.0]), 5)
-    with pytest.raises(ValueError, match="at least 2 levels"):
+    with pytest.raises(ValueError, match="an integer levels of 2 or more"):
         mixture(1)
 
 

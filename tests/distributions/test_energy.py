@@ -954,7 +954,7 @@ REFUSED = {
     "an energy that is a class": (built(energy=DenseEnergy), "found the class DenseEnergy"),
     "an energy that is a function": (built(energy=lambda x: x.sum(-1)), "distributions.Energy"),
     "too many hidden units": (lambda: BoltzmannMachine(17), r"RestrictedBoltzmannMachine\(num_hidden=...\)"),
-    "no hidden units": (lambda: RestrictedBoltzmannMachine(0), "num_hidden of (1 or more|at least 1)"),
+    "no hidden units": (lambda: RestrictedBoltzmannMachine(0), "num_hidden of 1 or more"),
     "a small buffer": (lambda: Persistent(10, buffer_size=5), "at least 10"),
     "an unlikely restart": (lambda: Persistent(restart=1.5), "probability"),
     "no chains": (lambda: Annealed(0), "num_chains"),

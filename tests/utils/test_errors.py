@@ -2,14 +2,22 @@
 
 import copy
 import pickle
+import re
 import warnings
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from pyro import poutine
 from torch import nn
 
+from pyro_genmodels import NSF, Flow
+from pyro_genmodels.dynamics.spacing import check_num_steps
+from pyro_genmodels.nn.checks import check_count, check_widths
+from pyro_genmodels.samplers import sample_chains
+from pyro_genmodels.samplers.kernel import check_counts
 from pyro_genmodels.training import TrainingInterrupted
 from pyro_genmodels.utils.errors import (
     ArgumentError,
@@ -143,3 +151,28 @@ def test_a_warning_names_the_line_of_the_user_also_behind_modules_of_torch_and_h
             warnings.simplefilter("always")
             call()
         assert [(w.filename, w.category) for w in caught] == [(__file__, RuntimeWarning)], name
+
+
+@pytest.mark.parametrize("count", [3, np.int64(3), np.uint8(3)])
+def test_a_count_is_an_integer_of_python_or_numpy(count):
+    check_positive_int("f", n=count)
+    check_count("NSF", n=count)
+    check_widths("NSF", hidden=(count, 8))
+    check_num_steps(None, count)
+    assert Flow((2,), transform=NSF(transforms=count, hidden=(count,)))().sample((np.int64(2),)).shape == (2, 2)
+    assert sample_chains(lambda x: -x.square().sum(-1), torch.zeros(2, 1), num_samples=count, progress=False).draws.shape[
+        :2
+    ] == (2, 3)
+
+
+@pytest.mark.parametrize("count", [0, np.int64(0), True, np.bool_(1), 2.0, "2", None])
+def test_what_is_no_count_is_refused_in_the_same_words_everywhere(count):
+    words = rf"an integer n of 1 or more, but found {re.escape(repr(count))}"
+    with pytest.raises(ValueError, match=words):
+        check_positive_int("f", n=count)
+    with pytest.raises(ValueError, match=words):
+        check_count("f", n=count)
+    with pytest.raises(ValueError, match=words):
+        check_counts(SimpleNamespace(n=count), "n")
+    with pytest.raises(ValueError, match="an integer n of 2 or more, but found 1"):
+        check_positive_int("f", least=2, n=1)

@@ -69,8 +69,7 @@ def log_partition(
     """
     dist = _energy_of(energy)
     check_positive_int("log_partition", num_steps=num_steps, batch_size=batch_size)
-    if isinstance(num_chains, bool) or not isinstance(num_chains, int) or num_chains < 2:
-        raise ValueError(f"log_partition wants num_chains of 2 or more, but found {num_chains!r}.")
+    check_positive_int("log_partition", least=2, num_chains=num_chains)
     if not (exact is None or isinstance(exact, bool)):
         raise ValueError(f"log_partition wants exact to be True, False or None, but found {exact!r}.")
     if draws is not None and not (isinstance(draws, Tensor) and draws.shape[1:] == dist.event_shape and len(draws) >= 2):
