@@ -142,7 +142,7 @@ def _close(a: Tensor, b: Tensor, spread: Tensor) -> bool:
     """Return True if two values are the same but for a small share of the spread between particles, and rounding."""
     size = torch.maximum(a.abs(), b.abs()) if a.dtype != torch.bool else torch.ones_like(a)
     rounding = ROUNDING * torch.finfo(a.dtype).eps * size if a.is_floating_point() else torch.zeros_like(size)
-    same = (a == b) | (a.isnan() & b.isnan()) | ((a.double() - b.double()).abs() <= TOLERANCE * spread + rounding)
+    same = (a == b) | (a.isnan() & b.isnan()) | ((in_doubles(a) - in_doubles(b)).abs() <= TOLERANCE * spread + rounding)
     return bool(same.all())
 
 
@@ -159,7 +159,7 @@ def _deterministic_value(together: Tensor, alone: Mapping[str, Any], i: int, dim
     axis, shape = dim - event_dim, alone["value"].shape
     own = together.select(axis, i if together.shape[axis] > 1 else 0)
     is_finite = together.isfinite()
-    largest, least = (together.double().where(is_finite, end) for end in (-torch.inf, torch.inf))
+    largest, least = (in_doubles(together).where(is_finite, end) for end in (-torch.inf, torch.inf))
     spread = (largest.amax(axis) - least.amin(axis)).clamp(min=0.0)  # 0 if none is finite
     return own.reshape(shape), spread.reshape(shape)
 

@@ -30,6 +30,7 @@ from pyro_genmodels.cli.console import (
     terminate,
     warn,
 )
+from pyro_genmodels.utils.files import MAX_BYTES
 
 if TYPE_CHECKING:
     from pyro_genmodels.cli.recipes import DataSource
@@ -40,7 +41,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exce
 FAMILIES = ("flow", "vae", "autoregressive", "energy", "ode_flow", "diffusion", "gan")
 DATA = ("digits", "moons", "ring", "grid", "pinwheel", "checkerboard")
 SPLITS = ("train", "valid", "test", "all")
-MAX_SIZE = 1.0
+MAX_SIZE = MAX_BYTES / 1e9
 """Largest size of a file in GB, by default."""
 
 

@@ -67,7 +67,7 @@ def read_table(
         columns: columns that make up x, in this order; by default all but the labels. For a `.npz` file, name of one array, by
             default "x" or the only array that is not the labels.
         labels: column, or array of a `.npz` file, that holds classes as whole numbers from 0.
-        max_bytes: largest size of the file and of the numbers in it, 8 bytes each; by default 1 GiB. For a `.csv` file it also
+        max_bytes: largest size of the file and of the numbers in it, 8 bytes each; by default 1 GB. For a `.csv` file it also
             limits the length of a line, 1/64 of it, and the number of lines, 1/32 of it, or 1/1024 for blank ones.
 
     Raises:

@@ -292,7 +292,7 @@ class _Posterior:
                 if log_p is None:
                     stats.pop(stat)
                     break
-                stats[stat][block.draws] += to_numpy(log_p.values.double().reshape(len(log_p.values), -1).sum(1))
+                stats[stat][block.draws] += to_numpy(in_doubles(log_p.values).reshape(len(log_p.values), -1).sum(1))
 
 
 def _collect_prior(replay: Replay, arrays: GroupArrays, reports: dict[str, str], *, progress: bool) -> None:

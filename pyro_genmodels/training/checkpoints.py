@@ -121,7 +121,7 @@ def load(path: str | Path, family: Family | None = None, *, max_bytes: int = MAX
     Args:
         path: path with or without suffix.
         family: family to load the parameters into. It is needed for networks of your own, which a checkpoint cannot hold.
-        max_bytes: largest size of the file; by default 1 GiB.
+        max_bytes: largest size of the file; by default 1 GB.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -7,7 +7,7 @@ below 1e-23. Neither happens here.
 
 from __future__ import annotations
 
-__all__ = ["common_dtype", "distances", "in_doubles", "squared_distances"]
+__all__ = ["common_dtype", "distances", "in_doubles"]
 
 import torch
 from torch import Tensor
@@ -32,19 +32,13 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
         tensor([[0.],
                 [1.]])
     """
-    return _distances_in_doubles(x, y).to(common_dtype(x, y))
-
-
-def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """Return the squared distance of each row of x from each row of y, (n, m); see `distances`.
-
-    In single precision, squares of distances beyond 1.8e19 are infinite, and those below 1e-23 are zero.
-
-    Example:
-        >>> squared_distances(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0]]))
-        tensor([[25.]])
-    """
-    return _distances_in_doubles(x, y).square().to(common_dtype(x, y))
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
+        raise ValueError(
+            f"Distances are taken between rows of one length, (n, d) and (m, d), but found shapes {tuple(x.shape)} and "
+            f"{tuple(y.shape)}."
+        )
+    found = torch.cdist(in_doubles(x), in_doubles(y), compute_mode="donot_use_mm_for_euclid_dist")
+    return found.to(common_dtype(x, y))
 
 
 def in_doubles(x: Tensor) -> Tensor:
@@ -55,12 +49,3 @@ def in_doubles(x: Tensor) -> Tensor:
 def common_dtype(x: Tensor, y: Tensor) -> torch.dtype:
     """Return the wider of the two dtypes, with integers counted as torch's default dtype."""
     return torch.promote_types(*(t.dtype if t.is_floating_point() else torch.get_default_dtype() for t in (x, y)))
-
-
-def _distances_in_doubles(x: Tensor, y: Tensor) -> Tensor:
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(
-            f"Distances are taken between rows of one length, (n, d) and (m, d), but found shapes {tuple(x.shape)} and "
-            f"{tuple(y.shape)}."
-        )
-    return torch.cdist(in_doubles(x), in_doubles(y), compute_mode="donot_use_mm_for_euclid_dist")

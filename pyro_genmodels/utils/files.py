@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pyro_genmodels.utils.errors import ArgumentError
 
-MAX_BYTES = 2**30
+MAX_BYTES = 10**9
 """Default limit on the size in bytes of a file that is read, and of what it unpacks to."""
 
 LEFTOVER_SECONDS = 86_400.0

@@ -388,7 +388,7 @@ def test_a_large_file_is_refused_by_its_size_alone(suffix, tmp_path):
     os.truncate(path, 3_000_000_000)  # a hole: it takes no room on the disk
     with little_memory():
         message = refusal(path)
-    assert "takes 3,000,000,000 bytes, but at most 1,073,741,824 are read. If you trust it, raise max_bytes" in message
+    assert "takes 3,000,000,000 bytes, but at most 1,000,000,000 are read. If you trust it, raise max_bytes" in message
     with pytest.raises(ArgumentError) as caught:
         read_table(path)
     assert (caught.value.argument, caught.value.example) == ("max_bytes", "3000000000")

@@ -15,9 +15,10 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
+from pyro_genmodels.cli import app
 from pyro_genmodels.utils import files
 from pyro_genmodels.utils.errors import ArgumentError
-from pyro_genmodels.utils.files import atomic_write, check_size
+from pyro_genmodels.utils.files import MAX_BYTES, atomic_write, check_size
 
 
 def pandas():
@@ -251,3 +252,7 @@ def test_several_processes_write_at_once_and_readers_see_only_complete_files(tmp
             assert text == text[0] * size
     assert [process.communicate()[1] for process in processes] == [""] * 3
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_python_and_the_command_line_read_files_of_the_same_size():
+    assert app.MAX_SIZE * 1e9 == MAX_BYTES == 10**9
