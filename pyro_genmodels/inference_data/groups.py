@@ -20,6 +20,7 @@ from pyro_genmodels.inference_data.arrays import BlockValues, GroupArrays, Varia
 from pyro_genmodels.inference_data.replay import Replay, ReplayBlock
 from pyro_genmodels.inference_data.sources import DrawSource
 from pyro_genmodels.inference_data.undrawn import find_undrawn
+from pyro_genmodels.utils.distances import in_doubles
 from pyro_genmodels.utils.distributions import density_of, unwrap
 from pyro_genmodels.utils.errors import one_line
 
