@@ -18,6 +18,8 @@ from __future__ import annotations
 
 __all__ = ["in_closed_form"]
 
+from functools import reduce
+
 import torch
 from pyro.distributions import Delta
 from torch import Tensor
@@ -33,7 +35,8 @@ from torch.distributions import (
 from pyro_genmodels.divergences.convex import ConvexFunction, KullbackLeibler
 from pyro_genmodels.divergences.densities import common_batch, log_prob_of
 from pyro_genmodels.divergences.measures import are_singular, support_of
-from pyro_genmodels.utils.distributions import modules_and_tensors, sum_event, unwrap, without_validation
+from pyro_genmodels.utils.distances import in_doubles
+from pyro_genmodels.utils.distributions import map_tensors, modules_and_tensors, sum_event, unwrap, without_validation
 
 
 def in_closed_form(p: Distribution, q: Distribution, f: ConvexFunction, *, by: str) -> tuple[Tensor, str] | None:
@@ -56,13 +59,26 @@ def in_closed_form(p: Distribution, q: Distribution, f: ConvexFunction, *, by: s
         >>> in_closed_form(dist.Normal(0.0, 1.0), dist.Normal(1.0, 2.0), NeymanChiSquared(), by="mine")
         (tensor(inf), 'closed form')
     """
+    (p, dtype_p), (q, dtype_q) = _doubled(p), _doubled(q)
     known = _known(p, q, f)
     if known is not None and (num_nan := int(known[0].detach().isnan().sum())):
         raise ValueError(
             f"{by} wants densities, but {num_nan} of {known[0].numel()} divergences of {type(unwrap(p)).__name__} and "
             f"{type(unwrap(q)).__name__} are NaN. Check the parameters of both."
         )
-    return known
+    return None if known is None else (known[0].to(torch.promote_types(dtype_p, dtype_q)), known[1])
+
+
+def _doubled(fn: Distribution) -> tuple[Distribution, torch.dtype]:
+    """Return a distribution with parameters in double precision, unless there are networks, and their dtype before.
+
+    A divergence of two distributions that differ by d is of order d^2, and lost in the rounding of single precision.
+    """
+    modules, tensors = modules_and_tensors(fn)
+    dtypes = [tensor.dtype for tensor in tensors if tensor.is_floating_point()] or [torch.get_default_dtype()]
+    if not modules:
+        fn = map_tensors(fn, lambda t: in_doubles(t) if t.is_floating_point() else t)
+    return fn, reduce(torch.promote_types, dtypes)
 
 
 def _known(p: Distribution, q: Distribution, f: ConvexFunction) -> tuple[Tensor, str] | None:
@@ -97,7 +113,7 @@ def _finite_sum(p: Distribution, q: Distribution, f: ConvexFunction) -> Tensor |
         return None
     if len(x) != len(y) or not torch.equal(x.flatten().double(), y.flatten().double()):
         return None
-    log_p, log_q = log_prob_of(p, x), log_prob_of(q, y)
+    log_p, log_q = (log - log.logsumexp(0) for log in (log_prob_of(p, x), log_prob_of(q, y)))  # to the last digit
     possible = (log_p > -torch.inf) | (log_q > -torch.inf)
     weight = (log_p.exp() + log_q.exp()) / 2
     terms = f.mean_term(torch.where(possible, log_p - log_q, 0.0))
@@ -111,12 +127,13 @@ def _of_normals(p: Distribution, q: Distribution, f: ConvexFunction) -> Tensor |
     alpha, factor = f.power
     one, other = unwrap(p), unwrap(q)
     if isinstance(one, Normal) and isinstance(other, Normal):
-        loc, var_p, var_q = one.loc - other.loc, one.scale.square(), other.scale.square()
-        spread = alpha * var_q + (1 - alpha) * var_p
+        z = (one.loc - other.loc) / one.scale
+        growth = (other.scale - one.scale) * (other.scale + one.scale) / one.scale.square()  # of the variance
+        spread = 1 + alpha * growth
         diverges = spread <= 0
-        spread = torch.where(diverges, 1.0, spread)
-        log_det = (1 - alpha) * var_p.log() + alpha * var_q.log() - spread.log()
-        log_integral = (log_det - alpha * (1 - alpha) * loc.square() / spread) / 2
+        log_det = alpha * _log1p(growth, 2 * (other.scale.log() - one.scale.log()))
+        log_det = log_det - torch.where(diverges, 0.0, alpha * growth).log1p()
+        log_integral = (log_det - alpha * (1 - alpha) * z.square() / torch.where(diverges, 1.0, spread)) / 2
         log_integral = log_integral.masked_fill(diverges, torch.inf).expand(p.batch_shape + p.event_shape)
         log_integral = sum_event(log_integral, len(p.event_shape))
     else:
@@ -132,6 +149,12 @@ def _of_normals(p: Distribution, q: Distribution, f: ConvexFunction) -> Tensor |
         log_integral = (log_det - alpha * (1 - alpha) * white.square().sum((-2, -1))) / 2
         log_integral = log_integral.masked_fill(diverges, torch.inf)
     return factor * log_integral.expm1() / (alpha * (alpha - 1))
+
+
+def _log1p(x: Tensor, log: Tensor) -> Tensor:
+    """Return log(1 + x), which is `log` in less than full precision for small x, and in full precision for others."""
+    small = x.abs() < 0.5
+    return torch.where(small, torch.where(small, x, 0.0).log1p(), log)
 
 
 def _moments(fn: Distribution) -> tuple[Tensor, Tensor] | None:

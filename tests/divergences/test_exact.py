@@ -28,6 +28,7 @@ from pyro_genmodels.divergences import (
     kl,
     tv,
 )
+from pyro_genmodels.divergences.exact import in_closed_form
 
 FUNCTIONS = [
     KullbackLeibler(), ReverseKullbackLeibler(), Jeffreys(), JensenShannon(), TotalVariation(), SquaredHellinger(),
@@ -272,3 +273,42 @@ def test_a_density_that_is_nan_is_refused():
         kl(dist.Laplace(0.0, 1.0), broken)
     with pytest.raises(ValueError, match="f_divergence wants densities, but 1 of 1 divergences of Normal and Normal are NaN"):
         f_divergence(broken, NORMAL, PearsonChiSquared())
+
+
+NEAR = {
+    "normals": lambda a, d: (dist.Normal(a(0.0), a(1.0)), dist.Normal(a(d), a(1 + d))),
+    "vectors": lambda a, d: (dist.Normal(a([0.0, 1.0]), a([1.0, 2.0])).to_event(1),
+                             dist.Normal(a([d, 1.0]), a([1 + d, 2.0])).to_event(1)),
+    "matrices": lambda a, d: (dist.MultivariateNormal(a([0.0, 1.0]), scale_tril=a([[1.0, 0.0], [0.5, 1.0]])),
+                              dist.MultivariateNormal(a([0.0, 1.0]), scale_tril=a([[1 + d, 0.0], [0.5, 1.0]]))),
+    "Bernoullis": lambda a, d: (dist.Bernoulli(a(0.4)), dist.Bernoulli(a(0.4 + d))),
+    "counts": lambda a, d: (dist.Binomial(5, a(0.4)), dist.Binomial(5, a(0.4 + d))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("f", FUNCTIONS[:11], ids=str)
+@pytest.mark.parametrize("pair", NEAR.values(), ids=NEAR)
+def test_single_precision_costs_a_closed_form_no_digits(pair, f):
+    """Two that differ by 3e-4: the value is of order 1e-7, and of squared Hellinger was 5.2e-8 instead of 2.25e-8."""
+    p, q = pair(lambda value: torch.tensor(value), 3e-4)
+    p64, q64 = pair(lambda value: torch.tensor(value).double(), 3e-4)
+    if in_closed_form(p, q, f, by="test") is None:
+        pytest.skip("known for sums over outcomes alone")
+    found, wanted = f_divergence(p, q, f), f_divergence(p64, q64, f)
+    assert found.value.dtype == found.std_error.dtype == torch.float32
+    torch.testing.assert_close(found.value.double(), wanted.value, rtol=1e-6, atol=0)
+    if isinstance(f, SquaredHellinger) and isinstance(p, dist.Normal):
+        s = p64.scale.square() + q64.scale.square()
+        log_affinity = (2 * p64.scale * q64.scale / s).log() / 2 - (q64.loc - p64.loc) ** 2 / (4 * s)
+        torch.testing.assert_close(wanted.value, -log_affinity.expm1(), rtol=1e-7, atol=0)
+
+
+def test_closed_forms_keep_gradients_and_far_scales():
+    scale = torch.tensor(1.0003, requires_grad=True)
+    (slope,) = torch.autograd.grad(
+        f_divergence(dist.Normal(0.0, 1.0), dist.Normal(0.0, scale), SquaredHellinger()).value, scale
+    )
+    assert slope.item() == pytest.approx((scale.item() - 1) / 2, rel=1e-3)  # the value is (scale - 1)^2 / 4 nearby
+    far = f_divergence(dist.Normal(0.0, 1.0), dist.Normal(0.0, 1e-20), SquaredHellinger()).value
+    assert far == 1
+    assert f_divergence(dist.Normal(0.0, 1e-20), dist.Normal(0.0, 1.0), SquaredHellinger()).value == 1
