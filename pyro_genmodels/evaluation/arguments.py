@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["RowArguments", "map_nested", "row_arguments", "with_own_plate"]
+__all__ = ["RowArguments", "row_arguments", "with_own_plate"]
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_genmodels._pyro import subsampling, traces
 from pyro_genmodels._pyro.subsampling import RowBlock, SubsampledPlate
+from pyro_genmodels.utils.nested import map_nested
 from pyro_genmodels.utils.tensors import as_tensor
 
 
@@ -124,26 +125,6 @@ def _as_tensors(values: Any) -> Any:
         return as_tensor(value, "An argument of the model") if is_array else value
 
     return map_nested(convert, values)
-
-
-def map_nested(fn: Callable[[Any], Any], values: Any) -> Any:
-    """Return lists, tuples and dicts with a function applied to what they hold, at any depth.
-
-    A container in which the function changes nothing is returned as it is.
-
-    Example:
-        >>> map_nested(lambda v: v + 1, {"a": [1, (2, 3)], "b": 4})
-        {'a': [2, (3, 4)], 'b': 5}
-    """
-    if isinstance(values, Mapping):
-        mapped = {name: map_nested(fn, value) for name, value in values.items()}
-        return values if all(mapped[name] is value for name, value in values.items()) else mapped
-    if isinstance(values, (list, tuple)):
-        items = [map_nested(fn, value) for value in values]
-        if all(new is old for new, old in zip(items, values, strict=True)):
-            return values
-        return type(values)(*items) if hasattr(values, "_fields") else type(values)(items)
-    return fn(values)
 
 
 def with_own_plate(fn: Any, data: RowArguments) -> RowArguments:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 __all__ = ["GuidedDiffusion", "TwistedDiffusion", "WeightedDraws", "diffusion_posterior", "inpaint"]
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +30,8 @@ from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.dynamics.guided import Particles, effective_size, sample_guided, sample_twisted
 from pyro_genmodels.utils.distributions import interior, unwrap
 from pyro_genmodels.utils.errors import check_choice, check_positive_int
+from pyro_genmodels.utils.keywords import signature_of
+from pyro_genmodels.utils.pareto import is_unreliable, pareto_k
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,9 @@ class WeightedDraws:
         effective_sizes: effective sample size after each step, before any resampling, (steps,). If its minimum is small, all
             draws descend from few particles, however even the final weights are.
         evaluations: number of calls of the network, each for all draws at once.
+        pareto_k: k-hat of the weights, (): above 0.7 a few draws carry the posterior, and its means cannot be relied on.
+        evidence_pareto_k: largest k-hat of the means of weights that make up the evidence, one for each resampling, (); NaN if
+            there is no evidence, or a mean of fewer than 21 draws.
     """
 
     name: str
@@ -104,6 +108,8 @@ class WeightedDraws:
     log_evidence: Tensor
     effective_sizes: Tensor
     evaluations: int
+    pareto_k: Tensor
+    evidence_pareto_k: Tensor
 
     @property
     def effective_sample_size(self) -> float:
@@ -117,9 +123,12 @@ class WeightedDraws:
 
     def __repr__(self) -> str:
         evidence = "not computed" if self.log_evidence.isnan() else f"{self.log_evidence:.3f}"
+        means = {"the weights": self.pareto_k, "the evidence": self.evidence_pareto_k}
+        heavy = {name: k for name, k in means.items() if is_unreliable(k, len(self.draws))}
+        notes = "".join(f"; {name} unreliable, Pareto k-hat {k:.2f}" for name, k in heavy.items())
         return (
             f"WeightedDraws({self.name!r}, {len(self.draws)} draws, effective sample size {self.effective_sample_size:.1f}, "
-            f"log evidence {evidence})"
+            f"log evidence {evidence}{notes})"
         )
 
     def get_samples(self, *, group_by_chain: bool = False) -> dict[str, Tensor]:
@@ -205,6 +214,7 @@ def diffusion_posterior(
     with torch.no_grad():
         denoiser = prior.denoiser
         particles = method(lambda x, t: denoiser(x, t, context), denoiser.process, log_likelihood, noise, progress=progress)
+    averaged = particles.averaged_log_weights
     return WeightedDraws(
         name,
         to_data(particles.x),
@@ -212,6 +222,8 @@ def diffusion_posterior(
         particles.log_evidence,
         particles.effective_sizes,
         particles.evaluations,
+        pareto_k(particles.log_weights),
+        pareto_k(averaged, dim=1).max() if len(averaged) else particles.log_evidence.new_tensor(torch.nan),
     )
 
 
@@ -226,7 +238,7 @@ def _check_arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             "inpaint(diffusion(), values, known)."
         )
     try:
-        signature = inspect.signature(model)
+        signature = signature_of(model)
     except ValueError:  # of a function that is not written in Python
         return
     try:

@@ -23,6 +23,8 @@ from pyro_genmodels.inference_data.undrawn import find_undrawn
 from pyro_genmodels.utils.distances import in_doubles
 from pyro_genmodels.utils.distributions import density_of, unwrap
 from pyro_genmodels.utils.errors import one_line
+from pyro_genmodels.utils.keywords import signature_of
+from pyro_genmodels.utils.nested import leaves
 
 GROUPS = (
     "posterior", "posterior_predictive", "prior", "prior_predictive", "log_likelihood", "log_prior", "sample_stats",
@@ -358,8 +360,7 @@ def _is_rounded(array: np.ndarray, data: np.ndarray) -> bool:
 
 def _array_arguments(source: DrawSource) -> dict[str, np.ndarray]:
     """Return the arrays among the model's arguments by their names, also those in lists, dictionaries and frames."""
-    model = getattr(source.model, "forward", source.model)  # the call of a module takes anything
-    signature = inspect.signature(model)
+    signature = signature_of(source.model)
     named: dict[str, Any] = {}
     for name, value in signature.bind(*source.args, **source.kwargs).arguments.items():
         is_keywords = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
@@ -369,20 +370,18 @@ def _array_arguments(source: DrawSource) -> dict[str, np.ndarray]:
 
 def _arrays_in(values: Mapping[Any, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the arrays in a dictionary of arguments; those inside another container are called as it, "_" and their key."""
-    for name, value in values.items():
+    for keys, value in leaves(values, _is_list_of_numbers):
+        name = "_".join(map(str, keys))
         if isinstance(value, Tensor):
-            yield str(name), to_numpy(value)
+            yield name, to_numpy(value)
         elif hasattr(value, "columns") and hasattr(value, "to_numpy"):  # a frame
             yield from _arrays_in({f"{name}_{column}": value[column].to_numpy() for column in value.columns})
-        elif isinstance(value, np.ndarray) or hasattr(value, "to_numpy"):
+        elif isinstance(value, (np.ndarray, list, tuple)) or hasattr(value, "to_numpy"):
             array = np.asarray(value)
             array = array.astype(str) if array.dtype == object and all(isinstance(text, str) for text in array.flat) else array
             if array.dtype != object:
-                yield str(name), array
-        elif isinstance(value, Mapping):
-            yield from _arrays_in({f"{name}_{key}": item for key, item in value.items()})
-        elif isinstance(value, (list, tuple)) and value:
-            if all(isinstance(item, (int, float)) for item in value):
-                yield str(name), np.asarray(value)
-            else:
-                yield from _arrays_in({f"{name}_{i}": item for i, item in enumerate(value)})
+                yield name, array
+
+
+def _is_list_of_numbers(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(item, (int, float)) for item in value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ["Batch", "Batches"]
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
 from math import ceil
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from pyro_genmodels.utils.errors import listed, warn_caller
+from pyro_genmodels.utils.nested import leaves, map_nested, of_type
 from pyro_genmodels.utils.tensors import as_tensor
 
 MAX_ROUNDING = 1e-3
@@ -59,7 +60,8 @@ class Batch(NamedTuple):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor with one row per datum, by its place in the arguments."""
-        return {place: t for place, t in _leaves(_by_place(self.args, self.kwargs)) if isinstance(t, Tensor) and t.dim()}
+        found = leaves(_by_place(self.args, self.kwargs), _is_array)
+        return {_place(keys): t for keys, t in found if isinstance(t, Tensor) and t.dim()}
 
     def nonfinite_rows(self) -> str:
         """Return a sentence about rows with NaN or infinite values, or nothing if there are none."""
@@ -256,8 +258,8 @@ class Batches:
         def cut(t: Any) -> Any:
             return t[rows.to(t.device)] if isinstance(t, Tensor) and t.dim() else t
 
-        kwargs = {name: v if name in self.model_kwargs else _map(cut, v) for name, v in kwargs.items()}
-        return Batch(_map(cut, args), kwargs, len(rows))
+        kwargs = {name: v if name in self.model_kwargs else map_nested(cut, v, _is_array) for name, v in kwargs.items()}
+        return Batch(map_nested(cut, args, _is_array), kwargs, len(rows))
 
     def _batch(self, data: Any) -> Batch:
         """Return data as arguments of the model, converted to tensors."""
@@ -271,8 +273,8 @@ class Batches:
                 raise ValueError(
                     "The data have the key 'size', which is the number of all rows that train gives the model. Rename it."
                 )
-        args = tuple(_map(partial(self._converted, place), value) for place, value in enumerate(args))
-        kwargs = _map(partial(self._converted, None), kwargs)
+        args = tuple(map_nested(partial(self._converted, place), value, _is_array) for place, value in enumerate(args))
+        kwargs = map_nested(partial(self._converted, None), kwargs, _is_array)
         rows = _number_of_rows(_by_place(args, kwargs))
         return Batch(args, kwargs | self.model_kwargs, rows)
 
@@ -362,26 +364,9 @@ def _by_place(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {**{str(place): value for place, value in enumerate(args, 1)}, **kwargs}
 
 
-def _leaves(tree: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield everything in a structure that is neither a list, a tuple nor a dictionary, with its place."""
-    if isinstance(tree, Mapping):
-        items: Any = tree.items()
-    elif isinstance(tree, (list, tuple)) and not _is_array(tree):
-        items = enumerate(tree)
-    else:
-        yield place, tree
-        return
-    for key, value in items:
-        yield from _leaves(value, f"{place}[{key!r}]" if place else str(key))
-
-
-def _map(fn: Callable[[Any], Any], tree: Any) -> Any:
-    """Return the structure with a function of each of its leaves."""
-    if isinstance(tree, Mapping):
-        return {name: _map(fn, value) for name, value in tree.items()}
-    if isinstance(tree, (list, tuple)) and not _is_array(tree):
-        return [_map(fn, v) for v in tree] if isinstance(tree, list) else tuple(_map(fn, v) for v in tree)
-    return fn(tree)
+def _place(keys: tuple) -> str:
+    """Return the place of a value in the arguments in words: ``x``, ``2``, ``c[0]['mask']``."""
+    return str(keys[0]) + "".join(f"[{key!r}]" for key in keys[1:])
 
 
 def _joined(trees: list[Any]) -> Any:
@@ -391,21 +376,22 @@ def _joined(trees: list[Any]) -> Any:
         return {name: _joined([tree[name] for tree in trees]) for name in first}
     if isinstance(first, (list, tuple)):
         joined = [_joined(list(parts)) for parts in zip(*trees, strict=True)]
-        return joined if isinstance(first, list) else tuple(joined)
+        return of_type(first, joined)
     return torch.cat(trees) if isinstance(first, Tensor) and first.dim() else first
 
 
 def _number_of_rows(arguments: Any) -> int:
     """Return the number of rows that every tensor in the arguments has."""
-    tensors = [(place, t) for place, t in _leaves(arguments) if isinstance(t, Tensor) and t.dim()]
+    found = [(_place(keys), v) for keys, v in leaves(arguments, _is_array)]
+    tensors = [(place, t) for place, t in found if isinstance(t, Tensor) and t.dim()]
     if not tensors:
-        found = [v for _, v in _leaves(arguments)]
-        if numbers := [v for v in found if isinstance(v, (Tensor, int, float))]:
+        values = [v for _, v in found]
+        if numbers := [v for v in values if isinstance(v, (Tensor, int, float))]:
             raise ValueError(f"Training wants data of at least one row, but found the single number {float(numbers[0]):g}.")
-        cure = " Pass its rows, such as data.train." if any(hasattr(v, "train") for v in found) else ""
+        cure = " Pass its rows, such as data.train." if any(hasattr(v, "train") for v in values) else ""
         raise TypeError(
             "train wants data as tensors, arrays, data frames, a Dataset or a DataLoader, but found "
-            f"{listed(type(v).__name__ for v in found)}.{cure}"
+            f"{listed(type(v).__name__ for v in values)}.{cure}"
         )
     first = tensors[0][1]
     for other, t in tensors[1:]:

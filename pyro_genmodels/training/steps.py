@@ -9,7 +9,6 @@ from __future__ import annotations
 
 __all__ = ["AdversarialStep", "LossStep", "make_step"]
 
-import inspect
 from collections.abc import Callable, Mapping
 from math import inf, isfinite
 from typing import Any
@@ -39,6 +38,7 @@ from pyro_genmodels.optim.adapters import make_optimizer
 from pyro_genmodels.training.batches import Batch, Batches
 from pyro_genmodels.utils.distributions import modules_and_tensors, unwrap
 from pyro_genmodels.utils.errors import warn_caller
+from pyro_genmodels.utils.keywords import keyword_names
 from pyro_genmodels.utils.rng import forked_rng
 
 MANY_ROWS, MANY_BYTES = 10_000, 2**26
@@ -107,9 +107,9 @@ class LossStep:
         clip_norm: float | None,
     ) -> None:
         self.model, self.guide, self.rows = model, guide, batches.rows
-        self.takes_size = "size" in inspect.signature(model).parameters
+        self.takes_size = "size" in keyword_names(model)
         self.clip_norm = inf if clip_norm is None else clip_norm
-        self.objective, sites = _first_run(batches, model, lambda batch: self._first_run(objective, batch))
+        self.objective, sites, self._unit = _first_run(batches, model, lambda batch: self._look(objective, batch))
         self.distributions, self.parameters = sites.distributions, sites.trainable()
         self.optimiser = make_optimizer(optim, list(self.parameters.values()))
         self.excluded = getattr(self.objective, "own_parameters", ())
@@ -124,8 +124,7 @@ class LossStep:
     @property
     def units(self) -> dict[str, str]:
         """What the losses measure, by the column of the history."""
-        unit = getattr(self.objective, "unit", UNITS.get(type(self.objective), "nats"))
-        return {"train": getattr(self.objective, "training_unit", None) or unit, "valid": unit}
+        return {"train": getattr(self.objective, "training_unit", None) or self._unit, "valid": self._unit}
 
     def step(self, batch: Batch, number: int) -> dict[str, float]:
         """Take one step.
@@ -166,6 +165,15 @@ class LossStep:
             self._prepare_log_partition(energies, held_out.first())
         with torch.no_grad():
             return _mean([(self._loss(self.objective.loss, b, held_out.rows), b.rows) for b in held_out.in_order()])
+
+    def _look(self, objective: Any, batch: Batch) -> tuple[Any, _Sites, str]:
+        """Return the objective, the sites of a first run, and what the loss measures, which may depend on them."""
+        objective, sites = self._first_run(objective, batch)
+        unit = getattr(objective, "unit", UNITS.get(type(objective), "nats"))
+        if hasattr(objective, "unit_of"):
+            with handlers.side_effect_free(self.model, self.guide), forked_rng():
+                unit = objective.unit_of(self._traces(batch)[0])
+        return objective, sites, unit
 
     def _first_run(self, objective: Any, batch: Batch) -> tuple[Any, _Sites]:
         """Run the fit once, or twice if its parameters show only in the loss; return the objective and the recorded sites."""
@@ -245,7 +253,7 @@ class AdversarialStep:
         if fit_modules and not fit_modules.intersection(traces.modules_of(trainer.model, trainer.guide)):
             raise ValueError("The objective is an Adversarial of another model than this fit: build it of fit.model.")
         self.trainer, self.rows = trainer, batches.rows
-        self.takes_size = "size" in inspect.signature(trainer.model).parameters
+        self.takes_size = "size" in keyword_names(trainer.model)
         prepare = trainer.prepare
         _first_run(batches, trainer.model, lambda batch: prepare(*batch.args, **self._kwargs(batch, self.rows)))
         critic = {f"critic.{name}": p for name, p in trainer.parameters["critic"].items()}
@@ -362,7 +370,7 @@ def _first_run(batches: Batches, model: Any, run: Callable[[Batch], Any]) -> Any
 
 def _rows_that_are_drawn(model: Any, batch: Batch, rows: int) -> int | None:
     """Return how many rows a plate over all rows, or over those of the batch, draws by itself, or None."""
-    kwargs = batch.kwargs | ({"size": rows} if "size" in inspect.signature(model).parameters else {})
+    kwargs = batch.kwargs | ({"size": rows} if "size" in keyword_names(model) else {})
     with handlers.side_effect_free(model), forked_rng():
         plates = subsampling.subsampled_plates(model, batch.args, kwargs)
     return next((plate.count for plate in plates if plate.size in (batch.rows, rows)), None)

@@ -6,7 +6,7 @@ function, so the model would silently run with its default.
 
 from __future__ import annotations
 
-__all__ = ["check_keywords", "given_keywords", "joined_keywords", "keyword_names", "remember_keywords"]
+__all__ = ["check_keywords", "given_keywords", "joined_keywords", "keyword_names", "remember_keywords", "signature_of"]
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -50,6 +50,20 @@ def given_keywords() -> frozenset[str]:
     return _given.get()
 
 
+def signature_of(model: Any) -> inspect.Signature:
+    """Return the signature of a model: of the function under any handlers of Pyro, or of the `forward` of a module.
+
+    Raises:
+        ValueError: if a function that is not written in Python has none.
+
+    Example:
+        >>> str(signature_of(poutine.scale(lambda x, size: None, scale=2.0)))
+        '(x, size)'
+    """
+    model = poutine.unwrap(model)
+    return inspect.signature(getattr(model, "forward", model))
+
+
 def keyword_names(model: Any, args: tuple = ()) -> list[str]:
     """Return the parameters of a model that can be given by name, without those that positional arguments fill.
 
@@ -60,9 +74,8 @@ def keyword_names(model: Any, args: tuple = ()) -> list[str]:
         >>> keyword_names(lambda x, y=None, *, batch_size=None: None, (1,))
         ['y', 'batch_size']
     """
-    model = poutine.unwrap(model)
     try:
-        parameters = inspect.signature(getattr(model, "forward", model)).parameters.values()
+        parameters = signature_of(model).parameters.values()
     except (TypeError, ValueError):  # a function without a signature
         return []
     by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][: len(args)]

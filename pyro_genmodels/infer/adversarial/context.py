@@ -8,11 +8,11 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_genmodels.infer.adversarial.pairings import Pairing, RealAndFake
 from pyro_genmodels.utils.errors import listed
+from pyro_genmodels.utils.keywords import signature_of
 
 
 def check_names(model: Callable[..., Any], names: Sequence[str], pairing: Pairing) -> tuple[str, ...]:
@@ -31,7 +31,7 @@ def check_names(model: Callable[..., Any], names: Sequence[str], pairing: Pairin
             f"The critic of {type(pairing).__name__} compares no data, and sees no arguments of the model: leave out "
             "critic_context=."
         )
-    parameters = _signature(model).parameters
+    parameters = signature_of(model).parameters
     unknown = [name for name in names if name not in parameters]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise ValueError(
@@ -79,12 +79,6 @@ def check_critic_takes(
 
 def _named_arguments(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call of a model by the names of its parameters."""
-    bound = _signature(model).bind(*args, **kwargs)
+    bound = signature_of(model).bind(*args, **kwargs)
     bound.apply_defaults()
     return {**bound.arguments, **kwargs}
-
-
-def _signature(model: Callable[..., Any]) -> inspect.Signature:
-    """Return the signature of a model: of the function under any handler, or of the forward of a module."""
-    inner = poutine.unwrap(model)
-    return inspect.signature(getattr(inner, "forward", inner))
