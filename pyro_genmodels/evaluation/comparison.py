@@ -241,7 +241,8 @@ def compare(
     if x is not None:
         x = as_tensor(x, "compare")
     split = None if quality_samples is None or x is None else split_rows(x, quality_samples)
-    log_likelihoods, qualities = {}, {}
+    log_likelihoods: dict[str, LogLikelihood] = {}
+    qualities: dict[str, SampleQuality] = {}
     for name, fit in fits.items():
         if isinstance(fit, LogLikelihood):
             log_likelihoods[name] = fit
@@ -254,7 +255,8 @@ def compare(
         if split is not None:
             _check_rows_can_be_cut(name, fit, data)
             qualities[name] = sample_quality(fit, x, data.args[1:], data.kwargs, split)
-        has_one = has_likelihood(fit, *data.args, row_dim=data.row_dim, model_kwargs=data.kwargs)
+        row_dim = {option: options[option] for option in ("row_dim",) if option in options}
+        has_one = has_likelihood(fit, *data.args, model_kwargs=data.kwargs, **row_dim)
         log_likelihoods[name] = (
             log_likelihood(fit, *data.args, model_kwargs=data.kwargs, **options) if has_one else no_likelihood(data.num_rows)
         )

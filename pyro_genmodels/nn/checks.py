@@ -31,7 +31,7 @@ def check_rate(owner: str, **values: Any) -> None:
         ValueError: NSF wants dropout as a number of at least 0 and less than 1, but found 1.
     """
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < 1:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < 1:
             raise ValueError(f"{owner} wants {name} as a number of at least 0 and less than 1, but found {value!r}.")
 
 
@@ -45,6 +45,6 @@ def check_widths(owner: str, *, empty: bool = False, **values: Any) -> None:
     """
     for name, value in values.items():
         widths = value if isinstance(value, Sequence) and (value or empty) else [0]
-        if not all(isinstance(width, Integral) and not isinstance(width, bool) and width > 0 for width in widths):
+        if not all(isinstance(width, Integral) and not isinstance(width, bool) and int(width) > 0 for width in widths):
             example = (32, 64) if name == "channels" else (128, 128)
             raise TypeError(f"{owner} wants {name} as a sequence of positive integers, such as {example}, but found {value!r}.")

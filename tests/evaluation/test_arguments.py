@@ -239,6 +239,7 @@ def test_a_keyword_of_the_model_is_not_swallowed_if_it_is_the_default(option):
     assert log_likelihood((model, none), torch.randn(5)).kind == "exact"  # nothing is ambiguous
     with pytest.raises(ValueError, match="row_dim= is a keyword of has_likelihood"):
         has_likelihood((model, none), torch.randn(5), row_dim=0)
+    assert compare({"a": (model, none)}, torch.randn(5)).log_likelihoods["a"].kind == "exact"
 
 
 def test_a_keyword_of_the_model_is_not_swallowed_by_the_conservative_bound():
