@@ -18,6 +18,7 @@ from torch.distributions import Distribution, Transform
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.capabilities import ScoreJumps
+from pyro_genmodels.utils.capture import can_be_read
 from pyro_genmodels.utils.errors import warn_caller
 
 MAX_INVERSE_ERROR = 1e-3
@@ -34,7 +35,8 @@ class NormalizingFlow(GenerativeDistribution):
         base: univariate distribution of the base's coordinates, of batch shape () or (d,).
         event_shape: shape of one datum, with d coordinates in all.
         has_rsample: True if the inverse carries the gradient of the transform's parameters.
-        numerical_inverse: True if the inverse is a search, so that each sample is mapped back to the base and compared.
+        numerical_inverse: True if the inverse is a search, so that each sample is mapped back to the base and compared. In a
+            captured graph and under `torch.func`, where values cannot be looked at, samples are not compared.
         smooth: True if the score is continuous. It is not for splines and for networks with ReLU.
         kwargs: further arguments of `GenerativeDistribution`.
 
@@ -76,19 +78,21 @@ class NormalizingFlow(GenerativeDistribution):
 
     def _draw(self, shape: Size, context: Tensor | None) -> Tensor:
         y, found = self._inverted(shape, context)
-        if self.numerical_inverse and not found.all():
+        if found is not None and not found.all():
             y = self._redrawn(y, found, context)
         return self.unflat(y)
 
-    def _inverted(self, shape: Size, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return samples as vectors, (*shape, d), and if the inverse was found for each, (*shape)."""
+    def _inverted(self, shape: Size, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return samples as vectors, (*shape, d), and if the inverse was found for each, (*shape), or None if not known."""
         base = self.base.expand((*shape, self.event_shape.numel()))
         u = base.rsample() if base.has_rsample else base.sample()
         transform = self.transform(context)
         y = transform.inv(u)
-        return y, _leads_back(transform, y.detach(), u.detach()) if self.numerical_inverse else torch.tensor(True)
+        if not (self.numerical_inverse and can_be_read(y)):
+            return y, None
+        return y, _leads_back(transform, y.detach(), u.detach())
 
-    def _redrawn(self, y: Tensor, found: Tensor, context: Tensor | None) -> Tensor:
+    def _redrawn(self, y: Tensor, found: Any, context: Tensor | None) -> Tensor:
         """Return samples (*shape, d) of which those that were not found are replaced by new ones, with a warning."""
         missing = int((~found).sum())
         for _ in range(MAX_REDRAWS):

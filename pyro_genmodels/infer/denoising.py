@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ from pyro_genmodels._pyro.wrappers import map_inner
 from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.dynamics.processes import Process, stratified
 from pyro_genmodels.infer.score_matching import ScoreMatching, score_of
+from pyro_genmodels.utils.capture import can_be_read
 from pyro_genmodels.utils.distributions import sum_event, unwrap
 from pyro_genmodels.utils.errors import warn_caller
 
@@ -176,28 +177,27 @@ class DenoisingScoreMatching(ScoreMatching):
             t, weight = self._times(dist.process, u)
             return weight * dist.training_form.noise_error(y, t, context)
         batch = torch.broadcast_shapes(x.shape[: x.dim() - dist.event_dim], dist.batch_shape)
-        _, u, _ = dist.score_coordinates(x)  # in the precision of the network
-        self._warn_of_default_noise(dist, u)
+        log_density, u, event_dim = dist.score_coordinates(x)  # u is in the precision of the network
+        self._warn_of_default_noise(dist, u, event_dim)
         sigma = self._levels(dist, batch, u)
         if dist.noise is not None:
-            dist = dist.at_noise(sigma)
-        log_density, u, event_dim = dist.score_coordinates(x)
+            log_density, u, event_dim = dist.at_noise(sigma).score_coordinates(x)
         scale = sigma.reshape(*batch, *(1 for _ in range(event_dim)))
         epsilon = torch.randn_like(u)
         score = score_of(log_density, (u + scale * epsilon).detach().requires_grad_())
         weighting: Any = self.weighting or torch.square
         return weighting(sigma) * sum_event((score + epsilon / scale).square(), event_dim) / 2
 
+    def unit_of(self, model_trace: Trace) -> str:
+        """Return what the loss of a model measures, given a trace of it."""
+        if _sites_with_noise_error(model_trace, traces.latents(model_trace)):
+            return "nats"
+        return "denoising error" if _sites_with_noise_error(model_trace, traces.observed(model_trace)) else self.unit
+
     def _score(self, model_trace: Trace, guide_trace: Trace) -> None:
-        sites = traces.sample_sites(model_trace)
-        observed = [sites[name] for name in traces.observed(model_trace)]
-        priors: list[Any] = [sites[name] for name in traces.latents(model_trace) if _has_noise_error(sites[name])]
+        priors = _sites_with_noise_error(model_trace, traces.latents(model_trace))
         for site in priors:
             site["fn"] = map_inner(site["fn"], lambda prior: prior.with_training_bound())
-        if priors:
-            self.unit = "nats"
-        else:
-            self.unit = "denoising error" if any(map(_has_noise_error, observed)) else ScoreMatching.unit
         if priors:  # observed sites then contribute their log_prob, as in any ELBO
             model_trace.compute_log_prob(site_filter=lambda _, site: site["is_observed"] and not _has_noise_error(site))
         super()._score(model_trace, guide_trace)
@@ -206,13 +206,16 @@ class DenoisingScoreMatching(ScoreMatching):
         default: TimeWeighting = LogNormalWeighting() if process.is_mostly_noise else UniformWeighting()
         return (self.weighting if isinstance(self.weighting, TimeWeighting) else default)(process, u)
 
-    def _warn_of_default_noise(self, dist: Any, u: Tensor) -> None:
+    def _warn_of_default_noise(self, dist: Any, u: Tensor, event_dim: int) -> None:
         """Warn if the default noise hides the first batch of data, as far as Pyro's validation is on."""
-        if self._has_looked or self.noise is not None or dist.noise is not None or not is_validation_enabled() or len(u) < 2:
+        if self._has_looked or self.noise is not None or dist.noise is not None or not is_validation_enabled():
+            return
+        rows = u.detach().reshape(-1, u.shape[u.dim() - event_dim :].numel())
+        if len(rows) < 2 or not can_be_read(u):
             return
         self._has_looked = True
-        deviation = u.detach().reshape(len(u), -1).std(0).max().item()
-        if deviation < DEFAULT_NOISE:
+        deviation = rows.std(0).max().item()
+        if 0 < deviation < DEFAULT_NOISE:  # particles may all have the same row
             warn_caller(
                 f"DenoisingScoreMatching adds noise of {DEFAULT_NOISE} by default, but the data deviate by {deviation:.2g} at "
                 "most, so that the model learns the noise. Standardise the data, or pass noise=, such as a tenth of that.",
@@ -227,6 +230,12 @@ class DenoisingScoreMatching(ScoreMatching):
             return torch.full(batch, DEFAULT_NOISE, dtype=u.dtype, device=u.device)
         low, high = dist.noise
         return low * (high / low) ** torch.rand(batch, dtype=u.dtype, device=u.device)
+
+
+def _sites_with_noise_error(trace: Trace, names: Iterable[str]) -> list[Any]:
+    """Return the sites of these names whose distributions have a denoiser."""
+    sites = traces.sample_sites(trace)
+    return [sites[name] for name in names if _has_noise_error(sites[name])]
 
 
 def _has_noise_error(site: Mapping[str, Any]) -> bool:

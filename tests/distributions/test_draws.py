@@ -3,11 +3,13 @@
 from functools import partial
 from math import log
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 from pyro_genmodels import DenseEnergy, DenseField, Diffusion, DPMSolver, EnergyModel, Flow, Langevin, ODEFlow, RealNVP
@@ -82,6 +84,24 @@ def test_samples_of_the_base_without_an_inverse_are_drawn_anew_with_a_warning():
     assert x.isfinite().all()
     # the variance of a normal that is truncated to [-1, 1]; five standard errors
     assert (u.square().mean() - 0.2911).abs() < 0.045
+
+
+@pytest.mark.parametrize("name", ["bijection", *(pytest.param(name, marks=pytest.mark.slow) for name in WIDE)])
+def test_samples_by_a_numerical_inverse_are_captured_as_a_graph(name):
+    """The check of each draw reads values, and was in the way."""
+    if name == "bijection":
+        affine = torch.distributions.AffineTransform(1.0, 2.0, event_dim=1)
+        flow = NormalizingFlow(lambda context: affine, dist.Normal(0.0, 1.0), (2,), numerical_inverse=True)
+    else:
+        with pyro.validation_enabled(False):  # zuko's bases validate values
+            flow = Flow((2,), transform=WIDE[name](transforms=1)).eval()()
+    assert flow.numerical_inverse
+    with pyro.validation_enabled(False):
+        graph = make_fx(lambda: flow.sample((5,)))()
+    pyro.set_rng_seed(1)
+    wanted = flow.sample((5,))
+    pyro.set_rng_seed(1)
+    torch.testing.assert_close(graph(), wanted)
 
 
 def test_a_context_stays_with_its_row_where_samples_are_drawn_anew():

@@ -595,6 +595,29 @@ def test_a_loss_and_its_gradient_are_captured_as_one_graph(objective, name):
         torch.testing.assert_close(graph(fresh), wanted)
 
 
+def test_denoising_is_captured_while_validation_is_on():
+    """The look at the data for the warning about the default noise was in the way."""
+    x, fresh = torch.randn(2, 6)
+    normal = dist.Normal(0.0, 1.0, validate_args=False)  # whose own validation reads values too
+    with pyro.validation_enabled(True):
+        objective = DenoisingScoreMatching()
+        graph = make_fx(lambda x: objective.per_datum(normal, x))(x)
+        pyro.set_rng_seed(6)
+        wanted = objective.per_datum(normal, fresh)
+        pyro.set_rng_seed(6)
+        torch.testing.assert_close(graph(fresh), wanted)
+
+
+def test_score_coordinates_are_computed_once_a_step(monkeypatch):
+    calls = []
+    family, x = smooth(), torch.randn(6, 2)
+    kind = type(family())
+    own = kind.score_coordinates
+    monkeypatch.setattr(kind, "score_coordinates", lambda self, x: calls.append(1) or own(self, x))
+    DenoisingScoreMatching().score_loss(family(), x)
+    assert len(calls) == 1
+
+
 def test_a_default_noise_that_hides_the_data_is_warned_of_once():
     """Data of deviation 1e-3 under noise of 0.1: the best fit has a deviation of 0.1, 100 times that of the data."""
     x, objective = 1e-3 * torch.randn(200), DenoisingScoreMatching()

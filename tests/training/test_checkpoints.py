@@ -264,7 +264,7 @@ def test_a_fit_is_refused_and_its_family_is_named(path):
 @pytest.mark.parametrize("value", [99, "text", [1, 2]], ids=repr)
 @pytest.mark.parametrize(
     "name",
-    "format pyro_genmodels class arguments own options data rows valid best units run stopped".split(),
+    sorted(checkpoints.RESERVED),
 )
 def test_a_record_cannot_be_taken_for_the_checkpoints_own(name, value, path):
     with pytest.raises(ValueError, match=rf"entries named '{name}', which checkpoints use.* such as 'my_{name}'"):

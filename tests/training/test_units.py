@@ -35,6 +35,8 @@ from pyro_genmodels.divergences import EnergyKernel
 from pyro_genmodels.evaluation import plots
 from pyro_genmodels.infer.adversarial import WGAN
 from pyro_genmodels.training import Checkpoint, checkpoints
+from pyro_genmodels.training.batches import Batches
+from pyro_genmodels.training.steps import make_step
 
 train = partial(train, progress=False)
 X = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
@@ -88,6 +90,14 @@ def test_the_unit_follows_what_the_objective_meets():
     objective = DenoisingScoreMatching()
     assert train(Diffusion((2,)), X, objective=objective, epochs=1).units == {"train": "denoising error"}
     assert train(EnergyModel((2,)), X, objective=objective, epochs=1).units == {"train": "score-matching loss"}
+
+
+def test_the_unit_of_a_training_is_that_of_its_own_model():
+    """What another model made of the same objective in between was taken for it."""
+    objective, energy = DenoisingScoreMatching(), EnergyModel((2,))
+    step = make_step(Diffusion((2,)), objective, None, Batches(X, None, 10, X), None)
+    objective.loss(energy.model, energy.guide, X)
+    assert step.units == {"train": "denoising error", "valid": "denoising error"}
 
 
 def test_the_progress_bar_says_the_unit(capfd):
