@@ -207,7 +207,10 @@ class Family(PyroModule):
         embedded: Tensor = self.context(context)
         if self._context_check.due and isinstance(self.context, VectorContext) and self.context.kind and self._is_trained:
             cure = "Call family.standardize(x, context) before training."
-            self._context_check(embedded, owner=self.name, noun="contexts", event_dim=1, cure=cure)
+            standardized = not self.context.due
+            self._context_check(
+                embedded, owner=self.name, noun="contexts", event_dim=1, cure=cure, standardized=standardized
+            )
         return embedded
 
     @property
@@ -232,7 +235,15 @@ class Family(PyroModule):
         if not (self._data_check.due and self._is_trained):
             return None
         cure = "Call family.standardize(x) with all data before training."
-        return partial(self._data_check, owner=self.name, noun="data", event_dim=len(self.event_shape), cure=cure)
+        return partial(
+            self._data_check,
+            owner=self.name,
+            noun="data",
+            event_dim=len(self.event_shape),
+            cure=cure,
+            jointly="jointly" in str(self._standardize),
+            standardized=self._standardized,
+        )
 
     def standardize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Set mean and deviation to those of data and contexts, also if they were set before.

@@ -15,11 +15,12 @@ __all__ = ["InputCheck", "Standardization", "Standardize", "estimate"]
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Transform, constraints
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from pyro_genmodels.utils.capture import can_be_read
 from pyro_genmodels.utils.errors import warn_caller
+from pyro_genmodels.utils.inputs import out_of_range
 
 Standardize = bool | Literal["jointly", "robust", "jointly robust"]
 
@@ -27,8 +28,6 @@ MAX_STEP = 0.01
 """Largest step between neighbouring floats at the mean, in deviations, that passes without a warning."""
 OUTLIER_SHARE, MAX_OUTLIER_EFFECT, MIN_ROWS = 0.01, 10.0, 20
 """Share of rows that may be outliers, their largest effect on the deviation without a warning, and rows needed to judge."""
-MAX_INPUT = 30.0
-"""Largest median size of an input of a network that passes without a warning; standardised inputs have about 1."""
 QUARTILES_OF_NORMAL, MEDIAN_OF_NORMAL = 1.3489795, 0.6744898
 """Interquartile range and median distance from the centre of a standard normal."""
 
@@ -186,10 +185,12 @@ def _warn_of_steps(loc: Tensor, scale: Tensor, varying: Tensor, like: Tensor, ow
     coarse = varying & (step > allowed * scale)
     if coarse.any():
         i = int(coarse.nonzero()[0])
+        drawn = noun == "data"  # contexts are not
+        consequence = "Draws are rounded to these steps." if drawn else "Networks see them shifted by up to such a step."
         _warn(
             f"{_named(coarse, like, owner, noun)} far from 0 for their spread: near {float(loc[i]):.6g} the numbers of "
-            f"{like.dtype} are {float(step[i]):.2g} apart, but the deviation is {float(scale[i]):.2g}. Draws are rounded to "
-            "these steps. Subtract an offset in float64 first, or call family.double() before anything else and pass float64."
+            f"{like.dtype} are {float(step[i]):.2g} apart, but the deviation is {float(scale[i]):.2g}. {consequence} "
+            "Subtract an offset in float64 first, or call family.double() before anything else and pass float64."
         )
 
 
@@ -249,25 +250,33 @@ class InputCheck:
     def __init__(self) -> None:
         self.due = True
 
-    def __call__(self, y: Tensor, *, owner: str, noun: str, event_dim: int, cure: str) -> None:
-        """Warn if the inputs y (batch..., *event_shape) are far outside."""
-        if not self.due or not y.numel() or _cannot_be_read(y):
+    def __call__(
+        self, y: Tensor, *, owner: str, noun: str, event_dim: int, cure: str, jointly: bool = False, standardized: bool = False
+    ) -> None:
+        """Warn if the inputs y (batch..., *event_shape) are far outside, or nearly one value.
+
+        Args:
+            y: inputs of a network.
+            owner: subject of the warning.
+            noun: noun for the inputs.
+            event_dim: number of dimensions of one input.
+            cure: sentence that says what to do if they were not standardised.
+            jointly: True if all coordinates are of one kind.
+            standardized: True if they were standardised. Then their spread says nothing: batches may be sorted.
+        """
+        if not self.due or not y.numel() or not can_be_read(y):
             return
         self.due = False
-        rows = y.detach().reshape(-1, y.shape[y.dim() - event_dim :].numel())
-        size = float(rows.abs().median(0).values.max())
-        if size > MAX_INPUT:
-            _warn(
-                f"{owner}: the networks see {noun} of size {size:.3g}, but bend where these are about 1, so that they cannot "
-                f"learn. {cure}"
+        rows = y.detach().reshape(-1, 1 if jointly else y.shape[y.dim() - event_dim :].numel())
+        found = out_of_range(rows, spread=not standardized)
+        if not found:
+            return
+        if standardized:
+            cure = (
+                f"They were standardised by other {noun}, or {y.dtype} cannot hold their mean: standardise by these, or "
+                "subtract an offset in float64 first."
             )
-
-
-def _cannot_be_read(y: Tensor) -> bool:
-    """Return True if a value may not decide what is done: in a captured graph, under `torch.func`, or of a subclass."""
-    traced = torch.compiler.is_compiling() or get_proxy_mode() is not None or torch.jit.is_tracing()
-    plain = type(y) in (Tensor, nn.Parameter) and torch.func.debug_unwrap(y) is y
-    return traced or not plain or (y.is_cuda and torch.cuda.is_current_stream_capturing())
+        _warn(f"{owner}: the networks see {noun} {found}, but bend where these are about 1, so that they cannot learn. {cure}")
 
 
 def _warn(message: str) -> None:

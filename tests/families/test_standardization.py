@@ -423,6 +423,55 @@ def test_far_contexts_in_a_model_of_ones_own_are_told():
     steps(own_model(family, contexts), x, MaximumLikelihood())
 
 
+@pytest.mark.parametrize(
+    ("size", "offset", "message"),
+    [
+        (0.01, 13.4, r"of size 13.4 that deviate by 0.01"),  # 190 nats a row in silence, in units of .01
+        (1e-6, 0.0, r"that deviate by [\d.]+e-0[67]"),
+        (1e-30, 0.0, r"that deviate by [\d.]+e-3[01]"),
+        (1e-3, 1.0, r"of size 1 that deviate by 0.001"),
+    ],
+)
+def test_inputs_of_networks_that_are_nearly_one_value_are_told(size, offset, message):
+    x, narrow = torch.randn(40, 2), offset + size * torch.linspace(-1.7, 1.7, 40)[:, None]
+    flow = Flow((1,), transform=MAF(**SMALL))
+    with pytest.warns(UserWarning, match=f"networks see data {message}.*family.standardize\\(x\\)"):
+        flow().log_prob(narrow)
+    given = Flow((2,), context=1, transform=MAF(**SMALL))
+    with pytest.warns(UserWarning, match=f"networks see contexts {message}.*family.standardize\\(x, context\\)"):
+        given(narrow).log_prob(x)
+    given.standardize(x, narrow)
+    given(narrow).log_prob(x)
+
+
+def test_sparse_sorted_and_standardised_inputs_are_where_they_should_be():
+    rare = torch.eye(2)[[0] * 5000 + [1]]  # one-hot classes, of which one is rare
+    Flow((1,), context=2, transform=MAF(**SMALL))(rare).log_prob(torch.randn(5001, 1))
+    years = torch.linspace(0, 1, 3200)[:, None]
+    flow = Flow((1,), context=1, transform=MAF(**SMALL))
+    flow.standardize(years, years)
+    flow(years[-32:]).log_prob(years[-32:])  # the first batch of sorted data deviates by .01
+    pixels = 0.5 + torch.cat([0.3 * torch.randn(40, 1, 3), 1e-4 * torch.randn(40, 1, 1)], -1)  # a corner is hardly ever bright
+    Flow((1, 4), transform=MAF(**SMALL), standardize="jointly")().log_prob(pixels)
+
+
+def test_data_that_the_precision_cannot_centre_are_not_told_to_be_standardised():
+    x = 1.7e18 + 1e3 * torch.randn(40, 1, dtype=torch.float64)
+    flow = Flow((1,), transform=MAF(**SMALL))
+    with pytest.warns(UserWarning, match="Draws are rounded"):
+        flow.standardize(x)
+    with pytest.warns(UserWarning, match="networks see data of size .*float32 cannot hold their mean") as told:
+        flow().log_prob(x)
+    assert "Call family.standardize" not in str(told[0].message)
+
+
+def test_far_contexts_are_shifted_and_not_drawn():
+    flow, contexts = Flow((1,), context=1, transform=MAF(**SMALL)), 1.7e9 + 100 * torch.randn(40, 1, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="contexts.* apart, but the deviation is .*Networks see them shifted") as told:
+        flow.standardize(torch.randn(40, 1), contexts)
+    assert "Draws" not in str(told[0].message)
+
+
 def test_nothing_is_told_where_networks_see_what_they_should():
     images = torch.randint(2, (20, 4)).float()
     vae = VAE((4,), likelihood=BernoulliLikelihood(), hidden=(8,))
