@@ -46,7 +46,7 @@ class Labels(nn.Module):
         torch.Size([2])
     """
 
-    one_hot: Tensor
+    one: Tensor
     event_dim = 0
     """Number of dimensions of one context: a label is a number."""
 
@@ -54,7 +54,7 @@ class Labels(nn.Module):
         super().__init__()
         check_positive_int("Labels", num_classes=num_classes)
         self.num_classes = self.out_features = num_classes
-        self.register_buffer("one_hot", torch.eye(num_classes), persistent=False)
+        self.register_buffer("one", torch.ones(()), persistent=False)  # knows the device and the precision
 
     def forward(self, labels: Tensor) -> Tensor:
         """Return the one-hot vectors (..., num_classes) of integer labels (...)."""
@@ -66,11 +66,18 @@ class Labels(nn.Module):
                 f"Labels({self.num_classes}) wants labels from 0 to {self.num_classes - 1}, but found "
                 f"{int(labels.min())} to {int(labels.max())}. Renumber them, or build the family with a larger Labels(k)."
             )
-        return self.one_hot[labels.long()]
+        zeros = self.one.new_zeros((*labels.shape, self.num_classes))
+        return zeros.scatter(-1, labels.long().unsqueeze(-1), 1.0)
 
     def as_tensor(self, labels: Any) -> Tensor:
         """Return labels as a tensor on the device of this module; a tensor is returned as it is."""
-        return labels if isinstance(labels, Tensor) else as_tensor(labels, "Labels").to(self.one_hot.device)
+        return labels if isinstance(labels, Tensor) else as_tensor(labels, "Labels").to(self.one.device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore pickled labels. Versions before 0.2 held all one-hot vectors."""
+        super().__setstate__(state)
+        if (all_of_them := self._buffers.pop("one_hot", None)) is not None:
+            self.register_buffer("one", torch.ones_like(all_of_them[0, 0]), persistent=False)
 
 
 class VectorContext(nn.Module):
@@ -154,6 +161,15 @@ class VectorContext(nn.Module):
             )
         if is_validation_enabled() and not context.isfinite().all():
             raise ValueError(f"The context, of shape {tuple(context.shape)}, has NaN or infinite entries. Impute them first.")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickled context. Versions before 0.2 did not standardise contexts, and so this one stays."""
+        if "kind" not in state:
+            VectorContext.__init__(self, state["out_features"])
+            self.standardized.fill_(True)
+            self._due, self.training = False, state["training"]
+            return
+        super().__setstate__(state)
 
     def complete_state(self, state: dict[str, Any], prefix: str) -> None:
         """Add to a `state_dict` of a version before 0.2 what it lacks: its contexts were not standardised."""

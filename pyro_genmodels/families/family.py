@@ -484,6 +484,11 @@ class Family(PyroModule):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled family under its old name, or under a new one if that is taken."""
         super().__setstate__(state)
+        if "_data_check" not in state:  # pickled by a version before 0.2
+            self._data_check, self._context_check = InputCheck(), InputCheck()
+            for module in self._context_modules():
+                if isinstance(module, VectorContext):
+                    module.to(self.loc)
         name = params.pyro_name(self)
         params.clear_name(self)
         self.name = params.unused_name(self) if params.is_registered(name) else name
