@@ -64,10 +64,17 @@ def as_pair(fit: Any) -> Pair:
         TypeError: if the fit offers no model and guide.
     """
     if isinstance(fit, tuple) and len(fit) == 2 and all(map(callable, fit)):
+        for place, part in enumerate(fit):
+            if _offers_pair(part):
+                name, role = type(part).__name__, ("model", "guide")[place]
+                raise TypeError(
+                    f"A pair is (model, guide), two functions, but its {role} is a {name}, which has both: pass {name}.{role}, "
+                    f"or the {name} alone. Several fits go to to_arviz as a list, [a, b], and to compare as a dictionary."
+                )
         return fit
     if isinstance(fit, type):
         raise TypeError(f"A fit must be an object, but found the class {fit.__name__}: build it, as in {fit.__name__}(...).")
-    if callable(getattr(fit, "model", None)) and callable(getattr(fit, "guide", None)):
+    if _offers_pair(fit):
         return fit.model, fit.guide
     if hasattr(fit, "get_samples"):
         raise TypeError(
@@ -77,6 +84,11 @@ def as_pair(fit: Any) -> Pair:
         "A fit must have .model and .guide, as a family or an SVI has, or be a pair (model, guide), but found "
         f"{type(fit).__name__}. Pass the family itself, not the distribution that it returns."
     )
+
+
+def _offers_pair(fit: Any) -> bool:
+    """Return True if a fit has a model and a guide of its own."""
+    return callable(getattr(fit, "model", None)) and callable(getattr(fit, "guide", None))
 
 
 def no_latents(*args: Any, **kwargs: Any) -> None:

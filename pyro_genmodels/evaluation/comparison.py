@@ -17,7 +17,6 @@ from __future__ import annotations
 
 __all__ = ["Comparison", "compare"]
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,7 +33,7 @@ from pyro_genmodels.evaluation.arguments import RowArguments, row_arguments, wit
 from pyro_genmodels.evaluation.likelihood import LogLikelihood, has_likelihood, log_likelihood, no_likelihood
 from pyro_genmodels.evaluation.sample_quality import SampleQuality, sample_quality, split_rows
 from pyro_genmodels.utils.errors import import_extra
-from pyro_genmodels.utils.keywords import check_keywords, joined_keywords
+from pyro_genmodels.utils.keywords import check_keywords, check_known_keywords, joined_keywords, option_names
 from pyro_genmodels.utils.pareto import count_unreliable
 from pyro_genmodels.utils.rng import forked_rng
 from pyro_genmodels.utils.tensors import as_tensor
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-_OPTIONS = {name for name, p in inspect.signature(log_likelihood).parameters.items() if p.kind is p.KEYWORD_ONLY}
+_OPTIONS = option_names(log_likelihood)
 
 
 @dataclass(frozen=True)
@@ -250,7 +249,9 @@ def compare(
         if x is None:
             raise ValueError(f"compare was given the fit {name!r}, but no data x to evaluate it on.")
         given = [*options, *(() if quality_samples is None else ("quality_samples",))]
-        check_keywords("compare", as_pair(fit)[0], given, (x, *args), model_kwargs)
+        model, guide = as_pair(fit)
+        check_keywords("compare", model, given, (x, *args), model_kwargs)
+        check_known_keywords("compare", _OPTIONS | option_names(compare), own, model, guide)
         data = row_arguments("compare", x, args, own, options.get("row_dim", 0))
         if split is not None:
             _check_rows_can_be_cut(name, fit, data)

@@ -40,8 +40,15 @@ from pyro_genmodels.evaluation.importance import LikelihoodKind, RowEstimator, s
 from pyro_genmodels.evaluation.log_z import LogPartitions
 from pyro_genmodels.utils.distributions import density_of
 from pyro_genmodels.utils.errors import check_positive_int, warn_caller
-from pyro_genmodels.utils.keywords import check_keywords, given_keywords, joined_keywords, remember_keywords
-from pyro_genmodels.utils.pareto import MAX_PARETO_K, count_unreliable, is_unreliable
+from pyro_genmodels.utils.keywords import (
+    check_keywords,
+    check_known_keywords,
+    given_keywords,
+    joined_keywords,
+    option_names,
+    remember_keywords,
+)
+from pyro_genmodels.utils.pareto import MAX_PARETO_K, MIN_PARETO_DRAWS, count_unreliable, is_unreliable
 from pyro_genmodels.utils.rng import forked_rng
 
 T = TypeVar("T")
@@ -95,13 +102,16 @@ class LogLikelihood:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences on rows whose values say less than the others: NaN, infinite, or of a k-hat above .7."""
+        """Sentences on rows whose values say less than others: NaN, infinite, or of a k-hat that is above .7 or unknown."""
         if self.kind == "none":
             return []
         counts = {"the value is NaN": self.values.isnan(), "the value is infinite": self.values.isinf()}
         if self.pareto_k is not None and count_unreliable(self.pareto_k):
             largest = self.pareto_k[~self.pareto_k.isnan()].max()
             counts[f"Pareto k-hat is above {MAX_PARETO_K} (largest {largest:.2f})"] = self.pareto_k > MAX_PARETO_K
+        if self.pareto_k is not None and self.num_samples < MIN_PARETO_DRAWS:
+            about = f"Pareto k-hat is unknown, with fewer than {MIN_PARETO_DRAWS} samples,"
+            counts[about] = self.pareto_k.isnan() & self.values.isfinite()
         return [f"{what} in {rows.sum()} of {len(rows)} rows" for what, rows in counts.items() if rows.any()]
 
     def bits_per_dim(self, dims: int) -> float:
@@ -205,6 +215,7 @@ def log_likelihood(
     check_positive_int("log_likelihood", num_samples=num_samples, num_steps=num_steps, batch_size=batch_size)
     check_keywords("log_likelihood", model, given_keywords(), (x, *args), model_kwargs)
     kwargs = joined_keywords("log_likelihood", kwargs, model_kwargs)
+    check_known_keywords("log_likelihood", option_names(log_likelihood), kwargs, model, guide)
     data = row_arguments("log_likelihood", x, args, kwargs, row_dim)
     log_partitions = LogPartitions(num_samples, num_steps, progress=progress)
     with handlers.side_effect_free(model, guide), fresh_probes():
@@ -257,7 +268,9 @@ def has_likelihood(
     """
     model, guide = traces.as_pair(fit)
     check_keywords("has_likelihood", model, given_keywords(), (x, *args), model_kwargs)
-    data = row_arguments("has_likelihood", x, args, joined_keywords("has_likelihood", kwargs, model_kwargs), row_dim)
+    kwargs = joined_keywords("has_likelihood", kwargs, model_kwargs)
+    check_known_keywords("has_likelihood", option_names(has_likelihood), kwargs, model, guide)
+    data = row_arguments("has_likelihood", x, args, kwargs, row_dim)
 
     def has_density(first: RowArguments) -> bool:
         with first.fixed_rows():

@@ -16,13 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyro
+import torch
 
 from pyro_genmodels._pyro import handlers, params, traces
 from pyro_genmodels.inference_data.groups import GROUPS, CollectOptions, Groups, collect, concatenate_chains
 from pyro_genmodels.inference_data.names import check_dims, check_names, xarray_name
 from pyro_genmodels.inference_data.sources import check_separate_parameters, source_of
 from pyro_genmodels.utils.errors import check_positive_int, warn_caller
-from pyro_genmodels.utils.keywords import check_keywords, given_keywords, joined_keywords, remember_keywords
+from pyro_genmodels.utils.keywords import (
+    check_keywords,
+    check_known_keywords,
+    given_keywords,
+    joined_keywords,
+    option_names,
+    remember_keywords,
+)
+from pyro_genmodels.utils.pareto import pareto_k
 
 if TYPE_CHECKING:
     import arviz
@@ -65,8 +74,9 @@ def to_arviz(
       account. Use `log_likelihood` instead;
     - ``log_prior``: log density of each latent variable, in nats;
     - ``sample_stats``: for each draw ``log_p``, the joint density of latent variables and data, and (unless the guide is a
-      point mass at a continuous variable) ``log_q`` and ``log_weight`` = log_p - log_q, in nats; for MCMC also ``diverging``,
-      and if its kernel is in `record_statistics` ``energy``, ``lp``, ``acceptance_rate``, ``step_size`` and ``tree_depth``;
+      point mass at a continuous variable) ``log_q`` and ``log_weight`` = log_p - log_q, in nats, with the attribute
+      ``pareto_k``, k-hat of all weights: above 0.7 they do not correct for the guide. For MCMC also ``diverging``, and if its
+      kernel is in `record_statistics` ``energy``, ``lp``, ``acceptance_rate``, ``step_size`` and ``tree_depth``;
     - ``observed_data``;
     - ``constant_data``: tensors and arrays among the model's arguments that it does not observe. Those in lists,
       dictionaries and frames are called ``name_0``, ``name_key`` and ``name_column``.
@@ -125,6 +135,9 @@ def to_arviz(
     sources = [source_of(one, args, kwargs, num_samples, model) for one in fits]
     for source in sources:
         check_keywords("to_arviz", source.model, given_keywords(), source.args, source.kwargs)
+        if source.model is not None:
+            guide = None if isinstance(source.guide, Mapping) else source.guide
+            check_known_keywords("to_arviz", option_names(to_arviz), source.kwargs, source.model, guide)
     options = _collect_options(num_samples, batch_size, groups, parallel, coords, dims, progress=progress)
     if len(sources) > 1:
         check_separate_parameters(sources)
@@ -173,9 +186,14 @@ def _inference_data(groups: Groups, coords: Mapping[str, Sequence[Any]]) -> arvi
     for group in (group for group in GROUPS if group in groups.variables):
         variables = {}
         for name, (array, names) in groups.variables[group].items():
-            kind = {"kind": groups.kinds[name]} if group == "log_likelihood" and name in groups.kinds else {}
+            about: dict[str, Any] = {}
+            if group == "log_likelihood" and name in groups.kinds:
+                about["kind"] = groups.kinds[name]
+            if (group, name) == ("sample_stats", "log_weight"):
+                log_weights = torch.as_tensor(array).flatten()
+                about["pareto_k"] = torch.nan if log_weights.isnan().any() else float(pareto_k(log_weights))
             own = {xarray_name(dim): labels.get(dim, np.arange(size)) for dim, size in zip(names, array.shape, strict=True)}
-            variables[xarray_name(name)] = xr.DataArray(array, own, list(own), attrs=kind)
+            variables[xarray_name(name)] = xr.DataArray(array, own, list(own), attrs=about)
         left_out = _left_out(groups, group)
         datasets[group] = xr.Dataset(variables, attrs=attrs | ({"left_out": left_out} if left_out else {}))
     if int(az.__version__.split(".")[0]) == 0:

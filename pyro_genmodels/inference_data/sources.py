@@ -208,7 +208,10 @@ def _family_call_without_data(model: Any, args: tuple, kwargs: Mapping[str, Any]
     """Return the keyword arguments that sample from a family, if the model is a family's and is called without data."""
     if not traces.is_family(model):
         return None
-    call = inspect.signature(model).bind_partial(*args, **kwargs).arguments
+    try:
+        call = inspect.signature(model).bind_partial(*args, **kwargs).arguments
+    except TypeError:  # arguments that the family does not take
+        return None
     if call.get("x") is not None:
         return None
     if call.get("context") is None:

@@ -6,15 +6,25 @@ function, so the model would silently run with its default.
 
 from __future__ import annotations
 
-__all__ = ["check_keywords", "given_keywords", "joined_keywords", "keyword_names", "remember_keywords", "signature_of"]
+__all__ = [
+    "check_keywords",
+    "check_known_keywords",
+    "given_keywords",
+    "joined_keywords",
+    "keyword_names",
+    "option_names",
+    "remember_keywords",
+    "signature_of",
+]
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
-from functools import wraps
+from difflib import get_close_matches
+from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
-from pyro import poutine
+from pyro.poutine.messenger import Messenger
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -24,7 +34,7 @@ _given: ContextVar[frozenset[str]] = ContextVar("given", default=frozenset())
 
 def remember_keywords(function: Callable[P, T]) -> Callable[P, T]:
     """Return the function, in whose calls `given_keywords` knows the options that were given, also with their default value."""
-    options = {name for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    options = option_names(function)
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -35,6 +45,16 @@ def remember_keywords(function: Callable[P, T]) -> Callable[P, T]:
             _given.reset(token)
 
     return call
+
+
+def option_names(function: Callable[..., Any]) -> frozenset[str]:
+    """Return the names of the keyword-only options of a function.
+
+    Example:
+        >>> sorted(option_names(lambda x, *, batch_size=128, progress=True, **kwargs: None))
+        ['batch_size', 'progress']
+    """
+    return frozenset(name for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY)
 
 
 def given_keywords() -> frozenset[str]:
@@ -57,11 +77,18 @@ def signature_of(model: Any) -> inspect.Signature:
         ValueError: if a function that is not written in Python has none.
 
     Example:
+        >>> from pyro import poutine
         >>> str(signature_of(poutine.scale(lambda x, size: None, scale=2.0)))
         '(x, size)'
     """
-    model = poutine.unwrap(model)
-    return inspect.signature(getattr(model, "forward", model))
+    return inspect.signature(_called(model))
+
+
+def _called(model: Any) -> Any:
+    """Return the function that a model is under any handlers of Pyro, or the `forward` of a module. A partial is kept."""
+    while isinstance(model, partial) and model.args and isinstance(model.args[0], Messenger):
+        model = model.args[1]
+    return getattr(model, "forward", model)
 
 
 def keyword_names(model: Any, args: tuple = ()) -> list[str]:
@@ -120,6 +147,51 @@ Give the model's in model_kwargs={'batch_size': ...}, and batch_size= is that of
                 f"{name}= is a keyword of {owner} and of the model. Give the model's in model_kwargs={{{name!r}: ...}}, and "
                 f"{name}= is that of {owner}."
             )
+
+
+def check_known_keywords(owner: str, options: Iterable[str], kwargs: Mapping[str, Any], model: Any, guide: Any = None) -> None:
+    """Check that model and guide take the keywords that they will be given, before they run.
+
+    Args:
+        owner: name of the function that runs them.
+        options: names of its own options, one of which may be meant.
+        kwargs: keyword arguments of model and guide.
+        model: the model.
+        guide: the guide, or None if there is none.
+
+    Raises:
+        TypeError: naming the first keyword that one of them does not know, and the nearest name that is known.
+
+    Example:
+        >>> def model(x, y=None): ...
+        >>> check_known_keywords("to_arviz", ["num_samples"], {"y": 1}, model)
+        >>> check_known_keywords("to_arviz", ["num_samples"], {"num_sample": 10}, model)
+        Traceback (most recent call last):
+        TypeError: to_arviz and the model know no keyword num_sample. Did you mean num_samples?
+    """
+    for name in kwargs:
+        if not _takes(model, name):
+            near = get_close_matches(name, [*options, *keyword_names(model)], n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise TypeError(f"{owner} and the model know no keyword {name}.{hint}")
+        if guide is not None and not _takes(guide, name):
+            raise TypeError(
+                f"The model has a keyword {name}, but the guide has none. {owner} calls both alike: give the guide {name}, or "
+                "**kwargs, too."
+            )
+
+
+def _takes(fn: Any, name: str) -> bool:
+    """Return False if a function cannot be given a keyword of this name, nor what it wraps by `functools.wraps`."""
+    fn = _called(fn)
+    try:
+        parameters = inspect.signature(fn, follow_wrapped=False).parameters.values()
+    except (TypeError, ValueError):  # a function without a signature
+        return True
+    if any(p.name == name and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters):
+        return True
+    hands_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return hands_on and (not hasattr(fn, "__wrapped__") or _takes(fn.__wrapped__, name))
 
 
 def joined_keywords(owner: str, kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -666,3 +666,10 @@ def test_fits_that_say_different_things_are_refused_in_either_order(order, y):
         fits.append(svi(mean_model, make(mean_model), y))
     with pytest.raises(ValueError, match="log_q"), pytest.warns(UserWarning, match="a single value of 'mu'"):
         to_arviz(fits, y, num_samples=4)
+
+
+def test_two_fits_are_no_pair():
+    with pytest.raises(TypeError, match=r"pair is \(model, guide\).*its model is a VAE, which has both.*as a list, \[a, b\]"):
+        to_arviz((small_vae(), small_vae()), num_samples=3)
+    with pytest.raises(TypeError, match=r"its guide is a VAE, which has both: pass VAE.guide"):
+        to_arviz((small_vae().model, small_vae()), num_samples=3)

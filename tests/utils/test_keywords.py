@@ -4,12 +4,13 @@ import functools
 
 import pyro
 import pytest
+import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
 from torch import nn
 
-from pyro_genmodels import Flow
-from pyro_genmodels.utils.keywords import check_keywords, joined_keywords, keyword_names
+from pyro_genmodels import VAE, Flow, compare, log_likelihood, to_arviz
+from pyro_genmodels.utils.keywords import check_keywords, check_known_keywords, joined_keywords, keyword_names
 
 
 def model(x, y=None, *, batch_size=None): ...
@@ -61,3 +62,56 @@ def test_nothing_is_given_twice():
     assert joined_keywords("fit", {"y": 1}, {"z": 2}) == {"y": 1, "z": 2}
     with pytest.raises(ValueError, match=r"fit was given y= and model_kwargs=\{'y': ...\}"):
         joined_keywords("fit", {"y": 1}, {"y": 2})
+
+
+# Keywords that nobody knows.
+
+
+def wrapper(*args, **kwargs):
+    return model(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_misspelt_keyword_is_named_with_the_nearest_that_is_known(name):
+    check_known_keywords("fit", ["num_samples"], {"y": 1, "batch_size": 2}, WRAPPED[name])
+    with pytest.raises(TypeError, match=r"^fit and the model know no keyword num_sample. Did you mean num_samples\?$"):
+        check_known_keywords("fit", ["num_samples"], {"num_sample": 1}, WRAPPED[name])
+    with pytest.raises(TypeError, match=r"no keyword batch_sizes. Did you mean batch_size\?"):
+        check_known_keywords("fit", [], {"batch_sizes": 1}, WRAPPED[name])
+    with pytest.raises(TypeError, match=r"no keyword other.$"):
+        check_known_keywords("fit", ["num_samples"], {"other": 1}, WRAPPED[name])
+
+
+def test_a_guide_takes_the_keywords_of_its_model():
+    with pytest.raises(TypeError, match=r"The model has a keyword y, but the guide has none. fit calls both alike"):
+        check_known_keywords("fit", [], {"y": 1}, model, lambda x: None)
+    check_known_keywords("fit", [], {"y": 1}, model, lambda x, **kwargs: None)
+
+
+@pytest.mark.parametrize("fn", [wrapper, functools.partial(wrapper, 1, len), poutine.mask(wrapper, mask=True), dict])
+def test_what_a_wrapper_takes_is_unknown(fn):
+    check_known_keywords("fit", [], {"anything": 1}, fn)
+
+
+def test_a_wrapper_takes_its_own_keywords_and_those_of_what_it_wraps():
+    @functools.wraps(model)
+    def scaled(*args, scale=1.0, **kwargs): ...
+
+    check_known_keywords("fit", [], {"scale": 2.0, "y": 1}, scaled)
+    with pytest.raises(TypeError, match="no keyword other"):
+        check_known_keywords("fit", [], {"other": 2.0}, scaled)
+
+
+def test_arguments_of_a_partial_are_not_taken_for_a_handler():
+    def with_network(network, activation, x, y=None): ...
+
+    bound = functools.partial(with_network, nn.Linear(1, 1), nn.ReLU())
+    assert keyword_names(bound, (1,)) == ["y"]
+    check_known_keywords("fit", [], {"y": 1}, poutine.scale(bound, scale=2.0))
+
+
+@pytest.mark.parametrize("function", [log_likelihood, to_arviz, lambda fit, x, **kw: compare({"fit": fit}, x, **kw)])
+@pytest.mark.parametrize("family", [Flow, VAE])
+def test_functions_and_families_name_an_unknown_keyword(function, family):
+    with pytest.raises(TypeError, match=r"^(log_likelihood|to_arviz|compare) and the model know no .* mean num_samples\?$"):
+        function(family((2,)), torch.randn(3, 2), num_sample=10)
