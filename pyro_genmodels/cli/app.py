@@ -420,6 +420,8 @@ def _source(data: str | None, columns: str | None, labels: str | None, levels: i
 
     data = data if data in DATA else str(Path(data).resolve())  # a checkpoint finds it from any folder
     return DataSource(data, _split(columns), labels, levels, seed)
+            if found.pareto_k is not None:
+                table["pareto_k"] = found.pareto_k.cpu()
 
 
 def _files_of_runs(out: Path, families: list[str]) -> list[Path]:

@@ -164,7 +164,8 @@ def describe(found: LogLikelihood, levels: int | None, x: Any, sample_quality: C
     kind = found.kind if found.kind == "exact" else f"{found.kind}, k={found.num_samples}"
     bits = f"; {found.bits_per_dim(x[0].numel()):.3f} bits per dimension" if levels else ""
     error = f" ± {found.mean_std_error:.3f}" if len(found.values) > 1 else ""
-    return f"{-found.mean:.3f}{error} nats per datum, lower is better ({kind}, n={len(x)}){bits}"
+    notes = "".join(f"; {note}" for note in found.notes)
+    return f"{-found.mean:.3f}{error} nats per datum, lower is better ({kind}, n={len(x)}){bits}{notes}"
 
 
 def print_table(comparison: Comparison, data: Dataset) -> None:
@@ -208,6 +209,9 @@ def _likelihood_cells(row: Any, data: Dataset, digits: int) -> list[str]:
         "exact" if row.kind == "exact" else f"{row.kind} (k={row.num_samples})",
         f"{row.nats:.{digits}f} ± {row.se / len(data.test):.{digits}f}",
         *([f"{row.bits_per_dim:.3f}"] if data.levels else []),
+    for family, found in comparison.log_likelihoods.items():
+        for note in found.notes:
+            console.print(f"{family}: {note}", highlight=False)
         f"{row.elpd_diff:.0f} ± {row.dse:.0f}",
         f"{row.weight:.2f}",
     ]

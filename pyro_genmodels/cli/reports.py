@@ -239,7 +239,7 @@ def write(
     table["seconds"] = [round(fits[name].history[-1]["seconds"], 1) for name in table.index]
     table["se"] /= len(data.test)
     columns = ["kind", "num_samples", "nats", "se", "bits_per_dim", "seconds", "elpd", "elpd_diff", "dse", "weight"]
-    columns += [name for name in ("mmd", "mmd_p", "sliced_wasserstein") if name in table]
+    columns += [name for name in ("pareto_k", "unreliable", "mmd", "mmd_p", "sliced_wasserstein") if name in table]
     with atomic_write(out / "table.csv") as part:
         table[columns].to_csv(part, float_format="%.6g")
     if any(found.kind != "none" for found in log_likelihoods.values()):

@@ -48,6 +48,7 @@ class Particles:
         log_evidence: estimate of log p(y) (nats), (); NaN if the method gives none.
         effective_sizes: effective sample size at each step, before any resampling, (steps,).
         evaluations: number of calls of the denoiser, each for all particles at once.
+        averaged_log_weights: log weights whose means make up the evidence, of each resampling and of the end, (times, n).
     """
 
     x: Tensor
@@ -55,6 +56,7 @@ class Particles:
     log_evidence: Tensor
     effective_sizes: Tensor
     evaluations: int
+    averaged_log_weights: Tensor
 
 
 def effective_size(log_weights: Tensor) -> Tensor:
@@ -104,7 +106,7 @@ def sample_guided(
             "Guided sampling has reached NaN or infinite values: lower the scale, take more steps, or use TwistedDiffusion."
         )
     size = x.new_full((num_steps,), len(x))
-    return Particles(x, x.new_zeros(len(x)), x.new_tensor(float("nan")), size, steps.evaluations)
+    return Particles(x, x.new_zeros(len(x)), x.new_tensor(float("nan")), size, steps.evaluations, x.new_zeros(0, len(x)))
 
 
 def sample_twisted(
@@ -132,13 +134,14 @@ def sample_twisted(
         FloatingPointError: if no particle has a finite likelihood.
     """
     x, steps = noise * prior_scale(process), _AncestralSteps(denoise, process, log_likelihood, num_steps, noise)
-    n, sizes, evidence = len(x), [], x.new_zeros(())
+    n, sizes, evidence, averaged = len(x), [], x.new_zeros(()), []
     data, gradient, log_w, _ = steps.evaluate(x, steps.times[0])
     twist = log_w
     for t, s in steps.pairs("twisted", progress=progress):
         sizes.append(_finite_effective_size(log_w))
         if sizes[-1] < resample_below * n:
             evidence = evidence + log_w.logsumexp(0) - torch.tensor(float(n)).log()
+            averaged.append(log_w)
             chosen = _systematic(log_w)
             x, data, gradient, twist, log_w = x[chosen], data[chosen], gradient[chosen], twist[chosen], torch.zeros_like(log_w)
         mean, deviation = steps.kernel(x, data, t, s)
@@ -154,7 +157,8 @@ def sample_twisted(
     sizes.append(_finite_effective_size(log_w))
     total = log_w.logsumexp(0) - torch.tensor(float(n)).log()
     x = x / process.alpha(steps.times[-1])
-    return Particles(x, log_w - total, evidence + total, torch.stack(sizes[1:]), steps.evaluations)
+    averaged = torch.stack([*averaged, log_w])
+    return Particles(x, log_w - total, evidence + total, torch.stack(sizes[1:]), steps.evaluations, averaged)
 
 
 def _finite_twist(log_twist: Tensor) -> Tensor:

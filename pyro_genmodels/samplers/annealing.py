@@ -19,6 +19,8 @@ from __future__ import annotations
 
 __all__ = ["anneal", "schedule", "tune"]
 
+import warnings
+
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -61,6 +63,9 @@ def anneal(
 
     Raises:
         ValueError: for a sampler with temperatures.
+
+    Warns:
+        RuntimeWarning: if the log density of a chain is NaN, whose weight is then zero.
     """
     if sampler.temperatures is not None:
         raise ValueError(f"Annealing has temperatures of its own: use the sampler inside {type(sampler).__name__}.")
@@ -68,6 +73,7 @@ def anneal(
     x = x.detach()
     chains = x.shape[: x.dim() - target.event_dim]
     log_w, step_size = x.new_zeros(chains), sampler.first_step_size(x)
+    broken = torch.zeros_like(log_w, dtype=torch.bool)
 
     def move(k: int) -> None:
         nonlocal x, step_size
@@ -79,10 +85,19 @@ def anneal(
             move(k - 1)
         with torch.no_grad():
             before, after = target.log_prob(x, betas[k - 1 : k + 1].reshape(2, *(1 for _ in chains))).expand(2, *chains)
-        step = (after - before).masked_fill(after.isnan() | before.isnan() | (before == -torch.inf), -torch.inf)
+        is_nan = after.isnan() | before.isnan()
+        broken = broken | (is_nan & (log_w > -torch.inf))
+        step = (after - before).masked_fill(is_nan | (before == -torch.inf), -torch.inf)
         log_w = torch.where(log_w == -torch.inf, log_w, log_w + step)  # a weight of zero stays zero
         if ascending:
             move(k)
+    if num_broken := int(broken.sum()):
+        warnings.warn(
+            f"Annealing: the log density is NaN on the path of {num_broken} of {broken.numel()} chains, whose weight is set to "
+            "zero. That is right only if their density is: let the energy be finite, or the log density -inf there.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return x, log_w
 
 

@@ -64,7 +64,7 @@ from pyro_genmodels.cli import console, recipes, reports
 from pyro_genmodels.cli.app import DATA, FAMILIES, app
 from pyro_genmodels.datasets import load
 from pyro_genmodels.distributions import Implicit
-from pyro_genmodels.evaluation import plots
+from pyro_genmodels.evaluation import LogLikelihood, compare, plots
 from pyro_genmodels.families import DDIM, RK4, Contrastive
 from pyro_genmodels.families.family import Family
 from pyro_genmodels.training import Fit, checkpoints, loop
@@ -136,6 +136,7 @@ def check_refusal(result, *words):
 VERDICT = re.compile(
     r"(?P<family>\w+) on (?P<data>\S+) \((?P<split>\w+)\): (?P<nats>\S+) ± (?P<se>\S+) nats per datum, lower is better "
     r"\((?P<kind>exact|(lower bound|estimate|unreliable), k=\d+), n=(?P<n>\d+)\)(; (?P<bits>\S+) bits per dimension)?"
+    r"(; Pareto k-hat is .* rows)*"
 )
 WITHOUT = re.compile(
     r"(?P<family>gan) on (?P<data>\S+) \((?P<split>\w+)\): - \((?P<kind>no likelihood), n=(?P<n>\d+)\); "
@@ -1743,3 +1744,13 @@ def test_an_energy_is_fitted_where_columns_depend_on_each_other(tmp_path):
     np.savetxt(tmp_path / "d.csv", torch.stack([a, 2 * a, c], 1), delimiter=",", header="a,b,c", comments="")
     result = invoke("fit", "--data", tmp_path / "d.csv", "--family", "energy", "--epochs", 1, "--out", tmp_path, "--quiet")
     assert result.exit_code == 0, result.output
+
+
+def test_reports_say_where_k_hat_is_too_large_or_unknown(capsys):
+    k = torch.tensor([0.1, 0.9, 1.2])
+    found = LogLikelihood(torch.arange(3.0), torch.ones(3), "unreliable", 100, pareto_k=k)
+    x = torch.zeros(3, 2)
+    note = "Pareto k-hat is above 0.7 (largest 1.20) in 2 of 3 rows"
+    assert console.describe(found, None, x, lambda: None).endswith(f"(unreliable, k=100, n=3); {note}")
+    console.print_table(compare({"vae": found}), SimpleNamespace(name="plane", levels=None, test=x, density=None))
+    assert f"vae: {note}" in capsys.readouterr().out

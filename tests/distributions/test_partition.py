@@ -335,6 +335,16 @@ def test_forwards_and_backwards_agree_where_the_path_is_long(name):
     assert re.fullmatch(r"log Z = .* ± .* nats \(estimate, backwards .* ± .*, Pareto k-hat .*\)", str(found))
 
 
+def test_a_heavy_tail_of_the_backward_run_is_told():
+    """From N(0, 1) to N(0, 1/4) by one step the weights are bounded, and backwards their tail index is 3/4 or more."""
+    narrow = Energy(lambda x: 4 * x.square().sum(-1) / 2, (1,))
+    draws = 0.5 * torch.randn(5000, 1)
+    with pytest.warns(RuntimeWarning, match="weights of the backward run have a heavy tail"):
+        found = log_partition(narrow, draws=draws, exact=False, num_chains=5000, num_steps=1)
+    assert found.kind == "unreliable"
+    assert found.pareto_k < 0.7
+
+
 def test_forwards_and_backwards_that_disagree_are_told():
     fn = mixture([0.1, 0.9], [0.0, 15.0], [1.0, 1.0])
     draws = 15.0 * (torch.rand(500, 1) < 0.9) + torch.randn(500, 1)

@@ -6,6 +6,7 @@ Statistical tests here have a false-alarm rate of 1e-7 each (`assert_means`).
 """
 
 import warnings
+from dataclasses import replace
 from math import exp, log, pi
 
 import pyro
@@ -26,6 +27,7 @@ from pyro_genmodels.dynamics.guided import _curvature, effective_size, sample_gu
 from pyro_genmodels.dynamics.spacing import UniformLogSNR
 from pyro_genmodels.families import Karras, SubVariancePreserving
 from pyro_genmodels.infer.guided_posterior import GuidedDiffusion, TwistedDiffusion, diffusion_posterior, inpaint
+from pyro_genmodels.utils.pareto import pareto_k
 
 PROCESSES = [VariancePreserving(), SubVariancePreserving(), Karras()]
 COV = torch.tensor([[1.2, 0.7], [0.7, 0.9]], dtype=torch.float64)
@@ -419,6 +421,20 @@ def test_draws_tell_how_few_were_the_parents_of_all(float64):
     assert_close(found.effective_sizes[-1].item(), found.effective_sample_size)
     assert repr(found).startswith("WeightedDraws('x', 50 draws, effective sample size ")
     assert len(repr(found)) < 100
+
+
+def test_draws_and_evidence_have_a_k():
+    found = diffusion_posterior(linear(exact()), torch.tensor(SEEN), method=TwistedDiffusion(20), num_samples=200)
+    assert found.pareto_k == pareto_k(found.log_weight)
+    assert found.pareto_k <= found.evidence_pareto_k < torch.inf
+    assert to_arviz(found, torch.tensor(SEEN), model=linear(exact())).sample_stats.log_weight.pareto_k == pytest.approx(
+        found.pareto_k.item(), abs=1e-5
+    )
+    heavy = replace(found, pareto_k=torch.tensor(0.9), evidence_pareto_k=torch.tensor(1.2))
+    assert repr(heavy).endswith("; the weights unreliable, Pareto k-hat 0.90; the evidence unreliable, Pareto k-hat 1.20)")
+    guided = diffusion_posterior(linear(exact()), torch.tensor(SEEN), method=GuidedDiffusion(3), num_samples=30)
+    assert guided.pareto_k == -torch.inf
+    assert guided.evidence_pareto_k.isnan()
 
 
 def test_draws_go_to_arviz_with_their_weights():

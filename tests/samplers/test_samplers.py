@@ -205,6 +205,18 @@ def test_one_chain_alone_says_the_same():
     assert_means(law.statistics(chain.draws[0]).unflatten(0, (100, 200)).mean(1), law.means)
 
 
+def test_annealing_tells_of_energies_that_are_nan():
+    """Their chains had a weight of zero, in silence."""
+
+    def log_prob(x, beta):
+        return torch.where(x[..., 0] > 1, torch.nan, -x.square().sum(-1) / 2)
+
+    x = torch.tensor([[0.0], [2.0], [0.5]])
+    with pytest.warns(RuntimeWarning, match="NaN on the path of 1 of 3 chains"):
+        _, log_w = anneal(Target(log_prob, 1), Langevin(1e-3), x, torch.linspace(0, 1, 4))
+    assert log_w.isneginf().tolist() == [False, True, False]
+
+
 def test_a_nan_density_is_as_good_as_none():
     def cut(x):
         return torch.where(x < 1, -0.5 * x**2, torch.nan).squeeze(-1)

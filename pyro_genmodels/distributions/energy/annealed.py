@@ -72,13 +72,16 @@ class Annealing:
         message, back, back_error = "", None, None
         if is_unreliable(k, m):
             kind = "unreliable"
-            message = f"the weights have a heavy tail (Pareto k-hat {k[~k.isnan()].max():.2f}, above {MAX_PARETO_K})"
+            message = _heavy("the weights", k)
         if not bool((size >= max(0.02 * m, min(5.0, 0.5 * m))).all()):  # also if it is NaN
             kind = "unreliable"
             message = f"few chains carry all the weight (effective sample size {size.min():.1f} of {m})"
         if draws is not None:
             backwards = self._backwards(draws)
             back, back_error = -backwards.value, backwards.std_error
+            if is_unreliable(backwards.pareto_k, len(draws)):  # an error so large that any two values agree
+                kind = "unreliable"
+                message = _heavy("the weights of the backward run", backwards.pareto_k)
             if not bool((back - value).abs() <= 3 * (back_error**2 + error**2).sqrt()):  # also if it is NaN
                 kind = "unreliable"
                 message = f"forwards it is {value:.2f} ± {error:.2f}, backwards {back:.2f} ± {back_error:.2f}"
@@ -107,6 +110,10 @@ class Annealing:
         back = None if sizes is None else sizes.flip(0)
         _, log_w = anneal(target, sampler, u, betas.flip(0), step_sizes=back, progress=self.progress)
         return log_mean_weight(log_w)
+
+
+def _heavy(weights: str, k: Tensor) -> str:
+    return f"{weights} have a heavy tail (Pareto k-hat {k[~k.isnan()].max():.2f}, above {MAX_PARETO_K})"
 
 
 def conservative_bound(
