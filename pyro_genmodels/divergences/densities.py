@@ -26,10 +26,10 @@ def check_events(p: Distribution, q: Distribution, *, by: str) -> None:
     """
     for name, side in (("p", p), ("q", q)):
         if not isinstance(side, Distribution):
-            raise TypeError(
-                f"{by} wants distributions, but {name} is a {type(side).__name__}. For samples see wasserstein, "
-                "sliced_wasserstein and mmd, or divergence_table."
-            )
+            cure = "For samples see wasserstein, sliced_wasserstein and mmd, or divergence_table."
+            if isinstance(side, torch.nn.Module):
+                cure = f"Call it: {name}()."
+            raise TypeError(f"{by} wants distributions, but {name} is a {type(side).__name__}. {cure}")
     if p.event_shape != q.event_shape:
         raise ValueError(
             f"{by} wants two distributions of one event shape, but p has {tuple(p.event_shape)} and q "

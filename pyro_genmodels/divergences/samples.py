@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_genmodels.utils.distances import common_dtype, in_doubles
@@ -46,6 +46,8 @@ def as_samples(samples: Samples, name: str = "x", *, by: str) -> Tensor:
         raise TypeError(
             f"{by} wants samples, but {name} is a {type(samples).__name__}. Pass samples of it, {name}.sample((1000,))."
         )
+    if isinstance(samples, nn.Module):
+        raise TypeError(f"{by}: {name} is a {type(samples).__name__}; call it: {name}() is the distribution.")
     samples = as_tensor(samples, f"{by}, as {name},")
     if samples.is_complex():
         raise ValueError(f"{by} wants real numbers, but {name} has dtype {samples.dtype}. Use torch.view_as_real.")
@@ -74,7 +76,7 @@ def as_matrices(
     Raises:
         TypeError: for anything but tensors, arrays and frames of numbers.
         ValueError: for events of different shapes or without elements, complex numbers, two devices, too few samples, or
-            samples with NaN, infinity, or numbers beyond 1e150.
+            samples with NaN, infinity, numbers beyond 1e150, or integers that doubles round.
 
     Example:
         >>> x, y, dtype = as_matrices(torch.zeros(5, 2, 2), torch.zeros(3, 2, 2), by="mine")
@@ -98,6 +100,12 @@ def as_matrices(
             f".to({str(x.device)!r})."
         )
     dtype = common_dtype(x, y)
+    for name, samples, doubles in zip(names, (x, y), (in_doubles(x), in_doubles(y)), strict=True):
+        if samples.dtype == torch.int64 and not torch.equal(doubles.long(), samples):
+            raise ValueError(
+                f"{by} computes in doubles, but {name} holds integers of magnitude {float(doubles.abs().max()):.1e}, which these "
+                f"round. Subtract an offset from both sets before, such as {name}.min()."
+            )
     x, y = (in_doubles(samples.reshape(len(samples), -1)) for samples in (x, y))
     for name, samples in zip(names, (x, y), strict=True):
         if not (finite := samples.detach().isfinite().all(1)).all():

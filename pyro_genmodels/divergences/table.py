@@ -7,7 +7,7 @@ __all__ = ["divergence_table"]
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from pyro_genmodels.divergences.kullback_leibler import kl, reverse_kl
 from pyro_genmodels.divergences.maximum_mean_discrepancy import mmd
 from pyro_genmodels.divergences.measures import check_measures
 from pyro_genmodels.divergences.optimal_transport import wasserstein
+from pyro_genmodels.divergences.samples import Samples, as_matrices, as_samples
 from pyro_genmodels.divergences.sliced import sliced_wasserstein
 from pyro_genmodels.utils.errors import warn_caller
 from pyro_genmodels.utils.rng import forked_rng
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
 
 _MAX_COSTS = 25_000_000  # largest number of costs in the linear programme
 
-DistributionOrSamples = Distribution | Tensor
+DistributionOrSamples: TypeAlias = "Distribution | Samples"
+COLUMNS = ["value", "std_error", "pareto_k", "reliable", "kind", "method"]
 
 DENSITY_DIVERGENCES: dict[str, ConvexFunction] = {
     "kl": KullbackLeibler(),
@@ -55,8 +57,8 @@ DENSITY_DIVERGENCES: dict[str, ConvexFunction] = {
     "neyman_chi_squared": NeymanChiSquared(),
 }
 SAMPLE_DISTANCES: dict[str, tuple[Callable[[Tensor, Tensor], Divergence], str]] = {
-    "wasserstein": (wasserstein, "optimal plan"),
-    "sliced_wasserstein": (sliced_wasserstein, "random directions"),
+    "wasserstein": (wasserstein, "optimal plan, order 2"),
+    "sliced_wasserstein": (sliced_wasserstein, "random directions, order 2"),
     "mmd": (mmd, "Gaussian kernel"),
 }
 
@@ -76,20 +78,21 @@ def divergence_table(
     functions.
 
     Args:
-        p: distribution of empty batch shape, or set of samples (n, ...).
+        p: distribution of empty batch shape, or set of samples (n, ...): a tensor, array or frame.
         q: other distribution or set, of the same event shape.
         num_samples: number of samples for divergences of densities and scores.
         set_size: number of samples to take from a distribution where sets of samples are compared.
         seed: seed of all samples; torch's generator is then left as it was. None uses torch's generator.
 
     Returns:
-        One row per divergence, by its name, with columns ``value``, ``std_error``, ``kind`` ("densities", "scores" or
-        "samples") and ``method`` ("closed form", "exact sum", "Monte Carlo", ...). Where the value is not reliable (see
-        `Divergence`), "unreliable (k = 3.2)" stands in place of the error, and there is one RuntimeWarning.
-        ``table.attrs["left_out"]`` is a dict from the names of the missing divergences to the reasons.
+        One row per divergence, by its name, with columns ``value``, ``std_error``, ``pareto_k`` (NaN where there is none),
+        ``reliable`` (see `Divergence`), ``kind`` ("densities", "scores" or "samples") and ``method`` ("closed form", "exact
+        sum", "Monte Carlo", ...). If a value is not reliable there is one RuntimeWarning. ``table.attrs["left_out"]`` is a dict
+        from the names of the missing divergences to the reasons.
 
     Raises:
-        ValueError: for different event shapes, and for distributions with a batch shape.
+        TypeError: for what is neither a distribution nor a set of samples, such as a family that was not called.
+        ValueError: for different event shapes, for distributions with a batch shape, and for samples with NaN or infinity.
 
     Example:
         >>> import pyro.distributions as dist
@@ -105,9 +108,14 @@ def divergence_table(
                 f"divergence_table wants distributions without a batch, but {name} has batch shape {tuple(dist.batch_shape)}. "
                 "Compare its elements one by one, or use .to_event() if they are parts of one event."
             )
-    if isinstance(p, Distribution) and isinstance(q, Distribution):
+    p, q = (
+        side if isinstance(side, Distribution) else as_samples(side, name, by="divergence_table")
+        for name, side in (("p", p), ("q", q))
+    )
+    have_densities = isinstance(p, Distribution) and isinstance(q, Distribution)
+    if have_densities:
         check_events(p, q, by="divergence_table")
-    rows: dict[str, dict[str, float | str]] = {}
+    rows: dict[str, dict[str, float | bool | str]] = {}
     left_out: dict[str, str] = {}
     unreliable: list[str] = []
 
@@ -116,17 +124,20 @@ def divergence_table(
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*Pareto k-hat", category=RuntimeWarning)  # one warning below
                 found = divergence()
-            error: float | str = float(found.std_error)
-            if found.pareto_k is not None and not found.reliable:
-                error = f"unreliable (k = {float(found.pareto_k):.1f})"
-                unreliable.append(name)
-            rows[name] = {"value": float(found.value), "std_error": error, "kind": kind, "method": method}
+            k = float("nan") if found.pareto_k is None else float(found.pareto_k)
+            if not found.reliable:
+                unreliable.append(f"{name} (k = {k:.1f})")
+            numbers = float(found.value), float(found.std_error), k
+            rows[name] = dict(zip(COLUMNS, (*numbers, found.reliable, kind, method), strict=True))
         except (ValueError, NotImplementedError, ImportError) as error:
             left_out[name] = str(error)
 
     with torch.no_grad(), nullcontext() if seed is None else forked_rng(seed):
         _add_densities(add, p, q, num_samples, left_out)
-        _add_samples(add, *(side.sample((set_size,)) if isinstance(side, Distribution) else side for side in (p, q)))
+        x, y = (side.sample((set_size,)) if isinstance(side, Distribution) else side for side in (p, q))
+        if not have_densities:
+            as_matrices(x, y, by="divergence_table", names=("p", "q"))  # raises
+        _add_samples(add, x, y)
     if unreliable:
         warn_caller(
             f"divergence_table: {', '.join(unreliable)} may be infinite: the terms of their means have tails so heavy (a "
@@ -135,7 +146,7 @@ def divergence_table(
         )
     import pandas as pd  # pandas is slow to import
 
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=["value", "std_error", "kind", "method"])
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=COLUMNS)
     table.index.name, table.attrs["left_out"] = "divergence", left_out
     return table
 
@@ -177,7 +188,9 @@ def _add_samples(add: Callable[..., None], x: Tensor, y: Tensor) -> None:
 
 
 def _checked(name: str, divergence: Callable[[Tensor, Tensor], Divergence], x: Tensor, y: Tensor) -> Divergence:
-    """Return a distance between two sets of samples; raise a ValueError if its linear programme would be too large."""
+    """Return a distance between two sets of samples; raise a ValueError if its programme is too large, or it says nothing new."""
+    if name == "sliced_wasserstein" and x[0].numel() == 1:
+        raise ValueError("In one dimension it is the wasserstein distance.")
     if name == "wasserstein" and x[0].numel() > 1 and len(x) * len(y) > _MAX_COSTS:
         raise ValueError(
             f"Its linear programme of {len(x)} x {len(y)} samples would hold more than {_MAX_COSTS:,} costs. Use fewer samples."

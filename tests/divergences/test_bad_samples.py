@@ -96,7 +96,18 @@ def test_a_kernel_that_returns_nan_is_refused(figure):
         figure(GOOD, GOOD + 1, kernel=Broken())
 
 
-def test_a_table_says_why_samples_with_nan_are_left_out():
-    table = divergence_table(holed(torch.nan), GOOD)
-    assert table.empty
-    assert "2 of the 20 samples of x hold NaN" in table.attrs["left_out"]["mmd"]
+@pytest.mark.parametrize("other", [GOOD, dist.Normal(torch.zeros(2), 1.0).to_event(1)], ids=["samples", "distribution"])
+def test_a_table_of_samples_with_nan_is_refused(other):
+    """It was empty."""
+    with pytest.raises(ValueError, match="divergence_table wants finite samples, but 2 of the 20 samples of q hold NaN"):
+        divergence_table(other, holed(torch.nan))
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_integers_that_doubles_round_are_refused(figure):
+    """The distance of 2**60 + (0, ..., 99) from 2**60 + (50, ..., 149) was 117 instead of 50."""
+    x, y = 2**60 + torch.arange(100)[:, None], 2**60 + torch.arange(50, 150)[:, None]
+    with pytest.raises(ValueError, match="computes in doubles, but .* holds integers of magnitude 1.2e.18"):
+        FIGURES[figure](x, y)
+    assert wasserstein(x - 2**60, y - 2**60).value == 50
+    FIGURES[figure](2**58 * torch.arange(20), 2**58 * torch.arange(1, 21))  # which doubles hold

@@ -1,5 +1,6 @@
 """The table of divergences: what is in it, what is left out and why, and where its numbers come from."""
 
+import pandas as pd
 import pyro.distributions as dist
 import pytest
 import torch
@@ -15,15 +16,18 @@ P, Q = dist.Normal(0.0, 1.0), dist.Normal(1.0, 2.0)
 
 def test_two_densities_have_every_row_by_the_best_method():
     table = divergence_table(P, Q, num_samples=2000, set_size=200, seed=1)
-    assert list(table.index) == DENSITIES + SCORES + DRAWS
-    assert list(table.columns) == ["value", "std_error", "kind", "method"]
-    assert table.attrs["left_out"] == {}
-    assert table.kind.tolist() == ["densities"] * 8 + ["scores"] * 2 + ["samples"] * 3
+    assert list(table.index) == DENSITIES + SCORES + ["wasserstein", "mmd"]
+    assert list(table.columns) == ["value", "std_error", "pareto_k", "reliable", "kind", "method"]
+    assert table.attrs["left_out"] == {"sliced_wasserstein": "In one dimension it is the wasserstein distance."}
+    assert table.kind.tolist() == ["densities"] * 8 + ["scores"] * 2 + ["samples"] * 2
+    assert table.std_error.dtype == table.pareto_k.dtype == "float64"
+    assert table.reliable.all()
+    assert table.method["wasserstein"] == "optimal plan, order 2"
     assert (table.method[["kl", "reverse_kl", "jeffreys"]] == "closed form").all()
     assert table.method["js"] == "Monte Carlo"
     assert table.value["kl"] == pytest.approx(kl(P, Q).value.item())
     assert abs(table.value["js"] - js(P, Q).value.item()) < 6 * 2 * table.std_error["js"]  # 2e-9, by two errors
-    assert table.notna().all(axis=None)
+    assert table.drop(columns="pareto_k").notna().all(axis=None)
 
 
 def test_a_seed_fixes_it_and_leaves_torchs_generator_alone():
@@ -74,3 +78,18 @@ def test_batches_and_different_events_are_refused():
         divergence_table(P, Q.expand((3,)))
     with pytest.raises(ValueError, match="one event shape"):
         divergence_table(P, Flow((2,))())
+
+
+def test_arrays_and_frames_are_sets_and_a_family_is_called():
+    """A numpy array raised "no attribute numel", a family "not subscriptable"."""
+    x = torch.randn(50, 2)
+    truth = divergence_table(x, x + 1, seed=0)
+    for form in (lambda t: t.numpy(), lambda t: pd.DataFrame(t.numpy()), lambda t: t.tolist()):
+        found = divergence_table(form(x), form(x + 1), seed=0)
+        pd.testing.assert_frame_equal(found, truth, rtol=1e-6)
+    assert list(divergence_table(x[:, 0].numpy(), P, set_size=50).index) == ["wasserstein", "mmd"]
+    for p, q, name in ((Flow((2,)), x, "p"), (x, Flow((2,)), "q")):
+        with pytest.raises(TypeError, match=rf"divergence_table: {name} is a Flow; call it: {name}\(\)"):
+            divergence_table(p, q)
+    with pytest.raises(TypeError, match=r"kl wants distributions, but p is a Flow. Call it: p\(\)."):
+        kl(Flow((2,)), Flow((2,))())
