@@ -88,7 +88,7 @@ def test_smoothing_lowers_the_variance_of_a_heavy_mean_and_keeps_its_value():
 def test_the_table_says_unreliable_in_place_of_an_error_and_warns_once():
     with pytest.warns(RuntimeWarning) as caught:
         table = divergence_table(P, Q, num_samples=2000, set_size=20, seed=0)
-    assert [str(w.message)[:52] for w in caught] == ["divergence_table: neyman_chi_squared may be infinite"]
+    assert [str(w.message).split(" (k")[0] for w in caught] == ["divergence_table: neyman_chi_squared"]
     assert table.pareto_k["neyman_chi_squared"] > 2
     assert table.reliable.drop("neyman_chi_squared").all()
     assert not table.reliable["neyman_chi_squared"]
