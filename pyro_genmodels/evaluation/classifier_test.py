@@ -23,7 +23,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_genmodels.divergences.samples import Samples, as_matrices
-from pyro_genmodels.utils.errors import import_extra
+from pyro_genmodels.utils.errors import import_extra, listed, warn_caller
+
+FAR_SHARE = 0.01
+"""Largest share of rows, those farthest from the median of a coordinate, that must not decide its deviation."""
+MAX_FAR_EFFECT = 10.0
+"""Largest factor by which these rows may raise the deviation: beyond, the network sees all others as nearly one value."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,8 @@ def c2st(
 
     Published values use 10,000 samples per set and the defaults of this function. Both sets are standardised by the mean and
     the standard deviation of x, the reference, coordinate by coordinate. A coordinate that is constant in x is scaled by the
-    standard deviation of both sets together; one that is constant in both is ignored. The network is scikit-learn's
+    standard deviation of both sets together; one that is constant in both is ignored. If a few far rows of x decide one, so
+    that the network cannot tell the other rows apart, a RuntimeWarning says so. The network is scikit-learn's
     ``MLPClassifier`` with ReLU, trained by Adam until its loss stops falling. Rows are assigned to folds at random, independent
     of their set.
 
@@ -108,6 +114,7 @@ def c2st(
         )
     networks = import_extra("sklearn.neural_network", extra="eval", by="c2st")
     selection = import_extra("sklearn.model_selection", extra="eval", by="c2st")
+    _warn_of_far_rows(x.detach())
     rows = standardised(x.detach(), y.detach()).cpu().numpy()
     labels = torch.arange(2).repeat_interleave(len(x)).numpy()
     widths = (10 * x.shape[1],) * 2 if hidden is None else tuple(hidden)
@@ -128,3 +135,16 @@ def standardised(x: Tensor, y: Tensor) -> Tensor:
     both = torch.cat([x, y])
     scale = torch.where((x == x[0]).all(0), both.std(0), x.std(0))
     return (both - x.mean(0)) / torch.where((both == both[0]).all(0), 1.0, scale)
+
+
+def _warn_of_far_rows(x: Tensor) -> None:
+    """Warn if one in a hundred of the reference samples make most of a coordinate's standard deviation."""
+    few = max(1, int(FAR_SHARE * len(x)))
+    nearest = (x - x.median(0).values).abs().argsort(0)[: len(x) - few]
+    rest = x.gather(0, nearest).std(0)
+    if (far := (rest > 0) & (x.std(0) > MAX_FAR_EFFECT * rest)).any():
+        coordinates = listed(map(str, far.nonzero()[:, 0].tolist()))
+        warn_caller(
+            f"c2st: a few far rows of x decide its standard deviation in coordinate {coordinates}, so that the network sees all "
+            "others as nearly one value and the accuracy is too low. Leave them out of both sets by one rule, or compare logarithms or ranks."
+        )
