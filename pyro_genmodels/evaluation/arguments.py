@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_genmodels._pyro import subsampling, traces
 from pyro_genmodels._pyro.subsampling import RowBlock, SubsampledPlate
-from pyro_genmodels.utils.nested import map_nested
+from pyro_genmodels.utils.nested import is_array, leaves, map_nested
 from pyro_genmodels.utils.tensors import as_tensor
 
 
@@ -42,7 +42,8 @@ def row_arguments(owner: str, x: Any, args: tuple, kwargs: Mapping[str, Any], ro
         raise ValueError(
             f"{owner} wants one or more rows, (N, ...), but found x of the shape {tuple(x.shape)}. A single datum is x[None]."
         )
-    return RowArguments((x, *_as_tensors(args)), dict(_as_tensors(kwargs)), row_dim % x.dim())
+    rows = x.shape[row_dim]
+    return RowArguments((x, *_as_tensors(args, rows)), dict(_as_tensors(kwargs, rows)), row_dim % x.dim())
 
 
 @dataclass(frozen=True)
@@ -117,14 +118,18 @@ class RowArguments:
                 yield replace(self, block=block)
 
 
-def _as_tensors(values: Any) -> Any:
-    """Return values with their numpy arrays and data frames as tensors, also inside lists and dicts."""
+def _as_tensors(values: Any, rows: int) -> Any:
+    """Return values with arrays, data frames and lists of a number for each row as tensors, also inside lists and dicts."""
+
+    def has_rows(value: Any) -> bool:
+        is_list = isinstance(value, list) and len(value) == rows and is_array(value)
+        return is_list and all(isinstance(leaf, (int, float, np.number)) for _, leaf in leaves(value))
 
     def convert(value: Any) -> Any:
-        is_array = isinstance(value, np.ndarray) or (hasattr(value, "to_numpy") and not isinstance(value, Tensor))
-        return as_tensor(value, "An argument of the model") if is_array else value
+        is_data = isinstance(value, np.ndarray) or (hasattr(value, "to_numpy") and not isinstance(value, Tensor))
+        return as_tensor(value, "An argument of the model") if is_data or has_rows(value) else value
 
-    return map_nested(convert, values)
+    return map_nested(convert, values, has_rows)
 
 
 def with_own_plate(fn: Any, data: RowArguments) -> RowArguments:

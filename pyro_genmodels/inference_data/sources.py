@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyro_genmodels._pyro import handlers, kernels, params, traces
 from pyro_genmodels.inference_data.arrays import to_numpy
+from pyro_genmodels.utils.tensors import as_tensor
 
 DEFAULT_NUM_SAMPLES = 1000
 MIN_DRAWS_OF_DIAGNOSTICS = 4
@@ -149,9 +150,22 @@ def _draws_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], model: Any) -> _
             raise ValueError(f"This {type(fit).__name__} has no draws yet: fit it first, by its fit_svi(...) or fit_mcmc(...).")
         return _FoundDraws({name: values[None] for name, values in fit.samples.items()}, model, args, kwargs)
     if isinstance(fit, Mapping):
-        draws = {n: v if isinstance(v, Tensor) else torch.as_tensor(np.asarray(v)) for n, v in fit.items()}
-        return _FoundDraws(draws, model, args, kwargs)
+        return _FoundDraws({name: _as_draws(name, values) for name, values in fit.items()}, model, args, kwargs)
     return None
+
+
+def _as_draws(name: Any, values: Any) -> Tensor:
+    """Return draws that a dictionary holds as a tensor.
+
+    Raises:
+        TypeError: if they are a fit, or no numbers.
+    """
+    if callable(getattr(values, "model", None)) or hasattr(values, "get_samples"):
+        raise TypeError(
+            f"A dictionary given to to_arviz holds draws by name, (chain, draw, ...), but {name!r} is a {type(values).__name__}."
+            " Call to_arviz for each fit; several fits of one model, as chains, go in a list."
+        )
+    return as_tensor(values, f"to_arviz, for draws of {name!r},")
 
 
 def _importance_draws(fit: Importance, args: tuple, kwargs: Mapping[str, Any], model: Any) -> _FoundDraws:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from pyro_genmodels.utils.errors import listed, warn_caller
-from pyro_genmodels.utils.nested import leaves, map_nested, of_type
+from pyro_genmodels.utils.nested import is_array, is_structure, leaves, map_nested, of_type
 from pyro_genmodels.utils.tensors import as_tensor
 
 MAX_ROUNDING = 1e-3
@@ -60,7 +60,7 @@ class Batch(NamedTuple):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor with one row per datum, by its place in the arguments."""
-        found = leaves(_by_place(self.args, self.kwargs), _is_array)
+        found = leaves(_by_place(self.args, self.kwargs), is_array)
         return {_place(keys): t for keys, t in found if isinstance(t, Tensor) and t.dim()}
 
     def nonfinite_rows(self) -> str:
@@ -258,8 +258,8 @@ class Batches:
         def cut(t: Any) -> Any:
             return t[rows.to(t.device)] if isinstance(t, Tensor) and t.dim() else t
 
-        kwargs = {name: v if name in self.model_kwargs else map_nested(cut, v, _is_array) for name, v in kwargs.items()}
-        return Batch(map_nested(cut, args, _is_array), kwargs, len(rows))
+        kwargs = {name: v if name in self.model_kwargs else map_nested(cut, v, is_array) for name, v in kwargs.items()}
+        return Batch(map_nested(cut, args, is_array), kwargs, len(rows))
 
     def _batch(self, data: Any) -> Batch:
         """Return data as arguments of the model, converted to tensors."""
@@ -273,8 +273,8 @@ class Batches:
                 raise ValueError(
                     "The data have the key 'size', which is the number of all rows that train gives the model. Rename it."
                 )
-        args = tuple(map_nested(partial(self._converted, place), value, _is_array) for place, value in enumerate(args))
-        kwargs = map_nested(partial(self._converted, None), kwargs, _is_array)
+        args = tuple(map_nested(partial(self._converted, place), value, is_array) for place, value in enumerate(args))
+        kwargs = map_nested(partial(self._converted, None), kwargs, is_array)
         rows = _number_of_rows(_by_place(args, kwargs))
         return Batch(args, kwargs | self.model_kwargs, rows)
 
@@ -294,7 +294,7 @@ class Batches:
 
     def _converted(self, place: int | None, value: Any) -> Any:
         """Return an array in the argument at this place as a tensor, and anything else as it is."""
-        if not _is_array(value):
+        if not is_array(value):
             return value
         t = as_tensor(value, "train")
         if place is not None and place < self.exact:
@@ -332,7 +332,7 @@ def _arguments(data: Any) -> tuple[tuple, dict[str, Any]]:
     """Return data as positional and keyword arguments of a model."""
     if isinstance(data, Mapping):
         return (), {str(name): value for name, value in data.items()}
-    if isinstance(data, tuple) or (isinstance(data, list) and data and all(map(_is_structure, data))):
+    if isinstance(data, tuple) or (isinstance(data, list) and data and all(map(is_structure, data))):
         return tuple(data), {}
     return (data,), {}
 
@@ -343,20 +343,6 @@ def _first_of(data: Any) -> tuple:
     if kwargs or len(args) > 1:
         raise ValueError("The data have more arguments than x: put the context among them, and leave context= out.")
     return args
-
-
-def _is_array(value: Any) -> bool:
-    """Return True for a tensor, an array, a frame, or a list of numbers."""
-    if isinstance(value, list):
-        return not any(map(_is_structure, value))
-    return hasattr(value, "__array__")
-
-
-def _is_structure(value: Any) -> bool:
-    """Return True for arrays and containers of arrays, as opposed to numbers and lists of numbers."""
-    if isinstance(value, (list, tuple)):
-        return any(map(_is_structure, value))
-    return isinstance(value, Mapping) or hasattr(value, "__array__")
 
 
 def _by_place(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -382,7 +368,7 @@ def _joined(trees: list[Any]) -> Any:
 
 def _number_of_rows(arguments: Any) -> int:
     """Return the number of rows that every tensor in the arguments has."""
-    found = [(_place(keys), v) for keys, v in leaves(arguments, _is_array)]
+    found = [(_place(keys), v) for keys, v in leaves(arguments, is_array)]
     tensors = [(place, t) for place, t in found if isinstance(t, Tensor) and t.dim()]
     if not tensors:
         values = [v for _, v in found]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["leaves", "map_nested", "of_type"]
+__all__ = ["is_array", "is_structure", "leaves", "map_nested", "of_type"]
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -53,3 +53,27 @@ def leaves(values: Any, is_leaf: Callable[[Any], bool] = lambda value: False) ->
     for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
         for keys, leaf in leaves(value, is_leaf):
             yield (key, *keys), leaf
+
+
+def is_array(value: Any) -> bool:
+    """Return True for a tensor, an array, a frame, or a list of numbers.
+
+    Example:
+        >>> is_array([[1.0, 2.0], (3.0, 4.0)]), is_array([{"a": 1}]), is_array((1.0, 2.0))
+        (True, False, False)
+    """
+    if isinstance(value, list):
+        return not any(map(is_structure, value))
+    return hasattr(value, "__array__")
+
+
+def is_structure(value: Any) -> bool:
+    """Return True for arrays and containers of arrays, as opposed to numbers and lists of numbers.
+
+    Example:
+        >>> is_structure({"a": 1}), is_structure([[1, 2], [3, 4]])
+        (True, False)
+    """
+    if isinstance(value, (list, tuple)):
+        return any(map(is_structure, value))
+    return isinstance(value, Mapping) or hasattr(value, "__array__")

@@ -15,7 +15,7 @@ from pyro.optim import Adam
 
 from pyro_genmodels import MAF, Flow, Labels, compare, log_likelihood
 from pyro_genmodels.evaluation import conservative_log_likelihood, has_likelihood
-from pyro_genmodels.evaluation.arguments import RowArguments
+from pyro_genmodels.evaluation.arguments import RowArguments, row_arguments
 
 EVIDENCE = dist.Normal(0.0, 2**0.5)
 
@@ -302,3 +302,22 @@ def test_the_errors_of_a_family_are_not_wrapped(x, message):
 def test_a_number_of_quality_samples_that_is_none_is_refused(samples):
     with pytest.raises(TypeError, match="quality_samples as a number of samples or None"):
         compare({"flow": small_flow()}, torch.randn(10, 2), quality_samples=samples)
+
+
+def test_contexts_may_be_lists_with_a_number_or_a_list_for_each_row():
+    x, labels, c = torch.randn(7, 2), [0, 1, 2, 2, 1, 0, 0], torch.randn(7, 3)
+    flow = small_flow(context=Labels(3))
+    expected = flow(torch.tensor(labels)).log_prob(x).detach()
+    torch.testing.assert_close(log_likelihood(flow, x, labels, batch_size=3).values.float(), expected)
+    torch.testing.assert_close(log_likelihood(flow, x, context=labels, batch_size=3).values.float(), expected)
+    assert compare({"flow": flow}, x, labels).table["elpd"].item() == pytest.approx(expected.sum().item(), rel=1e-5)
+    flow = small_flow(context=3)
+    found = log_likelihood(flow, x, context=c.tolist(), batch_size=3)
+    torch.testing.assert_close(found.values.float(), flow(c).log_prob(x).detach())
+
+
+@pytest.mark.parametrize("settings", [[1, 2], ["a", "b", "c"], [{"a": 1}] * 3, (1, 2, 3), [torch.zeros(1)] * 3])
+def test_lists_of_other_things_reach_the_model_as_they_are(settings):
+    given = row_arguments("f", torch.zeros(3), (settings,), {"settings": settings})
+    assert given.args[1] is settings
+    assert given.kwargs["settings"] is settings

@@ -36,6 +36,7 @@ from readings import (
 from torch import nn
 
 from pyro_genmodels import to_arviz, train
+from pyro_genmodels.samplers import Chains
 
 OF_A_MODEL = {"posterior", "posterior_predictive", "prior", "prior_predictive", "log_likelihood", "log_prior", "observed_data"}
 
@@ -673,3 +674,11 @@ def test_two_fits_are_no_pair():
         to_arviz((small_vae(), small_vae()), num_samples=3)
     with pytest.raises(TypeError, match=r"its guide is a VAE, which has both: pass VAE.guide"):
         to_arviz((small_vae().model, small_vae()), num_samples=3)
+
+
+@pytest.mark.parametrize("fit", [small_vae, lambda: Chains(torch.zeros(1, 3), {}, torch.ones(()))])
+def test_fits_by_name_are_no_draws_by_name(fit):
+    with pytest.raises(TypeError, match=r"holds draws by name, \(chain, draw, ...\), but 'a' is a (VAE|Chains). Call"):
+        to_arviz({"a": fit()})
+    with pytest.raises(TypeError, match=r"to_arviz, for draws of 'a', wants numbers.*found NoneType"):
+        to_arviz({"a": None})
