@@ -264,6 +264,17 @@ def _existing(path: str | Path) -> Path:
     if not path.is_file() and given.is_file():
         path = given
     if not path.is_file():
+        folder = path.with_name(path.name.removesuffix(".safetensors"))
+        if folder.is_dir() and (
+            inside := sorted(folder.glob("*.safetensors"), key=lambda file: (".training." in file.name, file.name))
+        ):
+            checkpoint = inside[0].with_name(inside[0].name.replace(".training.", "."))
+            raise FileNotFoundError(f"{folder} is a folder, not a checkpoint: pass a file in it, such as {checkpoint}.")
+        if path.with_name(f"{folder.name}.training.safetensors").is_file():
+            raise FileNotFoundError(
+                f"There is no checkpoint {path}, but a training run of that name. To go on with it: "
+                f"train(..., checkpoint=Checkpoint({str(folder)!r}, resume=True)), which then writes the checkpoint."
+            )
         near = ", ".join(sorted(p.name for p in path.parent.glob("*.safetensors") if ".training" not in p.name)[:5])
         raise FileNotFoundError(f"There is no checkpoint {path}." + (f" Its folder has {near}." if near else ""))
     return path

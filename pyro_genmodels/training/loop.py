@@ -37,7 +37,13 @@ from pyro_genmodels.training.fit import EXPLODED_EPOCHS, EXPLOSION, Fit
 from pyro_genmodels.training.snapshots import Checkpoint, RunCheckpoint
 from pyro_genmodels.training.steps import AdversarialStep, LossStep, make_step
 from pyro_genmodels.utils.errors import check_positive_int, listed, warn_caller
-from pyro_genmodels.utils.keywords import check_keywords, given_keywords, joined_keywords, remember_keywords
+from pyro_genmodels.utils.keywords import (
+    check_keywords,
+    check_known_keywords,
+    given_keywords,
+    joined_keywords,
+    remember_keywords,
+)
 from pyro_genmodels.utils.rng import forked_rng
 
 STANDARDIZE_ROWS = 10_000
@@ -152,6 +158,7 @@ def train(
     model_kwargs = joined_keywords("train", {}, model_kwargs)
     args, kwargs = (data if isinstance(data, tuple) else ()), (data if isinstance(data, Mapping) else {})
     check_keywords("train", model, given_keywords() - {"context"}, args, {**kwargs, **model_kwargs})
+    check_known_keywords("train", (), model_kwargs, model, guide)
     with handlers.exclusive("train"), _torch_threads(threads):
         if seed is not None:
             pyro.set_rng_seed(seed)
@@ -169,7 +176,8 @@ def train(
                 checkpoint = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
                 loss = step.objective if isinstance(step, LossStep) else step.trainer.loss
                 settings: dict[str, Any] = {"seed": seed, "objective": type(loss).__name__, "batch_size": batch_size}
-                settings |= {"patience": patience, "ema_decay": ema_decay, "clip_norm": clip_norm}
+                settings |= {"ema_decay": ema_decay, "clip_norm": clip_norm}
+                settings |= {"valid": float(valid) if isinstance(valid, Real) else None}
                 data_of_run = partial(_identity_of, batches, held_out)
                 run = RunCheckpoint(checkpoint, result, weights, step.optimiser, data_of_run, settings)
             stopped = ""

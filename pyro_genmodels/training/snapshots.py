@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 from pyro_genmodels.optim.averaging import TrainedWeights
 from pyro_genmodels.training import checkpoints
 from pyro_genmodels.training.records import is_number
-from pyro_genmodels.utils.errors import listed, one_line
+from pyro_genmodels.utils.errors import listed, one_line, warn_caller
 from pyro_genmodels.utils.files import MAX_BYTES
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 
 RUN_SUFFIX = ".training.safetensors"
+MAY_CHANGE = ("patience",)
+"""Settings in files of earlier versions by which a run may be resumed with other values."""
 STAMP = r"\d{8}T\d{6}Z(-[0-9a-f]{6})?"
 """Pattern of the time at which an older run began, with the beginning of its id, in the name of its file."""
 
@@ -52,8 +54,8 @@ class Checkpoint:
 
     Attributes:
         path: path without suffix; its folder is made.
-        resume: True to continue the run that the files hold, with the same data and the same arguments apart from the number of
-            epochs. It ends as if it had never stopped.
+        resume: True to continue the run that the files hold, with the same data and the same arguments apart from `epochs`,
+            `patience`, `threads` and `progress`. It ends as if it had never stopped.
         notes: further entries of the record, of types that JSON has. A run that is resumed keeps its own, and takes these
             beside them or in their place.
 
@@ -239,11 +241,21 @@ def _differences(saved: Any, found: Any, name: str = "") -> Iterator[str]:
     if isinstance(saved, dict) and isinstance(found, dict):
         for key in dict.fromkeys([*saved, *found]):
             yield from _differences(saved.get(key), found.get(key), f"{name} {key}".lstrip())
-    elif isinstance(saved, list) and isinstance(found, list) and len(saved) == len(found):
+    elif isinstance(saved, list) and isinstance(found, list) and len(saved) == len(found) and _holds_groups([*saved, *found]):
         for a, b in zip(saved, found, strict=True):
             yield from _differences(a, b, name)
     elif saved != found:
         yield f"{one_line(name, 60)} was {one_line(json.dumps(saved), 60)} and is {one_line(json.dumps(found), 60)}"
+
+
+def _holds_groups(values: list[Any]) -> bool:
+    """Return True if one of some values of JSON is a list or a dictionary; others are compared all at once."""
+    return any(isinstance(value, (list, dict)) for value in values)
+
+
+def _named(run: Mapping[str, Any]) -> str:
+    """Return words for a run, by its identity."""
+    return f"the run that began at {one_line(run['begun'], 40)}"
 
 
 def _stamp(time: datetime) -> str:
@@ -267,7 +279,8 @@ class RunCheckpoint:
         optimiser: their optimiser.
         data: function that returns the number of rows, and checksums of data and held-out data, by which resuming knows them
             again. It is called only if there is a checkpoint.
-        settings: arguments of the training. A run can be resumed by the same ones only, apart from a `seed` of None.
+        settings: arguments of the training. A run can be resumed by the same ones only, apart from a `seed` of None. "valid" is
+            the share of the data that is held out, or None.
 
     Raises:
         TypeError: if a setting, or an option of the optimiser, cannot be written to the checkpoint.
@@ -301,6 +314,13 @@ class RunCheckpoint:
         self.identity = {"id": uuid4().hex, "begun": begun, "settings": own}
         if checkpoint.resume:
             self.restore()
+        elif self.run_path.is_file():
+            older = self._path_of_older().name.removesuffix(RUN_SUFFIX)
+            warn_caller(
+                f"{self.path.with_suffix('')} holds another run, which is called {older} once this one is written. To continue "
+                "the former, pass Checkpoint(path, resume=True).",
+                UserWarning,
+            )
         self.capture()
 
     def capture(self) -> None:
@@ -333,18 +353,11 @@ class RunCheckpoint:
                 f"{self.run_path} was written before 0.2, which saved no identity of the run: start anew, without resume. Its "
                 f"best parameters are in {self.path.name if self.path else ''}, as before."
             )
-        if record.get("rows") != self.data["rows"]:
-            raise ValueError(
-                f"{self.run_path} was trained on {record.get('rows')} rows of data, but found {self.data['rows']}. "
-                "Resume on the same data."
-            )
-        if record.get("data") != self.data["data"]:
-            raise ValueError(f"{self.run_path} was trained on other data with as many rows. Resume on the same data.")
         if not {"options", "history", "best", "run"} <= record.keys():
             raise ValueError(f"{self.run_path} holds no training run to resume.")
-        if record.get("valid") != self.data.get("valid"):
-            raise ValueError(f"{self.run_path} was validated on other data. Resume with the same held-out data.")
-        self._check_identity(record["run"])
+        self._check_settings(record["run"])
+        self._check_data(record)
+        self._check_beside(record["run"])
         try:
             restore(self.weights, self.optimiser, tensors, record["options"])
         except ValueError as error:
@@ -356,28 +369,49 @@ class RunCheckpoint:
         saved = record.get("notes")
         self.notes = {**(saved if isinstance(saved, dict) else {}), **self.notes}
 
-    def _check_identity(self, saved: Mapping[str, Any]) -> None:
-        """Raise an error if the saved run is another one than this, or than that of the parameters beside it."""
+    def _check_settings(self, saved: Mapping[str, Any]) -> None:
+        """Raise an error if the saved run has other settings than this one."""
         settings = dict(self.identity["settings"])
         if settings.get("seed") is None:  # the saved random state is what counts
             settings["seed"] = saved["settings"].get("seed")
-        differences = list(_differences(saved["settings"], settings))
-        named = f"the run that began at {one_line(saved['begun'], 40)}"
+        differences = list(_differences({n: v for n, v in saved["settings"].items() if n not in MAY_CHANGE}, settings))
+        if (share := settings.get("valid")) is not None:
+            held_out = f", so that valid={share:g} held out other rows"
+            differences = [text + held_out * text.startswith("seed was") for text in differences]
         if differences:
             raise ValueError(
-                f"{self.run_path} holds {named}, which is another run than this one: {'; '.join(differences[:4])}. Resume "
-                "it with its own settings, or start anew without resume."
+                f"{self.run_path} holds {_named(saved)}, which is another run than this one: {'; '.join(differences[:4])}. "
+                "Resume it with its own settings, or start anew without resume."
             )
+
+    def _check_beside(self, saved: Mapping[str, Any]) -> None:
+        """Raise an error if the saved run is another one than that of the parameters beside it."""
         if self.path is None or not self.path.is_file():
             return
         beside = checkpoints.read_record(self.path).get("run")
         if beside is not None and beside["id"] != saved["id"]:
             differences = list(_differences(saved["settings"], beside["settings"])) or ["by the same settings"]
             raise ValueError(
-                f"{self.run_path} holds {named}, but {self.path.name} is of the run that began at "
-                f"{one_line(beside['begun'], 40)} ({'; '.join(differences[:4])}), which was stopped before it was written. "
+                f"{self.run_path} holds {_named(saved)}, but {self.path.name} is of {_named(beside)} "
+                f"({'; '.join(differences[:4])}), which was stopped before it was written. "
                 f"To resume the former, move {self.path.name} away first; to repeat the latter, start anew without resume."
             )
+
+    def _check_data(self, record: Mapping[str, Any]) -> None:
+        """Raise an error if the saved run was of other data, or of other held-out data."""
+        settings, seed = self.identity["settings"], record["run"]["settings"].get("seed")
+        if record.get("rows") != self.data["rows"]:
+            raise ValueError(
+                f"{self.run_path} was trained on {record.get('rows')} rows of data, but found {self.data['rows']}. "
+                "Resume on the same data."
+            )
+        cure = "Resume on the same data."
+        if settings.get("valid") is not None and settings.get("seed") is None and seed:
+            cure = f"Its seed drew the rows that valid= holds out: pass seed={one_line(seed, 20)}. {cure}"
+        if record.get("data") != self.data["data"]:
+            raise ValueError(f"{self.run_path} was trained on other data with as many rows. {cure}")
+        if record.get("valid") != self.data.get("valid"):
+            raise ValueError(f"{self.run_path} was validated on other data. Resume with the same held-out data.")
 
     def write_best(self) -> None:
         """Write the best parameters."""

@@ -1088,6 +1088,7 @@ def history_of(path):
     return [epoch["train"] for epoch in checkpoints.read(path)[1]["history"]]
 
 
+@pytest.mark.filterwarnings("ignore:.*holds another run")
 def test_both_files_hold_the_identity_of_their_run(path):
     fit_run(path, 2, notes={"mine": 1})
     one, two = (checkpoints.read_record(p) for p in (path, path.with_name("family.training")))
@@ -1106,9 +1107,15 @@ def test_both_files_hold_the_identity_of_their_run(path):
 def test_a_new_run_keeps_the_older_one_under_another_name_and_both_go_on(path):
     whole = fit_run(path.with_name("whole"), 5, rate=1e-3)
     fit_run(path, 3, rate=1e-3, notes={"which": "first"})
-    fit_run(path, 2, rate=1e-2, notes={"which": "second"})
-    assert (path.parent / "family.safetensors").exists()
+    with pytest.warns(UserWarning, match=r"family holds another run, which is called family\.\d{8}T.* once") as caught:
+        fit_run(path, 2, rate=1e-2, notes={"which": "second"})
+    assert caught[0].filename == __file__
     [old] = older_runs(path)
+    assert old.name in str(caught[0].message)
+    with pytest.raises(FileNotFoundError, match=rf"{re.escape(old.name)}', resume=True"):
+        checkpoints.load(old)
+    with pytest.raises(FileNotFoundError, match=r"is a folder.* such as .*family\.safetensors\."):
+        checkpoints.load(path.parent)
     fit_run(path, 4, rate=1e-2, resume=True)
     assert checkpoints.read_record(path)["notes"] == {"which": "second"}
     first = fit_run(old, 5, rate=1e-3, resume=True)
@@ -1123,6 +1130,7 @@ def older_runs(path):
     return [path.with_name(name.removesuffix(".training.safetensors")) for name in names]
 
 
+@pytest.mark.filterwarnings("ignore:.*holds another run")
 def test_no_run_overwrites_an_older_one(path):
     """The third run by a name replaced the first, in silence."""
     for rate in (1e-3, 2e-3, 3e-3, 4e-3):
@@ -1134,6 +1142,7 @@ def test_no_run_overwrites_an_older_one(path):
     fit_run(older_runs(path)[0], 2, rate=1e-3, resume=True) if kept[0] == 1e-3 else None
 
 
+@pytest.mark.filterwarnings("ignore:.*holds another run")
 def test_a_run_that_cannot_be_read_is_kept_by_the_time_of_its_file(path):
     fit_run(path, 1)
     run = path.with_name("family.training.safetensors")
@@ -1185,6 +1194,7 @@ class Killed(BaseException):
 OTHER_RUNS = {"rate": {"rate": 1e-2}, "seed": {"seed": 1}, "data": {"x": X + 1}, "batch": {"batch_size": 7}}
 
 
+@pytest.mark.filterwarnings("ignore:.*holds another run")
 @pytest.mark.parametrize("other", OTHER_RUNS.values(), ids=OTHER_RUNS)
 @pytest.mark.parametrize("at", ["before its first write", "after the parameters alone"])
 def test_a_run_that_is_killed_is_not_resumed_from_another(at, other, path, monkeypatch):

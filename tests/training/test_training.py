@@ -791,14 +791,16 @@ def test_another_run_is_refused(tmp_path):
     for words, change in [
         ('fit class was "Flow" and is "VAE"', {"make": small_vae}),
         ("trained on other data", {"data": ROWS + 1.0}),
-        ("trained on other data", {"make": partial(affine_flow, context=Labels(2)), "data": (ROWS, torch.arange(40) % 2)}),
+        (
+            "fit arguments context was 0",
+            {"make": partial(affine_flow, context=Labels(2)), "data": (ROWS, torch.arange(40) % 2)},
+        ),
         ("ema_decay was 0.9 and is null", {"ema_decay": None}),
         ('optim was "Adam" and is "SGD"', {"optim": SGD}),
         ('optim was "Adam" and is "AdamW"', {"optim": partial(torch.optim.AdamW, lr=1e-2)}),
         ("optim lr was 0.01 and is 0.02", {"optim": partial(torch.optim.Adam, lr=2e-2)}),
         ("seed was 3 and is 4", {"seed": 4}),
         ("batch_size was 10 and is 20", {"batch_size": 20}),
-        ("patience was 20 and is 5", {"patience": 5}),
         ("clip_norm was 10.0 and is null", {"clip_norm": None}),
         ('objective was "MaximumLikelihood" and is "Trace_ELBO"', {"objective": Trace_ELBO()}),
         ("fit arguments standardize was", {"make": partial(affine_flow, standardize=False)}),
@@ -810,6 +812,32 @@ def test_another_run_is_refused(tmp_path):
         with pytest.raises(ValueError, match=words):
             run(checkpoint=path, epochs=4, resume=True, **options)
         assert files(path) == before
+
+
+def test_another_seed_is_told_before_the_rows_that_it_held_out(tmp_path):
+    go = partial(train, data=ROWS, valid=0.1, batch_size=10, progress=False)
+    go(affine_flow(), epochs=1, seed=5, checkpoint=tmp_path / "run")
+    again = partial(go, epochs=2, checkpoint=Checkpoint(tmp_path / "run", resume=True))
+    with pytest.raises(ValueError, match=r"seed was 5 and is 1, so that valid=0\.1 held out other rows"):
+        again(affine_flow(), seed=1)
+    with pytest.raises(ValueError, match="other data.*pass seed=5"):
+        again(affine_flow())
+    with pytest.raises(ValueError, match=r"valid was 0\.1 and is 0\.2"):
+        again(affine_flow(), seed=5, valid=0.2)
+    assert len(again(affine_flow(), seed=5).history) == 2
+
+
+def test_a_run_that_lost_patience_goes_on_with_more(tmp_path):
+    few = run(checkpoint=tmp_path / "run", epochs=200, **OVERFITTING)
+    more = run(checkpoint=tmp_path / "run", epochs=200, resume=True, **{**OVERFITTING, "patience": 8})
+    assert len(more.history) > len(few.history)
+    assert more.history[: len(few.history)] == few.history
+
+
+def test_a_difference_of_a_list_is_told_once(tmp_path):
+    run(partial(Autoregressive, (2,), hidden=(8, 8)), tmp_path / "run", 1)
+    with pytest.raises(ValueError, match=r"hidden was \[8, 8\] and is \[4, 4\]\. Resume"):
+        run(partial(Autoregressive, (2,), hidden=(4, 4)), tmp_path / "run", 2, resume=True)
 
 
 def test_a_refused_run_leaves_the_parameters_as_they_came(tmp_path):
@@ -831,12 +859,13 @@ def test_where_there_is_no_run_is_said(tmp_path):
         run(affine_flow, tmp_path / "run", 2, resume=True)
 
 
+@pytest.mark.filterwarnings("ignore:.*holds another run")
 def test_what_is_no_run_is_refused_by_the_name_of_its_file(tmp_path):
     place = tmp_path / "run.training"
     checkpoints.save(place, affine_flow())
     with pytest.raises(ValueError, match=r"run\.training\.safetensors"):
         run(affine_flow, tmp_path / "run", 2, resume=True)
-    checkpoints.save(place, affine_flow(), rows=len(ROWS))
+    checkpoints.write(place, affine_flow().state_dict(), {"rows": len(ROWS)})
     with pytest.raises(ValueError, match=r"run\.training\.safetensors"):
         run(affine_flow, tmp_path / "run", 2, resume=True)
     run(affine_flow, tmp_path / "run", 1)
