@@ -21,7 +21,7 @@ from __future__ import annotations
 __all__ = ["MaximumMeanDiscrepancy", "SampleLoss", "SampleSets", "SlicedWasserstein", "SpreadDivergence"]
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from typing import Any, ClassVar
 
@@ -81,7 +81,9 @@ class SampleLoss(Loss):
     The guide is not run: latent variables of the model are sampled from their priors. All observed sites of a row are joined.
     A family's context is appended on both sides, so that the joint distributions are compared. In your own model, add the
     context as a site, ``pyro.sample("c", dist.Delta(c, event_dim=1), obs=c)``; otherwise only the distributions of x are
-    compared. Values are compared without scaling, so bring coordinates to one scale first. If integers are rounded from
+    compared. Values are compared without scaling, so bring coordinates to one scale first. The unit of all of them does not
+    matter: the loss is stated in the units of the data, but its gradient is that of the loss in units of the median deviation of
+    the batch's data. If integers are rounded from
     samples with gradients (`Dequantized`), the samples before rounding are compared with data to which uniform noise is added.
     The loss of a batch of one row is 0.
 
@@ -91,6 +93,8 @@ class SampleLoss(Loss):
 
     score_function: ClassVar[bool] = False
     """True if samples without a gradient are trained by the score function."""
+    power_of_unit: float = 0.0
+    """Power of the data's unit that the loss has: 2 for squared distances, 0 if the loss does not depend on the unit."""
 
     @abstractmethod
     def between(self, sets: SampleSets) -> Tensor:
@@ -120,12 +124,20 @@ class SampleLoss(Loss):
         if len(data) < 2:
             return 0.0 * replicates[0].draws.sum()
         sets = SampleSets(torch.cat([part.draws.flatten(0, 1) for part in replicates]), data, context is not None)
+        value = 1.0
+        if self.power_of_unit:
+            unit = _median_deviation(data)
+            sets = replace(sets, samples=in_doubles(sets.samples) / unit, data=in_doubles(data) / unit)
+            value = unit**self.power_of_unit
         loss = self.between(sets)
+        value = loss.detach() * value
         if torch.is_grad_enabled():
             log_ps = [self._log_ps_without_gradient(run, part) for run, part in zip(runs, replicates, strict=True)]
             surrogate = self._surrogate(sets, loss, log_ps)
-            if surrogate is not None:
-                loss = loss + surrogate - surrogate.detach()
+            loss = loss if surrogate is None else loss + surrogate
+            loss = value + (loss - loss.detach())  # exactly 0, and the gradient in the unit of the batch
+        else:
+            loss = value
         if is_validation_enabled():
             warn_if_nan(loss, "loss")
         return total * loss
@@ -163,6 +175,14 @@ class SampleLoss(Loss):
         return log_p
 
 
+def _median_deviation(data: Tensor) -> Tensor:
+    """Return the median distance of rows (n, d) from their median, per root of d, in doubles; 1 if all rows are equal."""
+    rows = in_doubles(data.detach())
+    lengths = (rows - rows.median(0).values).norm(dim=1) / data.shape[1] ** 0.5
+    middle, mean = lengths.median(), lengths.mean()
+    return torch.where(middle > 0, middle, torch.where(mean > 0, mean, 1.0))
+
+
 class MaximumMeanDiscrepancy(SampleLoss):
     """The squared maximum mean discrepancy between samples and data, times the number of rows.
 
@@ -194,7 +214,8 @@ class MaximumMeanDiscrepancy(SampleLoss):
     def __init__(self, *, kernel: Kernel = GaussianKernel(), **kwargs: Any) -> None:  # noqa: B008 (immutable)
         super().__init__(**kwargs)
         self.kernel = check_kernel(kernel, by="MaximumMeanDiscrepancy")
-        self.unit = "squared energy distance" if isinstance(kernel, EnergyKernel) else "squared mean discrepancy"
+        energy = isinstance(kernel, EnergyKernel)
+        self.unit, self.power_of_unit = ("squared energy distance", 1.0) if energy else ("squared mean discrepancy", 0.0)
 
     def between(self, sets: SampleSets) -> Tensor:
         among_samples, with_data, among_data = self._mean_kernels(sets)
@@ -267,7 +288,7 @@ class SlicedWasserstein(SampleLoss):
                 f"SlicedWasserstein wants an order p of at least 1 and num_projections of 2 or more, but found {p=} and "
                 f"{num_projections=}."
             )
-        self.p, self.num_projections = p, num_projections
+        self.p, self.num_projections, self.power_of_unit = p, num_projections, p
         self.unit = "sliced Wasserstein distance" + ("" if p == 1 else f" to the power {p:g}")
 
     def between(self, sets: SampleSets) -> Tensor:

@@ -225,6 +225,8 @@ def test_a_spread_divergence_is_that_of_the_two_mixtures(f, signs, float64):
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_gradient_through_samples_is_that_of_finite_differences(name, float64):
     x, loss = torch.randn(12, 2), LOSSES[name](num_particles=2)
+    x = x - x.median(0).values
+    x = x / (x.norm(dim=1).median() / 2**0.5)  # the gradient is that of the loss in units of this deviation
 
     def value(loc, scale):
         def model(x):
@@ -350,3 +352,37 @@ def test_rounded_integers_are_compared_before_rounding():
         loss.differentiable_loss(model, lambda x: None, x).backward()
         optimiser.step()
     assert loc.item() == pytest.approx(3.5, abs=0.2)
+
+
+@pytest.mark.parametrize("unit", [1e-20, 1e-6, 1e12])
+@pytest.mark.parametrize(
+    ("build", "power", "discrete"),
+    [
+        (SlicedWasserstein, 2, False),
+        (lambda: SlicedWasserstein(p=1.5), 1.5, False),
+        (lambda: MaximumMeanDiscrepancy(kernel=EnergyKernel()), 1, True),
+        (MaximumMeanDiscrepancy, 0, True),
+    ],
+    ids=["sliced", "sliced, 1.5", "energy", "Gaussian"],
+)
+def test_the_unit_of_the_data_changes_the_stated_loss_and_not_its_gradient(build, power, discrete, unit):
+    """In units of 1e-6 a flow stood still in silence, since Adam adds 1e-8 to gradients; at 1e12 the gradient was inf."""
+
+    def run(size):
+        torch.manual_seed(0)
+        parameters, x = torch.zeros(2, requires_grad=True), 3 + torch.randn(40, 2) * torch.tensor([1.0, 2.0])
+
+        def model(x):
+            with pyro.plate("data", len(x)):
+                k = pyro.sample("k", dist.Bernoulli(logits=parameters[0])) if discrete else parameters[0].expand(40)
+                base = dist.Normal(0.0, parameters[1].exp()).expand([40, 2]).to_event(1)
+                to_unit = dist.transforms.AffineTransform(k[:, None] * size, size, event_dim=1)
+                pyro.sample("x", dist.TransformedDistribution(base, [to_unit]), obs=x)
+
+        loss = build().differentiable_loss(model, lambda x: None, x * size)
+        return loss.item() / size**power, torch.autograd.grad(loss, parameters)[0]
+
+    (value, gradient), (wanted, wanted_gradient) = run(unit), run(1.0)
+    assert value == pytest.approx(wanted, rel=1e-4)
+    assert wanted_gradient.abs().min() > 0.01
+    torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-3, atol=1e-4)
