@@ -317,6 +317,8 @@ def fit(
     family = recipe.build(data, context)
     family.name = name
     family.to(device)
+    if data.train.dtype == torch.float64:  # of a column far from 0 for its spread, whose draws need as many digits
+        family.double()
     optim = partial(torch.optim.Adam, lr=notes.learning_rate)
     objective = recipe.objective(data, family, optim)
     train_labels, valid_labels = (data.train_labels, data.valid_labels) if source.labels else (None, None)

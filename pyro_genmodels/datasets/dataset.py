@@ -16,7 +16,7 @@ class Dataset:
 
     Attributes:
         name: name of the data set.
-        train: training rows, (N, *event_shape), float32, or int64 for integer levels.
+        train: training rows, (N, *event_shape), float32, float64 if float32 would lose digits, or int64 for levels.
         valid: validation rows, likewise.
         test: test rows, likewise.
         train_labels: labels of the training rows, (N,) int64, or None.

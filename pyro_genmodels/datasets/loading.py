@@ -19,6 +19,8 @@ from pyro_genmodels.utils.files import MAX_BYTES
 
 MIN_ROWS = 10
 """Smallest number of rows that can be split 8 : 1 : 1."""
+MAX_ROUNDING = 1e-3
+"""Largest change of a column by rounding to float32, relative to its range. Where it is larger, x is float64."""
 
 
 def load(
@@ -43,7 +45,8 @@ def load(
         max_bytes: largest size of a file and of the numbers in it; see `read_table`.
 
     Returns:
-        The data set, with x as float32, or as int64 if it has levels.
+        The data set, with x as float32, or as float64 if float32 would lose digits (such as Unix times, whose float32 are two
+        minutes apart), or as int64 if it has levels.
 
     Warns:
         UserWarning: if levels are not given and coordinates that become real numbers hold whole numbers alone, or one value in
@@ -52,8 +55,8 @@ def load(
     Raises:
         OSError: if the file cannot be read.
         ValueError: if the name is unknown, or columns, labels or levels are given with a name; if the file has fewer than 10
-            rows, values outside its levels, columns with the same value in all rows, or columns whose values float32 cannot
-            tell apart; or for any other fault that `read_table` finds.
+            rows, values outside its levels, or columns with the same value in all rows; or for any other fault that
+            `read_table` finds.
         ImportError: if the library that reads the file is missing.
 
     Example:
@@ -80,7 +83,7 @@ def load(
     if classes is not None and classes > len(x):
         raise ValueError(f"{path}: the labels run to {classes - 1}, but there are {len(x)} rows. Use classes 0, 1, 2, ...")
     if not found_levels:
-        _check_reals(path, table, x.numpy(), sure=levels == 0)
+        _check_reals(path, table, sure=levels == 0)
     order, tenth = torch.from_numpy(np.random.default_rng(seed).permutation(len(x))), len(x) // 10
     sizes = [len(x) - 2 * tenth, tenth, tenth]
     parts = *x[order].split(sizes), *((None, None, None) if y is None else y[order].split(sizes))
@@ -105,7 +108,7 @@ def load_rows(
         max_bytes: largest size of the file and of the numbers in it; see `read_table`.
 
     Returns:
-        x, (N, *event_shape), int64 with levels and float32 without; and labels, (N,) int64, or None.
+        x, (N, *event_shape), int64 with levels and without as in `load`; and labels, (N,) int64, or None.
 
     Raises:
         OSError: if the file cannot be read.
@@ -142,30 +145,31 @@ def _read(
         with np.errstate(over="ignore"):
             values = table.x.astype(np.float32)
         bad, wanted = np.isinf(values), "float32 holds numbers up to 3.4e38"
+        values = table.x.astype(np.float64) if not bad.any() and _loses_digits(table.x, values) else values
     if bad.any():
         first = np.argwhere(bad)[0]
         raise ValueError(f"{path}: {wanted}, but row {first[0] + 1} holds {table.x[tuple(first)]}.")
     return table, torch.from_numpy(values.astype(np.int64) if levels else values), levels
 
 
-def _check_reals(path: Path, table: Table, values: np.ndarray, *, sure: bool) -> None:
+def _loses_digits(x: np.ndarray, rounded: np.ndarray) -> bool:
+    """Return True if a column of (N, ...) is changed by rounding noticeably; of a single row each change is."""
+    x = x.astype(np.float64)
+    return bool((np.abs(rounded - x).max(0) > MAX_ROUNDING * (x.max(0) - x.min(0))).any())
+
+
+def _check_reals(path: Path, table: Table, *, sure: bool) -> None:
     """Check that coordinates suit a density of real numbers.
 
     Args:
         path: path of the file.
         table: the table in it.
-        values: x in the table as float32, (N, ...).
         sure: True not to warn about repeated values and whole numbers.
     """
-    x, values = table.x.reshape(len(table.x), -1), values.reshape(len(table.x), -1)
+    x = table.x.reshape(len(table.x), -1)
     names = table.columns or tuple(f"number {i}" for i in range(x.shape[1]))
     ordered = np.sort(x, axis=0)
-    before, after = _distinct(ordered), _distinct(np.sort(values, axis=0))
-    if lost := [name for name, n, m in zip(names, before, after, strict=True) if m < n / 2]:
-        raise ValueError(
-            f"{path}: float32 cannot tell the values of these columns apart: {listed(lost)}. Subtract their mean, and save the "
-            "file again."
-        )
+    before = 1 + (ordered[1:] != ordered[:-1]).sum(0)  # distinct values
     if table.columns is not None and (same := [name for name, n in zip(names, before, strict=True) if n == 1]):
         raise ValueError(
             f"{path}: each of these columns has the same value in all rows: {listed(same)}. A density of real numbers would be "
@@ -183,11 +187,6 @@ def _check_reals(path: Path, table: Table, values: np.ndarray, *, sure: bool) ->
             "from 0 alone to model them as levels, or give levels=0 if real numbers are meant.",
             UserWarning,
         )
-
-
-def _distinct(ordered: np.ndarray) -> np.ndarray:
-    """Return the number of distinct values in each column of (N, d) numbers, which are in order."""
-    return 1 + (ordered[1:] != ordered[:-1]).sum(0)
 
 
 def _levels(path: Path, x: np.ndarray) -> int:

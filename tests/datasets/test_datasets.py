@@ -486,14 +486,20 @@ def test_coordinates_without_names_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize("offset", [1.7e9, -1.7e9, 1e15])
-def test_values_that_single_precision_cannot_tell_apart_are_refused(offset, tmp_path):
+def test_values_that_single_precision_cannot_tell_apart_are_float64(offset, tmp_path):
     """Times in seconds, 1.7e9 + 200 of them: float32 has steps of 128 there, so that 13 values would be left."""
     path = tmp_path / "x.csv"
-    pd.DataFrame({"t": offset + 10 * REALS, "b": REALS}).to_csv(path, index=False)
-    with pytest.raises(ValueError, match=r"float32 cannot tell the values of these columns apart: t\. Subtract their mean"):
-        load(path)
+    times = offset + 10 * REALS
+    pd.DataFrame({"t": times, "b": REALS}).to_csv(path, index=False)
+    data = load(path, levels=0)
+    assert data.train.dtype == data.valid.dtype == data.test.dtype == torch.float64
+    assert np.array_equal(torch.cat([data.train, data.valid, data.test])[data.order.argsort()][:, 0].numpy(), times)
+    assert np.array_equal(load_rows(path)[0][:, 0].numpy(), times)
+    pd.DataFrame({"t": times[:1]}).to_csv(path, index=False)  # of one row nothing says which digits count
+    assert load_rows(path)[0].item() == times[0]
     pd.DataFrame({"t": 10 * REALS, "b": 1e-30 * REALS}).to_csv(path, index=False)
     assert load(path).train.unique().numel() == 320
+    assert load(path).train.dtype == load_rows(path)[0].dtype == torch.float32
 
 
 def test_the_order_leads_back_to_the_rows_of_the_file(tmp_path):
