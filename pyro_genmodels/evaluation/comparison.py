@@ -135,7 +135,7 @@ class Comparison:
             table["elpd"][1:], y[1:] + 0.2, xerr=table["dse"][1:], fmt="^", color="gray", label="± se of the difference"
         )
         ax.axvline(table["elpd"].iloc[0], color="gray", linestyle="--", linewidth=1)
-        ax.set_yticks(y, [f"{name}\n({kind})" for name, kind in table["kind"].items()])
+        ax.set_yticks(y, [f"{name}\n({self.log_likelihoods[name].label})" for name in table.index])
         note = f"\nno likelihood: {', '.join(without)}" if without else ""
         note += f"\nelpd not finite: {', '.join(infinite)}" if infinite else ""
         ax.set_xlabel(f"held-out elpd (nats of {self._values.shape[1]} rows, higher is better){note}")
@@ -168,7 +168,8 @@ class Comparison:
         return weights
 
     def __str__(self) -> str:
-        text = self.table.to_string(float_format=lambda v: f"{v:.3f}", na_rep="-")
+        labels = [fit.label for fit in self.log_likelihoods.values()]
+        text = self.table.assign(kind=labels).to_string(float_format=lambda v: f"{v:.3f}", na_rep="-")
         text += "\nelpd: summed log-likelihoods, higher is better; nats, bits_per_dim: negative and per datum, lower is better."
         fits = self.log_likelihoods.items()
         kinds = {fit.kind for _, fit in fits} - {"none"}

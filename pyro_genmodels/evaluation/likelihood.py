@@ -8,8 +8,9 @@ integrated by importance sampling: k samples from the guide give
 a lower bound that rises with k and converges to the truth. The noise of a dequantised density is integrated in the same way.
 Burda et al., *Importance Weighted Autoencoders* (arXiv 1509.00519).
 
-A guide that is too narrow gives weights without a variance, and the bound stays far below the truth for any k. Their k-hat
-(`pyro_genmodels.utils.pareto`, arXiv 1507.02646) tells: above .7 a row's value is called unreliable. `values` are means of the
+A guide that is too narrow, or far too wide, gives weights with a heavy tail, and the bound stays far below the truth for any
+practical k. Their k-hat (`pyro_genmodels.utils.pareto`, arXiv 1507.02646) tells: if it is above .7 in more than one row of
+twenty, the values are called an unreliable lower bound; on average they are still below the truth. `values` are means of the
 raw weights, because the mean of Pareto-smoothed weights is no bound; that estimate, of less variance, is in `smoothed`.
 
 Signs: `values`, `mean` and an elpd are log-likelihoods, so higher is better. "nats per datum", printed and in tables, and bits
@@ -22,7 +23,7 @@ low in expectation, so the likelihood is too high. Annealing backwards from the 
 
 from __future__ import annotations
 
-__all__ = ["LogLikelihood", "has_likelihood", "log_likelihood", "no_likelihood", "reliable_kind"]
+__all__ = ["LogLikelihood", "finite_kind", "has_likelihood", "log_likelihood", "no_likelihood", "reliable_kind"]
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -61,8 +62,8 @@ class LogLikelihood:
     Attributes:
         values: log-likelihoods, (N,), higher is better; NaN if the kind is "none".
         std_error: Monte Carlo standard error of each value, (N,); 0 for values without sampling, NaN for a single sample.
-        kind: meaning of the values; "unreliable" if k-hat of the rows says so, or log Z is; "none" for a fit that can be
-            sampled from but has no likelihood.
+        kind: meaning of the values; "unreliable" if k-hat of the rows says so, if log Z is, or if values are NaN, plus infinity
+            or minus infinity by overflow; "none" for a fit that can be sampled from but has no likelihood.
         num_samples: k, the number of samples behind each value; 1 if nothing was sampled.
         log_partition: log Z that all values share, if they are of one energy; its error is part of each standard error.
         shared_error: standard error of the mean that comes from values of log Z shared by several rows.
@@ -71,6 +72,7 @@ class LogLikelihood:
         pareto_k: k-hat of the importance weights of each row, (N,); NaN for fewer than 21 samples, None if nothing was sampled.
         smoothed: estimate of each value from Pareto-smoothed weights, (N,): of less variance than `values`, but no bound; None
             without importance weights.
+        is_bound: True if the values are lower bounds on average, also where they are unreliable.
     """
 
     values: Tensor
@@ -82,6 +84,12 @@ class LogLikelihood:
     observation_noise: float | None = None
     pareto_k: Tensor | None = None
     smoothed: Tensor | None = None
+    is_bound: bool = False
+
+    @property
+    def label(self) -> str:
+        """Kind in words, such as "unreliable lower bound"."""
+        return "unreliable lower bound" if self.kind == "unreliable" and self.is_bound else self.kind
 
     @property
     def mean(self) -> float:
@@ -124,9 +132,10 @@ class LogLikelihood:
     def __str__(self) -> str:
         if self.kind == "none":
             return f"- (no likelihood, n={len(self.values)})"
-        k = "" if self.kind == "exact" else f", k={self.num_samples}"
+        is_sampled = self.kind != "exact" and (self.kind != "unreliable" or self.is_bound or self.num_samples > 1)
+        k = f", k={self.num_samples}" if is_sampled else ""
         noise = self.observation_noise
-        about = f"{self.kind}{k}, n={len(self.values)}"
+        about = f"{self.label}{k}, n={len(self.values)}"
         about += "" if noise is None else f", with Gaussian observation noise {noise:.3g}"
         notes = "".join(f"; {note}" for note in self.notes)
         return f"{self.nats:.3f} ± {self.mean_std_error:.3f} nats per datum, lower is better ({about}{notes})"
@@ -152,6 +161,34 @@ def reliable_kind(owner: str, kind: LikelihoodKind, pareto_k: Tensor | None, num
         f"{owner}: Pareto k-hat is above {MAX_PARETO_K} in {count_unreliable(pareto_k)} of {len(pareto_k)} rows (largest "
         f"{known.max():.2f}): a few samples carry the weight there, and the value and its standard error cannot be relied on. "
         f"{cure}",
+    )
+    return "unreliable"
+
+
+def finite_kind(owner: str, kind: LikelihoodKind, values: Tensor, x: Tensor) -> LikelihoodKind:
+    """Return the kind of some values, or "unreliable" if some of them are no numbers.
+
+    Minus infinity is right for an impossible datum, unless its square is too large for the precision of the values.
+
+    Args:
+        owner: function that made the values.
+        kind: their kind if they are numbers.
+        values: log-likelihoods, (N,).
+        x: data, with N rows in any dimension.
+
+    Warns:
+        RuntimeWarning: if there are such values; it names how many, and the first row.
+    """
+    largest = torch.finfo(values.dtype).max ** 0.5
+    overflows = values.isneginf() & bool((x.abs() > largest).any())
+    wrong = values.isnan() | values.isposinf() | overflows
+    if not wrong.any():
+        return kind
+    first = int(wrong.nonzero()[0])
+    warn_caller(
+        f"{owner}: the value is {values[first].item()} in {int(wrong.sum())} of {len(values)} rows, the first of them row "
+        f"{first}, so that their mean says nothing. Look at these rows: numbers above about {largest:.0e} overflow in "
+        f"{values.dtype}, and a NaN in data or parameters spreads.",
     )
     return "unreliable"
 
@@ -204,7 +241,8 @@ def log_likelihood(
             as well as an option.
 
     Warns:
-        RuntimeWarning: if k-hat of the importance weights calls values unreliable (`pyro_genmodels.utils.pareto`).
+        RuntimeWarning: if k-hat of the importance weights calls values unreliable (`pyro_genmodels.utils.pareto`), or if values
+            are NaN, plus infinity, or minus infinity by overflow.
 
     Example:
         >>> from pyro_genmodels import Flow, log_likelihood
@@ -227,13 +265,22 @@ def log_likelihood(
                 parallel = k > 1 and vectorize.can_vectorize(model, guide, trial.args, trial.kwargs, structure.nesting)
         estimator = RowEstimator(model, guide, structure, log_partitions, k, batch_size, parallel)
         found = estimator.estimate(data, progress=progress)
-    cure = "Raise num_samples, or use a guide that is as wide as the posterior."
+    cure = "Raise num_samples, or use a guide closer to the posterior: this one may be too narrow or too wide."
     kind = reliable_kind("log_likelihood", structure.kind, found.pareto_k, k, cure)
-    kind = max([kind, *log_partitions.kinds], key=get_args(LikelihoodKind).index)  # the weakest
+    kind, of_bound = (max([one, *log_partitions.kinds], key=get_args(LikelihoodKind).index) for one in (kind, structure.kind))
     k = k if structure.is_sampled or kind == "exact" else num_samples
+    kind = finite_kind("log_likelihood", kind, found.values, data.args[0])
     log_z, shared_error = log_partitions.single, log_partitions.shared_error(len(found.values))
     return LogLikelihood(
-        found.values, found.std_error, kind, k, log_z, shared_error, pareto_k=found.pareto_k, smoothed=found.smoothed
+        found.values,
+        found.std_error,
+        kind,
+        k,
+        log_z,
+        shared_error,
+        pareto_k=found.pareto_k,
+        smoothed=found.smoothed,
+        is_bound=of_bound == "lower bound",
     )
 
 

@@ -29,9 +29,10 @@ from pyro_genmodels._pyro import handlers, traces
 from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.distributions.implicit import Implicit
 from pyro_genmodels.evaluation.arguments import row_arguments
-from pyro_genmodels.evaluation.likelihood import LogLikelihood, reliable_kind
+from pyro_genmodels.evaluation.likelihood import LogLikelihood, finite_kind, reliable_kind
 from pyro_genmodels.samplers import Hamiltonian, Sampler, Target, anneal
 from pyro_genmodels.samplers.annealing import schedule, tune
+from pyro_genmodels.utils.distances import in_doubles
 from pyro_genmodels.utils.distributions import density_of, sum_event, unwrap
 from pyro_genmodels.utils.errors import check_positive_int
 from pyro_genmodels.utils.pareto import LogMean, log_mean_weight
@@ -123,6 +124,7 @@ def gaussian_observation_likelihood(
         found = annealing.estimate(x, context, sigma, num_chains, progress=progress)
     cure = "Raise num_steps or num_chains."
     kind = reliable_kind("gaussian_observation_likelihood", "lower bound", found.pareto_k, num_chains, cure)
+    kind = finite_kind("gaussian_observation_likelihood", kind, found.value, x)
     return LogLikelihood(
         found.value,
         found.std_error,
@@ -131,6 +133,7 @@ def gaussian_observation_likelihood(
         observation_noise=sigma,
         pareto_k=found.pareto_k,
         smoothed=found.smoothed,
+        is_bound=True,
     )
 
 
@@ -236,17 +239,17 @@ def _target(dist: Implicit, x: Tensor, sigma: float, num_chains: int) -> tuple[T
     flat = prior.sample().flatten(0, 1)
     u_shape = to_z.inv(flat).shape[1:]
     context = None if dist.context is None else dist.context.expand(len(x), dist.context.shape[-1]).repeat(num_chains, 1)
-    x = x.to(flat.dtype if not x.is_floating_point() else x.dtype)
-    data = x.repeat(num_chains, *(1 for _ in dist.event_shape))
-    log_normaliser = -0.5 * dist.event_shape.numel() * log(2 * pi * sigma**2)
+    data = in_doubles(x).repeat(num_chains, *(1 for _ in dist.event_shape))
+    log_normaliser = -dist.event_shape.numel() * (0.5 * log(2 * pi) + log(sigma))
     event_dim = len(u_shape)
 
     def log_prob(u: Tensor, beta: Any) -> Tensor:
         z = to_z(u)
         log_det = sum_event(to_z.log_abs_det_jacobian(u, z), event_dim - to_z.domain.event_dim)
         log_prior = prior.log_prob(z.reshape(num_chains, -1, *z.shape[1:])).flatten() + log_det
-        squares = sum_event((data - _mean(dist, z, context)).square(), len(dist.event_shape))
-        return log_prior + beta * (log_normaliser - squares / (2 * sigma**2))
+        distances = (data - _mean(dist, z, context)) / sigma  # in doubles, and divided first: no unit overflows or vanishes
+        squares = sum_event(distances.square(), len(dist.event_shape))
+        return log_prior + beta * (log_normaliser - squares / 2).to(log_prior.dtype)
 
     def start(shape: Sequence[int]) -> Tensor:
         return to_z.inv(prior.sample().flatten(0, 1)).reshape(*shape, *u_shape)

@@ -20,7 +20,7 @@ from pyro_genmodels._pyro import handlers, traces
 from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.distributions.energy.annealed import conservative_bound
 from pyro_genmodels.evaluation.arguments import row_arguments
-from pyro_genmodels.evaluation.likelihood import LogLikelihood, reliable_kind
+from pyro_genmodels.evaluation.likelihood import LogLikelihood, finite_kind, reliable_kind
 from pyro_genmodels.utils.distributions import unwrap
 from pyro_genmodels.utils.errors import check_positive_int
 from pyro_genmodels.utils.keywords import (
@@ -107,5 +107,7 @@ def conservative_log_likelihood(
         )
     cure = "Raise num_steps or num_samples."
     kind = reliable_kind("conservative_log_likelihood", "lower bound", bound.pareto_k, num_samples, cure)
-    k_hat = bound.pareto_k
-    return LogLikelihood(bound.value, bound.std_error, kind, num_samples, pareto_k=k_hat, smoothed=bound.smoothed)
+    kind, k_hat = finite_kind("conservative_log_likelihood", kind, bound.value, data.args[0]), bound.pareto_k
+    return LogLikelihood(
+        bound.value, bound.std_error, kind, num_samples, pareto_k=k_hat, smoothed=bound.smoothed, is_bound=True
+    )

@@ -288,11 +288,52 @@ def test_a_row_that_is_nan_stays_nan_and_is_named():
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0, validate_args=False), obs=x)
 
-    with pyro.validation_enabled(False):
+    message = "the value is nan in 1 of 3 rows, the first of them row 1, so that their mean says nothing"
+    with pyro.validation_enabled(False), pytest.warns(RuntimeWarning, match=message):
         found = log_likelihood((model, uniform_guide), torch.tensor([0.0, NAN, 1.0]), num_samples=200, parallel=True)
+    assert found.kind == "unreliable"
     for part in (found.values, found.std_error, found.pareto_k, found.smoothed):
         assert part.isnan().tolist() == [False, True, False]
     assert "the value is NaN in 1 of 3 rows" in str(found)
+
+
+@pytest.mark.parametrize(("factor", "found"), [(1e200, "nan"), (1e30, "-inf")])
+def test_values_that_overflow_are_unreliable(factor, found):
+    """They were called exact, without a warning."""
+    x = torch.randn(10, 2, dtype=torch.float64)
+    x[3] = factor
+    with pytest.warns(RuntimeWarning, match=f"log_likelihood: the value is {found} in 1 of 10 rows, the first of them row 3"):
+        values = log_likelihood(Flow((2,)), x)
+    assert "(unreliable, n=10; the value is " in str(values)
+    with pytest.warns(RuntimeWarning, match=f"the value is {found} in 1 of 10 rows"):
+        assert compare({"flow": Flow((2,))}, x).table["kind"].item() == "unreliable"
+
+
+def test_minus_infinity_is_right_for_an_impossible_datum_and_plus_infinity_has_no_mean():
+    def model(x, prior):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", prior, obs=x)
+
+    def nothing(x, **kwargs): ...
+
+    with pyro.validation_enabled(False):
+        found = log_likelihood((model, nothing), torch.tensor([0.5, 2.0]), prior=dist.Uniform(-1.0, 1.0))
+        assert (found.kind, found.values.tolist()) == ("exact", [pytest.approx(-np.log(2)), -INF])
+        pole = dist.Beta(0.5, 0.5)
+        with pytest.warns(RuntimeWarning, match="the value is inf in 1 of 2 rows"):
+            found = log_likelihood((model, nothing), torch.tensor([0.0, 0.5]), prior=pole)
+    assert found.kind == "unreliable"
+
+
+def test_an_unreliable_bound_is_still_called_a_bound():
+    x = torch.zeros(5, 1)
+    with pytest.warns(RuntimeWarning, match="a guide closer to the posterior: this one may be too narrow or too wide"):
+        found = log_likelihood(gaussian(0.05), x)
+    assert (found.kind, found.label, found.is_bound) == ("unreliable", "unreliable lower bound", True)
+    assert "(unreliable lower bound, k=1000, n=5" in str(found)
+    assert "unreliable lower bound" in str(compare({"narrow": found}))
+    assert compare({"narrow": found}).table["kind"].item() == "unreliable"
+    assert known([0.0], "unreliable", 100).label == "unreliable"  # as of an estimate of log Z
 
 
 # Comparisons.
