@@ -248,7 +248,7 @@ def messages():
         for node in ast.walk(ast.parse(path.read_text())):
             calls = (
                 isinstance(node, ast.Call)
-                and ast.unparse(node.func) in ("warnings.warn", "_warn")
+                and ast.unparse(node.func) in ("warnings.warn", "_warn", "warn_caller")
                 and path.parent.name != "cli"
             )
             for found in [node, *(node.args[:1] if calls else ())]:
