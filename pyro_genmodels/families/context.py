@@ -57,21 +57,26 @@ class Labels(nn.Module):
         self.register_buffer("one", torch.ones(()), persistent=False)  # knows the device and the precision
 
     def forward(self, labels: Tensor) -> Tensor:
-        """Return the one-hot vectors (..., num_classes) of integer labels (...)."""
+        """Return the one-hot vectors (..., num_classes) of integer or boolean labels (...)."""
         labels = self.as_tensor(labels)
-        if labels.is_floating_point() or labels.dtype == torch.bool:
+        self.check(labels)
+        zeros = self.one.new_zeros((*labels.shape, self.num_classes))
+        return zeros.scatter(-1, labels.long().unsqueeze(-1), 1.0)
+
+    def check(self, labels: Tensor) -> None:
+        """Raise a ValueError for labels that are not integers or booleans from 0 to num_classes - 1."""
+        if labels.is_floating_point():
             raise ValueError(f"Labels wants integers, but found {labels.dtype}. Convert the labels with .long().")
         if is_validation_enabled() and labels.numel() and (labels.min() < 0 or labels.max() >= self.num_classes):
             raise ValueError(
                 f"Labels({self.num_classes}) wants labels from 0 to {self.num_classes - 1}, but found "
                 f"{int(labels.min())} to {int(labels.max())}. Renumber them, or build the family with a larger Labels(k)."
             )
-        zeros = self.one.new_zeros((*labels.shape, self.num_classes))
-        return zeros.scatter(-1, labels.long().unsqueeze(-1), 1.0)
 
     def as_tensor(self, labels: Any) -> Tensor:
-        """Return labels as a tensor on the device of this module; a tensor is returned as it is."""
-        return labels if isinstance(labels, Tensor) else as_tensor(labels, "Labels").to(self.one.device)
+        """Return labels as a tensor on the device of this module; a tensor stays on its device."""
+        tensor = as_tensor(labels, "Labels")
+        return tensor if isinstance(labels, Tensor) else tensor.to(self.one.device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore pickled labels. Versions before 0.2 held all one-hot vectors."""
@@ -125,7 +130,7 @@ class VectorContext(nn.Module):
         """Set mean and deviation to those of contexts (N, size), in a family called `owner`."""
         if not self.kind:
             return
-        self._check(context)
+        self.check(context)
         loc, scale = estimate(
             context,
             context,
@@ -143,7 +148,7 @@ class VectorContext(nn.Module):
     def forward(self, context: Tensor) -> Tensor:
         """Return the context (..., size), standardised in its own precision, in the precision of the networks."""
         context = self.as_tensor(context)
-        self._check(context)
+        self.check(context)
         return ((context - self.loc) / self.scale).to(self.loc.dtype)
 
     def as_tensor(self, context: Any) -> Tensor:
@@ -152,12 +157,13 @@ class VectorContext(nn.Module):
             return context
         return as_tensor(context, "A family with a context").to(self.loc.device)
 
-    def _check(self, context: Tensor) -> None:
+    def check(self, context: Tensor) -> None:
+        """Raise a ValueError for contexts that are not floats, of another length, or with NaN or infinite entries."""
         if not context.is_floating_point() or context.dim() < 1 or context.shape[-1] != self.out_features:
             raise ValueError(
                 f"This family wants a context of floats, (..., {self.out_features}), but found {context.dtype} of shape "
                 f"{tuple(context.shape)}. For one number per row pass context[:, None]; convert other numbers by "
-                ".float(); for integer classes build the family with context=Labels(k)."
+                ".float() (data frames by .astype(float)); for integer classes build the family with context=Labels(k)."
             )
         if is_validation_enabled() and not context.isfinite().all():
             raise ValueError(f"The context, of shape {tuple(context.shape)}, has NaN or infinite entries. Impute them first.")

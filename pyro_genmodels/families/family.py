@@ -37,10 +37,13 @@ from pyro_genmodels.families.context import (
     output_length,
 )
 from pyro_genmodels.families.standardization import InputCheck, Standardization, Standardize, estimate
+from pyro_genmodels.utils.capture import can_be_read
 from pyro_genmodels.utils.distributions import is_real, map_tensors, over_events
-from pyro_genmodels.utils.errors import check_positive_int
+from pyro_genmodels.utils.errors import check_positive_int, warn_caller
 from pyro_genmodels.utils.tensors import as_tensor
 
+MAX_EXTRAPOLATION = 100.0
+"""Distance of a context from the mean of those of training, in deviations, that passes without a warning."""
 _OWN = ("event_shape", "context", "support", "loc", "scale", "standardized")
 """Attributes that `Family.__init__` sets."""
 
@@ -86,6 +89,7 @@ class Family(PyroModule):
     """
 
     arguments: dict[str, Any]
+    _told_of_extrapolation = False
     _trains_by_density = True  # so that the loss falls for ever where data are constant
     __signature__: ClassVar[inspect.Signature]
 
@@ -195,12 +199,7 @@ class Family(PyroModule):
         """
         if self.context is None:
             if context is not None:
-                floats = isinstance(context, Tensor) and context.is_floating_point() and context.dim() > 0
-                cure = context.shape[-1] if floats else "Labels(k)"
-                raise ValueError(
-                    f"{self.name} was built without a context, but was given {tuple(getattr(context, 'shape', ()))}. Build it "
-                    f"with {type(self).__name__}(..., context={cure}). If you passed data, use family().log_prob(x)."
-                )
+                raise self._superfluous(context)
             return None
         if context is None:
             raise ValueError(f"{self.name} wants a context, but was given none. Pass context=...")
@@ -208,10 +207,37 @@ class Family(PyroModule):
         if self._context_check.due and isinstance(self.context, VectorContext) and self.context.kind and self._is_trained:
             cure = "Call family.standardize(x, context) before training."
             standardized = not self.context.due
-            self._context_check(
-                embedded, owner=self.name, noun="contexts", event_dim=1, cure=cure, standardized=standardized
-            )
+            self._context_check(embedded, owner=self.name, noun="contexts", event_dim=1, cure=cure, standardized=standardized)
+        if not (self._is_trained or self._told_of_extrapolation) and isinstance(self.context, VectorContext):
+            self._warn_of_extrapolation(self.context, embedded)
         return embedded
+
+    def _superfluous(self, context: Any) -> ValueError:
+        """Build the error for a context, or data in its place, that a family without a context was given."""
+        shape, floats = tuple(getattr(context, "shape", ())), isinstance(context, Tensor) and context.is_floating_point()
+        wanted = str(shape[-1]) if len(shape) > (0 if floats else 1) else "Labels(k)"
+        convert = "" if floats or wanted == "Labels(k)" else " and pass it as floats"
+        log_prob = "family().log_prob(x)" if getattr(self(), "density", "exact") == "exact" else "log_likelihood(family, x)"
+        return ValueError(
+            f"{self.name} was built without a context, but was given {shape}. Build it with {type(self).__name__}(..., "
+            f"context={wanted}){convert}. If you passed data, use {log_prob}."
+        )
+
+    def _warn_of_extrapolation(self, module: VectorContext, embedded: Tensor) -> None:
+        """Warn once of contexts far outside those of training. Quartiles say nothing of the range, unlike deviations."""
+        if module.due or module.kind is not True or not embedded.numel() or not can_be_read(embedded):
+            return
+        largest = embedded.detach().abs().reshape(-1, embedded.shape[-1]).amax(0)
+        if not bool((largest > MAX_EXTRAPOLATION).any()):
+            return
+        self._told_of_extrapolation = True
+        if bool((module.loc != 0).any() or (module.scale != 1).any()):  # else they were not standardised, before 0.2
+            i = int(largest.argmax())
+            warn_caller(
+                f"{self.name}: a context is far outside those of training: its coordinate {i} is {float(largest[i]):.3g} "
+                "deviations from their mean. What the family says there is an extrapolation.",
+                UserWarning,
+            )
 
     @property
     def _is_trained(self) -> bool:
@@ -374,8 +400,9 @@ class Family(PyroModule):
 
     def _as_tensors(self, x: Any, context: Any) -> tuple[Any, Any]:
         """Return data and contexts as tensors. What a context module of your own is given is left as it is."""
-        if not (x is None or isinstance(x, Tensor)):
-            x = as_tensor(x, self.name).to(self.loc.device)
+        if x is not None:
+            tensor = as_tensor(x, self.name)
+            x = tensor if isinstance(x, Tensor) else tensor.to(self.loc.device)
         if isinstance(self.context, (Labels, VectorContext)) and context is not None:
             context = self.context.as_tensor(context)
         return x, context

@@ -28,6 +28,10 @@ MAX_STEP = 0.01
 """Largest step between neighbouring floats at the mean, in deviations, that passes without a warning."""
 OUTLIER_SHARE, MAX_OUTLIER_EFFECT, MIN_ROWS = 0.01, 10.0, 20
 """Share of rows that may be outliers, their largest effect on the deviation without a warning, and rows needed to judge."""
+ATOM_SHARE, MAX_ATOM_ROWS = 0.25, 1000
+"""Share of rows with exactly one value from which a coordinate is told, and rows among which it is first looked for."""
+MAX_COLUMNS = 100
+"""Largest number of coordinates among which combinations are looked for."""
 QUARTILES_OF_NORMAL, MEDIAN_OF_NORMAL = 1.3489795, 0.6744898
 """Interquartile range and median distance from the centre of a standard normal."""
 
@@ -121,6 +125,9 @@ def estimate(
     if told.any():
         rows_said = f"all {len(y)} rows" if len(y) > 1 else "the only row"
         _warn(f"{_named(told, like, owner, noun)} constant in {rows_said}. {of_constants}")
+    elif noun == "data" and of_some and not jointly:
+        _warn_of_atoms(x.reshape(len(x), -1), like, owner, of_constants)
+        _warn_of_combinations((rows - loc / unit) * (unit / scale), _rounding(x) * size / scale, like, owner, of_constants)
     _warn_of_steps(loc, scale, ~constant, like, owner, noun)
     if not robust:
         spread = rows.reshape(len(y), -1) if jointly else rows
@@ -192,6 +199,46 @@ def _warn_of_steps(loc: Tensor, scale: Tensor, varying: Tensor, like: Tensor, ow
             f"{like.dtype} are {float(step[i]):.2g} apart, but the deviation is {float(scale[i]):.2g}. {consequence} "
             "Subtract an offset in float64 first, or call family.double() before anything else and pass float64."
         )
+
+
+def _warn_of_atoms(rows: Tensor, like: Tensor, owner: str, of_degenerate: str) -> None:
+    """Warn of coordinates of (N, d) in which a value, such as 0, is that of many rows exactly."""
+    if len(rows) < MIN_ROWS:
+        return
+    some = rows[:: -(-len(rows) // MAX_ATOM_ROWS)]
+    values = some.mode(0).values  # a value of many rows is also that of many of some
+    share = (rows == values).sum(0) / len(rows)
+    told = share >= ATOM_SHARE
+    if told.any():
+        i = int(share.argmax())
+        value, percent = float(values[i]), float(share[i])
+        _warn(
+            f"{_named(told, like, owner, 'data')} one value in many rows, such as {value:.6g} in {percent:.0%} of them. "
+            f"{of_degenerate}"
+        )
+
+
+def _warn_of_combinations(rows: Tensor, rounding: Tensor, like: Tensor, owner: str, of_degenerate: str) -> None:
+    """Warn of coordinates that are sums of multiples of others, such as copies, or shares that add up to 1.
+
+    Args:
+        rows: standardised data, (N, d).
+        rounding: rounding error of each coordinate, (d,).
+        like: tensor of the event shape.
+        owner: subject of the message.
+        of_degenerate: sentences that say what this leads to, and the way out.
+    """
+    n, d = rows.shape
+    if like.dim() != 1 or not 1 < d <= MAX_COLUMNS or n < max(MIN_ROWS, 2 * d):
+        return
+    some = rows[:: -(-n // max(MAX_ATOM_ROWS, 4 * d))]
+    _, lengths, directions = torch.linalg.svd(some, full_matrices=False)
+    error = (rounding + torch.finfo(like.dtype).eps * rows.abs().amax(0)).amax()
+    suspicious = directions[lengths <= 4 * error * (d * len(some)) ** 0.5]
+    constant = suspicious[(rows @ suspicious.T).square().mean(0).sqrt() <= 4 * error * d**0.5]
+    told = (constant.abs() > 0.01).any(0)
+    if told.any():
+        _warn(f"{_named(told, like, owner, 'data')} combinations of one another, such as copies or sums. {of_degenerate}")
 
 
 def _warn_of_outliers(centred: Tensor, like: Tensor, owner: str, noun: str, *, jointly: bool) -> None:

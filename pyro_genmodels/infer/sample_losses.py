@@ -82,9 +82,9 @@ class SampleLoss(Loss):
     A family's context is appended on both sides, so that the joint distributions are compared. In your own model, add the
     context as a site, ``pyro.sample("c", dist.Delta(c, event_dim=1), obs=c)``; otherwise only the distributions of x are
     compared. Values are compared without scaling, so bring coordinates to one scale first. The unit of all of them does not
-    matter: the loss is stated in the units of the data, but its gradient is that of the loss in units of the median deviation of
-    the batch's data. If integers are rounded from
-    samples with gradients (`Dequantized`), the samples before rounding are compared with data to which uniform noise is added.
+    matter: the loss is stated in the units of the data, but its gradient is that of the loss in units of the median deviation
+    of the batch's data. If integers are rounded from samples with gradients (`Dequantized`), the samples before rounding are
+    compared with data to which uniform noise is added.
     The loss of a batch of one row is 0.
 
     `num_particles` is the number of samples of the model for each row, all in one set. Variables outside the data's plate are

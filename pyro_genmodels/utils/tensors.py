@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["as_tensor"]
 
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 
 def as_tensor(values: Any, owner: str, *, floats: torch.dtype = torch.float64) -> Tensor:
-    """Return values as a tensor. A tensor is returned as it is.
+    """Return values as a tensor. A tensor is returned as it is, but integers that torch cannot compute with as signed ones.
 
     Args:
         values: tensor, numpy array, data frame or series (anything with `to_numpy`), list of numbers, or number.
@@ -21,6 +22,7 @@ def as_tensor(values: Any, owner: str, *, floats: torch.dtype = torch.float64) -
 
     Raises:
         TypeError: if they are not numbers; the message names the columns of a data frame that are not.
+        ValueError: if integers are beyond the largest signed one.
 
     Example:
         >>> import pandas
@@ -32,7 +34,7 @@ def as_tensor(values: Any, owner: str, *, floats: torch.dtype = torch.float64) -
         TypeError: train wants numbers, but the column 'name' holds str. Drop it, or encode it as numbers.
     """
     if isinstance(values, Tensor):
-        return values
+        return _signed(values, owner)
     wanted = f"{owner} wants numbers, as a tensor, a numpy array, a data frame or a list, but found {type(values).__name__}"
     if isinstance(values, (str, bytes, dict, set, type)) or values is None:
         raise TypeError(f"{wanted}.")
@@ -43,13 +45,33 @@ def as_tensor(values: Any, owner: str, *, floats: torch.dtype = torch.float64) -
     if array.dtype == object and hasattr(values, "columns"):
         for name, column in zip(values.columns, array.T, strict=True):
             _check_column(owner, name, column)
-        array = array.astype(float)  # columns of several types of number
+        array = np.stack([_of_numbers(column) for column in array.T], axis=1)
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{wanted} of {array.dtype}.")
     if array.dtype.kind == "f" and array.dtype.itemsize > 8:
         array = array.astype(np.float64)
     tensor = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))  # a copy: the array may change
-    return tensor.to(floats) if tensor.is_floating_point() and _is_python_number(values) else tensor
+    return tensor.to(floats) if tensor.is_floating_point() and _is_python_number(values) else _signed(tensor, owner)
+
+
+def _signed(x: Tensor, owner: str) -> Tensor:
+    """Return unsigned integers of more than a byte, for which torch lacks most functions, as wider signed ones."""
+    if x.dtype == torch.uint16:
+        return x.int()
+    if x.dtype not in (torch.uint32, torch.uint64):
+        return x
+    signed = x.long()
+    if x.dtype == torch.uint64 and (signed < 0).any():
+        raise ValueError(
+            f"{owner} wants integers up to {torch.iinfo(torch.int64).max}, but found larger ones. Subtract an offset."
+        )
+    return signed
+
+
+def _of_numbers(column: np.ndarray) -> np.ndarray:
+    """Return a column of Python's numbers in their own data type: beside booleans, integers stay integers."""
+    values = np.array(column.tolist())
+    return values if values.dtype.kind in "biuf" else values.astype(float)
 
 
 def _is_python_number(values: Any) -> bool:
@@ -67,8 +89,16 @@ def _without_tensors(values: Any) -> Any:
 
 
 def _check_column(owner: str, name: Any, column: np.ndarray) -> None:
-    wrong = [value for value in column if not isinstance(value, (int, float, np.number, np.bool_))]
-    if wrong:
+    wrong = [value for value in column if not isinstance(value, (int, float, Decimal, np.number, np.bool_))]
+    if not wrong:
+        return
+    missing = sum(value is None or str(value) in ("<NA>", "NaT") for value in wrong)
+    if missing == len(wrong):
         raise TypeError(
-            f"{owner} wants numbers, but the column {name!r} holds {type(wrong[0]).__name__}. Drop it, or encode it as numbers."
+            f"{owner} wants numbers, but {missing} of {len(column)} values of the column {name!r} are missing. Impute them, or "
+            "drop these rows."
         )
+    found = next(value for value in wrong if not (value is None or str(value) in ("<NA>", "NaT")))
+    raise TypeError(
+        f"{owner} wants numbers, but the column {name!r} holds {type(found).__name__}. Drop it, or encode it as numbers."
+    )

@@ -1,5 +1,7 @@
 """Tensors from numpy arrays, data frames, lists and numbers, and what is refused."""
 
+from decimal import Decimal
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -75,3 +77,37 @@ def test_an_array_that_changes_later_does_not_change_the_tensor():
 def test_what_holds_no_numbers_is_refused(values, words):
     with pytest.raises(TypeError, match=f"f wants numbers.*{words}"):
         as_tensor(values, "f")
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), [("uint16", torch.int32), ("uint32", torch.int64), ("uint64", torch.int64)])
+def test_unsigned_integers_become_those_that_torch_computes_with(dtype, wanted):
+    array = np.array([3, 60000], dtype=dtype)
+    for values in (array, torch.from_numpy(array), pd.Series(array), list(array)):
+        found = as_tensor(values, "f")
+        assert found.tolist() == [3, 60000]
+        assert found.max() == 60000  # torch has no maximum of the others
+    assert as_tensor(array, "f").dtype == wanted
+    if dtype == "uint64":
+        with pytest.raises(ValueError, match="integers up to 9223372036854775807, but found larger ones"):
+            as_tensor(np.array([2**63 + 1], dtype=dtype), "f")
+
+
+@pytest.mark.parametrize("missing", [pd.NA, None, pd.NaT])
+def test_missing_values_of_a_column_are_to_be_imputed(missing):
+    frame = pd.DataFrame({"a": [1.0, 2.0], "b": pd.Series([1.0, missing], dtype=object)})
+    with pytest.raises(TypeError, match=r"1 of 2 values of the column 'b' are missing. Impute them"):
+        as_tensor(frame, "train")
+
+
+def test_decimal_numbers_are_numbers():
+    frame = pd.DataFrame({"a": [Decimal("1.5"), Decimal(2)], "b": [1, 2]})
+    assert as_tensor(frame, "f").tolist() == [[1.5, 1.0], [2.0, 2.0]]
+
+
+def test_columns_of_a_frame_have_one_rule_whatever_stands_beside_them():
+    """Integers were integers, but beside a column of booleans they became floats."""
+    frame = pd.DataFrame({"a": [1, 2], "b": [True, False], "c": [0.5, 1.5]})
+    assert as_tensor(frame[["a", "b"]], "it").dtype == as_tensor(frame[["a"]], "it").dtype == torch.int64
+    assert as_tensor(frame[["b"]], "it").dtype == torch.bool
+    assert as_tensor(frame, "it").dtype == torch.float64
+    assert as_tensor(frame, "it").tolist() == [[1, 1, 0.5], [2, 0, 1.5]]
