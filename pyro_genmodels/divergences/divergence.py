@@ -24,8 +24,9 @@ class Divergence(_ValueAndError):  # noqa: N818 (no exception)
         value: divergence, (batch...); in nats unless its function says otherwise.
         std_error: standard error of the value, (batch...); 0 for a closed form.
         pareto_k: k-hat, the shape of the tail of the terms, (batch...); minus infinity for terms that are bounded, NaN for too
-            few. None if no mean over samples was taken: for a closed form, and for distances of two sets of samples.
-        num_samples: number of terms; 0 if no mean was taken.
+            few. Of distances of two sets of samples it is that of what each sample contributes. None for a closed form, and
+            for kernels that are bounded.
+        num_samples: number of terms, in the smaller set of two; 0 if no mean was taken.
 
     Example:
         >>> import torch
@@ -62,12 +63,15 @@ class Divergence(_ValueAndError):  # noqa: N818 (no exception)
         return f"Divergence(value={self.value!r}, std_error={self.std_error!r}{k})"
 
 
-def warn_unless_reliable(found: Divergence, *, by: str) -> Divergence:
+def warn_unless_reliable(
+    found: Divergence, *, by: str, cure: str = "a bounded divergence (js, tv, SquaredHellinger), or exchange p and q"
+) -> Divergence:
     """Return a divergence, and warn if it is not reliable.
 
     Args:
         found: mean of terms.
         by: name of the calling function.
+        cure: what to use instead.
     """
     k = found.pareto_k
     if k is None or found.reliable:
@@ -76,6 +80,6 @@ def warn_unless_reliable(found: Divergence, *, by: str) -> Divergence:
     warn_caller(
         f"{by}: {which} unreliable, and may be infinite: the terms of the mean have a Pareto k-hat of "
         f"{float(k[~k.isnan()].max()):.1f}, above {MAX_PARETO_K}, so that a few samples decide it and the standard error means "
-        "nothing. Use a bounded divergence (js, tv, SquaredHellinger), or exchange p and q.",
+        f"nothing. Use {cure}.",
     )
     return found

@@ -25,7 +25,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,7 +37,13 @@ MAX_MEDIAN_ROWS = 2000
 
 
 class Kernel(ABC):
-    """Symmetric function of two samples. Subclasses are frozen dataclasses of their options."""
+    """Symmetric function of two samples. Subclasses are frozen dataclasses of their options.
+
+    Attributes:
+        bounded: True if no value exceeds some bound, so that no few samples can decide a mean.
+    """
+
+    bounded: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
@@ -56,6 +62,7 @@ class ScaledKernel(Kernel):
         bandwidth: h, in the units of the data; None is the median distance.
     """
 
+    bounded: ClassVar[bool] = True
     bandwidth: float | Tensor | None = None
 
     def __post_init__(self) -> None:

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pyro_genmodels.divergences.divergence import Divergence
+from pyro_genmodels.divergences.divergence import Divergence, warn_unless_reliable
 from pyro_genmodels.divergences.kernels import GaussianKernel, Kernel, check_kernel, check_kernel_values
+from pyro_genmodels.divergences.means import tail_of_sums
 from pyro_genmodels.divergences.samples import Samples, as_matrices
 
 _MAX_BLOCK_SIZE = 2**24  # largest number of entries of the kernel matrix in memory
@@ -44,7 +45,8 @@ def mmd(x: Samples, y: Samples, *, kernel: Kernel = GaussianKernel()) -> Diverge
     Returns:
         The squared value (in the units of the data for `EnergyKernel`, otherwise without unit), with gradients to x and y, and
         its standard error, scalars. The error is correct for many samples of distributions that differ. For equal distributions
-        the estimate is not normally distributed and the error is only a rough guide: use `mmd_test`.
+        the estimate is not normally distributed and the error is only a rough guide: use `mmd_test`. For a kernel that is not
+        bounded the result has k-hat of the witnesses; a RuntimeWarning is issued if it is above 0.7.
 
     Raises:
         TypeError: if kernel is no `Kernel`, or a set no tensor, array or frame of numbers.
@@ -63,7 +65,10 @@ def mmd(x: Samples, y: Samples, *, kernel: Kernel = GaussianKernel()) -> Diverge
     variance = 4 * (a.detach().var() / len(a) + b.detach().var() / len(b))
     value = a.mean() + b.mean()
     check_kernel_values(value, kernel, by="mmd")
-    return Divergence(value.to(dtype), variance.sqrt().to(dtype))
+    if kernel.bounded:
+        return Divergence(value.to(dtype), variance.sqrt().to(dtype))
+    found = Divergence(value.to(dtype), variance.sqrt().to(dtype), tail_of_sums(a, b).to(dtype), min(len(x), len(y)))
+    return warn_unless_reliable(found, by="mmd", cure="a kernel of bounded values such as GaussianKernel(), or logarithms")
 
 
 def witnesses(kernel: Kernel, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["check_num_samples", "mean_of", "score_function"]
+__all__ = ["check_num_samples", "differ_by_rounding", "mean_of", "score_function", "tail_of_sums"]
 
 import torch
 from torch import Tensor
@@ -11,11 +11,20 @@ from torch.distributions import Distribution
 from pyro_genmodels.utils.distances import in_doubles
 from pyro_genmodels.utils.pareto import MAX_PARETO_K, pareto_k, smooth_log_weights
 
+MAX_ROUNDING = 1e-9
+"""Largest difference of two doubles, relative to them, that is put down to rounding."""
+
 
 def check_num_samples(num_samples: int, *, by: str, least: int = 2) -> None:
     """Raise a ValueError if there are too few samples for a standard error."""
     if num_samples < least:
         raise ValueError(f"{by} wants at least {least} samples for a standard error, but found num_samples={num_samples}.")
+
+
+def differ_by_rounding(log_p: Tensor, log_q: Tensor) -> bool:
+    """Return True for log densities that differ by rounding alone, whose differences have levels but no tail."""
+    rounding = torch.finfo(log_p.dtype).eps ** 0.6 * (1 + log_p.detach().abs().max())
+    return bool(((log_p - log_q).detach().abs() <= rounding).all())
 
 
 def mean_of(*strata: Tensor, bounded: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,6 +57,19 @@ def mean_of(*strata: Tensor, bounded: bool = False) -> tuple[Tensor, Tensor, Ten
     value = smooth + torch.where(infinite, 0.0, value - value.detach())
     variance = sum(part.var(0) / len(part) for part in parts) / len(parts) ** 2
     return value, variance.masked_fill(infinite, 0.0), k
+
+
+def tail_of_sums(*parts: Tensor) -> Tensor:
+    """Return k-hat, (), of a sum of the means of what the samples of each set contribute: the largest one of both sets.
+
+    Args:
+        parts: contributions of the samples of each set, (n,) and (m,). Those that are equal to rounding have no tail.
+    """
+    k = torch.full_like(parts[0][0], -torch.inf)
+    for part in (part.detach() for part in parts):
+        unit = MAX_ROUNDING * part.abs().max().clamp(min=torch.finfo(part.dtype).tiny / MAX_ROUNDING)
+        k = torch.fmax(k, mean_of(((part - part.mean()) / unit).round())[2])
+    return k
 
 
 def score_function(terms: Tensor, log_p: Tensor, p: Distribution) -> Tensor | float:

@@ -14,7 +14,7 @@ Villani, *Optimal Transport* (2009); del Barrio and Loubes (arXiv 1705.01299); F
 
 from __future__ import annotations
 
-__all__ = ["wasserstein"]
+__all__ = ["CURE", "sorted_potentials", "wasserstein"]
 
 import warnings
 from collections.abc import Callable
@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_genmodels.divergences.divergence import Divergence
+from pyro_genmodels.divergences.divergence import Divergence, warn_unless_reliable
+from pyro_genmodels.divergences.means import tail_of_sums
 from pyro_genmodels.divergences.samples import Samples, as_matrices, centred
 from pyro_genmodels.utils.distances import distances
 from pyro_genmodels.utils.errors import import_extra
@@ -39,6 +40,8 @@ _LOOSE_TOLERANCE = 0.02  # the same, if the steps have come to their largest num
 _ROUNDING = 1e-12  # relative error of the masses beyond which no step is to be trusted
 
 Potentials = tuple[Tensor, Tensor]
+CURE = "a smaller order p, mmd with a kernel of bounded values such as GaussianKernel(), or logarithms of the samples"
+"""What to use in place of a distance that few samples decide."""
 
 
 def wasserstein(x: Samples, y: Samples, *, p: float = 2.0, regularization: float | None = None) -> Divergence:
@@ -62,7 +65,8 @@ def wasserstein(x: Samples, y: Samples, *, p: float = 2.0, regularization: float
         with respect to x and y, which are zero at zero distance. The error covers the randomness of the samples, by the central
         limit theorem for the dual potentials and the delta method for the root. It does not cover the bias, and is not valid if
         both sets come from the same distribution. The potentials are solved to rounding with a regularization, and are in the
-        middle of the optimal ones without, so that it is right for close sets too.
+        middle of the optimal ones without, so that it is right for close sets too. The result has k-hat of the potentials; a
+        RuntimeWarning is issued if it is above 0.7, as it is where no mean of the costs exists.
 
     Raises:
         ValueError: for events of different shapes, two devices, fewer than 2 samples, samples with NaN or infinity, an order
@@ -92,7 +96,7 @@ def wasserstein(x: Samples, y: Samples, *, p: float = 2.0, regularization: float
     if regularization is not None:
         cost, potentials = _debiased(x, y, p, regularization / unit**p)
     elif x.shape[1] == 1:
-        cost, potentials = ot.wasserstein_1d(x, y, p=p)[0], _sorted_potentials(x[:, 0].detach(), y[:, 0].detach(), p)
+        cost, potentials = ot.wasserstein_1d(x, y, p=p)[0], sorted_potentials(x[:, 0].detach(), y[:, 0].detach(), p)
     else:
         cost, potentials = _linear_programme(ot, _costs(x, y, p))
     positive = cost.detach() > 0  # the root is not differentiable at zero
@@ -100,7 +104,8 @@ def wasserstein(x: Samples, y: Samples, *, p: float = 2.0, regularization: float
     value = root.pow(1 / p).masked_fill(~positive, 0.0) * unit
     error = sum((part.var() / len(part) for part in potentials), cost.new_zeros(())).sqrt()
     slope = root.detach().pow(1 / p - 1).masked_fill(~positive, 0.0) / p * unit
-    return Divergence(value.to(dtype), (slope * error).to(dtype))
+    found = Divergence(value.to(dtype), (slope * error).to(dtype), tail_of_sums(*potentials).to(dtype), min(len(x), len(y)))
+    return warn_unless_reliable(found, by="wasserstein", cure=CURE)
 
 
 def _costs(x: Tensor, y: Tensor, p: float) -> Tensor:
@@ -113,7 +118,7 @@ def _masses(n: int, costs: Tensor) -> Tensor:
     return torch.full((n,), 1 / n, dtype=costs.dtype, device=costs.device)
 
 
-def _sorted_potentials(x: Tensor, y: Tensor, p: float) -> Potentials:
+def sorted_potentials(x: Tensor, y: Tensor, p: float) -> Potentials:
     """Return dual potentials of sorted samples on a line, (n,) and (m,), summed along the staircase of matched pairs.
 
     If steps in x and y coincide, either can come first. The mean of both solutions is returned, which is a solution too.

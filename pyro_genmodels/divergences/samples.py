@@ -103,8 +103,8 @@ def as_matrices(
     for name, samples, doubles in zip(names, (x, y), (in_doubles(x), in_doubles(y)), strict=True):
         if samples.dtype == torch.int64 and not torch.equal(doubles.long(), samples):
             raise ValueError(
-                f"{by} computes in doubles, but {name} holds integers of magnitude {float(doubles.abs().max()):.1e}, which these "
-                f"round. Subtract an offset from both sets before, such as {name}.min()."
+                f"{by} computes in doubles, but {name} holds integers of magnitude {float(doubles.abs().max()):.1e}, which "
+                f"they round. Subtract an offset from both sets before, such as {name}.min()."
             )
     x, y = (in_doubles(samples.reshape(len(samples), -1)) for samples in (x, y))
     for name, samples in zip(names, (x, y), strict=True):

@@ -142,7 +142,7 @@ def divergence_table(
         warn_caller(
             f"divergence_table: {', '.join(unreliable)} may be infinite: the terms of their means have tails so heavy (a "
             "Pareto k-hat above 0.7) that neither value nor error means anything. Rely on those that are bounded: js, tv, "
-            "squared_hellinger.",
+            "squared_hellinger, mmd.",
         )
     import pandas as pd  # pandas is slow to import
 
@@ -188,7 +188,7 @@ def _add_samples(add: Callable[..., None], x: Tensor, y: Tensor) -> None:
 
 
 def _checked(name: str, divergence: Callable[[Tensor, Tensor], Divergence], x: Tensor, y: Tensor) -> Divergence:
-    """Return a distance between two sets of samples; raise a ValueError if its programme is too large, or it says nothing new."""
+    """Return a distance between two sets of samples; raise a ValueError if it is too large, or says nothing new."""
     if name == "sliced_wasserstein" and x[0].numel() == 1:
         raise ValueError("In one dimension it is the wasserstein distance.")
     if name == "wasserstein" and x[0].numel() > 1 and len(x) * len(y) > _MAX_COSTS:

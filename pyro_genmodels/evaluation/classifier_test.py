@@ -145,6 +145,7 @@ def _warn_of_far_rows(x: Tensor) -> None:
     if (far := (rest > 0) & (x.std(0) > MAX_FAR_EFFECT * rest)).any():
         coordinates = listed(map(str, far.nonzero()[:, 0].tolist()))
         warn_caller(
-            f"c2st: a few far rows of x decide its standard deviation in coordinate {coordinates}, so that the network sees all "
-            "others as nearly one value and the accuracy is too low. Leave them out of both sets by one rule, or compare logarithms or ranks."
+            f"c2st: a few far rows of x decide its standard deviation in coordinate {coordinates}, so that the network sees "
+            "all others as nearly one value and the accuracy is too low. Leave them out of both sets by one rule, or compare "
+            "logarithms or ranks."
         )

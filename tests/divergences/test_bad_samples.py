@@ -107,7 +107,7 @@ def test_a_table_of_samples_with_nan_is_refused(other):
 def test_integers_that_doubles_round_are_refused(figure):
     """The distance of 2**60 + (0, ..., 99) from 2**60 + (50, ..., 149) was 117 instead of 50."""
     x, y = 2**60 + torch.arange(100)[:, None], 2**60 + torch.arange(50, 150)[:, None]
-    with pytest.raises(ValueError, match="computes in doubles, but .* holds integers of magnitude 1.2e.18"):
+    with pytest.raises(ValueError, match=r"computes in doubles, but .* holds integers of magnitude 1.2e.18"):
         FIGURES[figure](x, y)
     assert wasserstein(x - 2**60, y - 2**60).value == 50
     FIGURES[figure](2**58 * torch.arange(20), 2**58 * torch.arange(1, 21))  # which doubles hold

@@ -8,7 +8,7 @@ import torch
 from marks import slow_unless
 
 from pyro_genmodels.divergences import wasserstein
-from pyro_genmodels.divergences.optimal_transport import _sorted_potentials
+from pyro_genmodels.divergences.optimal_transport import sorted_potentials
 
 pytestmark = pytest.mark.usefixtures("float64")
 TEN = torch.zeros(10, 2)
@@ -30,7 +30,7 @@ def test_sorting_is_the_linear_programme_and_its_potentials_prove_it(p, n, m):
     value = wasserstein(x, y, p=p).value
     flat = torch.zeros(n), torch.zeros(m)
     assert abs(value - wasserstein(torch.stack([x, flat[0]], 1), torch.stack([y, flat[1]], 1), p=p).value) < 1e-12
-    u, v = _sorted_potentials(x, y, p)
+    u, v = sorted_potentials(x, y, p)
     slack = (x.sort().values[:, None] - y.sort().values).abs() ** p - u[:, None] - v
     assert abs(u.mean() + v.mean() + slack.min() - value**p) < 1e-12
 
