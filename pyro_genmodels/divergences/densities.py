@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
-__all__ = ["check_densities", "check_events", "common_batch", "log_densities", "log_prob_of"]
+__all__ = [
+    "check_densities",
+    "check_draws",
+    "check_events",
+    "common_batch",
+    "doubled",
+    "log_densities",
+    "log_prob_of",
+    "parts_of",
+]
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import reduce
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
-from torch.distributions import Distribution, Independent
+from torch.distributions import (
+    Distribution,
+    Independent,
+    IndependentTransform,
+    Transform,
+    TransformedDistribution,
+    constraints,
+)
 
-from pyro_genmodels.divergences.measures import measure_of, support_of
-from pyro_genmodels.utils.distributions import density_of, unwrap, without_validation
+from pyro_genmodels.divergences.measures import COUNTS, is_inside, measure_of, support_of
+from pyro_genmodels.utils.distances import in_doubles
+from pyro_genmodels.utils.distributions import (
+    density_of,
+    interior,
+    map_tensors,
+    modules_and_tensors,
+    sum_event,
+    unwrap,
+    without_validation,
+)
+
+MAX_SHARE_AT_END = 1e-3
+"""Largest share of draws that may be rounded to an end of the support."""
 
 
 def check_events(p: Distribution, q: Distribution, *, by: str) -> None:
@@ -60,7 +89,7 @@ def check_densities(p: Distribution, q: Distribution, *, by: str, normalised: bo
                 f"{by} wants two exact densities, but {name} is a {type(side).__name__}, whose density is: {density}. "
                 "Compare samples instead, by c2st or mmd."
             )
-        for part in _parts(side):
+        for part in parts_of(side):
             if problem := _problem(part):
                 raise ValueError(f"{by} wants two normalised densities, but {name} is or holds a {problem}")
         if measure_of(side) is None:
@@ -70,12 +99,12 @@ def check_densities(p: Distribution, q: Distribution, *, by: str, normalised: bo
             )
 
 
-def _parts(fn: Distribution) -> Iterator[Distribution]:
+def parts_of(fn: Distribution) -> Iterator[Distribution]:
     """Yield a distribution and all distributions inside of it."""
     yield fn
     for part in vars(fn).values():
         if isinstance(part, Distribution):
-            yield from _parts(part)
+            yield from parts_of(part)
 
 
 def _problem(part: Distribution) -> str:
@@ -84,6 +113,8 @@ def _problem(part: Distribution) -> str:
         return f"masked {type(part.base_dist).__name__}, whose log_prob is 0 where it is masked. Leave .mask() out."
     if isinstance(part, dist.Empirical):
         return "Empirical, whose log_prob takes one value at a time. Compare its samples, by wasserstein or mmd."
+    if type(part).log_prob is TransformedDistribution.log_prob and not all(map(_has_jacobian, _transforms(part.transforms))):
+        return f"{type(part).__name__} by a transform that is not one to one, without log_prob. Use dist.FoldedDistribution."
     if isinstance(part, dist.ImproperUniform):
         return "ImproperUniform, which has no normalised density. Use a proper distribution, such as a wide Normal."
     if isinstance(part, (dist.Delta, dist.Unit)):
@@ -91,6 +122,20 @@ def _problem(part: Distribution) -> str:
         if bool((torch.as_tensor(log_factor) != 0).any()):
             return f"{type(part).__name__} with a weight: its log_prob at the point is not 0. Leave the weight out."
     return ""
+
+
+def _transforms(transforms: Iterable[Transform]) -> Iterator[Transform]:
+    """Yield transforms, and those that they are made of."""
+    for transform in transforms:
+        yield transform
+        yield from _transforms(getattr(transform, "parts", ()))
+        if isinstance(transform, IndependentTransform):
+            yield from _transforms([transform.base_transform])
+
+
+def _has_jacobian(transform: Transform) -> bool:
+    """Return True if a transform says how it changes volumes."""
+    return transform.bijective or type(transform).log_abs_det_jacobian is not Transform.log_abs_det_jacobian
 
 
 def common_batch(p: Distribution, q: Distribution) -> tuple[Distribution, Distribution]:
@@ -117,25 +162,44 @@ def log_prob_of(fn: Distribution, x: Tensor) -> Tensor:
         return log_prob_of(fn.base_dist, x).flatten(-fn.reinterpreted_batch_ndims).sum(-1)
     if isinstance(fn, torch.distributions.MixtureSameFamily):
         part, x = without_validation(fn.component_distribution), x.unsqueeze(-1 - len(fn.event_shape))
-        inside = log_prob_of(part, x).masked_fill(~support_of(part).check(x), -torch.inf)
+        inside = log_prob_of(part, x).masked_fill(~is_inside(part, x), -torch.inf)
         mixing = fn.mixture_distribution
         weights = _log(mixing.probs) if "probs" in vars(mixing) else mixing.logits.log_softmax(-1)
         return (inside + weights).logsumexp(-1)
     if isinstance(fn, torch.distributions.OneHotCategorical):
-        return log_prob_of(next(part for part in _parts(fn) if part is not fn), x.argmax(-1))
+        return log_prob_of(next(part for part in parts_of(fn) if part is not fn), x.argmax(-1))
+    if isinstance(fn, torch.distributions.Multinomial):
+        part = next(part for part in parts_of(fn) if part is not fn)
+        logs = _log(part.probs) if "probs" in vars(part) else part.logits.log_softmax(-1)
+        ways = torch.lgamma(x.sum(-1) + 1.0) - torch.lgamma(x + 1.0).sum(-1)
+        return ways + _times(x, logs).sum(-1)
     if isinstance(fn, torch.distributions.Bernoulli):
-        if "probs" in vars(fn):
-            return _log(torch.where(x > 0.5, fn.probs, 1 - fn.probs))
-        return torch.nn.functional.logsigmoid(torch.where(x > 0.5, fn.logits, -fn.logits))
+        success, failure = _log_odds(fn)
+        return torch.where(x > 0.5, success, failure)
+    if isinstance(fn, torch.distributions.NegativeBinomial):
+        n, (success, failure) = fn.total_count, _log_odds(fn)
+        ways = torch.lgamma(n + x) - torch.lgamma(x + 1.0) - torch.lgamma(n)
+        return torch.where(n + x == 0, 0.0, ways) + _times(n, failure) + _times(x, success)
     if isinstance(fn, torch.distributions.Categorical) and "probs" in vars(fn):
         probs = fn.probs.expand(torch.broadcast_shapes(x.shape, fn.batch_shape) + fn.probs.shape[-1:])
         return _log(probs.gather(-1, x.long().expand(probs.shape[:-1])[..., None])[..., 0])
-    if isinstance(fn, torch.distributions.Binomial) and "probs" in vars(fn):
-        n, p = fn.total_count, fn.probs
+    if isinstance(fn, torch.distributions.Binomial):
+        n, (success, failure) = fn.total_count, _log_odds(fn)
         ways = torch.lgamma(n + 1.0) - torch.lgamma(x + 1.0) - torch.lgamma(n - x + 1.0)
-        parts = (torch.where(count == 0, 0.0, count * _log(share)) for count, share in ((x, p), (n - x, 1 - p)))
-        return ways + sum(parts)
+        return ways + _times(x, success) + _times(n - x, failure)
     return fn.log_prob(x)
+
+
+def _log_odds(fn: Distribution) -> tuple[Tensor, Tensor]:
+    """Return the logs of the probabilities of success and failure, from what the distribution was given."""
+    if "probs" in vars(fn):
+        return _log(fn.probs), _log(1 - fn.probs)
+    return torch.nn.functional.logsigmoid(fn.logits), torch.nn.functional.logsigmoid(-fn.logits)
+
+
+def _times(counts: Tensor, logs: Tensor) -> Tensor:
+    """Return counts times log probabilities, 0 for a count of 0."""
+    return torch.where(counts == 0, 0.0, counts * torch.where(counts == 0, 0.0, logs))
 
 
 def _log(probs: Tensor) -> Tensor:
@@ -144,10 +208,55 @@ def _log(probs: Tensor) -> Tensor:
     return torch.where(impossible, 1.0, probs).log().masked_fill(impossible, -torch.inf)
 
 
-def log_densities(p: Distribution, q: Distribution, num_samples: int, *, by: str) -> tuple[Tensor, Tensor]:
-    """Return the log densities of p and q at samples of p, (num_samples, batch...) each.
+def doubled(fn: Distribution) -> tuple[Distribution, torch.dtype | None]:
+    """Return a distribution with parameters in double precision, with their gradients, and the dtype that they had.
 
-    The samples are reparametrised if p allows it. The log density of q is minus infinity outside of its support.
+    Squares of parameters such as 1e-25 vanish in single precision, and so does a divergence of order d^2 of two distributions
+    that differ by d. Distributions with networks, or of other libraries than torch and Pyro, may hold numbers elsewhere: they
+    stay as they are, and the dtype is None.
+    """
+    modules, tensors = modules_and_tensors(fn)
+    kinds = [*parts_of(fn), *(transform for part in parts_of(fn) for transform in _transforms(getattr(part, "transforms", ())))]
+    if modules or any(type(kind).__module__.partition(".")[0] not in ("torch", "pyro") for kind in kinds):
+        return fn, None
+    dtypes = [tensor.dtype for tensor in tensors if tensor.is_floating_point()] or [torch.get_default_dtype()]
+    return map_tensors(fn, lambda t: in_doubles(t) if t.is_floating_point() else t), reduce(torch.promote_types, dtypes)
+
+
+def check_draws(p: Distribution, x: Tensor, *, by: str) -> None:
+    """Raise a ValueError if many draws of a continuous distribution were rounded to an end of its support.
+
+    There the density is not that of what was drawn: half of the draws of a Gamma of concentration 0.001 are below the smallest
+    double.
+
+    Args:
+        p: distribution.
+        x: draws of it, (num_samples, batch..., event...).
+        by: name of the calling function, for error messages.
+    """
+    support = support_of(p)
+    if measure_of(p) == COUNTS or not x.is_floating_point():
+        return
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if isinstance(support, type(constraints.simplex)):
+        at_end = x.sort(-1).values.diff(dim=-1) == 0  # the smallest coordinates are cut before they are divided by their sum
+    else:
+        low, high = (interior(torch.full_like(x[:1], end), support) for end in (-torch.inf, torch.inf))
+        at_end = (x <= low) | (x >= high)
+    share = (sum_event(at_end.float(), len(p.event_shape)) > 0).float().mean(0).max()
+    if share > MAX_SHARE_AT_END:
+        raise ValueError(
+            f"{by} wants draws inside the support, but {float(share):.1%} of those of {type(unwrap(p)).__name__} are rounded "
+            f"to its end by {x.dtype}, where the density is another one. Use larger concentrations, or compare samples by mmd."
+        )
+
+
+def log_densities(p: Distribution, q: Distribution, num_samples: int, *, by: str) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Return the log densities of p and q at samples of p, (num_samples, batch...) each, and the dtype of a result.
+
+    They are computed in doubles if p and q can be. The samples are reparametrised if p allows it. The log density of q is minus
+    infinity outside of its support.
 
     Args:
         p: distribution that is sampled from.
@@ -156,18 +265,20 @@ def log_densities(p: Distribution, q: Distribution, num_samples: int, *, by: str
         by: name of the calling function, for error messages.
 
     Raises:
-        ValueError: if a log density is NaN.
+        ValueError: if a log density is NaN, or many samples are rounded to an end of the support of p.
 
     Example:
         >>> from torch.distributions import Uniform
         >>> log_densities(Uniform(0.0, 1.0), Uniform(2.0, 3.0), 2, by="mine")
-        (tensor([0., 0.]), tensor([-inf, -inf]))
+        (tensor([0., 0.], dtype=torch.float64), tensor([-inf, -inf], dtype=torch.float64), torch.float32)
     """
+    (p, dtype_p), (q, dtype_q) = doubled(p), doubled(q)
     x = p.rsample((num_samples,)) if p.has_rsample else p.sample((num_samples,))
     with torch.no_grad():
         valid = q.sample((num_samples,))  # replaces points outside the support
+    check_draws(p, x.detach(), by=by)
     y = x.to(valid.dtype)
-    inside = support_of(q).check(y)
+    inside = is_inside(q, y)
     event = inside[(...,) + (None,) * len(q.event_shape)]
     log_p = log_prob_of(p, x)
     log_q = log_prob_of(q, torch.where(event, y, valid)).masked_fill(~inside, -torch.inf)
@@ -177,4 +288,4 @@ def log_densities(p: Distribution, q: Distribution, num_samples: int, *, by: str
                 f"{by} wants densities, but log_prob of {type(unwrap(side)).__name__} is NaN at {num_nan} of the "
                 f"{log_density.numel()} samples of {type(unwrap(p)).__name__}. Check its parameters."
             )
-    return log_p, log_q
+    return log_p, log_q, torch.promote_types(dtype_p or log_p.dtype, dtype_q or log_q.dtype)

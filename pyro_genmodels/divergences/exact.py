@@ -18,25 +18,28 @@ from __future__ import annotations
 
 __all__ = ["in_closed_form"]
 
-from functools import reduce
-
 import torch
 from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import (
+    ContinuousBernoulli,
     Distribution,
+    HalfCauchy,
+    HalfNormal,
     Independent,
     LowRankMultivariateNormal,
     MultivariateNormal,
     Normal,
+    Poisson,
+    TransformedDistribution,
+    Uniform,
     kl_divergence,
 )
 
 from pyro_genmodels.divergences.convex import ConvexFunction, KullbackLeibler
-from pyro_genmodels.divergences.densities import common_batch, log_prob_of
-from pyro_genmodels.divergences.measures import are_singular, support_of
-from pyro_genmodels.utils.distances import in_doubles
-from pyro_genmodels.utils.distributions import map_tensors, modules_and_tensors, sum_event, unwrap, without_validation
+from pyro_genmodels.divergences.densities import common_batch, doubled, log_prob_of, parts_of
+from pyro_genmodels.divergences.measures import are_singular, is_inside
+from pyro_genmodels.utils.distributions import modules_and_tensors, sum_event, unwrap, without_validation
 
 
 def in_closed_form(p: Distribution, q: Distribution, f: ConvexFunction, *, by: str) -> tuple[Tensor, str] | None:
@@ -59,26 +62,17 @@ def in_closed_form(p: Distribution, q: Distribution, f: ConvexFunction, *, by: s
         >>> in_closed_form(dist.Normal(0.0, 1.0), dist.Normal(1.0, 2.0), NeymanChiSquared(), by="mine")
         (tensor(inf), 'closed form')
     """
-    (p, dtype_p), (q, dtype_q) = _doubled(p), _doubled(q)
+    (p, dtype_p), (q, dtype_q) = doubled(p), doubled(q)
     known = _known(p, q, f)
     if known is not None and (num_nan := int(known[0].detach().isnan().sum())):
         raise ValueError(
             f"{by} wants densities, but {num_nan} of {known[0].numel()} divergences of {type(unwrap(p)).__name__} and "
             f"{type(unwrap(q)).__name__} are NaN. Check the parameters of both."
         )
-    return None if known is None else (known[0].to(torch.promote_types(dtype_p, dtype_q)), known[1])
-
-
-def _doubled(fn: Distribution) -> tuple[Distribution, torch.dtype]:
-    """Return a distribution with parameters in double precision, unless there are networks, and their dtype before.
-
-    A divergence of two distributions that differ by d is of order d^2, and lost in the rounding of single precision.
-    """
-    modules, tensors = modules_and_tensors(fn)
-    dtypes = [tensor.dtype for tensor in tensors if tensor.is_floating_point()] or [torch.get_default_dtype()]
-    if not modules:
-        fn = map_tensors(fn, lambda t: in_doubles(t) if t.is_floating_point() else t)
-    return fn, reduce(torch.promote_types, dtypes)
+    if known is None:
+        return None
+    value, source = known
+    return value.to(torch.promote_types(dtype_p or value.dtype, dtype_q or value.dtype)), source
 
 
 def _known(p: Distribution, q: Distribution, f: ConvexFunction) -> tuple[Tensor, str] | None:
@@ -91,7 +85,7 @@ def _known(p: Distribution, q: Distribution, f: ConvexFunction) -> tuple[Tensor,
     for one, other, limit, sign in ((p, q, f.at_zero, -1), (q, p, f.slope_at_infinity, 1)):
         if isinstance(unwrap(one), Delta):
             v = one.sample()
-            log_mass = log_prob_of(without_validation(other), v).masked_fill(~support_of(other).check(v), -torch.inf)
+            log_mass = log_prob_of(without_validation(other), v).masked_fill(~is_inside(other, v), -torch.inf)
             mass = log_mass.exp()
             rest = torch.where(mass == 1, 0.0, (1 - mass) * limit)
             return (1 + mass) / 2 * f.mean_term(sign * log_mass) + rest, "closed form"
@@ -104,19 +98,26 @@ def _known(p: Distribution, q: Distribution, f: ConvexFunction) -> tuple[Tensor,
 
 
 def _finite_sum(p: Distribution, q: Distribution, f: ConvexFunction) -> Tensor | None:
-    """Return the sum over the common support of two discrete distributions of numbers, (batch...); None if it is not finite."""
+    """Return the sum over the outcomes of two discrete distributions of numbers, (batch...); None if it is not finite."""
     if p.event_shape or not (p.has_enumerate_support and q.has_enumerate_support):
         return None
     try:
         x, y = p.enumerate_support(expand=False), q.enumerate_support(expand=False)
     except NotImplementedError:  # the supports differ within a batch
         return None
-    if len(x) != len(y) or not torch.equal(x.flatten().double(), y.flatten().double()):
+    if x.numel() != len(x) or y.numel() != len(y):
         return None
-    log_p, log_q = (log - log.logsumexp(0) for log in (log_prob_of(p, x), log_prob_of(q, y)))  # to the last digit
+    outcomes = torch.cat([x.flatten().double(), y.flatten().double()]).unique()
+    logs = []
+    for side, values in ((p, x), (q, y)):
+        log = log_prob_of(side, values)
+        log = log - log.logsumexp(0)  # to the last digit
+        places = torch.searchsorted(outcomes, values.flatten().double())
+        logs.append(log.new_full((len(outcomes), *log.shape[1:]), -torch.inf).index_copy(0, places, log))
+    log_p, log_q = logs
     possible = (log_p > -torch.inf) | (log_q > -torch.inf)
     weight = (log_p.exp() + log_q.exp()) / 2
-    terms = f.mean_term(torch.where(possible, log_p - log_q, 0.0))
+    terms = f.mean_term(torch.where(possible, log_p, 0.0) - torch.where(possible, log_q, 0.0))
     return torch.where(possible, weight * terms, 0.0).sum(0)
 
 
@@ -186,4 +187,25 @@ def _kullback_leibler(p: Distribution, q: Distribution) -> Tensor:
     total = None
     if p.has_enumerate_support and q.has_enumerate_support:
         total = _finite_sum(p, q, KullbackLeibler())
-    return kl_divergence(p, q) if total is None else total
+    if total is not None:
+        return total
+    if isinstance(p, ContinuousBernoulli) and isinstance(q, Uniform):  # torch says infinite
+        return torch.where((q.low <= 0) & (q.high >= 1), (q.high - q.low).log() - p.entropy(), torch.inf)
+    if isinstance(p, Uniform) and isinstance(q, ContinuousBernoulli):  # torch says infinite; log q is linear
+        inside = (p.low >= 0) & (p.high <= 1)
+        middle = torch.where(inside, (p.low + p.high) / 2, 0.5)
+        return torch.where(inside, -(p.high - p.low).log() - q.log_prob(middle), torch.inf)
+    is_nothing = isinstance(p, Poisson) and bool((p.rate == 0).any())  # NaN for torch
+    if is_nothing or any(_folds(part) for side in (p, q) for part in parts_of(side)):
+        raise NotImplementedError
+    return kl_divergence(p, q)
+
+
+def _folds(fn: Distribution) -> bool:
+    """Return True for a transform that is not one to one, whose divergence is not that of the base, as torch has it.
+
+    For half of a distribution that is symmetric about zero it is.
+    """
+    if not isinstance(fn, TransformedDistribution) or isinstance(fn, (HalfCauchy, HalfNormal)):
+        return False
+    return not all(transform.bijective for transform in fn.transforms)

@@ -20,7 +20,7 @@ from pyro_genmodels.divergences.convex import ConvexFunction, JensenShannon, Tot
 from pyro_genmodels.divergences.densities import check_densities, check_events, common_batch, log_densities
 from pyro_genmodels.divergences.divergence import Divergence, warn_unless_reliable
 from pyro_genmodels.divergences.exact import in_closed_form
-from pyro_genmodels.divergences.means import check_num_samples, mean_of, score_function
+from pyro_genmodels.divergences.means import check_num_samples, differ_by_rounding, mean_of, score_function
 from pyro_genmodels.divergences.measures import check_measures
 from pyro_genmodels.utils.distances import in_doubles
 
@@ -73,14 +73,14 @@ def f_divergence(p: Distribution, q: Distribution, f: ConvexFunction, *, num_sam
         return Divergence(known[0], torch.zeros_like(known[0].detach()))
     check_num_samples(num_samples, by="f_divergence", least=4)
     p, q = common_batch(p, q)
-    strata, gradient = [], 0.0
+    strata, gradient, bounded = [], 0.0, True
     for one, other, sign, size in ((p, q, 1, num_samples // 2), (q, p, -1, num_samples - num_samples // 2)):
-        log_one, log_other = log_densities(one, other, size, by="f_divergence")
+        log_one, log_other, dtype = log_densities(one, other, size, by="f_divergence")
         terms = f.mean_term(sign * in_doubles(log_one - log_other))
         strata.append(terms)
+        bounded = bounded and differ_by_rounding(log_one, log_other)
         gradient = gradient + score_function(terms, log_one, one) / 2
-    value, variance, k = mean_of(*strata, bounded=f.bounded)
-    dtype = torch.promote_types(log_one.dtype, log_other.dtype)
+    value, variance, k = mean_of(*strata, bounded=bounded or f.bounded)
     found = Divergence((value + gradient).to(dtype), variance.sqrt().to(dtype), k.to(dtype), num_samples)
     return warn_unless_reliable(found, by="f_divergence")
 

@@ -15,10 +15,10 @@ from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
-from pyro_genmodels.divergences.densities import check_densities, check_events, common_batch
+from pyro_genmodels.divergences.densities import check_densities, check_draws, check_events, common_batch, doubled
 from pyro_genmodels.divergences.divergence import Divergence, warn_unless_reliable
 from pyro_genmodels.divergences.means import check_num_samples, mean_of
-from pyro_genmodels.divergences.measures import COUNTS, measure_of, support_of
+from pyro_genmodels.divergences.measures import COUNTS, is_inside, measure_of
 from pyro_genmodels.utils.distributions import density_of, sum_event
 
 
@@ -55,18 +55,29 @@ def fisher(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Di
             )
     check_densities(p, q, by="fisher", normalised=False)
     p, q = common_batch(p, q)
+    (p64, dtype_p), (q64, dtype_q) = doubled(p), doubled(q)
+    if dtype_p and dtype_q:
+        p, q = p64, q64
     with torch.no_grad():
         x = p.sample((num_samples,))
-        inside = support_of(q).check(x)
+        check_draws(p, x, by="fisher")
+        inside = is_inside(q, x)
         x_valid = x
         if not inside.all():  # samples of q replace points outside of its support
             x_valid = torch.where(inside.reshape(inside.shape + (1,) * len(q.event_shape)), x, q.sample((num_samples,)))
-    difference = score_of(p, x).detach() - score_of(q, x_valid)
+    scores = score_of(p, x).detach(), score_of(q, x_valid)
+    dtype = torch.promote_types(dtype_p, dtype_q) if dtype_p and dtype_q else torch.promote_types(*(s.dtype for s in scores))
+    difference = scores[0] - scores[1]
     squares = sum_event(difference.square(), len(p.event_shape)).masked_fill(~inside, torch.inf)
     if num_nan := int(squares.detach().isnan().sum()):
         raise ValueError(f"fisher wants scores, but {num_nan} of {squares.numel()} are NaN. Check the parameters of p and q.")
     value, variance, k = mean_of(squares)
-    found = Divergence(value.to(squares.dtype), variance.sqrt().to(squares.dtype), k.to(squares.dtype), num_samples)
+    if ((value.to(dtype).isinf() & value.isfinite()) | ((value.to(dtype) == 0) & (value != 0))).any():
+        raise ValueError(
+            f"fisher returns inverse squared units of the data, but {dtype} does not hold {float(value.detach().max()):.1e}. "
+            "Pass parameters in double precision."
+        )
+    found = Divergence(value.to(dtype), variance.sqrt().to(dtype), k.to(dtype), num_samples)
     return warn_unless_reliable(found, by="fisher")
 
 

@@ -18,7 +18,7 @@ from pyro_genmodels.divergences.convex import KullbackLeibler
 from pyro_genmodels.divergences.densities import check_densities, check_events, common_batch, log_densities
 from pyro_genmodels.divergences.divergence import Divergence, warn_unless_reliable
 from pyro_genmodels.divergences.exact import in_closed_form
-from pyro_genmodels.divergences.means import check_num_samples, mean_of, score_function
+from pyro_genmodels.divergences.means import check_num_samples, differ_by_rounding, mean_of, score_function
 from pyro_genmodels.divergences.measures import check_measures
 
 
@@ -56,11 +56,11 @@ def kl(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Diverg
         return Divergence(known[0], torch.zeros_like(known[0].detach()))
     check_num_samples(num_samples, by="kl")
     p, q = common_batch(p, q)
-    log_p, log_q = log_densities(p, q, num_samples, by="kl")
+    log_p, log_q, dtype = log_densities(p, q, num_samples, by="kl")
     terms = log_p - log_q
-    value, variance, k = mean_of(terms)
-    value = value.to(terms.dtype) + score_function(terms, log_p, p)
-    found = Divergence(value, variance.sqrt().to(terms.dtype), k.to(terms.dtype), num_samples)
+    value, variance, k = mean_of(terms, bounded=differ_by_rounding(log_p, log_q))
+    value = value + score_function(terms, log_p, p)
+    found = Divergence(value.to(dtype), variance.sqrt().to(dtype), k.to(dtype), num_samples)
     return warn_unless_reliable(found, by="kl")
 
 

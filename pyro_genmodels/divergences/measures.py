@@ -7,15 +7,17 @@ Distributions with different measures are mutually singular: each has its mass w
 
 from __future__ import annotations
 
-__all__ = ["COUNTS", "are_singular", "check_measures", "measure_of", "support_of"]
+__all__ = ["COUNTS", "are_singular", "check_measures", "is_inside", "measure_of", "support_of"]
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.constraints import corr_matrix, sphere
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
+from torch import Tensor
 from torch.distributions import Distribution, constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_genmodels.utils.distributions import unwrap
+from pyro_genmodels.utils.distributions import is_real, unwrap
 
 COUNTS, VOLUMES = "counts", "volumes"
 MANIFOLDS: dict[type, str] = {
@@ -77,6 +79,37 @@ def support_of(fn: Distribution) -> Constraint:
             f"{type(fn).__name__} has no support, so that points outside of it cannot be recognised. Give it a support."
         )
     return support
+
+
+def is_inside(fn: Distribution, x: Tensor) -> Tensor:
+    """Return if points are in the support, (samples..., batch...), for points (samples..., batch..., event...).
+
+    The support that torch states of a transformed distribution is all that the last transform can return: here the points are
+    mapped back to the base, if transforms are one to one.
+
+    Example:
+        >>> shift = torch.distributions.AffineTransform(5.0, 1.0)
+        >>> fn = dist.TransformedDistribution(dist.Exponential(1.0), [shift])
+        >>> fn.support.check(torch.tensor(4.0)), is_inside(fn, torch.tensor(4.0))
+        (tensor(True), tensor(False))
+    """
+    if isinstance(fn, (ExpandedDistribution, MaskedDistribution)):
+        return is_inside(fn.base_dist, x)
+    if isinstance(fn, torch.distributions.Independent):
+        inside = is_inside(fn.base_dist, x)
+        return inside.flatten(-fn.reinterpreted_batch_ndims).all(-1) if fn.reinterpreted_batch_ndims else inside
+    inside = support_of(fn).check(x)
+    if isinstance(fn, torch.distributions.MixtureSameFamily):
+        return inside & is_inside(fn.component_distribution, x.unsqueeze(-1 - len(fn.event_shape))).any(-1)
+    is_known = isinstance(fn, torch.distributions.TransformedDistribution) and not is_real(support_of(fn.base_dist))
+    if not is_known or not all(transform.bijective for transform in fn.transforms):
+        return inside
+    dims = x.ndim - len(fn.event_shape)
+    for transform in reversed(fn.transforms):
+        possible = transform.codomain.check(x)
+        inside = inside & (possible.flatten(dims).all(-1) if possible.ndim > dims else possible)
+        x = transform.inv(x)
+    return inside & is_inside(fn.base_dist, x)
 
 
 def check_measures(p: Distribution, q: Distribution, *, by: str) -> None:
