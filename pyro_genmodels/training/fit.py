@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_genmodels._pyro import traces
-from pyro_genmodels.training import checkpoints
+from pyro_genmodels.training.rebuild import describe
 
 EXPLOSION = 1e4
 """Ratio of a training loss to the largest that is usual, above which training has exploded."""
@@ -98,7 +98,7 @@ class Fit:
     def record(self) -> dict[str, Any]:
         """Return the entries of a checkpoint's record."""
         return {
-            **checkpoints.describe(self.family),
+            **describe(self.family),
             "best": self.best,
             "history": list(self.history),
             "stopped": self.stopped,

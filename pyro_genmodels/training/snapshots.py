@@ -33,6 +33,7 @@ from torch.optim import Optimizer
 
 from pyro_genmodels.optim.averaging import TrainedWeights
 from pyro_genmodels.training import checkpoints
+from pyro_genmodels.training.rebuild import MAX_RECORD_TENSOR_SIZE, decode_tensor, describe, encode_tensor
 from pyro_genmodels.training.records import is_number
 from pyro_genmodels.utils.errors import listed, one_line, warn_caller
 from pyro_genmodels.utils.files import MAX_BYTES
@@ -213,8 +214,8 @@ def _encode(value: Any, name: str) -> Any:
         return value
     if isinstance(value, Real):
         return int(value) if isinstance(value, Integral) else float(value)
-    if isinstance(value, Tensor) and value.numel() <= checkpoints.MAX_RECORD_TENSOR_SIZE:
-        return checkpoints.encode_tensor(value)
+    if isinstance(value, Tensor) and value.numel() <= MAX_RECORD_TENSOR_SIZE:
+        return encode_tensor(value)
     if isinstance(value, (list, tuple)):
         return [_encode(v, name) for v in value]
     raise TypeError(
@@ -227,7 +228,7 @@ def _decode(value: Any) -> Any:
     """Return the option that `_encode` encoded."""
     if isinstance(value, list):
         return [_decode(v) for v in value]
-    return checkpoints.decode_tensor(value) if isinstance(value, dict) else value
+    return decode_tensor(value) if isinstance(value, dict) else value
 
 
 def _groups(optimiser: Optimizer) -> list[dict[str, Any]]:
@@ -309,9 +310,9 @@ class RunCheckpoint:
         self.data, self.notes = dict(data()), dict(checkpoint.notes)
         groups = [{n: v for n, v in group.items() if n != "params"} for group in _groups(optimiser)]
         own = {name: _encode(value, f"{name}=") for name, value in settings.items()}
-        own |= {"optim": [type(optimiser).__name__, *groups], "fit": checkpoints.describe(fit.family)}
+        own |= {"optim": [type(optimiser).__name__, *groups], "fit": describe(fit.family)}
         begun = datetime.now(UTC).isoformat(timespec="seconds")
-        self.identity = {"id": uuid4().hex, "begun": begun, "settings": own}
+        self.identity: dict[str, Any] = {"id": uuid4().hex, "begun": begun, "settings": own}
         if checkpoint.resume:
             self.restore()
         elif self.run_path.is_file():

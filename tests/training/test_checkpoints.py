@@ -53,7 +53,7 @@ from pyro_genmodels import (
     train,
 )
 from pyro_genmodels.families import NICE, SOSPF
-from pyro_genmodels.training import Checkpoint, Fit, checkpoints, snapshots
+from pyro_genmodels.training import Checkpoint, Fit, checkpoints, rebuild, snapshots
 from pyro_genmodels.utils.allocation import limited
 
 SMALL = MAF(transforms=1, hidden=(4,))
@@ -394,7 +394,7 @@ def test_another_family_is_refused_and_left_as_it_was(other, path):
 
 
 def record_of(family, **changes):
-    record = checkpoints.describe(family)
+    record = rebuild.describe(family)
     return {**record, "arguments": {**record["arguments"], **changes}}
 
 
@@ -466,7 +466,7 @@ OTHERS = [
 @pytest.mark.parametrize("choice", ["randperm", "order", "labelled prior"])
 def test_a_description_changed_at_random_is_built_or_refused_by_the_name_of_the_file(choice, path):
     rng, family = random.Random(0), CHOICES[choice]()
-    original, state = checkpoints.describe(family), family.state_dict()
+    original, state = rebuild.describe(family), family.state_dict()
     refused = 0
     for _ in range(60):
         record = copy.deepcopy(original)
@@ -588,8 +588,8 @@ def test_what_a_family_takes_to_build_is_far_from_the_limits(case):
     state = case.build().state_dict()
     held = sum(t.nbytes for t in state.values())
     with limited(
-        max_bytes=2**16 + checkpoints.REBUILD_BYTES[1] * held // 4,
-        max_operations=50 + checkpoints.REBUILD_OPERATIONS[1] * len(state) // 4,
+        max_bytes=2**16 + rebuild.REBUILD_BYTES[1] * held // 4,
+        max_operations=50 + rebuild.REBUILD_OPERATIONS[1] * len(state) // 4,
     ):
         case.build()
 
@@ -833,7 +833,7 @@ def test_the_file_beside_it_is_for_human_eyes(path):
     flow = trained(small_flow())
     checkpoints.save(path, flow)
     beside = path.with_name("family.json")
-    for text in ('{"format": 99}', "no JSON", json.dumps(checkpoints.describe(VAE((5,))))):
+    for text in ('{"format": 99}', "no JSON", json.dumps(rebuild.describe(VAE((5,))))):
         beside.write_text(text)
         assert same_state(checkpoints.load(path), flow)
     beside.unlink()
