@@ -1,0 +1,143 @@
+"""The arguments of `train`: checks of its options, the data in batches, and a family made ready for them."""
+
+from __future__ import annotations
+
+__all__ = ["check_options", "load_data", "prepare_family", "standardized_unless_refused", "torch_threads"]
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_genmodels._pyro import handlers
+from pyro_genmodels.families.context import VectorContext
+from pyro_genmodels.families.family import Family
+from pyro_genmodels.optim.averaging import moving_average
+from pyro_genmodels.training.batches import Batch, Batches
+from pyro_genmodels.training.snapshots import Checkpoint
+from pyro_genmodels.utils.errors import check_positive_int, listed
+
+STANDARDIZE_ROWS = 10_000
+"""Number of rows of a DataLoader that are validated and set a family's mean and deviation. Of a tensor all rows are used."""
+
+
+def check_options(
+    epochs: Any, batch_size: Any, patience: Any, ema_decay: Any, clip_norm: Any, checkpoint: Any, seed: Any, threads: Any
+) -> None:
+    """Check the options of `train` that are numbers or paths."""
+    check_positive_int("train", epochs=epochs, batch_size=batch_size, patience=patience)
+    if threads is not None:
+        check_positive_int("train", threads=threads)
+    if not (clip_norm is None or (isinstance(clip_norm, Real) and not isinstance(clip_norm, bool) and float(clip_norm) > 0)):
+        raise ValueError(f"train wants a positive number as clip_norm, or None not to clip, but found {clip_norm!r}.")
+    if not (checkpoint is None or isinstance(checkpoint, str | Path | Checkpoint)):
+        raise TypeError(f"train wants a path or a Checkpoint(path) as checkpoint, but found {checkpoint!r}.")
+    if not (seed is None or (isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**32)):
+        raise ValueError(f"train wants an integer from 0 to 2**32 - 1 as seed, or None, but found {seed!r}.")
+    if isinstance(ema_decay, bool):
+        raise ValueError(f"train wants a decay such as 0.999 as ema_decay, None or 'auto', but found {ema_decay!r}.")
+    if not (ema_decay is None or ema_decay == "auto"):
+        moving_average(ema_decay)  # raises an error for a bad decay
+
+
+def load_data(
+    data: Any,
+    context: Any,
+    valid: Any,
+    batch_size: int,
+    seed: int | None,
+    model: Callable[..., Any],
+    modules: list[nn.Module],
+    model_kwargs: Mapping[str, Any] | None,
+) -> tuple[Batches, Batches | None, Tensor | None]:
+    """Return the data and the held-out data in batches, and the numbers of the rows if these are a share of the data.
+
+    Batches are on the device and in the precision of the modules.
+    """
+    like = next((p for m in modules for p in m.parameters()), torch.empty(0))
+    family = _family_of(model)
+    form: Any = {"model_kwargs": model_kwargs}
+    if family is not None:
+        is_own_module = not isinstance(family.context, VectorContext | None)  # which is given contexts in its precision
+        form |= {"family": family.name, "exact": 1 if is_own_module else 2}
+    batches = Batches(data, context, batch_size, like, **form)
+    if valid is None:
+        return batches, None, None
+    if isinstance(valid, Real):
+        if not 0 < float(valid) < 1:
+            raise ValueError(
+                f"train wants held-out rows as valid, or a share of the data between 0 and 1, but found {valid!r}."
+            )
+        return batches.split(float(valid), seed)
+    held_out = Batches(valid, None, max(batch_size, 256), like, **form)
+    if batches.all and held_out.all and (batches.all.names != held_out.all.names):
+        raise ValueError(
+            f"valid holds {listed(held_out.all.names)}, but the data hold {listed(batches.all.names)}. Pass it in the form "
+            "of the data, such as valid=(x, context)."
+        )
+    return batches, held_out, None
+
+
+def prepare_family(model: Callable[..., Any], batches: Batches, held_out: Batches | None) -> None:
+    """Validate the data of a family, and set mean and deviation of data and contexts by those to train on."""
+    family = _family_of(model)
+    if family is None:
+        return
+    rows = batches.head(STANDARDIZE_ROWS)
+    for part in (rows, *([] if held_out is None else [held_out.head(STANDARDIZE_ROWS)])):
+        _check_swapped(family, part)
+        family.validate(part.x)
+        if found := part.nonfinite_rows():  # in the context
+            raise ValueError(f"{family.name} cannot be trained on these data: {found}. Drop or impute these rows first.")
+        with handlers.side_effect_free(family):
+            family.embed(part.context if part.context is None else part.context[:256])
+    family.prepare(rows.x, rows.context)
+
+
+def _check_swapped(family: Family, batch: Batch) -> None:
+    """Raise an error if x has another shape than the family's events, and the context has this shape."""
+    shapes = [tuple(t.shape[1:]) for t in (batch.x, batch.context) if isinstance(t, Tensor)]
+    wanted = tuple(family.event_shape)
+    if len(shapes) == 2 and shapes[0] != wanted == shapes[1]:
+        raise ValueError(
+            f"{family.name} wants events of shape {wanted}, but those of x are {shapes[0]}, and those of the context {wanted}. "
+            "Swap them: (x, context)."
+        )
+
+
+@contextmanager
+def standardized_unless_refused(model: Callable[..., Any]) -> Iterator[None]:
+    """Give a family back its former means and deviations, of data and contexts, if the block raises an error."""
+    family = _family_of(model)
+    buffers = [] if family is None else list(family.named_buffers())
+    own = ("loc", "scale", "standardized")
+    before = {name: buffer.clone() for name, buffer in buffers if name.rpartition(".")[2] in own}
+    try:
+        yield
+    except BaseException:
+        if family is not None:
+            family.load_state_dict(before, strict=False)
+        raise
+
+
+def _family_of(model: Callable[..., Any]) -> Family | None:
+    """Return the family whose model this is, or None."""
+    owner = getattr(model, "__self__", None)
+    return owner if isinstance(owner, Family) else None
+
+
+@contextmanager
+def torch_threads(number: int | None) -> Iterator[None]:
+    """Set torch's number of threads, and the former one at the end; None changes nothing."""
+    before = torch.get_num_threads()
+    try:
+        if number is not None:
+            torch.set_num_threads(number)
+        yield
+    finally:
+        if number is not None:
+            torch.set_num_threads(before)
