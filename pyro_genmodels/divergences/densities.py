@@ -15,6 +15,7 @@ __all__ = [
 
 from collections.abc import Iterable, Iterator
 from functools import reduce
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -113,7 +114,11 @@ def _problem(part: Distribution) -> str:
         return f"masked {type(part.base_dist).__name__}, whose log_prob is 0 where it is masked. Leave .mask() out."
     if isinstance(part, dist.Empirical):
         return "Empirical, whose log_prob takes one value at a time. Compare its samples, by wasserstein or mmd."
-    if type(part).log_prob is TransformedDistribution.log_prob and not all(map(_has_jacobian, _transforms(part.transforms))):
+    if (
+        isinstance(part, TransformedDistribution)
+        and type(part).log_prob is TransformedDistribution.log_prob
+        and not all(map(_has_jacobian, _transforms(part.transforms)))
+    ):
         return f"{type(part).__name__} by a transform that is not one to one, without log_prob. Use dist.FoldedDistribution."
     if isinstance(part, dist.ImproperUniform):
         return "ImproperUniform, which has no normalised density. Use a proper distribution, such as a wide Normal."
@@ -169,8 +174,8 @@ def log_prob_of(fn: Distribution, x: Tensor) -> Tensor:
     if isinstance(fn, torch.distributions.OneHotCategorical):
         return log_prob_of(next(part for part in parts_of(fn) if part is not fn), x.argmax(-1))
     if isinstance(fn, torch.distributions.Multinomial):
-        part = next(part for part in parts_of(fn) if part is not fn)
-        logs = _log(part.probs) if "probs" in vars(part) else part.logits.log_softmax(-1)
+        inner: Any = next(part for part in parts_of(fn) if part is not fn)
+        logs = _log(inner.probs) if "probs" in vars(inner) else inner.logits.log_softmax(-1)
         ways = torch.lgamma(x.sum(-1) + 1.0) - torch.lgamma(x + 1.0).sum(-1)
         return ways + _times(x, logs).sum(-1)
     if isinstance(fn, torch.distributions.Bernoulli):
@@ -190,7 +195,7 @@ def log_prob_of(fn: Distribution, x: Tensor) -> Tensor:
     return fn.log_prob(x)
 
 
-def _log_odds(fn: Distribution) -> tuple[Tensor, Tensor]:
+def _log_odds(fn: Any) -> tuple[Tensor, Tensor]:
     """Return the logs of the probabilities of success and failure, from what the distribution was given."""
     if "probs" in vars(fn):
         return _log(fn.probs), _log(1 - fn.probs)

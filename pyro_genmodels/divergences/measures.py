@@ -101,8 +101,9 @@ def is_inside(fn: Distribution, x: Tensor) -> Tensor:
     inside = support_of(fn).check(x)
     if isinstance(fn, torch.distributions.MixtureSameFamily):
         return inside & is_inside(fn.component_distribution, x.unsqueeze(-1 - len(fn.event_shape))).any(-1)
-    is_known = isinstance(fn, torch.distributions.TransformedDistribution) and not is_real(support_of(fn.base_dist))
-    if not is_known or not all(transform.bijective for transform in fn.transforms):
+    if not isinstance(fn, torch.distributions.TransformedDistribution) or is_real(support_of(fn.base_dist)):
+        return inside
+    if not all(transform.bijective for transform in fn.transforms):
         return inside
     dims = x.ndim - len(fn.event_shape)
     for transform in reversed(fn.transforms):

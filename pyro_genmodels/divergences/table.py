@@ -112,8 +112,7 @@ def divergence_table(
         side if isinstance(side, Distribution) else as_samples(side, name, by="divergence_table")
         for name, side in (("p", p), ("q", q))
     )
-    have_densities = isinstance(p, Distribution) and isinstance(q, Distribution)
-    if have_densities:
+    if isinstance(p, Distribution) and isinstance(q, Distribution):
         check_events(p, q, by="divergence_table")
     rows: dict[str, dict[str, float | bool | str]] = {}
     left_out: dict[str, str] = {}
@@ -135,7 +134,7 @@ def divergence_table(
     with torch.no_grad(), nullcontext() if seed is None else forked_rng(seed):
         _add_densities(add, p, q, num_samples, left_out)
         x, y = (side.sample((set_size,)) if isinstance(side, Distribution) else side for side in (p, q))
-        if not have_densities:
+        if isinstance(p, Tensor) or isinstance(q, Tensor):
             as_matrices(x, y, by="divergence_table", names=("p", "q"))  # raises
         _add_samples(add, x, y)
     if unreliable:
