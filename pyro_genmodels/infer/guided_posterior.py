@@ -32,6 +32,7 @@ from pyro_genmodels.utils.distributions import interior, unwrap
 from pyro_genmodels.utils.errors import check_choice, check_positive_int
 from pyro_genmodels.utils.keywords import signature_of
 from pyro_genmodels.utils.pareto import is_unreliable, pareto_k
+from pyro_genmodels.utils.tensors import as_tensor
 
 
 @dataclass(frozen=True)
@@ -252,8 +253,8 @@ def _check_arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 def inpaint(
     diffusion: TorchDistribution,
-    values: Tensor,
-    known: Tensor,
+    values: Any,
+    known: Any,
     *,
     tolerance: float | None = None,
     **kwargs: Any,
@@ -262,7 +263,7 @@ def inpaint(
 
     Args:
         diffusion: distribution with a denoiser over one event, ``family()`` or ``family(context)``.
-        values: values of the coordinates, (*event_shape). Unknown ones are ignored.
+        values: values of the coordinates, (*event_shape): tensor, numpy array or list. Unknown ones are ignored.
         known: boolean mask of the known coordinates, (*event_shape).
         tolerance: standard deviation with which the known coordinates are observed, in the units of the data. None is 0.02
             standard deviations of the data that the diffusion was standardised by.
@@ -283,6 +284,7 @@ def inpaint(
             f"inpaint wants the distribution of a diffusion over reals, family(), but found a {type(diffusion).__name__}. "
             "For images of integers, fit a Diffusion without levels to x.float(), and round the draws."
         )
+    values, known = as_tensor(values, "inpaint", floats=torch.get_default_dtype()), as_tensor(known, "inpaint")
     if values.shape != diffusion.event_shape or known.shape != diffusion.event_shape or known.dtype != torch.bool:
         raise ValueError(
             f"inpaint wants values and a boolean mask of shape {tuple(diffusion.event_shape)}, but found "
@@ -290,11 +292,13 @@ def inpaint(
         )
     if tolerance is not None and not 0 < tolerance < float("inf"):
         raise ValueError(f"inpaint wants a positive tolerance, or None, but found {tolerance!r}.")
-    deviation = _deviations(diffusion, values)[known] * 0.02 if tolerance is None else tolerance
+    deviation = _deviations(diffusion, values)[known] * 0.02 if tolerance is None else torch.tensor(tolerance).to(values)
 
     def model() -> None:
         x = pyro.sample("x", diffusion)
-        pyro.sample("known", dist.Normal(x[known], deviation).to_event(1), obs=values[known])
+        noise = dist.Normal(torch.zeros_like(deviation), 1.0).expand(x[known].shape).to_event(1)
+        in_deviations = dist.transforms.AffineTransform(x[known], deviation, event_dim=1)  # Normal squares the deviation
+        pyro.sample("known", dist.TransformedDistribution(noise, [in_deviations]), obs=values[known])
 
     return diffusion_posterior(model, **kwargs)
 

@@ -111,6 +111,11 @@ class LossStep:
         self.clip_norm = inf if clip_norm is None else clip_norm
         self.objective, sites, self._unit = _first_run(batches, model, lambda batch: self._look(objective, batch))
         self.distributions, self.parameters = sites.distributions, sites.trainable()
+        if any(p.dtype == torch.float16 for p in self.parameters.values()):  # Adam's 1e-8 is 0 in it
+            raise ValueError(
+                "float16 is not for training, since small gradients vanish in it: call .float() on the model first, and .half() "
+                "afterwards if you like."
+            )
         self.optimiser = make_optimizer(optim, list(self.parameters.values()))
         self.excluded = getattr(self.objective, "own_parameters", ())
         self.extra_modules: list[nn.Module] = []

@@ -1,5 +1,7 @@
 """Likelihoods of draws without a density, through Gaussian noise: closed forms, tightness, what is read and what is refused."""
 
+from math import log
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -177,3 +179,19 @@ def test_integers_are_scored_at_the_middle_of_their_unit():
     options = {"sigma": 1.0, "num_chains": 4, "num_steps": 20, "seed": 0}
     found = gaussian_observation_likelihood(gan, x, **options)
     assert torch.equal(found.values, gaussian_observation_likelihood(reals, x + 0.5, **options).values)
+
+
+@pytest.mark.parametrize(("unit", "dtype"), [(1e-21, torch.float32), (1e21, torch.float32), (1.0, torch.float64)])
+def test_the_unit_and_precision_of_the_data_change_no_observation_likelihood(unit, dtype):
+    """Squares in single precision were NaN or infinite, and rows in doubles ended in an error of torch."""
+    values = {}
+    for size, kind in ((1.0, torch.float32), (unit, dtype)):
+        torch.manual_seed(0)
+        gan, x = GAN((2,), latent_dim=2), torch.randn(20, 2)
+        gan.standardize(x * size)
+        found = gaussian_observation_likelihood(
+            gan.eval(), (x[:5] * size).to(kind), sigma=0.5 * size, num_steps=20, num_chains=4, seed=1
+        )
+        values[kind, size] = found.values.double() + 2 * log(size)
+    first, second = values.values()
+    torch.testing.assert_close(second, first, rtol=0, atol=1e-3)

@@ -898,3 +898,30 @@ def test_a_bound_of_a_divergence_is_refused_for_outputs_that_are_nan_and_has_a_k
     assert loss.divergence(good, good).reliable
     if isinstance(loss, FGAN):  # whose conjugate is exp(v)
         assert not loss.divergence(good, heavy).reliable
+
+
+@pytest.mark.parametrize(
+    ("size", "message"), [(1e6, "critic sees inputs of size .*e"), (1e-6, "critic sees inputs that deviate by"), (1.0, "")]
+)
+def test_a_critic_that_sees_the_units_of_a_simulator_is_told(size, message):
+    class Simulator(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loc = nn.Parameter(torch.zeros(2))
+
+        def forward(self, x):
+            pyro.module("simulator", self)
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(self.loc * size, size).to_event(1), obs=x)
+
+    def dense():
+        return nn.Sequential(nn.Linear(2, 8), nn.SiLU(), nn.Linear(8, 1))
+
+    x = size * torch.randn(64, 2)
+    Adversarial(Simulator(), nn.Sequential(nn.BatchNorm1d(2), dense()), penalties=()).step(x)
+    pyro.clear_param_store()
+    trainer = Adversarial(Simulator(), dense(), penalties=())
+    if message:
+        with pytest.warns(UserWarning, match=message):
+            trainer.step(x)
+    trainer.step(x)

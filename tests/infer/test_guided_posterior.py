@@ -9,6 +9,7 @@ import warnings
 from dataclasses import replace
 from math import exp, log, pi
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -682,3 +683,17 @@ def test_posterior_draws_lie_inside_of_the_support():
         pyro.sample("y", dist.Normal(x.sum(), 10.0), obs=torch.tensor(1e6))
 
     assert near.check(diffusion_posterior(model, method=TwistedDiffusion(10), num_samples=500).draws).all()
+
+
+@pytest.mark.parametrize("unit", [1e-25, 1e25])
+def test_inpainting_takes_any_unit_and_arrays(unit):
+    """At 1e-25 no particle had a finite likelihood, since the squared deviation vanished."""
+    found = []
+    for size in (1.0, unit):
+        torch.manual_seed(0)
+        diffusion = Diffusion((2,))
+        diffusion.standardize(torch.randn(100, 2) * size)
+        values, known = np.array([size, 0.0]), np.array([True, False])
+        found.append(inpaint(diffusion.eval()(), values, known, method=TwistedDiffusion(10), num_samples=20))
+    assert_close(found[1].draws / unit, found[0].draws, rtol=1e-3, atol=1e-3)
+    assert float(found[1].log_evidence) + log(unit) == pytest.approx(float(found[0].log_evidence), abs=1e-2)

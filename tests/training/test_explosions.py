@@ -271,3 +271,9 @@ def test_numbers_out_of_range_are_refused_with_words_and_right_in_double_precisi
     pyro.clear_param_store()
     history = train(FITS["flow"]().double(), x, epochs=1).history
     assert abs(history[0]["train"] - 2 * np.log(size)) < 10
+
+
+def test_half_precision_is_named_where_it_cannot_be_trained():
+    flow = Flow((2,), transform=MAF(hidden=(4,))).half()
+    with pytest.raises(ValueError, match=r"float16 is not for training.*call \.float\(\)"):
+        train(flow, torch.randn(40, 2, generator=torch.Generator().manual_seed(0)).half(), epochs=2)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-__all__ = ["check_critic_takes", "check_names", "chosen_arguments"]
+__all__ = ["check_critic_takes", "check_names", "chosen_arguments", "warning_of_inputs"]
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from pyro_genmodels.infer.adversarial.pairings import Pairing, RealAndFake
-from pyro_genmodels.utils.errors import listed
+from pyro_genmodels.utils.capture import can_be_read
+from pyro_genmodels.utils.errors import listed, warn_caller
+from pyro_genmodels.utils.inputs import out_of_range
 from pyro_genmodels.utils.keywords import signature_of
 
 
@@ -75,6 +78,32 @@ def check_critic_takes(
             f"({listed(names) or 'none'}), but its forward does not take them: {error}. Name those that it should see, "
             "critic_context=('context',), or critic_context=() for none."
         ) from None
+
+
+@contextmanager
+def warning_of_inputs(critic: nn.Module) -> Iterator[None]:
+    """Warn if the first layer of a critic that runs, on data, is linear and sees inputs far from where networks bend."""
+    layers = [m for m in critic.modules() if next(m.parameters(recurse=False), None) is not None]
+    linear = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    seen: list[tuple[nn.Module, Any]] = []
+    hooks = [m.register_forward_pre_hook(lambda m, args: None if seen else seen.append((m, args))) for m in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not seen or not isinstance(seen[0][0], linear):
+        return
+    layer, (x, *_) = seen[0]
+    if x.is_floating_point() and x.numel() and can_be_read(x):
+        found = out_of_range(x.detach().reshape(-1, x.shape[-1] if isinstance(layer, nn.Linear) else 1))
+        if found:
+            warn_caller(
+                f"Adversarial: the critic sees inputs {found}, but bends where these are about 1, so that it cannot learn. "
+                "Build the model in units of the data's deviation, or let the critic subtract their mean and divide by their "
+                "deviation first.",
+                UserWarning,
+            )
 
 
 def _named_arguments(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from pyro_genmodels._pyro import handlers, traces
 from pyro_genmodels.divergences import Divergence
-from pyro_genmodels.infer.adversarial.context import check_critic_takes, check_names, chosen_arguments
+from pyro_genmodels.infer.adversarial.context import check_critic_takes, check_names, chosen_arguments, warning_of_inputs
 from pyro_genmodels.infer.adversarial.losses import AdversarialLoss, Relativistic
 from pyro_genmodels.infer.adversarial.networks import CRITIC, GENERATOR, TrainedNetworks
 from pyro_genmodels.infer.adversarial.pairings import JointPairing, ObservationsPairing, Pairing, RealAndFake
@@ -227,7 +227,8 @@ class Adversarial:
         with poutine.trace(param_only=True) as capture:
             inputs = self._critic_inputs(args, kwargs)
             check_critic_takes(self.critic, inputs, self.model, args, kwargs)
-            loss = self._model_loss(inputs, args, kwargs)
+            with warning_of_inputs(self.critic):
+                loss = self._model_loss(inputs, args, kwargs)
         own = {id(p) for p in self.critic.parameters()}
         values: dict[str, Any] = {name: site["value"] for name, site in capture.trace.nodes.items()}
         leaves = {name: v.unconstrained() if hasattr(v, "unconstrained") else v for name, v in values.items()}
