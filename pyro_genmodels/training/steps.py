@@ -113,8 +113,8 @@ class LossStep:
         self.distributions, self.parameters = sites.distributions, sites.trainable()
         if any(p.dtype == torch.float16 for p in self.parameters.values()):  # Adam's 1e-8 is 0 in it
             raise ValueError(
-                "float16 is not for training, since small gradients vanish in it: call .float() on the model first, and .half() "
-                "afterwards if you like."
+                "float16 is not for training, since small gradients vanish in it: call .float() on the model first, and "
+                ".half() afterwards if you like."
             )
         self.optimiser = make_optimizer(optim, list(self.parameters.values()))
         self.excluded = getattr(self.objective, "own_parameters", ())
