@@ -30,8 +30,8 @@ def f_divergence(p: Distribution, q: Distribution, f: ConvexFunction, *, num_sam
 
     Closed forms are torch's for KL, reverse KL and Jeffreys, and those of normal distributions for powers: Pearson, Neyman,
     squared Hellinger and `Alpha`. Point masses are exact against anything, and share no mass with a density. The sum is that
-    over two discrete distributions of single numbers with the same finite support. The value has gradients with respect to the
-    parameters of both distributions, through reparametrised samples or, without these, by the score function. It has none
+    over the outcomes of two discrete distributions of single numbers with finite supports. The value has gradients with respect
+    to the parameters of both, through reparametrised samples or, without these, by the score function. It has none
     through the ends of a support that moves with the parameters.
 
     Args:
@@ -49,7 +49,8 @@ def f_divergence(p: Distribution, q: Distribution, f: ConvexFunction, *, num_sam
     Raises:
         TypeError: if f is no `ConvexFunction`.
         ValueError: for different event shapes, fewer than 4 samples, a distribution without an exact, normalised density (such
-            as a masked one), a continuous against a discrete distribution, or a log density that is NaN.
+            as a masked one), a continuous against a discrete distribution, a log density that is NaN, or many draws that are
+            rounded to an end of their support.
 
     Example:
         >>> import pyro.distributions as dist

@@ -41,7 +41,8 @@ def kl(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Diverg
     Raises:
         TypeError: for anything but distributions.
         ValueError: for different event shapes, fewer than 2 samples, a distribution without an exact, normalised density (such
-            as a masked one), a continuous against a discrete distribution, or a log density that is NaN.
+            as a masked one), a continuous against a discrete distribution, a log density that is NaN, or many draws that are
+            rounded to an end of their support.
 
     Example:
         >>> import pyro.distributions as dist
