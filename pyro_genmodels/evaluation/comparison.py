@@ -172,7 +172,7 @@ class Comparison:
         text = self.table.assign(kind=labels).to_string(float_format=lambda v: f"{v:.3f}", na_rep="-")
         text += "\nelpd: summed log-likelihoods, higher is better; nats, bits_per_dim: negative and per datum, lower is better."
         fits = self.log_likelihoods.items()
-        kinds = {fit.kind for _, fit in fits} - {"none"}
+        kinds = {fit.label for _, fit in fits} - {"none"}
         if len(kinds) > 1:
             text += (
                 f"\nkinds differ ({', '.join(sorted(kinds))}): a lower bound underrates its fit, an estimate may overrate it."

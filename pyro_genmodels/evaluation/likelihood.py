@@ -51,6 +51,7 @@ from pyro_genmodels.utils.keywords import (
 )
 from pyro_genmodels.utils.pareto import MAX_PARETO_K, MIN_PARETO_DRAWS, count_unreliable, is_unreliable
 from pyro_genmodels.utils.rng import forked_rng
+from pyro_genmodels.utils.tensors import noting_frames
 
 T = TypeVar("T")
 
@@ -256,7 +257,11 @@ def log_likelihood(
     check_known_keywords("log_likelihood", option_names(log_likelihood), kwargs, model, guide)
     data = row_arguments("log_likelihood", x, args, kwargs, row_dim)
     log_partitions = LogPartitions(num_samples, num_steps, progress=progress)
-    with handlers.side_effect_free(model, guide), fresh_probes():
+    note = (
+        "log_likelihood and train give a model its data frames as tensors: it reads a column by its place, x[:, 0], and not by "
+        "its name."
+    )
+    with noting_frames((x, *args, *kwargs.values()), note), handlers.side_effect_free(model, guide), fresh_probes():
         data, structure = _first_run(model, guide, data, lambda first: structure_of(model, guide, first, log_partitions))
         k = num_samples if structure.is_sampled else 1
         if parallel is None:

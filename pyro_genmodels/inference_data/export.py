@@ -10,6 +10,7 @@ from __future__ import annotations
 __all__ = ["to_arviz"]
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -32,12 +33,19 @@ from pyro_genmodels.utils.keywords import (
     remember_keywords,
 )
 from pyro_genmodels.utils.pareto import pareto_k
+from pyro_genmodels.utils.tensors import noting_frames
 
 if TYPE_CHECKING:
     import arviz
 
 BATCH_SIZE = 100
 """Default of the largest number of draws made in one run."""
+
+FRAMES = (
+    "to_arviz gives a model its data frames as they are, with columns by name. train and log_likelihood give it tensors: for a "
+    "model of tensors pass torch.tensor(frame.to_numpy())."
+)
+"""Note on errors of a model that was given data frames."""
 
 JOINT_DENSITY = (
     "loo_pit(data, y={name!r}): there is one density for all of {dims}, and loo_pit wants one per number. For a coordinate j "
@@ -71,12 +79,14 @@ def to_arviz(
     - ``log_likelihood``: log density of each observed value for each draw, in nats, without any scale; 0 for a masked value. If
       the density is itself a lower bound (`Dequantized`), the variable has the attribute ``kind``. A model without latent
       variables has no such group: its parameters were trained on the data, which the leave-one-out of ArviZ cannot take into
-      account. Use `log_likelihood` instead;
+      account. Use `log_likelihood` instead. If all latent variables are of single rows, as those of a VAE, leaving a row out
+      means nothing, which the attribute ``left_out`` says;
     - ``log_prior``: log density of each latent variable, in nats;
     - ``sample_stats``: for each draw ``log_p``, the joint density of latent variables and data, and (unless the guide is a
       point mass at a continuous variable) ``log_q`` and ``log_weight`` = log_p - log_q, in nats, with the attribute
       ``pareto_k``, k-hat of all weights: above 0.7 they do not correct for the guide. For MCMC also ``diverging``, and if its
-      kernel is in `record_statistics` ``energy``, ``lp``, ``acceptance_rate``, ``step_size`` and ``tree_depth``;
+      kernel is in `record_statistics` of `pyro_genmodels.inference_data`, as in ``MCMC(record_statistics(NUTS(model)), ...)``,
+      ``energy`` (for `az.plot_energy` and `az.bfmi`), ``lp``, ``acceptance_rate``, ``step_size`` and ``tree_depth``;
     - ``observed_data``;
     - ``constant_data``: tensors and arrays among the model's arguments that it does not observe. Those in lists,
       dictionaries and frames are called ``name_0``, ``name_key`` and ``name_column``.
@@ -121,7 +131,8 @@ def to_arviz(
             for the model, fits share parameters, shapes of draws do not agree, or two things have one name in ArviZ.
 
     Warns:
-        UserWarning: naming each group and variable that cannot be computed, and why.
+        UserWarning: naming each group and variable that cannot be computed, and why; also if groups= names ``log_likelihood``
+            and all latent variables are of single rows.
 
     Example:
         >>> from pyro_genmodels import Flow
@@ -139,18 +150,24 @@ def to_arviz(
             guide = None if isinstance(source.guide, Mapping) else source.guide
             check_known_keywords("to_arviz", option_names(to_arviz), source.kwargs, source.model, guide)
     options = _collect_options(num_samples, batch_size, groups, parallel, coords, dims, progress=progress)
+    if "groups" in given_keywords():
+        options = replace(options, named=options.groups)
     if len(sources) > 1:
         check_separate_parameters(sources)
     reports: dict[str, str] = {}
     parts = []
     for source in sources:
         modules = traces.modules_of(source.model, source.guide) if len(sources) > 1 else []
-        with handlers.side_effect_free(source.model, source.guide), params.isolated_param_store(modules):
+        frames = noting_frames((*source.args, *source.kwargs.values()), FRAMES)
+        with frames, handlers.side_effect_free(source.model, source.guide), params.isolated_param_store(modules):
             parts.append(collect(source, reports, options))
     if reports:
         left_out = "; ".join(f"{name} ({why})" for name, why in reports.items())
         warn_caller(f"to_arviz leaves out: {left_out}.", UserWarning)
-    return _inference_data(concatenate_chains(parts), coords or {})
+    joined = concatenate_chains(parts)
+    if joined.no_loo and "log_likelihood" in options.named:
+        warn_caller(f"to_arviz: log_likelihood is not for {joined.no_loo}.", UserWarning)
+    return _inference_data(joined, coords or {})
 
 
 def _collect_options(
@@ -207,5 +224,7 @@ def _left_out(groups: Groups, group: str) -> str:
         return groups.note
     data = groups.variables.get("observed_data", {})
     densities = groups.variables[group] if group == "log_likelihood" else {}
+    no_loo = [groups.no_loo] if densities and groups.no_loo else []
     events = {name: [d for d in data[name][1] if d not in dims] for name, (_, dims) in densities.items() if name in data}
-    return "; ".join(JOINT_DENSITY.format(name=name, dims=", ".join(dims)) for name, dims in events.items() if dims)
+    joint = [JOINT_DENSITY.format(name=name, dims=", ".join(dims)) for name, dims in events.items() if dims]
+    return "; ".join(no_loo + joint)

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from pyro_genmodels._pyro import sites
 from pyro_genmodels.inference_data.arrays import BlockValues, GroupArrays, Variables, same_array, to_numpy
+from pyro_genmodels.inference_data.layout import ModelLayout
 from pyro_genmodels.inference_data.replay import Replay, ReplayBlock
 from pyro_genmodels.inference_data.sources import DrawSource
 from pyro_genmodels.inference_data.undrawn import find_undrawn
@@ -47,12 +48,14 @@ class Groups:
         coords: labels of dimensions.
         kinds: kind of each log-likelihood that is not exact, by variable.
         note: statistics of each draw that cannot be had, and why.
+        no_loo: functions of ArviZ that mean nothing for the log-likelihood, and why.
     """
 
     variables: dict[str, Variables]
     coords: Mapping[str, Any]
     kinds: Mapping[str, str]
     note: str = ""
+    no_loo: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class CollectOptions:
         parallel: True to make the draws of a block in one run; None finds out if the model allows it.
         dims: names of the event dimensions of a variable, by its name.
         progress: True to show progress bars.
+        named: groups that the call names, so that it is said if one is missing.
     """
 
     groups: frozenset[str]
@@ -72,6 +76,7 @@ class CollectOptions:
     parallel: bool | None
     dims: Mapping[str, Sequence[str]]
     progress: bool
+    named: frozenset[str] = frozenset()
 
 
 def concatenate_chains(parts: Sequence[Groups]) -> Groups:
@@ -100,7 +105,7 @@ def concatenate_chains(parts: Sequence[Groups]) -> Groups:
             elif not all(same_array(array, other) for other in others):
                 raise ValueError(f"The fits do not go together: their {group} of {name!r} differ.")
             joined.setdefault(group, {})[name] = (array, dims)
-    return Groups(joined, first.coords, first.kinds, first.note)
+    return Groups(joined, first.coords, first.kinds, first.note, first.no_loo)
 
 
 def collect(source: DrawSource, reports: dict[str, str], options: CollectOptions) -> Groups:
@@ -118,7 +123,9 @@ def collect(source: DrawSource, reports: dict[str, str], options: CollectOptions
     if source.model is None:
         arrays.put_all_draws(source.guide)
         arrays.put_stats(source.stats)
-        return Groups(arrays.by_chain(source.num_chains), {}, {}, source.note)
+        found = arrays.by_chain(source.num_chains)
+        reports |= dict.fromkeys(_missing(options, found, reports), "these draws come without a model: pass it as model=")
+        return Groups(found, {}, {}, source.note)
     replay = Replay(
         source.model,
         source.guide,
@@ -139,7 +146,40 @@ def collect(source: DrawSource, reports: dict[str, str], options: CollectOptions
         _collect_constants(source, replay, arrays)
     elif source.kwargs.get("size") == 1:  # one row for each draw
         arrays.without_plate("data")
-    return Groups(arrays.by_chain(source.num_chains), coords, posterior.densities.kinds, source.note)
+    found = arrays.by_chain(source.num_chains)
+    reports |= {group: _why_missing(group, replay.layout) for group in _missing(options, found, reports)}
+    return Groups(found, coords, posterior.densities.kinds, source.note, _no_loo(replay.layout))
+
+
+def _missing(options: CollectOptions, found: Mapping[str, Variables], reports: Mapping[str, str]) -> list[str]:
+    """Return the groups that the call names, that are missing, and of which nothing has been said yet."""
+    said = {name.partition("[")[0].partition(".")[0] for name in reports}
+    return [group for group in GROUPS if group in options.named and group not in found and group not in said]
+
+
+def _why_missing(group: str, layout: ModelLayout) -> str:
+    """Return why a model has nothing for a group."""
+    if group == "constant_data":
+        return "the model has no arrays as arguments that it does not observe"
+    of_data = group in ("log_likelihood", "observed_data", "posterior_predictive")
+    if of_data and not layout.observed:
+        return "the model observes nothing in this call: give it its data"
+    if not layout.has_latents:
+        cure = ": see pyro_genmodels.log_likelihood" if group == "log_likelihood" else ""
+        return f"the model has no latent variables{cure}"
+    return "the fit has nothing for it"
+
+
+def _no_loo(layout: ModelLayout) -> str:
+    """Return a sentence if all latent variables are of single rows, whose leave-one-out values then mean nothing."""
+    stacks = [layout.sites[name]["cond_indep_stack"] for name in (*layout.latents, *layout.observed)]
+    plates = set.intersection(*({frame.name for frame in stack} for stack in stacks)) if stacks else set()
+    if not (plates and layout.latents and layout.observed):
+        return ""
+    return (
+        f"loo, waic, compare: every latent variable is of one row of {min(plates)!r} and its draws have seen that row, so that "
+        "leaving it out means nothing. Use log_likelihood or compare of pyro_genmodels on held-out rows"
+    )
 
 
 class _Densities:

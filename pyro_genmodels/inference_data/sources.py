@@ -162,8 +162,8 @@ def _as_draws(name: Any, values: Any) -> Tensor:
     """
     if callable(getattr(values, "model", None)) or hasattr(values, "get_samples"):
         raise TypeError(
-            f"A dictionary given to to_arviz holds draws by name, (chain, draw, ...), but {name!r} is a {type(values).__name__}."
-            " Call to_arviz for each fit; several fits of one model, as chains, go in a list."
+            f"A dictionary given to to_arviz holds draws by name, (chain, draw, ...), but {name!r} is a "
+            f"{type(values).__name__}. Call to_arviz for each fit; several fits of one model, as chains, go in a list."
         )
     return as_tensor(values, f"to_arviz, for draws of {name!r},")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["as_tensor"]
+__all__ = ["as_tensor", "noting_frames"]
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any
 
@@ -102,3 +104,23 @@ def _check_column(owner: str, name: Any, column: np.ndarray) -> None:
     raise TypeError(
         f"{owner} wants numbers, but the column {name!r} holds {type(found).__name__}. Drop it, or encode it as numbers."
     )
+
+
+@contextmanager
+def noting_frames(arguments: Iterable[Any], note: str) -> Iterator[None]:
+    """Add a note to an error inside the context, if there is a data frame among some arguments.
+
+    Example:
+        >>> import pandas
+        >>> with noting_frames([pandas.DataFrame({"a": [1.0]})], "The model is given frames as tensors."):
+        ...     raise KeyError("a")
+        Traceback (most recent call last):
+        KeyError: 'a'
+        The model is given frames as tensors.
+    """
+    try:
+        yield
+    except Exception as error:
+        if any(hasattr(value, "columns") and hasattr(value, "to_numpy") for value in arguments):
+            error.add_note(note)
+        raise

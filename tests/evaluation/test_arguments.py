@@ -13,7 +13,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim import Adam
 
-from pyro_genmodels import MAF, Flow, Labels, compare, log_likelihood
+from pyro_genmodels import MAF, Flow, Labels, compare, log_likelihood, to_arviz
 from pyro_genmodels.evaluation import conservative_log_likelihood, has_likelihood
 from pyro_genmodels.evaluation.arguments import RowArguments, row_arguments
 
@@ -321,3 +321,28 @@ def test_lists_of_other_things_reach_the_model_as_they_are(settings):
     given = row_arguments("f", torch.zeros(3), (settings,), {"settings": settings})
     assert given.args[1] is settings
     assert given.kwargs["settings"] is settings
+
+
+def test_an_error_of_a_model_that_is_given_a_frame_says_how():
+    """Evaluation gives tensors, and to_arviz frames."""
+    frame = pd.DataFrame({"a": [0.5, 1.0, 2.0]}, dtype="float32")
+
+    def model_of(column):
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("a", dist.Normal(z, 1.0), obs=torch.as_tensor(column(x)))
+
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(0.0, 1.0))
+
+        return model, guide
+
+    by_name, by_place = model_of(lambda x: x["a"].to_numpy(copy=True)), model_of(lambda x: x[:, 0])
+    with pytest.raises(Exception, match="give a model its data frames as tensors: it reads a column by its place"):
+        log_likelihood(by_name, frame)
+    with pytest.raises(Exception, match=r"gives a model its data frames as they are.*pass torch.tensor\(frame.to_numpy\(\)\)"):
+        to_arviz(by_place, frame, num_samples=3)
+    assert log_likelihood(by_place, frame, num_samples=3).values.shape == (3,)
+    assert to_arviz(by_name, frame, num_samples=3).log_likelihood["a"].shape == (1, 3, 3)

@@ -30,7 +30,7 @@ from readings import (
 )
 from torch.distributions import constraints
 
-from pyro_genmodels import Autoregressive, CategoricalLikelihood, Dequantized, Flow, to_arviz
+from pyro_genmodels import VAE, Autoregressive, CategoricalLikelihood, Dequantized, Flow, to_arviz
 from pyro_genmodels.inference_data.groups import GROUPS
 
 
@@ -763,3 +763,41 @@ def test_a_covariate_that_rounds_to_counts_is_a_constant():
     counts = torch.tensor([1, 0, 2])
     data = to_arviz((model, lambda y, x: pyro.sample("rate", dist.Gamma(1.0, 1.0))), counts, counts + 0.5, num_samples=2)
     assert variables(data, "constant_data") == {"x"}
+
+
+# Groups that are asked for in vain.
+
+
+def test_groups_that_are_named_and_missing_are_said():
+    flow, x = Flow((2,)), torch.randn(3, 2)
+    with pytest.warns(UserWarning, match=r"log_likelihood \(the model has no latent variables: see pyro_genmodels.log_likel"):
+        assert not groups(to_arviz(flow, x, num_samples=3, groups=["log_likelihood"]))
+    with pytest.warns(UserWarning, match=r"posterior \(the fit has nothing for it\); log_likelihood \(the model observes"):
+        to_arviz(flow, num_samples=3, groups=["posterior", "posterior_predictive", "log_likelihood"])
+
+    def model(y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3):
+            pyro.sample("y", dist.Normal(w, 1.0), obs=y)
+
+    def guide(y=None):
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3):
+            pyro.sample("y", dist.Normal(0.0, 1.0)) if y is None else None
+
+    with pytest.warns(UserWarning, match=r"log_likelihood \(the model observes nothing in this call: give it its data\)"):
+        to_arviz((model, guide), num_samples=3, groups=["posterior", "log_likelihood"])
+    with pytest.warns(UserWarning, match=r"prior \(these draws come without a model: pass it as model=\)"):
+        to_arviz({"w": torch.zeros(1, 3)}, groups=["posterior", "prior"])
+    data = to_arviz((model, guide), torch.zeros(3), num_samples=3, groups=["log_likelihood"])
+    assert "left_out" not in data.log_likelihood.attrs  # w is shared by the rows
+
+
+def test_a_log_likelihood_of_latents_of_single_rows_says_that_loo_means_nothing():
+    x = torch.randn(3, 2)
+    assert (
+        "loo, waic, compare: every latent variable is of one row of 'data'"
+        in (to_arviz(VAE((2,)), x, num_samples=3).log_likelihood.attrs["left_out"])
+    )
+    with pytest.warns(UserWarning, match="log_likelihood is not for loo, waic, compare: every latent variable is of one row"):
+        to_arviz(VAE((2,)), x, num_samples=3, groups=["log_likelihood"])
