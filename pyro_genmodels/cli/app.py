@@ -95,6 +95,7 @@ Threads = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an older run in the folder.")]
+Overwrite = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar and no messages about files.")]
 CheckpointPath = Annotated[Path, typer.Argument(help="A .safetensors file from `fit` or `compare`.", show_default=False)]
 
@@ -149,7 +150,7 @@ def compare(
         _check_names("family", names or [""], FAMILIES)
         source = _source(data, columns, labels, levels, seed)
         _check_unused([out / "run.json", *_files_of_runs(out, names)], force=force)
-        prepare(out, device, "matplotlib", "safetensors", "h5netcdf", "h5py", "ot")
+        prepare(context, out, device, "matplotlib", "safetensors", "h5netcdf", "h5py", "ot")
         dataset = source.load(_bytes(max_size))
         from pyro_genmodels.cli import recipes, reports
 
@@ -195,7 +196,11 @@ def fit(
         int, typer.Option(min=1, help="Epochs without a better validation loss after which training stops.")
     ] = 25,
     resume: Annotated[
-        Path | None, typer.Option(help="Continue from this checkpoint, with its data and settings. --epochs may be higher.")
+        Path | None,
+        typer.Option(
+            help="Continue from this checkpoint, with its data and settings. --epochs and --patience may change. Its test rows "
+            "are no part of the run, and are read anew."
+        ),
     ] = None,
     threads: Threads = None,
     max_size: MaxSize = MAX_SIZE,
@@ -215,7 +220,8 @@ def fit(
     with report_errors(context):
         if learning_rate is not None and not 0 < learning_rate < float("inf"):
             raise ValueError(f"--learning-rate wants a positive number, but found {learning_rate}")
-        settings: dict[str, Any] = {"batch_size": batch_size, "learning_rate": learning_rate, "patience": patience}
+        settings: dict[str, Any] = {"batch_size": batch_size, "learning_rate": learning_rate}
+        done = 0
         if resume is None:
             _check_names("family", [family], FAMILIES)
             source, path = _source(data, columns, labels, levels, seed), out / family
@@ -230,10 +236,11 @@ def fit(
             if given:
                 options = ", ".join("--" + name.replace("_", "-") for name in given)
                 raise ValueError(f"--resume continues with the settings of the checkpoint: leave {options} out")
-            family, source, settings, path = _saved_run(resume, data)
-            out, saved_epochs = path.parent, settings.pop("epochs")
+            family, source, settings, path, done = _saved_run(resume, data)
+            out, saved_epochs, saved_patience = path.parent, settings.pop("epochs"), settings.pop("patience")
             epochs = epochs if _is_given(context, "epochs") else saved_epochs
-        prepare(out, device, "matplotlib", "safetensors")
+            patience = patience if _is_given(context, "patience") else saved_patience
+        prepare(context, out, device, "matplotlib", "safetensors")
         dataset = source.load(_bytes(max_size))
         import pyro
 
@@ -246,11 +253,17 @@ def fit(
             path,
             device=device,
             epochs=epochs,
+            patience=patience,
             threads=threads,
             progress=not quiet,
             resume=resume is not None,
             **settings,
         )
+        if resume is not None and len(fitted.history) == done:
+            warn(
+                f"nothing was trained: the run already has {done} epochs, and ends at {epochs} or after {patience} without a "
+                "better validation loss. To go on, raise --epochs or --patience."
+            )
         set_threads(threads, fitted.family)
         reports.plot_fits(
             {family: fitted}, dataset, out, conditional=bool(source.labels), seed=source.seed, suffix=f"_{family}"
@@ -282,6 +295,7 @@ def sample(
     device: Device = "cpu",
     threads: Threads = None,
     max_size: MaxSize = MAX_SIZE,
+    force: Overwrite = False,  # noqa: FBT002
     quiet: Quiet = False,  # noqa: FBT002
 ) -> None:
     """Sample from a fitted family.
@@ -303,6 +317,7 @@ def sample(
         from pyro_genmodels.families import Labels
 
         reports.check_rows(out)
+        _check_no_file(out, picture, force=force)
         family, notes = recipes.load_family(checkpoint, device=device, max_bytes=_bytes(max_size))
         set_threads(threads, family)
         if picture is not None:
@@ -322,6 +337,8 @@ def sample(
             raise ValueError(f"{checkpoint} was not fitted with labels: leave --label out")
         samples = recipes.draw(family, num_samples, labels)
         reports.save_rows(out, samples, labels, notes)
+        if coarse := reports.coarse_columns(samples, notes):
+            warn(f"samples are in single precision, seven digits: {coarse}.")
         if picture is not None:
             name = notes.family
             figure = plots.image_grids({name: samples[:100]}) if samples.dim() == 3 else plots.scatters({name: samples})
@@ -366,6 +383,7 @@ def evaluate(
     device: Device = "cpu",
     threads: Threads = None,
     max_size: MaxSize = MAX_SIZE,
+    force: Overwrite = False,  # noqa: FBT002
 ) -> None:
     """Evaluate a fitted family by the log-likelihood of data.
 
@@ -380,6 +398,7 @@ def evaluate(
             _check_names("split", [split], SPLITS)
         if out is not None and out.suffix != ".csv":
             raise ValueError(f"--out wants a .csv file, but found {out}")
+        _check_no_file(out, force=force)
         if data is not None:
             _check_data(data)
         check_modules("safetensors")
@@ -401,6 +420,8 @@ def evaluate(
             table = pd.DataFrame(
                 {"log_likelihood": found.values.cpu(), "std_error": found.std_error.cpu()}, index=rows.numbers.numpy()
             )
+            if found.pareto_k is not None:
+                table["pareto_k"] = found.pareto_k.cpu()
             table.index.name = "row"
             with atomic_write(out) as part:
                 table.sort_index().to_csv(part)
@@ -420,8 +441,6 @@ def _source(data: str | None, columns: str | None, labels: str | None, levels: i
 
     data = data if data in DATA else str(Path(data).resolve())  # a checkpoint finds it from any folder
     return DataSource(data, _split(columns), labels, levels, seed)
-            if found.pareto_k is not None:
-                table["pareto_k"] = found.pareto_k.cpu()
 
 
 def _files_of_runs(out: Path, families: list[str]) -> list[Path]:
@@ -436,6 +455,13 @@ def _check_unused(paths: list[Path], *, force: bool) -> None:
         runs = [path for path in taken if path.name.endswith(".training.safetensors")]
         cure = f", --resume {runs[0].with_name(runs[0].name.replace('.training.', '.'))} to continue it" if runs else ""
         raise ValueError(f"{taken[0]} is of an older run: pass --force to replace it{cure}, or another folder as --out")
+
+
+def _check_no_file(*paths: Path | None, force: bool) -> None:
+    """Raise a ValueError if there is a file that would be overwritten, unless that is wanted."""
+    for path in paths:
+        if path is not None and path.is_file() and not force:
+            raise ValueError(f"{path} exists: pass --force to replace it, or another name")
 
 
 def _bytes(max_size: float) -> int:
@@ -463,8 +489,8 @@ def _check_names(kind: str, names: list[str], known: tuple[str, ...]) -> None:
             raise unknown_name(kind, name, known)
 
 
-def _saved_run(checkpoint: Path, data: str | None) -> tuple[str, DataSource, dict[str, Any], Path]:
-    """Return the family, data source and settings of a run to continue, and its path without suffix."""
+def _saved_run(checkpoint: Path, data: str | None) -> tuple[str, DataSource, dict[str, Any], Path, int]:
+    """Return the family, data source and settings of a run to continue, its path without suffix, and its number of epochs."""
     from dataclasses import replace
 
     from pyro_genmodels.cli.recipes import read_notes
@@ -473,7 +499,8 @@ def _saved_run(checkpoint: Path, data: str | None) -> tuple[str, DataSource, dic
     path = checkpoints.tensors_of(checkpoint)
     path = path.with_name(path.name.removesuffix(".training.safetensors").removesuffix(".safetensors") + ".safetensors")
     run = path.with_name(path.stem + ".training.safetensors")
-    notes = read_notes(checkpoints.read_record(run) if run.is_file() else checkpoints.read(path)[1])
+    record = checkpoints.read_record(run) if run.is_file() else checkpoints.read(path)[1]
+    notes = read_notes(record)
     if notes is None or notes.source is None:
         raise ValueError(
             f"{path} was not written by the command line: continue in Python, by train(..., "
@@ -481,7 +508,7 @@ def _saved_run(checkpoint: Path, data: str | None) -> tuple[str, DataSource, dic
         )
     settings = {name: getattr(notes, name) for name in ("batch_size", "learning_rate", "patience", "epochs")}
     source = notes.source if data is None else replace(notes.source, data=data)
-    return notes.family, source, settings, path.with_suffix("")
+    return notes.family, source, settings, path.with_suffix(""), len(record.get("history", []))
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

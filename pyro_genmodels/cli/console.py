@@ -18,7 +18,7 @@ __all__ = [
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import ceil
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -37,22 +37,32 @@ MAX_MESSAGE = 1000
 """Largest number of characters of a message, which may hold texts from files."""
 
 
-def prepare(out: Path, device: str, *modules: str) -> None:
+def prepare(context: typer.Context, out: Path, device: str, *modules: str) -> None:
     """Make the output folder, and raise an error for anything that would make the command fail after training.
 
     Args:
+        context: the command. Folders that it made and left empty, since it failed, are removed when it ends.
         out: the output folder.
         device: torch device.
         modules: names of modules that the command imports.
     """
     check_modules(*modules)
     check_device(device)
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    context.call_on_close(lambda: _remove_empty(missing))
     try:
         out.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=out):
             pass
     except OSError as error:
         raise OSError(f"cannot write to {out}: {error.strerror}") from error
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders that are empty, the inner ones first."""
+    for folder in folders:
+        with suppress(OSError):  # it holds files, or could not be made
+            folder.rmdir()
 
 
 def check_modules(*modules: str) -> None:
@@ -161,7 +171,7 @@ def describe(found: LogLikelihood, levels: int | None, x: Any, sample_quality: C
             f"- (no likelihood, n={len(x)}); sliced Wasserstein distance of samples "
             f"{quality.sliced_wasserstein:.3f}, baseline {quality.baseline:.3f}; MMD p={quality.test.p_value:.3f}"
         )
-    kind = found.kind if found.kind == "exact" else f"{found.kind}, k={found.num_samples}"
+    kind = found.kind if found.kind == "exact" else f"{found.label}, k={found.num_samples}"
     bits = f"; {found.bits_per_dim(x[0].numel()):.3f} bits per dimension" if levels else ""
     error = f" ± {found.mean_std_error:.3f}" if len(found.values) > 1 else ""
     notes = "".join(f"; {note}" for note in found.notes)
@@ -199,6 +209,9 @@ def print_table(comparison: Comparison, data: Dataset) -> None:
             "Nats per datum, lower is better. The kinds differ: a lower bound understates its family, an estimate (of log Z or "
             "of a trace) may overstate it."
         )
+    for family, found in comparison.log_likelihoods.items():
+        for note in found.notes:
+            console.print(f"{family}: {note}", highlight=False)
 
 
 def _likelihood_cells(row: Any, data: Dataset, digits: int) -> list[str]:
@@ -209,9 +222,6 @@ def _likelihood_cells(row: Any, data: Dataset, digits: int) -> list[str]:
         "exact" if row.kind == "exact" else f"{row.kind} (k={row.num_samples})",
         f"{row.nats:.{digits}f} ± {row.se / len(data.test):.{digits}f}",
         *([f"{row.bits_per_dim:.3f}"] if data.levels else []),
-    for family, found in comparison.log_likelihoods.items():
-        for note in found.notes:
-            console.print(f"{family}: {note}", highlight=False)
         f"{row.elpd_diff:.0f} ± {row.dse:.0f}",
         f"{row.weight:.2f}",
     ]

@@ -5,7 +5,7 @@ A file is written completely or not at all.
 
 from __future__ import annotations
 
-__all__ = ["check_picture", "check_rows", "plot_fits", "save_figure", "save_rows", "write"]
+__all__ = ["check_picture", "check_rows", "coarse_columns", "plot_fits", "save_figure", "save_rows", "write"]
 
 import json
 import platform
@@ -29,7 +29,7 @@ from pyro_genmodels.evaluation import Comparison, LogLikelihood, compare, plots
 from pyro_genmodels.families import EnergyModel, Family
 from pyro_genmodels.inference_data import to_arviz
 from pyro_genmodels.training import Fit
-from pyro_genmodels.utils.errors import import_extra, unknown_name
+from pyro_genmodels.utils.errors import import_extra, listed, unknown_name
 from pyro_genmodels.utils.files import atomic_write
 
 FRAMES = 6
@@ -80,6 +80,17 @@ def save_rows(path: Path, x: Tensor, labels: Tensor | None, notes: Notes) -> Non
                 table.to_csv(part, index=False, header=not all(str(name).isdecimal() for name in table.columns))
             else:
                 table.to_parquet(part, index=False)
+
+
+def coarse_columns(x: Tensor, notes: Notes) -> str:
+    """Return which columns of samples hold numbers so large that their precision has no fractions, and its steps; or ""."""
+    if x.dtype != torch.float32:
+        return ""
+    largest = x.abs().reshape(len(x), -1).amax(0)
+    steps = (torch.nextafter(largest, largest.new_tensor(torch.inf)) - largest).tolist()
+    names = notes.columns if notes.columns and len(notes.columns) == len(steps) else [f"x{i}" for i in range(len(steps))]
+    found = [f"those of {name} are {step:g} apart" for name, step in zip(names, steps, strict=True) if step > 1]
+    return listed(found) if found else ""
 
 
 # Plots.

@@ -17,6 +17,8 @@ from pyro_genmodels.datasets.tables import Table, read_table
 from pyro_genmodels.utils.errors import ArgumentError, listed, unknown_name, warn_caller
 from pyro_genmodels.utils.files import MAX_BYTES
 
+MAX_LEVEL = 255
+"""Largest integer that is a level, unless the number of levels is given."""
 MIN_ROWS = 10
 """Smallest number of rows that can be split 8 : 1 : 1."""
 MAX_ROUNDING = 1e-3
@@ -49,8 +51,9 @@ def load(
         minutes apart), or as int64 if it has levels.
 
     Warns:
-        UserWarning: if levels are not given and coordinates that become real numbers hold whole numbers alone, or one value in
-            more than a twentieth of the rows. A density of real numbers is unbounded on them.
+        UserWarning: if all labels are one; if levels are not given, or are 0 because of other columns with integers beyond 255,
+            and coordinates that become real numbers hold whole numbers alone, or one value in more than a twentieth of the
+            rows. A density of real numbers is unbounded on them.
 
     Raises:
         OSError: if the file cannot be read.
@@ -77,13 +80,10 @@ def load(
     classes = None if y is None else int(y.max()) + 1
     if len(x) < MIN_ROWS:
         raise ValueError(f"{path}: found {len(x)} rows, but the split 8 : 1 : 1 needs at least {MIN_ROWS}.")
-    if y is not None and y.min() > 0:
-        low = int(y.min())
-        raise ValueError(f"{path}: the labels run from {low} to {int(y.max())}, but must start at 0. Subtract {low}.")
-    if classes is not None and classes > len(x):
-        raise ValueError(f"{path}: the labels run to {classes - 1}, but there are {len(x)} rows. Use classes 0, 1, 2, ...")
+    if y is not None:
+        _check_classes(path, str(labels), y)
     if not found_levels:
-        _check_reals(path, table, sure=levels == 0)
+        _check_reals(path, table, meant=levels == 0)
     order, tenth = torch.from_numpy(np.random.default_rng(seed).permutation(len(x))), len(x) // 10
     sizes = [len(x) - 2 * tenth, tenth, tenth]
     parts = *x[order].split(sizes), *((None, None, None) if y is None else y[order].split(sizes))
@@ -158,13 +158,34 @@ def _loses_digits(x: np.ndarray, rounded: np.ndarray) -> bool:
     return bool((np.abs(rounded - x).max(0) > MAX_ROUNDING * (x.max(0) - x.min(0))).any())
 
 
-def _check_reals(path: Path, table: Table, *, sure: bool) -> None:
+def _check_classes(path: Path, name: str, y: Tensor) -> None:
+    """Check that labels (N,) are classes 0, 1, 2, ..., and warn if all are of one class."""
+    found, low, high = len(y.unique()), int(y.min()), int(y.max())
+    if found > len(y) / 2 and high > len(y):
+        raise ValueError(
+            f"{path}: {listed([name])} is no column of classes: {len(y)} rows hold {found} different values, up to {high}. "
+            "Labels are 0, 1, 2, ..., each in many rows."
+        )
+    if low > 0:
+        raise ValueError(f"{path}: the labels run from {low} to {high}, but must start at 0. Subtract {low}.")
+    if high >= len(y):
+        raise ValueError(f"{path}: the labels run to {high}, but there are {len(y)} rows. Use classes 0, 1, 2, ...")
+    if found == 1:
+        warn_caller(
+            f"{path}: all rows have one label, {high}, which says nothing about them. Leave the labels out, or choose "
+            "another column.",
+            UserWarning,
+        )
+
+
+def _check_reals(path: Path, table: Table, *, meant: bool) -> None:
     """Check that coordinates suit a density of real numbers.
 
     Args:
         path: path of the file.
         table: the table in it.
-        sure: True not to warn about repeated values and whole numbers.
+        meant: True if real numbers were asked for. Nothing is said then of repeated values and whole numbers, unless they stand
+            beside integers beyond 255, which are read no other way.
     """
     x = table.x.reshape(len(table.x), -1)
     names = table.columns or tuple(f"number {i}" for i in range(x.shape[1]))
@@ -178,13 +199,17 @@ def _check_reals(path: Path, table: Table, *, sure: bool) -> None:
     share = max(len(x) // 20, 2)
     repeated = (ordered[share:] == ordered[:-share]).any(0)
     whole = (x % 1 == 0).all(0) & (before < len(x) / 2)
-    if not sure and (repeated | whole).any():
-        shown = [f"{name} ({n} values)" for name, n, odd in zip(names, before, repeated | whole, strict=True) if odd]
+    odd = repeated | whole
+    if meant:
+        narrow = (ordered[0] >= 0) & (ordered[-1] <= MAX_LEVEL)
+        odd &= narrow & (not narrow.all() and x.dtype.kind != "f")
+    if odd.any():
+        shown = [f"{name} ({n} values)" for name, n, is_odd in zip(names, before, odd, strict=True) if is_odd]
         where = listed(shown) if table.columns else f"{len(shown)} of {len(names)} coordinates"
         warn_caller(
             f"{path}: taken for real numbers, but whole numbers alone, or one value in over a twentieth of the rows: {where}. "
             "A density of real numbers is unbounded on them. Leave them out, condition on one as labels, save whole numbers "
-            "from 0 alone to model them as levels, or give levels=0 if real numbers are meant.",
+            "from 0 alone to model them as levels" + ("." if meant else ", or give levels=0 if real numbers are meant."),
             UserWarning,
         )
 
@@ -196,10 +221,10 @@ def _levels(path: Path, x: np.ndarray) -> int:
     if x.dtype in (np.bool_, np.uint8):
         return 2 if x.dtype == np.bool_ else 256
     low, high = int(x.min()), int(x.max())
-    if low < 0 or high > 255:
+    if low < 0 or high > MAX_LEVEL:
         raise ArgumentError(
-            f"{path}: found integers from {low} to {high}, but levels run from 0 to 255. Give the number of levels, or 0 to "
-            "read the integers as real numbers.",
+            f"{path}: found integers from {low} to {high}, but levels run from 0 to {MAX_LEVEL}. Give the number of levels, "
+            "or 0 to read the integers as real numbers.",
             argument="levels",
             example="0",
         )

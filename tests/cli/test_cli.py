@@ -69,7 +69,10 @@ from pyro_genmodels.families import DDIM, RK4, Contrastive
 from pyro_genmodels.families.family import Family
 from pyro_genmodels.training import Fit, checkpoints, loop
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*Pareto k-hat:RuntimeWarning")  # one epoch trains no wide guide
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*Pareto k-hat:RuntimeWarning"),  # one epoch trains no wide guide
+    pytest.mark.filterwarnings("ignore:.*holds another run:UserWarning"),  # with --force
+]
 
 PNG = b"\x89PNG"
 QUICK = ["compare", "--data", "digits", "--epochs", "1", "--families", "autoregressive"]
@@ -712,7 +715,7 @@ def test_draws_are_those_of_the_family_by_their_seed(flow, tmp_path):
     for seed in (0, 4):
         pyro.set_rng_seed(seed)
         expected = family().sample((30,)).detach().numpy()
-        done("sample", flow, "-n", 30, "--seed", seed, "--out", tmp_path / "draws.npy")
+        done("sample", flow, "-n", 30, "--seed", seed, "--out", tmp_path / "draws.npy", "--force")
         assert np.array_equal(np.load(tmp_path / "draws.npy"), expected)
 
 
@@ -721,7 +724,7 @@ def test_labels_are_drawn_in_turn_or_one(labelled, images, tmp_path):
         tables = {}
         for label in (None, 0, 2):
             args = [] if label is None else ["--label", label]
-            done("sample", checkpoint, "-n", 90, *args, "--out", tmp_path / name)
+            done("sample", checkpoint, "-n", 90, *args, "--out", tmp_path / name, "--force")
             file = tmp_path / name
             tables[label] = pd.read_csv(file) if name.endswith("csv") else pd.DataFrame({"label": np.load(file)["label"]})
         column = tables[None].columns[-1]
@@ -783,18 +786,19 @@ def test_shapes_of_any_kind_are_fitted_and_drawn(tmp_path):
     for shape in ((40,), (40, 1), (40, 2, 3), (40, 2, 2, 2)):
         np.save(tmp_path / "rows.npy", rng.normal(size=shape))
         path = fit(tmp_path / "out", "--data", tmp_path / "rows.npy", "--family", "autoregressive", epochs=1)
-        done("sample", path, "-n", 7, "--out", tmp_path / "draws.npy")
+        done("sample", path, "-n", 7, "--out", tmp_path / "draws.npy", "--force")
         assert np.load(tmp_path / "draws.npy").shape == (7, *shape[1:])
         assert verdict(done("evaluate", path, "--data", tmp_path / "draws.npy"))["n"] == 7
 
 
+@pytest.mark.filterwarnings("ignore:.*one value in many rows")
 def test_levels_are_counted_said_or_taken_for_reals(data, tmp_path):
     for args, levels in (([], 10), (["--levels", 12], 12), (["--levels", 0], None)):
         path = fit(tmp_path, "--data", data / "counts.csv", "--columns", "height,width", *args, epochs=1)
         assert checkpoints.load(path).levels == levels
         said = verdict(done("evaluate", path))
         assert (said["bits"] is None) == (levels is None)
-        done("sample", path, "-n", 50, "--out", tmp_path / "draws.csv")
+        done("sample", path, "-n", 50, "--out", tmp_path / "draws.csv", "--force")
         draws = pd.read_csv(tmp_path / "draws.csv").to_numpy()
         assert (levels is None) == bool((draws % 1).any())
         assert verdict(done("evaluate", path, "--data", tmp_path / "draws.csv"))["n"] == 50
@@ -922,7 +926,6 @@ def test_data_and_checkpoint_may_have_moved(data, tmp_path):
         "--seed=0",
         "--batch-size=5",
         "--learning-rate=1",
-        "--patience=5",
         "--out=elsewhere",
     ],
 )
@@ -941,6 +944,50 @@ def test_other_data_do_not_go_with_resume(flow, data, tmp_path):
     check_refusal(invoke("fit", "--resume", tmp_path / "copy" / "flow", "--data", tmp_path / "fewer.csv"), "128 rows")
     check_refusal(invoke("fit", "--resume", tmp_path / "copy" / "flow", "--data", data / "plane.csv"), "plane.csv", "depth")
     assert (tmp_path / "copy" / "flow.safetensors").read_bytes() == before
+
+
+def test_a_run_that_has_ended_says_so_and_goes_on_with_more_patience(data, tmp_path):
+    args = ["--data", data / "plain.csv", "--learning-rate", 0.1, "--patience", 2, "--family", "autoregressive"]
+    path = fit(tmp_path, *args, epochs=200)
+    epochs = len(checkpoints.read(path)[1]["history"])
+    result = invoke("fit", "--resume", path, "--epochs", 1)
+    assert f"nothing was trained: the run already has {epochs} epochs" in result.stderr
+    result = invoke("fit", "--resume", path, "--epochs", 200, "--patience", 4, "--quiet")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert len(checkpoints.read(path)[1]["history"]) > epochs
+    assert checkpoints.read(path)[1]["notes"]["patience"] == 4
+
+
+def test_a_folder_is_not_taken_for_a_checkpoint(flow):
+    for command in (["fit", "--resume"], ["sample"], ["evaluate"]):
+        check_refusal(invoke(*command, flow.parent), "is a folder", flow)
+
+
+def test_a_command_that_fails_leaves_no_empty_folders(data, tmp_path):
+    pd.DataFrame({"a": ["x"] * 20}).to_csv(tmp_path / "text.csv", index=False)
+    before = sorted(tmp_path.iterdir())
+    for command in ("fit", "compare"):
+        check_refusal(invoke(command, "--data", tmp_path / "text.csv", "--out", tmp_path / "new" / "deep"), "not numeric")
+        assert sorted(tmp_path.iterdir()) == before
+    (tmp_path / "mine").mkdir()
+    check_refusal(invoke("fit", "--data", tmp_path / "text.csv", "--out", tmp_path / "mine"), "not numeric")
+    assert (tmp_path / "mine").is_dir()
+
+
+def test_files_are_replaced_only_by_force(flow, tmp_path):
+    for command, option, name in (("sample", "--out", "s.csv"), ("evaluate", "--out", "v.csv")):
+        (tmp_path / name).write_text("mine")
+        check_refusal(invoke(command, flow, option, tmp_path / name), name, "--force")
+        assert (tmp_path / name).read_text() == "mine"
+        done(command, flow, option, tmp_path / name, "--force")
+        assert (tmp_path / name).read_text() != "mine"
+
+
+def test_steps_of_large_numbers_are_told():
+    notes = recipes.Notes("flow", None, ["date", "price"], None)
+    x = torch.tensor([[1.79e9, 2.5], [1.78e9, -3.0]])
+    assert reports.coarse_columns(x, notes) == "those of date are 128 apart"
+    assert reports.coarse_columns(x.double(), notes) == reports.coarse_columns(x.long(), notes) == ""
 
 
 def test_a_run_that_has_ended_stays_as_it_is(data, tmp_path):
@@ -1356,7 +1403,7 @@ def test_small_families_take_one_thread_unless_another_number_is_said(threads, d
         done("fit", "--data", data / "plane.csv", "--epochs", 1, "--out", tmp_path, *args)
         assert torch.get_num_threads() == (threads or 1)
         torch.set_num_threads(2)
-        done("sample", tmp_path / "flow", "--out", tmp_path / "draws.npy", *args)
+        done("sample", tmp_path / "flow", "--out", tmp_path / "draws.npy", "--force", *args)
         assert torch.get_num_threads() == (threads or 1)
         monkeypatch.setattr(recipes, "SMALL_FAMILY", 10)
         torch.set_num_threads(2)
@@ -1613,8 +1660,8 @@ def test_help_names_the_options_and_has_examples(command, monkeypatch):
     options = {
         "compare": "data families out columns labels levels seed device epochs force quiet",
         "fit": "data family out columns labels levels seed device epochs batch-size learning-rate patience resume force quiet",
-        "sample": "out num-samples label picture seed device quiet",
-        "evaluate": "data split columns labels num-samples out seed device",
+        "sample": "out num-samples label picture seed device force quiet",
+        "evaluate": "data split columns labels num-samples out seed device force",
     }
     assert {f"--{option}" for option in options[command].split()} | {"--help", "--threads", "--max-size"} == known
 

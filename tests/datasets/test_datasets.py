@@ -345,6 +345,31 @@ def test_labels_beyond_the_number_of_rows_are_refused(tmp_path):
         load(save(tmp_path / "x.npz", x=LINE, y=np.where(LINE > 0, LINE + 1, 0)), labels="y")
 
 
+def test_a_column_of_numbers_is_not_taken_for_labels(tmp_path):
+    path = save(tmp_path / "x.npz", x=LINE, date=1_700_000_000 + 86_400 * np.arange(len(LINE)))
+    with pytest.raises(ValueError, match="date is no column of classes: 20 rows hold 20 different values, up to 1701641600"):
+        load(path, labels="date")
+
+
+def test_labels_of_one_class_are_warned_of(tmp_path):
+    path = save(tmp_path / "x.npz", x=LINE, y=np.zeros(len(LINE), int))
+    with pytest.warns(UserWarning, match="all rows have one label, 0, which says nothing"):
+        load(path, labels="y")
+
+
+def test_levels_of_0_say_nothing_of_the_columns_that_did_not_need_them(tmp_path):
+    """Integers beyond 255 are read by levels=0 only. It hid that another column holds two classes."""
+    wide = 1_700_000_000 + 86_400 * RNG.permutation(200)
+    pd.DataFrame({"date": wide, "flag": np.arange(200) % 2}).to_csv(tmp_path / "x.csv", index=False)
+    with pytest.warns(UserWarning, match=r"flag \(2 values\).* as levels\.$") as caught:
+        load(tmp_path / "x.csv", levels=0)
+    assert "date" not in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(tmp_path / "x.csv", columns="flag", levels=0)  # by choice
+        load(tmp_path / "x.csv", columns="date", levels=0)
+
+
 def test_labels_that_do_not_count_from_0_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"x\.npz: the labels run from 1 to 3, .* Subtract 1"):
         load(save(tmp_path / "x.npz", x=LINE, y=LINE % 3 + 1), labels="y")
