@@ -7,6 +7,7 @@ import pydoc
 import subprocess
 import sys
 import warnings
+from functools import partial
 from math import pi
 
 import pyro
@@ -513,9 +514,8 @@ def test_labels_out_of_range_or_not_integers_are_refused(case):
     for bad in (y + CLASSES, y - CLASSES):
         with refused(ValueError, r"Labels\(3\)", "from 0 to 2", "but found", "Renumber"):
             family.model(x, bad)
-    for bad in (y.float(), y.bool()):
-        with refused(ValueError, "wants integers", r"\.long\(\)"):
-            family(bad)
+    with refused(ValueError, "wants integers", r"\.long\(\)"):
+        family(y.float())
 
 
 @rows(lambda case: case.conditional)
@@ -898,3 +898,49 @@ def test_the_model_of_a_gan_has_the_parameters_of_its_generator_alone(context):
         trace = pyro.poutine.trace(gan.model, param_only=True).get_trace(torch.randn(5, 2), *given)
         assert trace.param_nodes
         assert not [name for name in trace.param_nodes if "critic" in name]
+
+
+# Messages about contexts.
+
+
+@pytest.mark.parametrize(
+    ("build", "given", "words"),
+    [
+        (partial(VAE, (2,), latent_dim=1), torch.zeros(5, 2), r"VAE\(\.\.\., context=2\)\. .* use log_likelihood\(family, x\)"),
+        (partial(GAN, (2,)), torch.zeros(5, 2), r"use log_likelihood\(family, x\)"),
+        (partial(Flow, (2,)), torch.zeros(5, 2), r"use family\(\)\.log_prob\(x\)"),
+        (partial(Flow, (2,)), torch.zeros(5, 2).long(), r"context=2\) and pass it as floats\."),
+        (partial(Flow, (2,)), torch.zeros(5).long(), r"context=Labels\(k\)\)\."),
+    ],
+    ids=["VAE", "GAN", "flow", "integer vectors", "classes"],
+)
+def test_a_superfluous_context_is_told_with_what_fits(build, given, words):
+    with pytest.raises(ValueError, match=words):
+        build()(given)
+
+
+def test_labels_may_be_booleans():
+    labels = torch.tensor([True, False])
+    assert torch.equal(Labels(2)(labels), Labels(2)(labels.long()))
+    with pytest.raises(ValueError, match="found 0 to 1"):
+        Labels(1)(labels)
+
+
+def test_a_context_far_outside_those_of_training_is_warned_of_once():
+    """Draws for the year 3024 were those of all years."""
+    years = 2023 + 3 * torch.rand(300, 1)
+    flow = Flow((1,), context=1)
+    flow.standardize(years - 2024, years)
+    flow.eval()
+    flow(years + 50)
+    with pytest.warns(UserWarning, match=r"its coordinate 0 is 1\.1\de\+03 deviations from their mean") as caught:
+        flow(years + 1000)
+    assert caught[0].filename == __file__
+    flow(years + 1000)
+    for kind in ("robust", False):
+        other = Flow((1,), context=1, standardize_context=kind)
+        other.standardize(years - 2024, years)
+        other.eval()(years + 1000)
+    old = Flow((1,), context=1)  # of before 0.2: contexts were not standardised
+    old.load_state_dict({n: v for n, v in old.state_dict().items() if not n.startswith("context.")})
+    old.eval()(years)

@@ -501,3 +501,11 @@ def test_a_forked_process_is_free_of_another_threads_lock():
 def test_svi_in_one_thread_is_as_ever():
     svi = SVI(swallowing, no_guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
     assert np.isfinite(svi.step(X))
+
+
+def test_contexts_of_another_kind_are_told_with_all_their_rows():
+    x, numbers = torch.randn(300, 2), torch.arange(600).reshape(300, 2)
+    with pytest.raises(ValueError, match=r"found torch\.int64 of shape \(300, 2\)"):
+        train(Flow((2,), context=2), x, context=numbers, epochs=1, progress=False)
+    with pytest.raises(ValueError, match="found 0 to 299"):
+        train(Flow((2,), context=Labels(3)), x, context=torch.arange(300), epochs=1, progress=False)
