@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_genmodels._pyro import handlers
-from pyro_genmodels.families.context import VectorContext
+from pyro_genmodels.families.context import Labels, VectorContext
 from pyro_genmodels.families.family import Family
 from pyro_genmodels.optim.averaging import moving_average
 from pyro_genmodels.training.batches import Batch, Batches
@@ -93,6 +93,8 @@ def prepare_family(model: Callable[..., Any], batches: Batches, held_out: Batche
         family.validate(part.x)
         if found := part.nonfinite_rows():  # in the context
             raise ValueError(f"{family.name} cannot be trained on these data: {found}. Drop or impute these rows first.")
+        if isinstance(family.context, Labels | VectorContext) and part.context is not None:
+            family.context.check(part.context)  # of all rows
         with handlers.side_effect_free(family):
             family.embed(part.context if part.context is None else part.context[:256])
     family.prepare(rows.x, rows.context)
