@@ -9,7 +9,7 @@ from pyro import poutine
 from pyro.infer import config_enumerate
 from torch import nn
 
-from pyro_genmodels import VAE, Flow, compare, log_likelihood, to_arviz
+from pyro_genmodels import VAE, Flow, compare, log_likelihood, to_arviz, train
 from pyro_genmodels.utils.keywords import check_keywords, check_known_keywords, joined_keywords, keyword_names
 
 
@@ -115,3 +115,8 @@ def test_arguments_of_a_partial_are_not_taken_for_a_handler():
 def test_functions_and_families_name_an_unknown_keyword(function, family):
     with pytest.raises(TypeError, match=r"^(log_likelihood|to_arviz|compare) and the model know no .* mean num_samples\?$"):
         function(family((2,)), torch.randn(3, 2), num_sample=10)
+
+
+def test_train_names_an_unknown_keyword_of_the_model():
+    with pytest.raises(TypeError, match=r"^train and the model know no keyword sizes. Did you mean size\?$"):
+        train(Flow((2,)), torch.randn(5, 2), model_kwargs={"sizes": 5}, progress=False)
