@@ -12,7 +12,6 @@ __all__ = [
     "StandardizeContext",
     "VectorContext",
     "as_context_module",
-    "check_one_per_row",
     "output_length",
 ]
 
@@ -228,28 +227,3 @@ def output_length(module: nn.Module) -> int:
     raise ValueError(
         f"The output length of the context module {type(module).__name__} is not known. Give it an attribute out_features."
     )
-
-
-def check_one_per_row(module: nn.Module | None, context: Tensor | None, rows: int) -> None:
-    """Check that there is one context per row of data.
-
-    Args:
-        module: the family's context module; its `event_dim`, if it has one, is the number of dimensions of one context.
-        context: (rows, ...), or None.
-        rows: number of rows of data.
-
-    Raises:
-        ValueError: if the number of contexts or their number of dimensions is another.
-    """
-    if context is None:
-        return
-    if isinstance(context, Tensor) and not context.dim():
-        raise ValueError(f"There are {rows} rows of x but one context, {context.item()}. Pass one context per row.")
-    if len(context) != rows:
-        raise ValueError(f"There are {rows} rows of x but {len(context)} of context. Pass one context per row.")
-    event_dim = getattr(module, "event_dim", None)
-    if event_dim is not None and context.dim() > 1 + event_dim:
-        wanted = "labels as (N,)" if event_dim == 0 else f"contexts with {1 + event_dim} dimensions"
-        raise ValueError(
-            f"The model wants {wanted}, one per row, but found {tuple(context.shape)}. Use .squeeze(-1) or .reshape(N, ...)."
-        )

@@ -33,10 +33,16 @@ from pyro_genmodels.families.context import (
     StandardizeContext,
     VectorContext,
     as_context_module,
-    check_one_per_row,
     output_length,
 )
 from pyro_genmodels.families.standardization import InputCheck, Standardization, Standardize, estimate
+from pyro_genmodels.families.validation import (
+    check_constructor,
+    check_dtype,
+    check_one_per_row,
+    check_shape,
+    check_values,
+)
 from pyro_genmodels.utils.capture import can_be_read
 from pyro_genmodels.utils.distributions import is_real, map_tensors, over_events
 from pyro_genmodels.utils.errors import check_positive_int, warn_caller
@@ -124,19 +130,8 @@ class Family(PyroModule):
         if not (name is None or isinstance(name, str)):
             raise TypeError(f"{type(self).__name__} wants a string as its name, but found {name!r}.")
         super().__init__(name or params.unused_name(self))
-        if not isinstance(support, constraints.Constraint):
-            raise TypeError(f"support wants a constraint such as constraints.interval(0.0, 1.0), but found {support!r}.")
-        lengths = event_shape if isinstance(event_shape, Sequence) else (0,)
-        if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in lengths):
-            raise ValueError(
-                f"{type(self).__name__} wants an event_shape of positive integers like (3,), but found {event_shape!r}."
-            )
+        check_constructor(type(self).__name__, event_shape, support)
         self.event_shape = Size(event_shape)
-        if not (support.is_discrete or _keeps_shape(support, self.event_shape)):
-            raise ValueError(
-                f"{type(self).__name__} cannot map the support {support} of events {tuple(self.event_shape)} to as many real "
-                "numbers. Use an interval, or transform the data beforehand."
-            )
         if not (isinstance(standardize, bool) or standardize in ("jointly", "robust", "jointly robust")):
             raise ValueError(
                 f'standardize wants True, False, "jointly", "robust" or "jointly robust", but found {standardize!r}.'
@@ -433,52 +428,12 @@ class Family(PyroModule):
             ValueError: if its shape, dtype or values are not those of this family's data. Values are checked only while Pyro's
                 validation is on.
         """
-        wanted = f"{self.name} wants data of shape (N, {', '.join(map(str, self.event_shape))})"
         x = as_tensor(x, self.name)
-        if x.dim() != 1 + len(self.event_shape) or x.shape[1:] != self.event_shape:
-            raise ValueError(f"{wanted}, but found {tuple(x.shape)}. Reshape the data or change the family's event_shape.")
-        if not len(x):
-            raise ValueError(f"{wanted}, but found no rows at all.")
+        check_shape(self.name, x, self.event_shape)
         if is_validation_enabled():
-            self._validate_dtype(x)
-            self._validate_values(x)
-
-    def _validate_dtype(self, x: Tensor) -> None:
-        if not x.is_floating_point() and not self.data_support.is_discrete:
-            raise ValueError(
-                f"{self.name} models real numbers, but was given data of {x.dtype}. Convert with .float() (arrays and data "
-                "frames with .astype(float)), or model integers: levels=K for Flow, ODEFlow and Diffusion, a discrete "
-                "likelihood, or EnergyModel(..., support=integer_interval(0, K - 1))."
-            )
-
-    def _validate_values(self, x: Tensor) -> None:
-        if x.is_floating_point() and not x.isfinite().all():
-            rows = (~x.isfinite()).reshape(len(x), -1).any(1)
-            raise ValueError(
-                f"{self.name} was given data with NaN or infinite values in {int(rows.sum())} of {len(x)} rows, the "
-                f"first of them row {int(rows.nonzero()[0])}. Drop or impute these rows first."
-            )
-        largest = torch.finfo(self.loc.dtype).max
-        if x.is_floating_point() and not self._standardize and (x.abs() > largest).any():
-            raise ValueError(
-                f"{self.name} computes in {self.loc.dtype}, with numbers up to {largest:.2g}, but was given data of {x.dtype} "
-                f"up to {float(x.abs().max()):.2g}. Use another unit, or call family.double()."
-            )
-        support = self.data_support
-        ends = [getattr(support, name, None) for name in ("lower_bound", "upper_bound")]
-        at_end = [x == end for end in ends if end is not None and not support.is_discrete and not is_real(support)]
-        if any(hit.any() for hit in at_end) and self.pretransform is not None:
-            raise ValueError(
-                f"{self.name} was given {sum(int(hit.sum()) for hit in at_end)} values at an end of its support {support}, "
-                "which map to infinity. Squeeze the data into the interior, or model integers: Flow(..., levels=K)."
-            )
-        inside = support.check(x)
-        if not inside.all():
-            outside = x[~inside] if inside.shape == x.shape else x
-            raise ValueError(
-                f"{self.name} was given data outside its support {support}: values from {outside.min():g} to "
-                f"{outside.max():g} in {int((~inside).sum())} places. Rescale the data or widen the support."
-            )
+            check_dtype(self.name, x, self.data_support)
+            largest = None if self._standardize else self.loc.dtype
+            check_values(self.name, x, self.data_support, dtype=largest, mapped=self.pretransform is not None)
 
     @property
     def data_support(self) -> constraints.Constraint:
@@ -534,10 +489,6 @@ def _constructor_signature(cls: Any) -> inspect.Signature:
 
 
 Family.__signature__ = _constructor_signature(Family)
-
-
-def _keeps_shape(support: constraints.Constraint, event_shape: Size) -> bool:
-    return support.event_dim <= len(event_shape) and biject_to(support).forward_shape(event_shape) == event_shape
 
 
 def _read_standardized(family: Family, _: Any) -> None:

@@ -1,0 +1,126 @@
+"""Checks of a family's constructor, its data and the number of its contexts."""
+
+from __future__ import annotations
+
+__all__ = ["check_constructor", "check_dtype", "check_one_per_row", "check_shape", "check_values"]
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+from torch.distributions import biject_to, constraints
+
+from pyro_genmodels.utils.distributions import is_real
+
+
+def check_constructor(kind: str, event_shape: Any, support: Any) -> None:
+    """Check the shape of one datum and the set in which its coordinates lie.
+
+    Args:
+        kind: name of the class.
+        event_shape: positive integers.
+        support: constraint.
+
+    Raises:
+        TypeError: if the support is no constraint.
+        ValueError: if the shape is none, or the support has no map to as many real numbers.
+    """
+    if not isinstance(support, constraints.Constraint):
+        raise TypeError(f"support wants a constraint such as constraints.interval(0.0, 1.0), but found {support!r}.")
+    lengths = event_shape if isinstance(event_shape, Sequence) else (0,)
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in lengths):
+        raise ValueError(f"{kind} wants an event_shape of positive integers like (3,), but found {event_shape!r}.")
+    if not (support.is_discrete or _keeps_shape(support, Size(event_shape))):
+        raise ValueError(
+            f"{kind} cannot map the support {support} of events {tuple(event_shape)} to as many real numbers. Use an interval, "
+            "or transform the data beforehand."
+        )
+
+
+def _keeps_shape(support: constraints.Constraint, event_shape: Size) -> bool:
+    return support.event_dim <= len(event_shape) and biject_to(support).forward_shape(event_shape) == event_shape
+
+
+def check_shape(owner: str, x: Tensor, event_shape: Size) -> None:
+    """Raise a ValueError unless x, the data of a family called `owner`, is of shape (N, *event_shape) with N at least 1."""
+    wanted = f"{owner} wants data of shape (N, {', '.join(map(str, event_shape))})"
+    if x.dim() != 1 + len(event_shape) or x.shape[1:] != event_shape:
+        raise ValueError(f"{wanted}, but found {tuple(x.shape)}. Reshape the data or change the family's event_shape.")
+    if not len(x):
+        raise ValueError(f"{wanted}, but found no rows at all.")
+
+
+def check_dtype(owner: str, x: Tensor, support: constraints.Constraint) -> None:
+    """Raise a ValueError if x holds integers, but the support real numbers."""
+    if not x.is_floating_point() and not support.is_discrete:
+        raise ValueError(
+            f"{owner} models real numbers, but was given data of {x.dtype}. Convert with .float() (arrays and data frames with "
+            ".astype(float)), or model integers: levels=K for Flow, ODEFlow and Diffusion, a discrete likelihood, or "
+            "EnergyModel(..., support=integer_interval(0, K - 1))."
+        )
+
+
+def check_values(owner: str, x: Tensor, support: constraints.Constraint, *, dtype: torch.dtype | None, mapped: bool) -> None:
+    """Check the values of data.
+
+    Args:
+        owner: name of the family.
+        x: the data, (N, *event_shape).
+        support: set in which one coordinate lies.
+        dtype: precision that must hold the values, or None if they are standardised first.
+        mapped: True if the support is mapped to the real line, so that its ends become infinite.
+
+    Raises:
+        ValueError: if values are not finite, too large for the precision, at an end of the support, or outside it.
+    """
+    if x.is_floating_point() and not x.isfinite().all():
+        rows = (~x.isfinite()).reshape(len(x), -1).any(1)
+        raise ValueError(
+            f"{owner} was given data with NaN or infinite values in {int(rows.sum())} of {len(x)} rows, the first of them row "
+            f"{int(rows.nonzero()[0])}. Drop or impute these rows first."
+        )
+    if x.is_floating_point() and dtype is not None and (x.abs() > (largest := torch.finfo(dtype).max)).any():
+        raise ValueError(
+            f"{owner} computes in {dtype}, with numbers up to {largest:.2g}, but was given data of {x.dtype} up to "
+            f"{float(x.abs().max()):.2g}. Use another unit, or call family.double()."
+        )
+    ends = [getattr(support, name, None) for name in ("lower_bound", "upper_bound")]
+    at_end = [x == end for end in ends if end is not None and not support.is_discrete and not is_real(support)]
+    if mapped and any(hit.any() for hit in at_end):
+        raise ValueError(
+            f"{owner} was given {sum(int(hit.sum()) for hit in at_end)} values at an end of its support {support}, which map "
+            "to infinity. Squeeze the data into the interior, or model integers: Flow(..., levels=K)."
+        )
+    inside = support.check(x)
+    if not inside.all():
+        outside = x[~inside] if inside.shape == x.shape else x
+        raise ValueError(
+            f"{owner} was given data outside its support {support}: values from {outside.min():g} to {outside.max():g} in "
+            f"{int((~inside).sum())} places. Rescale the data or widen the support."
+        )
+
+
+def check_one_per_row(module: nn.Module | None, context: Tensor | None, rows: int) -> None:
+    """Check that there is one context per row of data.
+
+    Args:
+        module: the family's context module; its `event_dim`, if it has one, is the number of dimensions of one context.
+        context: (rows, ...), or None.
+        rows: number of rows of data.
+
+    Raises:
+        ValueError: if the number of contexts or their number of dimensions is another.
+    """
+    if context is None:
+        return
+    if isinstance(context, Tensor) and not context.dim():
+        raise ValueError(f"There are {rows} rows of x but one context, {context.item()}. Pass one context per row.")
+    if len(context) != rows:
+        raise ValueError(f"There are {rows} rows of x but {len(context)} of context. Pass one context per row.")
+    event_dim = getattr(module, "event_dim", None)
+    if event_dim is not None and context.dim() > 1 + event_dim:
+        wanted = "labels as (N,)" if event_dim == 0 else f"contexts with {1 + event_dim} dimensions"
+        raise ValueError(
+            f"The model wants {wanted}, one per row, but found {tuple(context.shape)}. Use .squeeze(-1) or .reshape(N, ...)."
+        )
