@@ -148,6 +148,7 @@ def train(
         TrainingInterrupted: after Ctrl-C, if there is a checkpoint.
 
     Example:
+        >>> import torch
         >>> from pyro_genmodels import Flow
         >>> x = torch.randn(200, 2)
         >>> fit = train(Flow((2,)), x[:150], valid=x[150:], epochs=2, progress=False)
