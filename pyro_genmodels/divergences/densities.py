@@ -41,6 +41,7 @@ from pyro_genmodels.utils.distributions import (
     unwrap,
     without_validation,
 )
+from pyro_genmodels.utils.errors import type_with_article
 
 MAX_SHARE_AT_END = 1e-3
 """Largest share of draws that may be rounded to an end of the support."""
@@ -59,7 +60,7 @@ def check_events(p: Distribution, q: Distribution, *, by: str) -> None:
             cure = "For samples see wasserstein, sliced_wasserstein and mmd, or divergence_table."
             if isinstance(side, torch.nn.Module):
                 cure = f"Call it: {name}()."
-            raise TypeError(f"{by} wants distributions, but {name} is a {type(side).__name__}. {cure}")
+            raise TypeError(f"{by} wants distributions, but {name} is {type_with_article(side)}. {cure}")
     if p.event_shape != q.event_shape:
         raise ValueError(
             f"{by} wants two distributions of one event shape, but p has {tuple(p.event_shape)} and q "
@@ -87,7 +88,7 @@ def check_densities(p: Distribution, q: Distribution, *, by: str, normalised: bo
         density, _ = density_of(side)
         if density != "exact" and normalised:
             raise ValueError(
-                f"{by} wants two exact densities, but {name} is a {type(side).__name__}, whose density is: {density}. "
+                f"{by} wants two exact densities, but {name} is {type_with_article(side)}, whose density is: {density}. "
                 "Compare samples instead, by c2st or mmd."
             )
         for part in parts_of(side):
@@ -95,7 +96,7 @@ def check_densities(p: Distribution, q: Distribution, *, by: str, normalised: bo
                 raise ValueError(f"{by} wants two normalised densities, but {name} is or holds a {problem}")
         if measure_of(side) is None:
             raise ValueError(
-                f"{by} wants probabilities or densities, but {name} is a {type(side).__name__} that mixes both: its log_prob "
+                f"{by} wants probabilities or densities, but {name} is {type_with_article(side)} that mixes both: its log_prob "
                 "adds probabilities of points to densities. Compare its parts, or samples, by wasserstein or mmd."
             )
 

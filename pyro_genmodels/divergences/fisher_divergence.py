@@ -20,6 +20,7 @@ from pyro_genmodels.divergences.divergence import Divergence, warn_unless_reliab
 from pyro_genmodels.divergences.means import check_num_samples, mean_of
 from pyro_genmodels.divergences.measures import COUNTS, is_inside, measure_of
 from pyro_genmodels.utils.distributions import density_of, sum_event
+from pyro_genmodels.utils.errors import type_with_article
 
 
 def fisher(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Divergence:
@@ -50,7 +51,7 @@ def fisher(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Di
         density, advice = density_of(dist)
         if density == "none" or dist.support is None or measure_of(dist) == COUNTS:
             raise ValueError(
-                f"fisher wants two densities over real numbers, but {name} is a {type(dist).__name__} over {dist.support}. "
+                f"fisher wants two densities over real numbers, but {name} is {type_with_article(dist)} over {dist.support}. "
                 f"{advice or 'Use kl.'}"
             )
     check_densities(p, q, by="fisher", normalised=False)

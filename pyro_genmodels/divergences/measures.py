@@ -18,6 +18,7 @@ from torch.distributions import Distribution, constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_genmodels.utils.distributions import is_real, unwrap
+from pyro_genmodels.utils.errors import type_with_article
 
 COUNTS, VOLUMES = "counts", "volumes"
 MANIFOLDS: dict[type, str] = {
@@ -118,7 +119,7 @@ def check_measures(p: Distribution, q: Distribution, *, by: str) -> None:
     if (discrete := support_of(p).is_discrete) != support_of(q).is_discrete and VOLUMES in (measure_of(p), measure_of(q)):
         names = ("p", "q") if discrete else ("q", "p")
         raise ValueError(
-            f"{by} wants two continuous or two discrete distributions, but p is a {type(p).__name__} over {p.support} and q a "
-            f"{type(q).__name__} over {q.support}: the probabilities of {names[0]} are no densities of {names[1]}. Use "
+            f"{by} wants two continuous or two discrete distributions, but p is {type_with_article(p)} over {p.support} and q "
+            f"{type_with_article(q)} over {q.support}: the probabilities of {names[0]} are no densities of {names[1]}. Use "
             "Dequantized for integers, or compare samples by wasserstein."
         )

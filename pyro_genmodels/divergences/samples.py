@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_genmodels.utils.distances import common_dtype, in_doubles
+from pyro_genmodels.utils.errors import type_with_article
 from pyro_genmodels.utils.tensors import as_tensor
 
 if TYPE_CHECKING:
@@ -44,10 +45,10 @@ def as_samples(samples: Samples, name: str = "x", *, by: str) -> Tensor:
     """
     if isinstance(samples, Distribution):
         raise TypeError(
-            f"{by} wants samples, but {name} is a {type(samples).__name__}. Pass samples of it, {name}.sample((1000,))."
+            f"{by} wants samples, but {name} is {type_with_article(samples)}. Pass samples of it, {name}.sample((1000,))."
         )
     if isinstance(samples, nn.Module):
-        raise TypeError(f"{by}: {name} is a {type(samples).__name__}; call it: {name}() is the distribution.")
+        raise TypeError(f"{by}: {name} is {type_with_article(samples)}; call it: {name}() is the distribution.")
     samples = as_tensor(samples, f"{by}, as {name},")
     if samples.is_complex():
         raise ValueError(f"{by} wants real numbers, but {name} has dtype {samples.dtype}. Use torch.view_as_real.")

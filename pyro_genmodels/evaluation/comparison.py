@@ -32,7 +32,7 @@ from pyro_genmodels._pyro.traces import as_pair
 from pyro_genmodels.evaluation.arguments import RowArguments, row_arguments, with_own_plate
 from pyro_genmodels.evaluation.likelihood import LogLikelihood, has_likelihood, log_likelihood, no_likelihood
 from pyro_genmodels.evaluation.sample_quality import SampleQuality, sample_quality, split_rows
-from pyro_genmodels.utils.errors import import_extra
+from pyro_genmodels.utils.errors import import_extra, type_with_article
 from pyro_genmodels.utils.keywords import check_keywords, check_known_keywords, joined_keywords, option_names
 from pyro_genmodels.utils.pareto import count_unreliable
 from pyro_genmodels.utils.rng import forked_rng
@@ -228,7 +228,7 @@ def compare(
         ['exact', 'exact']
     """
     if not isinstance(fits, Mapping):
-        raise TypeError(f"compare wants fits by name, such as {{'flow': flow}}, but found a {type(fits).__name__}.")
+        raise TypeError(f"compare wants fits by name, such as {{'flow': flow}}, but found {type_with_article(fits)}.")
     if not fits:
         raise ValueError("compare wants at least one fit, but found none.")
     if quality_samples is not None and x is None:

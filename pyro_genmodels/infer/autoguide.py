@@ -17,6 +17,8 @@ from typing import Any
 from pyro.infer.autoguide import AutoContinuous
 from torch import nn
 
+from pyro_genmodels.utils.errors import type_with_article
+
 
 class AutoFamily(AutoContinuous):
     """A guide whose latent variables, unconstrained and concatenated, follow a family's distribution.
@@ -51,7 +53,7 @@ class AutoFamily(AutoContinuous):
         if tuple(shape) != (self.latent_dim,) or self.family.context is not None:
             raise ValueError(
                 f"AutoFamily wants a family over ({self.latent_dim},), all latent variables of the model, without a context, "
-                f"but build({self.latent_dim}) returned a {type(self.family).__name__} over {tuple(shape)}."
+                f"but build({self.latent_dim}) returned {type_with_article(self.family)} over {tuple(shape)}."
             )
 
     def _check_plates(self) -> None:

@@ -40,7 +40,7 @@ from pyro_genmodels.dynamics.processes import Process, stratified
 from pyro_genmodels.infer.score_matching import ScoreMatching, score_of
 from pyro_genmodels.utils.capture import can_be_read
 from pyro_genmodels.utils.distributions import sum_event, unwrap
-from pyro_genmodels.utils.errors import warn_caller
+from pyro_genmodels.utils.errors import type_with_article, warn_caller
 
 DEFAULT_NOISE = 0.1
 """Deviation of the noise by default, for data of deviation 1."""
@@ -165,7 +165,7 @@ class DenoisingScoreMatching(ScoreMatching):
         if self.noise is not None and len(self.noise) > 1 and capabilities(dist).noise is None:
             raise ValueError(
                 f"DenoisingScoreMatching at {len(self.noise)} levels needs a model with the level as input, but site {name!r} "
-                f"holds a {type(dist).__name__} without. Build EnergyModel(..., noise=(low, high)), or give one level."
+                f"holds {type_with_article(dist)} without. Build EnergyModel(..., noise=(low, high)), or give one level."
             )
 
     def score_loss(self, dist: Any, x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from pyro_genmodels._pyro import traces
 from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.dynamics.guided import Particles, effective_size, sample_guided, sample_twisted
 from pyro_genmodels.utils.distributions import interior, unwrap
-from pyro_genmodels.utils.errors import check_choice, check_positive_int
+from pyro_genmodels.utils.errors import check_choice, check_positive_int, type_with_article
 from pyro_genmodels.utils.keywords import signature_of
 from pyro_genmodels.utils.pareto import is_unreliable, pareto_k
 from pyro_genmodels.utils.tensors import as_tensor
@@ -281,7 +281,7 @@ def inpaint(
     """
     if not isinstance(diffusion, Distribution) or capabilities(diffusion).denoiser is None:
         raise TypeError(
-            f"inpaint wants the distribution of a diffusion over reals, family(), but found a {type(diffusion).__name__}. "
+            f"inpaint wants the distribution of a diffusion over reals, family(), but found {type_with_article(diffusion)}. "
             "For images of integers, fit a Diffusion without levels to x.float(), and round the draws."
         )
     values, known = as_tensor(values, "inpaint", floats=torch.get_default_dtype()), as_tensor(known, "inpaint")

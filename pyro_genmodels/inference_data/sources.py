@@ -84,7 +84,7 @@ def source_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int
             return DrawSource(*pair, (), call, num_samples or DEFAULT_NUM_SAMPLES, is_family_prior=True)
         return DrawSource(*pair, args, kwargs, num_samples or DEFAULT_NUM_SAMPLES, note=INDEPENDENT)
     if num_samples is not None:
-        raise ValueError(f"A {type(fit).__name__} has draws of its own: leave num_samples out.")
+        raise ValueError(f"The {type(fit).__name__} has draws of its own: leave num_samples out.")
     if found.model is None and (args or kwargs):
         raise ValueError("These draws come without a model, so the arguments have no use: pass the model as model=.")
     chains, per_chain = _chains_and_draws(found.draws)
@@ -201,7 +201,7 @@ def _chains_and_draws(draws: Mapping[str, Tensor]) -> tuple[int, int]:
 def _one_model(fit: Any, own: Any, given: Any) -> Any:
     """Return the model of a fit, or the given one; raise a ValueError if there are both."""
     if own is not None and given is not None:
-        raise ValueError(f"A {type(fit).__name__} has a model: leave model= out.")
+        raise ValueError(f"The {type(fit).__name__} has a model: leave model= out.")
     return given if own is None else own
 
 

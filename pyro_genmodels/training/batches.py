@@ -130,7 +130,7 @@ class Batches:
     def _length(self, context: Any) -> int:
         """Return the number of rows of a `Dataset` or `DataLoader`."""
         if context is not None:
-            raise ValueError(f"A {type(self.source).__name__} yields the context, as (x, context): leave context out.")
+            raise ValueError(f"The {type(self.source).__name__} yields the context, as (x, context): leave context out.")
         dataset: Any = self.source.dataset if isinstance(self.source, DataLoader) else self.source
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise TypeError(

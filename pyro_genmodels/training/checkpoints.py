@@ -34,7 +34,7 @@ from pyro_genmodels import __version__
 from pyro_genmodels.families import Family
 from pyro_genmodels.training.rebuild import brief, describe, rebuild
 from pyro_genmodels.training.records import ENTRIES, check_record
-from pyro_genmodels.utils.errors import import_extra, one_line
+from pyro_genmodels.utils.errors import import_extra, one_line, type_with_article
 from pyro_genmodels.utils.files import MAX_BYTES, atomic_write, check_size
 
 FORMAT = 1
@@ -119,7 +119,7 @@ def load_state(
     if family is None:
         family = rebuild(record, path, state)
     elif record.get("class") not in (None, type(family).__name__):
-        raise ValueError(f"{path} holds a {record['class']}, which cannot be loaded into a {type(family).__name__}.")
+        raise ValueError(f"{path} holds a {record['class']}, which cannot be loaded into {type_with_article(family)}.")
     state = family.complete(state)
     found, own = _forms(state), _forms(family.state_dict())
     dtypes = {dtype for _, dtype in found.values() if dtype.is_floating_point}

@@ -10,6 +10,7 @@ __all__ = [
     "listed",
     "one_line",
     "suggest_names",
+    "type_with_article",
     "unknown_attribute",
     "unknown_name",
     "warn_caller",
@@ -197,6 +198,19 @@ def listed(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
     return ", ".join(map(_printable, names[:20])) + more or "none"
+
+
+def type_with_article(value: object) -> str:
+    """Return the name of a value's type with its article.
+
+    Example:
+        >>> type_with_article({}), type_with_article(1)
+        ('a dict', 'an int')
+    """
+    name = type(value).__name__
+    spelt_out = name[:2].isupper() or name.startswith("x")
+    vowel = name[0] in "AEFHILMNORSX" if spelt_out else name[0].lower() in "aeiou" and not name.startswith(("Uni", "One"))
+    return f"{'an' if vowel else 'a'} {name}"
 
 
 def one_line(text: object, limit: int = 200) -> str:
