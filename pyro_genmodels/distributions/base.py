@@ -155,7 +155,7 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
     def _on_device(self, value: Any) -> Tensor:
         """Return a tensor as it is, and numbers, lists, arrays and frames as tensors on the device of the distribution."""
         if isinstance(value, Tensor):
-            return value
+            return as_tensor(value, self.owner)
         floats = torch.get_default_dtype() if self._network_dtype is None else torch.float64  # rounded after the pretransform
         value = as_tensor(value, self.owner, floats=floats)
         modules, tensors = modules_and_tensors(self)

@@ -39,9 +39,7 @@ def test_latent_variables_of_subsampled_rows_are_refused_at_each_run(model, batc
     """It would train 10 coordinates, or 11, for 60 rows."""
     guide = AutoFamily(model, build)
     for _ in range(2):
-        with pytest.raises(
-            ValueError, match=r"10 of 60 rows of plate 'data', in which 'z' lies.*conditioned on each row"
-        ):
+        with pytest.raises(ValueError, match=r"10 of 60 rows of plate 'data', in which 'z' lies.*conditioned on each row"):
             guide(y, batch)
 
 

@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from pyro_genmodels import GAN, MAF, Flow, SlicedWasserstein, train
-from pyro_genmodels.training import Checkpoint, Fit, loop
+from pyro_genmodels.training import Checkpoint, Fit
+from pyro_genmodels.training import options as training_options
 
 train = partial(train, progress=False)
 
@@ -234,7 +235,7 @@ FITS = {
 @pytest.mark.parametrize("make", FITS.values(), ids=FITS)
 def test_nan_from_a_loader_ends_every_training_alike(make, wrap, monkeypatch):
     """The rows that are looked at first are good."""
-    monkeypatch.setattr(loop, "STANDARDIZE_ROWS", 4)
+    monkeypatch.setattr(training_options, "STANDARDIZE_ROWS", 4)
     words = r"1 of its 4 rows have NaN or infinite values in argument 1, the first of them row \d of the batch"
     options = {"epochs": 4, "batch_size": 4}
     with pytest.raises(FloatingPointError, match=f"step .: {words}$"):
