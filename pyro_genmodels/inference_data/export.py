@@ -12,13 +12,13 @@ __all__ = ["to_arviz"]
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyro
 import torch
 
+from pyro_genmodels import __version__
 from pyro_genmodels._pyro import handlers, params, traces
 from pyro_genmodels.inference_data.groups import GROUPS, CollectOptions, Groups, collect, concatenate_chains
 from pyro_genmodels.inference_data.names import check_dims, check_names, xarray_name
@@ -195,7 +195,7 @@ def _inference_data(groups: Groups, coords: Mapping[str, Sequence[Any]]) -> arvi
         "inference_library": "pyro-ppl",
         "inference_library_version": pyro.__version__,
         "creation_library": "pyro_genmodels",
-        "creation_library_version": version("pyro-genmodels"),
+        "creation_library_version": __version__,
     }
     labels = {**groups.coords, **coords}
     check_names(groups.variables, groups.coords, coords)
