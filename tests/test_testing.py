@@ -46,6 +46,9 @@ class AcceptsNaN(Normals):
     def _validate_sample(self, value):
         pass
 
+    def _log_prob(self, y, context):
+        return dist.Normal(0.0, 1.0, validate_args=False).log_prob(y).sum(-1)
+
 
 class KeepsDraws(Normals):
     def _draw(self, shape, context):

@@ -1800,6 +1800,7 @@ def test_a_missing_parquet_is_told_in_a_line(flow, tmp_path, monkeypatch):
     assert not (tmp_path / "draws.parquet").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*are combinations of one another")
 def test_an_energy_is_fitted_where_columns_depend_on_each_other(tmp_path):
     a, c = torch.randn(2, 60)
     np.savetxt(tmp_path / "d.csv", torch.stack([a, 2 * a, c], 1), delimiter=",", header="a,b,c", comments="")

@@ -97,7 +97,7 @@ def forge(path, record, state):
 def check_ends_well(run, tmp_path, command):
     """Check that a command succeeds, or is refused by exit code 2 and one printable line, in a short time."""
     commands = {
-        "sample": ["sample", run / "flow", "-n", 3, "--out", tmp_path / "draws.npy", "--quiet"],
+        "sample": ["sample", run / "flow", "-n", 3, "--out", tmp_path / "draws.npy", "--force", "--quiet"],
         "evaluate": ["evaluate", run / "flow", "--split", "test"],
         "resume": ["fit", "--resume", run / "flow", "--epochs", 2, "--quiet"],
     }

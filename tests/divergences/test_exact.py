@@ -235,7 +235,7 @@ REFUSED = {
     "weighted point": (dist.Delta(torch.tensor(0.0), log_density=1.0), "Delta with a weight|but . is a Delta over"),
     "mixed": (dist.ZeroInflatedDistribution(NORMAL, gate=torch.tensor(0.3)), "ZeroInflatedDistribution that mixes both"),
     "mixture": (dist.MaskedMixture(torch.tensor(True), NORMAL, dist.Delta(torch.tensor(0.0))), "MaskedMixture that mixes both"),
-    "table of values": (dist.Empirical(torch.arange(3.0), torch.zeros(3)), "takes one value|is a Empirical over"),
+    "table of values": (dist.Empirical(torch.arange(3.0), torch.zeros(3)), "takes one value|is an Empirical over"),
     "another event": (PAIR.to_event(1), r"one event shape, but .*\(2,\)"),
     "a number": (1.0, "wants distributions, but . is a float"),
 }  # fmt: skip

@@ -87,7 +87,7 @@ def test_fisher_broadcasts_batches_and_contexts():
     ("build", "match"),
     [
         (lambda: dist.Normal(torch.zeros(3), 1.0).to_event(1), r"\(2,\) and q \(3,\)"),
-        (lambda: Autoregressive((2,), likelihood=BernoulliLikelihood())(), "q is a Autoregression over.*Use kl"),
+        (lambda: Autoregressive((2,), likelihood=BernoulliLikelihood())(), "q is an Autoregression over.*Use kl"),
         (lambda: Dequantized(Flow((2,))(), levels=4), "q is a Dequantized over"),
         (lambda: VAE((2,), latent_dim=1)(), "q is an Implicit.*Trace_ELBO"),
     ],
