@@ -15,6 +15,7 @@ __all__ = [
     "output_length",
 ]
 
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -208,9 +209,9 @@ def as_context_module(context: Context, *, standardize: StandardizeContext = Tru
     if isinstance(context, nn.Module):
         output_length(context)
         return context
-    if isinstance(context, bool) or not isinstance(context, int) or context < 0:
+    if isinstance(context, bool) or not isinstance(context, Integral) or context < 0:
         raise ValueError(f"context wants a vector length (0 or more), Labels(k) or a module, but found {context!r}.")
-    vectors = VectorContext(context, standardize=standardize)  # checks `standardize` without a context too
+    vectors = VectorContext(int(context), standardize=standardize)  # checks `standardize` without a context too
     return vectors if context else None
 
 

@@ -164,7 +164,7 @@ def train(
     check_known_keywords("train", (), model_kwargs, model, guide)
     with handlers.exclusive("train"), torch_threads(threads):
         if seed is not None:
-            pyro.set_rng_seed(seed)
+            pyro.set_rng_seed(int(seed))
         modules, result = traces.modules_of(model, guide), Fit(fit)
         batches, held_out, result.held_out = load_data(data, context, valid, batch_size, seed, model, modules, model_kwargs)
         with _training_mode([*modules, *traces.modules_of(getattr(objective, "critic", None))]):

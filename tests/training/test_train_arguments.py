@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyro_genmodels import GAN, MAF, Adversarial, Flow, Labels, MaximumLikelihood, log_likelihood, to_arviz, train
 from pyro_genmodels._pyro import handlers
 from pyro_genmodels.datasets import load
-from pyro_genmodels.training import Checkpoint, steps
+from pyro_genmodels.training import Checkpoint, checkpoints, steps
 
 train = partial(train, progress=False)
 
@@ -509,3 +509,14 @@ def test_contexts_of_another_kind_are_told_with_all_their_rows():
         train(Flow((2,), context=2), x, context=numbers, epochs=1, progress=False)
     with pytest.raises(ValueError, match="found 0 to 299"):
         train(Flow((2,), context=Labels(3)), x, context=torch.arange(300), epochs=1, progress=False)
+
+
+def test_numbers_of_numpy_are_integers_too(tmp_path):
+    family = Flow((np.int64(2),), context=np.int32(3), name="numbers")
+    assert family.event_shape == (2,)
+    fit = train(family, torch.randn(20, 2), context=torch.randn(20, 3), epochs=1, seed=np.int64(7), progress=False)
+    assert type(fit.family.context_size) is int
+    with pytest.raises(ValueError, match=r"wants an event_shape of positive integers"):
+        Flow((np.float64(2.0),))
+    path = checkpoints.save(tmp_path / "flow", family)
+    assert checkpoints.load(path).event_shape == (2,)
