@@ -1,9 +1,11 @@
 """Execution of the tutorials: each script in jupytext's percent format is run and written as a notebook with its outputs.
 
-Times and random cell ids, which differ from run to run, are left out, so that the files change little.
+Times, random cell ids and the temporary paths of cells, which differ from run to run, are left out, so that the files change
+little.
 """
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -21,7 +23,9 @@ def execute(script: Path) -> None:
     for i, cell in enumerate(notebook.cells):
         cell.id = f"cell-{i}"
     nbformat.validate(notebook)
-    nbformat.write(notebook, script.with_suffix(".ipynb"))
+    target = script.with_suffix(".ipynb")
+    nbformat.write(notebook, target)
+    target.write_text(re.sub(r"/\S*ipykernel_\d+/\d+\.py", "cell", target.read_text()))
 
 
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm asks notebooks for a package that nothing here needs
