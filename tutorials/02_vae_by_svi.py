@@ -26,6 +26,7 @@
 
 # %%
 import os
+import warnings
 
 import matplotlib.pyplot as plt
 import pyro
@@ -41,6 +42,7 @@ SMOKE = bool(os.environ.get("PYRO_GENMODELS_SMOKE"))  # small settings, to see t
 plt.rcParams["figure.dpi"] = 80
 torch.set_num_threads(1)  # small networks gain nothing from more
 pyro.set_rng_seed(0)
+warnings.filterwarnings("ignore", message=".*Pareto k-hat")  # each printed value says it too
 
 # %% [markdown]
 # ## The data
@@ -118,7 +120,9 @@ print(f"{fit.stopped}; best epoch {fit.best['epoch']}: {fit.best['valid']:.1f} n
 # $$\log p(x) \ge \mathbb{E} \log \frac{1}{k} \sum_{j=1}^k \frac{p(x, z_j)}{q(z_j \mid x)},$$
 #
 # which rises with $k$ and meets $\log p(x)$ in the limit ([Burda et al., 2016](https://arxiv.org/abs/1509.00519)).
-# `log_likelihood` computes it and says which kind of value it is.
+# `log_likelihood` computes it and says which kind of value it is. A bound is called unreliable where few samples carry most of
+# the weight (Pareto k-hat above 0.7, [Vehtari et al., 2024](https://arxiv.org/abs/1507.02646)): it may be much too low, and its
+# standard error is not to be trusted.
 
 # %%
 draws = [1, 10, 100] if SMOKE else [1, 3, 10, 30, 100, 300, 1000]
