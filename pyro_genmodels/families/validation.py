@@ -30,7 +30,7 @@ def check_constructor(kind: str, event_shape: Any, support: Any) -> None:
     if not isinstance(support, constraints.Constraint):
         raise TypeError(f"support wants a constraint such as constraints.interval(0.0, 1.0), but found {support!r}.")
     lengths = event_shape if isinstance(event_shape, Sequence) else (0,)
-    if not all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in lengths):
+    if not all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) > 0 for n in lengths):
         raise ValueError(f"{kind} wants an event_shape of positive integers like (3,), but found {event_shape!r}.")
     if not (support.is_discrete or _keeps_shape(support, Size(event_shape))):
         raise ValueError(

@@ -36,7 +36,7 @@ def check_options(
         raise ValueError(f"train wants a positive number as clip_norm, or None not to clip, but found {clip_norm!r}.")
     if not (checkpoint is None or isinstance(checkpoint, str | Path | Checkpoint)):
         raise TypeError(f"train wants a path or a Checkpoint(path) as checkpoint, but found {checkpoint!r}.")
-    if not (seed is None or (isinstance(seed, Integral) and not isinstance(seed, bool) and 0 <= seed < 2**32)):
+    if not (seed is None or (isinstance(seed, Integral) and not isinstance(seed, bool) and 0 <= int(seed) < 2**32)):
         raise ValueError(f"train wants an integer from 0 to 2**32 - 1 as seed, or None, but found {seed!r}.")
     if isinstance(ema_decay, bool):
         raise ValueError(f"train wants a decay such as 0.999 as ema_decay, None or 'auto', but found {ema_decay!r}.")
