@@ -33,7 +33,7 @@ from pyro_genmodels.evaluation.arguments import RowArguments, row_arguments, wit
 from pyro_genmodels.evaluation.likelihood import LogLikelihood, has_likelihood, log_likelihood, no_likelihood
 from pyro_genmodels.evaluation.sample_quality import SampleQuality, sample_quality, split_rows
 from pyro_genmodels.utils.errors import import_extra, type_with_article
-from pyro_genmodels.utils.keywords import check_keywords, check_known_keywords, joined_keywords, option_names
+from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, option_names, runs_models
 from pyro_genmodels.utils.pareto import count_unreliable
 from pyro_genmodels.utils.rng import forked_rng
 from pyro_genmodels.utils.tensors import as_tensor
@@ -188,6 +188,7 @@ class Comparison:
         return f"held-out log-likelihood of {self._values.shape[1]} rows\n{text}"
 
 
+@runs_models(log_likelihood)
 def compare(
     fits: Mapping[str, Any],
     x: Any = None,
@@ -237,7 +238,7 @@ def compare(
         raise TypeError(f"compare wants quality_samples as a number of samples or None, but found {quality_samples!r}.")
     options = {name: value for name, value in kwargs.items() if name in _OPTIONS}
     own = {name: value for name, value in kwargs.items() if name not in _OPTIONS}
-    own = joined_keywords("compare", own, model_kwargs)
+    own = joined_keywords(own, model_kwargs)
     if x is not None:
         x = as_tensor(x, "compare")
     split = None if quality_samples is None or x is None else split_rows(x, quality_samples)
@@ -249,10 +250,7 @@ def compare(
             continue
         if x is None:
             raise ValueError(f"compare was given the fit {name!r}, but no data x to evaluate it on.")
-        given = [*options, *(() if quality_samples is None else ("quality_samples",))]
-        model, guide = as_pair(fit)
-        check_keywords("compare", model, given, (x, *args), model_kwargs)
-        check_known_keywords("compare", _OPTIONS | option_names(compare), own, model, guide)
+        check_model_keywords(*as_pair(fit), (x, *args), own)
         data = row_arguments("compare", x, args, own, options.get("row_dim", 0))
         if split is not None:
             _check_rows_can_be_cut(name, fit, data)

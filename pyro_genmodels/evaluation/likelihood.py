@@ -41,14 +41,7 @@ from pyro_genmodels.evaluation.importance import LikelihoodKind, RowEstimator, s
 from pyro_genmodels.evaluation.log_z import LogPartitions
 from pyro_genmodels.utils.distributions import density_of
 from pyro_genmodels.utils.errors import check_positive_int, warn_caller
-from pyro_genmodels.utils.keywords import (
-    check_keywords,
-    check_known_keywords,
-    given_keywords,
-    joined_keywords,
-    option_names,
-    remember_keywords,
-)
+from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, runs_models
 from pyro_genmodels.utils.pareto import MAX_PARETO_K, MIN_PARETO_DRAWS, count_unreliable, is_unreliable
 from pyro_genmodels.utils.rng import forked_rng
 from pyro_genmodels.utils.tensors import noting_frames
@@ -194,7 +187,7 @@ def finite_kind(owner: str, kind: LikelihoodKind, values: Tensor, x: Tensor) -> 
     return "unreliable"
 
 
-@remember_keywords
+@runs_models()
 def log_likelihood(
     fit: Any,
     x: Any,
@@ -252,9 +245,8 @@ def log_likelihood(
     """
     model, guide = traces.as_pair(fit)
     check_positive_int("log_likelihood", num_samples=num_samples, num_steps=num_steps, batch_size=batch_size)
-    check_keywords("log_likelihood", model, given_keywords(), (x, *args), model_kwargs)
-    kwargs = joined_keywords("log_likelihood", kwargs, model_kwargs)
-    check_known_keywords("log_likelihood", option_names(log_likelihood), kwargs, model, guide)
+    kwargs = joined_keywords(kwargs, model_kwargs)
+    check_model_keywords(model, guide, (x, *args), kwargs)
     data = row_arguments("log_likelihood", x, args, kwargs, row_dim)
     log_partitions = LogPartitions(num_samples, num_steps, progress=progress)
     note = (
@@ -305,7 +297,7 @@ def _first_run(model: Any, guide: Any, data: RowArguments, run: Callable[[RowArg
     return again, run(again.first(1))
 
 
-@remember_keywords
+@runs_models()
 def has_likelihood(
     fit: Any, x: Any, *args: Any, row_dim: int = 0, model_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
 ) -> bool:
@@ -319,9 +311,8 @@ def has_likelihood(
         True
     """
     model, guide = traces.as_pair(fit)
-    check_keywords("has_likelihood", model, given_keywords(), (x, *args), model_kwargs)
-    kwargs = joined_keywords("has_likelihood", kwargs, model_kwargs)
-    check_known_keywords("has_likelihood", option_names(has_likelihood), kwargs, model, guide)
+    kwargs = joined_keywords(kwargs, model_kwargs)
+    check_model_keywords(model, guide, (x, *args), kwargs)
     data = row_arguments("has_likelihood", x, args, kwargs, row_dim)
 
     def has_density(first: RowArguments) -> bool:

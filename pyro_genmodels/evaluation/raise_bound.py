@@ -23,17 +23,10 @@ from pyro_genmodels.evaluation.arguments import row_arguments
 from pyro_genmodels.evaluation.likelihood import LogLikelihood, finite_kind, reliable_kind
 from pyro_genmodels.utils.distributions import unwrap
 from pyro_genmodels.utils.errors import check_positive_int
-from pyro_genmodels.utils.keywords import (
-    check_keywords,
-    check_known_keywords,
-    given_keywords,
-    joined_keywords,
-    option_names,
-    remember_keywords,
-)
+from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, runs_models
 
 
-@remember_keywords
+@runs_models()
 def conservative_log_likelihood(
     fit: Any,
     x: Any,
@@ -83,9 +76,8 @@ def conservative_log_likelihood(
     """
     model, guide = traces.as_pair(fit)
     check_positive_int("conservative_log_likelihood", num_samples=num_samples, num_steps=num_steps, batch_size=batch_size)
-    check_keywords("conservative_log_likelihood", model, given_keywords(), (x, *args), model_kwargs)
-    kwargs = joined_keywords("conservative_log_likelihood", kwargs, model_kwargs)
-    check_known_keywords("conservative_log_likelihood", option_names(conservative_log_likelihood), kwargs, model, guide)
+    kwargs = joined_keywords(kwargs, model_kwargs)
+    check_model_keywords(model, guide, (x, *args), kwargs)
     data = row_arguments("conservative_log_likelihood", x, args, kwargs)
     with handlers.side_effect_free(model, guide):
         trace, _ = traces.run_pair(model, guide, data.args, data.kwargs)

@@ -24,14 +24,7 @@ from pyro_genmodels.inference_data.groups import GROUPS, CollectOptions, Groups,
 from pyro_genmodels.inference_data.names import check_dims, check_names, xarray_name
 from pyro_genmodels.inference_data.sources import check_separate_parameters, source_of
 from pyro_genmodels.utils.errors import check_positive_int, warn_caller
-from pyro_genmodels.utils.keywords import (
-    check_keywords,
-    check_known_keywords,
-    given_keywords,
-    joined_keywords,
-    option_names,
-    remember_keywords,
-)
+from pyro_genmodels.utils.keywords import check_model_keywords, given_options, joined_keywords, runs_models
 from pyro_genmodels.utils.pareto import pareto_k
 from pyro_genmodels.utils.tensors import noting_frames
 
@@ -54,7 +47,7 @@ JOINT_DENSITY = (
 """Words for a log-likelihood of events."""
 
 
-@remember_keywords
+@runs_models()
 def to_arviz(
     fit: Any,
     *args: Any,
@@ -139,18 +132,17 @@ def to_arviz(
         >>> to_arviz(Flow((2,)), num_samples=50).posterior_predictive.sizes["draw"]
         50
     """
-    kwargs = joined_keywords("to_arviz", kwargs, model_kwargs)
+    kwargs = joined_keywords(kwargs, model_kwargs)
     fits = fit if isinstance(fit, list) else [fit]
     if not fits:
         raise ValueError("to_arviz wants at least one fit, but found an empty list.")
     sources = [source_of(one, args, kwargs, num_samples, model) for one in fits]
     for source in sources:
-        check_keywords("to_arviz", source.model, given_keywords(), source.args, source.kwargs)
         if source.model is not None:
             guide = None if isinstance(source.guide, Mapping) else source.guide
-            check_known_keywords("to_arviz", option_names(to_arviz), source.kwargs, source.model, guide)
+            check_model_keywords(source.model, guide, source.args, source.kwargs)
     options = _collect_options(num_samples, batch_size, groups, parallel, coords, dims, progress=progress)
-    if "groups" in given_keywords():
+    if "groups" in given_options():
         options = replace(options, named=options.groups)
     if len(sources) > 1:
         check_separate_parameters(sources)

@@ -41,13 +41,7 @@ from pyro_genmodels.training.options import (
 from pyro_genmodels.training.snapshots import Checkpoint, RunCheckpoint
 from pyro_genmodels.training.steps import AdversarialStep, LossStep, make_step
 from pyro_genmodels.utils.errors import warn_caller
-from pyro_genmodels.utils.keywords import (
-    check_keywords,
-    check_known_keywords,
-    given_keywords,
-    joined_keywords,
-    remember_keywords,
-)
+from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, runs_models
 from pyro_genmodels.utils.rng import forked_rng
 
 EMA_DECAY = 0.999
@@ -75,7 +69,7 @@ class TrainingInterrupted(KeyboardInterrupt):
         return type(self), (self.path, self.epoch)
 
 
-@remember_keywords
+@runs_models()
 def train(
     fit: Any,
     data: Any,
@@ -158,10 +152,9 @@ def train(
     check_options(epochs, batch_size, patience, ema_decay, clip_norm, checkpoint, seed, threads)
     fit = fit.family if isinstance(fit, Fit) else fit
     model, guide = traces.as_pair(fit)
-    model_kwargs = joined_keywords("train", {}, model_kwargs)
-    args, kwargs = (data if isinstance(data, tuple) else ()), (data if isinstance(data, Mapping) else {})
-    check_keywords("train", model, given_keywords() - {"context"}, args, {**kwargs, **model_kwargs})
-    check_known_keywords("train", (), model_kwargs, model, guide)
+    model_kwargs = joined_keywords({}, model_kwargs)
+    filled = {"context", *(data if isinstance(data, Mapping) else ())}
+    check_model_keywords(model, guide, data if isinstance(data, tuple) else (), model_kwargs, filled)
     with handlers.exclusive("train"), torch_threads(threads):
         if seed is not None:
             pyro.set_rng_seed(int(seed))

@@ -7,44 +7,69 @@ function, so the model would silently run with its default.
 from __future__ import annotations
 
 __all__ = [
-    "check_keywords",
-    "check_known_keywords",
-    "given_keywords",
+    "check_model_keywords",
+    "given_options",
     "joined_keywords",
     "keyword_names",
     "option_names",
-    "remember_keywords",
+    "runs_models",
     "signature_of",
 ]
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar
 from difflib import get_close_matches
 from functools import partial, wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from pyro.poutine.messenger import Messenger
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_given: ContextVar[frozenset[str]] = ContextVar("given", default=frozenset())
-"""Options given by the innermost running call of a function under `remember_keywords`."""
 
 
-def remember_keywords(function: Callable[P, T]) -> Callable[P, T]:
-    """Return the function, in whose calls `given_keywords` knows the options that were given, also with their default value."""
-    options = option_names(function)
+class _Call(NamedTuple):
+    """A running call of a function under `runs_models`.
 
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        token = _given.set(frozenset(options & kwargs.keys()))
-        try:
-            return function(*args, **kwargs)
-        finally:
-            _given.reset(token)
+    Attributes:
+        owner: name of the function.
+        options: names of its options.
+        given: names of the options that the call gives.
+    """
 
-    return call
+    owner: str
+    options: frozenset[str]
+    given: frozenset[str]
+
+
+_running: ContextVar[_Call] = ContextVar("running")
+"""Innermost running call of a function under `runs_models`."""
+
+
+def runs_models(*forwards_to: Callable[..., Any]) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorate a function that runs a model of the user's.
+
+    The other functions of this module then know its name, its options and which of them a call gives.
+
+    Args:
+        forwards_to: functions to which it passes options that stand in its ``**kwargs``.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        options = frozenset().union(*map(option_names, (function, *forwards_to)))
+
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            token = _running.set(_Call(function.__name__, options, frozenset(options & kwargs.keys())))
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _running.reset(token)
+
+        return call
+
+    return decorate
 
 
 def option_names(function: Callable[..., Any]) -> frozenset[str]:
@@ -57,17 +82,17 @@ def option_names(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(name for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY)
 
 
-def given_keywords() -> frozenset[str]:
-    """Return the names of the keyword-only options that the running call of a function gives.
+def given_options() -> frozenset[str]:
+    """Return the names of the options that the running call of a function gives, also with their default value.
 
     Example:
-        >>> @remember_keywords
+        >>> @runs_models()
         ... def function(x, *, batch_size=128, progress=True, **kwargs):
-        ...     return sorted(given_keywords())
+        ...     return sorted(given_options())
         >>> function(1, batch_size=128, y=2)
         ['batch_size']
     """
-    return _given.get()
+    return _running.get().given
 
 
 def signature_of(model: Any) -> inspect.Signature:
@@ -110,68 +135,54 @@ def keyword_names(model: Any, args: tuple = ()) -> list[str]:
     return [p.name for p in parameters if p.kind in by_name and p not in by_position]
 
 
-def check_keywords(
-    owner: str,
-    model: Callable[..., Any] | None,
-    own_names: Iterable[str],
-    args: tuple = (),
-    model_kwargs: Mapping[str, Any] | None = None,
+def check_model_keywords(
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    filled: Collection[str] = (),
 ) -> None:
-    """Check that no keyword of a call can be meant for the function as well as for the model that it runs.
+    """Check the keywords of the running call before the model runs.
+
+    No option that the call gives may be a keyword of the model too, and model and guide must know all keywords that they are
+    given.
 
     Args:
-        owner: name of the function that runs the model.
-        model: the model, or None if there is none.
-        own_names: keywords of the function that the call gives, see `given_keywords`. Those left out are no clash.
+        model: the model.
+        guide: the guide, or None if there is none.
         args: positional arguments of the model; what they fill is no clash.
-        model_kwargs: keyword arguments that are for the model without doubt; what they fill is no clash.
+        kwargs: keyword arguments of model and guide, see `joined_keywords`.
+        filled: further keywords of the model that the function fills itself.
 
     Raises:
-        ValueError: naming the first clash and the ways out.
+        ValueError: naming the first option that is a keyword of the model too, and the ways out.
+        TypeError: naming the first keyword that model or guide do not know, and the nearest name that is known.
 
     Example:
+        >>> @runs_models()
+        ... def fit(model, x, *, batch_size=100, model_kwargs=None, **kwargs):
+        ...     check_model_keywords(model, None, (x,), joined_keywords(kwargs, model_kwargs))
         >>> def model(x, batch_size=None): ...
-        >>> check_keywords("to_arviz", model, ["batch_size"], (1,), {"batch_size": 8})
-        >>> check_keywords("to_arviz", model, ["batch_size"], (1,))
+        >>> fit(model, 1, model_kwargs={"batch_size": 8})
+        >>> fit(model, 1, batch_size=8)
         Traceback (most recent call last):
-        ValueError: batch_size= is a keyword of to_arviz and of the model. \
-Give the model's in model_kwargs={'batch_size': ...}, and batch_size= is that of to_arviz.
+        ValueError: batch_size= is a keyword of fit and of the model. \
+Give the model's in model_kwargs={'batch_size': ...}, and batch_size= is that of fit.
+        >>> fit(model, 1, batchsize=8)
+        Traceback (most recent call last):
+        TypeError: fit and the model know no keyword batchsize. Did you mean batch_size?
     """
-    if model is None:
-        return
-    known = model_kwargs or {}
+    owner, options, given = _running.get()
     taken = keyword_names(model, args)
-    for name in own_names:
-        if name in taken and name not in known:
+    for name in sorted(given):
+        if name in taken and name not in kwargs and name not in filled:
             raise ValueError(
                 f"{name}= is a keyword of {owner} and of the model. Give the model's in model_kwargs={{{name!r}: ...}}, and "
                 f"{name}= is that of {owner}."
             )
-
-
-def check_known_keywords(owner: str, options: Iterable[str], kwargs: Mapping[str, Any], model: Any, guide: Any = None) -> None:
-    """Check that model and guide take the keywords that they will be given, before they run.
-
-    Args:
-        owner: name of the function that runs them.
-        options: names of its own options, one of which may be meant.
-        kwargs: keyword arguments of model and guide.
-        model: the model.
-        guide: the guide, or None if there is none.
-
-    Raises:
-        TypeError: naming the first keyword that one of them does not know, and the nearest name that is known.
-
-    Example:
-        >>> def model(x, y=None): ...
-        >>> check_known_keywords("to_arviz", ["num_samples"], {"y": 1}, model)
-        >>> check_known_keywords("to_arviz", ["num_samples"], {"num_sample": 10}, model)
-        Traceback (most recent call last):
-        TypeError: to_arviz and the model know no keyword num_sample. Did you mean num_samples?
-    """
     for name in kwargs:
         if not _takes(model, name):
-            near = get_close_matches(name, [*options, *keyword_names(model)], n=1)
+            near = get_close_matches(name, [*sorted(options), *keyword_names(model)], n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise TypeError(f"{owner} and the model know no keyword {name}.{hint}")
         if guide is not None and not _takes(guide, name):
@@ -194,19 +205,16 @@ def _takes(fn: Any, name: str) -> bool:
     return hands_on and (not hasattr(fn, "__wrapped__") or _takes(fn.__wrapped__, name))
 
 
-def joined_keywords(owner: str, kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the keyword arguments of a model, of which some are given by name and some as ``model_kwargs``.
+def joined_keywords(kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the keyword arguments of the model that the running call gives by name and in ``model_kwargs``.
 
     Raises:
         TypeError: if ``model_kwargs`` is no dictionary with names as keys.
         ValueError: if an argument is given both ways.
-
-    Example:
-        >>> joined_keywords("to_arviz", {"y": 1}, {"batch_size": 8})
-        {'y': 1, 'batch_size': 8}
     """
     if model_kwargs is None:
         return dict(kwargs)
+    owner = _running.get().owner
     if not isinstance(model_kwargs, Mapping) or not all(isinstance(name, str) for name in model_kwargs):
         raise TypeError(f"{owner} wants model_kwargs as a dictionary of the model's keywords, but found {model_kwargs!r}.")
     if twice := [name for name in kwargs if name in model_kwargs]:

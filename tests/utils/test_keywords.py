@@ -10,10 +10,16 @@ from pyro.infer import config_enumerate
 from torch import nn
 
 from pyro_genmodels import VAE, Flow, compare, log_likelihood, to_arviz, train
-from pyro_genmodels.utils.keywords import check_keywords, check_known_keywords, joined_keywords, keyword_names
+from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, keyword_names, runs_models
 
 
 def model(x, y=None, *, batch_size=None): ...
+
+
+@runs_models()
+def fit(model, *args, guide=None, num_samples=100, batch_size=100, progress=True, filled=(), model_kwargs=None, **kwargs):
+    """A function that runs a model."""
+    check_model_keywords(model, guide, args, joined_keywords(kwargs, model_kwargs), filled)
 
 
 class Module(nn.Module):
@@ -35,7 +41,7 @@ WRAPPED = {
 def test_the_names_of_a_model_are_found_behind_handlers(name):
     assert keyword_names(WRAPPED[name], (1,)) == ["y", "batch_size"]
     with pytest.raises(ValueError, match=r"batch_size= is a keyword of fit and of the model.*model_kwargs={'batch_size': ...}"):
-        check_keywords("fit", WRAPPED[name], ["progress", "batch_size"], (1,))
+        fit(WRAPPED[name], 1, progress=False, batch_size=100)
 
 
 def test_modules_and_families():
@@ -44,24 +50,25 @@ def test_modules_and_families():
 
 
 def test_what_is_filled_is_no_clash():
-    check_keywords("fit", model, ["y"], (1, 2))
-    check_keywords("fit", model, ["batch_size"], (1,), {"batch_size": None})
-    check_keywords("fit", model, ["num_samples"], (1,))
-    check_keywords("fit", lambda *args, **kwargs: None, ["batch_size"], (1,))
-    check_keywords("fit", None, ["batch_size"])
+    fit(lambda x, progress=None: None, 1, 2, progress=False)
+    fit(model, 1, batch_size=8, model_kwargs={"batch_size": None})
+    fit(model, 1, batch_size=8, filled=["batch_size"])
+    fit(model, 1, num_samples=8)
+    fit(lambda *args, **kwargs: None, 1, batch_size=8)
 
 
 @pytest.mark.parametrize("found", [[1], "ab", {1: 2}])
 def test_model_kwargs_are_a_dictionary_of_names(found):
     with pytest.raises(TypeError, match="fit wants model_kwargs as a dictionary"):
-        joined_keywords("fit", {}, found)
+        fit(model, 1, model_kwargs=found)
 
 
 def test_nothing_is_given_twice():
-    assert joined_keywords("fit", {"y": 1}, None) == {"y": 1}
-    assert joined_keywords("fit", {"y": 1}, {"z": 2}) == {"y": 1, "z": 2}
+    join = runs_models()(lambda kwargs, model_kwargs: joined_keywords(kwargs, model_kwargs))
+    assert join({"y": 1}, None) == {"y": 1}
+    assert join({"y": 1}, {"z": 2}) == {"y": 1, "z": 2}
     with pytest.raises(ValueError, match=r"fit was given y= and model_kwargs=\{'y': ...\}"):
-        joined_keywords("fit", {"y": 1}, {"y": 2})
+        fit(model, 1, y=1, model_kwargs={"y": 2})
 
 
 # Keywords that nobody knows.
@@ -73,33 +80,33 @@ def wrapper(*args, **kwargs):
 
 @pytest.mark.parametrize("name", WRAPPED)
 def test_a_misspelt_keyword_is_named_with_the_nearest_that_is_known(name):
-    check_known_keywords("fit", ["num_samples"], {"y": 1, "batch_size": 2}, WRAPPED[name])
+    fit(WRAPPED[name], 1, model_kwargs={"y": 1, "batch_size": 2})
     with pytest.raises(TypeError, match=r"^fit and the model know no keyword num_sample. Did you mean num_samples\?$"):
-        check_known_keywords("fit", ["num_samples"], {"num_sample": 1}, WRAPPED[name])
+        fit(WRAPPED[name], 1, num_sample=1)
     with pytest.raises(TypeError, match=r"no keyword batch_sizes. Did you mean batch_size\?"):
-        check_known_keywords("fit", [], {"batch_sizes": 1}, WRAPPED[name])
+        fit(WRAPPED[name], 1, batch_sizes=1)
     with pytest.raises(TypeError, match=r"no keyword other.$"):
-        check_known_keywords("fit", ["num_samples"], {"other": 1}, WRAPPED[name])
+        fit(WRAPPED[name], 1, other=1)
 
 
 def test_a_guide_takes_the_keywords_of_its_model():
     with pytest.raises(TypeError, match=r"The model has a keyword y, but the guide has none. fit calls both alike"):
-        check_known_keywords("fit", [], {"y": 1}, model, lambda x: None)
-    check_known_keywords("fit", [], {"y": 1}, model, lambda x, **kwargs: None)
+        fit(model, 1, guide=lambda x: None, y=1)
+    fit(model, 1, guide=lambda x, **kwargs: None, y=1)
 
 
 @pytest.mark.parametrize("fn", [wrapper, functools.partial(wrapper, 1, len), poutine.mask(wrapper, mask=True), dict])
 def test_what_a_wrapper_takes_is_unknown(fn):
-    check_known_keywords("fit", [], {"anything": 1}, fn)
+    fit(fn, anything=1)
 
 
 def test_a_wrapper_takes_its_own_keywords_and_those_of_what_it_wraps():
     @functools.wraps(model)
     def scaled(*args, scale=1.0, **kwargs): ...
 
-    check_known_keywords("fit", [], {"scale": 2.0, "y": 1}, scaled)
+    fit(scaled, scale=2.0, y=1)
     with pytest.raises(TypeError, match="no keyword other"):
-        check_known_keywords("fit", [], {"other": 2.0}, scaled)
+        fit(scaled, other=2.0)
 
 
 def test_arguments_of_a_partial_are_not_taken_for_a_handler():
@@ -107,7 +114,7 @@ def test_arguments_of_a_partial_are_not_taken_for_a_handler():
 
     bound = functools.partial(with_network, nn.Linear(1, 1), nn.ReLU())
     assert keyword_names(bound, (1,)) == ["y"]
-    check_known_keywords("fit", [], {"y": 1}, poutine.scale(bound, scale=2.0))
+    fit(poutine.scale(bound, scale=2.0), y=1)
 
 
 @pytest.mark.parametrize("function", [log_likelihood, to_arviz, lambda fit, x, **kw: compare({"fit": fit}, x, **kw)])
