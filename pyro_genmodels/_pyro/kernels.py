@@ -20,7 +20,7 @@ import numpy as np
 from pyro.infer import HMC
 from pyro.poutine.messenger import Messenger
 
-from pyro_genmodels.utils.distances import in_doubles
+from pyro_genmodels.utils.precision import in_doubles
 
 _KEY = "statistics"
 

@@ -15,7 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_genmodels._pyro import sites, traces
-from pyro_genmodels.utils.distances import in_doubles
+from pyro_genmodels.utils.precision import in_doubles
 
 SHAPE_ERRORS = (AssertionError, IndexError, RuntimeError, TypeError, ValueError)
 """Errors of a model that does not broadcast over particles. A fault of another kind comes again in a run of one particle."""

@@ -31,7 +31,6 @@ from torch.distributions import (
 )
 
 from pyro_genmodels.divergences.measures import COUNTS, is_inside, measure_of, support_of
-from pyro_genmodels.utils.distances import in_doubles
 from pyro_genmodels.utils.distributions import (
     density_of,
     interior,
@@ -42,6 +41,7 @@ from pyro_genmodels.utils.distributions import (
     without_validation,
 )
 from pyro_genmodels.utils.errors import type_with_article
+from pyro_genmodels.utils.precision import in_doubles
 
 MAX_SHARE_AT_END = 1e-3
 """Largest share of draws that may be rounded to an end of the support."""

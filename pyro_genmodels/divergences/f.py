@@ -22,7 +22,7 @@ from pyro_genmodels.divergences.divergence import Divergence, warn_unless_reliab
 from pyro_genmodels.divergences.exact import in_closed_form
 from pyro_genmodels.divergences.means import check_num_samples, differ_by_rounding, mean_of, score_function
 from pyro_genmodels.divergences.measures import check_measures
-from pyro_genmodels.utils.distances import in_doubles
+from pyro_genmodels.utils.precision import in_doubles
 
 
 def f_divergence(p: Distribution, q: Distribution, f: ConvexFunction, *, num_samples: int = 10_000) -> Divergence:

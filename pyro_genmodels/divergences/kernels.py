@@ -30,7 +30,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pyro_genmodels.utils.distances import common_dtype, distances, in_doubles
+from pyro_genmodels.utils.distances import distances
+from pyro_genmodels.utils.precision import common_dtype, in_doubles
 
 MAX_MEDIAN_ROWS = 2000
 """Largest number of rows, evenly spaced among all, whose median distance is computed."""

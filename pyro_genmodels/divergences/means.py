@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_genmodels.utils.distances import in_doubles
 from pyro_genmodels.utils.pareto import MAX_PARETO_K, pareto_k, smooth_log_weights
+from pyro_genmodels.utils.precision import in_doubles
 
 MAX_ROUNDING = 1e-9
 """Largest difference of two doubles, relative to them, that is put down to rounding."""

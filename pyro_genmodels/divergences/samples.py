@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_genmodels.utils.distances import common_dtype, in_doubles
 from pyro_genmodels.utils.errors import type_with_article
+from pyro_genmodels.utils.precision import common_dtype, in_doubles
 from pyro_genmodels.utils.tensors import as_tensor
 
 if TYPE_CHECKING:

@@ -32,10 +32,10 @@ from pyro_genmodels.evaluation.arguments import row_arguments
 from pyro_genmodels.evaluation.likelihood import LogLikelihood, finite_kind, reliable_kind
 from pyro_genmodels.samplers import Hamiltonian, Sampler, Target, anneal
 from pyro_genmodels.samplers.annealing import schedule, tune
-from pyro_genmodels.utils.distances import in_doubles
 from pyro_genmodels.utils.distributions import density_of, sum_event, unwrap
 from pyro_genmodels.utils.errors import check_positive_int
 from pyro_genmodels.utils.pareto import LogMean, log_mean_weight
+from pyro_genmodels.utils.precision import in_doubles
 
 Start = Callable[[Sequence[int]], Tensor]
 

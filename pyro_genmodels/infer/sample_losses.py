@@ -50,8 +50,8 @@ from pyro_genmodels.divergences.kernels import (
 )
 from pyro_genmodels.divergences.sliced import sliced_costs
 from pyro_genmodels.infer.objective import Loss
-from pyro_genmodels.utils.distances import in_doubles
 from pyro_genmodels.utils.distributions import density_of, unwrap
+from pyro_genmodels.utils.precision import in_doubles
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from pyro_genmodels.inference_data.layout import ModelLayout
 from pyro_genmodels.inference_data.replay import Replay, ReplayBlock
 from pyro_genmodels.inference_data.sources import DrawSource
 from pyro_genmodels.inference_data.undrawn import find_undrawn
-from pyro_genmodels.utils.distances import in_doubles
 from pyro_genmodels.utils.distributions import density_of, unwrap
 from pyro_genmodels.utils.errors import one_line
 from pyro_genmodels.utils.keywords import signature_of
 from pyro_genmodels.utils.nested import leaves
+from pyro_genmodels.utils.precision import in_doubles
 
 GROUPS = (
     "posterior", "posterior_predictive", "prior", "prior_predictive", "log_likelihood", "log_prior", "sample_stats",

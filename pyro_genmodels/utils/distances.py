@@ -7,10 +7,12 @@ below 1e-23. Neither happens here.
 
 from __future__ import annotations
 
-__all__ = ["common_dtype", "distances", "in_doubles"]
+__all__ = ["distances"]
 
 import torch
 from torch import Tensor
+
+from pyro_genmodels.utils.precision import common_dtype, in_doubles
 
 
 def distances(x: Tensor, y: Tensor) -> Tensor:
@@ -39,13 +41,3 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
         )
     found = torch.cdist(in_doubles(x), in_doubles(y), compute_mode="donot_use_mm_for_euclid_dist")
     return found.to(common_dtype(x, y))
-
-
-def in_doubles(x: Tensor) -> Tensor:
-    """Return x in double precision, or in single precision on devices without doubles (Apple's MPS)."""
-    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
-
-
-def common_dtype(x: Tensor, y: Tensor) -> torch.dtype:
-    """Return the wider of the two dtypes, with integers counted as torch's default dtype."""
-    return torch.promote_types(*(t.dtype if t.is_floating_point() else torch.get_default_dtype() for t in (x, y)))

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from pyro_genmodels.divergences import ConvexFunction, Divergence, JensenShannon
 from pyro_genmodels.infer.adversarial.penalties import R1, R2, GradientPenalty, Penalty
-from pyro_genmodels.utils.distances import in_doubles
 from pyro_genmodels.utils.pareto import pareto_k
+from pyro_genmodels.utils.precision import in_doubles
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,9 @@ from pyro_genmodels._pyro.predictive import data_plate, draw_replicates
 from pyro_genmodels._pyro.sites import PARTICLES
 from pyro_genmodels.infer.adversarial import inputs
 from pyro_genmodels.infer.adversarial.losses import AdversarialLoss
-from pyro_genmodels.utils.distances import in_doubles
 from pyro_genmodels.utils.distributions import density_of, unwrap
 from pyro_genmodels.utils.errors import check_positive_int, listed
+from pyro_genmodels.utils.precision import in_doubles
 
 
 @dataclass(frozen=True)
