@@ -35,7 +35,8 @@ from pyro_genmodels.infer.flow_matching import FlowMatching
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
 from pyro_genmodels.infer.sample_losses import SampleLoss
 from pyro_genmodels.optim.adapters import make_optimizer
-from pyro_genmodels.training.batches import Batch, Batches
+from pyro_genmodels.training.arguments import Batch
+from pyro_genmodels.training.batches import Batches
 from pyro_genmodels.utils.distributions import modules_and_tensors, unwrap
 from pyro_genmodels.utils.errors import warn_caller
 from pyro_genmodels.utils.keywords import keyword_names
