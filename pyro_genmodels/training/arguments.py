@@ -96,8 +96,7 @@ def joined(trees: list[Any]) -> Any:
     if isinstance(first, Mapping):
         return {name: joined([tree[name] for tree in trees]) for name in first}
     if isinstance(first, (list, tuple)):
-        joined = [joined(list(parts)) for parts in zip(*trees, strict=True)]
-        return of_type(first, joined)
+        return of_type(first, [joined(list(parts)) for parts in zip(*trees, strict=True)])
     return torch.cat(trees) if isinstance(first, Tensor) and first.dim() else first
 
 
