@@ -2,7 +2,7 @@
 
 from pyro_genmodels.training.fit import Fit
 from pyro_genmodels.training.loop import TrainingInterrupted, train
-from pyro_genmodels.training.snapshots import Checkpoint
+from pyro_genmodels.training.runs import Checkpoint
 from pyro_genmodels.utils.errors import suggest_names
 
 __all__ = ["Checkpoint", "Fit", "TrainingInterrupted", "train"]

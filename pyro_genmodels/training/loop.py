@@ -38,7 +38,7 @@ from pyro_genmodels.training.options import (
     standardized_unless_refused,
     torch_threads,
 )
-from pyro_genmodels.training.snapshots import Checkpoint, RunCheckpoint
+from pyro_genmodels.training.runs import Checkpoint, RunCheckpoint
 from pyro_genmodels.training.steps import AdversarialStep, LossStep, make_step
 from pyro_genmodels.utils.errors import warn_caller
 from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, runs_models

@@ -19,7 +19,7 @@ from pyro_genmodels.families.family import Family
 from pyro_genmodels.optim.averaging import moving_average
 from pyro_genmodels.training.arguments import Batch
 from pyro_genmodels.training.batches import Batches
-from pyro_genmodels.training.snapshots import Checkpoint
+from pyro_genmodels.training.runs import Checkpoint
 from pyro_genmodels.utils.errors import check_positive_int, listed
 
 STANDARDIZE_ROWS = 10_000

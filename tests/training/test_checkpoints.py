@@ -53,7 +53,7 @@ from pyro_genmodels import (
     train,
 )
 from pyro_genmodels.families import NICE, SOSPF
-from pyro_genmodels.training import Checkpoint, Fit, checkpoints, rebuild, snapshots
+from pyro_genmodels.training import Checkpoint, Fit, checkpoints, rebuild, runs
 from pyro_genmodels.utils.allocation import limited
 
 SMALL = MAF(transforms=1, hidden=(4,))
@@ -1207,7 +1207,7 @@ def test_a_run_that_is_killed_is_not_resumed_from_another(at, other, path, monke
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(snapshots.RunCheckpoint, name, killed)
+        patch.setattr(runs.RunCheckpoint, name, killed)
         with pytest.raises(Killed):
             fit_run(path, 3, notes={"which": "second"}, **other)
     after = {p.name: p.read_bytes() for p in path.parent.iterdir()}
@@ -1241,8 +1241,8 @@ def test_a_run_is_on_disk_after_its_first_epoch(path, monkeypatch):
             raise Killed
         return write_best(self)
 
-    write_best = snapshots.RunCheckpoint.write_best
-    monkeypatch.setattr(snapshots.RunCheckpoint, "write_best", killed)
+    write_best = runs.RunCheckpoint.write_best
+    monkeypatch.setattr(runs.RunCheckpoint, "write_best", killed)
     with pytest.raises(Killed):
         fit_run(path, 3)
     monkeypatch.undo()

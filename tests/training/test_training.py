@@ -37,7 +37,8 @@ from pyro_genmodels import (
 )
 from pyro_genmodels.families import Annealed
 from pyro_genmodels.optim.averaging import TrainedWeights
-from pyro_genmodels.training import Checkpoint, Fit, TrainingInterrupted, checkpoints, loop, snapshots
+from pyro_genmodels.training import Checkpoint, Fit, TrainingInterrupted, checkpoints, loop
+from pyro_genmodels.training import runs as training_runs
 from pyro_genmodels.training.batches import Batches
 
 train = partial(train, progress=False)
@@ -961,7 +962,7 @@ def test_a_run_that_is_stopped_can_be_gone_on_with(when, error, average, tmp_pat
 BETWEEN = {
     "as the best is kept": (TrainedWeights, "keep_best", 2),
     "as the average is taken": (TrainedWeights, "update", 10),
-    "as the run is copied": (snapshots, "capture", 4),
+    "as the run is copied": (training_runs, "capture", 4),
     "as the best is written": (checkpoints, "write", 3),
 }
 
@@ -1087,7 +1088,7 @@ def test_the_run_is_written_about_twice_a_minute(tmp_path, monkeypatch):
         written.append((Path(path).name, next(clock)))
         return original(path, *args, **kwargs)
 
-    for module in (loop, snapshots):
+    for module in (loop, training_runs):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr(checkpoints, "write", write)
     fit = run(affine_flow, tmp_path / "run", 60, patience=60)
@@ -1101,7 +1102,7 @@ def test_the_run_is_written_about_twice_a_minute(tmp_path, monkeypatch):
 
 def test_a_run_that_is_killed_goes_on_from_what_was_written_last(tmp_path, monkeypatch):
     """Every epoch is written here, and then the files of the third are put back."""
-    monkeypatch.setattr(snapshots.RunCheckpoint, "SECONDS", 0.0)
+    monkeypatch.setattr(training_runs.RunCheckpoint, "SECONDS", 0.0)
     whole = run(affine_flow, tmp_path / "whole", 6)
     params, name = kept(whole), "run.training.safetensors"
     original, copies = checkpoints.write, []
