@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "check_densities",
-    "check_draws",
-    "check_events",
-    "common_batch",
-    "doubled",
-    "log_densities",
-    "log_prob_of",
-    "parts_of",
-]
+__all__ = ["check_densities", "check_draws", "check_events", "common_batch", "doubled", "log_densities"]
 
 from collections.abc import Iterable, Iterator
 from functools import reduce
-from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
+from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
-from torch.distributions import (
-    Distribution,
-    Independent,
-    IndependentTransform,
-    Transform,
-    TransformedDistribution,
-    constraints,
-)
+from torch.distributions import Distribution, IndependentTransform, Transform, TransformedDistribution, constraints
 
+from pyro_genmodels.divergences.log_probabilities import log_prob_of
 from pyro_genmodels.divergences.measures import COUNTS, is_inside, measure_of, support_of
 from pyro_genmodels.utils.distributions import (
+    coordinate_support,
     density_of,
     interior,
     map_tensors,
     modules_and_tensors,
+    parts_of,
     sum_event,
     unwrap,
-    without_validation,
 )
 from pyro_genmodels.utils.errors import type_with_article
 from pyro_genmodels.utils.precision import in_doubles
@@ -93,7 +78,7 @@ def check_densities(p: Distribution, q: Distribution, *, by: str, normalised: bo
             )
         for part in parts_of(side):
             if problem := _problem(part):
-                raise ValueError(f"{by} wants two normalised densities, but {name} is or holds a {problem}")
+                raise ValueError(f"{by} wants two normalised densities, but {name} is or holds {problem}")
         if measure_of(side) is None:
             raise ValueError(
                 f"{by} wants probabilities or densities, but {name} is {type_with_article(side)} that mixes both: its log_prob "
@@ -101,37 +86,30 @@ def check_densities(p: Distribution, q: Distribution, *, by: str, normalised: bo
             )
 
 
-def parts_of(fn: Distribution) -> Iterator[Distribution]:
-    """Yield a distribution and all distributions inside of it."""
-    yield fn
-    for part in vars(fn).values():
-        if isinstance(part, Distribution):
-            yield from parts_of(part)
-
-
 def _problem(part: Distribution) -> str:
-    """Return what is wrong with a part that makes a density not normalised, and the way out; empty if nothing is."""
+    """Return why a distribution with this part has no normalised density, and a way out; an empty text if it may have one."""
     if isinstance(part, MaskedDistribution):
-        return f"masked {type(part.base_dist).__name__}, whose log_prob is 0 where it is masked. Leave .mask() out."
+        return f"a masked {type(part.base_dist).__name__}, whose log_prob is 0 where it is masked. Leave .mask() out."
     if isinstance(part, dist.Empirical):
-        return "Empirical, whose log_prob takes one value at a time. Compare its samples, by wasserstein or mmd."
+        return "an Empirical, whose log_prob takes one value at a time. Compare its samples, by wasserstein or mmd."
     if (
         isinstance(part, TransformedDistribution)
         and type(part).log_prob is TransformedDistribution.log_prob
         and not all(map(_has_jacobian, _transforms(part.transforms)))
     ):
-        return f"{type(part).__name__} by a transform that is not one to one, without log_prob. Use dist.FoldedDistribution."
+        found = f"{type_with_article(part)} by a transform that is not one to one, without log_prob"
+        return f"{found}. Use dist.FoldedDistribution."
     if isinstance(part, dist.ImproperUniform):
-        return "ImproperUniform, which has no normalised density. Use a proper distribution, such as a wide Normal."
+        return "an ImproperUniform, which has no normalised density. Use a proper distribution, such as a wide Normal."
     if isinstance(part, (dist.Delta, dist.Unit)):
         log_factor = part.log_density if isinstance(part, dist.Delta) else part.log_factor
         if bool((torch.as_tensor(log_factor) != 0).any()):
-            return f"{type(part).__name__} with a weight: its log_prob at the point is not 0. Leave the weight out."
+            return f"{type_with_article(part)} with a weight: its log_prob at the point is not 0. Leave the weight out."
     return ""
 
 
 def _transforms(transforms: Iterable[Transform]) -> Iterator[Transform]:
-    """Yield transforms, and those that they are made of."""
+    """Yield transforms and all transforms inside of them."""
     for transform in transforms:
         yield transform
         yield from _transforms(getattr(transform, "parts", ()))
@@ -140,7 +118,7 @@ def _transforms(transforms: Iterable[Transform]) -> Iterator[Transform]:
 
 
 def _has_jacobian(transform: Transform) -> bool:
-    """Return True if a transform says how it changes volumes."""
+    """Return True if a transform computes the log determinant of its Jacobian."""
     return transform.bijective or type(transform).log_abs_det_jacobian is not Transform.log_abs_det_jacobian
 
 
@@ -151,75 +129,12 @@ def common_batch(p: Distribution, q: Distribution) -> tuple[Distribution, Distri
     return p, q
 
 
-def log_prob_of(fn: Distribution, x: Tensor) -> Tensor:
-    """Return the log density at x, minus infinity for impossible outcomes.
-
-    Distributions of torch that are given probabilities keep log probabilities that are cut at the rounding of their dtype, 1e-7
-    or 2e-16, so that an impossible outcome is merely unlikely. Here they are not cut.
-
-    Example:
-        >>> fn = dist.Categorical(torch.tensor([1.0, 0.0]))
-        >>> fn.log_prob(torch.tensor(1)), log_prob_of(fn, torch.tensor(1))
-        (tensor(-15.9424), tensor(-inf))
-    """
-    if isinstance(fn, ExpandedDistribution):
-        return log_prob_of(fn.base_dist, x).expand(x.shape[: x.ndim - len(fn.event_shape)])
-    if isinstance(fn, Independent):
-        return log_prob_of(fn.base_dist, x).flatten(-fn.reinterpreted_batch_ndims).sum(-1)
-    if isinstance(fn, torch.distributions.MixtureSameFamily):
-        part, x = without_validation(fn.component_distribution), x.unsqueeze(-1 - len(fn.event_shape))
-        inside = log_prob_of(part, x).masked_fill(~is_inside(part, x), -torch.inf)
-        mixing = fn.mixture_distribution
-        weights = _log(mixing.probs) if "probs" in vars(mixing) else mixing.logits.log_softmax(-1)
-        return (inside + weights).logsumexp(-1)
-    if isinstance(fn, torch.distributions.OneHotCategorical):
-        return log_prob_of(next(part for part in parts_of(fn) if part is not fn), x.argmax(-1))
-    if isinstance(fn, torch.distributions.Multinomial):
-        inner: Any = next(part for part in parts_of(fn) if part is not fn)
-        logs = _log(inner.probs) if "probs" in vars(inner) else inner.logits.log_softmax(-1)
-        ways = torch.lgamma(x.sum(-1) + 1.0) - torch.lgamma(x + 1.0).sum(-1)
-        return ways + _times(x, logs).sum(-1)
-    if isinstance(fn, torch.distributions.Bernoulli):
-        success, failure = _log_odds(fn)
-        return torch.where(x > 0.5, success, failure)
-    if isinstance(fn, torch.distributions.NegativeBinomial):
-        n, (success, failure) = fn.total_count, _log_odds(fn)
-        ways = torch.lgamma(n + x) - torch.lgamma(x + 1.0) - torch.lgamma(n)
-        return torch.where(n + x == 0, 0.0, ways) + _times(n, failure) + _times(x, success)
-    if isinstance(fn, torch.distributions.Categorical) and "probs" in vars(fn):
-        probs = fn.probs.expand(torch.broadcast_shapes(x.shape, fn.batch_shape) + fn.probs.shape[-1:])
-        return _log(probs.gather(-1, x.long().expand(probs.shape[:-1])[..., None])[..., 0])
-    if isinstance(fn, torch.distributions.Binomial):
-        n, (success, failure) = fn.total_count, _log_odds(fn)
-        ways = torch.lgamma(n + 1.0) - torch.lgamma(x + 1.0) - torch.lgamma(n - x + 1.0)
-        return ways + _times(x, success) + _times(n - x, failure)
-    return fn.log_prob(x)
-
-
-def _log_odds(fn: Any) -> tuple[Tensor, Tensor]:
-    """Return the logs of the probabilities of success and failure, from what the distribution was given."""
-    if "probs" in vars(fn):
-        return _log(fn.probs), _log(1 - fn.probs)
-    return torch.nn.functional.logsigmoid(fn.logits), torch.nn.functional.logsigmoid(-fn.logits)
-
-
-def _times(counts: Tensor, logs: Tensor) -> Tensor:
-    """Return counts times log probabilities, 0 for a count of 0."""
-    return torch.where(counts == 0, 0.0, counts * torch.where(counts == 0, 0.0, logs))
-
-
-def _log(probs: Tensor) -> Tensor:
-    """Return logs, minus infinity at zero with a gradient of zero."""
-    impossible = probs == 0
-    return torch.where(impossible, 1.0, probs).log().masked_fill(impossible, -torch.inf)
-
-
 def doubled(fn: Distribution) -> tuple[Distribution, torch.dtype | None]:
     """Return a distribution with parameters in double precision, with their gradients, and the dtype that they had.
 
-    Squares of parameters such as 1e-25 vanish in single precision, and so does a divergence of order d^2 of two distributions
-    that differ by d. Distributions with networks, or of other libraries than torch and Pyro, may hold numbers elsewhere: they
-    stay as they are, and the dtype is None.
+    In single precision, squares of parameters such as 1e-25 underflow, and rounding hides a divergence of order d^2 between
+    distributions that differ by a small d. A distribution with networks, or of another library than torch and Pyro, may hold
+    numbers elsewhere: it is returned unchanged, with None as the dtype.
     """
     modules, tensors = modules_and_tensors(fn)
     kinds = [*parts_of(fn), *(transform for part in parts_of(fn) for transform in _transforms(getattr(part, "transforms", ())))]
@@ -232,19 +147,17 @@ def doubled(fn: Distribution) -> tuple[Distribution, torch.dtype | None]:
 def check_draws(p: Distribution, x: Tensor, *, by: str) -> None:
     """Raise a ValueError if many draws of a continuous distribution were rounded to an end of its support.
 
-    There the density is not that of what was drawn: half of the draws of a Gamma of concentration 0.001 are below the smallest
-    double.
+    The density at a rounded draw is not that at the draw. Half of the draws of a Gamma of concentration 0.001, for example, are
+    below the smallest double.
 
     Args:
         p: distribution.
         x: draws of it, (num_samples, batch..., event...).
         by: name of the calling function, for error messages.
     """
-    support = support_of(p)
     if measure_of(p) == COUNTS or not x.is_floating_point():
         return
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = coordinate_support(support_of(p))
     if isinstance(support, type(constraints.simplex)):
         at_end = x.sort(-1).values.diff(dim=-1) == 0  # the smallest coordinates are cut before they are divided by their sum
     else:
@@ -254,7 +167,7 @@ def check_draws(p: Distribution, x: Tensor, *, by: str) -> None:
     if share > MAX_SHARE_AT_END:
         raise ValueError(
             f"{by} wants draws inside the support, but {float(share):.1%} of those of {type(unwrap(p)).__name__} are rounded "
-            f"to its end by {x.dtype}, where the density is another one. Use larger concentrations, or compare samples by mmd."
+            f"to its end by {x.dtype}, where the density differs. Use larger concentrations, or compare samples by mmd."
         )
 
 

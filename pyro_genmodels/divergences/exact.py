@@ -37,9 +37,10 @@ from torch.distributions import (
 )
 
 from pyro_genmodels.divergences.convex import ConvexFunction, KullbackLeibler
-from pyro_genmodels.divergences.densities import common_batch, doubled, log_prob_of, parts_of
+from pyro_genmodels.divergences.densities import common_batch, doubled
+from pyro_genmodels.divergences.log_probabilities import log_prob_of
 from pyro_genmodels.divergences.measures import are_singular, is_inside
-from pyro_genmodels.utils.distributions import modules_and_tensors, sum_event, unwrap, without_validation
+from pyro_genmodels.utils.distributions import modules_and_tensors, parts_of, sum_event, unwrap, without_validation
 
 
 def in_closed_form(p: Distribution, q: Distribution, f: ConvexFunction, *, by: str) -> tuple[Tensor, str] | None:
@@ -52,7 +53,7 @@ def in_closed_form(p: Distribution, q: Distribution, f: ConvexFunction, *, by: s
         by: name of the calling function, for error messages.
 
     Raises:
-        ValueError: if the value is NaN, as parameters are.
+        ValueError: if the value is NaN, because parameters are.
 
     Example:
         >>> import pyro.distributions as dist
@@ -76,7 +77,7 @@ def in_closed_form(p: Distribution, q: Distribution, f: ConvexFunction, *, by: s
 
 
 def _known(p: Distribution, q: Distribution, f: ConvexFunction) -> tuple[Tensor, str] | None:
-    """Return the value, also if it is NaN, and where it comes from."""
+    """Return the value, which may be NaN, and "closed form" or "exact sum"; None if it must be estimated."""
     if are_singular(p, q):
         shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
         like = [tensor for tensor in modules_and_tensors((p, q))[1] if tensor.is_floating_point()] or [torch.zeros(())]
@@ -153,7 +154,7 @@ def _of_normals(p: Distribution, q: Distribution, f: ConvexFunction) -> Tensor |
 
 
 def _log1p(x: Tensor, log: Tensor) -> Tensor:
-    """Return log(1 + x), which is `log` in less than full precision for small x, and in full precision for others."""
+    """Return log(1 + x) from x if that is small, and otherwise from another expression for it, `log`, which is exact there."""
     small = x.abs() < 0.5
     return torch.where(small, torch.where(small, x, 0.0).log1p(), log)
 
@@ -169,25 +170,21 @@ def _moments(fn: Distribution) -> tuple[Tensor, Tensor] | None:
 
 
 def _sum_of_kullback_leibler(p: Distribution, q: Distribution, f: ConvexFunction) -> Tensor | None:
-    """Return an f that is a sum of KL divergences which torch knows in closed form, (batch...); None for others."""
+    """Return the divergence of an f that is a sum of KL divergences known in closed form, (batch...); None for others."""
     pairs = {"forward": (p, q), "reverse": (q, p)}
-    try:
-        values = [_kullback_leibler(*pairs[name]) for name in f.kullback_leibler]
-    except NotImplementedError:
-        return None
-    return torch.stack(values).sum(0) if values else None
+    values = [_kullback_leibler(*pairs[name]) for name in f.kullback_leibler]
+    known = [value for value in values if value is not None]
+    return torch.stack(known).sum(0) if known and len(known) == len(values) else None
 
 
-def _kullback_leibler(p: Distribution, q: Distribution) -> Tensor:
-    """Return KL(p || q) as torch knows it, or as a sum over independent coordinates; raise a NotImplementedError otherwise."""
+def _kullback_leibler(p: Distribution, q: Distribution) -> Tensor | None:
+    """Return KL(p || q) as torch knows it, or as a sum over independent coordinates, (batch...); None for others."""
     if isinstance(p, Independent) and isinstance(q, Independent) and p.base_dist.batch_shape == q.base_dist.batch_shape:
         dims = p.reinterpreted_batch_ndims
         if dims == q.reinterpreted_batch_ndims:
-            return sum_event(_kullback_leibler(p.base_dist, q.base_dist), dims)
-    total = None
-    if p.has_enumerate_support and q.has_enumerate_support:
-        total = _finite_sum(p, q, KullbackLeibler())
-    if total is not None:
+            of_coordinates = _kullback_leibler(p.base_dist, q.base_dist)
+            return None if of_coordinates is None else sum_event(of_coordinates, dims)
+    if (total := _finite_sum(p, q, KullbackLeibler())) is not None:
         return total
     if isinstance(p, ContinuousBernoulli) and isinstance(q, Uniform):  # torch says infinite
         return torch.where((q.low <= 0) & (q.high >= 1), (q.high - q.low).log() - p.entropy(), torch.inf)
@@ -197,14 +194,18 @@ def _kullback_leibler(p: Distribution, q: Distribution) -> Tensor:
         return torch.where(inside, -(p.high - p.low).log() - q.log_prob(middle), torch.inf)
     is_nothing = isinstance(p, Poisson) and bool((p.rate == 0).any())  # NaN for torch
     if is_nothing or any(_folds(part) for side in (p, q) for part in parts_of(side)):
-        raise NotImplementedError
-    return kl_divergence(p, q)
+        return None
+    try:
+        return kl_divergence(p, q)
+    except NotImplementedError:  # torch has no formula for the pair
+        return None
 
 
 def _folds(fn: Distribution) -> bool:
-    """Return True for a transform that is not one to one, whose divergence is not that of the base, as torch has it.
+    """Return True for a distribution by a transform that is not one to one.
 
-    For half of a distribution that is symmetric about zero it is.
+    Torch returns the divergence of the bases for these too, which is right only for the halves of distributions that are
+    symmetric about zero.
     """
     if not isinstance(fn, TransformedDistribution) or isinstance(fn, (HalfCauchy, HalfNormal)):
         return False

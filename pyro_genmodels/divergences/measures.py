@@ -1,7 +1,7 @@
-r"""Measures that densities are densities of, and supports.
+r"""Measures with respect to which densities are defined, and supports.
 
-A log density is one with respect to a *measure*: counts for discrete distributions and point masses, volumes for continuous
-ones, areas for those on a sphere or simplex. Ratios of densities mean something for one and the same measure only.
+A density is defined with respect to a *measure*: counts for discrete distributions and point masses, volumes for continuous
+ones, areas for those on a sphere or simplex. Ratios of densities mean something only if both have the same measure.
 Distributions with different measures are mutually singular: each has its mass where the other has none.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_genmodels.utils.distributions import is_real, unwrap
+from pyro_genmodels.utils.distributions import coordinate_support, is_real, unwrap
 from pyro_genmodels.utils.errors import type_with_article
 
 COUNTS, VOLUMES = "counts", "volumes"
@@ -35,7 +35,7 @@ MANIFOLDS: dict[type, str] = {
 
 
 def measure_of(fn: Distribution) -> str | None:
-    """Return the name of the measure that a density is one of; None for a mixture of several.
+    """Return the name of the measure of a distribution's density; None for a mixture of several.
 
     Example:
         >>> measure_of(dist.Delta(torch.zeros(()))), measure_of(dist.Poisson(1.0)), measure_of(dist.Normal(0.0, 1.0))
@@ -54,9 +54,7 @@ def measure_of(fn: Distribution) -> str | None:
     support = support_of(fn)
     if isinstance(fn, (dist.Delta, dist.Empirical)) or support.is_discrete:
         return COUNTS
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return MANIFOLDS.get(type(support), VOLUMES)
+    return MANIFOLDS.get(type(coordinate_support(support)), VOLUMES)
 
 
 def are_singular(p: Distribution, q: Distribution) -> bool:
@@ -83,10 +81,10 @@ def support_of(fn: Distribution) -> Constraint:
 
 
 def is_inside(fn: Distribution, x: Tensor) -> Tensor:
-    """Return if points are in the support, (samples..., batch...), for points (samples..., batch..., event...).
+    """Return True for each point in the support, (samples..., batch...), given points (samples..., batch..., event...).
 
-    The support that torch states of a transformed distribution is all that the last transform can return: here the points are
-    mapped back to the base, if transforms are one to one.
+    The support that torch gives for a transformed distribution is all that the last transform can return. Here points are
+    mapped back to the base instead, if the transforms are one to one.
 
     Example:
         >>> shift = torch.distributions.AffineTransform(5.0, 1.0)
@@ -116,10 +114,9 @@ def is_inside(fn: Distribution, x: Tensor) -> Tensor:
 
 def check_measures(p: Distribution, q: Distribution, *, by: str) -> None:
     """Raise a ValueError for a continuous against a discrete distribution, but not for one against a point mass."""
-    if (discrete := support_of(p).is_discrete) != support_of(q).is_discrete and VOLUMES in (measure_of(p), measure_of(q)):
-        names = ("p", "q") if discrete else ("q", "p")
+    if support_of(p).is_discrete != support_of(q).is_discrete and VOLUMES in (measure_of(p), measure_of(q)):
         raise ValueError(
             f"{by} wants two continuous or two discrete distributions, but p is {type_with_article(p)} over {p.support} and q "
-            f"{type_with_article(q)} over {q.support}: the probabilities of {names[0]} are no densities of {names[1]}. Use "
+            f"{type_with_article(q)} over {q.support}. A probability is not comparable with a density. Use "
             "Dequantized for integers, or compare samples by wasserstein."
         )

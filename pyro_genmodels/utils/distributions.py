@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "Density",
     "check_exact_density",
+    "coordinate_support",
     "density_of",
     "has_active_dropout",
     "interior",
@@ -13,12 +14,13 @@ __all__ = [
     "mean_inside_log",
     "modules_and_tensors",
     "over_events",
+    "parts_of",
     "sum_event",
     "unwrap",
     "without_validation",
 ]  # fmt: skip
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass
 from functools import partial
 from math import inf
@@ -76,22 +78,33 @@ def over_events(transform: Transform, event_dim: int) -> Transform:
 def without_validation(fn: Distribution) -> Distribution:
     """Return a copy of a distribution that validates no arguments, also in its parts."""
     fn = map_tensors(fn, lambda t: t)
-    parts = [fn]
-    for part in parts:
+    for part in parts_of(fn):
         part._validate_args = False
-        parts.extend(inner for inner in vars(part).values() if isinstance(inner, Distribution))
     return fn
+
+
+def parts_of(fn: Distribution) -> Iterator[Distribution]:
+    """Yield a distribution and all distributions inside of it."""
+    yield fn
+    for part in vars(fn).values():
+        if isinstance(part, Distribution):
+            yield from parts_of(part)
+
+
+def coordinate_support(support: constraints.Constraint) -> constraints.Constraint:
+    """Return the support inside of ``constraints.independent``: that of one coordinate, if there is one."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
 
 
 def is_real(support: constraints.Constraint | None) -> bool:
     """Return True if the support is all real numbers, in every coordinate."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return isinstance(support, type(constraints.real))
+    return support is not None and isinstance(coordinate_support(support), type(constraints.real))
 
 
 def interior(x: Tensor, support: constraints.Constraint | None) -> Tensor:
-    """Return values of which those at or beyond an end of the support are moved to the nearest float inside.
+    """Return values with those at or beyond an end of the support moved to the nearest float inside.
 
     Near 100, for example, float32 has 1.3e5 numbers per unit: 100 + 1e-6 is 100, which ``greater_than(100.0)`` excludes.
 
@@ -105,19 +118,20 @@ def interior(x: Tensor, support: constraints.Constraint | None) -> Tensor:
         >>> constraints.greater_than(100.0).check(x).tolist(), x[1]
         ([True, True], tensor(101.))
     """
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    if support is None:
+        return x
+    support = coordinate_support(support)
     if isinstance(support, constraints.stack):
         parts = zip(x.unbind(support.dim), support.cseq, strict=True)
         return torch.stack([interior(part, each) for part, each in parts], support.dim)
-    if support is None or support.is_discrete:
+    if support.is_discrete:
         return x
     for name, direction in (("lower_bound", inf), ("upper_bound", -inf)):
         if (end := getattr(support, name, None)) is None:
             continue
         end = torch.as_tensor(end, dtype=x.dtype, device=x.device)
         beside = torch.nextafter(end, torch.full_like(end, direction))
-        smallest = torch.full_like(end, torch.finfo(x.dtype).tiny).copysign(beside)  # of what is not rounded to 0
+        smallest = torch.full_like(end, torch.finfo(x.dtype).tiny).copysign(beside)  # smaller ones may be rounded to 0
         beside = torch.where(end == 0, smallest, beside)
         x = torch.maximum(x, beside) if direction > 0 else torch.minimum(x, beside)
     return x

@@ -13,7 +13,7 @@ from torch import tensor
 from torch.distributions import AbsTransform
 
 from pyro_genmodels.divergences import PearsonChiSquared, SquaredHellinger, f_divergence, fisher, js, kl, tv
-from pyro_genmodels.divergences.densities import log_prob_of
+from pyro_genmodels.divergences.log_probabilities import log_prob_of
 
 
 def within(found, truth):
