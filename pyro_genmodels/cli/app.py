@@ -30,74 +30,38 @@ from pyro_genmodels.cli.console import (
     terminate,
     warn,
 )
-from pyro_genmodels.utils.files import MAX_BYTES
+from pyro_genmodels.cli.options import (
+    FAMILIES,
+    MAX_SIZE,
+    SPLITS,
+    CheckpointPath,
+    Columns,
+    Data,
+    Device,
+    Epochs,
+    Force,
+    LabelColumn,
+    Levels,
+    MaxSize,
+    Overwrite,
+    Quiet,
+    Seed,
+    Threads,
+    bytes_of,
+    check_data,
+    check_names,
+    check_no_file,
+    check_unused,
+    complete_names,
+    files_of_runs,
+    is_given,
+    split_names,
+)
 
 if TYPE_CHECKING:
-    from pyro_genmodels.cli.recipes import DataSource
     from pyro_genmodels.training import Fit
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
-
-FAMILIES = ("flow", "vae", "autoregressive", "energy", "ode_flow", "diffusion", "gan")
-DATA = ("digits", "moons", "ring", "grid", "pinwheel", "checkerboard")
-SPLITS = ("train", "valid", "test", "all")
-MAX_SIZE = MAX_BYTES / 1e9
-"""Largest size of a file in GB, by default."""
-
-
-def _completion(names: tuple[str, ...]) -> Any:
-    """Return a function that completes one of the names."""
-    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
-
-
-Data = Annotated[
-    str | None,
-    typer.Option(
-        help=f"A data set ({', '.join(DATA)}), or a .npy, .npz, .csv or .parquet file of rows.",
-        autocompletion=_completion(DATA),
-        show_default=False,
-    ),
-]
-Columns = Annotated[
-    str | None, typer.Option(help="Columns of the file to model, separated by commas. For .npz: name of the array.")
-]
-LabelColumn = Annotated[
-    str | None,
-    typer.Option(
-        "--labels",
-        help="Column of classes 0, 1, ... to condition on. For .npz: name of the array. For a named data set: `label`.",
-    ),
-]
-Levels = Annotated[
-    int | None, typer.Option(help="For a file of integers: K for values 0 to K - 1; 0 to model them as real numbers.")
-]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the split, of training and of sampling.")]
-Device = Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")]
-Epochs = Annotated[
-    int | None,
-    typer.Option(min=1, help="Largest number of passes over the data. Each family has its own default.", show_default=False),
-]
-MaxSize = Annotated[
-    float,
-    typer.Option(
-        "--max-size",
-        min=0,
-        help="Largest size of a file that is read, and of the numbers in it, in GB (1e9 bytes).",
-        show_default=True,
-    ),
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="Threads of torch. By default 1 for families of less than a million parameters, and one for each core for others.",
-        show_default=False,
-    ),
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace an older run in the folder.")]
-Overwrite = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar and no messages about files.")]
-CheckpointPath = Annotated[Path, typer.Argument(help="A .safetensors file from `fit` or `compare`.", show_default=False)]
 
 
 def _version(value: bool) -> None:  # noqa: FBT001 (typer's callback)
@@ -123,7 +87,7 @@ def compare(
     context: typer.Context,
     data: Data = None,
     families: Annotated[
-        str, typer.Option(help="Families to fit, separated by commas.", autocompletion=_completion(FAMILIES))
+        str, typer.Option(help="Families to fit, separated by commas.", autocompletion=complete_names(FAMILIES))
     ] = ",".join(FAMILIES),
     out: Annotated[Path, typer.Option(help="Folder for tables, plots, ArviZ files and checkpoints.")] = Path("out"),
     columns: Columns = None,
@@ -147,11 +111,14 @@ def compare(
     """
     names = list(dict.fromkeys(name.strip() for name in families.split(",") if name.strip()))
     with report_errors(context):
-        _check_names("family", names or [""], FAMILIES)
-        source = _source(data, columns, labels, levels, seed)
-        _check_unused([out / "run.json", *_files_of_runs(out, names)], force=force)
+        check_names("family", names or [""], FAMILIES)
+        data = check_data(data)
+        from pyro_genmodels.cli.notes import source_of
+
+        source = source_of(data, columns, labels, levels, seed)
+        check_unused([out / "run.json", *files_of_runs(out, names)], force=force)
         prepare(context, out, device, "matplotlib", "safetensors", "h5netcdf", "h5py", "ot")
-        dataset = source.load(_bytes(max_size))
+        dataset = source.load(bytes_of(max_size))
         from pyro_genmodels.cli import recipes, reports
 
         fits: dict[str, Fit] = {}
@@ -179,7 +146,7 @@ def fit(
     context: typer.Context,
     data: Data = None,
     family: Annotated[
-        str, typer.Option(help=f"Family to fit: {', '.join(FAMILIES)}.", autocompletion=_completion(FAMILIES))
+        str, typer.Option(help=f"Family to fit: {', '.join(FAMILIES)}.", autocompletion=complete_names(FAMILIES))
     ] = "flow",
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint and plots.")] = Path("out"),
     columns: Columns = None,
@@ -223,25 +190,30 @@ def fit(
         settings: dict[str, Any] = {"batch_size": batch_size, "learning_rate": learning_rate}
         done = 0
         if resume is None:
-            _check_names("family", [family], FAMILIES)
-            source, path = _source(data, columns, labels, levels, seed), out / family
-            _check_unused(_files_of_runs(out, [family]), force=force)
+            check_names("family", [family], FAMILIES)
+            data = check_data(data)
+            from pyro_genmodels.cli.notes import source_of
+
+            source, path = source_of(data, columns, labels, levels, seed), out / family
+            check_unused(files_of_runs(out, [family]), force=force)
         else:
             check_modules("safetensors")
             given = [
                 name
                 for name in ("family", "out", "columns", "labels", "levels", "seed", "force", *settings)
-                if _is_given(context, name)
+                if is_given(context, name)
             ]
             if given:
                 options = ", ".join("--" + name.replace("_", "-") for name in given)
                 raise ValueError(f"--resume continues with the settings of the checkpoint: leave {options} out")
-            family, source, settings, path, done = _saved_run(resume, data)
+            from pyro_genmodels.cli.notes import saved_run
+
+            family, source, settings, path, done = saved_run(resume, data)
             out, saved_epochs, saved_patience = path.parent, settings.pop("epochs"), settings.pop("patience")
-            epochs = epochs if _is_given(context, "epochs") else saved_epochs
-            patience = patience if _is_given(context, "patience") else saved_patience
+            epochs = epochs if is_given(context, "epochs") else saved_epochs
+            patience = patience if is_given(context, "patience") else saved_patience
         prepare(context, out, device, "matplotlib", "safetensors")
-        dataset = source.load(_bytes(max_size))
+        dataset = source.load(bytes_of(max_size))
         import pyro
 
         from pyro_genmodels.cli import recipes, reports
@@ -317,8 +289,8 @@ def sample(
         from pyro_genmodels.families import Labels
 
         reports.check_rows(out)
-        _check_no_file(out, picture, force=force)
-        family, notes = recipes.load_family(checkpoint, device=device, max_bytes=_bytes(max_size))
+        check_no_file(out, picture, force=force)
+        family, notes = recipes.load_family(checkpoint, device=device, max_bytes=bytes_of(max_size))
         set_threads(threads, family)
         if picture is not None:
             reports.check_picture(family, picture)
@@ -361,7 +333,7 @@ def evaluate(
         typer.Option(
             help=f"Part of the data: {', '.join(SPLITS)}. By default test, and all for another file.",
             show_default=False,
-            autocompletion=_completion(SPLITS),
+            autocompletion=complete_names(SPLITS),
         ),
     ] = None,
     columns: Columns = None,
@@ -395,25 +367,24 @@ def evaluate(
     """
     with report_errors(context):
         if split is not None:
-            _check_names("split", [split], SPLITS)
+            check_names("split", [split], SPLITS)
         if out is not None and out.suffix != ".csv":
             raise ValueError(f"--out wants a .csv file, but found {out}")
-        _check_no_file(out, force=force)
+        check_no_file(out, force=force)
         if data is not None:
-            _check_data(data)
+            check_data(data)
         check_modules("safetensors")
         check_device(device)
         import pandas as pd
         import pyro
 
         from pyro_genmodels.cli import recipes
+        from pyro_genmodels.cli.notes import rows_of
         from pyro_genmodels.utils.files import atomic_write
 
-        family, notes = recipes.load_family(checkpoint, device=device, max_bytes=_bytes(max_size))
+        family, notes = recipes.load_family(checkpoint, device=device, max_bytes=bytes_of(max_size))
         set_threads(threads, family)
-        rows = recipes.rows_of(
-            notes, data=data, columns=_split(columns), labels=labels, split=split, max_bytes=_bytes(max_size)
-        )
+        rows = rows_of(notes, data=data, columns=split_names(columns), labels=labels, split=split, max_bytes=bytes_of(max_size))
         pyro.set_rng_seed(seed)
         found = recipes.evaluate(family, rows.x, rows.labels, num_samples=num_samples)
         if out is not None:
@@ -427,94 +398,6 @@ def evaluate(
                 table.sort_index().to_csv(part)
         words = describe(found, notes.levels, rows.x, lambda: recipes.sample_quality_of(family, rows.x, rows.labels))
         say(f"{notes.family} on {rows.name}: {words}", quiet=False)
-
-
-# Checks before work begins.
-
-
-def _source(data: str | None, columns: str | None, labels: str | None, levels: int | None, seed: int) -> DataSource:
-    """Return the source of the data. An unknown name is refused before anything heavy is imported."""
-    if data is None:
-        raise ValueError(f"--data is missing: a data set ({', '.join(DATA)}) or a file of rows, such as --data moons")
-    _check_data(data)
-    from pyro_genmodels.cli.recipes import DataSource
-
-    data = data if data in DATA else str(Path(data).resolve())  # a checkpoint finds it from any folder
-    return DataSource(data, _split(columns), labels, levels, seed)
-
-
-def _files_of_runs(out: Path, families: list[str]) -> list[Path]:
-    """Return the paths of the checkpoints of families in a folder, and of their runs."""
-    return [out / f"{family}{kind}.safetensors" for family in families for kind in ("", ".training")]
-
-
-def _check_unused(paths: list[Path], *, force: bool) -> None:
-    """Raise a ValueError if files that a new run would replace exist, unless that is wanted."""
-    taken = [path for path in paths if path.exists()]
-    if taken and not force:
-        runs = [path for path in taken if path.name.endswith(".training.safetensors")]
-        cure = f", --resume {runs[0].with_name(runs[0].name.replace('.training.', '.'))} to continue it" if runs else ""
-        raise ValueError(f"{taken[0]} is of an older run: pass --force to replace it{cure}, or another folder as --out")
-
-
-def _check_no_file(*paths: Path | None, force: bool) -> None:
-    """Raise a ValueError if there is a file that would be overwritten, unless that is wanted."""
-    for path in paths:
-        if path is not None and path.is_file() and not force:
-            raise ValueError(f"{path} exists: pass --force to replace it, or another name")
-
-
-def _bytes(max_size: float) -> int:
-    """Return a size in GB as a number of bytes."""
-    return int(min(max_size * 1e9, 2**62))
-
-
-def _check_data(data: str) -> None:
-    """Raise a ValueError for what is neither a data set by name nor a path."""
-    if data not in DATA and not Path(data).suffix and not Path(data).exists():
-        _check_names("data set", [data], DATA)
-
-
-def _split(columns: str | None) -> list[str] | None:
-    """Return the names in a list separated by commas."""
-    return None if columns is None else [name.strip() for name in columns.split(",") if name.strip()]
-
-
-def _check_names(kind: str, names: list[str], known: tuple[str, ...]) -> None:
-    """Raise a ValueError for a name that is not known."""
-    from pyro_genmodels.utils.errors import unknown_name
-
-    for name in names:
-        if name not in known:
-            raise unknown_name(kind, name, known)
-
-
-def _saved_run(checkpoint: Path, data: str | None) -> tuple[str, DataSource, dict[str, Any], Path, int]:
-    """Return the family, data source and settings of a run to continue, its path without suffix, and its number of epochs."""
-    from dataclasses import replace
-
-    from pyro_genmodels.cli.recipes import read_notes
-    from pyro_genmodels.training import checkpoints
-
-    path = checkpoints.tensors_of(checkpoint)
-    path = path.with_name(path.name.removesuffix(".training.safetensors").removesuffix(".safetensors") + ".safetensors")
-    run = path.with_name(path.stem + ".training.safetensors")
-    record = checkpoints.read_record(run) if run.is_file() else checkpoints.read(path)[1]
-    notes = read_notes(record)
-    if notes is None or notes.source is None:
-        raise ValueError(
-            f"{path} was not written by the command line: continue in Python, by train(..., "
-            "checkpoint=Checkpoint(path, resume=True))"
-        )
-    settings = {name: getattr(notes, name) for name in ("batch_size", "learning_rate", "patience", "epochs")}
-    source = notes.source if data is None else replace(notes.source, data=data)
-    return notes.family, source, settings, path.with_suffix(""), len(record.get("history", []))
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    """Return True if the user gave this option."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def main() -> None:

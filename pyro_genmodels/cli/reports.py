@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from pyro_genmodels import __version__
-from pyro_genmodels.cli.recipes import Notes, draw, evaluate, sample_quality_of
+from pyro_genmodels.cli.notes import Notes
+from pyro_genmodels.cli.recipes import draw, evaluate, sample_quality_of
 from pyro_genmodels.datasets import Dataset
 from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.dynamics.processes import along

@@ -61,7 +61,9 @@ from pyro_genmodels import (
 )
 from pyro_genmodels.cli import app as app_module
 from pyro_genmodels.cli import console, recipes, reports
-from pyro_genmodels.cli.app import DATA, FAMILIES, app
+from pyro_genmodels.cli.app import app
+from pyro_genmodels.cli.notes import DataSource, Notes
+from pyro_genmodels.cli.options import DATA, FAMILIES
 from pyro_genmodels.datasets import load
 from pyro_genmodels.distributions import Implicit
 from pyro_genmodels.evaluation import LogLikelihood, compare, plots
@@ -984,7 +986,7 @@ def test_files_are_replaced_only_by_force(flow, tmp_path):
 
 
 def test_steps_of_large_numbers_are_told():
-    notes = recipes.Notes("flow", None, ["date", "price"], None)
+    notes = Notes("flow", None, ["date", "price"], None)
     x = torch.tensor([[1.79e9, 2.5], [1.78e9, -3.0]])
     assert reports.coarse_columns(x, notes) == "those of date are 128 apart"
     assert reports.coarse_columns(x.double(), notes) == reports.coarse_columns(x.long(), notes) == ""
@@ -1111,7 +1113,7 @@ def test_a_stop_while_data_are_read_is_told_in_a_line(data, tmp_path, monkeypatc
     def stopped(self, max_bytes):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recipes.DataSource, "load", stopped)
+    monkeypatch.setattr(DataSource, "load", stopped)
     result = invoke("fit", "--data", data / "plain.csv", "--out", tmp_path)
     assert (result.exit_code, result.stderr.strip()) == (130, "pyro-genmodels: stopped by SIGINT.")
 
