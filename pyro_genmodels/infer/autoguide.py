@@ -46,21 +46,22 @@ class AutoFamily(AutoContinuous):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
-        self._check_plates()
         like = self._init_loc()  # has the dtype and device of the latent variables
-        self.family = self.build(self.latent_dim).to(like)
-        shape: Any = self.family.event_shape
-        if tuple(shape) != (self.latent_dim,) or self.family.context is not None:
+        prototype, self.prototype_trace = self.prototype_trace, None  # after an error, the next run checks again
+        self._check_plates()
+        family: Any = self.build(self.latent_dim).to(like)
+        shape = tuple(family.event_shape)
+        if shape != (self.latent_dim,) or family.context is not None:
             raise ValueError(
                 f"AutoFamily wants a family over ({self.latent_dim},), all latent variables of the model, without a context, "
-                f"but build({self.latent_dim}) returned {type_with_article(self.family)} over {tuple(shape)}."
+                f"but build({self.latent_dim}) returned {type_with_article(family)} over {shape}."
             )
+        self.family, self.prototype_trace = family, prototype
 
     def _check_plates(self) -> None:
         for name, frames in self._cond_indep_stacks.items():
             for frame in frames:
                 if frame.full_size not in (None, frame.size):
-                    self.prototype_trace = None  # the next run checks again
                     raise ValueError(
                         f"AutoFamily has one joint distribution of all latent variables, but the model takes {frame.size} of "
                         f"{frame.full_size} rows of plate {frame.name!r}, in which {name!r} lies: it would hold the same "

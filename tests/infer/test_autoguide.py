@@ -43,6 +43,13 @@ def test_latent_variables_of_subsampled_rows_are_refused_at_each_run(model, batc
             guide(y, batch)
 
 
+def test_a_family_of_another_shape_is_refused_at_each_run():
+    guide = AutoFamily(shared, lambda n: affine_flow((n + 1,)))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"a family over \(1,\).* over \(2,\)"):
+            guide(y, None)
+
+
 @pytest.mark.parametrize(("model", "batch", "coordinates"), [(local, None, 61), (shared, 10, 1)])
 def test_all_rows_or_shared_latent_variables_are_taken(model, batch, coordinates):
     guide = AutoFamily(model, build)
