@@ -6,7 +6,15 @@ that an earlier one has.
 
 from __future__ import annotations
 
-__all__ = ["GivenRows", "RowBlock", "SubsampledPlate", "fixed_rows", "row_blocks", "subsampled_plates"]
+__all__ = [
+    "GivenRows",
+    "RowBlock",
+    "SubsampledPlate",
+    "fixed_rows",
+    "plates_with_subsample_size",
+    "row_blocks",
+    "subsampled_plates",
+]
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -20,6 +28,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+
+from pyro_genmodels._pyro import traces
 
 
 class RowBlock(NamedTuple):
@@ -72,11 +82,7 @@ def row_blocks(size: int, count: int, device: Any = "cpu") -> Iterator[RowBlock]
 
 def fixed_rows(indices: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
     """Return a context in which plates take these rows, {name of the plate: indices}, instead of choosing them."""
-    rows = Trace()
-    for name, value in indices.items():
-        site = {"type": "sample", "name": name, "value": value, "is_observed": False, "infer": {}, "cond_indep_stack": ()}
-        rows.add_node(name, **site)
-    return ReplayMessenger(trace=rows)
+    return ReplayMessenger(trace=traces.holding(indices))
 
 
 class GivenRows(Messenger):
@@ -123,7 +129,7 @@ class _PlatesMessenger(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
             fn: Any = msg["fn"]
-            if msg["value"] is None and fn.subsample_size is not None and fn.subsample_size < fn.size:
+            if msg["value"] is None and fn.subsample_size is not None:
                 self.found[msg["name"]] = SubsampledPlate(msg["name"], fn.size, fn.subsample_size, fn.device)
         elif any(frame.vectorized for frame in msg["cond_indep_stack"]):
             raise _PlatesSeenError
@@ -132,9 +138,15 @@ class _PlatesMessenger(Messenger):
 def subsampled_plates(fn: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> list[SubsampledPlate]:
     """Return the plates that choose rows at random around the first site of a function that lies inside a plate.
 
-    The function runs no further than that site, so that this is cheap for any number of rows. An error of the run, such as one
-    of a prior draw that a later distribution refuses, ends it too, unless it is that memory is short.
+    The function runs no further than that site, so that this is cheap for any number of rows. Errors of the function, such as
+    that of a distribution which refuses a draw from the prior, end the run and are not raised, except for a lack of memory:
+    the fit itself, run later, raises those that concern it.
     """
+    return [plate for plate in plates_with_subsample_size(fn, args, kwargs) if plate.count < plate.size]
+
+
+def plates_with_subsample_size(fn: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> list[SubsampledPlate]:
+    """Return the plates of `subsampled_plates`, and those that would choose rows if the arguments had more of them."""
     plates = _PlatesMessenger()
     try:
         with poutine.block(), torch.no_grad(), plates:

@@ -15,6 +15,7 @@ __all__ = [
     "as_pair",
     "data_plates",
     "downstream_log_ratio",
+    "holding",
     "is_family",
     "latents",
     "log_prob",
@@ -64,9 +65,9 @@ def as_pair(fit: Any) -> Pair:
         TypeError: if the fit offers no model and guide.
     """
     if isinstance(fit, tuple) and len(fit) == 2 and all(map(callable, fit)):
-        for place, part in enumerate(fit):
+        for role, part in zip(("model", "guide"), fit, strict=True):
             if _offers_pair(part):
-                name, role = type(part).__name__, ("model", "guide")[place]
+                name = type(part).__name__
                 raise TypeError(
                     f"A pair is (model, guide), two functions, but its {role} is a {name}, which has both: pass {name}.{role}, "
                     f"or the {name} alone. Several fits go to to_arviz as a list, [a, b], and to compare as a dictionary."
@@ -135,6 +136,14 @@ def trace_of(fn: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> 
     with without_trace_shapes(), MarkComputed():
         trace = prune_subsample_sites(poutine.trace(lambda: fn(*args, **kwargs)).get_trace())
     measure_plates(trace)
+    return trace
+
+
+def holding(values: Mapping[str, Any]) -> Trace:
+    """Return a trace of unobserved sites with these values, by name, for `poutine.replay`."""
+    trace = Trace()
+    for name, value in values.items():
+        trace.add_node(name, type="sample", name=name, value=value, is_observed=False, infer={}, cond_indep_stack=())
     return trace
 
 

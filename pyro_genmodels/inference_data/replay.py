@@ -83,7 +83,9 @@ class Replay:
         self.point_masses: list[str] = []
         self.mispaired: dict[str, Any] = {}
         if isinstance(guide, Mapping):
-            self.layout = layout or self._find_layout(_first_draws(guide), guide_is_given=True)
+            self.layout = layout or self._find_layout(
+                traces.holding({name: values[0] for name, values in guide.items()}), guide_is_given=True
+            )
             latents = {name: values for name, values in guide.items() if name in self.layout.latents}
             _check_draws(self.layout, latents)
             self._guide_of = _DrawsAsGuide(latents, self.layout)
@@ -424,14 +426,6 @@ def _check_autoguide(layout: ModelLayout, guide: Any) -> None:
                 f"{type(guide).__name__} has one latent variable for the rows of a subsample, not one for each row, so "
                 f"{', '.join(map(repr, per_row))} cannot be sampled for all rows. Use AutoNormal, or no subsample_size."
             )
-
-
-def _first_draws(draws: Mapping[str, Tensor]) -> Trace:
-    """Return a trace that holds the first of given draws."""
-    trace = Trace()
-    for name, values in draws.items():
-        trace.add_node(name, type="sample", name=name, is_observed=False, value=values[0], infer={}, cond_indep_stack=())
-    return trace
 
 
 def _unobserved(found: Mapping[str, Any]) -> Sites:
