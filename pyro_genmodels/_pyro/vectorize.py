@@ -106,7 +106,7 @@ def agree_alone(
         alone = traces.run_pair(model_i, guide_i, (), {})
         for name, site in traces.sample_sites(alone[0]).items():
             if sites.is_computed(site):
-                value, spread = _deterministic_value(traces.sample_sites(pair[0])[name]["value"], site, i, dim)
+                value, spread = _computed_value(traces.sample_sites(pair[0])[name]["value"], site, i, dim)
                 if not _close(value, site["value"], spread):
                     return False
         for trace, values in zip(alone, together, strict=True):
@@ -141,8 +141,7 @@ def most_different_particle(trace: Trace, num_particles: int, nesting: int) -> i
 
 def _close(a: Tensor, b: Tensor, spread: Tensor) -> bool:
     """Return True if two values are the same but for a small share of the spread between particles, and rounding."""
-    size = torch.maximum(a.abs(), b.abs()) if a.dtype != torch.bool else torch.ones_like(a)
-    rounding = ROUNDING * torch.finfo(a.dtype).eps * size if a.is_floating_point() else torch.zeros_like(size)
+    rounding = ROUNDING * torch.finfo(a.dtype).eps * torch.maximum(a.abs(), b.abs()) if a.is_floating_point() else 0.0
     same = (a == b) | (a.isnan() & b.isnan()) | ((in_doubles(a) - in_doubles(b)).abs() <= TOLERANCE * spread + rounding)
     return bool(same.all())
 
@@ -153,7 +152,7 @@ def _typical_difference(values: Tensor) -> Tensor:
     return (values - values.median()).abs().median() if len(values) else torch.zeros(())
 
 
-def _deterministic_value(together: Tensor, alone: Mapping[str, Any], i: int, dim: int) -> tuple[Tensor, Tensor]:
+def _computed_value(together: Tensor, alone: Mapping[str, Any], i: int, dim: int) -> tuple[Tensor, Tensor]:
     """Return a computed value of one particle and the spread of finite ones, in the shape that it has in a run of one."""
     event_dim = max(alone["value"].dim() - sites.plate_depth(alone), 0)
     together = together.reshape((1,) * (event_dim - dim - together.dim()) + together.shape)
