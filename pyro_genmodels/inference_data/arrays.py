@@ -117,8 +117,6 @@ class GroupArrays:
         values, rows = to_numpy(block.values[:1] if is_shared else block.values), tuple(plate.rows for plate in block.plates)
         if not self._filled["observed_data", name][_rows_of(block)]:
             array[rows] = values[0]
-        elif is_shared:
-            return
         self._filled["observed_data", name][_rows_of(block)] = 1
         if not all(same_array(array[rows], draw) for draw in values):
             self._varying.add(name)

@@ -266,7 +266,8 @@ class _Posterior:
                 why = "the guide is a point mass until it is converted: use guide.laplace_approximation(...)"
             self.reports["sample_stats.log_q and log_weight"] = why
         why = (
-            "the guide chooses rows where the model is given them, and Pyro trains it on rows of other data; see create_plates="
+            "the model is given its rows by subsample=, but the guide takes others, so that Pyro trains it on the wrong rows: "
+            "give an autoguide the model's plate by create_plates="
         )
         self.reports |= {f"rows of {plate!r} that the model is not given": why for plate in self.replay.mispaired}
         why = "the model subsamples this plate in a Python loop, so only one subsample is run: log_p is an estimate"
@@ -314,9 +315,7 @@ class _Posterior:
             self.arrays.put_draws("posterior_predictive", name, block.value(name, predicted[name]))
         if self.replay.layout.has_latents:
             self._put_log_prob(block, "log_likelihood", site)
-        is_shared = block.is_shared(name, site)
-        if block.draws.start == 0 or not is_shared:
-            self.arrays.put_observed(name, block.value(name, site), is_shared=is_shared)
+        self.arrays.put_observed(name, block.value(name, site), is_shared=block.is_shared(name, site))
 
     def _put_log_prob(self, block: ReplayBlock, group: str, site: dict[str, Any]) -> None:
         log_p = self.densities.log_prob(block, group, site) if self.arrays.wants(group) else None
