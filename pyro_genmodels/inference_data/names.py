@@ -67,34 +67,44 @@ def check_names(groups: Mapping[str, Variables], plates: Mapping[str, Any], coor
         ValueError: naming the first clash.
     """
     for variables in groups.values():
-        sizes: dict[str, tuple[int, str]] = {}
-        as_written: dict[str, str] = {}
-        for name, (array, dims) in variables.items():
-            other = as_written.setdefault(xarray_name(name), name)
-            if other != name:
-                raise ValueError(f"The sites {other!r} and {name!r} have one name in ArviZ, {xarray_name(name)!r}: rename one.")
-            for dim, size in zip(dims, array.shape, strict=True):
-                if dims.count(dim) > 1:
-                    raise ValueError(
-                        f"{name!r} has two dimensions {dim!r}: rename the plate, or the event's dimension by "
-                        f"dims={{{name!r}: [...]}}."
-                    )
-                plate = (len(plates[dim]), f"plate {dim}") if dim in plates else (size, name)
-                known, owner = sizes.setdefault(dim, plate)
-                if known != size:
-                    raise ValueError(
-                        f"The dimension {dim!r} has {known} entries in {owner!r} and {size} in {name!r}: choose another name "
-                        f"in dims={{{name!r}: [...]}}."
-                    )
+        sizes = _dimension_sizes(variables, plates)
         _check_variables(variables, sizes)
         for dim, (size, _) in sizes.items():
             if dim in coords:
                 _check_labels(dim, size, coords[dim])
 
 
+def _dimension_sizes(variables: Variables, plates: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
+    """Return the size of each dimension of a group, and the plate or variable that it is from.
+
+    Raises:
+        ValueError: if a variable has two dimensions of one name, or a dimension two sizes.
+    """
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, (array, dims) in variables.items():
+        for dim, size in zip(dims, array.shape, strict=True):
+            if dims.count(dim) > 1:
+                raise ValueError(
+                    f"{name!r} has two dimensions {dim!r}: rename the plate, or the event's dimension by "
+                    f"dims={{{name!r}: [...]}}."
+                )
+            plate = (len(plates[dim]), f"plate {dim}") if dim in plates else (size, name)
+            known, owner = sizes.setdefault(dim, plate)
+            if known != size:
+                raise ValueError(
+                    f"The dimension {dim!r} has {known} entries in {owner!r} and {size} in {name!r}: choose another name "
+                    f"in dims={{{name!r}: [...]}}."
+                )
+    return sizes
+
+
 def _check_variables(names: Iterable[str], sizes: Mapping[str, tuple[int, str]]) -> None:
-    """Check that no variable of a group is called as one of the dimensions."""
+    """Check that no two variables of a group have one name in ArviZ, and that none is called as one of the dimensions."""
+    as_written: dict[str, str] = {}
     for name in names:
+        other = as_written.setdefault(xarray_name(name), name)
+        if other != name:
+            raise ValueError(f"The sites {other!r} and {name!r} have one name in ArviZ, {xarray_name(name)!r}: rename one.")
         if name in DRAWS:
             raise ValueError(f"A variable is called {name!r}, which in ArviZ is a dimension of draws: rename the site.")
         if name in sizes:
