@@ -1,4 +1,4 @@
-"""Handlers and questions about a run: no side effects, data drawn instead of observed, latent variables without a gradient."""
+"""Handlers of runs of a model: one thread at a time, no side effects, data drawn instead of observed; questions about a run."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ NOT_RECORDED = (
     "energy, lp, acceptance_rate, step_size, tree_depth: Pyro's kernels do not keep them. For plot_energy and bfmi sample with "
     "MCMC(record_statistics(NUTS(model)), ...), from pyro_genmodels.inference_data"
 )
-"""Words for a run without them."""
+"""Note on a run whose kernel has not recorded its statistics."""
 
 
 def record_statistics(kernel: HMC) -> HMC:

@@ -48,10 +48,11 @@ class Loss(ELBO):
     """
 
     unit: str = "nats"
-    """What the loss measures, for tables and plots: "nats" only if it is a negative log-likelihood or a bound of it."""
+    """Unit of the loss, for tables and plots: "nats" only for a negative log-likelihood or a bound of it."""
 
     training_unit: str | None = None
-    """What the loss measures while gradients are enabled, if that is something else than without."""
+    """Unit of the loss while gradients are enabled, if it is another one; otherwise None."""
+
     own_parameters: Mapping[str, nn.Parameter] = MappingProxyType({})
     """Parameters of the objective itself, by their names in Pyro's param store."""
 

@@ -26,10 +26,10 @@ MIN_DRAWS_OF_DIAGNOSTICS = 4
 """Smallest number of draws per chain for which Pyro computes the diagnostics of an MCMC run."""
 
 INDEPENDENT = (
-    "energy, diverging: draws of a guide are independent, and no Markov chain has made them, so there is nothing to see in "
-    "plot_energy, bfmi and plot_parallel"
+    "energy, diverging: these are statistics of a Markov chain, but draws of a guide are independent, so plot_energy, bfmi and "
+    "plot_parallel have nothing to show"
 )
-"""Words for the statistics that draws of a guide do not have."""
+"""Note on the statistics that draws of a guide do not have."""
 
 
 @dataclass(frozen=True)

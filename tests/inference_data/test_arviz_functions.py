@@ -121,7 +121,7 @@ PLOTS = {
     "violin": lambda d, y, z: az.plot_violin(d, var_names=[z]),
 }
 NO_CHAIN = {"bfmi", "energy", "parallel"}
-"""What reads statistics of a Markov chain, which draws of a guide do not have."""
+"""Functions that read statistics of a Markov chain, which draws of a guide do not have."""
 
 
 def plot_dim(data, y):

@@ -26,7 +26,7 @@ SUMMED_OUT = "inference has summed"
 
 @dataclass
 class Expected:
-    """What an example gives.
+    """Result of `to_arviz` and `log_likelihood` for an example.
 
     Attributes:
         posterior: dimensions of each variable of the posterior: names of plates, and +k for k dimensions of the event.
@@ -387,7 +387,7 @@ def test_batting_averages_have_the_binomial_likelihood():
 
 
 def test_forecasts_are_judged_by_their_residuals():
-    """What is observed is the difference of data and level, which differs from draw to draw."""
+    """The observed value is the difference of data and level, which differs from draw to draw."""
     fit, (x, covariates) = make("forecast")
     data = export(fit, (x, covariates), left_out="observed_data")
     level, noise = draws(data, "drift").double().cumsum(-1), draws(data, "noise_scale").double()

@@ -233,6 +233,6 @@ def difference(real: Tensor, fake: Tensor) -> Divergence:
                 f"NaN or infinity among the {len(values)} on {name} inputs."
             )
     value = in_doubles(real).mean() - in_doubles(fake).mean()
-    error = sum(in_doubles(values.detach()).var() / len(values) for values in (real, fake)) ** 0.5
+    error = torch.stack([in_doubles(values.detach()).var() / len(values) for values in (real, fake)]).sum().sqrt()
     k = torch.stack([pareto_k(values.detach().abs().log()) for values in (real, fake)]).max()
-    return Divergence(value.to(real.dtype), torch.as_tensor(error).to(real), k, min(len(real), len(fake)))
+    return Divergence(value.to(real.dtype), error.to(real), k, min(len(real), len(fake)))
