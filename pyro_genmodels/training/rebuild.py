@@ -19,7 +19,7 @@ from torch.distributions import constraints
 
 from pyro_genmodels import families
 from pyro_genmodels.families import Family, Labels
-from pyro_genmodels.utils.allocation import LimitError, limited
+from pyro_genmodels.training.allocation import LimitError, limited
 from pyro_genmodels.utils.errors import one_line, unknown_name
 
 DTYPES = {

@@ -5,7 +5,7 @@ import torch
 from cases import CASES
 from torch import nn
 
-from pyro_genmodels.utils.allocation import LimitError, limited
+from pyro_genmodels.training.allocation import LimitError, limited
 
 BOMBS = {
     "a factory": lambda: torch.zeros(10**12),

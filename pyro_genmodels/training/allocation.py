@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = ["LimitError", "limited"]
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from math import prod
 from typing import Any
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pyro_genmodels.utils.nested import leaves, map_nested
+
 SMALL = 2**12
-"""Number of elements up to which results are not counted in bytes, which spares the meta device (slow to start) most calls."""
+"""Number of elements up to which results are not counted in bytes, since the meta device is slow to start."""
 
 
 class LimitError(RuntimeError):
@@ -25,7 +28,7 @@ class LimitError(RuntimeError):
 
 
 def limited(*, max_bytes: int, max_operations: int) -> AbstractContextManager[Any]:
-    """Return a context in which torch operations on this thread may take so much memory, and may be so many.
+    """Return a context that limits the memory and the number of torch operations on this thread.
 
     The results of all operations are counted, also those that are freed again, except for small ones.
 
@@ -40,7 +43,7 @@ def limited(*, max_bytes: int, max_operations: int) -> AbstractContextManager[An
         >>> with limited(max_bytes=1000, max_operations=10):
         ...     _ = torch.ones(10**12)
         Traceback (most recent call last):
-        pyro_genmodels.utils.allocation.LimitError: it takes more than 1,000 bytes
+        pyro_genmodels.training.allocation.LimitError: it takes more than 1,000 bytes
     """
     return _Limits(max_bytes, max_operations)
 
@@ -74,41 +77,26 @@ def _result_bytes(func: Any, args: Any, kwargs: Any) -> int:
         return 0
     try:
         with torch.device("meta"):
-            return _bytes(func(*_on_meta(args), **_on_meta({**kwargs, **({"device": "meta"} if "device" in kwargs else {})})))
+            kwargs = {**kwargs, **({"device": "meta"} if "device" in kwargs else {})}
+            results = func(*map_nested(_on_meta, args), **map_nested(_on_meta, kwargs))
+            return sum(tensor.nbytes for tensor in _tensors(results))
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
-        return 8 * _elements((args, kwargs))
+        return 8 * sum(tensor.numel() for tensor in _tensors((args, kwargs)))
 
 
-def _elements(value: Any) -> int:
-    """Return the number of elements of all tensors in the arguments of a function."""
-    if isinstance(value, Tensor):
-        return value.numel()
-    value = tuple(value.values()) if isinstance(value, dict) else value
-    return sum(map(_elements, value)) if isinstance(value, list | tuple) else 0
-
-
-def _product(value: Any) -> int:
+def _product(values: Any) -> int:
     """Return the product of all sizes in the arguments of a function, which is a bound on the elements of its results."""
-    if isinstance(value, Tensor):
-        return max(value.numel(), 1)
-    if isinstance(value, int):
-        return max(abs(value), 1)
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    return prod(map(_product, value)) if isinstance(value, list | tuple) else 1
+    sizes = (v.numel() if isinstance(v, Tensor) else abs(v) if isinstance(v, int) else 1 for _, v in leaves(values))
+    return prod(max(size, 1) for size in sizes)
 
 
 def _on_meta(value: Any) -> Any:
-    """Return arguments with tensors on the meta device."""
+    """Return a tensor on the meta device, and any other value unchanged."""
     if isinstance(value, Tensor):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-    if isinstance(value, dict):
-        return {name: _on_meta(v) for name, v in value.items()}
-    return type(value)(map(_on_meta, value)) if type(value) in (list, tuple) else value
+    return value
 
 
-def _bytes(value: Any) -> int:
-    """Return the number of bytes of the tensors in a result."""
-    if isinstance(value, Tensor):
-        return value.nbytes
-    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors among arguments or results."""
+    return (value for _, value in leaves(values) if isinstance(value, Tensor))
