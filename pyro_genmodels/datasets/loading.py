@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_genmodels.datasets.columns import Table
 from pyro_genmodels.datasets.dataset import Dataset
 from pyro_genmodels.datasets.named import DATASETS
-from pyro_genmodels.datasets.tables import Table, read_table
+from pyro_genmodels.datasets.tables import read_table
 from pyro_genmodels.utils.errors import ArgumentError, listed, unknown_name, warn_caller
 from pyro_genmodels.utils.files import MAX_BYTES
 
