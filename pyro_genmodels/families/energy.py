@@ -24,8 +24,8 @@ from pyro_genmodels.families.context import Context
 from pyro_genmodels.families.family import Family, Standardize, StandardizeContext
 from pyro_genmodels.nn.energies import DenseEnergy, EnergyChoice
 from pyro_genmodels.samplers import Gibbs, Langevin, Sampler, Space, default_sampler
-from pyro_genmodels.utils.distributions import check_exact_density, without_validation
-from pyro_genmodels.utils.errors import check_choice, check_positive_int
+from pyro_genmodels.utils.distributions import check_exact_density, coordinate_support, without_validation
+from pyro_genmodels.utils.errors import check_choice, check_positive_int, is_number
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -211,14 +211,14 @@ class EnergyModel(Family):
 
     def _standardize_data(self, x: Tensor) -> None:
         if not self.space.is_discrete:
-            return super()._standardize_data(x)
+            super()._standardize_data(x)
+            return
         with torch.no_grad():
             self.marginals.copy_(self.space.frequencies(x.to(self.marginals.device)))
             if isinstance(centre := getattr(self.energy, "centre", None), Tensor):
                 centre.copy_(self._start().mean.reshape(-1))
             self.standardized.fill_(True)
         self._standardized = True
-        return None
 
 
 def _unit_interval(u: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ def _checked_noise(noise: Any, space: Space) -> tuple[float, float] | None:
         return None
     if space.is_discrete:
         raise ValueError("Noise is added to real numbers: leave noise out, or give a support of real numbers.")
-    is_pair = isinstance(noise, Sequence) and len(noise) == 2 and all(isinstance(level, (int, float)) for level in noise)
+    is_pair = isinstance(noise, Sequence) and len(noise) == 2 and all(map(is_number, noise))
     low, high = map(float, noise) if is_pair else (0.0, 0.0)
     if not 0 < low < high < float("inf"):
         raise ValueError(f"EnergyModel wants noise as (lowest, highest), both positive, but found {noise!r}.")
@@ -272,8 +272,7 @@ def _checked_base(base: Any, event_shape: Size, support: constraints.Constraint)
 
 def _coordinate_range(support: Any) -> tuple[Any, ...]:
     """Return (is discrete, lower bound, upper bound) of the coordinates of a support."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = coordinate_support(support)
     if isinstance(support, type(constraints.boolean)):
         return True, 0.0, 1.0
     ends = [getattr(support, name, None) for name in ("lower_bound", "upper_bound")]

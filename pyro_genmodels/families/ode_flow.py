@@ -28,7 +28,7 @@ from pyro_genmodels.families.continuous import ContinuousFamily
 from pyro_genmodels.families.family import Family, Standardize, StandardizeContext
 from pyro_genmodels.nn.fields import DenseField, FieldChoice
 from pyro_genmodels.utils.distributions import check_exact_density, is_real, without_validation
-from pyro_genmodels.utils.errors import check_choice
+from pyro_genmodels.utils.errors import check_choice, is_number
 
 
 class ODEFlow(ContinuousFamily):
@@ -88,7 +88,7 @@ class ODEFlow(ContinuousFamily):
         name: str | None = None,
     ) -> None:
         for weight, value in (("kinetic", kinetic), ("jacobian", jacobian)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < inf:
+            if not is_number(value) or not 0 <= value < inf:
                 raise ValueError(f"ODEFlow wants {weight} as a number of 0 or more, but found {value!r}.")
         network = check_choice("ODEFlow", "network", network, DenseField(), FieldChoice | nn.Module)
         if standardize is None:

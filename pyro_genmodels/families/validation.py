@@ -4,14 +4,13 @@ from __future__ import annotations
 
 __all__ = ["check_constructor", "check_dtype", "check_one_per_row", "check_shape", "check_values"]
 
-from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
 from torch.distributions import biject_to, constraints
 
+from pyro_genmodels.nn.checks import are_positive_integers
 from pyro_genmodels.utils.distributions import is_real
 
 
@@ -25,12 +24,11 @@ def check_constructor(kind: str, event_shape: Any, support: Any) -> None:
 
     Raises:
         TypeError: if the support is no constraint.
-        ValueError: if the shape is none, or the support has no map to as many real numbers.
+        ValueError: if the shape is not a sequence of positive integers, or the support has no map to as many real numbers.
     """
     if not isinstance(support, constraints.Constraint):
         raise TypeError(f"support wants a constraint such as constraints.interval(0.0, 1.0), but found {support!r}.")
-    lengths = event_shape if isinstance(event_shape, Sequence) else (0,)
-    if not all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) > 0 for n in lengths):
+    if not are_positive_integers(event_shape):
         raise ValueError(f"{kind} wants an event_shape of positive integers like (3,), but found {event_shape!r}.")
     if not (support.is_discrete or _keeps_shape(support, Size(event_shape))):
         raise ValueError(
@@ -111,7 +109,7 @@ def check_one_per_row(module: nn.Module | None, context: Tensor | None, rows: in
         rows: number of rows of data.
 
     Raises:
-        ValueError: if the number of contexts or their number of dimensions is another.
+        ValueError: if there are more or fewer contexts than rows, or a context has too many dimensions.
     """
     if context is None:
         return

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-__all__ = ["check_count", "check_rate", "check_widths"]
+__all__ = ["are_positive_integers", "check_rate", "check_widths"]
 
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
+from pyro_genmodels.utils.errors import is_number
 
-def check_count(owner: str, *, least: int = 1, **values: Any) -> None:
-    """Raise a ValueError unless every value is an integer of at least `least`, of Python or numpy.
+
+def are_positive_integers(values: Any) -> bool:
+    """Return True for a sequence of positive integers, of Python or numpy; it may be empty.
 
     Example:
-        >>> check_count("NSF", transforms=2.5)
-        Traceback (most recent call last):
-        ValueError: NSF wants an integer transforms of 1 or more, but found 2.5.
+        >>> are_positive_integers((3, 8)), are_positive_integers([0]), are_positive_integers(3)
+        (True, False, False)
     """
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{owner} wants an integer {name} of {least} or more, but found {value!r}.")
+    if not isinstance(values, Sequence):
+        return False
+    return all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) > 0 for n in values)
 
 
 def check_rate(owner: str, **values: Any) -> None:
@@ -31,7 +32,7 @@ def check_rate(owner: str, **values: Any) -> None:
         ValueError: NSF wants dropout as a number of at least 0 and less than 1, but found 1.
     """
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < 1:
+        if not is_number(value) or not 0 <= value < 1:
             raise ValueError(f"{owner} wants {name} as a number of at least 0 and less than 1, but found {value!r}.")
 
 
@@ -44,7 +45,6 @@ def check_widths(owner: str, *, empty: bool = False, **values: Any) -> None:
         TypeError: NSF wants hidden as a sequence of positive integers, such as (128, 128), but found 128.
     """
     for name, value in values.items():
-        widths = value if isinstance(value, Sequence) and (value or empty) else [0]
-        if not all(isinstance(width, Integral) and not isinstance(width, bool) and int(width) > 0 for width in widths):
+        if not are_positive_integers(value) or not (value or empty):
             example = (32, 64) if name == "channels" else (128, 128)
             raise TypeError(f"{owner} wants {name} as a sequence of positive integers, such as {example}, but found {value!r}.")

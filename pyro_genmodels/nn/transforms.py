@@ -55,7 +55,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from pyro_genmodels.nn.checks import check_count, check_rate, check_widths
+from pyro_genmodels.nn.checks import check_rate, check_widths
+from pyro_genmodels.utils.errors import check_positive_int
 
 _validation = Distribution._validate_args
 import zuko  # noqa: E402  (the flag above must be read first)
@@ -95,7 +96,7 @@ class FlowTransform(ABC):
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
-        check_count(owner, transforms=self.transforms)
+        check_positive_int(owner, transforms=self.transforms)
         check_widths(owner, hidden=self.hidden, empty=True)
         check_rate(owner, dropout=self.dropout)
         if not isinstance(self.randperm, bool):
@@ -189,7 +190,7 @@ class MAF(FlowTransform):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.passes is not None:
-            check_count(type(self).__name__, passes=self.passes)
+            check_positive_int(type(self).__name__, passes=self.passes)
 
     def build(self, features: int, context: int) -> nn.Module:
         return self.stack(zuko.flows.MAF, features, context, randperm=self.randperm, passes=self.passes)
@@ -207,7 +208,7 @@ class NSF(MAF):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count(type(self).__name__, bins=self.bins, least=2)
+        check_positive_int(type(self).__name__, bins=self.bins, least=2)
 
     def build(self, features: int, context: int) -> nn.Module:
         return self.stack(zuko.flows.NSF, features, context, randperm=self.randperm, passes=self.passes, bins=self.bins)
@@ -244,7 +245,7 @@ class NAF(FlowTransform):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count(type(self).__name__, signal=self.signal)
+        check_positive_int(type(self).__name__, signal=self.signal)
 
     def build(self, features: int, context: int) -> nn.Module:
         return self.stack(zuko.flows.NAF, features, context, randperm=self.randperm, signal=self.signal)
@@ -263,17 +264,13 @@ class _WideBisection(zuko.transforms.MonotonicTransform):
     def _inverse(self, y: torch.Tensor) -> torch.Tensor:
         def increasing(s: torch.Tensor) -> torch.Tensor:
             values = self.f(s.sinh())
-            overflow = s.detach() * torch.inf  # of powers of large numbers, with both signs
+            overflow = s.detach() * torch.inf  # large powers of both signs overflow to inf - inf
             return torch.where(values.isnan(), overflow, values)
 
         ends = torch.full_like(y, asinh(INVERSE_REACH))
         precision = min(self.eps, 4 * torch.finfo(y.dtype).eps)
         steps = ceil(log2(2 * asinh(INVERSE_REACH) / precision))
         return zuko.utils.bisection(increasing, y, -ends, ends, steps, self.phi).sinh()
-
-
-class _MonotonicFunction(_WideBisection):
-    """Zuko's monotonic function, with the wide inverse."""
 
 
 class _Integral(_WideBisection, zuko.transforms.UnconstrainedMonotonicTransform):
@@ -288,7 +285,7 @@ class _InvertibleMNN(zuko.flows.neural.MNN):
     """Zuko's monotonic network with the wide inverse."""
 
     def forward(self, signal: torch.Tensor) -> torch.distributions.Transform:
-        return _MonotonicFunction(f=partial(self.f, signal), phi=(signal, *self.parameters()) if self.training else (signal,))
+        return _WideBisection(f=partial(self.f, signal), phi=(signal, *self.parameters()) if self.training else (signal,))
 
 
 class _InvertibleUMNN(zuko.flows.neural.UMNN):
@@ -320,7 +317,7 @@ class SOSPF(FlowTransform):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("SOSPF", degree=self.degree, polynomials=self.polynomials)
+        check_positive_int("SOSPF", degree=self.degree, polynomials=self.polynomials)
 
     def build(self, features: int, context: int) -> nn.Module:
         return self.stack(
@@ -346,7 +343,7 @@ class BPF(FlowTransform):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("BPF", degree=self.degree)
+        check_positive_int("BPF", degree=self.degree)
 
     def build(self, features: int, context: int) -> nn.Module:
         return self.stack(zuko.flows.BPF, features, context, randperm=self.randperm, degree=self.degree)
@@ -363,7 +360,7 @@ class GF(FlowTransform):
 
 
 def lazy_transform(module: nn.Module) -> nn.Module:
-    """Return the lazy transform of a zuko flow, or the module itself if it is one; numerical inverses reach further in it.
+    """Return the lazy transform of a zuko flow, or the module itself if it is one. Numerical inverses in it search further.
 
     Raises:
         ValueError: for a Gaussianization flow, which does not invert.

@@ -7,6 +7,7 @@ __all__ = [
     "check_choice",
     "check_positive_int",
     "import_extra",
+    "is_number",
     "listed",
     "one_line",
     "suggest_names",
@@ -22,7 +23,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, NoReturn
 
 
@@ -68,6 +69,16 @@ def check_positive_int(owner: str, *, least: int = 1, **values: Any) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
             raise ValueError(f"{owner} wants an integer {name} of {least} or more, but found {value!r}.")
+
+
+def is_number(value: Any) -> bool:
+    """Return True for a real number, of Python or numpy; False for a bool and anything else.
+
+    Example:
+        >>> is_number(1.5), is_number(True), is_number("1.5")
+        (True, False, False)
+    """
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_choice(owner: str, role: str, found: Any, default: Any, wanted: Any) -> Any:

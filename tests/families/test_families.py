@@ -10,6 +10,7 @@ import warnings
 from functools import partial
 from math import pi
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -645,6 +646,13 @@ CHOICES = {
 def test_choices_that_make_no_sense_are_refused(words, bad):
     with pytest.raises((ValueError, TypeError), match=words):
         CHOICES[words][0](bad)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float16(0.5), np.int8(2)])
+def test_numbers_may_be_those_of_numpy(number):
+    assert ODEFlow((2,), kinetic=number, jacobian=number).kinetic == number
+    assert Diffusion((2,), context=1, drop_context=0.1, guidance=number).guidance == number
+    assert EnergyModel((2,), noise=(number, 2 * number)).noise == (number, 2 * number)
 
 
 @pytest.mark.parametrize("bad", [0, -1, True, 2.5, "3", None])
