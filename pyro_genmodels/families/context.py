@@ -22,12 +22,16 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
-from pyro_genmodels.families.standardization import estimate
-from pyro_genmodels.utils.errors import check_positive_int
+from pyro_genmodels.families.standardization import CONTEXTS, InputCheck, estimate
+from pyro_genmodels.utils.capture import can_be_read
+from pyro_genmodels.utils.errors import check_positive_int, warn_caller
 from pyro_genmodels.utils.tensors import as_tensor
 
 Context = int | nn.Module
 StandardizeContext = bool | Literal["robust"]
+
+MAX_EXTRAPOLATION = 100.0
+"""Distance of a context from the mean of those of training, in deviations, that passes without a warning."""
 
 
 class Labels(nn.Module):
@@ -38,7 +42,7 @@ class Labels(nn.Module):
 
     Raises:
         ValueError: for fewer than one class, and when called with labels that are not integers from 0 to num_classes - 1.
-        TypeError: when called with what holds no numbers.
+        TypeError: when called with anything but numbers.
 
     Example:
         >>> from pyro_genmodels import Flow, Labels
@@ -99,7 +103,7 @@ class VectorContext(nn.Module):
 
     Raises:
         ValueError: when called with integers, with vectors of another length, or with NaN or infinite entries.
-        TypeError: when called with what holds no numbers.
+        TypeError: when called with anything but numbers.
     """
 
     loc: Tensor
@@ -118,6 +122,7 @@ class VectorContext(nn.Module):
         self.register_buffer("scale", torch.ones(size))
         self.register_buffer("standardized", torch.tensor(False))
         self._due = bool(standardize)
+        self._input_check, self._has_extrapolated = InputCheck(CONTEXTS), False
         self.register_load_state_dict_pre_hook(_complete_loaded)
         self.register_load_state_dict_post_hook(_read_standardized)
 
@@ -131,15 +136,7 @@ class VectorContext(nn.Module):
         if not self.kind:
             return
         self.check(context)
-        loc, scale = estimate(
-            context,
-            context,
-            self.loc,
-            kind=self.kind,
-            owner=owner,
-            noun="contexts",
-            of_constants="What depends on them cannot be learned; contexts with other values there are an extrapolation.",
-        )
+        loc, scale = estimate(context, context, self.loc, kind=self.kind, owner=owner, inputs=CONTEXTS, has_density=False)
         self.loc.copy_(loc)
         self.scale.copy_(scale)
         self.standardized.fill_(True)
@@ -167,6 +164,35 @@ class VectorContext(nn.Module):
             )
         if is_validation_enabled() and not context.isfinite().all():
             raise ValueError(f"The context, of shape {tuple(context.shape)}, has NaN or infinite entries. Impute them first.")
+
+    def warn_if_far(self, embedded: Tensor, owner: str, *, in_training: bool) -> None:
+        """Warn once, in training, of contexts from which networks cannot learn; else of those far outside those of training.
+
+        Args:
+            embedded: contexts as networks see them, (..., size).
+            owner: name of the family.
+            in_training: True if the family is being trained.
+        """
+        if not in_training:
+            self._warn_of_extrapolation(embedded, owner)
+        elif self.kind:
+            self._input_check(embedded, owner=owner, event_dim=1, standardized=not self.due)
+
+    def _warn_of_extrapolation(self, embedded: Tensor, owner: str) -> None:
+        """Warn once of contexts many deviations from the mean. An interquartile range says nothing of the range of values."""
+        if self._has_extrapolated or self.due or self.kind is not True or not embedded.numel() or not can_be_read(embedded):
+            return
+        largest = embedded.detach().abs().reshape(-1, self.out_features).amax(0)
+        if not bool((largest > MAX_EXTRAPOLATION).any()):
+            return
+        self._has_extrapolated = True
+        if bool((self.loc != 0).any() or (self.scale != 1).any()):  # else they were not standardised, before 0.2
+            i = int(largest.argmax())
+            warn_caller(
+                f"{owner}: a context is far outside those of training: its coordinate {i} is {float(largest[i]):.3g} "
+                "deviations from their mean. The distribution given it is an extrapolation.",
+                UserWarning,
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled context. Versions before 0.2 did not standardise contexts, and so this one stays."""

@@ -33,7 +33,7 @@ from pyro_genmodels.families.continuous import ContinuousFamily
 from pyro_genmodels.families.family import Standardize, StandardizeContext
 from pyro_genmodels.nn.checks import check_rate
 from pyro_genmodels.nn.fields import DenseField, FieldChoice
-from pyro_genmodels.utils.errors import check_choice
+from pyro_genmodels.utils.errors import check_choice, is_number
 
 
 class Diffusion(ContinuousFamily):
@@ -125,7 +125,7 @@ class Diffusion(ContinuousFamily):
             )
         self.drop_context = drop_context
         self.null = nn.Parameter(torch.zeros(self.context_size)) if drop_context else None
-        if isinstance(guidance, bool) or not isinstance(guidance, (int, float)) or not isfinite(guidance):
+        if not is_number(guidance) or not isfinite(guidance):
             raise ValueError(f"Diffusion wants guidance as a number, 1 for none, but found {guidance!r}.")
         self.guidance = guidance
         with torch.no_grad():
@@ -146,5 +146,4 @@ class Diffusion(ContinuousFamily):
 
     def _denoiser(self) -> Denoiser:
         denoiser = Denoiser(self.network, self.process, self.prediction, self.clock, self.null)
-        trained = self.training and torch.is_grad_enabled()
-        return denoiser if trained or self.guidance == 1.0 else denoiser.guided(self.guidance)
+        return denoiser if self._in_training or self.guidance == 1.0 else denoiser.guided(self.guidance)

@@ -35,7 +35,7 @@ from pyro_genmodels.families.context import (
     as_context_module,
     output_length,
 )
-from pyro_genmodels.families.standardization import InputCheck, Standardization, Standardize, estimate
+from pyro_genmodels.families.standardization import DATA, InputCheck, Standardization, Standardize, estimate
 from pyro_genmodels.families.validation import (
     check_constructor,
     check_dtype,
@@ -43,13 +43,10 @@ from pyro_genmodels.families.validation import (
     check_shape,
     check_values,
 )
-from pyro_genmodels.utils.capture import can_be_read
 from pyro_genmodels.utils.distributions import is_real, map_tensors, over_events
-from pyro_genmodels.utils.errors import check_positive_int, warn_caller
+from pyro_genmodels.utils.errors import check_positive_int
 from pyro_genmodels.utils.tensors import as_tensor
 
-MAX_EXTRAPOLATION = 100.0
-"""Distance of a context from the mean of those of training, in deviations, that passes without a warning."""
 _OWN = ("event_shape", "context", "support", "loc", "scale", "standardized")
 """Attributes that `Family.__init__` sets."""
 
@@ -95,8 +92,7 @@ class Family(PyroModule):
     """
 
     arguments: dict[str, Any]
-    _told_of_extrapolation = False
-    _trains_by_density = True  # so that the loss falls for ever where data are constant
+    _trains_by_density = True  # with which the loss falls for ever where data are constant
     __signature__: ClassVar[inspect.Signature]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -140,7 +136,7 @@ class Family(PyroModule):
         self.support = support
         self._standardize: Standardize = False if support.is_discrete else standardize
         self._standardized = False
-        self._data_check, self._context_check = InputCheck(), InputCheck()
+        self._data_check = InputCheck(DATA)
         self.register_buffer("loc", torch.zeros(self.event_shape))
         self.register_buffer("scale", torch.ones(self.event_shape))
         self.register_buffer("standardized", torch.tensor(False))
@@ -199,12 +195,8 @@ class Family(PyroModule):
         if context is None:
             raise ValueError(f"{self.name} wants a context, but was given none. Pass context=...")
         embedded: Tensor = self.context(context)
-        if self._context_check.due and isinstance(self.context, VectorContext) and self.context.kind and self._is_trained:
-            cure = "Call family.standardize(x, context) before training."
-            standardized = not self.context.due
-            self._context_check(embedded, owner=self.name, noun="contexts", event_dim=1, cure=cure, standardized=standardized)
-        if not (self._is_trained or self._told_of_extrapolation) and isinstance(self.context, VectorContext):
-            self._warn_of_extrapolation(self.context, embedded)
+        if isinstance(self.context, VectorContext):
+            self.context.warn_if_far(embedded, self.name, in_training=self._in_training)
         return embedded
 
     def _superfluous(self, context: Any) -> ValueError:
@@ -218,24 +210,9 @@ class Family(PyroModule):
             f"context={wanted}){convert}. If you passed data, use {log_prob}."
         )
 
-    def _warn_of_extrapolation(self, module: VectorContext, embedded: Tensor) -> None:
-        """Warn once of contexts far outside those of training. Quartiles say nothing of the range, unlike deviations."""
-        if module.due or module.kind is not True or not embedded.numel() or not can_be_read(embedded):
-            return
-        largest = embedded.detach().abs().reshape(-1, embedded.shape[-1]).amax(0)
-        if not bool((largest > MAX_EXTRAPOLATION).any()):
-            return
-        self._told_of_extrapolation = True
-        if bool((module.loc != 0).any() or (module.scale != 1).any()):  # else they were not standardised, before 0.2
-            i = int(largest.argmax())
-            warn_caller(
-                f"{self.name}: a context is far outside those of training: its coordinate {i} is {float(largest[i]):.3g} "
-                "deviations from their mean. What the family says there is an extrapolation.",
-                UserWarning,
-            )
-
     @property
-    def _is_trained(self) -> bool:
+    def _in_training(self) -> bool:
+        """True in training mode while gradients are recorded."""
         return self.training and torch.is_grad_enabled()
 
     @property
@@ -253,17 +230,14 @@ class Family(PyroModule):
 
     def _check_of_data(self) -> Callable[[Tensor], None] | None:
         """Return the check of the first values that networks see in training, or None if it was made."""
-        if not (self._data_check.due and self._is_trained):
+        if not (self._data_check.due and self._in_training):
             return None
-        cure = "Call family.standardize(x) with all data before training."
         return partial(
             self._data_check,
             owner=self.name,
-            noun="data",
             event_dim=len(self.event_shape),
-            cure=cure,
-            jointly="jointly" in str(self._standardize),
             standardized=self._standardized,
+            jointly="jointly" in str(self._standardize),
         )
 
     def standardize(self, x: Tensor, context: Tensor | None = None) -> None:
@@ -283,7 +257,7 @@ class Family(PyroModule):
         x, context = self._as_tensors(x, context)
         self.validate(x)
         if context is not None and self.context is None:
-            self.embed(context)  # says that there is none
+            self.embed(context)  # raises
         check_one_per_row(self.context, context, len(x))
         if self._standardize:
             self._standardize_data(x)
@@ -310,10 +284,8 @@ class Family(PyroModule):
                 self.loc,
                 kind=self._standardize,
                 owner=self.name,
-                noun="data",
-                of_constants="A density can become arbitrarily high there, so that the loss falls for ever and means nothing. "
-                "Drop them, add noise, or model integers (levels=K, or a discrete likelihood).",
-                of_some=self._trains_by_density,
+                inputs=DATA,
+                has_density=self._trains_by_density,
             )
             self.loc.copy_(loc)
             self.scale.copy_(scale)
@@ -321,7 +293,7 @@ class Family(PyroModule):
         self._standardized = True
 
     def _standardize_contexts(self, context: Tensor, *, again: bool = True) -> None:
-        """Standardise float contexts; if not `again`, then only where that has not been done."""
+        """Standardise float contexts. Unless `again`, those of modules that have a mean and a deviation keep these."""
         for module in self._context_modules():
             if isinstance(module, VectorContext) and (again or module.due):
                 module.standardize(context, self.name)
@@ -403,14 +375,14 @@ class Family(PyroModule):
         return x, context
 
     def _accept(self, x: Any, context: Any) -> tuple[Any, Any]:
-        """Return data and contexts that a model or guide is given as tensors, once they are known to be right.
+        """Check data and contexts that a model or guide is given, and return them as tensors.
 
-        If the family is being trained, it is standardised by them first.
+        In training, the family is standardised by them first.
         """
         x, context = self._as_tensors(x, context)
         if x is not None:
             self.validate(x)
-            if self._is_trained:
+            if self._in_training:
                 check_one_per_row(self.context, context, len(x))
                 self.prepare(x, context)
             if x.is_floating_point() and not self._standardize:
@@ -443,7 +415,7 @@ class Family(PyroModule):
     # Saving, copying and moving.
 
     def complete(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return a `state_dict` with what versions before 0.2 did not save, as it was then. `load_state_dict` does so too."""
+        """Return a `state_dict` completed by tensors that versions before 0.2 did not save, as `load_state_dict` does."""
         state = dict(state)
         for prefix, module in self.named_modules():
             if hasattr(module, "complete_state"):
@@ -467,7 +439,7 @@ class Family(PyroModule):
         """Restore a pickled family under its old name, or under a new one if that is taken."""
         super().__setstate__(state)
         if "_data_check" not in state:  # pickled by a version before 0.2
-            self._data_check, self._context_check = InputCheck(), InputCheck()
+            self._data_check = InputCheck(DATA)
             for module in self._context_modules():
                 if isinstance(module, VectorContext):
                     module.to(self.loc)
