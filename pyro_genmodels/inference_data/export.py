@@ -10,7 +10,6 @@ from __future__ import annotations
 __all__ = ["to_arviz"]
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +43,7 @@ JOINT_DENSITY = (
     "loo_pit(data, y={name!r}): there is one density for all of {dims}, and loo_pit wants one per number. For a coordinate j "
     "call az.loo_pit(y=y[:, j], y_hat=y_hat[:, j], log_weights=az.psislw(-log_likelihood)[0]), with draws as the last dimension"
 )
-"""Words for a log-likelihood of events."""
+"""Note on a log-likelihood of events."""
 
 
 @runs_models()
@@ -142,8 +141,6 @@ def to_arviz(
             guide = None if isinstance(source.guide, Mapping) else source.guide
             check_model_keywords(source.model, guide, source.args, source.kwargs)
     options = _collect_options(num_samples, batch_size, groups, parallel, coords, dims, progress=progress)
-    if "groups" in given_options():
-        options = replace(options, named=options.groups)
     if len(sources) > 1:
         check_separate_parameters(sources)
     reports: dict[str, str] = {}
@@ -174,7 +171,9 @@ def _collect_options(
     check_dims(dims or {})
     if not isinstance(coords or {}, Mapping):
         raise TypeError(f"to_arviz wants coords as a dictionary of labels, but found {type(coords).__name__}.")
-    return CollectOptions(frozenset(groups), batch_size or BATCH_SIZE, parallel, dims or {}, progress)
+    wanted = frozenset(groups)
+    named = wanted if "groups" in given_options() else frozenset()
+    return CollectOptions(wanted, batch_size or BATCH_SIZE, parallel, dims or {}, progress, named)
 
 
 def _inference_data(groups: Groups, coords: Mapping[str, Sequence[Any]]) -> arviz.InferenceData:
@@ -195,19 +194,24 @@ def _inference_data(groups: Groups, coords: Mapping[str, Sequence[Any]]) -> arvi
     for group in (group for group in GROUPS if group in groups.variables):
         variables = {}
         for name, (array, names) in groups.variables[group].items():
-            about: dict[str, Any] = {}
-            if group == "log_likelihood" and name in groups.kinds:
-                about["kind"] = groups.kinds[name]
-            if (group, name) == ("sample_stats", "log_weight"):
-                log_weights = torch.as_tensor(array).flatten()
-                about["pareto_k"] = torch.nan if log_weights.isnan().any() else float(pareto_k(log_weights))
             own = {xarray_name(dim): labels.get(dim, np.arange(size)) for dim, size in zip(names, array.shape, strict=True)}
-            variables[xarray_name(name)] = xr.DataArray(array, own, list(own), attrs=about)
+            attributes = _attributes(group, name, array, groups.kinds)
+            variables[xarray_name(name)] = xr.DataArray(array, own, list(own), attrs=attributes)
         left_out = _left_out(groups, group)
         datasets[group] = xr.Dataset(variables, attrs=attrs | ({"left_out": left_out} if left_out else {}))
     if int(az.__version__.split(".")[0]) == 0:
         return az.InferenceData(**datasets)
     return xr.DataTree.from_dict(datasets)  # type: ignore[return-value]
+
+
+def _attributes(group: str, name: str, array: np.ndarray, kinds: Mapping[str, str]) -> dict[str, Any]:
+    """Return the attributes of a variable: the kind of a log-likelihood that is not exact, and k-hat of the weights."""
+    if group == "log_likelihood" and name in kinds:
+        return {"kind": kinds[name]}
+    if (group, name) == ("sample_stats", "log_weight"):
+        log_weights = torch.as_tensor(array).flatten()
+        return {"pareto_k": torch.nan if log_weights.isnan().any() else float(pareto_k(log_weights))}
+    return {}
 
 
 def _left_out(groups: Groups, group: str) -> str:
