@@ -5,8 +5,8 @@ With k samples z from the guide, a row has the log weights and the estimate
 .. math:: \log w_j = \log p(x_n, z_j) - \log q(z_j \mid x_n), \qquad \log \frac{1}{k} \sum_{j=1}^{k} w_j .
 
 If the log density of a site is itself a random estimate, only the mean of the log weights is a bound, and is used instead.
-The weights are averaged as they are, since smoothed ones give no bound. k-hat says whether their mean can be trusted, and the
-mean of smoothed weights, which has less variance, is given beside it.
+The raw weights are averaged, because the mean of smoothed ones is no bound. k-hat tells if their mean can be trusted. The mean
+of smoothed weights, which has less variance, is returned too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from pyro_genmodels.evaluation.arguments import RowArguments
 from pyro_genmodels.evaluation.log_z import LogPartitions
 from pyro_genmodels.utils.distributions import density_of, mean_inside_log, unwrap
 from pyro_genmodels.utils.errors import one_line
-from pyro_genmodels.utils.pareto import log_mean_weight, pareto_k
+from pyro_genmodels.utils.log_mean import log_mean_weight
+from pyro_genmodels.utils.pareto import pareto_k
 
 LikelihoodKind = Literal["exact", "lower bound", "estimate", "unreliable", "none"]
 """Meaning of a log-likelihood."""
@@ -255,8 +256,6 @@ class RowEstimator:
         values, k = log_weights.double().mean(0), len(log_weights)
         error = log_weights.double().var(0) / k if k > 1 else torch.full_like(values, torch.nan)
         std_error = (error + variance).sqrt().masked_fill(values.isinf(), torch.inf)
-        below = (log_weights.max(0).values - log_weights).log().masked_fill(log_weights.isnan(), -torch.inf)  # the heavier tail
-        heaviness = pareto_k(below.masked_fill(below.isnan(), torch.inf))
-        heaviness = heaviness.masked_fill((below == -torch.inf).all(0), -torch.inf)  # all terms are equal
-        heaviness = heaviness.masked_fill(values.isnan(), torch.nan)
-        return RowEstimates(values.to(log_weights), std_error.to(log_weights), heaviness)
+        below = (log_weights.max(0).values - log_weights).nan_to_num(nan=torch.inf, posinf=torch.inf)  # the heavier tail
+        k_hat = pareto_k(below.log()).masked_fill((below == 0).all(0), -torch.inf)  # where all terms are equal
+        return RowEstimates(values.to(log_weights), std_error.to(log_weights), k_hat.masked_fill(values.isnan(), torch.nan))

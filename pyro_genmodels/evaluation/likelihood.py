@@ -23,12 +23,12 @@ low in expectation, so the likelihood is too high. Annealing backwards from the 
 
 from __future__ import annotations
 
-__all__ = ["LogLikelihood", "finite_kind", "has_likelihood", "log_likelihood", "no_likelihood", "reliable_kind"]
+__all__ = ["LogLikelihood", "has_likelihood", "log_likelihood", "lower_bound", "no_likelihood"]
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import log
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -36,17 +36,16 @@ from torch import Tensor
 from pyro_genmodels._pyro import handlers, traces, vectorize
 from pyro_genmodels.distributions.energy.state import LogPartition
 from pyro_genmodels.distributions.ode import fresh_probes
-from pyro_genmodels.evaluation.arguments import RowArguments, row_arguments, with_own_plate
+from pyro_genmodels.evaluation.arguments import row_arguments, with_plate_of_pair
 from pyro_genmodels.evaluation.importance import LikelihoodKind, RowEstimator, structure_of
 from pyro_genmodels.evaluation.log_z import LogPartitions
 from pyro_genmodels.utils.distributions import density_of
 from pyro_genmodels.utils.errors import check_positive_int, warn_caller
 from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, runs_models
-from pyro_genmodels.utils.pareto import MAX_PARETO_K, MIN_PARETO_DRAWS, count_unreliable, is_unreliable
+from pyro_genmodels.utils.log_mean import LogMean
+from pyro_genmodels.utils.pareto import MAX_PARETO_K, MIN_PARETO_DRAWS, count_unreliable, is_unreliable, largest_pareto_k
 from pyro_genmodels.utils.rng import forked_rng
 from pyro_genmodels.utils.tensors import noting_frames
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, repr=False)
@@ -107,14 +106,14 @@ class LogLikelihood:
         """Sentences on rows whose values say less than others: NaN, infinite, or of a k-hat that is above .7 or unknown."""
         if self.kind == "none":
             return []
-        counts = {"the value is NaN": self.values.isnan(), "the value is infinite": self.values.isinf()}
-        if self.pareto_k is not None and count_unreliable(self.pareto_k):
-            largest = self.pareto_k[~self.pareto_k.isnan()].max()
-            counts[f"Pareto k-hat is above {MAX_PARETO_K} (largest {largest:.2f})"] = self.pareto_k > MAX_PARETO_K
-        if self.pareto_k is not None and self.num_samples < MIN_PARETO_DRAWS:
-            about = f"Pareto k-hat is unknown, with fewer than {MIN_PARETO_DRAWS} samples,"
-            counts[about] = self.pareto_k.isnan() & self.values.isfinite()
-        return [f"{what} in {rows.sum()} of {len(rows)} rows" for what, rows in counts.items() if rows.any()]
+        rows_of = {"the value is NaN": self.values.isnan(), "the value is infinite": self.values.isinf()}
+        if self.pareto_k is not None:
+            heavy = f"Pareto k-hat is above {MAX_PARETO_K} (largest {largest_pareto_k(self.pareto_k):.2f})"
+            rows_of[heavy] = self.pareto_k > MAX_PARETO_K
+            if self.num_samples < MIN_PARETO_DRAWS:
+                unknown = f"Pareto k-hat is unknown, with fewer than {MIN_PARETO_DRAWS} samples,"
+                rows_of[unknown] = self.pareto_k.isnan() & self.values.isfinite()
+        return [f"{note} in {rows.sum()} of {len(rows)} rows" for note, rows in rows_of.items() if rows.any()]
 
     def bits_per_dim(self, dims: int) -> float:
         """Return the negative log-likelihood in bits per dimension, lower is better, for data of `dims` dimensions."""
@@ -135,7 +134,7 @@ class LogLikelihood:
         return f"{self.nats:.3f} ± {self.mean_std_error:.3f} nats per datum, lower is better ({about}{notes})"
 
 
-def reliable_kind(owner: str, kind: LikelihoodKind, pareto_k: Tensor | None, num_samples: int, cure: str) -> LikelihoodKind:
+def _reliable_kind(owner: str, kind: LikelihoodKind, pareto_k: Tensor | None, num_samples: int, cure: str) -> LikelihoodKind:
     """Return the kind of some values, or "unreliable" if their k-hat says so.
 
     Args:
@@ -150,16 +149,15 @@ def reliable_kind(owner: str, kind: LikelihoodKind, pareto_k: Tensor | None, num
     """
     if pareto_k is None or not is_unreliable(pareto_k, num_samples):
         return kind
-    known = pareto_k[~pareto_k.isnan()]
     warn_caller(
         f"{owner}: Pareto k-hat is above {MAX_PARETO_K} in {count_unreliable(pareto_k)} of {len(pareto_k)} rows (largest "
-        f"{known.max():.2f}): a few samples carry the weight there, and the value and its standard error cannot be relied on. "
-        f"{cure}",
+        f"{largest_pareto_k(pareto_k):.2f}): a few samples carry the weight there, and the value and its standard error cannot "
+        f"be relied on. {cure}",
     )
     return "unreliable"
 
 
-def finite_kind(owner: str, kind: LikelihoodKind, values: Tensor, x: Tensor) -> LikelihoodKind:
+def _finite_kind(owner: str, kind: LikelihoodKind, values: Tensor, x: Tensor) -> LikelihoodKind:
     """Return the kind of some values, or "unreliable" if some of them are no numbers.
 
     Minus infinity is right for an impossible datum, unless its square is too large for the precision of the values.
@@ -185,6 +183,35 @@ def finite_kind(owner: str, kind: LikelihoodKind, values: Tensor, x: Tensor) -> 
         f"{values.dtype}, and a NaN in data or parameters spreads.",
     )
     return "unreliable"
+
+
+def lower_bound(
+    owner: str, mean: LogMean, num_samples: int, x: Tensor, *, cure: str, observation_noise: float | None = None
+) -> LogLikelihood:
+    """Return lower bounds that are logs of mean weights; their kind is "unreliable" if k-hat or the values say so.
+
+    Args:
+        owner: function that made them, for warnings.
+        mean: log mean weight of each row.
+        num_samples: number of weights of each row.
+        x: data, (N, ...).
+        cure: what to do if k-hat is too large.
+        observation_noise: deviation of the noise that was added to samples.
+
+    Warns:
+        RuntimeWarning: if they are unreliable.
+    """
+    kind = _reliable_kind(owner, "lower bound", mean.pareto_k, num_samples, cure)
+    return LogLikelihood(
+        mean.value,
+        mean.std_error,
+        _finite_kind(owner, kind, mean.value, x),
+        num_samples,
+        observation_noise=observation_noise,
+        pareto_k=mean.pareto_k,
+        smoothed=mean.smoothed,
+        is_bound=True,
+    )
 
 
 @runs_models()
@@ -254,7 +281,8 @@ def log_likelihood(
         "its name."
     )
     with noting_frames((x, *args, *kwargs.values()), note), handlers.side_effect_free(model, guide), fresh_probes():
-        data, structure = _first_run(model, guide, data, lambda first: structure_of(model, guide, first, log_partitions))
+        data = with_plate_of_pair(model, guide, data)
+        structure = structure_of(model, guide, data.first(1), log_partitions)
         k = num_samples if structure.is_sampled else 1
         if parallel is None:
             trial = data.first(max(1, min(5, batch_size // 3)))
@@ -262,39 +290,20 @@ def log_likelihood(
                 parallel = k > 1 and vectorize.can_vectorize(model, guide, trial.args, trial.kwargs, structure.nesting)
         estimator = RowEstimator(model, guide, structure, log_partitions, k, batch_size, parallel)
         found = estimator.estimate(data, progress=progress)
+    least_known = max([structure.kind, *log_partitions.kinds], key=get_args(LikelihoodKind).index)
     cure = "Raise num_samples, or use a guide closer to the posterior: this one may be too narrow or too wide."
-    kind = reliable_kind("log_likelihood", structure.kind, found.pareto_k, k, cure)
-    kind, of_bound = (max([one, *log_partitions.kinds], key=get_args(LikelihoodKind).index) for one in (kind, structure.kind))
-    k = k if structure.is_sampled or kind == "exact" else num_samples
-    kind = finite_kind("log_likelihood", kind, found.values, data.args[0])
-    log_z, shared_error = log_partitions.single, log_partitions.shared_error(len(found.values))
+    kind = _reliable_kind("log_likelihood", least_known, found.pareto_k, k, cure)
     return LogLikelihood(
         found.values,
         found.std_error,
-        kind,
-        k,
-        log_z,
-        shared_error,
+        _finite_kind("log_likelihood", kind, found.values, data.args[0]),
+        k if structure.is_sampled or least_known == "exact" else num_samples,
+        log_partitions.single,
+        log_partitions.shared_error(len(found.values)),
         pareto_k=found.pareto_k,
         smoothed=found.smoothed,
-        is_bound=of_bound == "lower bound",
+        is_bound=least_known == "lower bound",
     )
-
-
-def _first_run(model: Any, guide: Any, data: RowArguments, run: Callable[[RowArguments], T]) -> tuple[RowArguments, T]:
-    """Run a function on the first rows.
-
-    Returns:
-        The arguments, with the plate that chooses rows if the model or the guide has one, and the function's result.
-    """
-    data = with_own_plate(model, data)
-    try:
-        return data, run(data.first(1))
-    except Exception:
-        again = with_own_plate(guide, data)  # if only the guide chooses rows, its first run shows nothing but an error
-        if data.plate is not None or again.plate is None:
-            raise
-    return again, run(again.first(1))
 
 
 @runs_models()
@@ -314,14 +323,11 @@ def has_likelihood(
     kwargs = joined_keywords(kwargs, model_kwargs)
     check_model_keywords(model, guide, (x, *args), kwargs)
     data = row_arguments("has_likelihood", x, args, kwargs, row_dim)
-
-    def has_density(first: RowArguments) -> bool:
+    with handlers.side_effect_free(model, guide), forked_rng():
+        first = with_plate_of_pair(model, guide, data).first(1)
         with first.fixed_rows():
             trace, _ = traces.run_pair(model, guide, first.args, first.kwargs)
         return all(density_of(site["fn"])[0] != "none" for site in traces.sample_sites(trace).values())
-
-    with handlers.side_effect_free(model, guide), forked_rng():
-        return _first_run(model, guide, data, has_density)[1]
 
 
 def no_likelihood(num_rows: int) -> LogLikelihood:

@@ -29,12 +29,12 @@ from pyro_genmodels._pyro import handlers, traces
 from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.distributions.implicit import Implicit
 from pyro_genmodels.evaluation.arguments import row_arguments
-from pyro_genmodels.evaluation.likelihood import LogLikelihood, finite_kind, reliable_kind
+from pyro_genmodels.evaluation.likelihood import LogLikelihood, lower_bound
 from pyro_genmodels.samplers import Hamiltonian, Sampler, Target, anneal
 from pyro_genmodels.samplers.annealing import schedule, tune
 from pyro_genmodels.utils.distributions import density_of, sum_event, unwrap
 from pyro_genmodels.utils.errors import check_positive_int
-from pyro_genmodels.utils.pareto import LogMean, log_mean_weight
+from pyro_genmodels.utils.log_mean import LogMean, log_mean_weight
 from pyro_genmodels.utils.precision import in_doubles
 
 Start = Callable[[Sequence[int]], Tensor]
@@ -91,7 +91,10 @@ def gaussian_observation_likelihood(
     Raises:
         TypeError: if x holds no numbers.
         ValueError: if the fit has no such distribution, if its prior has no density over real numbers, if x has another shape
-            or no rows, or if a row of x is not finite.
+            or no rows, or if a row of x or valid is not finite.
+
+    Warns:
+        RuntimeWarning: if the bounds are unreliable, by k-hat or because some are no numbers.
 
     Example:
         >>> import pyro.distributions as dist
@@ -111,30 +114,20 @@ def gaussian_observation_likelihood(
         pyro.set_rng_seed(seed)
     data = row_arguments("gaussian_observation_likelihood", x, (context, valid), {})
     x, context, valid = data.args
+    pilot = (x, context) if valid is None else valid if isinstance(valid, tuple) else (valid, None)
     _check_finite("x", x)
+    _check_finite("valid", pilot[0])
     annealing = _Annealing(fit, num_steps, batch_size, Hamiltonian() if sampler is None else sampler)
     x = _centred(x)
     with handlers.side_effect_free(*traces.as_pair(fit)):
         if sigma is None:
-            pilot = (x, context) if valid is None else valid if isinstance(valid, tuple) else (valid, None)
             rows = _centred(pilot[0][:MAX_PILOT_ROWS])
             pilot_context = None if pilot[1] is None else pilot[1][:MAX_PILOT_ROWS]
             scale = _standard_deviation(rows if valid is None else x)
             sigma = annealing.best_sigma(rows, pilot_context, scale, min(num_chains, MAX_PILOT_CHAINS))
         found = annealing.estimate(x, context, sigma, num_chains, progress=progress)
     cure = "Raise num_steps or num_chains."
-    kind = reliable_kind("gaussian_observation_likelihood", "lower bound", found.pareto_k, num_chains, cure)
-    kind = finite_kind("gaussian_observation_likelihood", kind, found.value, x)
-    return LogLikelihood(
-        found.value,
-        found.std_error,
-        kind,
-        num_chains,
-        observation_noise=sigma,
-        pareto_k=found.pareto_k,
-        smoothed=found.smoothed,
-        is_bound=True,
-    )
+    return lower_bound("gaussian_observation_likelihood", found, num_chains, x, cure=cure, observation_noise=sigma)
 
 
 def _check_finite(name: str, x: Tensor) -> None:

@@ -23,13 +23,11 @@ from __future__ import annotations
 __all__ = [
     "MAX_PARETO_K",
     "MIN_PARETO_DRAWS",
-    "LogMean",
     "count_unreliable",
     "is_unreliable",
-    "log_mean_weight",
+    "largest_pareto_k",
     "pareto_k",
     "smooth_log_weights",
-    "tail_length",
 ]
 
 from math import ceil, log, sqrt
@@ -140,45 +138,6 @@ def smooth_log_weights(log_weights: Tensor, dim: int = 0) -> tuple[Tensor, Tenso
     return smoothed.to(log_weights.dtype), tail.k.reshape(shape).to(log_weights.dtype)
 
 
-class LogMean(NamedTuple):
-    """The log of a mean of weights, and what is known about it.
-
-    Attributes:
-        value: log of the mean of the raw weights. If these are unbiased, it is too low in expectation.
-        std_error: its standard error by the delta method; NaN for a single weight, inf where the value is infinite.
-        pareto_k: k-hat of the weights.
-        smoothed: log of the mean of the smoothed weights: of less variance, but no bound in expectation.
-    """
-
-    value: Tensor
-    std_error: Tensor
-    pareto_k: Tensor
-    smoothed: Tensor
-
-
-def log_mean_weight(log_weights: Tensor) -> LogMean:
-    """Return the log of the mean weight over the first dimension, summed in double precision.
-
-    Args:
-        log_weights: log weights, (draws, ...). A NaN makes its means NaN.
-
-    Returns:
-        Values of the type of log_weights, (...) each.
-
-    Example:
-        >>> log_mean_weight(torch.linspace(-1, 1, 1001)).value  # log sinh 1
-        tensor(0.1618)
-    """
-    weights, n = log_weights.detach().to(torch.float64), len(log_weights)
-    value = weights.logsumexp(0) - log(n)
-    deviations = (weights - value).exp()
-    std_error = (deviations.var(0) / n).sqrt() if n > 1 else torch.full_like(value, torch.nan)
-    std_error = std_error.masked_fill(value.isinf(), torch.inf)
-    smoothed, k = smooth_log_weights(weights.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf))
-    found = LogMean(value, std_error, k, smoothed.logsumexp(0) - log(n))
-    return LogMean(*(part.masked_fill(value.isnan(), torch.nan).to(log_weights.dtype) for part in found))
-
-
 def is_unreliable(pareto_k: Tensor, num_draws: int) -> bool:
     r"""Return True if the k-hats of one or more means say that these cannot be trusted.
 
@@ -210,6 +169,17 @@ def count_unreliable(pareto_k: Tensor) -> int:
         2
     """
     return int((pareto_k > MAX_PARETO_K).sum())
+
+
+def largest_pareto_k(pareto_k: Tensor) -> float:
+    """Return the largest k-hat that is known, or NaN if none is.
+
+    Example:
+        >>> largest_pareto_k(torch.tensor([0.25, torch.nan]))
+        0.25
+    """
+    known = pareto_k[~pareto_k.isnan()]
+    return known.max().item() if known.numel() else float("nan")
 
 
 class _Tail(NamedTuple):

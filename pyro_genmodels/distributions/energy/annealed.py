@@ -27,7 +27,8 @@ from pyro_genmodels.dynamics.guided import effective_size
 from pyro_genmodels.samplers import Sampler, Target, anneal, default_sampler
 from pyro_genmodels.samplers.annealing import schedule, tune
 from pyro_genmodels.utils.errors import warn_caller
-from pyro_genmodels.utils.pareto import MAX_PARETO_K, LogMean, is_unreliable, log_mean_weight
+from pyro_genmodels.utils.log_mean import LogMean, log_mean_weight
+from pyro_genmodels.utils.pareto import MAX_PARETO_K, is_unreliable, largest_pareto_k
 
 NUM_TUNING_CHAINS = 200
 """Chains of the run that tunes step sizes for `conservative_bound`."""
@@ -68,23 +69,19 @@ class Annealing:
         parts = [None] if contexts is None else contexts.split(max(1, batch_size // m))
         results = [self._forwards(part) for part in parts]
         value, error, size, k = results[0] if contexts is None else (torch.cat(part) for part in zip(*results, strict=True))
-        kind: PartitionKind = "estimate"
         message, back, back_error = "", None, None
         if is_unreliable(k, m):
-            kind = "unreliable"
             message = _heavy("the weights", k)
         if not bool((size >= max(0.02 * m, min(5.0, 0.5 * m))).all()):  # also if it is NaN
-            kind = "unreliable"
             message = f"few chains carry all the weight (effective sample size {size.min():.1f} of {m})"
         if draws is not None:
             backwards = self._backwards(draws)
             back, back_error = -backwards.value, backwards.std_error
             if is_unreliable(backwards.pareto_k, len(draws)):  # an error so large that any two values agree
-                kind = "unreliable"
                 message = _heavy("the weights of the backward run", backwards.pareto_k)
             if not bool((back - value).abs() <= 3 * (back_error**2 + error**2).sqrt()):  # also if it is NaN
-                kind = "unreliable"
                 message = f"forwards it is {value:.2f} ± {error:.2f}, backwards {back:.2f} ± {back_error:.2f}"
+        kind: PartitionKind = "unreliable" if message else "estimate"
         if message:
             warn_caller(
                 f"The estimate of log Z is unreliable: {message}. Raise num_steps ({self.num_steps}) or num_chains ({m}).",
@@ -113,7 +110,7 @@ class Annealing:
 
 
 def _heavy(weights: str, k: Tensor) -> str:
-    return f"{weights} have a heavy tail (Pareto k-hat {k[~k.isnan()].max():.2f}, above {MAX_PARETO_K})"
+    return f"{weights} have a heavy tail (Pareto k-hat {largest_pareto_k(k):.2f}, above {MAX_PARETO_K})"
 
 
 def conservative_bound(
