@@ -25,6 +25,7 @@ __all__ = ["Particles", "effective_size", "sample_guided", "sample_twisted"]
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from math import log
 from typing import Any
 
 import torch
@@ -134,13 +135,12 @@ def sample_twisted(
         FloatingPointError: if no particle has a finite likelihood.
     """
     x, steps = noise * prior_scale(process), _AncestralSteps(denoise, process, log_likelihood, num_steps, noise)
-    n, sizes, evidence, averaged = len(x), [], x.new_zeros(()), []
+    n, sizes, averaged = len(x), [], []
     data, gradient, log_w, _ = steps.evaluate(x, steps.times[0])
     twist = log_w
     for t, s in steps.pairs("twisted", progress=progress):
         sizes.append(_finite_effective_size(log_w))
         if sizes[-1] < resample_below * n:
-            evidence = evidence + log_w.logsumexp(0) - torch.tensor(float(n)).log()
             averaged.append(log_w)
             chosen = _systematic(log_w)
             x, data, gradient, twist, log_w = x[chosen], data[chosen], gradient[chosen], twist[chosen], torch.zeros_like(log_w)
@@ -155,10 +155,9 @@ def sample_twisted(
         log_w, twist = log_w + log_ratio + next_twist - twist, next_twist
         log_w = log_w.masked_fill(log_w.isnan(), -torch.inf)
     sizes.append(_finite_effective_size(log_w))
-    total = log_w.logsumexp(0) - torch.tensor(float(n)).log()
-    x = x / process.alpha(steps.times[-1])
-    averaged = torch.stack([*averaged, log_w])
-    return Particles(x, log_w - total, evidence + total, torch.stack(sizes[1:]), steps.evaluations, averaged)
+    x, log_weights = x / process.alpha(steps.times[-1]), torch.stack([*averaged, log_w])
+    log_means = log_weights.logsumexp(1) - log(n)
+    return Particles(x, log_w - log_means[-1], log_means.sum(), torch.stack(sizes[1:]), steps.evaluations, log_weights)
 
 
 def _finite_twist(log_twist: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import cos, log, pi
+from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -38,7 +39,7 @@ class Process(ABC):
 
     def __post_init__(self) -> None:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        bad = {name: v for name, v in values.items() if not (isinstance(v, (int, float)) and 0 < v < float("inf"))}
+        bad = {name: v for name, v in values.items() if not (isinstance(v, Real) and 0 < v < float("inf"))}
         if bad:
             raise ValueError(f"{type(self).__name__} wants positive numbers, but found {bad}.")
         ordered = [(a, a.replace("min", "max")) for a in values if a.endswith("_min")]

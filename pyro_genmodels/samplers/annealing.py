@@ -94,7 +94,7 @@ def anneal(
     if num_broken := int(broken.sum()):
         warnings.warn(
             f"Annealing: the log density is NaN on the path of {num_broken} of {broken.numel()} chains, whose weight is set to "
-            "zero. That is right only if their density is: let the energy be finite, or the log density -inf there.",
+            "zero. Let the energy be finite everywhere, or the log density -inf where the density is zero.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -11,7 +11,6 @@ __all__ = ["Chains", "default_sampler", "sample_chains"]
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_genmodels.samplers.gibbs import GibbsWithGradients
-from pyro_genmodels.samplers.kernel import DualAveraging, Sampler, flatten_event, mean_over_chains
+from pyro_genmodels.samplers.kernel import DualAveraging, Sampler, check_count, flatten_event, mean_over_chains
 from pyro_genmodels.samplers.langevin import Langevin
 from pyro_genmodels.samplers.spaces import Space
 from pyro_genmodels.samplers.target import Target, check_target, value_and_score
@@ -103,9 +102,8 @@ def sample_chains(
         >>> 0.8 < chains.draws.norm(dim=-1).mean() < 1.2
         tensor(True)
     """
-    for option, value, least in (("num_samples", num_samples, 1), ("thin", thin, 1), ("warmup", warmup, 0)):
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-            raise ValueError(f"sample_chains wants an integer {option} of {least} or more, but found {value!r}.")
+    check_count("sample_chains", num_samples=num_samples, thin=thin)
+    check_count("sample_chains", least=0, warmup=warmup)
     num_samples, thin, warmup = int(num_samples), int(thin), int(warmup)  # integers of numpy may overflow
     target, x = _checked_start(target, initial)
     sampler = default_sampler(target.space) if sampler is None else sampler

@@ -15,6 +15,7 @@ __all__ = [
     "DualAveraging",
     "Sampler",
     "State",
+    "check_count",
     "check_counts",
     "check_positive",
     "expand_right",
@@ -27,7 +28,7 @@ __all__ = [
 
 from abc import ABC, abstractmethod
 from math import log, sqrt
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -225,17 +226,21 @@ def step_size_per_event(step_size: Tensor, event_dim: int) -> Tensor:
     return step_size.reshape(step_size.shape + (1,) * event_dim) if step_size.dim() else step_size
 
 
+def check_count(owner: str, *, least: int = 1, **values: Any) -> None:
+    """Raise a ValueError unless every value is an integer of at least `least`, of Python or numpy."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{owner} wants an integer {name} of {least} or more, but found {value!r}.")
+
+
 def check_counts(choice: Any, *names: str) -> None:
     """Raise a ValueError if an option is not an integer of 1 or more."""
-    for name in names:
-        value = getattr(choice, name)
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{type(choice).__name__} wants an integer {name} of 1 or more, but found {value!r}.")
+    check_count(type(choice).__name__, **{name: getattr(choice, name) for name in names})
 
 
 def check_positive(choice: Any, *names: str) -> None:
     """Raise a ValueError if an option is not a positive finite number."""
     for name in names:
         value = getattr(choice, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < float("inf"):
             raise ValueError(f"{type(choice).__name__} wants a positive {name}, but found {value!r}.")

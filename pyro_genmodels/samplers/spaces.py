@@ -60,7 +60,10 @@ class Space(ABC):
         return Size(event_shape)
 
     def encode(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Convert data (..., *event_shape) to positions, of that type where data need not be real numbers."""
+        """Convert data (..., *event_shape) to positions of a type.
+
+        None is torch's default type for discrete data, and the type of the data over real numbers.
+        """
         return x.to(dtype or torch.get_default_dtype())
 
     def decode(self, u: Tensor) -> Tensor:
@@ -152,7 +155,8 @@ class Reals(Space):
     is_discrete: ClassVar[bool] = False
 
     def encode(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return x if self.coordinates is None else self.coordinates.inv(x)
+        u = x if self.coordinates is None else self.coordinates.inv(x)
+        return u if dtype is None else u.to(dtype)
 
     def decode(self, u: Tensor) -> Tensor:
         return u if self.coordinates is None else self.coordinates(u)

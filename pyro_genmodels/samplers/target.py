@@ -74,10 +74,7 @@ class Target:
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the chain positions that stand for data x (chains..., *event_shape), or x itself if `data` is None."""
-        if self.data is None:
-            return x
-        u = self.space.encode(x, self.data.dtype)
-        return u if self.data.dtype is None else u.to(self.data.dtype)
+        return x if self.data is None else self.space.encode(x, self.data.dtype)
 
     def decode(self, u: Tensor) -> Tensor:
         """Return the data that chain positions u stand for, or u itself if `data` is None."""

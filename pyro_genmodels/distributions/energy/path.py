@@ -22,7 +22,7 @@ from torch.distributions import Distribution, Transform, constraints
 
 from pyro_genmodels.samplers import Binary, OneHot, Reals, Space, Target, TargetData
 from pyro_genmodels.samplers.target import Beta
-from pyro_genmodels.utils.distributions import interior, is_real, sum_event
+from pyro_genmodels.utils.distributions import coordinate_support, interior, is_real, sum_event
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,7 @@ class AnnealingPath:
 
     def encode(self, x: Tensor) -> Tensor:
         """Convert data to positions, of the type of the start."""
-        u = self.space.encode(x, self._dtype)
-        return u if self._dtype is None else u.to(self._dtype)
+        return self.space.encode(x, self._dtype)
 
     @property
     def _dtype(self) -> torch.dtype | None:
@@ -236,8 +235,7 @@ def space_of(support: constraints.Constraint, coordinates: Transform | None = No
     Raises:
         ValueError: if the support is discrete and not boolean or the integers 0 .. K - 1.
     """
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = coordinate_support(support)
     if isinstance(support, type(constraints.boolean)):
         return Binary()
     low, high = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
