@@ -12,6 +12,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
+from itertools import repeat
 from math import ceil
 from typing import Any
 
@@ -27,7 +28,7 @@ from pyro_genmodels.utils.tensors import as_tensor
 MAX_ROUNDING = 1e-3
 """Largest change of a column by rounding to the precision of a fit, relative to its range, that goes without a warning."""
 EXACT_ROUNDING = 1e-6
-"""The same, above which a family is given the data as they are. It subtracts their mean before it rounds."""
+"""The same, above which a family is given the unrounded data. It subtracts their mean before it rounds."""
 
 
 class Batches:
@@ -164,12 +165,14 @@ class Batches:
         if self.all is not None:
             return self.all
         parts: list[Batch] = []
+        total = 0
         for part in self.in_order():
-            parts.append(Batch(part.args, {n: v for n, v in part.kwargs.items() if n not in self.model_kwargs}, part.rows))
-            if sum(part.rows for part in parts) >= rows:
+            parts.append(part)
+            total += part.rows
+            if total >= rows:
                 break
-        total = sum(part.rows for part in parts)
-        args, kwargs = (joined([getattr(part, name) for part in parts]) for name in ("args", "kwargs"))
+        args = joined([part.args for part in parts])
+        kwargs = joined([{n: v for n, v in part.kwargs.items() if n not in self.model_kwargs} for part in parts])
         return Batch(args, kwargs | self.model_kwargs, total)
 
     def subsample(self, size: int) -> None:
@@ -198,13 +201,13 @@ class Batches:
         """Yield the rows of the given numbers in batches."""
         if isinstance(self.source, DataLoader):
             yield from map(self._batch, self.source)
-            return
-        if self.is_whole:
-            yield from (self.all for _ in range(self.count) if self.all is not None)
-            return
-        device = self.device if self.all is not None else torch.device("cpu")
-        for rows in order.to(device).tensor_split(self.count):
-            yield self._take(rows) if self.all is not None else self._batch(_fetched(self.source, rows.tolist()))
+        elif self.all is None:
+            for rows in order.tensor_split(self.count):
+                yield self._batch(_fetched(self.source, rows.tolist()))
+        elif self.is_whole:
+            yield from repeat(self.all, self.count)
+        else:
+            yield from map(self._take, order.to(self.device).tensor_split(self.count))
 
     def _take(self, rows: Tensor) -> Batch:
         """Return rows of the tensors that are held here."""
@@ -248,7 +251,7 @@ class Batches:
         return args
 
     def _converted(self, place: int | None, value: Any) -> Any:
-        """Return an array in the argument at this place as a tensor, and anything else as it is."""
+        """Return a value in the argument at this place: an array as a tensor, and anything else unchanged."""
         if not is_array(value):
             return value
         t = as_tensor(value, "train")

@@ -4,7 +4,7 @@ A checkpoint holds no code, and reading one runs none: a family is described by 
 rebuilt from the classes of `pyro_genmodels.families` alone. A file is written completely or not at all. A checksum of record
 and tensors reveals damage. The JSON file beside it is a copy for people to read.
 
-A file may come from anywhere. Its size and its header are looked at before its tensors are read. The entries of the record are
+A file may come from anywhere. Its size and its header are checked before its tensors are read. The entries of the record are
 checked against a schema (see `records`). A family that is rebuilt may take little more memory than the tensors in the file.
 """
 
@@ -17,6 +17,7 @@ __all__ = [
     "read",
     "read_record",
     "save",
+    "tensors_of",
     "write",
 ]
 
@@ -240,7 +241,7 @@ def _existing(path: str | Path) -> Path:
             raise FileNotFoundError(f"{folder} is a folder, not a checkpoint: pass a file in it, such as {checkpoint}.")
         if path.with_name(f"{folder.name}.training.safetensors").is_file():
             raise FileNotFoundError(
-                f"There is no checkpoint {path}, but a training run of that name. To go on with it: "
+                f"There is no checkpoint {path}, but a training run of that name. To continue it: "
                 f"train(..., checkpoint=Checkpoint({str(folder)!r}, resume=True)), which then writes the checkpoint."
             )
         near = ", ".join(sorted(p.name for p in path.parent.glob("*.safetensors") if ".training" not in p.name)[:5])

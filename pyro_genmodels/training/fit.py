@@ -40,8 +40,8 @@ class Fit:
             ``valid`` the squared energy distance of samples from held-out data.
         best: record of the epoch whose parameters were kept.
         stopped: reason why training ended.
-        units: what the columns of the history measure, such as ``{"train": "nats", "valid": "nats"}``. "nats" is only said
-            of a negative log-likelihood, or a bound of it; see `Loss.unit`.
+        units: units of the losses by column of the history, such as ``{"train": "nats", "valid": "nats"}``. "nats" stands
+            only for a negative log-likelihood or a bound of it; see `Loss.unit`.
         held_out: numbers of the rows that ``valid=share`` held out, (n,), or None.
         usual_loss: c in the equation above.
     """

@@ -1,6 +1,6 @@
 """One training loop for every fit: epochs of minibatches, early stopping, averaged parameters, checkpoints.
 
-`steps` says what one step is, `fit` when training has exploded. Training on many devices or machines is left to lightning.
+A single step is in `steps`, the test for an explosion in `fit`. Training on many devices or machines is left to lightning.
 Early stopping: Prechelt (1998).
 """
 
@@ -35,7 +35,7 @@ from pyro_genmodels.training.options import (
     check_options,
     load_data,
     prepare_family,
-    standardized_unless_refused,
+    statistics_restored_on_error,
     torch_threads,
 )
 from pyro_genmodels.training.runs import Checkpoint, RunCheckpoint
@@ -123,7 +123,7 @@ def train(
         seed: seed of all random numbers of the training. The initial parameters of a fit are drawn when it is built; call
             ``pyro.set_rng_seed`` before that to fix them too.
         threads: number of threads of torch during training. Small networks train two to five times faster with one thread where
-            other programs use the same cores. None leaves torch's number as it is.
+            other programs use the same cores. None does not change torch's number.
         model_kwargs: further keyword arguments of model and guide, which are the same at every step and are not cut into rows.
         progress: True to show a progress bar.
 
@@ -161,7 +161,7 @@ def train(
         modules, result = traces.modules_of(model, guide), Fit(fit)
         batches, held_out, result.held_out = load_data(data, context, valid, batch_size, seed, model, modules, model_kwargs)
         with _training_mode([*modules, *traces.modules_of(getattr(objective, "critic", None))]):
-            with standardized_unless_refused(model):
+            with statistics_restored_on_error(model):
                 prepare_family(model, batches, held_out)
                 step = make_step(fit, objective, optim, batches, clip_norm)
                 if held_out is not None and batches.is_whole:
@@ -171,9 +171,14 @@ def train(
                 weights = TrainedWeights(step.parameters, modules, ema_decay, step.excluded, step.extra_modules)
                 checkpoint = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
                 loss = step.objective if isinstance(step, LossStep) else step.trainer.loss
-                settings: dict[str, Any] = {"seed": seed, "objective": type(loss).__name__, "batch_size": batch_size}
-                settings |= {"ema_decay": ema_decay, "clip_norm": clip_norm}
-                settings |= {"valid": float(valid) if isinstance(valid, Real) else None}
+                settings = {
+                    "seed": seed,
+                    "objective": type(loss).__name__,
+                    "batch_size": batch_size,
+                    "ema_decay": ema_decay,
+                    "clip_norm": clip_norm,
+                    "valid": float(valid) if isinstance(valid, Real) else None,
+                }
                 data_of_run = partial(_identity_of, batches, held_out)
                 run = RunCheckpoint(checkpoint, result, weights, step.optimiser, data_of_run, settings)
             stopped = ""

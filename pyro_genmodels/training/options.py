@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["check_options", "load_data", "prepare_family", "standardized_unless_refused", "torch_threads"]
+__all__ = ["check_options", "load_data", "prepare_family", "statistics_restored_on_error", "torch_threads"]
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -113,17 +113,18 @@ def _check_swapped(family: Family, batch: Batch) -> None:
 
 
 @contextmanager
-def standardized_unless_refused(model: Callable[..., Any]) -> Iterator[None]:
-    """Give a family back its former means and deviations, of data and contexts, if the block raises an error."""
+def statistics_restored_on_error(model: Callable[..., Any]) -> Iterator[None]:
+    """Restore a family's means and deviations, of data and contexts, if the block raises an error."""
     family = _family_of(model)
-    buffers = [] if family is None else list(family.named_buffers())
+    if family is None:
+        yield
+        return
     own = ("loc", "scale", "standardized")
-    before = {name: buffer.clone() for name, buffer in buffers if name.rpartition(".")[2] in own}
+    before = {name: buffer.clone() for name, buffer in family.named_buffers() if name.rpartition(".")[2] in own}
     try:
         yield
     except BaseException:
-        if family is not None:
-            family.load_state_dict(before, strict=False)
+        family.load_state_dict(before, strict=False)
         raise
 
 

@@ -5,7 +5,7 @@ All entries are optional, and a user may add others of other names.
 
 from __future__ import annotations
 
-__all__ = ["check_record"]
+__all__ = ["ENTRIES", "check_record", "is_number"]
 
 from collections.abc import Callable, Mapping
 from math import isfinite
@@ -54,7 +54,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_epoch(value: Any) -> bool:
-    """Return True for the record of an epoch: numbers by name."""
+    """Return True for the record of an epoch, a dictionary of numbers."""
     return (
         isinstance(value, dict)
         and all(map(is_number, value.values()))
@@ -104,4 +104,4 @@ ENTRIES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "run": (_is_run, "a dictionary with id, begun and settings"),
     "options": (_is_state, "a dictionary with optimiser, param_groups and numbers"),
 }
-"""Functions that say if an entry is valid, with words for what it should be, by the name of the entry."""
+"""By the name of an entry: a function that returns True if its value is valid, and words for what it should be."""

@@ -3,7 +3,7 @@
 A run has an identity: its settings, its seed, checksums of its data, and the time at which it began. Both of its files hold it.
 So a run is resumed with its own parameters, on its own data, by its own settings, or not at all.
 
-A new run by the name of an older one leaves the older files as they are until it has something to write. Then it renames the
+A new run by the name of an older one leaves the older files unchanged until it has something to write. Then it renames the
 older run, from ``name.training.safetensors`` to ``name.BEGUN.training.safetensors``, by the time at which it began, such as
 ``name.20260131T235900Z-c0ffee``. This path resumes it.
 """
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from pyro_genmodels.training.fit import Fit
 
 RUN_SUFFIX = ".training.safetensors"
-MAY_CHANGE = ("patience",)
-"""Settings in files of earlier versions by which a run may be resumed with other values."""
 STAMP = r"\d{8}T\d{6}Z(-[0-9a-f]{6})?"
 """Pattern of the time at which an older run began, with the beginning of its id, in the name of its file."""
 
@@ -177,7 +175,7 @@ class RunCheckpoint:
         settings = dict(self.identity["settings"])
         if settings.get("seed") is None:  # the saved random state is what counts
             settings["seed"] = saved["settings"].get("seed")
-        differences = list(_differences({n: v for n, v in saved["settings"].items() if n not in MAY_CHANGE}, settings))
+        differences = list(_differences(saved["settings"], settings))
         if (share := settings.get("valid")) is not None:
             held_out = f", so that valid={share:g} held out other rows"
             differences = [text + held_out * text.startswith("seed was") for text in differences]
@@ -219,7 +217,7 @@ class RunCheckpoint:
     def write_best(self) -> None:
         """Write the best parameters."""
         if self.path is not None:
-            self._write_parameters(self.path, self.weights.best_state(), self.fit.record())
+            self._write_parameters(self.weights.best_state(), self.fit.record())
 
     def write(self) -> Path | None:
         """Write the best parameters and the run as they were last captured.
@@ -232,15 +230,15 @@ class RunCheckpoint:
         if self.path is None or (self.epochs == 0 and self.path.exists()):
             return None
         state, record, tensors, options = self._captured
-        self._write_parameters(self.path, state, record | {"stopped": self.fit.stopped})
+        self._write_parameters(state, record | {"stopped": self.fit.stopped})
         saved: dict[str, Any] = {name: record[name] for name in ("history", "best", "units") if name in record}
         with self._retired():
             checkpoints.write(self.run_path, tensors, {**saved, "options": options, **self._entries()}, readable=False)
         self._written, self._is_written = time.perf_counter(), True
         return self.path
 
-    def _write_parameters(self, path: Path, state: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        checkpoints.write(path, state, {**record, **self._entries()})
+    def _write_parameters(self, state: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        checkpoints.write(self.path, state, {**record, **self._entries()})  # type: ignore[arg-type]
 
     def _entries(self) -> dict[str, Any]:
         """Return the entries of both files."""
@@ -262,7 +260,7 @@ class RunCheckpoint:
             raise
 
     def _path_of_older(self) -> Path:
-        """Return the path for an older run: by the time at which it began, or was written if it does not say."""
+        """Return the path for an older run: by the time at which it began, or else at which it was written."""
         try:
             run = checkpoints.read_record(self.run_path)["run"]
             stamp = f"{_stamp(datetime.fromisoformat(run['begun']))}-{run['id'][:6]}"
@@ -274,7 +272,7 @@ class RunCheckpoint:
 
     def _older_runs(self) -> list[str]:
         """Return the names of older runs beside this one, without suffix and in order."""
-        pattern = re.compile(rf"{re.escape(self.path.stem)}\.({STAMP}|old){re.escape(RUN_SUFFIX)}")  # type: ignore[union-attr]
+        pattern = re.compile(rf"{re.escape(self.path.stem)}\.{STAMP}{re.escape(RUN_SUFFIX)}")  # type: ignore[union-attr]
         names = [path.name for path in self.run_path.parent.glob(f"*{RUN_SUFFIX}")]
         return sorted(name.removesuffix(RUN_SUFFIX) for name in names if pattern.fullmatch(name))
 

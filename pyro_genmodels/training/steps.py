@@ -11,7 +11,7 @@ __all__ = ["AdversarialStep", "LossStep", "make_step"]
 
 from collections.abc import Callable, Mapping
 from math import inf, isfinite
-from typing import Any
+from typing import Any, TypeVar
 
 import pyro
 import torch
@@ -43,9 +43,8 @@ from pyro_genmodels.utils.keywords import keyword_names
 from pyro_genmodels.utils.rng import forked_rng
 
 MANY_ROWS, MANY_BYTES = 10_000, 2**26
-"""Largest number of rows, and of their bytes, by which it is found out if a model draws its minibatches itself."""
-UNITS = {Trace_MMD: "loss"}
-"""What losses of Pyro measure that are not in nats."""
+"""Largest number of rows, and of their bytes, of the run that shows if a model draws its minibatches itself."""
+T = TypeVar("T")
 
 
 def make_step(fit: Any, objective: Any, optim: Any, batches: Batches, clip_norm: float | None) -> LossStep | AdversarialStep:
@@ -76,7 +75,49 @@ def make_step(fit: Any, objective: Any, optim: Any, batches: Batches, clip_norm:
     return LossStep(model, guide, objective, batches, optim, clip_norm)
 
 
-class LossStep:
+class _Step:
+    """Base of both steps: the arguments of the model, and its first run.
+
+    Args:
+        model: the model.
+        rows: number of rows of all data.
+
+    Attributes:
+        takes_size: True if the model takes the number of all rows as ``size``.
+    """
+
+    def __init__(self, model: Callable[..., Any], rows: int) -> None:
+        self.model, self.rows = model, rows
+        self.takes_size = "size" in keyword_names(model)
+
+    def _kwargs(self, batch: Batch, rows: int) -> dict[str, Any]:
+        """Return the keyword arguments of the model for a batch out of this many rows."""
+        return batch.kwargs | ({"size": rows} if self.takes_size else {})
+
+    def _with_first_batch(self, batches: Batches, run: Callable[[Batch], T]) -> T:
+        """Call a function with the first batch, or with all rows if the model draws its minibatches itself."""
+        batch = batches.first()
+        row_bytes = max(sum(t.nbytes for t in batch.tensors.values()) // batch.rows, 1)
+        many = batches.take(max(batch.rows, min(MANY_ROWS, MANY_BYTES // row_bytes)))
+        drawn = None if traces.is_family(self.model) else self._subsample_size(many)
+        fixed = drawn == batch.rows and self._subsample_size(batch) == drawn
+        if drawn in (None, many.rows) or fixed:  # a plate of fixed sizes may be meant for this batch
+            try:
+                return run(batch)
+            except IndexError:
+                if not fixed:
+                    raise
+        batches.subsample(drawn)  # type: ignore[arg-type]
+        return run(batches.first())
+
+    def _subsample_size(self, batch: Batch) -> int | None:
+        """Return how many rows a plate over all rows, or over those of the batch, draws by itself, or None."""
+        with handlers.side_effect_free(self.model), forked_rng():
+            plates = subsampling.subsampled_plates(self.model, batch.args, self._kwargs(batch, self.rows))
+        return next((plate.count for plate in plates if plate.size in (batch.rows, self.rows)), None)
+
+
+class LossStep(_Step):
     """Training steps by any Pyro loss.
 
     The fit is run once when the step is built, which shows its parameters, its distributions and its default objective.
@@ -107,10 +148,10 @@ class LossStep:
         optim: Any,
         clip_norm: float | None,
     ) -> None:
-        self.model, self.guide, self.rows = model, guide, batches.rows
-        self.takes_size = "size" in keyword_names(model)
+        super().__init__(model, batches.rows)
+        self.guide = guide
         self.clip_norm = inf if clip_norm is None else clip_norm
-        self.objective, sites, self._unit = _first_run(batches, model, lambda batch: self._look(objective, batch))
+        self.objective, sites, self._unit = self._with_first_batch(batches, lambda batch: self._examine(objective, batch))
         self.distributions, self.parameters = sites.distributions, sites.trainable()
         if any(p.dtype == torch.float16 for p in self.parameters.values()):  # Adam's 1e-8 is 0 in it
             raise ValueError(
@@ -129,7 +170,7 @@ class LossStep:
 
     @property
     def units(self) -> dict[str, str]:
-        """What the losses measure, by the column of the history."""
+        """Units of the losses, by column of the history."""
         return {"train": getattr(self.objective, "training_unit", None) or self._unit, "valid": self._unit}
 
     def step(self, batch: Batch, number: int) -> dict[str, float]:
@@ -172,14 +213,14 @@ class LossStep:
         with torch.no_grad():
             return _mean([(self._loss(self.objective.loss, b, held_out.rows), b.rows) for b in held_out.in_order()])
 
-    def _look(self, objective: Any, batch: Batch) -> tuple[Any, _Sites, str]:
-        """Return the objective, the sites of a first run, and what the loss measures, which may depend on them."""
+    def _examine(self, objective: Any, batch: Batch) -> tuple[Any, _Sites, str]:
+        """Return the objective, the sites of a first run, and the unit of the loss, which may depend on the sites."""
         objective, sites = self._first_run(objective, batch)
-        unit = getattr(objective, "unit", UNITS.get(type(objective), "nats"))
         if hasattr(objective, "unit_of"):
             with handlers.side_effect_free(self.model, self.guide), forked_rng():
-                unit = objective.unit_of(self._traces(batch)[0])
-        return objective, sites, unit
+                return objective, sites, objective.unit_of(self._traces(batch)[0])
+        unit_of_pyro = "loss" if isinstance(objective, Trace_MMD) else "nats"
+        return objective, sites, getattr(objective, "unit", unit_of_pyro)
 
     def _first_run(self, objective: Any, batch: Batch) -> tuple[Any, _Sites]:
         """Run the fit once, or twice if its parameters show only in the loss; return the objective and the recorded sites."""
@@ -233,11 +274,8 @@ class LossStep:
         loss_of_all = loss(self.model, self.guide, *batch.args, **self._kwargs(batch, rows))
         return loss_of_all / (rows if self.takes_size else batch.rows)
 
-    def _kwargs(self, batch: Batch, rows: int) -> dict[str, Any]:
-        return batch.kwargs | ({"size": rows} if self.takes_size else {})
 
-
-class AdversarialStep:
+class AdversarialStep(_Step):
     """Training steps of a generator and its critic.
 
     Args:
@@ -252,16 +290,16 @@ class AdversarialStep:
         excluded: names of the critic's parameters, if the critic does not belong to the fit.
         extra_modules: the critic, if it does not belong to the fit.
         wants_average: True: the generator's parameters circle around their optimum.
+        smallest_loss: usual size of a loss that is 0 at first.
     """
 
     def __init__(self, trainer: Adversarial, model: Callable[..., Any], guide: Callable[..., Any], batches: Batches) -> None:
         fit_modules = {m for module in traces.modules_of(model, guide) for m in module.modules()}
         if fit_modules and not fit_modules.intersection(traces.modules_of(trainer.model, trainer.guide)):
             raise ValueError("The objective is an Adversarial of another model than this fit: build it of fit.model.")
-        self.trainer, self.rows = trainer, batches.rows
-        self.takes_size = "size" in keyword_names(trainer.model)
-        prepare = trainer.prepare
-        _first_run(batches, trainer.model, lambda batch: prepare(*batch.args, **self._kwargs(batch, self.rows)))
+        super().__init__(trainer.model, batches.rows)
+        self.trainer = trainer
+        self._with_first_batch(batches, lambda batch: trainer.prepare(*batch.args, **self._kwargs(batch, self.rows)))
         critic = {f"critic.{name}": p for name, p in trainer.parameters["critic"].items()}
         self.parameters = {**trainer.parameters["generator"], **critic}
         self.optimiser: Any = _TwoOptimizers(list(trainer.optimisers.values()))
@@ -273,7 +311,7 @@ class AdversarialStep:
 
     @property
     def units(self) -> dict[str, str]:
-        """What the losses measure, by the column of the history."""
+        """Units of the losses, by column of the history."""
         valid = "squared energy distance" if self._compares_samples else "adversarial loss"
         return {"train": "adversarial loss", "critic": "adversarial loss", "valid": valid}
 
@@ -321,9 +359,6 @@ class AdversarialStep:
         real, fake = (torch.cat([getattr(part, name)[0] for part in inputs]) for name in ("real", "fake"))
         return mmd(real, fake, kernel=EnergyKernel()).value.item() if fake.isfinite().all() else float("nan")
 
-    def _kwargs(self, batch: Batch, rows: int) -> dict[str, Any]:
-        return batch.kwargs | ({"size": rows} if self.takes_size else {})
-
 
 class _TwoOptimizers:
     """Two optimisers whose state is saved and loaded as that of one."""
@@ -355,31 +390,6 @@ class _TwoOptimizers:
                 }
             )
             first += count
-
-
-def _first_run(batches: Batches, model: Any, run: Callable[[Batch], Any]) -> Any:
-    """Call a function with the first batch, or with all rows if the model draws its minibatches itself."""
-    batch = batches.first()
-    row_bytes = max(sum(t.nbytes for t in batch.tensors.values()) // batch.rows, 1)
-    many = batches.take(max(batch.rows, min(MANY_ROWS, MANY_BYTES // row_bytes)))
-    drawn = None if traces.is_family(model) else _rows_that_are_drawn(model, many, batches.rows)
-    fixed = drawn == batch.rows and _rows_that_are_drawn(model, batch, batches.rows) == drawn
-    if drawn in (None, many.rows) or fixed:  # a plate of fixed sizes may be meant for this batch
-        try:
-            return run(batch)
-        except IndexError:
-            if not fixed:
-                raise
-    batches.subsample(drawn)  # type: ignore[arg-type]
-    return run(batches.first())
-
-
-def _rows_that_are_drawn(model: Any, batch: Batch, rows: int) -> int | None:
-    """Return how many rows a plate over all rows, or over those of the batch, draws by itself, or None."""
-    kwargs = batch.kwargs | ({"size": rows} if "size" in keyword_names(model) else {})
-    with handlers.side_effect_free(model), forked_rng():
-        plates = subsampling.subsampled_plates(model, batch.args, kwargs)
-    return next((plate.count for plate in plates if plate.size in (batch.rows, rows)), None)
 
 
 class _Sites(Messenger):
