@@ -1,4 +1,4 @@
-"""What ArviZ makes of what `to_arviz` gives, in its versions 0.23 and 1.x: leave-one-out, summaries, pictures and files."""
+"""Functions of ArviZ 0.23 and 1.x on the result of `to_arviz`: leave-one-out, summaries, pictures and files."""
 
 from math import log, pi
 

@@ -1,6 +1,6 @@
-"""What `to_arviz` says is what the fit says: families and SVI, names and labels; nothing it touches is changed.
+"""The result of `to_arviz` agrees with the fit: families and SVI, names and labels; nothing it touches is changed.
 
-Sources of draws: test_draws_source.py; all rows: test_draws_walk.py; each group: test_draws_groups.py; ArviZ: test_arviz.py.
+Sources of draws: test_sources.py; all rows: test_replay.py; each group: test_groups.py; ArviZ: test_arviz.py.
 """
 
 from contextlib import nullcontext

@@ -40,7 +40,7 @@ def y():
 
 
 def warned(call):
-    """What is said by a call, and what it gives."""
+    """Return the texts of the warnings of a call, and its result."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         data = call()

@@ -1,4 +1,4 @@
-"""Where the draws of `to_arviz` come from: every kind of fit, its draws and its densities recomputed by hand."""
+"""Sources of the draws of `to_arviz`: every kind of fit, its draws and its densities recomputed by hand."""
 
 from types import SimpleNamespace
 
@@ -47,7 +47,7 @@ def y():
 
 
 def check_model_groups(data, y, chain=0):
-    """What needs a model beside the draws, for `mean_model`."""
+    """Assert that the groups which need a model beside the draws are those of `mean_model`."""
     mu = draws(data, "mu", chain=chain)
     close(draws(data, "y", "log_likelihood", chain), normal(mu[:, None], 2.0, y))
     close(draws(data, "mu", "log_prior", chain), normal(0.0, 3.0, mu))
@@ -167,7 +167,7 @@ def test_a_latent_that_the_guide_leaves_to_the_model_counts_as_drawn(y):
 
 
 def chains_of(model, samples, divergences):
-    """What `MCMC` offers, with chains of our own."""
+    """Return an object with the methods of `MCMC` and given chains."""
     return SimpleNamespace(
         kernel=SimpleNamespace(model=model),
         get_samples=lambda group_by_chain: samples,
