@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["RowArguments", "row_arguments", "with_own_plate"]
+__all__ = ["RowArguments", "row_arguments", "with_own_plate", "with_plate_of_pair"]
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -79,10 +79,6 @@ class RowArguments:
         indices = {} if self.plate is None or self.block is None else {self.plate.name: self.block.indices}
         return subsampling.fixed_rows(indices)
 
-    def subsampled(self, plate: SubsampledPlate | None) -> RowArguments:
-        """Return the same arguments for a model whose own plate chooses rows; None for one without such a plate."""
-        return replace(self, plate=plate)
-
     def take(self, rows: slice | Tensor) -> RowArguments:
         """Return the arguments with only these rows of every tensor that has N of them, also inside lists and dicts.
 
@@ -147,4 +143,19 @@ def with_own_plate(fn: Any, data: RowArguments) -> RowArguments:
             f"log_likelihood takes a model without subsample_size, or with one in the plate of the {data.num_rows} rows of x, "
             f"but found {found}. Build that plate with the number of rows of x, and others without subsample_size."
         )
-    return data.subsampled(plates[0])
+    return replace(data, plate=plates[0])
+
+
+def with_plate_of_pair(model: Any, guide: Any, data: RowArguments) -> RowArguments:
+    """Return the arguments with the plate of the data by which the model, or else the guide, chooses rows, if there is one.
+
+    The guide runs on one row first, since a guide that encodes its rows would encode all of them at once.
+
+    Raises:
+        ValueError: as `with_own_plate` does.
+    """
+    data = with_own_plate(model, data)
+    if data.plate is not None or traces.is_family(guide):
+        return data
+    first = data.first(1)
+    return with_own_plate(guide, data) if subsampling.plates_with_subsample_size(guide, first.args, first.kwargs) else data

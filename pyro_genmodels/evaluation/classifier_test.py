@@ -77,8 +77,7 @@ def c2st(
 
     Published values use 10,000 samples per set and the defaults of this function. Both sets are standardised by the mean and
     the standard deviation of x, the reference, coordinate by coordinate. A coordinate that is constant in x is scaled by the
-    standard deviation of both sets together; one that is constant in both is ignored. If a few far rows of x decide one, so
-    that the network cannot tell the other rows apart, a RuntimeWarning says so. The network is scikit-learn's
+    standard deviation of both sets together; one that is constant in both is ignored. The network is scikit-learn's
     ``MLPClassifier`` with ReLU, trained by Adam until its loss stops falling. Rows are assigned to folds at random, independent
     of their set.
 
@@ -97,6 +96,9 @@ def c2st(
         ValueError: for events of different shapes, two devices, samples with NaN or infinity, different numbers of samples,
             fewer than 2 folds, or fewer than 10 samples per set and fold.
         ImportError: if scikit-learn, of the extra ``eval``, is missing.
+
+    Warns:
+        RuntimeWarning: if a few far rows of x decide its standard deviation, so that the network cannot tell the others apart.
 
     Example:
         >>> answer = c2st(torch.randn(100, 1), torch.randn(100, 1) + 100)
@@ -138,7 +140,7 @@ def standardised(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _warn_of_far_rows(x: Tensor) -> None:
-    """Warn if one in a hundred of the reference samples make most of a coordinate's standard deviation."""
+    """Warn if the standard deviation of a coordinate comes mostly from the farthest hundredth of the reference samples."""
     few = max(1, int(FAR_SHARE * len(x)))
     nearest = (x - x.median(0).values).abs().argsort(0)[: len(x) - few]
     rest = x.gather(0, nearest).std(0)

@@ -34,7 +34,7 @@ from pyro_genmodels.evaluation.likelihood import LogLikelihood, has_likelihood, 
 from pyro_genmodels.evaluation.sample_quality import SampleQuality, sample_quality, split_rows
 from pyro_genmodels.utils.errors import import_extra, type_with_article
 from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, option_names, runs_models
-from pyro_genmodels.utils.pareto import count_unreliable
+from pyro_genmodels.utils.pareto import count_unreliable, largest_pareto_k
 from pyro_genmodels.utils.rng import forked_rng
 from pyro_genmodels.utils.tensors import as_tensor
 
@@ -99,7 +99,7 @@ class Comparison:
         )
         k_hats = [fit.pareto_k for fit in fits]
         if any(k is not None and not k.isnan().all() for k in k_hats):
-            table["pareto_k"] = [_largest(k) for k in k_hats]
+            table["pareto_k"] = [float("nan") if k is None else largest_pareto_k(k) for k in k_hats]
             table["unreliable"] = [float("nan") if k is None else count_unreliable(k) / len(k) for k in k_hats]
         if self.sample_quality:
             qualities = [self.sample_quality.get(name) for name in self.log_likelihoods]
@@ -254,9 +254,9 @@ def compare(
         data = row_arguments("compare", x, args, own, options.get("row_dim", 0))
         if split is not None:
             _check_rows_can_be_cut(name, fit, data)
-            qualities[name] = sample_quality(fit, x, data.args[1:], data.kwargs, split)
-        row_dim = {option: options[option] for option in ("row_dim",) if option in options}
-        has_one = has_likelihood(fit, *data.args, model_kwargs=data.kwargs, **row_dim)
+            qualities[name] = sample_quality(fit, data, split)
+        shared = {option: value for option, value in options.items() if option in option_names(has_likelihood)}
+        has_one = has_likelihood(fit, *data.args, model_kwargs=data.kwargs, **shared)
         log_likelihoods[name] = (
             log_likelihood(fit, *data.args, model_kwargs=data.kwargs, **options) if has_one else no_likelihood(data.num_rows)
         )
@@ -285,12 +285,6 @@ def _ranking(fit: LogLikelihood) -> tuple[bool, bool, float]:
     """Return a key that sorts fits: the best first, those with NaN behind the others, those without a likelihood last."""
     is_nan = bool(fit.values.isnan().any())
     return fit.kind == "none", is_nan, 0.0 if is_nan else -fit.mean
-
-
-def _largest(pareto_k: Tensor | None) -> float:
-    """Return the largest k-hat that is known, or NaN."""
-    known = torch.zeros(0) if pareto_k is None else pareto_k[~pareto_k.isnan()]
-    return known.max().item() if len(known) else float("nan")
 
 
 def _variance(values: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def mode_coverage(samples: Samples, centres: Samples, scale: float, *, max_devia
     samples, centres, _ = as_matrices(samples, centres, by="mode_coverage", least=1, names=("samples", "centres"))
     if not (0 < scale < inf and 0 < max_deviations < inf):
         raise ValueError(
-            f"mode_coverage wants a positive scale and max_deviations, and finite, but found {scale!r} and {max_deviations!r}."
+            f"mode_coverage wants a finite, positive scale and max_deviations, but found {scale!r} and {max_deviations!r}."
         )
     distance, nearest = distances(samples.detach(), centres.detach()).min(1)
     counts = torch.bincount(nearest[distance < max_deviations * scale], minlength=len(centres))

@@ -20,7 +20,7 @@ from pyro_genmodels._pyro import handlers, traces
 from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.distributions.energy.annealed import conservative_bound
 from pyro_genmodels.evaluation.arguments import row_arguments
-from pyro_genmodels.evaluation.likelihood import LogLikelihood, finite_kind, reliable_kind
+from pyro_genmodels.evaluation.likelihood import LogLikelihood, lower_bound
 from pyro_genmodels.utils.distributions import unwrap
 from pyro_genmodels.utils.errors import check_positive_int
 from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, runs_models
@@ -63,7 +63,7 @@ def conservative_log_likelihood(
             rows, or if a keyword is the model's as well as an option.
 
     Warns:
-        RuntimeWarning: if k-hat calls the bounds unreliable.
+        RuntimeWarning: if the bounds are unreliable, by k-hat or because some are no numbers.
 
     Example:
         >>> import torch
@@ -98,8 +98,4 @@ def conservative_log_likelihood(
             progress=progress,
         )
     cure = "Raise num_steps or num_samples."
-    kind = reliable_kind("conservative_log_likelihood", "lower bound", bound.pareto_k, num_samples, cure)
-    kind, k_hat = finite_kind("conservative_log_likelihood", kind, bound.value, data.args[0]), bound.pareto_k
-    return LogLikelihood(
-        bound.value, bound.std_error, kind, num_samples, pareto_k=k_hat, smoothed=bound.smoothed, is_bound=True
-    )
+    return lower_bound("conservative_log_likelihood", bound, num_samples, data.args[0], cure=cure)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 __all__ = ["RowSplit", "SampleQuality", "sample_quality", "split_rows"]
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,21 +71,20 @@ def split_rows(x: Tensor, num_samples: int) -> RowSplit:
     return RowSplit(compared, sampled, sliced_wasserstein(x[compared], x[sampled], seed=1).value.item())
 
 
-def sample_quality(fit: Any, x: Tensor, args: tuple, kwargs: Mapping[str, Any], rows: RowSplit) -> SampleQuality:
-    """Return the distances of a fit's samples from rows of x.
+def sample_quality(fit: Any, data: RowArguments, rows: RowSplit) -> SampleQuality:
+    """Return the distances of a fit's samples from rows of the data.
 
     Args:
         fit: family, `SVI`, or pair (model, guide).
-        x: data, (N, ...).
-        args: other arguments of the model; tensors of N rows are cut along with x.
-        kwargs: keyword arguments of the model, treated as args.
+        data: arguments of the model, cut to rows of the data.
         rows: rows to compare with and to sample for, from `split_rows`.
     """
     model, _ = traces.as_pair(fit)
     n = len(rows.compared)
-    call = RowArguments((x, *args), dict(kwargs)).take(torch.cat([rows.compared, rows.sampled]))
+    call = data.take(torch.cat([rows.compared, rows.sampled]))
     with handlers.side_effect_free(model):
         trace, _ = traces.run_pair(draw_replicates(model), traces.no_latents, call.args, call.kwargs)
     replicated = replicated_data(trace, call.num_rows)
-    samples, data = replicated.draws.flatten(0, 1)[n:], replicated.data[:n]
-    return SampleQuality(mmd_test(samples, data), sliced_wasserstein(samples, data, seed=1).value.item(), rows.baseline)
+    samples, compared = replicated.draws.flatten(0, 1)[n:], replicated.data[:n]
+    distance = sliced_wasserstein(samples, compared, seed=1).value.item()
+    return SampleQuality(mmd_test(samples, compared), distance, rows.baseline)

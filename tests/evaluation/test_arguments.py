@@ -71,6 +71,41 @@ def test_latent_variables_in_a_subsampled_plate_are_integrated(where, parallel):
     torch.testing.assert_close(found.values, EVIDENCE.log_prob(x))
 
 
+@pytest.mark.parametrize("count", [lambda n: 4, lambda n: min(4, n)])
+def test_a_guide_alone_may_choose_rows_of_what_it_is_given(count):
+    """The second guide chooses none of one row: the error called it an autoguide of another size."""
+    x = torch.randn(11)
+
+    def model(x):
+        with pyro.plate("data", len(x)) as i:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[i])
+
+    def guide(x):
+        with pyro.plate("data", len(x), subsample_size=count(len(x))) as i:
+            pyro.sample("z", dist.Normal(x[i] / 2, 0.5**0.5))
+
+    assert has_likelihood((model, guide), x)
+    torch.testing.assert_close(log_likelihood((model, guide), x, num_samples=30).values, EVIDENCE.log_prob(x))
+
+
+def test_a_guide_encodes_no_more_rows_at_once_than_a_batch_has():
+    seen = []
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            seen.append(len(x))
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    log_likelihood((model, guide), torch.randn(20), num_samples=2, batch_size=10)
+    assert max(seen) == 5
+
+
 def test_an_autoguide_of_a_subsampled_model_scores_each_row_by_its_own_latent():
     x = torch.randn(12)
 

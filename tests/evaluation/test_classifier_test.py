@@ -99,7 +99,7 @@ def test_constant_columns():
     assert c2st(constant, constant + 1e-3, hidden=(20,), folds=2).value == 1
 
 
-def test_a_far_row_of_the_reference_is_told():
+def test_a_far_row_of_the_reference_causes_a_warning():
     """One row at 1e4 made the accuracy of two normals one deviation apart 0.48, chance, instead of 0.75."""
     x, y = torch.randn(100, 2), torch.randn(100, 2) + 1
     far = torch.cat([x[1:], torch.tensor([[0.0, 1e4]])])

@@ -218,8 +218,10 @@ def test_noisy_samples_carry_k():
     few = gaussian_observation_likelihood((model, lambda x: None), x, sigma=1.0, num_steps=10)  # of 16 chains
     assert few.notes == ["Pareto k-hat is unknown, with fewer than 21 samples, in 3 of 3 rows"]
     assert ((found.values - dist.Normal(0.0, 5**0.5).log_prob(x)).abs() < 6 * found.std_error + 0.05).all()
-    with pytest.raises(ValueError, match="1 of 3 rows with values that are NaN"):
+    with pytest.raises(ValueError, match="x has 1 of 3 rows with values that are NaN"):
         gaussian_observation_likelihood((model, lambda x: None), torch.tensor([0.0, NAN, 1.0]), sigma=1.0)
+    with pytest.raises(ValueError, match="valid has 1 of 2 rows with values that are NaN"):
+        gaussian_observation_likelihood((model, lambda x: None), x, valid=torch.tensor([0.0, NAN]))
 
 
 # Numbers that single precision loses.
