@@ -20,6 +20,7 @@ from torch.distributions import constraints
 from pyro_genmodels.cli.notes import DataSource, Notes, read_notes
 from pyro_genmodels.datasets import Dataset
 from pyro_genmodels.evaluation import LogLikelihood, SampleQuality, has_likelihood, log_likelihood, no_likelihood
+from pyro_genmodels.evaluation.arguments import RowArguments
 from pyro_genmodels.evaluation.sample_quality import sample_quality, split_rows
 from pyro_genmodels.families import (
     GAN,
@@ -308,7 +309,7 @@ def sample_quality_of(family: Any, x: Tensor, labels: Tensor | None, *, num_samp
     device = family.loc.device
     x = x.to(device)
     context = () if labels is None else (labels.to(device),)
-    return sample_quality(family, x, context, {}, split_rows(x, num_samples))
+    return sample_quality(family, RowArguments((x, *context), {}), split_rows(x, num_samples))
 
 
 def draw(family: Any, num_samples: int, labels: Tensor | None = None, *, batch_size: int = 1000) -> Tensor:

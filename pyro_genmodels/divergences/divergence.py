@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from pyro_genmodels.utils.errors import warn_caller
-from pyro_genmodels.utils.pareto import MAX_PARETO_K, count_unreliable, is_unreliable
+from pyro_genmodels.utils.pareto import MAX_PARETO_K, count_unreliable, is_unreliable, largest_pareto_k
 
 
 class _ValueAndError(NamedTuple):
@@ -79,7 +79,7 @@ def warn_unless_reliable(
     which = f"{count_unreliable(k)} of its {k.numel()} values are" if k.numel() > 1 else "its value is"
     warn_caller(
         f"{by}: {which} unreliable, and may be infinite: the terms of the mean have a Pareto k-hat of "
-        f"{float(k[~k.isnan()].max()):.1f}, above {MAX_PARETO_K}, so that a few samples decide it and the standard error means "
+        f"{largest_pareto_k(k):.1f}, above {MAX_PARETO_K}, so that a few samples decide it and the standard error means "
         f"nothing. Use {cure}.",
     )
     return found
