@@ -31,9 +31,9 @@ from pyro_genmodels.dynamics.reverse import ReverseSampler
 from pyro_genmodels.families.context import Context
 from pyro_genmodels.families.continuous import ContinuousFamily
 from pyro_genmodels.families.family import Standardize, StandardizeContext
-from pyro_genmodels.nn.checks import check_rate
+from pyro_genmodels.nn.checks import check_rate, is_number
 from pyro_genmodels.nn.fields import DenseField, FieldChoice
-from pyro_genmodels.utils.errors import check_choice, is_number
+from pyro_genmodels.utils.errors import check_choice
 
 
 class Diffusion(ContinuousFamily):

@@ -22,10 +22,11 @@ from pyro_genmodels.distributions.energy.path import PathOptions, positions, spa
 from pyro_genmodels.distributions.energy.state import PartitionCache, ReplayBuffer
 from pyro_genmodels.families.context import Context
 from pyro_genmodels.families.family import Family, Standardize, StandardizeContext
+from pyro_genmodels.nn.checks import is_number
 from pyro_genmodels.nn.energies import DenseEnergy, EnergyChoice
 from pyro_genmodels.samplers import Gibbs, Langevin, Sampler, Space, default_sampler
 from pyro_genmodels.utils.distributions import check_exact_density, coordinate_support, without_validation
-from pyro_genmodels.utils.errors import check_choice, check_positive_int, is_number
+from pyro_genmodels.utils.errors import check_choice, check_positive_int
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 

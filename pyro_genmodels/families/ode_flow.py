@@ -26,9 +26,10 @@ from pyro_genmodels.dynamics.ode import Dopri5, Solver
 from pyro_genmodels.families.context import Context
 from pyro_genmodels.families.continuous import ContinuousFamily
 from pyro_genmodels.families.family import Family, Standardize, StandardizeContext
+from pyro_genmodels.nn.checks import is_number
 from pyro_genmodels.nn.fields import DenseField, FieldChoice
 from pyro_genmodels.utils.distributions import check_exact_density, is_real, without_validation
-from pyro_genmodels.utils.errors import check_choice, is_number
+from pyro_genmodels.utils.errors import check_choice
 
 
 class ODEFlow(ContinuousFamily):

@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
+from pyro_genmodels.nn.checks import check_count
 from pyro_genmodels.nn.energies import EnergyChoice, Units
-from pyro_genmodels.utils.errors import check_positive_int
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class RestrictedBoltzmannMachine(EnergyChoice):
     num_hidden: int = 64
 
     def __post_init__(self) -> None:
-        check_positive_int("RestrictedBoltzmannMachine", num_hidden=self.num_hidden)
+        check_count("RestrictedBoltzmannMachine", num_hidden=self.num_hidden)
 
     def build(self, event_shape: Size, space: Units, context: int) -> nn.Module:
         return _Restricted(event_shape, space, context, self.num_hidden)
@@ -64,7 +64,7 @@ class BoltzmannMachine(EnergyChoice):
     num_hidden: int = 0
 
     def __post_init__(self) -> None:
-        check_positive_int("BoltzmannMachine", num_hidden=self.num_hidden, least=0)
+        check_count("BoltzmannMachine", num_hidden=self.num_hidden, least=0)
         if self.num_hidden > 16:
             raise ValueError(
                 f"BoltzmannMachine wants num_hidden from 0 to 16, because it sums over 2^num_hidden states, but found "

@@ -1,14 +1,22 @@
-"""Checks of the options of networks, at the border: each error says what was found and what is wanted."""
+"""Checks of the options of networks. They stand here and not in `utils/`, because networks import no other room."""
 
 from __future__ import annotations
 
-__all__ = ["are_positive_integers", "check_rate", "check_widths"]
+__all__ = ["are_positive_integers", "check_count", "check_rate", "check_widths", "is_number"]
 
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
-from pyro_genmodels.utils.errors import is_number
+
+def is_number(value: Any) -> bool:
+    """Return True for a real number, of Python or numpy; False for a bool and anything else.
+
+    Example:
+        >>> is_number(1.5), is_number(True), is_number("1.5")
+        (True, False, False)
+    """
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def are_positive_integers(values: Any) -> bool:
@@ -20,7 +28,24 @@ def are_positive_integers(values: Any) -> bool:
     """
     if not isinstance(values, Sequence):
         return False
-    return all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) > 0 for n in values)
+    return all(_is_integer(n, least=1) for n in values)
+
+
+def check_count(owner: str, *, least: int = 1, **values: Any) -> None:
+    """Raise a ValueError unless every value is an integer of at least `least`, of Python or numpy.
+
+    Example:
+        >>> check_count("NSF", transforms=2.5)
+        Traceback (most recent call last):
+        ValueError: NSF wants an integer transforms of 1 or more, but found 2.5.
+    """
+    for name, value in values.items():
+        if not _is_integer(value, least=least):
+            raise ValueError(f"{owner} wants an integer {name} of {least} or more, but found {value!r}.")
+
+
+def _is_integer(value: Any, *, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def check_rate(owner: str, **values: Any) -> None:

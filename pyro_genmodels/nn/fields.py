@@ -22,8 +22,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.nn import functional as F
 
-from pyro_genmodels.nn.checks import check_rate, check_widths
-from pyro_genmodels.utils.errors import check_positive_int
+from pyro_genmodels.nn.checks import check_count, check_rate, check_widths
 
 NUM_TIME_FEATURES = 64
 """Length of the sinusoidal embedding of time."""
@@ -58,8 +57,8 @@ class DenseField(FieldChoice):
     octaves: int = 0
 
     def __post_init__(self) -> None:
-        check_positive_int("DenseField", width=self.width)
-        check_positive_int("DenseField", blocks=self.blocks, octaves=self.octaves, least=0)
+        check_count("DenseField", width=self.width)
+        check_count("DenseField", blocks=self.blocks, octaves=self.octaves, least=0)
         check_rate("DenseField", dropout=self.dropout)
 
     def build(self, shape: Size, context: int) -> nn.Module:

@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
-from pyro_genmodels.nn.checks import check_widths
+from pyro_genmodels.nn.checks import check_count, check_widths
 from pyro_genmodels.nn.mlp import MLP
 from pyro_genmodels.nn.residual import Residual
-from pyro_genmodels.utils.errors import check_positive_int
 
 
 class GeneratorChoice(ABC):
@@ -71,7 +70,7 @@ class DenseGenerator(GeneratorChoice):
 
     def __post_init__(self) -> None:
         check_widths("DenseGenerator", hidden=self.hidden, empty=True)
-        check_positive_int("DenseGenerator", octaves=self.octaves, least=0)
+        check_count("DenseGenerator", octaves=self.octaves, least=0)
 
     def build(self, shape: Size, latent: int, context: int) -> nn.Module:
         return _DenseGenerator(shape, latent, context, self.hidden, self.octaves)
@@ -103,7 +102,7 @@ class DenseCritic(CriticChoice):
 
     def __post_init__(self) -> None:
         check_widths("DenseCritic", hidden=self.hidden, empty=True)
-        check_positive_int("DenseCritic", octaves=self.octaves, least=0)
+        check_count("DenseCritic", octaves=self.octaves, least=0)
 
     def build(self, shape: Size, pack: int, context: int) -> nn.Module:
         return _DenseCritic(pack * shape.numel(), context, self.hidden, self.octaves)

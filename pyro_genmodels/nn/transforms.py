@@ -55,8 +55,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from pyro_genmodels.nn.checks import check_rate, check_widths
-from pyro_genmodels.utils.errors import check_positive_int
+from pyro_genmodels.nn.checks import check_count, check_rate, check_widths
 
 _validation = Distribution._validate_args
 import zuko  # noqa: E402  (the flag above must be read first)
@@ -96,7 +95,7 @@ class FlowTransform(ABC):
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
-        check_positive_int(owner, transforms=self.transforms)
+        check_count(owner, transforms=self.transforms)
         check_widths(owner, hidden=self.hidden, empty=True)
         check_rate(owner, dropout=self.dropout)
         if not isinstance(self.randperm, bool):
@@ -190,7 +189,7 @@ class MAF(FlowTransform):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.passes is not None:
-            check_positive_int(type(self).__name__, passes=self.passes)
+            check_count(type(self).__name__, passes=self.passes)
 
     def build(self, features: int, context: int) -> nn.Module:
         return self.stack(zuko.flows.MAF, features, context, randperm=self.randperm, passes=self.passes)
@@ -208,7 +207,7 @@ class NSF(MAF):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive_int(type(self).__name__, bins=self.bins, least=2)
+        check_count(type(self).__name__, bins=self.bins, least=2)
 
     def build(self, features: int, context: int) -> nn.Module:
         return self.stack(zuko.flows.NSF, features, context, randperm=self.randperm, passes=self.passes, bins=self.bins)
@@ -245,7 +244,7 @@ class NAF(FlowTransform):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive_int(type(self).__name__, signal=self.signal)
+        check_count(type(self).__name__, signal=self.signal)
 
     def build(self, features: int, context: int) -> nn.Module:
         return self.stack(zuko.flows.NAF, features, context, randperm=self.randperm, signal=self.signal)
@@ -317,7 +316,7 @@ class SOSPF(FlowTransform):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive_int("SOSPF", degree=self.degree, polynomials=self.polynomials)
+        check_count("SOSPF", degree=self.degree, polynomials=self.polynomials)
 
     def build(self, features: int, context: int) -> nn.Module:
         return self.stack(
@@ -343,7 +342,7 @@ class BPF(FlowTransform):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive_int("BPF", degree=self.degree)
+        check_count("BPF", degree=self.degree)
 
     def build(self, features: int, context: int) -> nn.Module:
         return self.stack(zuko.flows.BPF, features, context, randperm=self.randperm, degree=self.degree)

@@ -15,7 +15,7 @@ from torch import nn
 
 from pyro_genmodels import NSF, Flow
 from pyro_genmodels.dynamics.spacing import check_num_steps
-from pyro_genmodels.nn.checks import check_widths
+from pyro_genmodels.nn.checks import check_count, check_widths
 from pyro_genmodels.samplers import sample_chains
 from pyro_genmodels.samplers.kernel import check_counts
 from pyro_genmodels.training import TrainingInterrupted
@@ -156,6 +156,7 @@ def test_a_warning_names_the_line_of_the_user_also_behind_modules_of_torch_and_h
 @pytest.mark.parametrize("count", [3, np.int64(3), np.uint8(3)])
 def test_a_count_is_an_integer_of_python_or_numpy(count):
     check_positive_int("f", n=count)
+    check_count("NSF", n=count)
     check_widths("NSF", hidden=(count, 8))
     check_num_steps(None, count)
     assert Flow((2,), transform=NSF(transforms=count, hidden=(count,)))().sample((np.int64(2),)).shape == (2, 2)
@@ -169,6 +170,8 @@ def test_what_is_no_count_is_refused_in_the_same_words_everywhere(count):
     words = rf"an integer n of 1 or more, but found {re.escape(repr(count))}"
     with pytest.raises(ValueError, match=words):
         check_positive_int("f", n=count)
+    with pytest.raises(ValueError, match=words):
+        check_count("f", n=count)
     with pytest.raises(ValueError, match=words):
         check_counts(SimpleNamespace(n=count), "n")
     with pytest.raises(ValueError, match="an integer n of 2 or more, but found 1"):
