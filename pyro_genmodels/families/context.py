@@ -22,7 +22,8 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
-from pyro_genmodels.families.standardization import CONTEXTS, InputCheck, estimate
+from pyro_genmodels.families.input_warnings import CONTEXTS, InputCheck
+from pyro_genmodels.families.standardization import estimate
 from pyro_genmodels.utils.capture import can_be_read
 from pyro_genmodels.utils.errors import check_positive_int, warn_caller
 from pyro_genmodels.utils.tensors import as_tensor

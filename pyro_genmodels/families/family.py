@@ -35,7 +35,8 @@ from pyro_genmodels.families.context import (
     as_context_module,
     output_length,
 )
-from pyro_genmodels.families.standardization import DATA, InputCheck, Standardization, Standardize, estimate
+from pyro_genmodels.families.input_warnings import DATA, InputCheck
+from pyro_genmodels.families.standardization import Standardization, Standardize, estimate
 from pyro_genmodels.families.validation import (
     check_constructor,
     check_dtype,
