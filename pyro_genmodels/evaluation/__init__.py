@@ -5,11 +5,12 @@ from pyro_genmodels.distributions.energy.state import LogPartition
 from pyro_genmodels.evaluation.classifier_test import ClassifierTest, c2st
 from pyro_genmodels.evaluation.comparison import Comparison, compare
 from pyro_genmodels.evaluation.critic import Diagnosis, coverage, diagnose
-from pyro_genmodels.evaluation.likelihood import LogLikelihood, has_likelihood, log_likelihood, no_likelihood
+from pyro_genmodels.evaluation.likelihood import has_likelihood, log_likelihood
 from pyro_genmodels.evaluation.modes import ModeCoverage, mode_coverage
 from pyro_genmodels.evaluation.observation import gaussian_observation_likelihood
 from pyro_genmodels.evaluation.permutation_test import MMDTest, mmd_test
 from pyro_genmodels.evaluation.raise_bound import conservative_log_likelihood
+from pyro_genmodels.evaluation.result import LogLikelihood, no_likelihood
 from pyro_genmodels.evaluation.sample_quality import SampleQuality
 from pyro_genmodels.utils.errors import suggest_names
 

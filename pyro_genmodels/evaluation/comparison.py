@@ -30,7 +30,8 @@ from torch import Tensor
 from pyro_genmodels._pyro.handlers import side_effect_free
 from pyro_genmodels._pyro.traces import as_pair
 from pyro_genmodels.evaluation.arguments import RowArguments, row_arguments, with_own_plate
-from pyro_genmodels.evaluation.likelihood import LogLikelihood, has_likelihood, log_likelihood, no_likelihood
+from pyro_genmodels.evaluation.likelihood import has_likelihood, log_likelihood
+from pyro_genmodels.evaluation.result import LogLikelihood, no_likelihood
 from pyro_genmodels.evaluation.sample_quality import SampleQuality, sample_quality, split_rows
 from pyro_genmodels.utils.errors import import_extra, type_with_article
 from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, option_names, runs_models

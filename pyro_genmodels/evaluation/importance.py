@@ -11,10 +11,10 @@ of smoothed weights, which has less variance, is returned too.
 
 from __future__ import annotations
 
-__all__ = ["FitStructure", "LikelihoodKind", "RowEstimates", "RowEstimator", "structure_of"]
+__all__ = ["FitStructure", "RowEstimates", "RowEstimator", "structure_of"]
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,13 +24,11 @@ from pyro_genmodels._pyro import messages, traces, vectorize
 from pyro_genmodels.dynamics.reverse import PROGRESS_DELAY
 from pyro_genmodels.evaluation.arguments import RowArguments
 from pyro_genmodels.evaluation.log_z import LogPartitions
+from pyro_genmodels.evaluation.result import LikelihoodKind
 from pyro_genmodels.utils.distributions import density_of, mean_inside_log, unwrap
 from pyro_genmodels.utils.errors import one_line
 from pyro_genmodels.utils.log_mean import log_mean_weight
 from pyro_genmodels.utils.pareto import pareto_k
-
-LikelihoodKind = Literal["exact", "lower bound", "estimate", "unreliable", "none"]
-"""Meaning of a log-likelihood."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from pyro_genmodels._pyro import handlers, traces
 from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.distributions.implicit import Implicit
 from pyro_genmodels.evaluation.arguments import row_arguments
-from pyro_genmodels.evaluation.likelihood import LogLikelihood, lower_bound
+from pyro_genmodels.evaluation.result import LogLikelihood, lower_bound
 from pyro_genmodels.samplers import Hamiltonian, Sampler, Target, anneal
 from pyro_genmodels.samplers.annealing import schedule, tune
 from pyro_genmodels.utils.distributions import density_of, sum_event, unwrap

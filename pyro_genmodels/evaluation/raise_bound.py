@@ -20,7 +20,7 @@ from pyro_genmodels._pyro import handlers, traces
 from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.distributions.energy.annealed import conservative_bound
 from pyro_genmodels.evaluation.arguments import row_arguments
-from pyro_genmodels.evaluation.likelihood import LogLikelihood, lower_bound
+from pyro_genmodels.evaluation.result import LogLikelihood, lower_bound
 from pyro_genmodels.utils.distributions import unwrap
 from pyro_genmodels.utils.errors import check_positive_int
 from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, runs_models
