@@ -104,12 +104,12 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
         return self._log_prob(y, context) + log_det
 
     def _outside_inference_mode(self, method: str, value: Any) -> Tensor:
-        """Return what a method that needs gradients inside returns for a value, without a graph."""
+        """Call a method outside of `torch.inference_mode`, which forbids the gradients it needs; its result has no graph."""
         with torch.inference_mode(mode=False), torch.no_grad():
             return getattr(map_tensors(self, torch.clone), method)(self._on_device(value).clone())
 
     def _tracked_log_prob(self, value: Tensor) -> Tensor:
-        """Return the log density (without one, zeros) with what it depends on, as `pyro.render_model` asks for it."""
+        """Return the log density, or zeros if there is none, with the provenance that `pyro.render_model` reads."""
         plain, x = map_tensors(self, detach_provenance), detach_provenance(value)
         shape = torch.broadcast_shapes(x.shape[: x.dim() - self.event_dim], self.batch_shape)
         log_p = torch.zeros(shape, device=x.device) if self.density == "none" else plain.log_prob(x)
@@ -153,14 +153,16 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
         return value
 
     def _on_device(self, value: Any) -> Tensor:
-        """Return a tensor as it is, and numbers, lists, arrays and frames as tensors on the device of the distribution."""
+        """Return a value as a tensor, which is on the device of the distribution unless it was a tensor before."""
         if isinstance(value, Tensor):
             return as_tensor(value, self.owner)
         floats = torch.get_default_dtype() if self._network_dtype is None else torch.float64  # rounded after the pretransform
-        value = as_tensor(value, self.owner, floats=floats)
+        return as_tensor(value, self.owner, floats=floats).to(self._like().device)
+
+    def _like(self) -> Tensor:
+        """Return a tensor with the dtype and device of the network."""
         modules, tensors = modules_and_tensors(self)
-        like = next((t for t in (*tensors, *(p for module in modules for p in module.parameters()))), value)
-        return value.to(like.device)
+        return next((t for t in (*(p for module in modules for p in module.parameters()), *tensors)), torch.empty(0))
 
     @property
     def _network_dtype(self) -> torch.dtype | None:
@@ -190,7 +192,7 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
             )
 
     def _transformed_draw(self, sample_shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-        """Return samples, for which the pretransform is inverted in that type, or that of the network."""
+        """Return samples; `dtype` is that in which the pretransform is inverted, by default that of the network."""
         self._check_draws()
         shape = Size(sample_shape) + self.batch_shape
         y = self._draw(shape, self._context_at(shape))
@@ -232,7 +234,7 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
         new.__dict__.update(self.__dict__, _batch_shape=batch_shape)
         return new
 
-    # What has no closed form.
+    # Quantities without a closed form.
 
     @property
     def mean(self) -> Tensor:
@@ -244,7 +246,7 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
 
     @property
     def mode(self) -> Tensor:
-        raise self._no_closed_form("mode", "dist.sample((10_000,)), of which dist.log_prob says the highest", density=True)
+        raise self._no_closed_form("mode", "the one of dist.sample((10_000,)) with the highest dist.log_prob", density=True)
 
     def entropy(self) -> Tensor:
         raise self._no_closed_form("entropy", "-dist.log_prob(dist.sample((10_000,))).mean(0)", density=True)

@@ -2,8 +2,8 @@ r"""Capabilities: what objectives and evaluation ask of a distribution, with an 
 
 An objective never tests the class of a distribution. It asks whether the distribution has a velocity, an error of denoising or
 negatives, and for the density to train. A distribution that derives from `GenerativeDistribution` and overrides what it has is
-trained by every objective that needs it. Any other torch distribution gives the default answers, which
-need no more than `log_prob` and `support`: see `capabilities`.
+trained by every objective that needs it. Any other torch distribution gives the default answers, which need no more than
+`log_prob` and `support`: see `capabilities`.
 """
 
 from __future__ import annotations

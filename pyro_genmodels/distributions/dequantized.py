@@ -23,8 +23,8 @@ from torch.distributions import Distribution, constraints
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.capabilities import capabilities
+from pyro_genmodels.distributions.discretized import check_levels
 from pyro_genmodels.utils.distributions import Density, density_of
-from pyro_genmodels.utils.errors import check_positive_int
 
 MAX_LEVELS_IN_OWN_DTYPE = 2**12
 """Number of levels up to which noise has the dtype of the network: single precision has 2^11 numbers or more per level."""
@@ -45,7 +45,7 @@ class Dequantized(GenerativeDistribution):
 
     Raises:
         TypeError: if the base is not a distribution.
-        ValueError: if `levels` is not an integer of at least 2, or if the dtype does not tell so many levels apart.
+        ValueError: if `levels` is not an integer of at least 2, or if there are more than the dtype can tell apart.
 
     Example:
         >>> import pyro.distributions as dist
@@ -61,15 +61,10 @@ class Dequantized(GenerativeDistribution):
     ) -> None:
         if not isinstance(base, Distribution):
             raise TypeError(f"Dequantized wants a distribution as its base, but found {base!r}. Call a family: family().")
-        check_positive_int("Dequantized", least=2, levels=levels)
+        dtype = dtype or torch.get_default_dtype()
+        check_levels("Dequantized", levels, dtype)
         self.base = base
         self.levels = levels
-        dtype = dtype or torch.get_default_dtype()
-        if levels > 2 / torch.finfo(dtype).eps:
-            raise ValueError(
-                f"Dequantized tells at most {int(2 / torch.finfo(dtype).eps)} levels apart in {dtype}, but found {levels}. Use "
-                "double precision, family.double() or dtype=torch.float64, or model them as real numbers."
-            )
         self.dtype = torch.float64 if levels > MAX_LEVELS_IN_OWN_DTYPE else dtype
         super().__init__(
             base.event_shape,

@@ -234,11 +234,6 @@ class ReverseDiffusion(GenerativeDistribution):
     def _draw(self, shape: Size, context: Tensor | None) -> Tensor:
         return self._reverse(shape, context).x.reshape(shape + self.event_shape)
 
-    def _like(self) -> Tensor:
-        """Return a tensor with the dtype and device of the network."""
-        modules, tensors = modules_and_tensors(self)
-        return next((t for t in (*(p for module in modules for p in module.parameters()), *tensors)), torch.empty(0))
-
     def _noise(self, shape: Size) -> Tensor:
         """Return standard normal noise for as many rows as the shape has elements, (n, *event_shape)."""
         like = self._like()
@@ -286,7 +281,7 @@ class ReverseDiffusion(GenerativeDistribution):
         """Estimate how far the sampler's draws are from the density of the probability flow.
 
         Draws of the sampler and of the probability flow, which has that density, start at the same noise. The mean difference
-        of their log densities is returned. It is a necessary condition only: other densities have the same mean.
+        of their log densities is returned. A gap of 0 is necessary for draws of the density, but not sufficient.
 
         Args:
             num_samples: number of draws of each, at least 2.
@@ -300,9 +295,7 @@ class ReverseDiffusion(GenerativeDistribution):
             >>> gap.evaluations, bool(gap.value.abs() < 0.1)
             (71, True)
         """
-        check_positive_int("sampler_gap", num_samples=num_samples)
-        if num_samples < 2:
-            raise ValueError("sampler_gap wants num_samples of 2 or more, for a standard error.")
+        check_positive_int("sampler_gap", least=2, num_samples=num_samples)
         self._check_draws()
         shape, exact = Size([num_samples]) + self.batch_shape, self.with_sampler(ProbabilityFlow(self.flow.solver))
         with torch.no_grad():

@@ -26,6 +26,16 @@ from pyro_genmodels.utils.errors import check_positive_int
 from pyro_genmodels.utils.tensors import as_tensor
 
 
+def check_levels(owner: str, levels: Any, dtype: torch.dtype) -> None:
+    """Raise a ValueError unless a number of levels is an integer of at least 2, all of whose levels the dtype tells apart."""
+    check_positive_int(owner, least=2, levels=levels)
+    if levels > (most := int(2 / torch.finfo(dtype).eps)):
+        raise ValueError(
+            f"{owner} can tell at most {most} levels apart in {dtype}, but found {levels}. Use double precision, by "
+            "family.double() or torch.float64, or model real numbers."
+        )
+
+
 class DiscretizedLogisticMixture(TorchDistribution):
     """A distribution over the integers 0 .. levels - 1.
 
@@ -50,12 +60,7 @@ class DiscretizedLogisticMixture(TorchDistribution):
     has_enumerate_support = True
 
     def __init__(self, logits: Tensor, loc: Tensor, scale: Tensor, levels: int, *, validate_args: bool | None = None) -> None:
-        check_positive_int("DiscretizedLogisticMixture", least=2, levels=levels)
-        if levels > 2 / torch.finfo(loc.dtype).eps:
-            raise ValueError(
-                f"DiscretizedLogisticMixture tells at most {int(2 / torch.finfo(loc.dtype).eps)} levels apart in {loc.dtype}, "
-                f"but found {levels}. Use double precision."
-            )
+        check_levels("DiscretizedLogisticMixture", levels, loc.dtype)
         self.logits, self.loc, self.scale = torch.broadcast_tensors(logits, loc, scale)
         self.levels = levels
         super().__init__(self.logits.shape[:-1], Size(), validate_args=validate_args)
@@ -120,7 +125,7 @@ class DiscretizedLogisticMixture(TorchDistribution):
 
     def icdf(self, value: Tensor) -> Tensor:
         """Return the smallest level whose `cdf` is at least value (sample..., *batch_shape), a probability."""
-        value = torch.as_tensor(value, dtype=self.loc.dtype, device=self.loc.device)
+        value = self._as_tensor(value).to(self.loc)
         level = torch.zeros(torch.broadcast_shapes(value.shape, self.batch_shape), dtype=torch.long, device=self.loc.device)
         for bit in reversed(range((self.levels - 1).bit_length())):  # the number of levels with a smaller cdf, bit by bit
             higher = (level + 2**bit).clamp(max=self.levels - 1)

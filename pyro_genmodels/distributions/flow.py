@@ -77,36 +77,35 @@ class NormalizingFlow(GenerativeDistribution):
         return self.base.log_prob(u).sum(-1) + log_det
 
     def _draw(self, shape: Size, context: Tensor | None) -> Tensor:
-        y, found = self._inverted(shape, context)
-        if found is not None and not found.all():
-            y = self._redrawn(y, found, context)
+        y, u = self._inverted(shape, context)
+        if self.numerical_inverse and can_be_read(y):
+            y = self._redrawn(y, self._lost(y, u, context), context)
         return self.unflat(y)
 
-    def _inverted(self, shape: Size, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return samples as vectors, (*shape, d), and if the inverse was found for each, (*shape), or None if not known."""
+    def _inverted(self, shape: Size, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return samples as vectors, (*shape, d), and the samples of the base that they stand for."""
         base = self.base.expand((*shape, self.event_shape.numel()))
         u = base.rsample() if base.has_rsample else base.sample()
-        transform = self.transform(context)
-        y = transform.inv(u)
-        if not (self.numerical_inverse and can_be_read(y)):
-            return y, None
-        return y, _leads_back(transform, y.detach(), u.detach())
+        return self.transform(context).inv(u), u
 
-    def _redrawn(self, y: Tensor, found: Any, context: Tensor | None) -> Tensor:
-        """Return samples (*shape, d) of which those that were not found are replaced by new ones, with a warning."""
-        missing = int((~found).sum())
-        for _ in range(MAX_REDRAWS):
-            rows = ~found
-            again, inverted = self._inverted(Size([int(rows.sum())]), None if context is None else context[rows])
-            y, found = y.masked_scatter(rows.unsqueeze(-1), again), found.masked_scatter(rows, inverted)
-            if found.all():
-                break
-        how_many = f"{missing} of {found.numel()} samples of the base have no inverse"
+    def _lost(self, y: Tensor, u: Tensor, context: Tensor | None) -> Tensor:
+        """Return True for each vector y (*shape, d) that the transform does not map to u: (*shape)."""
+        return ~_leads_back(self.transform(context), y.detach(), u.detach())
+
+    def _redrawn(self, y: Tensor, lost: Tensor, context: Tensor | None) -> Tensor:
+        """Return samples (*shape, d) of which those that are lost are replaced by new ones, with a warning."""
+        if not lost.any():
+            return y
+        how_many = f"{int(lost.sum())} of {lost.numel()} samples of the base have no inverse"
         advice = "The layers of this flow do not reach them, and its density lacks their mass: use NSF() or MAF()."
-        if not found.all():
-            raise FloatingPointError(f"{how_many}, and so have {int((~found).sum())} others in their place. {advice}")
-        warn_caller(f"{how_many} and were drawn anew. {advice}")
-        return y
+        for _ in range(MAX_REDRAWS):
+            rows = None if context is None else context[lost]
+            again, u = self._inverted(Size([int(lost.sum())]), rows)
+            y, lost = y.masked_scatter(lost.unsqueeze(-1), again), lost.masked_scatter(lost, self._lost(again, u, rows))
+            if not lost.any():
+                warn_caller(f"{how_many} and were drawn anew. {advice}")
+                return y
+        raise FloatingPointError(f"{how_many}, and neither have {int(lost.sum())} that replaced them. {advice}")
 
 
 def _leads_back(transform: Transform, y: Tensor, u: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ __all__ = [
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import expm1, inf, log
+from numbers import Real
 from typing import Any, Literal
 
 import pyro.distributions as dist
@@ -32,7 +33,7 @@ from pyro_genmodels.utils.distributions import is_real
 from pyro_genmodels.utils.errors import check_choice, check_positive_int
 
 MIN_LOGISTIC_SCALE = 0.03
-"""Scale of a discretised logistic, in levels, that networks can always reach: it is one level for sure."""
+"""Scale of a discretised logistic, in levels, that a network can always reach; nearly all probability is on one level."""
 
 
 class Likelihood(ABC):
@@ -84,7 +85,7 @@ class Likelihood(ABC):
 
 def _is_positive(value: Any) -> bool:
     """Return True for a positive, finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < inf
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < value < inf
 
 
 def check_likelihood(likelihood: Any) -> Likelihood:
@@ -217,7 +218,7 @@ class NormalLikelihood(Likelihood):
         return self.components == 1
 
     def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return floats as they are: what standardises them subtracts a mean in their own precision."""
+        """Return x unchanged if it holds floats, so that standardisation subtracts a mean in their own precision."""
         return x if x.is_floating_point() else x.to(dtype)
 
     def __call__(self, params: Tensor) -> dist.TorchDistribution:

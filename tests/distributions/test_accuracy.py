@@ -1,4 +1,4 @@
-"""How near densities and draws of ODEs, diffusions and energies come to the truth with the default options."""
+"""Accuracy of the densities and draws of ODEs, diffusions and energies with the default options."""
 
 from math import exp, log, pi
 

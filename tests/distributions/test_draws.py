@@ -1,4 +1,4 @@
-"""Samples are samples of the density that `log_prob` states: of numerical inverses, and near the ends of a support."""
+"""Samples that follow the density of `log_prob`: by numerical inverses, near the ends of a support, and of integers."""
 
 from functools import partial
 from math import log
@@ -107,8 +107,8 @@ def test_samples_by_a_numerical_inverse_are_captured_as_a_graph(name):
 def test_a_context_stays_with_its_row_where_samples_are_drawn_anew():
     def transform(context: Tensor | None) -> torch.distributions.Transform:
         shift = torch.distributions.AffineTransform(context, 1.0)
-        parts = [torch.distributions.ComposeTransform([shift.inv, torch.distributions.TanhTransform()])]
-        return torch.distributions.IndependentTransform(parts[0], 1)
+        squeeze = torch.distributions.ComposeTransform([shift.inv, torch.distributions.TanhTransform()])
+        return torch.distributions.IndependentTransform(squeeze, 1)
 
     flow = NormalizingFlow(
         transform, dist.Normal(0.0, 1.0), (1,), numerical_inverse=True, context=torch.tensor([[0.0], [1000.0]])
@@ -120,7 +120,7 @@ def test_a_context_stays_with_its_row_where_samples_are_drawn_anew():
 
 
 def test_a_flow_whose_samples_are_never_found_is_an_error():
-    nowhere = torch.distributions.IndependentTransform(torch.distributions.ComposeTransform([_Unreachable()]), 1)
+    nowhere = torch.distributions.IndependentTransform(_Unreachable(), 1)
     flow = NormalizingFlow(lambda context: nowhere, dist.Normal(0.0, 1.0), (1,), numerical_inverse=True)
     with pytest.raises(FloatingPointError, match=r"50 of 50 samples of the base have no inverse.*NSF"):
         flow.sample((50,))

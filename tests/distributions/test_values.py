@@ -1,4 +1,4 @@
-"""Values of any type of numbers, `torch.inference_mode`, and what has no closed form."""
+"""Values of any type of numbers, `torch.inference_mode`, and quantities without a closed form."""
 
 import numpy as np
 import pandas as pd
@@ -199,7 +199,7 @@ def test_levels_that_the_type_does_not_tell_apart_are_refused():
     assert_close(d.log_prob(torch.tensor(2**24 - 1)).exp(), 1 - d.cdf(torch.tensor(2**24 - 2)), atol=1e-6, rtol=0.0)
 
 
-# Enumerations of other distributions of the library.
+# Contexts, and distributions of plain functions.
 
 
 def test_labels_as_context_give_each_value_its_row():

@@ -296,7 +296,10 @@ class Energy(GenerativeDistribution):
         return self.path.decode(u).reshape(shape + self.event_shape)
 
     def _draw_by_noise(self, shape: Size) -> Tensor:
-        """Draw by adjusted Langevin dynamics at each noise level, from the highest to the lowest, whose density this is."""
+        """Draw by adjusted Langevin dynamics at each noise level, from the highest down to the lowest.
+
+        The draws follow the density at the lowest level. Step sizes are tuned in units of the variance of the noise.
+        """
         self.chains.required_sampler("draws")
         low, high = self.noise
         expanded = self.expand(shape)
@@ -307,8 +310,9 @@ class Energy(GenerativeDistribution):
 
         u = self.path.begin(shape)
         levels = torch.logspace(log10(high), log10(low), NUM_NOISE_LEVELS, dtype=u.dtype, device=u.device)
-        u, steps, size = u + high * torch.randn_like(u), max(self.num_steps // NUM_NOISE_LEVELS, 1), u.new_tensor(0.5)
-        for sigma in levels:  # sizes are in units of the variance of the noise
+        u, size = u + high * torch.randn_like(u), u.new_tensor(0.5)
+        steps = max(self.num_steps // NUM_NOISE_LEVELS, 1)
+        for sigma in levels:
             variance = sigma.square()
             u, tuned, _ = run(Langevin(), target(sigma), u, steps, step_size=size * variance, rate=DRAWS_TUNING_RATE)
             size = tuned / variance

@@ -58,7 +58,8 @@ def exact_log_partition(dist: Energy, max_terms: int | None = None, *, progress:
         value, error, terms = result
         values.append(value)
         errors.append(error)
-    value, error = torch.stack(values), torch.stack(errors)
+    dtype = dist.path.begin((1,)).dtype
+    value, error = torch.stack(values).to(dtype), torch.stack(errors).to(dtype)
     value, error = (value[0], error[0]) if dist.context is None else (value, error)
     if not bool((value < torch.inf).all()):  # also if it is NaN
         warn_caller(
@@ -87,8 +88,7 @@ def _sum(path: AnnealingPath, context: Tensor | None) -> tuple[Tensor, Tensor, i
         count, terms = 2**energy.num_hidden, _hidden_states(path, context)
     else:
         return None
-    like = path.begin((1,))
-    total = _log_total(terms, torch.arange(count, device=like.device)).to(like.dtype)
+    total = _log_total(terms, torch.arange(count, device=path.begin((1,)).device))
     return total, torch.zeros_like(total), count
 
 
@@ -147,9 +147,9 @@ def _integral(path: AnnealingPath, context: Tensor | None) -> tuple[Tensor, Tens
         points = torch.cartesian_prod(*[torch.arange(n, device=like.device)] * dims).reshape(-1, dims)
         total = _log_total(lambda rows, axis=axis: log_f(axis[rows]), points) + dims * log(2 * half / (n - 1))
         if before is not None and (total - before).abs() < 1e-5:
-            return total.to(like.dtype), like.new_zeros(()), n**dims
+            return total, torch.zeros_like(total), n**dims
         before, error = total, torch.full_like(total, torch.inf) if before is None else (total - before).abs()
-    return (total.to(like.dtype), error.to(like.dtype), n**dims) if error < 0.1 else None
+    return (total, error, n**dims) if error < 0.1 else None
 
 
 def _axis(half: float, n: int, like: Tensor) -> Tensor:
