@@ -189,7 +189,7 @@ class DenoisingScoreMatching(ScoreMatching):
         return weighting(sigma) * sum_event((score + epsilon / scale).square(), event_dim) / 2
 
     def unit_of(self, model_trace: Trace) -> str:
-        """Return what the loss of a model measures, given a trace of it."""
+        """Return the unit of the loss of a model, given its trace."""
         if _sites_with_noise_error(model_trace, traces.latents(model_trace)):
             return "nats"
         return "denoising error" if _sites_with_noise_error(model_trace, traces.observed(model_trace)) else self.unit
@@ -207,7 +207,7 @@ class DenoisingScoreMatching(ScoreMatching):
         return (self.weighting if isinstance(self.weighting, TimeWeighting) else default)(process, u)
 
     def _warn_of_default_noise(self, dist: Any, u: Tensor, event_dim: int) -> None:
-        """Warn if the default noise hides the first batch of data, as far as Pyro's validation is on."""
+        """Warn if the default noise hides the first batch of data, unless Pyro's validation is off."""
         if self._has_looked or self.noise is not None or dist.noise is not None or not is_validation_enabled():
             return
         rows = u.detach().reshape(-1, u.shape[u.dim() - event_dim :].numel())

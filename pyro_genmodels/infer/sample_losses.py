@@ -124,23 +124,21 @@ class SampleLoss(Loss):
         if len(data) < 2:
             return 0.0 * replicates[0].draws.sum()
         sets = SampleSets(torch.cat([part.draws.flatten(0, 1) for part in replicates]), data, context is not None)
-        value = 1.0
+        scale: Tensor | float = 1.0
         if self.power_of_unit:
-            unit = _median_deviation(data)
-            sets = replace(sets, samples=in_doubles(sets.samples) / unit, data=in_doubles(data) / unit)
-            value = unit**self.power_of_unit
+            deviation = _median_deviation(data)
+            sets = replace(sets, samples=in_doubles(sets.samples) / deviation, data=in_doubles(data) / deviation)
+            scale = deviation**self.power_of_unit
         loss = self.between(sets)
-        value = loss.detach() * value
+        value = loss.detach() * scale
         if torch.is_grad_enabled():
             log_ps = [self._log_ps_without_gradient(run, part) for run, part in zip(runs, replicates, strict=True)]
             surrogate = self._surrogate(sets, loss, log_ps)
             loss = loss if surrogate is None else loss + surrogate
-            loss = value + (loss - loss.detach())  # exactly 0, and the gradient in the unit of the batch
-        else:
-            loss = value
+            value = value + (loss - loss.detach())  # exactly 0, and the gradient in the unit of the batch
         if is_validation_enabled():
-            warn_if_nan(loss, "loss")
-        return total * loss
+            warn_if_nan(value, "loss")
+        return total * value
 
     def _surrogate(self, sets: SampleSets, loss: Tensor, log_ps: list[tuple[Tensor | None, Tensor | None]]) -> Tensor | None:
         """Return a term whose gradient is that of the score function, or None if there are no samples without gradient."""

@@ -58,6 +58,7 @@ from pyro_genmodels.infer.adversarial import (
     WeightClipping,
     spectral_normalized,
 )
+from pyro_genmodels.infer.adversarial.pairings import _normal_fit
 from pyro_genmodels.training import Checkpoint, checkpoints
 
 LOSSES = [Minimax(), NonSaturating(), LeastSquares(), Hinge(), WGAN(), Relativistic(), FGAN(JensenShannon())]
@@ -877,8 +878,6 @@ def test_values_that_depend_on_integers_match_them():
 
 def test_the_reference_of_a_guide_is_in_its_units():
     """Coordinates of units 1e-12 and 1e6 with an offset are whitened alike; a constant one does no harm."""
-    from pyro_genmodels.infer.adversarial.pairings import _normal_fit
-
     z = torch.randn(500, 3, dtype=torch.float64) * torch.tensor([1e-12, 1.0, 1e6]) + torch.tensor([0.0, 1e4, 0.0])
     z[:, 2] += z[:, 1] * 1e5
     found = _normal_fit(z)
