@@ -8,13 +8,12 @@ from math import inf, log
 import pyro.distributions as dist
 import pytest
 import torch
+from convex_functions import NAMED, TRIANGULAR
 from normals import FORMS, not_reparametrised, reparametrised
 from teachers import integral
 
 from pyro_genmodels import Autoregressive, BernoulliLikelihood, Dequantized, Flow
 from pyro_genmodels.divergences import (
-    Alpha,
-    Convex,
     Jeffreys,
     JensenShannon,
     KullbackLeibler,
@@ -31,11 +30,7 @@ from pyro_genmodels.divergences import (
 )
 
 pytestmark = pytest.mark.usefixtures("float64")
-TRIANGULAR = Convex(lambda u: (u - 1) ** 2 / (u + 1), at_zero=1.0, slope_at_infinity=1.0)
-FUNCTIONS = [
-    KullbackLeibler(), ReverseKullbackLeibler(), Jeffreys(), JensenShannon(), TotalVariation(), SquaredHellinger(),
-    PearsonChiSquared(), NeymanChiSquared(), Alpha(0.3), TRIANGULAR,
-]  # fmt: skip
+FUNCTIONS = [*NAMED, TRIANGULAR]
 NUMBERS = torch.tensor([0.3, 0.9, -0.5, 1.1]).double()  # loc and scale of p, of q
 
 
