@@ -40,13 +40,13 @@ class ConvexFunction(ABC):
     at_zero: ClassVar[float]
     slope_at_infinity: ClassVar[float]
     power: ClassVar[tuple[float, float] | None] = None
-    """(alpha, factor) if f is factor times the f of `Alpha(alpha)`, whose divergences of normal distributions are known."""
+    """(alpha, factor) if f is factor times `Alpha(alpha)`, which has closed forms for normal distributions; None for others."""
     kullback_leibler: ClassVar[tuple[str, ...]] = ()
     """Names of the KL divergences, "forward" and "reverse", whose sum the divergence is; empty for others."""
 
     @property
     def bounded(self) -> bool:
-        """True if both limits are finite, so that the divergence and every term of its mean are."""
+        """True if both limits are finite; the divergence and all terms of its mean are then bounded."""
         return isfinite(self.at_zero) and isfinite(self.slope_at_infinity)
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""The result of a divergence: its value, the error of the value, and if that error can be trusted."""
+"""The result of a divergence: its value and standard error, and k-hat, which shows whether these are reliable."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class _ValueAndError(NamedTuple):
 
 
 class Divergence(_ValueAndError):  # noqa: N818 (no exception)
-    """A pair of a divergence and its standard error, with the shape of the tail of the terms that were averaged.
+    """A pair of a divergence and its standard error, with k-hat of the terms that were averaged.
 
     Args:
         value: divergence, (batch...); in nats unless its function says otherwise.
         std_error: standard error of the value, (batch...); 0 for a closed form.
-        pareto_k: k-hat, the shape of the tail of the terms, (batch...); minus infinity for terms that are bounded, NaN for too
-            few. Of distances of two sets of samples it is that of what each sample contributes. None for a closed form, and
-            for kernels that are bounded.
-        num_samples: number of terms, in the smaller set of two; 0 if no mean was taken.
+        pareto_k: k-hat, the shape of the tail of the terms, (batch...); minus infinity for bounded terms, NaN for too few. The
+            terms of a distance between two sets of samples are the contributions of single samples. None for a closed form,
+            and for bounded kernels.
+        num_samples: number of terms, in the smaller of two sets; 0 if no mean was taken.
 
     Example:
         >>> import torch
@@ -41,18 +41,18 @@ class Divergence(_ValueAndError):  # noqa: N818 (no exception)
 
     def __new__(cls, value: Tensor, std_error: Tensor, pareto_k: Tensor | None = None, num_samples: int = 0) -> Divergence:
         if pareto_k is not None and num_samples < 1:
-            raise ValueError(f"A k-hat is that of num_samples terms, 1 or more, but found num_samples={num_samples}.")
+            raise ValueError(f"A Divergence with a k-hat wants num_samples of 1 or more, but found num_samples={num_samples}.")
         made = super().__new__(cls, value, std_error)
         made.pareto_k, made.num_samples = pareto_k, num_samples
         return made
 
     @property
     def reliable(self) -> bool:
-        """True unless k-hat says that neither the value nor its error means anything: see `pyro_genmodels.utils.pareto`."""
+        """True unless k-hat shows that value and error cannot be relied on: see `pyro_genmodels.utils.pareto`."""
         return self.pareto_k is None or not is_unreliable(self.pareto_k, self.num_samples)
 
     def _replace(self, **changes: Any) -> Divergence:
-        """Return a copy with other attributes, as of every named tuple; k-hat is kept."""
+        """Return a copy with some attributes changed, as named tuples do; `pareto_k` and `num_samples` are kept."""
         return Divergence(**{**self._asdict(), **changes})
 
     def _asdict(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from pyro_genmodels.divergences.divergence import Divergence, warn_unless_reliab
 from pyro_genmodels.divergences.exact import in_closed_form
 from pyro_genmodels.divergences.means import check_num_samples, differ_by_rounding, mean_of, score_function
 from pyro_genmodels.divergences.measures import check_measures
+from pyro_genmodels.utils.errors import repr_or_class
 from pyro_genmodels.utils.precision import in_doubles
 
 
@@ -63,10 +64,9 @@ def f_divergence(p: Distribution, q: Distribution, f: ConvexFunction, *, num_sam
     """
     check_events(p, q, by="f_divergence")
     if not isinstance(f, ConvexFunction):
-        given = f"the class {f.__name__}; call it" if isinstance(f, type) else repr(f)
         raise TypeError(
-            f"f_divergence wants a convex function such as KullbackLeibler(), but found {given}. Wrap your own function: "
-            "Convex(function, at_zero=..., slope_at_infinity=...)."
+            f"f_divergence wants a convex function such as KullbackLeibler(), but found {repr_or_class(f)}. Wrap your own "
+            "function: Convex(function, at_zero=..., slope_at_infinity=...)."
         )
     check_densities(p, q, by="f_divergence")
     check_measures(p, q, by="f_divergence")

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from pyro_genmodels.utils.distances import distances
+from pyro_genmodels.utils.errors import repr_or_class
 from pyro_genmodels.utils.precision import common_dtype, in_doubles
 
 MAX_MEDIAN_ROWS = 2000
@@ -41,7 +42,7 @@ class Kernel(ABC):
     """Symmetric function of two samples. Subclasses are frozen dataclasses of their options.
 
     Attributes:
-        bounded: True if no value exceeds some bound, so that no few samples can decide a mean.
+        bounded: True if all values are below some bound, so that a mean of them has no heavy tail.
     """
 
     bounded: ClassVar[bool] = False
@@ -164,13 +165,12 @@ class EnergyKernel(Kernel):
 def check_kernel(kernel: Any, *, by: str) -> Kernel:
     """Return the kernel; raise a TypeError for anything else."""
     if not isinstance(kernel, Kernel):
-        found = f"the class {kernel.__name__}" if isinstance(kernel, type) else repr(kernel)
-        raise TypeError(f"{by} wants a kernel such as GaussianKernel() or EnergyKernel(), but found {found}.")
+        raise TypeError(f"{by} wants a kernel such as GaussianKernel() or EnergyKernel(), but found {repr_or_class(kernel)}.")
     return kernel
 
 
 def check_kernel_values(values: Tensor, kernel: Kernel, *, by: str) -> None:
-    """Raise a ValueError unless what was computed from a kernel is finite."""
+    """Raise a ValueError unless all values computed from a kernel are finite."""
     if not values.detach().isfinite().all():
         raise ValueError(
             f"{by} wants a kernel with finite values, but {kernel!r} returned NaN or infinity. Check its bandwidth."

@@ -1,4 +1,4 @@
-"""Means of terms at samples: their value, variance and k-hat, and the gradient of what cannot be reparametrised."""
+"""Means of terms at samples: their value, variance and k-hat, and the score-function gradient."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyro_genmodels.utils.pareto import MAX_PARETO_K, pareto_k, smooth_log_weigh
 from pyro_genmodels.utils.precision import in_doubles
 
 MAX_ROUNDING = 1e-9
-"""Largest difference of two doubles, relative to them, that is put down to rounding."""
+"""Largest relative difference of two doubles that is taken for rounding."""
 
 
 def check_num_samples(num_samples: int, *, by: str, least: int = 2) -> None:
@@ -22,8 +22,8 @@ def check_num_samples(num_samples: int, *, by: str, least: int = 2) -> None:
 
 
 def differ_by_rounding(log_p: Tensor, log_q: Tensor) -> bool:
-    """Return True for log densities that differ by rounding alone, whose differences have levels but no tail."""
-    rounding = torch.finfo(log_p.dtype).eps ** 0.6 * (1 + log_p.detach().abs().max())
+    """Return True if log densities differ by rounding alone, so that their differences have no tail to be fitted."""
+    rounding = torch.finfo(log_p.dtype).eps ** 0.6 * (1 + log_p.detach().abs().max())  # 4e-10 of doubles, 7e-5 of floats
     return bool(((log_p - log_q).detach().abs() <= rounding).all())
 
 
@@ -32,7 +32,7 @@ def mean_of(*strata: Tensor, bounded: bool = False) -> tuple[Tensor, Tensor, Ten
 
     If no term is negative and k-hat is below 0.7, the largest terms are smoothed by the generalised Pareto law of their tail
     (arXiv 1507.02646); the gradient is that of the plain mean. k-hat is that of the upper tail, or the larger one of both tails
-    if there are negative terms; minus infinity where a term is infinite, for the mean is then known.
+    if there are negative terms. It is minus infinity where a term is infinite, since the mean is then known.
 
     Args:
         strata: terms at the samples of each stratum, (num_samples, batch...); infinite only if that is certain.
@@ -48,7 +48,7 @@ def mean_of(*strata: Tensor, bounded: bool = False) -> tuple[Tensor, Tensor, Ten
         has_smooth_tail = (k <= MAX_PARETO_K) & ~negative & ~infinite
         fixed = torch.where(has_smooth_tail, smoothed.exp(), fixed)
         if negative.any():
-            floor = finite.abs().mean(0)  # keeps each tail as it is, and tells it what a term of usual size is
+            floor = finite.abs().mean(0)  # makes all values positive, of the size of a usual term or more
             tails = finite - finite.amin(0) + floor, finite.amax(0) - finite + floor
             k = torch.where(negative, torch.maximum(*(pareto_k(tail.log()) for tail in tails)), k)
         k = k.masked_fill(infinite | (fixed == 0).all(0), -torch.inf)
@@ -60,10 +60,10 @@ def mean_of(*strata: Tensor, bounded: bool = False) -> tuple[Tensor, Tensor, Ten
 
 
 def tail_of_sums(*parts: Tensor) -> Tensor:
-    """Return k-hat, (), of a sum of the means of what the samples of each set contribute: the largest one of both sets.
+    """Return k-hat, (), of a sum of one mean per set of samples: the larger k-hat of the two.
 
     Args:
-        parts: contributions of the samples of each set, (n,) and (m,). Those that are equal to rounding have no tail.
+        parts: contributions of the samples of each set, (n,) and (m,). Those that differ by rounding alone have no tail.
     """
     k = torch.full_like(parts[0][0], -torch.inf)
     for part in (part.detach() for part in parts):

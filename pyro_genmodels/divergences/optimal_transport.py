@@ -14,7 +14,7 @@ Villani, *Optimal Transport* (2009); del Barrio and Loubes (arXiv 1705.01299); F
 
 from __future__ import annotations
 
-__all__ = ["CURE", "sorted_potentials", "wasserstein"]
+__all__ = ["HEAVY_TAIL_CURE", "check_order", "sorted_potentials", "wasserstein"]
 
 import warnings
 from collections.abc import Callable
@@ -35,13 +35,15 @@ _SWEEPS = 5  # Sinkhorn's sweeps at each regularisation
 _MAX_STEPS = 100  # largest number of steps at the last one
 _MASS_TOLERANCE = 1e-6  # largest relative error of the masses of Sinkhorn's plan
 _STEP_TOLERANCE = 1e-3  # largest step of Newton's method, in units of the regularisation, that could still follow
+_LOOSE_TOLERANCE = 0.02  # largest relative error of the masses after the last of all steps
+_ROUNDING = 1e-12  # relative error of the masses at which the plan is exact up to rounding
 _RIDGE = 0.01  # damping of Newton's step, relative to the error of the masses
-_LOOSE_TOLERANCE = 0.02  # the same, if the steps have come to their largest number
-_ROUNDING = 1e-12  # relative error of the masses beyond which no step is to be trusted
 
 Potentials = tuple[Tensor, Tensor]
-CURE = "a smaller order p, mmd with a kernel of bounded values such as GaussianKernel(), or logarithms of the samples"
-"""What to use in place of a distance that few samples decide."""
+HEAVY_TAIL_CURE = (
+    "a smaller order p, mmd with a kernel of bounded values such as GaussianKernel(), or logarithms of the samples"
+)
+"""Advice for a distance whose value a few samples decide."""
 
 
 def wasserstein(x: Samples, y: Samples, *, p: float = 2.0, regularization: float | None = None) -> Divergence:
@@ -80,8 +82,7 @@ def wasserstein(x: Samples, y: Samples, *, p: float = 2.0, regularization: float
         tensor(5.)
     """
     x, y, dtype = as_matrices(x, y, by="wasserstein")
-    if not (p >= 1 and isfinite(p)):
-        raise ValueError(f"wasserstein wants an order p of at least 1, and finite, but found {p=}.")
+    check_order(p, by="wasserstein")
     if regularization is not None and not (regularization > 0 and isfinite(regularization)):
         raise ValueError(
             f"wasserstein wants a regularization above 0, and finite, but found {regularization=}. Use None for none."
@@ -105,7 +106,13 @@ def wasserstein(x: Samples, y: Samples, *, p: float = 2.0, regularization: float
     error = sum((part.var() / len(part) for part in potentials), cost.new_zeros(())).sqrt()
     slope = root.detach().pow(1 / p - 1).masked_fill(~positive, 0.0) / p * unit
     found = Divergence(value.to(dtype), (slope * error).to(dtype), tail_of_sums(*potentials).to(dtype), min(len(x), len(y)))
-    return warn_unless_reliable(found, by="wasserstein", cure=CURE)
+    return warn_unless_reliable(found, by="wasserstein", cure=HEAVY_TAIL_CURE)
+
+
+def check_order(p: float, *, by: str) -> None:
+    """Raise a ValueError unless the order of a distance is at least 1 and finite."""
+    if not (p >= 1 and isfinite(p)):
+        raise ValueError(f"{by} wants an order p of at least 1, and finite, but found {p=}.")
 
 
 def _costs(x: Tensor, y: Tensor, p: float) -> Tensor:

@@ -100,33 +100,38 @@ def as_matrices(
             f"{by} wants samples on one device, but {names[0]} is on {x.device} and {names[1]} on {y.device}. Use "
             f".to({str(x.device)!r})."
         )
-    dtype = common_dtype(x, y)
-    for name, samples, doubles in zip(names, (x, y), (in_doubles(x), in_doubles(y)), strict=True):
-        if samples.dtype == torch.int64 and not torch.equal(doubles.long(), samples):
-            raise ValueError(
-                f"{by} computes in doubles, but {name} holds integers of magnitude {float(doubles.abs().max()):.1e}, which "
-                f"they round. Subtract an offset from both sets before, such as {name}.min()."
-            )
-    x, y = (in_doubles(samples.reshape(len(samples), -1)) for samples in (x, y))
-    for name, samples in zip(names, (x, y), strict=True):
-        if not (finite := samples.detach().isfinite().all(1)).all():
-            raise ValueError(
-                f"{by} wants finite samples, but {int((~finite).sum())} of the {len(samples)} samples of {name} hold NaN or "
-                f"infinity, the first at {int((~finite).nonzero()[0])}. Find out why, or leave them out and report it."
-            )
-        if not (largest := samples.detach().abs().max()) <= MAX_MAGNITUDE:
-            raise ValueError(
-                f"{by} wants samples whose squares are doubles, but {name} holds a number of magnitude {largest:.1e}. Divide "
-                "both sets by it."
-            )
-    return x, y, torch.promote_types(dtype, torch.float32)
+    dtype = torch.promote_types(common_dtype(x, y), torch.float32)
+    x, y = (_as_matrix(samples, name, by=by) for samples, name in zip((x, y), names, strict=True))
+    return x, y, dtype
+
+
+def _as_matrix(samples: Tensor, name: str, *, by: str) -> Tensor:
+    """Return a set of samples as a matrix of doubles; raise a ValueError if they are not finite, too large or rounded."""
+    rows = in_doubles(samples.reshape(len(samples), -1))
+    fixed = rows.detach()
+    if samples.dtype == torch.int64 and not torch.equal(fixed.long(), samples.reshape(fixed.shape)):
+        raise ValueError(
+            f"{by} computes in doubles, but {name} holds integers of magnitude {float(fixed.abs().max()):.1e}, which they "
+            f"round. Subtract an offset from both sets before, such as {name}.min()."
+        )
+    if not (finite := fixed.isfinite().all(1)).all():
+        raise ValueError(
+            f"{by} wants finite samples, but {int((~finite).sum())} of the {len(rows)} samples of {name} hold NaN or "
+            f"infinity, the first at {int((~finite).nonzero()[0])}. Find out why, or leave them out and report it."
+        )
+    if not (largest := fixed.abs().max()) <= MAX_MAGNITUDE:
+        raise ValueError(
+            f"{by} wants samples whose squares are doubles, but {name} holds a number of magnitude {largest:.1e}. Divide "
+            "both sets by it."
+        )
+    return rows
 
 
 def centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return both sets, (n, d) and (m, d), less a common centre and divided by their largest magnitude, and that unit, ().
+    """Return both sets, (n, d) and (m, d), minus a common centre and divided by their largest magnitude, and that unit, ().
 
-    Then no power of a distance overflows or vanishes, and rounding is that of the sets' extent, not of their distance from
-    zero. Gradients are those of the samples in the new unit.
+    Powers of distances then neither overflow nor underflow, and rounding errors are relative to the extent of the sets, not to
+    their distance from zero. Centre and unit are constants for gradients.
 
     Example:
         >>> centred(torch.tensor([[7.0]]), torch.tensor([[11.0]]))

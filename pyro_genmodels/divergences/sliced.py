@@ -15,14 +15,12 @@ from __future__ import annotations
 
 __all__ = ["directions", "sliced_costs", "sliced_wasserstein"]
 
-from math import isfinite
-
 import torch
 from torch import Tensor
 
 from pyro_genmodels.divergences.divergence import Divergence, warn_unless_reliable
 from pyro_genmodels.divergences.means import tail_of_sums
-from pyro_genmodels.divergences.optimal_transport import CURE, sorted_potentials
+from pyro_genmodels.divergences.optimal_transport import HEAVY_TAIL_CURE, check_order, sorted_potentials
 from pyro_genmodels.divergences.samples import Samples, as_matrices, centred
 from pyro_genmodels.utils.errors import import_extra
 
@@ -68,8 +66,7 @@ def sliced_wasserstein(
     x, y, dtype = as_matrices(x, y, by="sliced_wasserstein")
     if num_projections < 2:
         raise ValueError(f"sliced_wasserstein wants at least 2 directions for a standard error, but found {num_projections=}.")
-    if not (p >= 1 and isfinite(p)):
-        raise ValueError(f"sliced_wasserstein wants an order p of at least 1, and finite, but found {p=}.")
+    check_order(p, by="sliced_wasserstein")
     x, y, unit = centred(x, y)
     costs = sliced_costs(x, y, num_projections=num_projections, p=p, seed=seed)
     mean = costs.mean()
@@ -79,11 +76,11 @@ def sliced_wasserstein(
     error = costs.detach().std() / len(costs) ** 0.5 if len(costs) > 1 else torch.zeros_like(mean.detach())
     std_error = value.detach() * error / positive.detach() / p
     found = Divergence(value.to(dtype), std_error.to(dtype), _tail(x.detach(), y.detach(), p).to(dtype), min(len(x), len(y)))
-    return warn_unless_reliable(found, by="sliced_wasserstein", cure=CURE)
+    return warn_unless_reliable(found, by="sliced_wasserstein", cure=HEAVY_TAIL_CURE)
 
 
 def _tail(x: Tensor, y: Tensor, p: float) -> Tensor:
-    """Return k-hat, (), of what the samples (n, d) and (m, d) contribute to the mean cost along some fixed directions."""
+    """Return k-hat, (), of the contributions of the samples (n, d) and (m, d) to the mean cost along some fixed directions."""
     u, v = x.new_zeros(len(x)), y.new_zeros(len(y))
     for direction in directions(_TAIL_PROJECTIONS, x.shape[1], seed=0).to(x):
         (a, order_x), (b, order_y) = (x @ direction).sort(), (y @ direction).sort()

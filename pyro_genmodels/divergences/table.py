@@ -7,6 +7,7 @@ __all__ = ["divergence_table"]
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -36,6 +37,7 @@ from pyro_genmodels.divergences.optimal_transport import wasserstein
 from pyro_genmodels.divergences.samples import Samples, as_matrices, as_samples
 from pyro_genmodels.divergences.sliced import sliced_wasserstein
 from pyro_genmodels.utils.errors import warn_caller
+from pyro_genmodels.utils.pareto import MAX_PARETO_K
 from pyro_genmodels.utils.rng import forked_rng
 
 if TYPE_CHECKING:
@@ -82,7 +84,7 @@ def divergence_table(
         q: other distribution or set, of the same event shape.
         num_samples: number of samples for divergences of densities and scores.
         set_size: number of samples to take from a distribution where sets of samples are compared.
-        seed: seed of all samples; torch's generator is then left as it was. None uses torch's generator.
+        seed: seed of all samples; torch's random state is then unchanged. None uses torch's generator.
 
     Returns:
         One row per divergence, by its name, with columns ``value``, ``std_error``, ``pareto_k`` (NaN where there is none),
@@ -91,7 +93,7 @@ def divergence_table(
         from the names of the missing divergences to the reasons.
 
     Raises:
-        TypeError: for what is neither a distribution nor a set of samples, such as a family that was not called.
+        TypeError: for anything but a distribution or a set of samples, such as a family that was not called.
         ValueError: for different event shapes, for distributions with a batch shape, and for samples with NaN or infinity.
 
     Example:
@@ -139,8 +141,8 @@ def divergence_table(
         _add_samples(add, x, y)
     if unreliable:
         warn_caller(
-            f"divergence_table: {', '.join(unreliable)} may be infinite: the terms of their means have tails so heavy (a "
-            "Pareto k-hat above 0.7) that neither value nor error means anything. Rely on those that are bounded: js, tv, "
+            f"divergence_table: {', '.join(unreliable)} may be infinite: the terms of their means have such heavy tails (a "
+            f"Pareto k-hat above {MAX_PARETO_K}) that neither value nor error can be relied on. Use the bounded ones: js, tv, "
             "squared_hellinger, mmd.",
         )
     import pandas as pd  # pandas is slow to import
@@ -162,7 +164,7 @@ def _add_densities(
         for name in ("fisher", "reverse_fisher"):
             left_out[name] = f"It needs two scores, but {reason}"
         return
-    by_name = {"kl": kl, "reverse_kl": reverse_kl}
+    of_one_sample = {"kl": kl, "reverse_kl": reverse_kl}
     try:
         check_densities(p, q, by="divergence_table")
         check_measures(p, q, by="divergence_table")
@@ -172,10 +174,9 @@ def _add_densities(
         known = in_closed_form(p, q, f, by=name)
         if known is not None:
             add(name, "densities", known[1], lambda known=known: Divergence(known[0], torch.zeros(())))
-        elif name in by_name:
-            add(name, "densities", "Monte Carlo", lambda name=name: by_name[name](p, q, num_samples=num_samples))
         else:
-            add(name, "densities", "Monte Carlo", lambda f=f: f_divergence(p, q, f, num_samples=num_samples))
+            estimate = of_one_sample.get(name, partial(f_divergence, f=f))
+            add(name, "densities", "Monte Carlo", partial(estimate, p, q, num_samples=num_samples))
     add("fisher", "scores", "Monte Carlo", lambda: fisher(p, q, num_samples=num_samples))
     add("reverse_fisher", "scores", "Monte Carlo", lambda: fisher(q, p, num_samples=num_samples))
 
@@ -187,7 +188,7 @@ def _add_samples(add: Callable[..., None], x: Tensor, y: Tensor) -> None:
 
 
 def _checked(name: str, divergence: Callable[[Tensor, Tensor], Divergence], x: Tensor, y: Tensor) -> Divergence:
-    """Return a distance between two sets of samples; raise a ValueError if it is too large, or says nothing new."""
+    """Return a distance between two sets of samples; raise a ValueError if it would be too large, or the same as another."""
     if name == "sliced_wasserstein" and x[0].numel() == 1:
         raise ValueError("In one dimension it is the wasserstein distance.")
     if name == "wasserstein" and x[0].numel() > 1 and len(x) * len(y) > _MAX_COSTS:

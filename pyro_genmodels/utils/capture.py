@@ -1,4 +1,4 @@
-"""Values that may be looked at: outside of captured graphs and transformed functions."""
+"""A check that the values of a tensor can be read by Python code: that no graph is captured and no function transformed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
 def can_be_read(values: Tensor) -> bool:
-    """Return True if values may decide what is done: not in a captured graph, nor under `torch.func`, nor of a subclass.
+    """Return True if Python code may branch on the values of a tensor.
+
+    False while a graph is captured (by `torch.compile`, `torch.export`, `torch.jit.trace`, a CUDA graph), under the transforms
+    of `torch.func`, and for subclasses of `Tensor`.
 
     Example:
         >>> can_be_read(torch.ones(2)), torch.vmap(lambda x: x + can_be_read(x))(torch.zeros(2))

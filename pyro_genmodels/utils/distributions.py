@@ -31,6 +31,8 @@ from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDi
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Independent, IndependentTransform, Transform, constraints
 
+from pyro_genmodels.utils.errors import repr_or_class
+
 Density = Literal["exact", "lower bound", "estimate", "unnormalized", "none"]
 """Kind of density that a `log_prob` computes, from the strongest to the weakest."""
 
@@ -183,8 +185,7 @@ def check_exact_density(owner: str, role: str, found: Any, event_shape: Sequence
     """
     made = found() if callable(found) and not isinstance(found, (Distribution, type)) else found
     if not isinstance(made, Distribution):
-        given = f"the class {found.__name__}; call it" if isinstance(found, type) else repr(found)
-        raise TypeError(f"{owner} wants a Pyro distribution or a family as its {role}, but found {given}.")
+        raise TypeError(f"{owner} wants a Pyro distribution or a family as its {role}, but found {repr_or_class(found)}.")
     batch, event = tuple(made.batch_shape), tuple(made.event_shape)
     wanted = event if event_shape is None else tuple(event_shape)
     if batch or event != wanted:

@@ -7,9 +7,9 @@ __all__ = [
     "check_choice",
     "check_positive_int",
     "import_extra",
-    "is_number",
     "listed",
     "one_line",
+    "repr_or_class",
     "suggest_names",
     "type_with_article",
     "unknown_attribute",
@@ -23,12 +23,12 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, NoReturn
 
 
 class ArgumentError(ValueError):
-    """A fault of an input that another value of an argument would avoid.
+    """An error of an input that another value of an argument would avoid.
 
     Args:
         message: text of the error.
@@ -71,16 +71,6 @@ def check_positive_int(owner: str, *, least: int = 1, **values: Any) -> None:
             raise ValueError(f"{owner} wants an integer {name} of {least} or more, but found {value!r}.")
 
 
-def is_number(value: Any) -> bool:
-    """Return True for a real number, of Python or numpy; False for a bool and anything else.
-
-    Example:
-        >>> is_number(1.5), is_number(True), is_number("1.5")
-        (True, False, False)
-    """
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
 def check_choice(owner: str, role: str, found: Any, default: Any, wanted: Any) -> Any:
     """Return a choice, or the default if it is None.
 
@@ -103,9 +93,19 @@ def check_choice(owner: str, role: str, found: Any, default: Any, wanted: Any) -
     """
     found = default if found is None else found
     if not isinstance(found, wanted):
-        given = f"the class {found.__name__}; call it" if isinstance(found, type) else repr(found)
-        raise TypeError(f"{owner} wants {'an' if role[0] in 'aeiou' else 'a'} {role} such as {default!r}, but found {given}.")
+        article = "an" if role[0] in "aeiou" else "a"
+        raise TypeError(f"{owner} wants {article} {role} such as {default!r}, but found {repr_or_class(found)}.")
     return found
+
+
+def repr_or_class(found: Any) -> str:
+    """Return the repr of a value, for a message; for a class, a hint to call it.
+
+    Example:
+        >>> repr_or_class(1), repr_or_class(int)
+        ('1', 'the class int; call it')
+    """
+    return f"the class {found.__name__}; call it" if isinstance(found, type) else repr(found)
 
 
 def import_extra(module: str, *, extra: str, by: str) -> Any:
@@ -147,9 +147,8 @@ def unknown_name(kind: str, found: str, known: Iterable[str]) -> ValueError:
         ValueError: unknown data set 'Mons': choose from digits, moons, ring. Did you mean moons?
     """
     known = list(known)
-    by_case = {name.casefold(): name for name in known}
-    near = get_close_matches(found.casefold(), by_case, n=1)
-    hint = f" Did you mean {_printable(by_case[near[0]])}?" if near else ""
+    near = _nearest(found, known)
+    hint = f" Did you mean {_printable(near)}?" if near else ""
     return ValueError(f"unknown {kind} {_shortened(found)!r}: choose from {listed(known)}.{hint}")
 
 
@@ -169,10 +168,16 @@ def unknown_attribute(module: str, found: str, known: Iterable[str]) -> Attribut
         Traceback (most recent call last):
         AttributeError: module 'pyro_genmodels' has no attribute 'Flwo'. Did you mean Flow?
     """
-    by_case = {name.casefold(): name for name in known}
-    near = [] if found.startswith("_") else get_close_matches(found.casefold(), by_case, n=1)
-    hint = f". Did you mean {by_case[near[0]]}?" if near else ""
+    near = None if found.startswith("_") else _nearest(found, known)
+    hint = f". Did you mean {near}?" if near else ""
     return AttributeError(f"module {module!r} has no attribute {found!r}{hint}")
+
+
+def _nearest(found: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is most like another, ignoring case, or None if none is."""
+    by_case = {name.casefold(): name for name in known}
+    near = get_close_matches(found.casefold(), by_case, n=1)
+    return by_case[near[0]] if near else None
 
 
 def suggest_names(module: str) -> None:

@@ -24,7 +24,7 @@ LEFTOVER_SECONDS = 86_400.0
 
 _HOST = sha256(socket.gethostname().encode()).hexdigest()[:8]
 _PROCESS = secrets.token_hex(4)
-"""Text that tells this process from an earlier one with the same number. A fork has the same text and another number."""
+"""Text that tells this process from an earlier one with the same number; a fork has the same text and another number."""
 _numbers = count()
 
 
@@ -106,7 +106,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 def _remove_leftovers(folder: Path, prefix: str) -> None:
     """Remove temporary files whose name begins with `prefix`, which are a day old, and whose process has ended."""
-    if os.name != "posix":  # elsewhere `os.kill` is no question
+    if os.name != "posix":  # elsewhere signal 0 of `os.kill` ends the process
         return
     for path in folder.glob(f"{prefix}*"):
         number, _, rest = path.name.removeprefix(prefix).partition("-")
@@ -121,9 +121,8 @@ def _is_alive(number: int, process: str) -> bool:
     if number == os.getpid():
         return process == _PROCESS
     try:
-        os.kill(number, 0)
+        with suppress(PermissionError):  # it is another user's
+            os.kill(number, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # it is another user's
-        return True
     return True

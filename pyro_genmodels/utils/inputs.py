@@ -1,4 +1,8 @@
-"""Inputs of networks that are not where networks bend: far from 0, or nearly one value."""
+"""A check of the scale of a network's inputs: those far from 0 or nearly constant are hard to learn from.
+
+A network with usual initial weights is nonlinear where its inputs are about 1. Inputs of size 1000 lie far outside, and with a
+deviation of 0.001 the network is linear in them.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,16 @@ import torch
 from torch import Tensor
 
 MAX_INPUT = 30.0
-"""Largest median size of an input of a network that passes without a warning; standardised inputs have about 1."""
+"""Largest median magnitude of an input that is accepted; that of standardised inputs is about 1."""
 MIN_SPREAD = 0.02
-"""Smallest standard deviation of an input that passes without a warning."""
+"""Smallest standard deviation of an input that is accepted."""
 MIN_ROWS = 16
-"""Number of rows from which a standard deviation is judged."""
+"""Smallest number of rows whose standard deviation is judged."""
 
 
 @torch.no_grad()
 def out_of_range(rows: Tensor, *, spread: bool = True) -> str:
-    """Return what is wrong with inputs of a network, such as "of size 1e+03", or "" if they are where networks bend.
+    """Return what is wrong with the scale of inputs of a network, such as "of size 1e+03", or "" if nothing is.
 
     Coordinates of which half of the values are one number, such as one-hot classes, are not judged by their spread.
 

@@ -1,4 +1,4 @@
-"""Arguments of models: lists, tuples and dictionaries at any depth, walked in one way everywhere."""
+"""Lists, tuples and dictionaries of arguments, at any depth: their leaves, and copies with other leaves."""
 
 from __future__ import annotations
 

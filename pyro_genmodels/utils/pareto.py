@@ -10,8 +10,8 @@ draws makes the mean, or the standard error computed beside it, trustworthy; fro
 
 Rare values of another size, such as squares that are large between two modes, look like a heavy tail, but one that ends: their
 own tail is light. So where k-hat is above .7, the largest quarter of the tail is fitted too, and is taken for the tail if its
-k-hat is below .7, and lower by three standard errors :math:`(1 + k) / \sqrt{m / 4}`. One in a thousand heavy tails with a k of
-.8 is mistaken so.
+k-hat is below .7, and lower by three standard errors :math:`(1 + k) / \sqrt{m / 4}`. With k = .8,
+one heavy tail in a thousand is mistaken for one that ends.
 
 The fit is that of Zhang and Stephens, *A New and Efficient Estimation Method for the Generalized Pareto Distribution* (2009),
 drawn towards 1/2 as by ten further values. Smoothing replaces the m largest weights by quantiles of the fitted law: Vehtari,
@@ -39,9 +39,9 @@ from torch import Tensor
 MAX_PARETO_K = 0.7
 """Largest k-hat of a mean that is called reliable."""
 MAX_UNRELIABLE_SHARE = 0.05
-"""Largest share of means with a k-hat above that which is put down to chance."""
+"""Largest share of means with a k-hat above `MAX_PARETO_K` that is attributed to chance."""
 MIN_DRAWS_FOR_MAX_K = 100
-"""Number of draws below which k-hat, of a tail of fewer than 20, is too rough to be held against `MAX_PARETO_K`."""
+"""Number of draws below which k-hat, of a tail of fewer than 20 values, is too rough to compare with `MAX_PARETO_K`."""
 MIN_PARETO_DRAWS = 21
 """Number of values below which there is no tail of five, and k-hat is NaN: unknown."""
 MIN_TAIL = 5
@@ -62,7 +62,7 @@ def pareto_k(log_values: Tensor, dim: int = 0) -> Tensor:
     """Return k-hat, the shape of the generalised Pareto law that the upper tail of nonnegative values follows.
 
     It depends neither on the scale of the values nor on their order, and on the largest only, so that an infinite variance at
-    small values is not seen. What cannot be fitted has a rule:
+    small values is not seen. Where no tail can be fitted:
 
     - a value of +inf, or no value above zero: inf;
     - else fewer than `MIN_PARETO_DRAWS` values: NaN, for nothing is known;

@@ -1,4 +1,4 @@
-"""Random numbers that are drawn aside, so that those drawn afterwards are the same as without them."""
+"""Blocks of code whose random numbers leave torch's random state unchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 def forked_rng(seed: int | None = None) -> Iterator[None]:
     """Restore torch's random state of the CPU and of all accelerators at the end of a block.
 
-    `torch.random.fork_rng` alone warns where there are several, and starts CUDA where it is not used.
+    `torch.random.fork_rng` by itself warns if there are several accelerators, and initialises CUDA if nothing else has.
 
     Args:
         seed: seed of the block; None continues from the present state.

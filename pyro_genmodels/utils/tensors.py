@@ -1,4 +1,4 @@
-"""Tensors from what people hold their data in: numpy arrays, pandas and polars frames, lists and numbers."""
+"""Tensors from numpy arrays, pandas and polars frames, lists and numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from torch import Tensor
 
 
 def as_tensor(values: Any, owner: str, *, floats: torch.dtype = torch.float64) -> Tensor:
-    """Return values as a tensor. A tensor is returned as it is, but integers that torch cannot compute with as signed ones.
+    """Return values as a tensor.
+
+    A tensor is returned unchanged, except that unsigned integers of two bytes and more, for which torch lacks most functions,
+    become signed ones.
 
     Args:
         values: tensor, numpy array, data frame or series (anything with `to_numpy`), list of numbers, or number.
@@ -57,7 +60,7 @@ def as_tensor(values: Any, owner: str, *, floats: torch.dtype = torch.float64) -
 
 
 def _signed(x: Tensor, owner: str) -> Tensor:
-    """Return unsigned integers of more than a byte, for which torch lacks most functions, as wider signed ones."""
+    """Return unsigned integers of more than a byte as signed ones, and other tensors unchanged."""
     if x.dtype == torch.uint16:
         return x.int()
     if x.dtype not in (torch.uint32, torch.uint64):
@@ -71,13 +74,13 @@ def _signed(x: Tensor, owner: str) -> Tensor:
 
 
 def _of_numbers(column: np.ndarray) -> np.ndarray:
-    """Return a column of Python's numbers in their own data type: beside booleans, integers stay integers."""
+    """Return a column of Python's numbers in the data type that it would have alone in a frame."""
     values = np.array(column.tolist())
     return values if values.dtype.kind in "biuf" else values.astype(float)
 
 
 def _is_python_number(values: Any) -> bool:
-    """Return True for a number that is not numpy's, and for nested lists that begin with one."""
+    """Return True for a number of Python, and for nested lists that begin with one."""
     while isinstance(values, (list, tuple)) and values:
         values = values[0]
     return isinstance(values, (int, float)) and not isinstance(values, np.generic)
@@ -91,24 +94,24 @@ def _without_tensors(values: Any) -> Any:
 
 
 def _check_column(owner: str, name: Any, column: np.ndarray) -> None:
+    """Raise a TypeError if a column of a data frame holds anything but numbers."""
     wrong = [value for value in column if not isinstance(value, (int, float, Decimal, np.number, np.bool_))]
     if not wrong:
         return
-    missing = sum(value is None or str(value) in ("<NA>", "NaT") for value in wrong)
-    if missing == len(wrong):
+    others = [value for value in wrong if not (value is None or str(value) in ("<NA>", "NaT"))]
+    if not others:
         raise TypeError(
-            f"{owner} wants numbers, but {missing} of {len(column)} values of the column {name!r} are missing. Impute them, or "
-            "drop these rows."
+            f"{owner} wants numbers, but {len(wrong)} of {len(column)} values of the column {name!r} are missing. Impute them, "
+            "or drop these rows."
         )
-    found = next(value for value in wrong if not (value is None or str(value) in ("<NA>", "NaT")))
     raise TypeError(
-        f"{owner} wants numbers, but the column {name!r} holds {type(found).__name__}. Drop it, or encode it as numbers."
+        f"{owner} wants numbers, but the column {name!r} holds {type(others[0]).__name__}. Drop it, or encode it as numbers."
     )
 
 
 @contextmanager
 def noting_frames(arguments: Iterable[Any], note: str) -> Iterator[None]:
-    """Add a note to an error inside the context, if there is a data frame among some arguments.
+    """Add a note to an error in a block if one of some arguments is a data frame.
 
     Example:
         >>> import pandas
