@@ -3,12 +3,13 @@
 from pyro_genmodels.distributions.autoregressive import Autoregression
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.dequantized import Dequantized
-from pyro_genmodels.distributions.diffusion import ReverseDiffusion, SamplerGap
+from pyro_genmodels.distributions.diffusion import ReverseDiffusion
 from pyro_genmodels.distributions.discretized import DiscretizedLogisticMixture
 from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.distributions.flow import NormalizingFlow
 from pyro_genmodels.distributions.implicit import Implicit
 from pyro_genmodels.distributions.ode import ContinuousFlow
+from pyro_genmodels.distributions.sampler_gap import SamplerGap
 from pyro_genmodels.utils.distributions import unwrap
 from pyro_genmodels.utils.errors import suggest_names
 

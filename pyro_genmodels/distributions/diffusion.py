@@ -18,15 +18,12 @@ Song et al. (arXiv 2011.13456); Kingma et al., *Variational Diffusion Models* (a
 
 from __future__ import annotations
 
-__all__ = [
-    "DequantizedDiffusion", "DiffusionLikelihood", "FlowDensity", "ReverseDiffusion", "SamplerGap", "VariationalBound",
-    "default_reverse_sampler",
-]  # fmt: skip
+__all__ = ["DiffusionLikelihood", "FlowDensity", "ReverseDiffusion", "VariationalBound"]
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil, exp, log, pi, sqrt
+from math import exp, log, pi, sqrt
 from typing import Any
 
 import pyro.distributions as dist
@@ -35,11 +32,11 @@ from torch import Size, Tensor
 from torch.distributions import AffineTransform, ComposeTransform
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
-from pyro_genmodels.distributions.dequantized import Dequantized
-from pyro_genmodels.distributions.ode import MAX_EXACT_TRACE_DIMS, ContinuousFlow, Trace
+from pyro_genmodels.distributions.ode import ContinuousFlow, Trace
+from pyro_genmodels.distributions.sampler_gap import SamplerGap, default_reverse_sampler
 from pyro_genmodels.dynamics.denoiser import Denoiser
 from pyro_genmodels.dynamics.ode import Dopri5, Solver
-from pyro_genmodels.dynamics.probability_flow import DPMSolver, ProbabilityFlow, flow_velocity
+from pyro_genmodels.dynamics.probability_flow import ProbabilityFlow, flow_velocity
 from pyro_genmodels.dynamics.processes import Process, along, stratified
 from pyro_genmodels.dynamics.reverse import ReverseSampler, Trajectory, simulate_reverse
 from pyro_genmodels.utils.distributions import Density, modules_and_tensors, sum_event
@@ -120,27 +117,6 @@ class VariationalBound(DiffusionLikelihood):
     def log_prob(self, diffusion: ReverseDiffusion, value: Tensor) -> Tensor:
         y, context, log_det = diffusion.aligned(value)
         return diffusion.variational_bound(y, context, self.num_times) + log_det
-
-
-@dataclass(frozen=True)
-class SamplerGap:
-    """The mean log density of a sampler's draws minus that of draws of the density itself.
-
-    It is 0 for a sampler whose draws follow the density. It is positive for draws that are too near the modes, and negative for
-    draws that are too far out.
-
-    Attributes:
-        value: difference (nats).
-        std_error: its standard error (nats).
-        evaluations: number of calls of the network for the sampler's draws, each for all of them at once.
-    """
-
-    value: Tensor
-    std_error: Tensor
-    evaluations: int
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} ± {self.std_error:.3f} nats, with {self.evaluations} evaluations"
 
 
 class ReverseDiffusion(GenerativeDistribution):
@@ -436,21 +412,6 @@ class ReverseDiffusion(GenerativeDistribution):
             return torch.autograd.grad(ys, x, grads, create_graph=create_graph)[0]
 
 
-def default_reverse_sampler(event_shape: Sequence[int]) -> DPMSolver:
-    r"""Return `DPMSolver` with :math:`50 \sqrt d` steps for up to 16 coordinates d, and with 20 steps for more.
-
-    The draws' mean log density differs from that of the probability flow in proportion to :math:`d / \text{steps}^2`. For
-    mixtures of normals with 1 to 16 coordinates, the default keeps it below 0.03 nats. In larger events, such as images, 20
-    steps are 0.03 to 0.06 nats off per coordinate: see `ReverseDiffusion.sampler_gap`.
-
-    Example:
-        >>> default_reverse_sampler((2,)).num_steps, default_reverse_sampler((3, 32, 32)).num_steps
-        (71, 20)
-    """
-    d = Size(event_shape).numel()
-    return DPMSolver(ceil(50 * sqrt(d))) if d <= MAX_EXACT_TRACE_DIMS else DPMSolver()
-
-
 def _sampler(found: Any, event_shape: Sequence[int]) -> ReverseSampler:
     return check_choice("A diffusion", "sampler", found, default_reverse_sampler(event_shape), ReverseSampler)
 
@@ -469,42 +430,3 @@ class _Velocity:
         low, high = self.denoiser.process.log_snr_range
         slope = flow_velocity(lambda x, t: self.denoiser.estimate(x, t, context), self.denoiser.process)
         return (high - low) * slope(low + (high - low) * t, x)
-
-
-class DequantizedDiffusion(Dequantized):
-    """A dequantised diffusion over integers, with the variants of `ReverseDiffusion`.
-
-    Args:
-        base: the diffusion.
-        levels: number of levels: see `Dequantized`.
-        kwargs: further arguments of `Dequantized`.
-
-    Example:
-        >>> from pyro_genmodels.families import DDIM
-        >>> from pyro_genmodels import Diffusion
-        >>> Diffusion((2,), levels=5)().with_sampler(DDIM(10)).sample((3,)).shape
-        torch.Size([3, 2])
-    """
-
-    base: ReverseDiffusion
-
-    def with_sampler(self, sampler: ReverseSampler) -> DequantizedDiffusion:
-        """Return the distribution with another sampler: see `ReverseDiffusion.with_sampler`."""
-        return self._over(self.base.with_sampler(sampler))
-
-    def with_likelihood(self, likelihood: DiffusionLikelihood) -> DequantizedDiffusion:
-        """Return the distribution with another likelihood: see `ReverseDiffusion.with_likelihood`."""
-        return self._over(self.base.with_likelihood(likelihood))
-
-    def guided(self, weight: float) -> DequantizedDiffusion:
-        """Return the distribution with another weight of its context: see `ReverseDiffusion.guided`."""
-        return self._over(self.base.guided(weight))
-
-    def sampler_gap(self, num_samples: int = 1000) -> SamplerGap:
-        """Estimate how far draws are from the density, before they are rounded: see `ReverseDiffusion.sampler_gap`."""
-        return self.base.sampler_gap(num_samples)
-
-    def trajectory(self, sample_shape: Sequence[int] = (), **kwargs: Any) -> Trajectory:
-        """Return samples with their trajectories, whose frames are not rounded: see `ReverseDiffusion.trajectory`."""
-        trajectory = self.base.trajectory(sample_shape, **kwargs)
-        return replace(trajectory, x=self.quantize(trajectory.x))

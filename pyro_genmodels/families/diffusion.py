@@ -18,13 +18,9 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
-from pyro_genmodels.distributions.diffusion import (
-    DequantizedDiffusion,
-    DiffusionLikelihood,
-    FlowDensity,
-    ReverseDiffusion,
-    default_reverse_sampler,
-)
+from pyro_genmodels.distributions.dequantized_diffusion import DequantizedDiffusion
+from pyro_genmodels.distributions.diffusion import DiffusionLikelihood, FlowDensity, ReverseDiffusion
+from pyro_genmodels.distributions.sampler_gap import default_reverse_sampler
 from pyro_genmodels.dynamics.denoiser import Denoiser, Prediction, VelocityPrediction
 from pyro_genmodels.dynamics.processes import Process, VariancePreserving
 from pyro_genmodels.dynamics.reverse import ReverseSampler
@@ -121,7 +117,8 @@ class Diffusion(ContinuousFamily):
         check_rate("Diffusion", drop_context=drop_context)
         if drop_context and not self.context_size:
             raise ValueError(
-                f"Diffusion drops contexts only where it has one, but found drop_context={drop_context} and no context."
+                f"Diffusion can drop its context only if it has one, but found drop_context={drop_context} and no context. "
+                "Pass context=..., or leave drop_context out."
             )
         self.drop_context = drop_context
         self.null = nn.Parameter(torch.zeros(self.context_size)) if drop_context else None

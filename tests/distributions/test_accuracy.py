@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from pyro_genmodels import Diffusion, DPMSolver, FlowDensity, VariancePreserving
 from pyro_genmodels.distributions import Energy
-from pyro_genmodels.distributions.diffusion import default_reverse_sampler
 from pyro_genmodels.distributions.ode import ContinuousFlow
+from pyro_genmodels.distributions.sampler_gap import default_reverse_sampler
 from pyro_genmodels.dynamics.ode import Dopri5, Dopri8, Euler, integrate, integrate_with_divergence
 from pyro_genmodels.dynamics.reverse import simulate_reverse
 from pyro_genmodels.families import RK4, ProbabilityFlow
