@@ -113,7 +113,7 @@ class _FrozenParametersMessenger(Messenger):
 
 
 class _DrawObservedMessenger(UnconditionMessenger):
-    """`UnconditionMessenger` that leaves values which are no data as they are computed."""
+    """`UnconditionMessenger` that does not sample computed values anew, because they are not data."""
 
     def _pyro_sample(self, msg: Any) -> None:
         if not (sites.is_deterministic(msg) or is_reparametrised(msg)):

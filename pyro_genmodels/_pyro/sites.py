@@ -33,7 +33,7 @@ def is_deterministic(site: Mapping[str, Any]) -> bool:
 
 
 def is_computed(site: Mapping[str, Any]) -> bool:
-    """Return True if the value is computed from latent variables, so that it is no data, although the site is observed.
+    """Return True if the value is computed from latent variables, and so is not data, although the site is observed.
 
     These are the sites of `pyro.deterministic` and of reparametrised latent variables (`reparam.MarkComputed`).
     """

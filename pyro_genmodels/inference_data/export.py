@@ -34,7 +34,7 @@ BATCH_SIZE = 100
 """Default of the largest number of draws made in one run."""
 
 FRAMES = (
-    "to_arviz gives a model its data frames as they are, with columns by name. train and log_likelihood give it tensors: for a "
+    "to_arviz passes data frames to the model unchanged, with columns by name. train and log_likelihood give it tensors: for a "
     "model of tensors pass torch.tensor(frame.to_numpy())."
 )
 """Note on errors of a model that was given data frames."""

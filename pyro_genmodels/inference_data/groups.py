@@ -149,7 +149,7 @@ def collect(source: DrawSource, reports: dict[str, str], options: CollectOptions
 
 
 def _missing(options: CollectOptions, found: Mapping[str, Variables], reports: Mapping[str, str]) -> list[str]:
-    """Return the groups that the call names, that are missing, and of which nothing has been said yet."""
+    """Return the missing groups that the call names and that no report explains yet."""
     said = {name.partition("[")[0].partition(".")[0] for name in reports}
     return [group for group in GROUPS if group in options.named and group not in found and group not in said]
 

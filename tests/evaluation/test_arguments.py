@@ -377,7 +377,7 @@ def test_an_error_of_a_model_that_is_given_a_frame_says_how():
     by_name, by_place = model_of(lambda x: x["a"].to_numpy(copy=True)), model_of(lambda x: x[:, 0])
     with pytest.raises(Exception, match="give a model its data frames as tensors: it reads a column by its place"):
         log_likelihood(by_name, frame)
-    with pytest.raises(Exception, match=r"gives a model its data frames as they are.*pass torch.tensor\(frame.to_numpy\(\)\)"):
+    with pytest.raises(Exception, match=r"passes data frames to the model unchanged.*pass torch.tensor\(frame.to_numpy\(\)\)"):
         to_arviz(by_place, frame, num_samples=3)
     assert log_likelihood(by_place, frame, num_samples=3).values.shape == (3,)
     assert to_arviz(by_name, frame, num_samples=3).log_likelihood["a"].shape == (1, 3, 3)

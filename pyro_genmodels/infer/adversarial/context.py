@@ -19,10 +19,10 @@ from pyro_genmodels.utils.keywords import signature_of
 
 
 def check_names(model: Callable[..., Any], names: Sequence[str], pairing: Pairing) -> tuple[str, ...]:
-    """Return the names of the arguments that a critic shall see.
+    """Return the names of the arguments that a critic sees, after checking them.
 
     Raises:
-        TypeError: if they are no names.
+        TypeError: if they are not names.
         ValueError: if the model has no argument of a name, or the critic of the pairing sees no arguments.
     """
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
@@ -49,7 +49,7 @@ def chosen_arguments(
     """Return the arguments of a call of a model that have these names, (rows, ...) each.
 
     Raises:
-        ValueError: if one is no tensor with one row per datum.
+        ValueError: if one is not a tensor with one row per datum.
     """
     given = _named_arguments(model, args, kwargs)
     for name in names:
