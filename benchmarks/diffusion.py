@@ -37,13 +37,17 @@ from pyro_genmodels import (
     MaximumLikelihood,
     ODEFlow,
     UNet,
+    VariancePreserving,
     log_likelihood,
     train,
 )
 from pyro_genmodels.datasets import Dataset, load
+from pyro_genmodels.distributions.diffusion import ReverseDiffusion
 from pyro_genmodels.divergences import sliced_wasserstein
+from pyro_genmodels.dynamics.denoiser import DataPrediction, Denoiser
+from pyro_genmodels.dynamics.reverse import ReverseSampler
 from pyro_genmodels.evaluation import c2st
-from pyro_genmodels.families import Ancestral, Family
+from pyro_genmodels.families import DDIM, Ancestral, EulerMaruyama, Family, Heun, ProbabilityFlow
 from pyro_genmodels.infer import LikelihoodWeighting, LogNormalWeighting
 from pyro_genmodels.optim.averaging import moving_average
 from pyro_genmodels.training import Checkpoint, checkpoints
@@ -116,6 +120,41 @@ def mixtures(seconds: Seconds = 240, seed: Seed = 0, only: Annotated[str, typer.
             f"{good.float().mean():.1%} | {draws.evaluations} | {trained[0]:.0f} | {time.perf_counter() - start:.0f} |",
             flush=True,
         )
+
+
+MIXTURES = {"wide": ([0.3, 0.7], [-1.4, 0.6], [0.5, 0.35]), "narrow": ([0.3, 0.3, 0.4], [-1.2, 0.0, 1.1], [0.05, 0.1, 0.2])}
+"""Weights, means and deviations of mixtures of normals."""
+
+
+def ideal_diffusion(name: str, sampler: ReverseSampler) -> ReverseDiffusion:
+    """Return the diffusion of two independent coordinates of a mixture, whose mean of the data given noise is known."""
+    process = VariancePreserving()
+    weights, loc, scale = map(torch.tensor, MIXTURES[name])
+
+    def mean_of_data(x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
+        alpha, sigma = (part[:, None, None] for part in (process.alpha(t), process.sigma(t)))
+        variance = (alpha * scale) ** 2 + sigma**2
+        residual = x[..., None] * torch.hypot(alpha, sigma) - alpha * loc
+        posterior = (weights.log() - variance.log() / 2 - residual**2 / (2 * variance)).softmax(-1)
+        return (posterior * (loc + alpha * scale**2 / variance * residual)).sum(-1)
+
+    return ReverseDiffusion(Denoiser(mean_of_data, process, DataPrediction(), clock=False), (2,), sampler=sampler)
+
+
+@app.command()
+def gaps(num_samples: int = 2000, seed: Seed = 0) -> None:
+    """Measure how far each sampler's draws are from the density, for mixtures of normals whose score is known."""
+    samplers = [DPMSolver(20), DPMSolver(71), DPMSolver(200), Heun(18), Heun(50), DDIM(100), DDIM(400)]
+    samplers += [Ancestral(200), Ancestral(1000), EulerMaruyama(1000), ProbabilityFlow()]
+    print("| sampler | evaluations | gap (nats), wide modes | gap (nats), narrow modes |")
+    print("|---" * 4 + "|")
+    for sampler in samplers:
+        pyro.set_rng_seed(seed)
+        found = [ideal_diffusion(name, sampler).sampler_gap(num_samples) for name in MIXTURES]
+        evaluations = sorted({gap.evaluations for gap in found})
+        cells = " | ".join(f"{gap.value:.3f} ± {gap.std_error:.3f}" for gap in found)
+        name = f"{type(sampler).__name__}({getattr(sampler, 'num_steps', '')})"
+        print(f"| `{name}` | {' to '.join(map(str, evaluations))} | {cells} |", flush=True)
 
 
 @app.command()
