@@ -26,7 +26,6 @@ from pyro_genmodels.cli.console import (
     print_table,
     report_errors,
     say,
-    set_threads,
     terminate,
     warn,
 )
@@ -131,7 +130,7 @@ def compare(
                 warn(f"{name} could not be trained: {error}.")
         if not fits:
             raise FloatingPointError("none of the families could be trained")
-        set_threads(threads, *(fit.family for fit in fits.values()))
+        recipes.set_threads(threads, *(fit.family for fit in fits.values()))
         test_labels = dataset.test_labels if labels else None
         found = {name: recipes.evaluate(fit, dataset.test, test_labels, progress=not quiet) for name, fit in fits.items()}
         arguments = {"data": data, "columns": columns, "labels": labels, "levels": levels, "families": names}
@@ -187,7 +186,8 @@ def fit(
     with report_errors(context):
         if learning_rate is not None and not 0 < learning_rate < float("inf"):
             raise ValueError(f"--learning-rate wants a positive number, but found {learning_rate}")
-        settings: dict[str, Any] = {"batch_size": batch_size, "learning_rate": learning_rate}
+        settings: dict[str, Any] = {"epochs": epochs, "patience": patience}
+        settings |= {"batch_size": batch_size, "learning_rate": learning_rate}
         done = 0
         if resume is None:
             check_names("family", [family], FAMILIES)
@@ -200,7 +200,7 @@ def fit(
             check_modules("safetensors")
             given = [
                 name
-                for name in ("family", "out", "columns", "labels", "levels", "seed", "force", *settings)
+                for name in ("family", "out", "columns", "labels", "levels", "seed", "force", "batch_size", "learning_rate")
                 if is_given(context, name)
             ]
             if given:
@@ -208,10 +208,9 @@ def fit(
                 raise ValueError(f"--resume continues with the settings of the checkpoint: leave {options} out")
             from pyro_genmodels.cli.notes import saved_run
 
-            family, source, settings, path, done = saved_run(resume, data)
-            out, saved_epochs, saved_patience = path.parent, settings.pop("epochs"), settings.pop("patience")
-            epochs = epochs if is_given(context, "epochs") else saved_epochs
-            patience = patience if is_given(context, "patience") else saved_patience
+            family, source, saved, path, done = saved_run(resume, data)
+            settings = saved | {name: settings[name] for name in ("epochs", "patience") if is_given(context, name)}
+            out = path.parent
         prepare(context, out, device, "matplotlib", "safetensors")
         dataset = source.load(bytes_of(max_size))
         import pyro
@@ -224,8 +223,6 @@ def fit(
             dataset,
             path,
             device=device,
-            epochs=epochs,
-            patience=patience,
             threads=threads,
             progress=not quiet,
             resume=resume is not None,
@@ -233,10 +230,10 @@ def fit(
         )
         if resume is not None and len(fitted.history) == done:
             warn(
-                f"nothing was trained: the run already has {done} epochs, and ends at {epochs} or after {patience} without a "
-                "better validation loss. To go on, raise --epochs or --patience."
+                f"nothing was trained: the run already has {done} epochs, and ends at epoch {settings['epochs']}, or after "
+                f"{settings['patience']} epochs without a better validation loss. To go on, raise --epochs or --patience."
             )
-        set_threads(threads, fitted.family)
+        recipes.set_threads(threads, fitted.family)
         reports.plot_fits(
             {family: fitted}, dataset, out, conditional=bool(source.labels), seed=source.seed, suffix=f"_{family}"
         )
@@ -291,7 +288,7 @@ def sample(
         reports.check_rows(out)
         check_no_file(out, picture, force=force)
         family, notes = recipes.load_family(checkpoint, device=device, max_bytes=bytes_of(max_size))
-        set_threads(threads, family)
+        recipes.set_threads(threads, family)
         if picture is not None:
             reports.check_picture(family, picture)
         pyro.set_rng_seed(seed)
@@ -310,7 +307,7 @@ def sample(
         samples = recipes.draw(family, num_samples, labels)
         reports.save_rows(out, samples, labels, notes)
         if coarse := reports.coarse_columns(samples, notes):
-            warn(f"samples are in single precision, seven digits: {coarse}.")
+            warn(f"samples are in single precision, which has seven digits: {coarse}.")
         if picture is not None:
             name = notes.family
             figure = plots.image_grids({name: samples[:100]}) if samples.dim() == 3 else plots.scatters({name: samples})
@@ -383,7 +380,7 @@ def evaluate(
         from pyro_genmodels.utils.files import atomic_write
 
         family, notes = recipes.load_family(checkpoint, device=device, max_bytes=bytes_of(max_size))
-        set_threads(threads, family)
+        recipes.set_threads(threads, family)
         rows = rows_of(notes, data=data, columns=split_names(columns), labels=labels, split=split, max_bytes=bytes_of(max_size))
         pyro.set_rng_seed(seed)
         found = recipes.evaluate(family, rows.x, rows.labels, num_samples=num_samples)

@@ -10,11 +10,11 @@ __all__ = [
     "print_table",
     "report_errors",
     "say",
-    "set_threads",
     "terminate",
     "warn",
 ]
 
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -84,17 +84,6 @@ def check_device(device: str) -> None:
         raise ValueError(f"the device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def set_threads(threads: int | None, *families: Any) -> None:
-    """Set torch's number of threads for the rest of the command: by default one if all families are small."""
-    import torch
-
-    from pyro_genmodels.cli.recipes import threads_for
-
-    wanted = threads or (1 if all(threads_for(family) == 1 for family in families) else None)
-    if wanted is not None:
-        torch.set_num_threads(wanted)
-
-
 @contextmanager
 def report_errors(context: typer.Context) -> Iterator[None]:
     """Print errors of input and output in one line and exit with code 2, or with the code of a signal that stopped the run."""
@@ -117,7 +106,7 @@ def report_errors(context: typer.Context) -> Iterator[None]:
 
 def _one_line(error: Exception) -> str:
     """Return the message of an error, in terms of the command line."""
-    text = str(error).split("\nTrace Shapes:")[0].split("\n  Trace Shapes:")[0].strip()  # Pyro adds shapes for model authors
+    text = re.split(r"\n\s*Trace Shapes:", str(error))[0].strip()  # Pyro adds shapes for model authors
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     text = one_line(text, MAX_MESSAGE)

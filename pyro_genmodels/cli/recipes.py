@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["FAMILIES", "Recipe", "draw", "evaluate", "fit", "load_family", "sample_quality_of", "threads_for"]
+__all__ = ["FAMILIES", "Recipe", "draw", "evaluate", "fit", "load_family", "sample_quality_of", "set_threads"]
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -175,7 +175,7 @@ def _adversarial(data: Dataset, family: Any, optim: Any) -> Adversarial:
 
 
 SMALL_FAMILY = 1_000_000
-"""Number of parameters below which a family is trained and evaluated by one thread: several would wait for each other."""
+"""Number of parameters below which a family is trained and evaluated in one thread, since several would wait for each other."""
 
 FAMILIES: Mapping[str, Recipe] = {
     "flow": Recipe(_flow, learning_rate=2e-3, batch_size=(128, 256)),
@@ -245,7 +245,7 @@ def fit(
     family = recipe.build(data, context)
     family.name = name
     family.to(device)
-    if data.train.dtype == torch.float64:  # of a column far from 0 for its spread, whose draws need as many digits
+    if data.train.dtype == torch.float64:  # float32 would lose digits of the data, and of the draws
         family.double()
     optim = partial(torch.optim.Adam, lr=notes.learning_rate)
     objective = recipe.objective(data, family, optim)
@@ -262,14 +262,21 @@ def fit(
         ema_decay=recipe.ema_decay,
         checkpoint=Checkpoint(checkpoint, resume=resume, notes=asdict(notes)),
         seed=source.seed,
-        threads=threads or threads_for(family),
+        threads=threads or _suitable_threads(family),
         progress=progress,
     )
 
 
-def threads_for(family: Family) -> int | None:
-    """Return the number of threads that suits a family: one if it is small, and otherwise None, which is torch's own number."""
-    return 1 if sum(p.numel() for p in family.parameters()) < SMALL_FAMILY else None
+def _suitable_threads(*families: Family) -> int | None:
+    """Return the number of threads that suits families: 1 if all are small, and otherwise None, for torch's own number."""
+    return 1 if all(sum(p.numel() for p in family.parameters()) < SMALL_FAMILY for family in families) else None
+
+
+def set_threads(threads: int | None, *families: Family) -> None:
+    """Set torch's number of threads for the rest of the process; None is the number that suits the families."""
+    wanted = threads or _suitable_threads(*families)
+    if wanted is not None:
+        torch.set_num_threads(wanted)
 
 
 def evaluate(

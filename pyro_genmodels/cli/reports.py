@@ -73,8 +73,7 @@ def save_rows(path: Path, x: Tensor, labels: Tensor | None, notes: Notes) -> Non
             np.savez_compressed(part, **arrays)
         else:
             flat = array.reshape(len(array), -1)
-            columns = notes.columns if notes.columns and len(notes.columns) == flat.shape[1] else None
-            table = pd.DataFrame(flat, columns=columns or [f"x{i}" for i in range(flat.shape[1])])
+            table = pd.DataFrame(flat, columns=_column_names(notes, flat.shape[1]))
             if labels is not None:
                 table[label] = labels.numpy()
             if path.suffix == ".csv":  # a header of numbers would be read as a row
@@ -83,14 +82,19 @@ def save_rows(path: Path, x: Tensor, labels: Tensor | None, notes: Notes) -> Non
                 table.to_parquet(part, index=False)
 
 
+def _column_names(notes: Notes, count: int) -> list[str]:
+    """Return the names of the columns that a family was fitted to, or x0, x1, ... if they have no names."""
+    return notes.columns if notes.columns and len(notes.columns) == count else [f"x{i}" for i in range(count)]
+
+
 def coarse_columns(x: Tensor, notes: Notes) -> str:
-    """Return which columns of samples hold numbers so large that their precision has no fractions, and its steps; or ""."""
+    """Return a text about columns of numbers so large that float32 rounds them by steps above 1, or "" without any."""
     if x.dtype != torch.float32:
         return ""
     largest = x.abs().reshape(len(x), -1).amax(0)
     steps = (torch.nextafter(largest, largest.new_tensor(torch.inf)) - largest).tolist()
-    names = notes.columns if notes.columns and len(notes.columns) == len(steps) else [f"x{i}" for i in range(len(steps))]
-    found = [f"those of {name} are {step:g} apart" for name, step in zip(names, steps, strict=True) if step > 1]
+    named = zip(_column_names(notes, len(steps)), steps, strict=True)
+    found = [f"those of {name} are {step:g} apart" for name, step in named if step > 1]
     return listed(found) if found else ""
 
 

@@ -140,7 +140,7 @@ def check_refusal(result, *words):
 
 VERDICT = re.compile(
     r"(?P<family>\w+) on (?P<data>\S+) \((?P<split>\w+)\): (?P<nats>\S+) ± (?P<se>\S+) nats per datum, lower is better "
-    r"\((?P<kind>exact|(lower bound|estimate|unreliable), k=\d+), n=(?P<n>\d+)\)(; (?P<bits>\S+) bits per dimension)?"
+    r"\((?P<kind>exact|(lower bound|estimate|unreliable|unreliable lower bound), k=\d+), n=(?P<n>\d+)\)(; (?P<bits>\S+) bits per dimension)?"
     r"(; Pareto k-hat is .* rows)*"
 )
 WITHOUT = re.compile(
@@ -541,6 +541,7 @@ def test_digits_are_fitted_given_their_labels_drawn_by_label_and_judged(tmp_path
     ],
     ids=["reals by label", "images", "reals", "images by label", "integers as reals"],
 )
+@pytest.mark.filterwarnings("ignore:.*one value in many rows")  # of integers as reals
 def test_fit_and_evaluate_say_the_same(family, args, data, tmp_path):
     args = ["--data", data / args[0], *args[1:], "--family", family, "--seed", 5]
     text = done("fit", *args, "--epochs", 1, "--out", tmp_path)
@@ -549,16 +550,17 @@ def test_fit_and_evaluate_say_the_same(family, args, data, tmp_path):
     assert verdict(done("evaluate", tmp_path / family, "--seed", 5)) == said
     if "k=" in said["kind"]:
         other = verdict(done("evaluate", tmp_path / family, "--seed", 6, "-n", 100))
-        assert other["kind"] in (said["kind"].split(",")[0] + ", k=100", "unreliable, k=100")
+        assert "unreliable" in other["kind"] or other["kind"].split(",")[0] in said["kind"]
+        assert other["kind"].endswith(", k=100")
         assert other["nats"] == pytest.approx(said["nats"], abs=0.5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["measures.csv", "images.npz"])
+@pytest.mark.parametrize("args", [["measures.csv", *MEASURES], ["images.npz"]], ids=["measures", "images"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_recipe_is_fitted(family, file, data, tmp_path, small_recipes, monkeypatch):
+def test_every_recipe_is_fitted(family, args, data, tmp_path, small_recipes, monkeypatch):
     monkeypatch.setattr(recipes, "FAMILIES", small_recipes)
-    said = verdict(done("fit", "--data", data / file, "--family", family, "--epochs", 1, "--out", tmp_path))
+    said = verdict(done("fit", "--data", data / args[0], *args[1:], "--family", family, "--epochs", 1, "--out", tmp_path))
     assert verdict(done("evaluate", tmp_path / family)) == said
 
 
@@ -1360,11 +1362,11 @@ def test_columns_that_are_hardly_real_are_warned_of_in_a_line(data, tmp_path):
         warnings.showwarning = console.warn
         result = invoke(*args, "--out", tmp_path / "a")
         assert result.exit_code == 0, result.output
-        [line] = [line for line in result.stderr.splitlines() if "taken for real" in line]
+        [line] = [line for line in result.stderr.splitlines() if "read as real" in line]
         assert "kind (3 values)" in line
         assert "height" not in line
         for more in (["--levels", 0], MEASURES):
-            assert "taken for real" not in invoke(*args, *more, "--out", tmp_path / more[0]).stderr
+            assert "read as real" not in invoke(*args, *more, "--out", tmp_path / more[0]).stderr
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".csv"])
