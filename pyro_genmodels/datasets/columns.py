@@ -67,17 +67,17 @@ def choose_columns(
             example="a,b",
         )
 
-    def check_numeric(wanted: Sequence[str]) -> str:
+    def describe_text(wanted: Sequence[str]) -> str:
         text = [name for name in wanted if name not in numeric]
         return f"not numeric: {listed(text)} ({example(text[0])})" if text else ""
 
-    if text := check_numeric(chosen):
+    if text := describe_text(chosen):
         others = listed(name for name in names if name in numeric and name not in ("", labels))
         raise ArgumentError(f"{text}. Choose columns among those that are: {others}.", argument="columns", example="a,b")
     x = check_finite(read(chosen), chosen)
     if labels is None:
         return Table(x, columns=chosen)
-    if text := check_numeric([labels]):
+    if text := describe_text([labels]):
         raise ValueError(f"{text}. Number the classes from 0.")
     return Table(x, check_labels(read([labels])[:, 0], len(x)), chosen)
 

@@ -117,7 +117,10 @@ def _csv(file: BinaryIO, size: int, columns: Columns, labels: str | None, max_by
 
 
 def _check_lines(file: BinaryIO, max_bytes: int) -> None:
-    """Raise an error for a text of zero bytes, of lines without end, or of too many lines. Read it block by block."""
+    """Raise an error for a text with bytes of zero, with too long a line, or with too many lines.
+
+    The text is read block by block, since a single line may be as large as the file.
+    """
     length = lines = blank = 0
     file.seek(0)
     while block := file.read(2**20):
@@ -126,11 +129,12 @@ def _check_lines(file: BinaryIO, max_bytes: int) -> None:
         ends = [position for end in (b"\n", b"\r") for position in (block.find(end), block.rfind(end)) if position >= 0]
         length += min(ends, default=len(block))
         lines += max(block.count(b"\n"), block.count(b"\r"))
+        # each pair of ends is counted once, also in a longer row of them
         blank += 2 * sum(map(block.count, (b"\n\n", b"\r\r", b"\r\n\r\n")))
         for found, share, what in ((length, 64, "bytes in a line"), (lines, 32, "lines"), (blank, 1024, "blank lines")):
             if found * share > max_bytes:
                 raise ArgumentError(
-                    f"it has more than {max_bytes // share:,} {what}, as no table should. If you trust it, raise max_bytes.",
+                    f"it has more than {max_bytes // share:,} {what}. Few tables have. If you trust the file, raise max_bytes.",
                     argument="max_bytes",
                     example=str(10 * max_bytes),
                 )
@@ -175,7 +179,7 @@ def _is_number(field: str) -> bool:
 
 def _from_frame(frame: DataFrame, columns: Columns, labels: str | None) -> Table:
     """Return the chosen columns of a data frame of numpy's data types."""
-    dtypes = dict(zip(frame.columns, frame.dtypes, strict=False))
+    dtypes = frame.dtypes.to_dict()
 
     def read(names: Sequence[str]) -> np.ndarray:
         return frame[list(names)].to_numpy(np.result_type(*{dtypes[name] for name in names}))

@@ -52,9 +52,9 @@ def load(
         minutes apart), or as int64 if it has levels.
 
     Warns:
-        UserWarning: if all labels are one; if levels are not given, or are 0 because of other columns with integers beyond 255,
-            and coordinates that become real numbers hold whole numbers alone, or one value in more than a twentieth of the
-            rows. A density of real numbers is unbounded on them.
+        UserWarning: if all rows have the same label. Also if coordinates are read as real numbers, but hold only whole numbers,
+            or one value in more than a twentieth of the rows: a density of real numbers is unbounded on them. With levels=0
+            only columns that stand beside integers beyond 255 are warned of, since such a file can be read in no other way.
 
     Raises:
         OSError: if the file cannot be read.
@@ -154,7 +154,10 @@ def _read(
 
 
 def _loses_digits(x: np.ndarray, rounded: np.ndarray) -> bool:
-    """Return True if a column of (N, ...) is changed by rounding noticeably; of a single row each change is."""
+    """Return True if rounding changes a column of x, (N, ...), by more than MAX_ROUNDING of its range.
+
+    The range of a single row is 0, so that any change of it counts.
+    """
     x = x.astype(np.float64)
     return bool((np.abs(rounded - x).max(0) > MAX_ROUNDING * (x.max(0) - x.min(0))).any())
 
@@ -173,7 +176,7 @@ def _check_classes(path: Path, name: str, y: Tensor) -> None:
         raise ValueError(f"{path}: the labels run to {high}, but there are {len(y)} rows. Use classes 0, 1, 2, ...")
     if found == 1:
         warn_caller(
-            f"{path}: all rows have one label, {high}, which says nothing about them. Leave the labels out, or choose "
+            f"{path}: all rows have the same label, {high}, which tells a model nothing. Leave the labels out, or choose "
             "another column.",
             UserWarning,
         )
@@ -185,8 +188,8 @@ def _check_reals(path: Path, table: Table, *, meant: bool) -> None:
     Args:
         path: path of the file.
         table: the table in it.
-        meant: True if real numbers were asked for. Nothing is said then of repeated values and whole numbers, unless they stand
-            beside integers beyond 255, which are read no other way.
+        meant: True if real numbers were asked for. Repeated values and whole numbers then raise no warning, unless other
+            columns hold integers beyond 255: such a file can be read in no other way.
     """
     x = table.x.reshape(len(table.x), -1)
     names = table.columns or tuple(f"number {i}" for i in range(x.shape[1]))
@@ -208,9 +211,10 @@ def _check_reals(path: Path, table: Table, *, meant: bool) -> None:
         shown = [f"{name} ({n} values)" for name, n, is_odd in zip(names, before, odd, strict=True) if is_odd]
         where = listed(shown) if table.columns else f"{len(shown)} of {len(names)} coordinates"
         warn_caller(
-            f"{path}: taken for real numbers, but whole numbers alone, or one value in over a twentieth of the rows: {where}. "
-            "A density of real numbers is unbounded on them. Leave them out, condition on one as labels, save whole numbers "
-            "from 0 alone to model them as levels" + ("." if meant else ", or give levels=0 if real numbers are meant."),
+            f"{path}: read as real numbers, but holding only whole numbers, or one value in more than a twentieth of the rows: "
+            f"{where}. A density of real numbers is unbounded on them. Leave them out, condition on one as labels, or save "
+            "only whole numbers from 0 to model them as levels."
+            + ("" if meant else " Give levels=0 if real numbers are meant."),
             UserWarning,
         )
 

@@ -353,7 +353,7 @@ def test_a_column_of_numbers_is_not_taken_for_labels(tmp_path):
 
 def test_labels_of_one_class_are_warned_of(tmp_path):
     path = save(tmp_path / "x.npz", x=LINE, y=np.zeros(len(LINE), int))
-    with pytest.warns(UserWarning, match="all rows have one label, 0, which says nothing"):
+    with pytest.warns(UserWarning, match="all rows have the same label, 0, which tells a model nothing"):
         load(path, labels="y")
 
 
