@@ -196,9 +196,9 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
         self._check_draws()
         shape = Size(sample_shape) + self.batch_shape
         y = self._draw(shape, self._context_at(shape))
-        return self._to_data(y if dtype is None else y.to(dtype))
+        return self.to_data(y if dtype is None else y.to(dtype))
 
-    def _to_data(self, y: Tensor) -> Tensor:
+    def to_data(self, y: Tensor) -> Tensor:
         """Return data from values in the space of the network, strictly inside of the support."""
         return interior(y if self.pretransform is None else self.pretransform.inv(y), self.support)
 

@@ -251,7 +251,7 @@ class ReverseDiffusion(GenerativeDistribution):
             trajectory = self._reverse(shape, self._context_at(shape), num_frames=num_frames, progress=progress)
         x = trajectory.x.reshape(shape + self.event_shape)
         frames = trajectory.frames.reshape(len(trajectory.frames), *shape, *self.event_shape)
-        return replace(trajectory, x=self._to_data(x), frames=frames)
+        return replace(trajectory, x=self.to_data(x), frames=frames)
 
     def sampler_gap(self, num_samples: int = 1000) -> SamplerGap:
         """Estimate how far the sampler's draws are from the density of the probability flow.
@@ -278,7 +278,7 @@ class ReverseDiffusion(GenerativeDistribution):
             context, noise = self._context_at(shape), self._noise(shape)
             found = self._reverse(shape, context, noise)
             ends = (part.x.reshape(shape + self.event_shape) for part in (found, exact._reverse(shape, context, noise)))
-            log_p, log_p_exact = (self.flow.log_prob(self._to_data(x)).double() for x in ends)
+            log_p, log_p_exact = (self.flow.log_prob(self.to_data(x)).double() for x in ends)
         differences = (log_p - log_p_exact).reshape(num_samples, -1).mean(1)
         return SamplerGap(differences.mean(), differences.std() / sqrt(num_samples), found.evaluations)
 

@@ -85,7 +85,7 @@ class Likelihood(ABC):
 
 def _is_positive(value: Any) -> bool:
     """Return True for a positive, finite number."""
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < value < inf
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < inf
 
 
 def check_likelihood(likelihood: Any) -> Likelihood:

@@ -351,7 +351,7 @@ class ContinuousFlow(GenerativeDistribution):
                 evaluations += path.evaluations
         self.evaluations.add(evaluations)
         positions = torch.stack(frames).reshape(num_frames, *start.shape)
-        return Trajectory(self._to_data(positions[-1]), evaluations, times, positions)
+        return Trajectory(self.to_data(positions[-1]), evaluations, times, positions)
 
     def _start(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor], list[Tensor]]:
         """Return points as rows (N, d), the velocity of rows, and the tensors on which it depends."""

@@ -27,7 +27,7 @@ from pyro_genmodels.distributions.ode import fresh_probes
 from pyro_genmodels.evaluation.arguments import row_arguments, with_plate_of_pair
 from pyro_genmodels.evaluation.importance import RowEstimator, structure_of
 from pyro_genmodels.evaluation.log_z import LogPartitions
-from pyro_genmodels.evaluation.result import LikelihoodKind, LogLikelihood, finite_kind, reliable_kind
+from pyro_genmodels.evaluation.result import LikelihoodKind, LogLikelihood, checked
 from pyro_genmodels.utils.distributions import density_of
 from pyro_genmodels.utils.errors import check_positive_int
 from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, runs_models
@@ -112,20 +112,20 @@ def log_likelihood(
                 parallel = k > 1 and vectorize.can_vectorize(model, guide, trial.args, trial.kwargs, structure.nesting)
         estimator = RowEstimator(model, guide, structure, log_partitions, k, batch_size, parallel)
         found = estimator.estimate(data, progress=progress)
-    least_known = max([structure.kind, *log_partitions.kinds], key=get_args(LikelihoodKind).index)
-    cure = "Raise num_samples, or use a guide closer to the posterior: this one may be too narrow or too wide."
-    kind = reliable_kind("log_likelihood", least_known, found.pareto_k, k, cure)
-    return LogLikelihood(
+    kind = max([structure.kind, *log_partitions.kinds], key=get_args(LikelihoodKind).index)
+    likelihoods = LogLikelihood(
         found.values,
         found.std_error,
-        finite_kind("log_likelihood", kind, found.values, data.args[0]),
-        k if structure.is_sampled or least_known == "exact" else num_samples,
+        kind,
+        k if structure.is_sampled or kind == "exact" else num_samples,
         log_partitions.single,
         log_partitions.shared_error(len(found.values)),
         pareto_k=found.pareto_k,
         smoothed=found.smoothed,
-        is_bound=least_known == "lower bound",
+        is_bound=kind == "lower bound",
     )
+    cure = "Raise num_samples, or use a guide closer to the posterior: this one may be too narrow or too wide."
+    return checked("log_likelihood", likelihoods, data.args[0], cure=cure)
 
 
 @runs_models()

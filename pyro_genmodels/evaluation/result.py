@@ -12,9 +12,9 @@ per dimension are their negatives, as losses are, so lower is better.
 
 from __future__ import annotations
 
-__all__ = ["LikelihoodKind", "LogLikelihood", "finite_kind", "lower_bound", "no_likelihood", "reliable_kind"]
+__all__ = ["LikelihoodKind", "LogLikelihood", "checked", "lower_bound", "no_likelihood"]
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from typing import Literal
 
@@ -116,55 +116,51 @@ class LogLikelihood:
         return f"{self.nats:.3f} ± {self.mean_std_error:.3f} nats per datum, lower is better ({about}{notes})"
 
 
-def reliable_kind(owner: str, kind: LikelihoodKind, pareto_k: Tensor | None, num_samples: int, cure: str) -> LikelihoodKind:
-    """Return the kind of some values, or "unreliable" if their k-hat says so.
+def checked(owner: str, found: LogLikelihood, x: Tensor, *, cure: str) -> LogLikelihood:
+    """Return log-likelihoods, of the kind "unreliable" if their k-hat or their values say so.
 
     Args:
-        owner: function that made the values.
-        kind: their kind if they are reliable.
-        pareto_k: k-hat of each, or None.
-        num_samples: number of samples behind each.
-        cure: what to do about unreliable ones.
+        owner: function that made them, for the warnings.
+        found: log-likelihoods, of the kind that they have if they are reliable.
+        x: data, with N rows in any dimension.
+        cure: what to do if k-hat is too large.
 
     Warns:
         RuntimeWarning: if they are unreliable; it names how many.
     """
-    if pareto_k is None or not is_unreliable(pareto_k, num_samples):
-        return kind
-    warn_caller(
-        f"{owner}: Pareto k-hat is above {MAX_PARETO_K} in {count_unreliable(pareto_k)} of {len(pareto_k)} rows (largest "
-        f"{largest_pareto_k(pareto_k):.2f}): a few samples carry the weight there, and the value and its standard error cannot "
-        f"be relied on. {cure}",
+    warnings = [text for text in (_heavy_weights(found, cure), _not_finite(found.values, x)) if text]
+    for text in warnings:
+        warn_caller(f"{owner}: {text}")
+    return replace(found, kind="unreliable") if warnings else found
+
+
+def _heavy_weights(found: LogLikelihood, cure: str) -> str:
+    """Return a warning of rows whose weights have a heavy tail, or nothing if there are few."""
+    k = found.pareto_k
+    if k is None or not is_unreliable(k, found.num_samples):
+        return ""
+    return (
+        f"Pareto k-hat is above {MAX_PARETO_K} in {count_unreliable(k)} of {len(k)} rows (largest {largest_pareto_k(k):.2f}): "
+        f"a few samples carry the weight there, and the value and its standard error cannot be relied on. {cure}"
     )
-    return "unreliable"
 
 
-def finite_kind(owner: str, kind: LikelihoodKind, values: Tensor, x: Tensor) -> LikelihoodKind:
-    """Return the kind of some values, or "unreliable" if some of them are no numbers.
+def _not_finite(values: Tensor, x: Tensor) -> str:
+    """Return a warning of values that are NaN, plus infinity, or minus infinity by overflow; nothing if there are none.
 
     Minus infinity is right for an impossible datum, unless its square is too large for the precision of the values.
-
-    Args:
-        owner: function that made the values.
-        kind: their kind if they are numbers.
-        values: log-likelihoods, (N,).
-        x: data, with N rows in any dimension.
-
-    Warns:
-        RuntimeWarning: if there are such values; it names how many, and the first row.
     """
     largest = torch.finfo(values.dtype).max ** 0.5
     overflows = values.isneginf() & bool((x.abs() > largest).any())
     wrong = values.isnan() | values.isposinf() | overflows
     if not wrong.any():
-        return kind
+        return ""
     first = int(wrong.nonzero()[0])
-    warn_caller(
-        f"{owner}: the value is {values[first].item()} in {int(wrong.sum())} of {len(values)} rows, the first of them row "
-        f"{first}, so that their mean says nothing. Look at these rows: numbers above about {largest:.0e} overflow in "
-        f"{values.dtype}, and a NaN in data or parameters spreads.",
+    return (
+        f"the value is {values[first].item()} in {int(wrong.sum())} of {len(values)} rows, the first of them row {first}, so "
+        f"that their mean says nothing. Look at these rows: numbers above about {largest:.0e} overflow in {values.dtype}, and "
+        "a NaN in data or parameters spreads."
     )
-    return "unreliable"
 
 
 def lower_bound(
@@ -183,17 +179,17 @@ def lower_bound(
     Warns:
         RuntimeWarning: if they are unreliable.
     """
-    kind = reliable_kind(owner, "lower bound", mean.pareto_k, num_samples, cure)
-    return LogLikelihood(
+    found = LogLikelihood(
         mean.value,
         mean.std_error,
-        finite_kind(owner, kind, mean.value, x),
+        "lower bound",
         num_samples,
         observation_noise=observation_noise,
         pareto_k=mean.pareto_k,
         smoothed=mean.smoothed,
         is_bound=True,
     )
+    return checked(owner, found, x, cure=cure)
 
 
 def no_likelihood(num_rows: int) -> LogLikelihood:

@@ -28,7 +28,7 @@ from torch.distributions import Distribution
 from pyro_genmodels._pyro import traces
 from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.dynamics.guided import Particles, effective_size, sample_guided, sample_twisted
-from pyro_genmodels.utils.distributions import interior, unwrap
+from pyro_genmodels.utils.distributions import unwrap
 from pyro_genmodels.utils.errors import check_choice, check_positive_int, type_with_article
 from pyro_genmodels.utils.keywords import signature_of
 from pyro_genmodels.utils.pareto import is_unreliable, pareto_k
@@ -188,13 +188,10 @@ def diffusion_posterior(
         trace = poutine.trace(model).get_trace(*args, **kwargs)
     name, prior = _prior(trace)
 
-    def to_data(y: Tensor) -> Tensor:
-        return interior(y if prior.pretransform is None else prior.pretransform.inv(y), prior.support)
-
     def log_likelihood(y: Tensor) -> Tensor:
         try:
             with pyro.validation_enabled(is_validate=False):
-                return torch.vmap(log_likelihood_of_one)(to_data(y))
+                return torch.vmap(log_likelihood_of_one)(prior.to_data(y))
         except RuntimeError as error:
             if "vmap" not in str(error) and "storage" not in str(error):  # .numpy() says "storage"
                 raise
@@ -218,7 +215,7 @@ def diffusion_posterior(
     averaged = particles.averaged_log_weights
     return WeightedDraws(
         name,
-        to_data(particles.x),
+        prior.to_data(particles.x),
         particles.log_weights,
         particles.log_evidence,
         particles.effective_sizes,
@@ -230,9 +227,14 @@ def diffusion_posterior(
 
 def _check_arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise an error unless the model is a function that takes the arguments."""
-    is_family = hasattr(model, "model") and hasattr(model, "guide")
-    if isinstance(model, Distribution) or is_family or not callable(model):
-        kind = "distribution" if isinstance(model, Distribution) else "family" if is_family else "value"
+    kind = ""
+    if isinstance(model, Distribution):
+        kind = "distribution"
+    elif hasattr(model, "model") and hasattr(model, "guide"):
+        kind = "family"
+    elif not callable(model):
+        kind = "value"
+    if kind:
         raise TypeError(
             "diffusion_posterior wants a model, a function that draws x = pyro.sample('x', diffusion()) and observes what "
             f"depends on it, but found a {kind} of type {type(model).__name__}. For observed coordinates of x itself use "
