@@ -60,7 +60,7 @@ class EnergyModel(Family):
         noise: lowest and highest noise level, in units of the standardised data, for `DenoisingScoreMatching` at many levels.
             The context of the energy then ends with the logarithm of the level. The distribution is that at the lowest level,
             and draws are annealed from the highest.
-        standardize: see `Family`. Without it, the input of a module is the data as they are.
+        standardize: see `Family`. Without it, the input of a module is the unchanged data.
         standardize_context: see `Family`.
         name: see `Family`.
 

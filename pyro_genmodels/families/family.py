@@ -80,9 +80,9 @@ class Family(PyroModule):
             and counted in the density. A coordinate that is constant is divided by its size, with a warning: a density can
             become arbitrarily high there, so that log densities mean nothing.
         standardize_context: True for networks that see float contexts of mean 0 and deviation 1 too, "robust" for median and
-            interquartile range, False for contexts as they are. It concerns contexts that are given by their length; a module
-            of your own is given the context as it is. They are computed together with those of the data, in a model of your own
-            by ``family.standardize(x, context)``, and saved in ``family.context``.
+            interquartile range, False to leave contexts unchanged. Only contexts given by their length are standardised; a
+            module of your own is given the contexts unchanged. Mean and deviation are computed together with those of the data,
+            in a model of your own by ``family.standardize(x, context)``, and saved in ``family.context``.
         name: unique name under which Pyro stores the parameters; by default the class name and a free number. If another family
             has the name already, that family gets a new one. Save a family by its `state_dict`, not by Pyro's param store.
 
@@ -367,7 +367,7 @@ class Family(PyroModule):
     # Checks of the data.
 
     def _as_tensors(self, x: Any, context: Any) -> tuple[Any, Any]:
-        """Return data and contexts as tensors. What a context module of your own is given is left as it is."""
+        """Return data and contexts as tensors. Contexts for a module of your own are left unchanged."""
         if x is not None:
             tensor = as_tensor(x, self.name)
             x = tensor if isinstance(x, Tensor) else tensor.to(self.loc.device)

@@ -170,10 +170,9 @@ def train(
                     ema_decay = EMA_DECAY if step.wants_average else None
                 weights = TrainedWeights(step.parameters, modules, ema_decay, step.excluded, step.extra_modules)
                 checkpoint = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
-                loss = step.objective if isinstance(step, LossStep) else step.trainer.loss
                 settings = {
                     "seed": seed,
-                    "objective": type(loss).__name__,
+                    "objective": type(step.objective).__name__,
                     "batch_size": batch_size,
                     "ema_decay": ema_decay,
                     "clip_norm": clip_norm,

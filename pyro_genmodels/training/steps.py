@@ -131,6 +131,7 @@ class LossStep(_Step):
         clip_norm: largest norm of the gradient, or None.
 
     Attributes:
+        objective: the loss.
         parameters: trained parameters by name.
         optimiser: their optimiser.
         excluded: names of parameters that belong to the objective, not to the fit.
@@ -285,6 +286,7 @@ class AdversarialStep(_Step):
         batches: the data.
 
     Attributes:
+        objective: the adversarial loss.
         parameters: trained parameters of both by name; those of the critic begin with ``critic.``.
         optimiser: both optimisers as one.
         excluded: names of the critic's parameters, if the critic does not belong to the fit.
@@ -298,7 +300,7 @@ class AdversarialStep(_Step):
         if fit_modules and not fit_modules.intersection(traces.modules_of(trainer.model, trainer.guide)):
             raise ValueError("The objective is an Adversarial of another model than this fit: build it of fit.model.")
         super().__init__(trainer.model, batches.rows)
-        self.trainer = trainer
+        self.trainer, self.objective = trainer, trainer.loss
         self._with_first_batch(batches, lambda batch: trainer.prepare(*batch.args, **self._kwargs(batch, self.rows)))
         critic = {f"critic.{name}": p for name, p in trainer.parameters["critic"].items()}
         self.parameters = {**trainer.parameters["generator"], **critic}
