@@ -39,7 +39,7 @@ class Process(ABC):
 
     def __post_init__(self) -> None:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        bad = {name: v for name, v in values.items() if not (isinstance(v, Real) and 0 < v < float("inf"))}
+        bad = {name: v for name, v in values.items() if not (isinstance(v, Real) and 0 < float(v) < float("inf"))}
         if bad:
             raise ValueError(f"{type(self).__name__} wants positive numbers, but found {bad}.")
         ordered = [(a, a.replace("min", "max")) for a in values if a.endswith("_min")]

@@ -242,5 +242,5 @@ def check_positive(choice: Any, *names: str) -> None:
     """Raise a ValueError if an option is not a positive finite number."""
     for name in names:
         value = getattr(choice, name)
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < float("inf"):
             raise ValueError(f"{type(choice).__name__} wants a positive {name}, but found {value!r}.")
