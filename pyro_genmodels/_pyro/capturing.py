@@ -1,0 +1,124 @@
+"""Parts of Pyro and torch that are replaced while a program is captured as a graph, since they read the values of tensors.
+
+Each replacement computes the same number. Checks of values cannot stand in a graph: they run before, in an eager run.
+"""
+
+from __future__ import annotations
+
+__all__ = ["capturable", "find_parameters", "has_handlers"]
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import util
+from pyro.ops import packed
+from pyro.ops.einsum.adjoint import require_backward
+from pyro.ops.rings import MarginalRing
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_genmodels._pyro.handlers import exclusive
+
+
+def has_handlers() -> bool:
+    """Return True if a handler of Pyro is active around the call, which could change what a program means."""
+    return bool(_PYRO_STACK)
+
+
+def find_parameters(run: Callable[[], Any]) -> dict[str, Tensor]:
+    """Return the unconstrained parameters that a run asks for, by their names in Pyro's param store, as `SVI` finds them."""
+    with poutine.trace(param_only=True) as trace:
+        run()
+    return {name: site["value"].unconstrained() for name, site in trace.trace.nodes.items()}
+
+
+@contextmanager
+def capturable() -> Iterator[None]:
+    """Replace the parts of Pyro and torch that read values, in one thread at a time.
+
+    Replaced are the conversion of losses to numbers, the checks for NaN, the checks of values and arguments of distributions,
+    and the expectation of enumerated costs, which selects rows by a mask.
+
+    Raises:
+        RuntimeError: if another thread runs a model; see `exclusive`.
+    """
+    with exclusive("the capture of a model"), ExitStack() as stack:
+        modules = [
+            module for name, module in list(sys.modules.items()) if name.startswith(("pyro.infer", "pyro_genmodels.infer"))
+        ]
+        for module in modules:
+            for name, replacement in (("torch_item", _detach), ("warn_if_nan", _return)):
+                if callable(vars(module).get(name)):
+                    stack.enter_context(mock.patch.object(module, name, replacement))
+        for cls in {Distribution, *_overriding(Distribution, "_validate_sample")}:
+            stack.enter_context(mock.patch.object(cls, "_validate_sample", _skip))
+        stack.enter_context(mock.patch.object(util.Dice, "compute_expectation", _compute_expectation))
+        stack.enter_context(pyro.validation_enabled(is_validate=False))
+        yield
+
+
+def _overriding(cls: type, name: str) -> Iterator[type]:
+    """Yield the subclasses that define an attribute anew."""
+    for child in cls.__subclasses__():
+        if name in vars(child):
+            yield child
+        yield from _overriding(child, name)
+
+
+def _detach(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
+
+
+def _return(value: Any, *args: Any, **kwargs: Any) -> Any:
+    return value
+
+
+def _skip(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _compute_expectation(dice: Any, costs: dict[Any, list[Tensor]]) -> Any:
+    """Return the expected cost under enumerated variables, like ``Dice.compute_expectation``.
+
+    A cost at a probability of 0 counts 0. Pyro leaves it out of the sum by a mask, whose size depends on values; here it is
+    replaced by 0, which has the same value and gradient.
+    """
+    expected: Any = 0.0
+    with util.shared_intermediates() as cache:
+        ring = MarginalRing(cache=cache)
+        for ordinal, terms in costs.items():
+            factors = dice._get_log_factors(ordinal)
+            scale = math.exp(sum(factor for factor in factors if not isinstance(factor, Tensor)))
+            tensors = [factor for factor in factors if isinstance(factor, Tensor)]
+            queries = {frozenset(cost._pyro_dims): None for cost in terms}  # type: ignore[attr-defined]
+            for factor in tensors:
+                dims = frozenset(factor._pyro_dims)
+                if dims in queries and queries[dims] is None:
+                    queries[dims] = factor
+            for cost in terms:
+                dims = frozenset(cost._pyro_dims)  # type: ignore[attr-defined]
+                if queries[dims] is None:
+                    uniform = torch.zeros_like(cost)
+                    uniform._pyro_dims = cost._pyro_dims  # type: ignore[attr-defined]
+                    tensors.append(uniform)
+                    queries[dims] = uniform
+            for query in queries.values():
+                require_backward(query)
+            every_dim = set().union(*(factor._pyro_dims for factor in tensors))
+            ring.sumproduct(tensors, every_dim - ordinal)._pyro_backward()
+            for cost in terms:
+                query: Any = queries[frozenset(cost._pyro_dims)]  # type: ignore[attr-defined]
+                probability = query._pyro_backward_result.exp()
+                probability._pyro_dims = query._pyro_dims
+                cost_, probability = packed.broadcast_all(cost, probability)
+                cost_ = torch.where(probability > 0, cost_, torch.zeros_like(cost_))
+                expected = expected + scale * (probability * cost_).sum()
+    return expected

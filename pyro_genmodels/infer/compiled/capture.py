@@ -1,0 +1,61 @@
+"""Functions of tensors, captured as a graph and run in a chosen mode."""
+
+from __future__ import annotations
+
+__all__ = ["CapturedFunction", "capture"]
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_genmodels._pyro.capturing import capturable
+from pyro_genmodels.infer.compiled.graph import Graph, trace
+from pyro_genmodels.infer.compiled.modes import Mode, default_mode
+
+
+class CapturedFunction:
+    """A function of tensors as a graph. It reads the tensors in its closure live, and nothing else of Python.
+
+    Attributes:
+        graph: the graph.
+        mode: how it is run.
+    """
+
+    def __init__(self, graph: Graph, mode: Mode, inputs: Sequence[Tensor]) -> None:
+        self.graph, self.mode = graph, mode
+        self._run = mode.build(graph, inputs)
+
+    def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
+        """Return the results, without gradients. The inputs have the shapes and dtypes of those at the capture."""
+        with torch.no_grad():
+            return tuple(self._run(*inputs, *self.graph.read)[: self.graph.num_outputs])
+
+
+def capture(function: Callable[..., Sequence[Any]], *inputs: Tensor, mode: Mode | None = None) -> CapturedFunction:
+    """Return a function of tensors, captured as a graph. It may run Pyro programs.
+
+    Args:
+        function: function of tensors that returns a sequence of tensors, or None in some places. Gradients inside of it
+            (`torch.autograd.grad`) become operations of the graph.
+        inputs: tensors like those of later calls.
+        mode: `Compiled()`, `Captured()` or `Eager()`; by default compiled where there is a C++ compiler.
+
+    Raises:
+        CaptureError: if the function cannot be captured; the message names the cause and the line.
+
+    Example:
+        >>> from pyro_genmodels.infer.compiled import Captured
+        >>> def value_and_gradient(x):
+        ...     x = x.detach().requires_grad_()
+        ...     y = x.square().sum()
+        ...     return y, *torch.autograd.grad(y, x)
+        >>> captured = capture(value_and_gradient, torch.zeros(2), mode=Captured())
+        >>> captured(torch.tensor([1.0, 2.0]))
+        (tensor(5.), tensor([2., 4.]))
+    """
+    mode = default_mode() if mode is None else mode
+    with capturable():
+        graph = trace(function, *inputs)
+    return CapturedFunction(graph, mode, inputs)

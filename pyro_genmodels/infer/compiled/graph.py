@@ -1,0 +1,199 @@
+"""Functions of tensors as graphs of operations: traced once, with every tensor that they read as an input.
+
+`trace` runs a function once and records its operations. A tensor that the function reads and does not make, such as a
+parameter, a buffer or data in a closure, becomes an input of the graph, by identity: the graph is called with that very tensor,
+so that a change of its values is seen.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Graph", "trace"]
+
+import operator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_genmodels.infer.compiled.recorder import CaptureError, Recorder, put_back
+from pyro_genmodels.utils.rng import forked_rng
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A function of tensors as a graph.
+
+    Attributes:
+        module: graph, a function of the arguments and of the tensors that it reads.
+        read: tensors that it reads and does not make, by identity.
+        written: tensors among these, flat, that it changes, such as running means.
+        num_outputs: number of its results; more stand after them, if random numbers are drawn that nothing uses.
+    """
+
+    module: fx.GraphModule
+    read: tuple[Tensor, ...]
+    written: tuple[Tensor, ...]
+    num_outputs: int
+
+    @property
+    def num_operations(self) -> int:
+        """Number of operations."""
+        return sum(node.op == "call_function" for node in self.module.graph.nodes)
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return the results, computed one operation after another."""
+        with torch.no_grad():
+            return self.module(*tensors, *self.read)[: self.num_outputs]
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """Run code that calls the graph without a lasting effect on the tensors that it changes, or on random numbers."""
+        before = [x.clone() for x in self.written]
+        with forked_rng():
+            try:
+                yield
+            finally:
+                for x, value in zip(self.written, before, strict=True):
+                    x.copy_(value)
+
+
+def trace(function: Callable[..., Sequence[Any]], *inputs: Tensor) -> Graph:
+    """Return a function as a graph. The function is run once, without a lasting effect on tensors and random numbers.
+
+    Args:
+        function: function of tensors; it returns a sequence of tensors and may contain None.
+        inputs: tensors like those of later calls.
+
+    Raises:
+        CaptureError: if the function branches on values, or has shapes that depend on values, or reads a tensor that was
+            computed from a parameter before. The message names the line.
+
+    Example:
+        >>> scale = torch.tensor([2.0, 3.0])
+        >>> graph = trace(lambda x: (x * scale,), torch.ones(2))
+        >>> scale += 1  # is seen
+        >>> graph(torch.ones(2))
+        (tensor([3., 4.]),)
+    """
+    sites: list[Recorder] = []
+    count = 0
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        nonlocal count
+        recorder = Recorder(refuse=True)
+        sites.append(recorder)
+        with recorder.sites, recorder:
+            results = list(function(*tensors))
+        count = len(results)
+        return results
+
+    with put_back() as outer:
+        try:
+            module = make_fx(run)(*(x.detach() for x in inputs))
+        except CaptureError:
+            raise
+        except Exception as error:
+            if not sites or not _is_of_tracer(error):
+                raise
+            where = sites[-1].where(traceback.extract_tb(error.__traceback__))
+            raise CaptureError(f"{_first_line(error)}{where}") from error
+    read = _lift(module, len(inputs))
+    for x in read:
+        if x.grad_fn is not None:
+            raise CaptureError(
+                f"a tensor of shape {tuple(x.shape)} was computed from a parameter, by {x.grad_fn.name()}, before the capture. "
+                "Compute it inside of the model, or detach it."
+            )
+    _keep_random_numbers(module)
+    _simplify(module)
+    return Graph(module, read, outer.written, count)
+
+
+def _is_of_tracer(error: Exception) -> bool:
+    """Return True for an error of torch's tracer, which an eager run would not raise."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and any(part in frames[-1].filename for part in ("proxy_tensor", "fx", "_subclasses"))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _lift(module: fx.GraphModule, num_inputs: int) -> tuple[Tensor, ...]:
+    """Make every tensor that the graph reads an input, and return these tensors. Constants of the program stay in the graph."""
+    graph = module.graph
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1:] if num_inputs else []
+    inputs: dict[int, fx.Node] = {}
+    read: list[Tensor] = []
+    for node in [node for node in graph.nodes if node.op == "get_attr"]:
+        x = operator.attrgetter(str(node.target))(module)
+        if node.users and all(user.target in (aten.lift_fresh_copy.default, aten.lift_fresh.default) for user in node.users):
+            continue  # torch.tensor(...) inside of the program
+        if id(x) not in inputs:
+            where = graph.inserting_after(last[-1]) if last else graph.inserting_before(next(iter(graph.nodes)))
+            with where:
+                new = graph.placeholder(f"read_{len(read)}")
+            new.meta = dict(node.meta)
+            last.append(new)
+            inputs[id(x)] = new
+            read.append(x)
+        node.replace_all_uses_with(inputs[id(x)])
+        graph.erase_node(node)
+    module.recompile()
+    return tuple(read)
+
+
+def _keep_random_numbers(module: fx.GraphModule) -> None:
+    """Return random numbers that nothing uses too, so that no compiler removes them: the next ones would be others."""
+    graph = module.graph
+    unused = [
+        node
+        for node in graph.nodes
+        if node.op == "call_function"
+        and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        and not node.users
+        and not node.target._schema.is_mutable
+    ]
+    if unused:
+        output = next(iter(reversed(graph.nodes)))
+        output.args = (tuple(output.args[0]) + tuple(unused),)
+        module.recompile()
+
+
+def _simplify(module: fx.GraphModule) -> None:
+    """Remove operations without effect, and make numbers of constants of one element."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in (aten.lift_fresh_copy.default, aten.lift_fresh.default):
+            constant = operator.attrgetter(str(node.args[0].target))(module) if node.args[0].op == "get_attr" else None
+            if constant is not None and constant.numel() == 1 and not _is_written(node):
+                with graph.inserting_before(node):
+                    new = graph.call_function(
+                        aten.full.default,
+                        (list(constant.shape), constant.item()),
+                        {"dtype": constant.dtype, "device": constant.device},
+                    )
+                new.meta = dict(node.meta)
+                node.replace_all_uses_with(new)
+                graph.erase_node(node)
+        elif node.op == "call_function" and node.target is aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    graph.eliminate_dead_code(lambda node: node.is_impure() or _is_random(node))
+    graph.lint()
+    module.recompile()
+
+
+def _is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _is_written(node: fx.Node) -> bool:
+    return any(getattr(user.target, "_schema", None) and user.target._schema.is_mutable for user in node.users)

@@ -1,0 +1,328 @@
+"""Losses of Pyro programs, captured as graphs: one graph for each shape and structure of the arguments.
+
+A captured loss is right as long as the program is what it was. Three things see to that: tensors are read live (see `graph`), the
+watch finds names that were bound anew (see `watch`), and the audit compares the graph with the program itself, at steps 1, 2, 4,
+8, ... and every 1000th, under the same random numbers.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CapturedLoss", "Finding", "Program", "StaleGraphError"]
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from pyro_genmodels._pyro.capturing import capturable, find_parameters
+from pyro_genmodels.infer.compiled.graph import trace
+from pyro_genmodels.infer.compiled.modes import Mode, default_mode
+from pyro_genmodels.infer.compiled.recorder import CaptureError, put_back
+from pyro_genmodels.infer.compiled.watch import Watch
+from pyro_genmodels.utils.errors import warn_caller
+
+AUDIT_PERIOD = 1000
+"""Number of steps after which the graph is compared with the program again and again."""
+
+MAX_PROGRAMS = 16
+"""Number of graphs that are kept, for so many shapes of arguments."""
+
+MANY_CAPTURES = 8
+"""Number of captures for one shape after which a warning says that capturing again and again is slow."""
+
+
+class StaleGraphError(RuntimeError):
+    """Error of a graph that no longer computes what the program computes."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One capture or comparison.
+
+    Attributes:
+        what: "capture", "audit" or the name of what was bound anew.
+        calls: number of calls of the program before.
+        seconds: time that it took.
+        difference: largest difference from the program, relative to the size of the loss; None for a capture.
+        num_operations: number of operations of the graph.
+    """
+
+    what: str
+    calls: int
+    seconds: float
+    difference: float | None = None
+    num_operations: int | None = None
+
+
+class Program:
+    """A loss, and its gradients, for arguments of one shape and structure.
+
+    Args:
+        run: function of the arguments; returns the loss, differentiable, as a tensor.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        roots: what the program consists of, for the watch.
+        gradients: False for the loss alone.
+
+    Attributes:
+        parameters: unconstrained parameters by their names in Pyro's param store.
+        graph: loss () and gradients (one for each parameter, or None), as a function of the tensors among the arguments.
+        has_gradient: for each parameter, True if it has a gradient.
+        calls: number of calls.
+
+    Raises:
+        CaptureError: if the program cannot be captured.
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., Tensor],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        roots: Sequence[Any],
+        *,
+        gradients: bool,
+    ) -> None:
+        leaves, self._structure = tree_flatten((tuple(args), dict(kwargs)))
+        self._run, self._gradients = run, gradients
+        self._others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self.calls = 0
+        self.built: Callable[..., Sequence[Any]] | None = None
+        inputs = [leaves[i] for i in self._positions]
+        with put_back():  # what is made at the first run, such as parameters and the plates of guides, is made now
+            self.parameters = find_parameters(lambda: self._loss(inputs))
+        self.watch = Watch(*roots)
+        with put_back():
+            self.parameters = find_parameters(lambda: self._loss(inputs))
+        self.watch.forget_changed()
+        store = pyro.get_param_store()
+        for name in self.parameters:
+            for mapping in (store._params, store._constraints):
+                self.watch.add(mapping, name, f"the parameter {name}")
+        self._frozen = [p.requires_grad for p in self.parameters.values()]
+        with capturable():
+            self.graph = trace(self.outputs, *inputs)
+        self.watch.forget_changed()
+        *_, output = self.graph.module.graph.nodes
+        self.has_gradient = [g is not None for g in output.args[0][1 : self.graph.num_outputs]]
+
+    def outputs(self, *inputs: Tensor) -> list[Tensor | None]:
+        """Return the loss, detached, and the gradients, computed by the program itself."""
+        if not self._gradients:
+            with torch.no_grad():
+                return [self._loss(inputs)]
+        loss = self._loss(inputs)
+        trained = [p for p in self.parameters.values() if p.requires_grad]
+        found = iter(torch.autograd.grad(loss, trained, allow_unused=True) if trained and loss.requires_grad else ())
+        gradients = [next(found, None) if p.requires_grad else None for p in self.parameters.values()]
+        return [loss.detach(), *gradients]
+
+    def _loss(self, inputs: Sequence[Tensor]) -> Tensor:
+        leaves = list(self._others)
+        for i, x in zip(self._positions, inputs, strict=True):
+            leaves[i] = x
+        args, kwargs = tree_unflatten(leaves, self._structure)
+        return torch.as_tensor(self._run(*args, **kwargs))
+
+    def changed(self) -> str | None:
+        """Return the name of something that was bound anew since the capture, or None."""
+        if [p.requires_grad for p in self.parameters.values()] != self._frozen:
+            return "requires_grad of a parameter"
+        return self.watch.changed()
+
+    def is_audited(self) -> bool:
+        """Return True if the next call is one of those that are compared with the program."""
+        n = self.calls + 1
+        return n & (n - 1) == 0 or n % AUDIT_PERIOD == 0
+
+    def audit(self, inputs: Sequence[Tensor]) -> float:
+        """Compare the graph with the program, under the same random numbers, and return the largest difference.
+
+        Raises:
+            StaleGraphError: if they differ.
+        """
+        with put_back():
+            expected = self.outputs(*inputs)
+        with self.graph.put_back():
+            found = self.graph(*inputs)
+        size = 1 + abs(float(expected[0]))
+        difference = 0.0
+        for a, b in zip(expected, found, strict=True):
+            if (a is None) != (b is None):
+                raise StaleGraphError("a parameter has a gradient in the program and none in the captured graph, or none there")
+            if a is not None and a.numel():
+                gap = (a - b).abs().max() / (1 + a.abs().max()) if a is not expected[0] else (a - b).abs() / size
+                difference = max(difference, float(gap)) if gap == gap else difference
+        if difference > tolerance_of(expected[0].dtype):
+            raise StaleGraphError(
+                f"The captured graph gives a loss of {float(found[0]):.9g} where the program gives {float(expected[0]):.9g} with "
+                f"the same random numbers (largest difference of loss and gradients, relative: {difference:.1e}). Something that "
+                "the program reads was changed since it was captured, in a way that cannot be seen: an array that the model makes "
+                "a tensor by torch.tensor(...), a counter, or random numbers of Python or numpy. Pass it as an argument, as a "
+                "tensor."
+            )
+        return difference
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """Return the largest relative difference that rounding may make between the program and its graph."""
+    return 1e4 * torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+
+
+class CapturedLoss:
+    """A Pyro loss of a model and a guide, captured as a graph at the first call for each shape of the arguments.
+
+    Args:
+        model: model, as for `pyro.infer.SVI`.
+        guide: guide.
+        loss: `pyro.infer.ELBO` with a differentiable loss, or a function of model, guide and arguments.
+        mode: `Compiled()`, `Captured()` or `Eager()`; by default compiled where there is a C++ compiler.
+        audit: False never to compare the graph with the program.
+
+    Attributes:
+        findings: captures and comparisons so far.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_genmodels.infer.compiled import Captured
+        >>> def model(x):
+        ...     loc = pyro.param("loc", torch.zeros(()))
+        ...     pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+        >>> captured = CapturedLoss(model, lambda x: None, pyro.infer.Trace_ELBO(), mode=Captured())
+        >>> loss, gradients = captured(torch.tensor([1.0, 3.0]))
+        >>> loss, gradients
+        (tensor(6.8379), {'loc': tensor(-4.)})
+    """
+
+    def __init__(self, model: Any, guide: Any, loss: Any, *, mode: Mode | None = None, audit: bool = True) -> None:
+        self.model, self.guide, self.loss = model, guide, loss
+        self.mode = default_mode() if mode is None else mode
+        self.is_audited = audit
+        self.findings: list[Finding] = []
+        self._programs: OrderedDict[Any, Program] = OrderedDict()
+        self._captures: dict[Any, int] = {}
+        self._run = differentiable_loss(loss)
+
+    def run(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss as the program computes it, differentiable."""
+        return self._run(self.model, self.guide, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss () and its gradients, by the names of the parameters in Pyro's param store."""
+        program, inputs = self.program(args, kwargs)
+        loss, *gradients = self.call(program, inputs)
+        return loss, {name: g for name, g in zip(program.parameters, gradients, strict=True) if g is not None}
+
+    def call(self, program: Program, inputs: Sequence[Tensor]) -> Sequence[Any]:
+        """Return what a program's graph returns, in the chosen mode."""
+        if not self.mode.captures:
+            return program.outputs(*inputs)
+        if program.built is None:
+            program.built = self.mode.build(program.graph, inputs)
+        self.check(program, inputs)
+        with torch.no_grad():
+            return program.built(*inputs, *program.graph.read)[: program.graph.num_outputs]
+
+    def check(self, program: Program, inputs: Sequence[Tensor]) -> None:
+        """Compare a program's graph with the program, if it is time to, and count the call."""
+        if self.is_audited and program.is_audited():
+            start = time.perf_counter()
+            difference = program.audit(inputs)
+            self.findings.append(Finding("audit", program.calls, time.perf_counter() - start, difference))
+        program.calls += 1
+
+    def program(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], *, gradients: bool = True
+    ) -> tuple[Program, list[Tensor]]:
+        """Return the program for arguments, captured if need be, and the tensors among the arguments.
+
+        Raises:
+            CaptureError: if the program cannot be captured.
+
+        Warns:
+            RuntimeWarning: if programs are captured again and again.
+        """
+        key, inputs = key_of(args, kwargs)
+        key = (gradients, key)
+        program = self._programs.get(key)
+        what = "capture"
+        if program is not None:
+            rebound = program.changed()
+            if rebound is None:
+                self._programs.move_to_end(key)
+                return program, inputs
+            what = rebound
+            del self._programs[key]
+        count = self._captures[key] = self._captures.get(key, 0) + 1
+        if count == MANY_CAPTURES or (len(self._captures) == 4 * MAX_PROGRAMS and count == 1):
+            cause = (
+                f"{what} was bound anew each time" if count > 1 else "the arguments had so many shapes, or numbers, or texts"
+            )
+            warn_caller(
+                f"The program was captured {sum(self._captures.values())} times: {cause}. Capturing takes much longer than a "
+                "step. Pass what changes as a tensor, and batches of one size."
+            )
+        start = time.perf_counter()
+        program = Program(self.run, args, kwargs, (self.model, self.guide, self.loss), gradients=gradients)
+        self._programs[key] = program
+        while len(self._programs) > MAX_PROGRAMS:
+            self._programs.popitem(last=False)
+        self.findings.append(Finding(what, 0, time.perf_counter() - start, num_operations=program.graph.num_operations))
+        return program, inputs
+
+
+def key_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, list[Tensor]]:
+    """Return the shape and structure of arguments, and the tensors among them."""
+    dtype = torch.get_default_dtype()
+    if not kwargs and all(type(x) is Tensor for x in args):
+        inputs = list(args)
+        return (dtype, *((x.shape, x.dtype, x.device) for x in inputs)), inputs
+    leaves, structure = tree_flatten((tuple(args), dict(kwargs)))
+    inputs = [x for x in leaves if isinstance(x, Tensor)]
+    parts = tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else _constant(x) for x in leaves)
+    return (dtype, structure, *parts), inputs
+
+
+def _constant(x: Any) -> Any:
+    """Return something that is equal for equal arguments that are no tensors."""
+    if isinstance(x, bool | int | float | complex | str | bytes | type(None) | torch.Size | torch.dtype | torch.device):
+        return type(x), x
+    return _Same(x)
+
+
+class _Same:
+    """An object that is equal to itself alone, and is kept alive."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def differentiable_loss(loss: Any) -> Callable[..., Tensor]:
+    """Return the function of model, guide and arguments that is the differentiable loss.
+
+    Raises:
+        CaptureError: if Pyro has none for this loss.
+    """
+    if not isinstance(loss, pyro.infer.ELBO):
+        if not callable(loss):
+            raise TypeError(f"A loss is a pyro.infer.ELBO, or a function of model, guide and arguments, but found {loss!r}.")
+        return loss
+    if "differentiable_loss" not in {name for cls in type(loss).__mro__ for name in vars(cls)}:
+        raise CaptureError(
+            f"{type(loss).__name__} has no differentiable loss in Pyro, and cannot be captured. Use Trace_ELBO, TraceMeanField_ELBO, "
+            "TraceEnum_ELBO, or the objectives of this package; or run it by pyro.infer.SVI."
+        )
+    return loss.differentiable_loss

@@ -1,0 +1,212 @@
+"""A watch over what a program reads from Python: closures, globals, attributes, entries of lists and dictionaries.
+
+A captured graph holds the tensors of its program by identity, so that a change of their values is seen. It does not see that a
+name was bound to another object, or that a number changed. The watch remembers the objects and finds such changes.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Watch"]
+
+import functools
+import sysconfig
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+LIBRARIES = ("torch", "pyro", "numpy", "zuko", "pyro_genmodels", "functools", "scipy", "pandas", "torchdiffeq")
+"""Packages whose functions are not searched for globals."""
+
+PATHS = tuple(f"{sysconfig.get_paths()[name]}/" for name in ("purelib", "platlib", "stdlib"))
+MAX_LENGTH = 1000
+"""Largest length of a list or dictionary whose entries are watched one by one."""
+
+MISSING = object()
+LEAVES = (Tensor, np.ndarray, bool, int, float, complex, str, bytes, type(None), types.ModuleType, type)
+PROTOTYPES = frozenset({"prototype_trace", "_prototype_trace"})  # of Pyro's guides, which read shapes of it
+HIDDEN = PROTOTYPES | {name for name in vars(nn.Module()) if name not in ("training", "_parameters", "_buffers", "_modules")}
+"""Attributes that are not watched: hooks of modules, and the runs by which Pyro's guides are set up."""
+
+
+class Watch:
+    """The objects behind a program's names, and whether they are still the same.
+
+    Args:
+        roots: functions, modules and other objects of which the program consists.
+
+    Attributes:
+        num_entries: number of names that are watched.
+    """
+
+    def __init__(self, *roots: Any) -> None:
+        self._mappings: list[tuple[Mapping[Any, Any], Any, Any, str]] = []
+        self._cells: list[tuple[types.CellType, Any, str]] = []
+        self._lengths: list[tuple[Any, int, str]] = []
+        self._seen: set[int] = set()
+        self._kept: list[Any] = []
+        for root in roots:
+            self._visit(root, getattr(root, "__name__", type(root).__name__))
+
+    @property
+    def num_entries(self) -> int:
+        return len(self._mappings) + len(self._cells) + len(self._lengths)
+
+    def add(self, mapping: Mapping[Any, Any], key: Any, name: str) -> None:
+        """Watch one entry of a mapping."""
+        self._mappings.append((mapping, key, mapping.get(key, MISSING), name))
+
+    def changed(self) -> str | None:
+        """Return the name of something that was rebound since the watch began, or None."""
+        for mapping, key, value, name in self._mappings:
+            if mapping.get(key, MISSING) is not value and not _same(mapping.get(key, MISSING), value):
+                return name
+        for cell, value, name in self._cells:
+            if cell.cell_contents is not value and not _same(cell.cell_contents, value):
+                return name
+        for container, length, name in self._lengths:
+            if len(container) != length:
+                return name
+        return None
+
+    def forget_changed(self) -> list[str]:
+        """Forget what has changed since the watch began, such as caches that every run fills; return the names."""
+        names = []
+        for entries, current in (
+            (self._mappings, lambda entry: entry[0].get(entry[1], MISSING)),
+            (self._cells, lambda entry: entry[0].cell_contents),
+        ):
+            changed = [entry for entry in entries if current(entry) is not entry[-2] and not _same(current(entry), entry[-2])]
+            for entry in changed:
+                entries.remove(entry)
+                names.append(entry[-1])
+        grown = [entry for entry in self._lengths if len(entry[0]) != entry[1]]
+        for entry in grown:
+            self._lengths.remove(entry)
+            names.append(entry[-1])
+        return names
+
+    def _visit(self, value: Any, name: str) -> None:
+        """Watch what a value consists of."""
+        if isinstance(value, LEAVES) and not (isinstance(value, type) and not _is_of_library(value)):
+            return
+        if id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        self._kept.append(value)
+        for part, part_name in self._parts(value, name):
+            self._visit(part, part_name)
+
+    def _parts(self, value: Any, name: str) -> Iterator[tuple[Any, str]]:
+        """Watch the entries of a value, and yield them."""
+        if isinstance(value, types.FunctionType):
+            yield from self._parts_of_function(value, name)
+        elif isinstance(value, types.MethodType):
+            yield value.__self__, name
+            yield value.__func__, name
+        elif isinstance(value, functools.partial):
+            yield from ((part, name) for part in (value.func, *value.args, *value.keywords.values()))
+        elif isinstance(value, type):
+            yield from self._parts_of_mapping(vars(value), name, skip=lambda key: key.startswith("__"))
+        elif isinstance(value, dict):
+            yield from self._parts_of_mapping(value, name)
+        elif isinstance(value, list | tuple | set | frozenset):
+            if isinstance(value, list | set):
+                self._lengths.append((value, len(value), name))
+            if isinstance(value, list) and len(value) <= MAX_LENGTH:
+                for i, part in enumerate(value):
+                    self._mappings.append((_Items(value), i, part, f"{name}[{i}]"))
+                    yield part, f"{name}[{i}]"
+            elif not isinstance(value, list):
+                yield from ((part, name) for part in value)
+        elif hasattr(value, "__dict__") and not isinstance(value, types.ModuleType):
+            hidden = HIDDEN if isinstance(value, nn.Module) else PROTOTYPES
+            yield from self._parts_of_mapping(vars(value), name, skip=lambda key: key in hidden, attributes=True)
+            if not _is_of_library(type(value)):
+                for cls in type(value).__mro__:
+                    if not _is_of_library(cls):
+                        yield cls, cls.__name__
+
+    def _parts_of_mapping(
+        self,
+        mapping: Mapping[Any, Any],
+        name: str,
+        *,
+        skip: Callable[[Any], bool] = lambda key: False,
+        attributes: bool = False,
+    ) -> Iterator[tuple[Any, str]]:
+        if not attributes and isinstance(mapping, dict):
+            self._lengths.append((mapping, len(mapping), name))
+            if len(mapping) > MAX_LENGTH:
+                return
+        for key, part in list(mapping.items()):
+            if isinstance(key, str) and skip(key):
+                continue
+            inner = f"{name}.{key}" if attributes or not isinstance(mapping, dict) else f"{name}[{key!r}]"
+            self._mappings.append((mapping, key, part, inner))
+            yield part, inner
+
+    def _parts_of_function(self, function: types.FunctionType, name: str) -> Iterator[tuple[Any, str]]:
+        for key, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                value = cell.cell_contents
+            except ValueError:  # not yet bound
+                continue
+            self._cells.append((cell, value, f"{key} of {name}"))
+            yield value, key
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            yield value, name
+        if _is_of_library(function):
+            return
+        for key in _names(function.__code__):
+            if key in function.__globals__:
+                value = function.__globals__[key]
+                self._mappings.append((function.__globals__, key, value, f"the global {key}"))
+                if isinstance(value, types.ModuleType) and not _is_library(value.__name__, getattr(value, "__file__", None)):
+                    yield from self._parts_of_module(value, function.__code__)
+                elif not isinstance(value, types.ModuleType):
+                    yield value, key
+
+    def _parts_of_module(self, module: types.ModuleType, code: types.CodeType) -> Iterator[tuple[Any, str]]:
+        """Watch those names of a user's module that a function also names."""
+        for key in _names(code):
+            if key in vars(module):
+                value = vars(module)[key]
+                self._mappings.append((vars(module), key, value, f"{module.__name__}.{key}"))
+                yield value, f"{module.__name__}.{key}"
+
+
+class _Items:
+    """A list, looked up like a mapping."""
+
+    def __init__(self, values: list[Any]) -> None:
+        self.values = values
+
+    def get(self, key: int, default: Any) -> Any:
+        return self.values[key] if key < len(self.values) else default
+
+
+def _same(found: Any, expected: Any) -> bool:
+    """Return True for equal numbers and texts, and for bound methods of one object."""
+    if isinstance(found, types.MethodType) and isinstance(expected, types.MethodType):
+        return found.__self__ is expected.__self__ and found.__func__ is expected.__func__
+    return type(found) is type(expected) and isinstance(found, bool | int | float | complex | str) and found == expected
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """Yield the names that code looks up, also those of functions inside of it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _is_of_library(value: Any) -> bool:
+    code = getattr(value, "__code__", None)
+    return _is_library(getattr(value, "__module__", None) or "", code.co_filename if code else None)
+
+
+def _is_library(module: str, path: str | None) -> bool:
+    return module.split(".")[0] in LIBRARIES or module in ("builtins", "typing") or bool(path and path.startswith(PATHS))
