@@ -37,7 +37,8 @@ def find_parameters(run: Callable[[], Any]) -> dict[str, Tensor]:
     """Return the unconstrained parameters that a run asks for, by their names in Pyro's param store, as `SVI` finds them."""
     with poutine.trace(param_only=True) as trace:
         run()
-    return {name: site["value"].unconstrained() for name, site in trace.trace.nodes.items()}
+    sites: dict[str, Any] = trace.trace.nodes
+    return {name: site["value"].unconstrained() for name, site in sites.items()}
 
 
 @contextmanager
@@ -67,6 +68,7 @@ def capturable() -> Iterator[None]:
 
 def _overriding(cls: type, name: str) -> Iterator[type]:
     """Yield the subclasses that define an attribute anew."""
+    child: type
     for child in cls.__subclasses__():
         if name in vars(child):
             yield child
@@ -85,7 +87,7 @@ def _skip(*args: Any, **kwargs: Any) -> None:
     pass
 
 
-def _compute_expectation(dice: Any, costs: dict[Any, list[Tensor]]) -> Any:
+def _compute_expectation(dice: Any, costs: dict[Any, list[Any]]) -> Any:
     """Return the expected cost under enumerated variables, like ``Dice.compute_expectation``.
 
     A cost at a probability of 0 counts 0. Pyro leaves it out of the sum by a mask, whose size depends on values; here it is
@@ -97,28 +99,25 @@ def _compute_expectation(dice: Any, costs: dict[Any, list[Tensor]]) -> Any:
         for ordinal, terms in costs.items():
             factors = dice._get_log_factors(ordinal)
             scale = math.exp(sum(factor for factor in factors if not isinstance(factor, Tensor)))
-            tensors = [factor for factor in factors if isinstance(factor, Tensor)]
-            queries = {frozenset(cost._pyro_dims): None for cost in terms}  # type: ignore[attr-defined]
-            for factor in tensors:
-                dims = frozenset(factor._pyro_dims)
-                if dims in queries and queries[dims] is None:
-                    queries[dims] = factor
+            tensors: list[Any] = [factor for factor in factors if isinstance(factor, Tensor)]
+            queries: dict[Any, Any] = {}
             for cost in terms:
-                dims = frozenset(cost._pyro_dims)  # type: ignore[attr-defined]
-                if queries[dims] is None:
-                    uniform = torch.zeros_like(cost)
-                    uniform._pyro_dims = cost._pyro_dims  # type: ignore[attr-defined]
-                    tensors.append(uniform)
-                    queries[dims] = uniform
+                dims = frozenset(cost._pyro_dims)
+                if dims not in queries:
+                    queries[dims] = next((factor for factor in tensors if frozenset(factor._pyro_dims) == dims), None)
+                    if queries[dims] is None:
+                        queries[dims] = torch.zeros_like(cost)
+                        queries[dims]._pyro_dims = cost._pyro_dims
+                        tensors.append(queries[dims])
             for query in queries.values():
                 require_backward(query)
             every_dim = set().union(*(factor._pyro_dims for factor in tensors))
             ring.sumproduct(tensors, every_dim - ordinal)._pyro_backward()
             for cost in terms:
-                query: Any = queries[frozenset(cost._pyro_dims)]  # type: ignore[attr-defined]
+                query = queries[frozenset(cost._pyro_dims)]
                 probability = query._pyro_backward_result.exp()
                 probability._pyro_dims = query._pyro_dims
-                cost_, probability = packed.broadcast_all(cost, probability)
-                cost_ = torch.where(probability > 0, cost_, torch.zeros_like(cost_))
-                expected = expected + scale * (probability * cost_).sum()
+                value, probability = packed.broadcast_all(cost, probability)
+                value = torch.where(probability > 0, value, torch.zeros_like(value))
+                expected = expected + scale * (probability * value).sum()
     return expected

@@ -85,12 +85,12 @@ def trace(function: Callable[..., Sequence[Any]], *inputs: Tensor) -> Graph:
     sites: list[Recorder] = []
     count = 0
 
-    def run(*tensors: Tensor) -> list[Tensor]:
+    def run(*tensors: Tensor) -> tuple[Any, ...]:
         nonlocal count
         recorder = Recorder(refuse=True)
         sites.append(recorder)
         with recorder.sites, recorder:
-            results = list(function(*tensors))
+            results = tuple(function(*tensors))
         count = len(results)
         return results
 
@@ -196,4 +196,4 @@ def _is_random(node: fx.Node) -> bool:
 
 
 def _is_written(node: fx.Node) -> bool:
-    return any(getattr(user.target, "_schema", None) and user.target._schema.is_mutable for user in node.users)
+    return any(schema.is_mutable for user in node.users if (schema := getattr(user.target, "_schema", None)))

@@ -81,7 +81,7 @@ class Compiled(Mode):
                 return torch._inductor.standalone_compile(
                     graph.module, [*inputs, *graph.read], dynamic_shapes="from_example_inputs", options=options
                 )
-        except Exception as error:  # noqa: BLE001 - of any kind: the graph itself is right
+        except Exception as error:  # of any kind: the graph itself is right
             warn_caller(
                 f"The compiler failed, so that the captured graph is run without it: {type(error).__name__}: {one_line(error)}"
             )
@@ -95,7 +95,7 @@ def default_mode() -> Mode:
 
     try:
         cpp_builder.get_cpp_compiler()
-    except Exception as error:  # noqa: BLE001 - torch raises several kinds
+    except Exception as error:  # torch raises several kinds
         warn_caller(
             f"No C++ compiler was found ({one_line(error)}), so that captured programs run without one: small models about a "
             "tenth as fast. Install g++ or clang, or set CXX."

@@ -1,7 +1,7 @@
 """Stochastic variational inference by captured programs: `pyro.infer.SVI`, with its step as one compiled graph.
 
-The first step is Pyro's own, so that parameters and the optimiser's state are made as always. Then the loss, its gradients and the
-step of the optimiser are captured as one graph.
+The first step is Pyro's own, so that parameters and the optimiser's state are made as always. Then the loss, its gradients and
+the step of the optimiser are captured as one graph.
 """
 
 from __future__ import annotations
@@ -50,13 +50,14 @@ class _Step:
 class CompiledSVI:
     """Stochastic variational inference with the verbs of `pyro.infer.SVI`, whose steps are captured once and compiled.
 
-    Parameters are updated in place, wherever they live. The numbers are those of `pyro.infer.SVI` with the same seed, to rounding.
+    Parameters are updated in place, wherever they live. The numbers are those of `pyro.infer.SVI` with the same seed, to
+    rounding.
 
     Args:
         model: model; a function, module, or bound method.
         guide: guide.
-        optim: optimiser of `pyro.optim`. Adam, AdamW, ClippedAdam, SGD, RMSprop and Adagrad, with schedules, clipping and options
-            per parameter, become a part of the graph; others run outside of it.
+        optim: optimiser of `pyro.optim`. Adam, AdamW, ClippedAdam, SGD, RMSprop and Adagrad, with schedules, clipping and
+            options per parameter, become a part of the graph; others run outside of it.
         loss: `pyro.infer.ELBO` with a differentiable loss (all objectives of this package have one), or a function of model,
             guide and arguments that returns a differentiable tensor.
         mode: `Compiled()`, `Captured()` or `Eager()`; by default compiled where there is a C++ compiler.

@@ -1,11 +1,11 @@
 r"""Steps of optimisers as formulas of tensors, so that they can be a part of a captured graph.
 
-Each formula takes a parameter :math:`\theta`, its gradient :math:`g` and the state of the optimiser, and returns the next ones. They
-are those of `torch.optim` and of `pyro.optim.ClippedAdam`, whose state they read and write: a program may go back and forth between
-these and the graph, and save the optimiser as usual.
+Each formula takes a parameter :math:`\theta`, its gradient :math:`g` and the state of the optimiser, and returns the next ones.
+They are those of `torch.optim` and of `pyro.optim.ClippedAdam`, whose state they read and write: a program may go back and
+forth between these and the graph, and save the optimiser as usual.
 
-Kingma and Ba, *Adam* (arXiv 1412.6980); Loshchilov and Hutter, *Decoupled weight decay* (arXiv 1711.05101); Reddi et al., *On the
-convergence of Adam* (AMSGrad, arXiv 1904.09237); Duchi et al., *Adaptive subgradient methods* (2011).
+Kingma and Ba, *Adam* (arXiv 1412.6980); Loshchilov and Hutter, *Decoupled weight decay* (arXiv 1711.05101); Reddi et al., *On
+the convergence of Adam* (AMSGrad, arXiv 1904.09237); Duchi et al., *Adaptive subgradient methods* (2011).
 """
 
 from __future__ import annotations
@@ -216,7 +216,11 @@ def update_of(optim: Any, parameters: Sequence[Tensor]) -> Update | str:
         if group.get("differentiable"):
             return "it is differentiable"
         optimizers.append(optimizer)
-        clips.append(optim._get_grad_clip_args(p) if optim.grad_clip.get(p) is not None else {})
+        clips.append(
+            optim._get_grad_clip_args(p)  # type: ignore[arg-type]
+            if optim.grad_clip.get(p) is not None
+            else {}
+        )
     return Update(parameters, optimizers, clips)
 
 

@@ -42,7 +42,7 @@ class Watch:
     """
 
     def __init__(self, *roots: Any) -> None:
-        self._mappings: list[tuple[Mapping[Any, Any], Any, Any, str]] = []
+        self._mappings: list[tuple[Mapping[Any, Any] | _Items, Any, Any, str]] = []
         self._cells: list[tuple[types.CellType, Any, str]] = []
         self._lengths: list[tuple[Any, int, str]] = []
         self._seen: set[int] = set()
@@ -74,18 +74,10 @@ class Watch:
     def forget_changed(self) -> list[str]:
         """Forget what has changed since the watch began, such as caches that every run fills; return the names."""
         names = []
-        for entries, current in (
-            (self._mappings, lambda entry: entry[0].get(entry[1], MISSING)),
-            (self._cells, lambda entry: entry[0].cell_contents),
-        ):
-            changed = [entry for entry in entries if current(entry) is not entry[-2] and not _same(current(entry), entry[-2])]
-            for entry in changed:
-                entries.remove(entry)
-                names.append(entry[-1])
-        grown = [entry for entry in self._lengths if len(entry[0]) != entry[1]]
-        for entry in grown:
-            self._lengths.remove(entry)
-            names.append(entry[-1])
+        while (name := self.changed()) is not None:
+            names.append(name)
+            for entries in (self._mappings, self._cells, self._lengths):
+                entries[:] = [entry for entry in entries if entry[-1] != name]  # type: ignore[index]
         return names
 
     def _visit(self, value: Any, name: str) -> None:
