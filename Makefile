@@ -9,8 +9,11 @@ READY := $(VENV)/.ready
 VENV_ARVIZ1 ?= .venv-arviz1
 BIN_ARVIZ1 := $(VENV_ARVIZ1)/bin
 READY_ARVIZ1 := $(VENV_ARVIZ1)/.ready
+VENV_PEERS ?= .venv-peers
+READY_PEERS := $(VENV_PEERS)/.ready
+BENCH ?=
 
-.PHONY: demo test test-slow test-docs test-arviz1 lint types docs tutorials clean help
+.PHONY: demo test test-slow test-docs test-arviz1 lint types docs tutorials bench bench-peers clean help
 
 help:
 	@echo "make demo       fit seven families to scikit-learn's digits, print one table, write $(OUT)/"
@@ -19,7 +22,8 @@ help:
 	@echo "make lint       check style; make types: check types"
 	@echo "make docs       make the documentation in docs/_build/html/"
 	@echo "make tutorials  execute the tutorials again, in about ten minutes, and save their output"
-	@echo "make clean      remove $(VENV)/, $(VENV_ARVIZ1)/, $(OUT)/ and caches"
+	@echo "make bench      measure speed against Pyro, NumPyro and others, in about 25 minutes (make bench BENCH='--only vae': a part)"
+	@echo "make clean      remove $(VENV)/, $(VENV_ARVIZ1)/, $(VENV_PEERS)/, $(OUT)/ and caches"
 
 $(READY): pyproject.toml constraints.txt
 	@echo "== virtual environment in $(VENV)/ (downloads PyTorch for the CPU and about 130 packages from PyPI, once)"
@@ -39,6 +43,14 @@ $(READY_ARVIZ1): pyproject.toml constraints.txt constraints-arviz1.txt
 	$(BIN_ARVIZ1)/python -m pip install --quiet --ignore-requires-python --no-deps -r constraints-arviz1.txt
 	$(BIN_ARVIZ1)/python -m pip install --quiet -c $(VENV_ARVIZ1)/others.txt -c constraints-arviz1.txt -e '.[eval,cli,dev]'
 	@touch $(READY_ARVIZ1)
+
+# NumPyro and the others that `make bench` measures beside this package.
+$(READY_PEERS): constraints.txt constraints-peers.txt
+	@echo "== virtual environment of NumPyro, nflows, normflows and torchebm in $(VENV_PEERS)/ (downloads JAX and PyTorch for the CPU, once)"
+	$(PYTHON) -m venv $(VENV_PEERS)
+	$(VENV_PEERS)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(VENV_PEERS)/bin/python -m pip install --quiet --no-deps -r constraints-peers.txt
+	@touch $(READY_PEERS)
 
 demo: $(READY)
 	@echo "== fitting seven families of deep generative model to scikit-learn's digits, judged on held-out images"
@@ -78,6 +90,12 @@ tutorials: $(READY)
 	@echo "== tutorials, executed in full"
 	$(BIN)/python tutorials/execute.py tutorials/[0-9]*.py
 
+bench-peers: $(READY_PEERS)
+
+bench: $(READY) $(READY_PEERS)
+	@echo "== speed, into benchmarks/RESULTS.md"
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed --out benchmarks/RESULTS.md $(BENCH)
+
 clean:
-	rm -rf $(VENV) $(VENV_ARVIZ1) $(OUT) build docs/_build docs/api docs/tutorials *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_ARVIZ1) $(VENV_PEERS) $(OUT) build docs/_build docs/api docs/tutorials *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,192 @@
+"""The comparisons of `python -m benchmarks.speed`: one function each, with the target of each pair beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+import zuko
+from pyro.infer import SVI, Trace_ELBO
+from torch import Tensor, nn
+
+from benchmarks.peers import data
+from benchmarks.peers.data import FLOW_BATCH, FLOW_BINS, FLOW_FEATURES, FLOW_HIDDEN, FLOW_TRANSFORMS
+from benchmarks.speed import programs
+from benchmarks.speed.measure import AtMost, Bench, Here, Row, Target, There
+from benchmarks.speed.programs import Program
+from pyro_genmodels import MAF, NSF, VAE, BernoulliLikelihood, Flow, MaximumLikelihood
+from pyro_genmodels.samplers import Langevin, run
+from pyro_genmodels.samplers.target import check_target
+
+Section = Callable[[Bench], list[Row]]
+
+RUN_STEPS = {"eight schools": 2000, "hierarchical": 1000, "logistic": 100}
+"""Steps of one `run`."""
+
+
+def adam() -> Any:
+    return pyro.optim.Adam({"lr": 1e-3})
+
+
+def stock(program: Program, name: str = "stock SVI") -> Here:
+    """Return a step of Pyro's SVI."""
+    svi = SVI(program.model, program.guide, adam(), program.loss)
+    return Here(name, lambda: svi.step(*program.args))
+
+
+def compiled(program: Program, name: str = "CompiledSVI.step", **options: Any) -> Here:
+    """Return a step of CompiledSVI."""
+    from pyro_genmodels.infer.compiled import CompiledSVI
+
+    svi = CompiledSVI(program.model, program.guide, adam(), program.loss, **options)
+    svi.step(*program.args)  # the first step is Pyro's own
+    return Here(name, lambda: svi.step(*program.args))
+
+
+def compiled_run(program: Program, steps: int) -> Here:
+    """Return a run of CompiledSVI."""
+    from pyro_genmodels.infer.compiled import CompiledSVI
+
+    svi = CompiledSVI(program.model, program.guide, adam(), program.loss)
+    svi.step(*program.args)
+    return Here("CompiledSVI.run", lambda: svi.run(steps, *program.args, progress=False), steps)
+
+
+def svi_step(bench: Bench) -> list[Row]:
+    """Measure a step of small models."""
+    rows = []
+    for name, limit in (("eight schools", 0.03), ("hierarchical", 0.03), ("logistic", 0.08)):
+        numpyro = There("NumPyro, jitted update", bench.peers, "numpyro_programs", "svi_step", {"name": name})
+        make = programs.with_normal_guide
+        rows += bench.compare(f"{name}, step", compiled(make(name)), [(stock(make(name)), AtMost(limit)), (numpyro, None)])
+    return rows
+
+
+def svi_run(bench: Bench) -> list[Row]:
+    """Measure a step inside a run of small models."""
+    rows = []
+    targets: dict[str, tuple[Target | None, Target]] = {
+        "eight schools": (AtMost(0.01), AtMost(2)),
+        "hierarchical": (AtMost(0.01), AtMost(2)),
+        "logistic": (None, AtMost(1.5)),
+    }
+    for name, (stock_target, numpyro_target) in targets.items():
+        steps = RUN_STEPS[name]
+        arguments = {"name": name, "num_steps": steps}
+        numpyro = There("NumPyro, SVI.run", bench.peers, "numpyro_programs", "svi_run", arguments, steps)
+        make = programs.with_normal_guide
+        others = [(stock(make(name)), stock_target), (numpyro, numpyro_target)]
+        rows += bench.compare(f"{name}, a step of a run", compiled_run(make(name), steps), others)
+    return rows
+
+
+def enumeration(bench: Bench) -> list[Row]:
+    """Measure a step of models whose discrete sites are summed out."""
+    rows = []
+    for name in ("GMM", "HMM"):
+        make = programs.enumerated
+        rows += bench.compare(f"{name} by TraceEnum_ELBO, step", compiled(make(name)), [(stock(make(name)), AtMost(0.05))])
+    return rows
+
+
+def vae(bench: Bench) -> list[Row]:
+    """Measure a step of a VAE."""
+    rows = []
+    for batch, limit in ((32, 0.30), (128, 0.40), (256, 0.50)):
+        others: list[tuple[Here, Target | None]] = [
+            (stock(programs.vae(batch)), AtMost(limit)),
+            (Here("PyTorch by hand", programs.vae_by_hand(batch, compiled=False)), AtMost(0.75)),
+            (Here("the same, torch.compile", programs.vae_by_hand(batch, compiled=True)), AtMost(1.0)),
+        ]
+        rows += bench.compare(f"VAE, batch {batch}, step", compiled(programs.vae(batch)), others)
+    return rows
+
+
+CHOICES = {"NSF": (NSF, zuko.flows.NSF, {"bins": FLOW_BINS}), "MAF": (MAF, zuko.flows.MAF, {})}
+
+
+def flow_pair(name: str, batch: int) -> tuple[Flow, nn.Module, Tensor]:
+    """Return a flow of this package, the same of zuko, and data."""
+    choice, theirs, options = CHOICES[name]
+    hidden = (FLOW_HIDDEN, FLOW_HIDDEN)
+    flow = Flow((FLOW_FEATURES,), transform=choice(transforms=FLOW_TRANSFORMS, hidden=hidden, **options))
+    bare = theirs(FLOW_FEATURES, transforms=FLOW_TRANSFORMS, hidden_features=hidden, **options)
+    return flow, bare, torch.randn(batch, FLOW_FEATURES)
+
+
+def gradient(name: str, loss: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> Here:
+    """Return a loss and its gradient."""
+    parameters = list(module.parameters())
+    return Here(name, lambda: torch.autograd.grad(loss(x), parameters))
+
+
+def zuko_loss(flow: nn.Module, x: Tensor) -> Here:
+    """Return loss and gradient of a flow of zuko."""
+    return gradient("zuko", lambda x: -flow().log_prob(x).sum(), x, flow)
+
+
+def flow(bench: Bench) -> list[Row]:
+    """Measure loss and gradient of flows."""
+    from pyro_genmodels.infer.compiled import CapturedLoss
+
+    rows = []
+    for name in CHOICES:
+        ours, bare, x = flow_pair(name, FLOW_BATCH)
+        loss = CapturedLoss(ours.model, ours.guide, MaximumLikelihood())
+        others: list[tuple[Here | There, Target | None]] = [(zuko_loss(bare, x), AtMost(0.45))]
+        for peer in ("nflows", "normflows"):
+            others.append((There(peer, bench.peers, "torch_programs", peer, {"name": name}), AtMost(0.40)))
+        rows += bench.compare(f"{name}, loss and gradient, batch {FLOW_BATCH}", Here("CapturedLoss", partial(loss, x)), others)
+    return rows
+
+
+def flow_eager(bench: Bench) -> list[Row]:
+    """Measure what this package adds to zuko, without a capture."""
+    rows = []
+    for name in CHOICES:
+        for batch in (32, FLOW_BATCH):
+            ours, bare, x = flow_pair(name, batch)
+            eager = gradient("Flow, MaximumLikelihood", MaximumLikelihood()(ours), x, ours)
+            rows += bench.compare(f"{name}, eager, batch {batch}", eager, [(zuko_loss(bare, x), AtMost(1.05))])
+    return rows
+
+
+def vae_eager(bench: Bench) -> list[Row]:
+    """Measure what this package adds to a VAE written in Pyro, without a capture."""
+    rows = []
+    for batch in (32, 256):
+        widths, x = (programs.VAE_HIDDEN,) * 2, programs.images(batch)
+        ours = VAE((programs.VAE_PIXELS,), latent_dim=programs.VAE_LATENT, likelihood=BernoulliLikelihood(), hidden=widths)
+        svi = SVI(ours.model, ours.guide, adam(), Trace_ELBO())
+        eager = Here("VAE, SVI.step", partial(svi.step, x))
+        rows += bench.compare(f"VAE, eager, batch {batch}", eager, [(stock(programs.vae(batch)), AtMost(1.05))])
+    return rows
+
+
+def langevin(bench: Bench) -> list[Row]:
+    """Measure Langevin chains on an energy of two layers; ratios are of rates."""
+    rows = []
+    for name, (chains, dims, steps) in data.LANGEVIN.items():
+        width = data.LANGEVIN_HIDDEN
+        layers = [nn.Linear(dims, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)]
+        target, size = check_target(nn.Sequential(*layers, nn.Flatten(0)), 1), torch.tensor(data.LANGEVIN_STEP_SIZE)
+        sampler, x = Langevin(data.LANGEVIN_STEP_SIZE, adjusted=False), torch.randn(chains, dims)
+        ours = Here("Langevin", partial(run, sampler, target, x, steps, step_size=size), steps)
+        theirs = There("torchebm", bench.peers, "torch_programs", "torchebm", {"name": name}, steps)
+        rows += bench.compare(f"Langevin, {name}, a step of all chains", ours, [(theirs, AtMost(1 / 1.5))])
+    return rows
+
+
+SECTIONS: dict[str, Section] = {
+    "svi-step": svi_step,
+    "svi-run": svi_run,
+    "enum": enumeration,
+    "vae": vae,
+    "flow": flow,
+    "flow-eager": flow_eager,
+    "vae-eager": vae_eager,
+    "langevin": langevin,
+}
