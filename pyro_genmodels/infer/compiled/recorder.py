@@ -21,6 +21,9 @@ from pyro_genmodels.utils.rng import forked_rng
 
 aten = torch.ops.aten
 
+INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
+"""Operations whose result has a shape that depends on values only if an index is a mask."""
+
 LIBRARIES = tuple(f"{sysconfig.get_paths()[name]}/" for name in ("purelib", "platlib", "stdlib"))
 
 
@@ -55,7 +58,8 @@ class Recorder(TorchDispatchMode):
                 with disable_proxy_modes_tracing():
                     return func(*args, **kwargs)
             args = self._without_masks(func, args)
-            if torch.Tag.dynamic_output_shape in func.tags and not constant:
+            depends = torch.Tag.dynamic_output_shape in func.tags and func.overloadpacket not in INDEXING
+            if depends and not constant:
                 raise self.error(f"the shape of the result of {_name(func)} depends on values")
             if torch.Tag.data_dependent_output in func.tags:
                 raise self.error("Python code reads the value of a tensor, as by `if x > 0`, int(x) or x.item()")
@@ -110,7 +114,7 @@ class Recorder(TorchDispatchMode):
 
     def _without_masks(self, func: Any, args: Any) -> Any:
         """Return arguments in which masks that are constant are replaced by integer indices, and refuse other masks."""
-        if func.overloadpacket not in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
+        if func.overloadpacket not in INDEXING:
             return args
         indices: list[Any] = []
         for index in args[1]:
