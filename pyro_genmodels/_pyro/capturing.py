@@ -23,9 +23,12 @@ from pyro.ops.einsum.adjoint import require_backward
 from pyro.ops.rings import MarginalRing
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
+from torch.nn import functional
 from torch.distributions import Distribution
 
 from pyro_genmodels._pyro.handlers import exclusive
+
+ONE_HOT = functional.one_hot
 
 
 def has_handlers() -> bool:
@@ -46,7 +49,7 @@ def capturable() -> Iterator[None]:
     """Replace the parts of Pyro and torch that read values, in one thread at a time.
 
     Replaced are the conversion of losses to numbers, the checks for NaN, the checks of values and arguments of distributions,
-    and the expectation of enumerated costs, which selects rows by a mask.
+    the one-hot code of integers, which checks them, and the expectation of enumerated costs, which selects rows by a mask.
 
     Raises:
         RuntimeError: if another thread runs a model; see `exclusive`.
@@ -62,6 +65,7 @@ def capturable() -> Iterator[None]:
         for cls in {Distribution, *_overriding(Distribution, "_validate_sample")}:
             stack.enter_context(mock.patch.object(cls, "_validate_sample", _skip))
         stack.enter_context(mock.patch.object(util.Dice, "compute_expectation", _compute_expectation))
+        stack.enter_context(mock.patch.object(functional, "one_hot", _one_hot))
         stack.enter_context(pyro.validation_enabled(is_validate=False))
         yield
 
@@ -85,6 +89,13 @@ def _return(value: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _skip(*args: Any, **kwargs: Any) -> None:
     pass
+
+
+def _one_hot(x: Tensor, num_classes: int = -1) -> Tensor:
+    """Return the one-hot code of integers, (*shape, num_classes); without a number of classes, as torch does."""
+    if num_classes < 0:
+        return ONE_HOT(x, num_classes)
+    return (x.unsqueeze(-1) == torch.arange(num_classes, device=x.device)).long()
 
 
 def _compute_expectation(dice: Any, costs: dict[Any, list[Any]]) -> Any:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_genmodels.infer.compiled.recorder import CaptureError, Recorder, put_back
+from pyro_genmodels.infer.compiled.recorder import CaptureError, Recorder, RefusedReads, put_back
 from pyro_genmodels.utils.rng import forked_rng
 
 aten = torch.ops.aten
@@ -89,7 +89,7 @@ def trace(function: Callable[..., Sequence[Any]], *inputs: Tensor) -> Graph:
         nonlocal count
         recorder = Recorder(refuse=True)
         sites.append(recorder)
-        with recorder.sites, recorder:
+        with recorder.sites, recorder, RefusedReads(recorder):
             results = tuple(function(*tensors))
         count = len(results)
         return results
@@ -111,8 +111,8 @@ def trace(function: Callable[..., Sequence[Any]], *inputs: Tensor) -> Graph:
                 f"a tensor of shape {tuple(x.shape)} was computed from a parameter, by {x.grad_fn.name()}, before the capture. "
                 "Compute it inside of the model, or detach it."
             )
-    _keep_random_numbers(module)
     _simplify(module)
+    _keep_random_numbers(module)
     return Graph(module, read, outer.written, count)
 
 

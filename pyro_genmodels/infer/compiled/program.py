@@ -1,8 +1,8 @@
 """Losses of Pyro programs, captured as graphs: one graph for each shape and structure of the arguments.
 
 A captured loss is right as long as the program is what it was. Three things see to that. Tensors are read live (see `graph`).
-The watch finds names that were bound anew (see `watch`). The audit compares the graph with the program itself, at steps 1, 2, 4,
-8, ... and every 1000th, under the same random numbers.
+The watch finds names that were bound anew (see `watch`). The audit compares the graph with the program itself, at steps 1, 2,
+4, 8, ... and every 1000th, under the same random numbers.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_genmodels._pyro.capturing import capturable, find_parameters
+from pyro_genmodels._pyro.messages import without_trace_shapes
 from pyro_genmodels.infer.compiled.graph import trace
 from pyro_genmodels.infer.compiled.modes import Mode, default_mode
 from pyro_genmodels.infer.compiled.recorder import CaptureError, put_back
@@ -74,7 +75,10 @@ class Program:
         parameters: unconstrained parameters by their names in Pyro's param store.
         graph: loss () and gradients (one for each parameter, or None), as a function of the tensors among the arguments.
         has_gradient: for each parameter, True if it has a gradient.
+        trained: those that have one.
         calls: number of calls.
+        seconds: times of single steps.
+        unroll: number of steps that are put into one graph, once it is chosen.
 
     Raises:
         CaptureError: if the program cannot be captured.
@@ -95,23 +99,28 @@ class Program:
         self._positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.calls = 0
         self.built: Callable[..., Sequence[Any]] | None = None
+        self.seconds: list[float] = []
+        self.unroll: int | None = None
         inputs = [leaves[i] for i in self._positions]
-        with put_back():  # what is made at the first run, such as parameters and the plates of guides, is made now
-            self.parameters = find_parameters(lambda: self._loss(inputs))
-        self.watch = Watch(*roots)
-        with put_back():
-            self.parameters = find_parameters(lambda: self._loss(inputs))
+        with without_trace_shapes():
+            with put_back():  # what is made at the first run, such as parameters and the plates of guides, is made now
+                self.parameters = find_parameters(lambda: self._loss(inputs))
+            self.watch = Watch(*roots)
+            with put_back():
+                self.parameters = find_parameters(lambda: self._loss(inputs))
         self.watch.forget_changed()
-        store = pyro.get_param_store()
-        for name in self.parameters:
-            for mapping in (store._params, store._constraints):
-                self.watch.add(mapping, name, f"the parameter {name}")
+        store = vars(pyro.get_param_store())
+        for part in ("_params", "_constraints"):
+            self.watch.add(store, part, "Pyro's param store")
+            for name in self.parameters:
+                self.watch.add(store[part], name, f"the parameter {name}")
         self._frozen = [p.requires_grad for p in self.parameters.values()]
-        with capturable():
+        with without_trace_shapes(), capturable():
             self.graph = trace(self.outputs, *inputs)
         self.watch.forget_changed()
         *_, output = self.graph.module.graph.nodes
         self.has_gradient = [g is not None for g in output.args[0][1 : self.graph.num_outputs]]
+        self.trained = [p for p, has in zip(self.parameters.values(), self.has_gradient, strict=False) if has]
 
     def outputs(self, *inputs: Tensor) -> list[Tensor | None]:
         """Return the loss, detached, and the gradients, computed by the program itself."""
@@ -137,10 +146,11 @@ class Program:
             return "requires_grad of a parameter"
         return self.watch.changed()
 
-    def is_audited(self) -> bool:
-        """Return True if the next call is one of those that are compared with the program."""
-        n = self.calls + 1
-        return n & (n - 1) == 0 or n % AUDIT_PERIOD == 0
+    def is_due(self, num_calls: int = 1) -> bool:
+        """Return True if one of the next calls is one of those at which the graph is compared with the program."""
+        last = self.calls + num_calls
+        power = 1 << (last.bit_length() - 1)
+        return self.calls < power or last // AUDIT_PERIOD > self.calls // AUDIT_PERIOD
 
     def audit(self, inputs: Sequence[Tensor]) -> float:
         """Compare the graph with the program, under the same random numbers, and return the largest difference.
@@ -210,6 +220,10 @@ class CapturedLoss:
         self._captures: dict[Any, int] = {}
         self._run = differentiable_loss(loss)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes without the graphs, which are captured anew."""
+        return self.__dict__ | {"_programs": OrderedDict(), "_captures": {}, "findings": []}
+
     def run(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss as the program computes it, differentiable."""
         return self._run(self.model, self.guide, *args, **kwargs)
@@ -230,13 +244,13 @@ class CapturedLoss:
         with torch.no_grad():
             return program.built(*inputs, *program.graph.read)[: program.graph.num_outputs]
 
-    def check(self, program: Program, inputs: Sequence[Tensor]) -> None:
-        """Compare a program's graph with the program, if it is time to, and count the call."""
-        if self.is_audited and program.is_audited():
+    def check(self, program: Program, inputs: Sequence[Tensor], num_calls: int = 1) -> None:
+        """Compare a program's graph with the program, if it is time to, and count the calls."""
+        if self.is_audited and program.is_due(num_calls):
             start = time.perf_counter()
             difference = program.audit(inputs)
             self.findings.append(Finding("audit", program.calls, time.perf_counter() - start, difference))
-        program.calls += 1
+        program.calls += num_calls
 
     def program(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], *, gradients: bool = True

@@ -14,6 +14,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -25,6 +26,10 @@ INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 """Operations whose result has a shape that depends on values only if an index is a mask."""
 
 LIBRARIES = tuple(f"{sysconfig.get_paths()[name]}/" for name in ("purelib", "platlib", "stdlib"))
+
+
+BATCH_NORMS = (aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default)
+"""Operations that change the running statistics among their arguments, though their schemas do not say so."""
 
 
 class CaptureError(RuntimeError):
@@ -78,6 +83,10 @@ class Recorder(TorchDispatchMode):
                 self._constant.pop(_storage(x), None)
         return result
 
+    def is_constant(self, x: Tensor) -> bool:
+        """Return True if the values of a tensor are the same in every run."""
+        return _storage(x) in self._constant
+
     def _is_constant(self, func: Any, tensors: list[Tensor]) -> bool:
         """Return True if the result of an operation is the same in every run."""
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -87,6 +96,8 @@ class Recorder(TorchDispatchMode):
 
     def _written(self, func: Any, args: Any, kwargs: Any) -> list[Tensor]:
         """Return the tensors that an operation writes to."""
+        if func in BATCH_NORMS:
+            return [x for x in args[3:5] if isinstance(x, Tensor) and args[5]]
         if not func._schema.is_mutable:
             return []
         named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
@@ -119,6 +130,9 @@ class Recorder(TorchDispatchMode):
         indices: list[Any] = []
         for index in args[1]:
             if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
+                if func.overloadpacket is not aten.index and args[2].numel() == 1:
+                    indices.append(index)  # x[mask] = number: the shape does not depend on the mask
+                    continue
                 if _storage(index) not in self._constant:
                     raise self.error("a mask selects entries, so that their number depends on values")
                 with disable_proxy_modes_tracing():
@@ -136,6 +150,25 @@ class Recorder(TorchDispatchMode):
         frames = [f for f in stack if not f.filename.startswith((*LIBRARIES, "<")) and "/pyro_genmodels/" not in f.filename]
         line = f', in line {frames[-1].lineno} of {frames[-1].filename}: "{frames[-1].line}"' if frames else ""
         return f" (after the site {self.sites.name!r}{line})" if self.sites.name else f" (before any site{line})"
+
+
+class RefusedReads(TorchFunctionMode):
+    """A mode that refuses reads of values past torch's operations, such as `x.numpy()`, unless the tensor is constant.
+
+    Args:
+        recorder: recorder of the run.
+    """
+
+    READS = (Tensor.numpy, Tensor.__array__, Tensor.tolist)
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.READS and not self.recorder.is_constant(args[0]):
+            raise self.recorder.error("Python code reads the values of a tensor, as by x.numpy() or x.tolist()")
+        return func(*args, **(kwargs or {}))
 
 
 class _LastSite(Messenger):

@@ -9,42 +9,76 @@ from __future__ import annotations
 __all__ = ["CompiledSVI"]
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from itertools import repeat
 from math import isfinite
+from pathlib import Path
+from statistics import median
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import pyro
 import torch
 from pyro.infer import SVI
+from pyro.optim import PyroOptim
 from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from pyro_genmodels._pyro.capturing import has_handlers
-from pyro_genmodels.infer.compiled.graph import Graph, trace
+from pyro_genmodels.infer.compiled.graph import trace
 from pyro_genmodels.infer.compiled.modes import Mode
 from pyro_genmodels.infer.compiled.program import CapturedLoss, Finding, Program
-from pyro_genmodels.infer.compiled.updates import Update, update_of
-from pyro_genmodels.utils.errors import warn_caller
+from pyro_genmodels.infer.compiled.recorder import put_back
+from pyro_genmodels.infer.compiled.steps import choose_unroll, steps_in_place
+from pyro_genmodels.infer.compiled.updates import Update, has_stepped, update_of
+from pyro_genmodels.utils.errors import check_positive_int, type_with_article, warn_caller
+from pyro_genmodels.utils.files import atomic_write
+
+SAVE_SECONDS = 60.0
+"""Seconds between two checkpoints of a run."""
+
+TIMED_STEPS = 40
+"""Number of single steps that are timed before the number of steps in one graph is chosen."""
 
 
-@dataclass
-class _Step:
-    """A program's step of loss, gradients and optimiser, built for a mode.
+class _Steps:
+    """Steps of a program in one graph, built for a mode.
+
+    Args:
+        program: the captured loss.
+        update: the optimiser.
+        inputs: tensors among the arguments.
+        mode: how the graph is run.
+        num_steps: number of steps.
+        draw_at_once: True to draw the random numbers of all steps at once.
 
     Attributes:
-        update: the optimiser in the graph.
-        graph: loss (), as a function of the arguments and of the rates; it changes parameters and the optimiser's state.
-        run: the graph as it is run.
-        rates: learning rates at the last step, and numbers of steps.
-        rates_tensor: the same as a tensor.
+        seconds: time that it took to build them.
     """
 
-    update: Update
-    graph: Graph
-    run: Callable[..., Sequence[Tensor]]
-    rates: list[float]
-    rates_tensor: Tensor
+    def __init__(
+        self, program: Program, update: Update, inputs: Sequence[Tensor], mode: Mode, num_steps: int, *, draw_at_once: bool
+    ) -> None:
+        start = time.perf_counter()
+        self.update, self.num_steps = update, num_steps
+        self._rates = update.rates(num_steps)
+        self._rates_tensor = torch.tensor(self._rates, dtype=torch.float64)
+        function = steps_in_place(program, update, num_steps, draw_at_once=draw_at_once)
+        self.graph = trace(function, *inputs, self._rates_tensor)
+        self._run = mode.build(self.graph, [*inputs, self._rates_tensor])
+        self.seconds = time.perf_counter() - start
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Make the steps, and return their losses, (num_steps,)."""
+        rates = self.update.rates(self.num_steps)
+        if rates != self._rates:
+            self._rates, self._rates_tensor = rates, torch.tensor(rates, dtype=torch.float64)
+        with torch.no_grad():
+            losses = self._run(*inputs, self._rates_tensor, *self.graph.read)[0]
+        self.update.count(self.num_steps)
+        return losses
 
 
 class CompiledSVI:
@@ -63,6 +97,10 @@ class CompiledSVI:
         mode: `Compiled()`, `Captured()` or `Eager()`; by default compiled where there is a C++ compiler.
         audit: False never to compare the captured graph with the program.
 
+    Raises:
+        TypeError: if the optimiser or the loss is none of these.
+        CaptureError: if the loss has no differentiable form.
+
     Example:
         >>> import pyro.distributions as dist
         >>> from pyro.infer.autoguide import AutoNormal
@@ -79,11 +117,21 @@ class CompiledSVI:
     """
 
     def __init__(self, model: Any, guide: Any, optim: Any, loss: Any, *, mode: Mode | None = None, audit: bool = True) -> None:
+        if not isinstance(optim, PyroOptim):
+            raise TypeError(
+                f"CompiledSVI wants an optimiser of pyro.optim, such as pyro.optim.Adam({{'lr': 0.01}}), but found "
+                f"{type_with_article(optim)}."
+            )
         self.optim = optim
         self.captured = CapturedLoss(model, guide, loss, mode=mode, audit=audit)
         self._stock = SVI(model, guide, optim, loss)
         self._is_first = True
-        self._steps: WeakKeyDictionary[Program, _Step | None] = WeakKeyDictionary()
+        self._updates: WeakKeyDictionary[Program, Update | None] = WeakKeyDictionary()
+        self._built: WeakKeyDictionary[Program, dict[int, _Steps]] = WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes without the graphs, which are captured anew."""
+        return self.__dict__ | {"_updates": WeakKeyDictionary(), "_built": WeakKeyDictionary()}
 
     @property
     def model(self) -> Any:
@@ -117,26 +165,157 @@ class CompiledSVI:
             CaptureError: if the program cannot be captured.
             StaleGraphError: if the program no longer computes what was captured.
         """
-        if self._is_first or not self.captured.mode.captures or has_handlers():
+        program, inputs = self._program_in_graph(args, kwargs)
+        if program is None:
             self._is_first = False
             return self._stock.step(*args, **kwargs)
-        program, inputs = self.captured.program(args, kwargs)
-        step = self._step_of(program, inputs)
-        if step is None:
+        update = self._update_of(program)
+        if update is None:
             return self._step_outside(program, inputs, args, kwargs)
         self.captured.check(program, inputs)
         before = torch.get_rng_state()
-        rates = step.update.rates()
-        if rates != step.rates:
-            step.rates, step.rates_tensor = rates, torch.tensor(rates, dtype=torch.float64)
-        with torch.no_grad():
-            loss = float(step.run(*inputs, step.rates_tensor, *step.graph.read)[0])
+        loss = float(self._steps_of(program, update, inputs)(inputs))
         if not isfinite(loss):  # the graph has left the parameters as they were: Pyro's step says where it comes from
             torch.set_rng_state(before)
             with pyro.validation_enabled():
                 return self._stock.step(*args, **kwargs)
-        step.update.count()
         return loss
+
+    def run(
+        self,
+        num_steps: int,
+        *args: Any,
+        unroll: int | None = None,
+        patience: int | None = None,
+        checkpoint: str | Path | None = None,
+        progress: bool = True,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Make many steps, and return their losses (nats, summed over the data), (num_steps,).
+
+        Of a small model several steps are put into one graph, if the run is so long that this pays, and their random numbers
+        are drawn at once. They are then other ones than those of `step` with the same seed, of the same law.
+
+        Args:
+            num_steps: number of steps.
+            args: arguments of the model and the guide, or a single `torch.utils.data.DataLoader` of them, which is walked
+                through again and again.
+            unroll: number of steps in one graph; 1 for the random numbers of `step`. By default it is chosen.
+            patience: number of steps; the run ends once the mean of the last `patience` losses is not below the mean of as many
+                before.
+            checkpoint: path of a file to which `save` writes every minute and at the end.
+            progress: True for a progress bar.
+            kwargs: keyword arguments of the model and the guide.
+
+        Raises:
+            ValueError: if a number is not positive.
+            CaptureError: if the program cannot be captured.
+            StaleGraphError: if the program no longer computes what was captured.
+        """
+        check_positive_int("CompiledSVI.run", num_steps=num_steps)
+        for name, value in (("unroll", unroll), ("patience", patience)):
+            if value is not None:
+                check_positive_int("CompiledSVI.run", **{name: value})
+        losses: list[float] = []
+        batches = _batches(args, kwargs)
+        saved = time.monotonic()
+        with tqdm(total=num_steps, desc="CompiledSVI", unit="step", disable=not progress, mininterval=0.5) as bar:
+            while len(losses) < num_steps:
+                found = self._some_steps(num_steps - len(losses), batches, unroll, bar)
+                losses += found
+                bar.update(len(found))
+                if bar.n == len(losses) and (len(losses) % 100 < len(found)):
+                    bar.set_postfix_str(f"loss {sum(losses[-100:]) / len(losses[-100:]):.5g}", refresh=False)
+                if checkpoint is not None and time.monotonic() - saved > SAVE_SECONDS:
+                    self.save(checkpoint)
+                    saved = time.monotonic()
+                if patience is not None and len(losses) >= 2 * patience:
+                    last, before = losses[-patience:], losses[-2 * patience : -patience]
+                    if not sum(last) < sum(before):
+                        break
+        if checkpoint is not None:
+            self.save(checkpoint)
+        return torch.tensor(losses, dtype=torch.float64)
+
+    def _some_steps(self, num_steps: int, batches: Iterator[Any], unroll: int | None, bar: tqdm) -> list[float]:
+        """Make one step, or several in one graph, and return their losses."""
+        args, kwargs = next(batches)
+        is_loader = not isinstance(batches, repeat)
+        program, inputs = self._program_in_graph(args, kwargs)
+        update = None if program is None else self._update_of(program)
+        size = 1
+        if program is not None and update is not None and not is_loader:
+            size = self._unroll(program, update, inputs, num_steps, unroll, bar)
+        if size == 1 or program is None or update is None:
+            start = time.perf_counter()
+            loss = self.step(*args, **kwargs)
+            if program is not None:
+                program.seconds.append(time.perf_counter() - start)
+            return [loss]
+        self.captured.check(program, inputs, size)
+        losses = self._steps_of(program, update, inputs, size)(inputs)
+        if not losses.isfinite().all():
+            warn_caller(
+                f"The loss was not finite in {int((~losses.isfinite()).sum())} of {size} steps. These have changed nothing."
+            )
+            with put_back(), pyro.validation_enabled():
+                self.captured.run(*args, **kwargs)  # says where, if it happens again
+        return losses.tolist()
+
+    def _unroll(
+        self, program: Program, update: Update, inputs: Sequence[Tensor], num_steps: int, unroll: int | None, bar: tqdm
+    ) -> int:
+        """Return how many of the next steps are made in one graph."""
+        if unroll is None:
+            if len(program.seconds) < TIMED_STEPS:
+                return 1
+            if program.unroll is None:
+                built = self._steps_of(program, update, inputs).seconds
+                program.unroll = choose_unroll(num_steps, median(program.seconds[-TIMED_STEPS // 2 :]), built)
+            unroll = program.unroll
+        if unroll > 1 and unroll <= num_steps and unroll not in self._built[program]:
+            bar.set_postfix_str(f"compiling {unroll} steps")
+        return unroll if unroll <= num_steps else 1
+
+    def save(self, path: str | Path) -> None:
+        """Write parameters and the state of the optimiser to a file, completely or not at all."""
+        with atomic_write(path) as part:
+            torch.save(self.state_dict(), part)
+
+    def load(self, path: str | Path) -> None:
+        """Read parameters and the state of the optimiser from a file that `save` wrote.
+
+        Raises:
+            ValueError: see `load_state_dict`.
+        """
+        self.load_state_dict(torch.load(path, weights_only=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of the unconstrained parameters, by their names in Pyro's param store, and the optimiser's state."""
+        store = pyro.get_param_store()
+        parameters = {store.param_name(p): p.detach().clone() for p in self.optim.optim_objs}
+        return {"parameters": parameters, "optimizer": deepcopy(self.optim.get_state())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set parameters, in place, and the state of the optimiser.
+
+        Args:
+            state: what `state_dict` returned.
+
+        Raises:
+            ValueError: if a parameter is not in Pyro's param store, or has another shape.
+        """
+        store = pyro.get_param_store()
+        for name, value in state["parameters"].items():
+            if name not in store or store._params[name].shape != value.shape:
+                raise ValueError(
+                    f"The parameter {name!r} of shape {tuple(value.shape)} is not in Pyro's param store. Run the guide and the "
+                    "model once first, as by evaluate_loss(...), so that their parameters exist."
+                )
+        with torch.no_grad():
+            for name, value in state["parameters"].items():
+                store._params[name].copy_(value)
+        self.optim.set_state(deepcopy(state["optimizer"]))
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Return the loss without a step (nats, summed over the data). The arguments are those of `step`."""
@@ -145,25 +324,36 @@ class CompiledSVI:
         program, inputs = self.captured.program(args, kwargs, gradients=False)
         return float(self.captured.call(program, inputs)[0])
 
-    def _step_of(self, program: Program, inputs: Sequence[Tensor]) -> _Step | None:
-        """Return the step of a program, built if need be, or None if the optimiser runs outside."""
-        if program in self._steps:
-            return self._steps[program]
-        start = time.perf_counter()
-        trained = [p for p, has in zip(program.parameters.values(), program.has_gradient, strict=True) if has]
-        update = update_of(self.optim, trained)
-        if isinstance(update, str):
-            self._steps[program] = None
-            warn_caller(f"The optimiser runs outside of the graph, which is slower for small models: {update}.", UserWarning)
-            return None
-        update.watch(program.watch)
-        rates = update.rates()
-        rates_tensor = torch.tensor(rates, dtype=torch.float64)
-        graph = trace(_fused(program, update), *inputs, rates_tensor)
-        run = self.captured.mode.build(graph, [*inputs, rates_tensor])
-        step = self._steps[program] = _Step(update, graph, run, rates, rates_tensor)
-        self.findings.append(Finding("build", program.calls, time.perf_counter() - start, num_operations=graph.num_operations))
-        return step
+    def _program_in_graph(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Program | None, list[Tensor]]:
+        """Return the program of a step and its inputs, or None if Pyro's own step has to be made."""
+        if self._is_first or not self.captured.mode.captures or has_handlers():
+            return None, []
+        program, inputs = self.captured.program(args, kwargs)
+        return (program, inputs) if has_stepped(self.optim, program.trained) else (None, [])
+
+    def _update_of(self, program: Program) -> Update | None:
+        """Return the optimiser's step as a formula, or None if it runs outside of the graph."""
+        if program not in self._updates:
+            update = update_of(self.optim, program.trained)
+            if isinstance(update, str):
+                warn_caller(
+                    f"The optimiser runs outside of the graph, which is slower for small models: {update}.", UserWarning
+                )
+                self._updates[program] = None
+            else:
+                update.watch(program.watch)
+                self._updates[program] = update
+        return self._updates[program]
+
+    def _steps_of(self, program: Program, update: Update, inputs: Sequence[Tensor], num_steps: int = 1) -> _Steps:
+        """Return steps in one graph, built if need be. Several draw their random numbers at once."""
+        built = self._built.setdefault(program, {})
+        if num_steps not in built:
+            steps = _Steps(program, update, inputs, self.captured.mode, num_steps, draw_at_once=num_steps > 1)
+            built[num_steps] = steps
+            what = f"{num_steps} steps built" if num_steps > 1 else "step built"
+            self.findings.append(Finding(what, program.calls, steps.seconds, num_operations=steps.graph.num_operations))
+        return built[num_steps]
 
     def _step_outside(self, program: Program, inputs: Sequence[Tensor], args: Any, kwargs: Any) -> float:
         """Make a step whose optimiser is not in the graph."""
@@ -182,22 +372,18 @@ class CompiledSVI:
         return float(loss)
 
 
-def _fused(program: Program, update: Update) -> Callable[..., list[Tensor]]:
-    """Return a function of inputs and rates that makes a step in place and returns the loss."""
+def _batches(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[Sequence[Any], dict[str, Any]]]:
+    """Return the arguments of step after step."""
+    if len(args) == 1 and isinstance(args[0], DataLoader):
+        return _walk(args[0], kwargs)
+    return repeat((args, kwargs))
 
-    @torch.no_grad()
-    def step(*tensors: Tensor) -> list[Tensor]:
-        *inputs, rates = tensors
-        loss, *gradients = program.graph.module(*inputs, *program.graph.read)[: program.graph.num_outputs]
-        gradients = [g for g, has in zip(gradients, program.has_gradient, strict=True) if has]
-        values, states = [p.detach() for p in update.parameters], update.states()
-        new_values, new_states = update.step(values, gradients, states, rates)
-        is_finite = loss.isfinite()
-        for old, new in zip(values, new_values, strict=True):
-            old.copy_(torch.where(is_finite, new, old))
-        for old_state, new_state in zip(states, new_states, strict=True):
-            for name, new in new_state.items():
-                old_state[name].copy_(torch.where(is_finite, new, old_state[name]))
-        return [loss]
 
-    return step
+def _walk(loader: DataLoader, kwargs: dict[str, Any]) -> Iterator[tuple[Sequence[Any], dict[str, Any]]]:
+    """Yield the batches of a loader as arguments, again and again."""
+    while True:
+        for batch in loader:
+            if isinstance(batch, Mapping):
+                yield (), kwargs | dict(batch)
+            else:
+                yield (tuple(batch) if isinstance(batch, list | tuple) else (batch,)), kwargs

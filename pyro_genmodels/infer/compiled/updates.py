@@ -10,7 +10,7 @@ the convergence of Adam* (AMSGrad, arXiv 1904.09237); Duchi et al., *Adaptive su
 
 from __future__ import annotations
 
-__all__ = ["Update", "update_of"]
+__all__ = ["Update", "has_stepped", "update_of"]
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -122,10 +122,17 @@ class Update:
     optimizers: Sequence[Optimizer]
     clips: Sequence[Mapping[str, float | None]]
 
-    def rates(self) -> list[float]:
-        """Return the learning rates, and the numbers of steps that an optimiser counts in Python."""
-        rates = [float(optimizer.param_groups[0]["lr"]) for optimizer in self.optimizers]
-        return rates + [float(self._state(i)["step"]) for i in self._counted()]
+    def rates(self, num_steps: int = 1) -> list[list[float]]:
+        """Return, for some steps, the learning rates, and the numbers of steps that an optimiser counts in Python."""
+        groups = [optimizer.param_groups[0] for optimizer in self.optimizers]
+        counted = self._counted()
+        if not counted:
+            return [[float(group["lr"]) for group in groups]] * num_steps
+        return [
+            [float(group["lr"]) * group.get("lrd", 1.0) ** k for group in groups]
+            + [float(self._state(i)["step"] + k) for i in counted]
+            for k in range(num_steps)
+        ]
 
     def states(self) -> list[State]:
         """Return the tensors of each optimiser's state, by identity."""
@@ -141,7 +148,7 @@ class Update:
             values: parameters.
             gradients: their gradients.
             states: states of the optimisers.
-            rates: what `rates` returns, in float64, as a tensor.
+            rates: what `rates` returns for this step, in float64, as a tensor.
         """
         counted = self._counted()
         new_values, new_states = [], []
@@ -175,6 +182,8 @@ class Update:
         """Watch the options of the optimisers, and the identity of their states."""
         for i, optimizer in enumerate(self.optimizers):
             group = optimizer.param_groups[0]
+            for name in ("state", "param_groups"):
+                watch.add(vars(optimizer), name, f"{name} of the optimiser")
             for name in group:
                 if name not in ("lr", "params", "initial_lr"):
                     watch.add(group, name, f"the option {name} of the optimiser")
@@ -191,28 +200,31 @@ class Update:
         return [i for i, optimizer in enumerate(self.optimizers) if type(optimizer) is ClippedAdam]
 
 
-def update_of(optim: Any, parameters: Sequence[Tensor]) -> Update | str:
+def has_stepped(optim: PyroOptim, parameters: Sequence[Tensor]) -> bool:
+    """Return True if an optimiser has made a step for each of the parameters, and so has their state."""
+    found = [optim.optim_objs.get(p) for p in parameters]
+    optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in found]
+    return all(
+        optimizer is not None and (optimizer.state[p] or _is_without_state(optimizer))
+        for p, optimizer in zip(parameters, optimizers, strict=True)
+    )
+
+
+def update_of(optim: PyroOptim, parameters: Sequence[Tensor]) -> Update | str:
     """Return the step of a Pyro optimiser for some parameters, or a text that says why it cannot be in a graph.
 
     Args:
-        optim: `pyro.optim.PyroOptim`, or a scheduler, that has made a step for each of the parameters.
+        optim: optimiser or scheduler that has made a step for each of the parameters.
         parameters: unconstrained parameters that have gradients.
     """
-    if not isinstance(optim, PyroOptim):
-        return f"{type(optim).__name__} is no optimiser of pyro.optim"
     optimizers, clips = [], []
     for p in parameters:
-        found: Any = optim.optim_objs.get(p)
-        if found is None:
-            return "a parameter has not yet made a step"
-        optimizer = getattr(found, "optimizer", found)
+        optimizer = getattr(optim.optim_objs[p], "optimizer", optim.optim_objs[p])
         if type(optimizer) not in FORMULAS:
             return f"{type(optimizer).__name__} has no formula here"
         group = optimizer.param_groups[0]
         if isinstance(group["lr"], Tensor):
             return "its learning rate is a tensor"
-        if not optimizer.state[p] and _has_state(optimizer):
-            return "a parameter has not yet made a step"
         if group.get("differentiable"):
             return "it is differentiable"
         optimizers.append(optimizer)
@@ -224,5 +236,5 @@ def update_of(optim: Any, parameters: Sequence[Tensor]) -> Update | str:
     return Update(parameters, optimizers, clips)
 
 
-def _has_state(optimizer: Optimizer) -> bool:
-    return not (type(optimizer) is SGD and not optimizer.param_groups[0]["momentum"])
+def _is_without_state(optimizer: Optimizer) -> bool:
+    return type(optimizer) is SGD and not optimizer.param_groups[0]["momentum"]

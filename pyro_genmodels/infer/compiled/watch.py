@@ -77,7 +77,7 @@ class Watch:
         while (name := self.changed()) is not None:
             names.append(name)
             for entries in (self._mappings, self._cells, self._lengths):
-                entries[:] = [entry for entry in entries if entry[-1] != name]  # type: ignore[index]
+                entries[:] = [entry for entry in entries if entry[-1] != name]
         return names
 
     def _visit(self, value: Any, name: str) -> None:
