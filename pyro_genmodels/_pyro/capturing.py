@@ -23,8 +23,8 @@ from pyro.ops.einsum.adjoint import require_backward
 from pyro.ops.rings import MarginalRing
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
-from torch.nn import functional
 from torch.distributions import Distribution
+from torch.nn import functional
 
 from pyro_genmodels._pyro.handlers import exclusive
 

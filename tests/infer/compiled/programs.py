@@ -73,6 +73,7 @@ class Run(NamedTuple):
         loss: loss with a method `loss_and_grads`.
         args: positional arguments of model and guide.
         kwargs: keyword arguments of both.
+        modules: modules that a closure holds, whose buffers a run changes.
     """
 
     model: Any
@@ -80,6 +81,7 @@ class Run(NamedTuple):
     loss: ELBO
     args: tuple = ()
     kwargs: Mapping[str, Any] = {}
+    modules: tuple[nn.Module, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -693,7 +695,7 @@ def pyro_methods():
     return Run(module.model, module.guide, Trace_ELBO(), (torch.randn(5),), {"offset": 0.5})
 
 
-def vae_program(layers: nn.Module, x: Tensor, z_dim: int = 2, **options: Any) -> Run:
+def vae_program(layers: nn.Module, x: Tensor, z_dim: int = 2) -> Run:
     """Return an autoencoder whose encoder begins with `layers`, which return (n, 6)."""
     encoder = nn.ModuleDict({"layers": layers, "loc": nn.Linear(6, z_dim), "scale": nn.Linear(6, z_dim)})
     decoder = nn.Sequential(nn.Linear(z_dim, 8), nn.Softplus(), nn.Linear(8, x[0].numel()))
@@ -710,7 +712,7 @@ def vae_program(layers: nn.Module, x: Tensor, z_dim: int = 2, **options: Any) ->
             hidden = encoder["layers"](x)
             pyro.sample("z", dist.Normal(encoder["loc"](hidden), encoder["scale"](hidden).exp()).to_event(1))
 
-    return Run(model, guide, Trace_ELBO(**options), (x,))
+    return Run(model, guide, Trace_ELBO(), (x,), modules=(encoder, decoder))
 
 
 @program("VAE, BatchNorm", representative=True)
