@@ -13,15 +13,18 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
 import torch
+from pyro.infer import ELBO, RenyiELBO
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_genmodels._pyro.capturing import capturable, find_parameters
 from pyro_genmodels._pyro.messages import without_trace_shapes
+from pyro_genmodels._pyro.renyi import renyi_loss
 from pyro_genmodels.infer.compiled.graph import trace
 from pyro_genmodels.infer.compiled.modes import Mode, default_mode
 from pyro_genmodels.infer.compiled.recorder import CaptureError, put_back
@@ -36,6 +39,10 @@ MAX_PROGRAMS = 16
 
 MANY_CAPTURES = 8
 """Number of captures for one shape after which a warning says that capturing again and again is slow."""
+
+
+DIFFERENTIABLE: Mapping[type[ELBO], Callable[..., Tensor]] = {RenyiELBO: renyi_loss}
+"""For losses of Pyro without a differentiable form: a function of the loss, model, guide and arguments that is one."""
 
 
 class StaleGraphError(RuntimeError):
@@ -218,7 +225,7 @@ class CapturedLoss:
         self.findings: list[Finding] = []
         self._programs: OrderedDict[Any, Program] = OrderedDict()
         self._captures: dict[Any, int] = {}
-        self._run = differentiable_loss(loss)
+        self.loss_of = differentiable_loss(loss)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes without the graphs, which are captured anew."""
@@ -226,7 +233,7 @@ class CapturedLoss:
 
     def run(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss as the program computes it, differentiable."""
-        return self._run(self.model, self.guide, *args, **kwargs)
+        return self.loss_of(self.model, self.guide, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss () and its gradients, by the names of the parameters in Pyro's param store."""
@@ -330,13 +337,15 @@ def differentiable_loss(loss: Any) -> Callable[..., Tensor]:
     Raises:
         CaptureError: if Pyro has none for this loss.
     """
-    if not isinstance(loss, pyro.infer.ELBO):
+    if type(loss) in DIFFERENTIABLE:
+        return partial(DIFFERENTIABLE[type(loss)], loss)
+    if not isinstance(loss, ELBO):
         if not callable(loss):
             raise TypeError(f"A loss is a pyro.infer.ELBO, or a function of model, guide and arguments, but found {loss!r}.")
         return loss
     if "differentiable_loss" not in {name for cls in type(loss).__mro__ for name in vars(cls)}:
         raise CaptureError(
             f"{type(loss).__name__} has no differentiable loss in Pyro, and cannot be captured. Use Trace_ELBO, "
-            "TraceMeanField_ELBO, TraceEnum_ELBO, or the objectives of this package; or run it by pyro.infer.SVI."
+            "TraceMeanField_ELBO, TraceEnum_ELBO, RenyiELBO, or the objectives of this package; or run it by pyro.infer.SVI."
         )
     return loss.differentiable_loss  # type: ignore[attr-defined]
