@@ -5,12 +5,13 @@ Each replacement computes the same number. Checks of values cannot stand in a gr
 
 from __future__ import annotations
 
-__all__ = ["capturable", "find_parameters", "has_handlers"]
+__all__ = ["capturable", "copy_pair", "find_parameters", "has_handlers"]
 
 import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from typing import Any
 from unittest import mock
 
@@ -18,11 +19,12 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import util
+from pyro.infer.autoguide import AutoGuide
 from pyro.ops import packed
 from pyro.ops.einsum.adjoint import require_backward
 from pyro.ops.rings import MarginalRing
 from pyro.poutine.runtime import _PYRO_STACK
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn import functional
 
@@ -42,6 +44,21 @@ def find_parameters(run: Callable[[], Any]) -> dict[str, Tensor]:
         run()
     sites: dict[str, Any] = trace.trace.nodes
     return {name: site["value"].unconstrained() for name, site in sites.items()}
+
+
+def copy_pair(model: Any, guide: Any) -> tuple[Any, Any]:
+    """Return copies of a model and a guide. Pyro's guides lose their model when they are copied, which is put back here."""
+    memo: dict[int, Any] = {}
+    guides = [part for part in guide.modules() if isinstance(part, AutoGuide)] if isinstance(guide, nn.Module) else []
+    models = [part._model for part in guides]
+    try:
+        copies = deepcopy((model, guide), memo)
+    finally:
+        for part, of_part in zip(guides, models, strict=True):
+            part._model = of_part
+    for part, of_part in zip(guides, models, strict=True):
+        memo[id(part)]._model = deepcopy(of_part, memo)
+    return copies
 
 
 @contextmanager

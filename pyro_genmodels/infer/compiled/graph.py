@@ -11,7 +11,7 @@ __all__ = ["Graph", "trace"]
 
 import operator
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_genmodels.infer.compiled.recorder import CaptureError, Recorder, RefusedReads, put_back
+from pyro_genmodels.infer.compiled.recorder import CaptureError, FixedTensor, Recorder, RefusedReads, put_back
 from pyro_genmodels.utils.rng import forked_rng
 
 aten = torch.ops.aten
@@ -34,18 +34,27 @@ class Graph:
         module: graph, a function of the arguments and of the tensors that it reads.
         read: tensors that it reads and does not make, by identity.
         written: tensors among these, flat, that it changes, such as running means.
+        fixed: tensors whose values Python code has read during the capture.
         num_outputs: number of its results; more stand after them, if random numbers are drawn that nothing uses.
     """
 
     module: fx.GraphModule
     read: tuple[Tensor, ...]
     written: tuple[Tensor, ...]
+    fixed: tuple[FixedTensor, ...]
     num_outputs: int
 
     @property
     def num_operations(self) -> int:
         """Number of operations."""
         return sum(node.op == "call_function" for node in self.module.graph.nodes)
+
+    def changed(self) -> str | None:
+        """Return a text about a tensor whose values were read during the capture and have changed since, or None."""
+        for fixed in self.fixed:
+            if fixed.has_changed():
+                return f"the values of a tensor of shape {tuple(fixed.tensor.shape)} that Python code reads"
+        return None
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return the results, computed one operation after another."""
@@ -64,12 +73,13 @@ class Graph:
                     x.copy_(value)
 
 
-def trace(function: Callable[..., Sequence[Any]], *inputs: Tensor) -> Graph:
+def trace(function: Callable[..., Sequence[Any]], *inputs: Tensor, varying: Iterable[Tensor] = ()) -> Graph:
     """Return a function as a graph. The function is run once, without a lasting effect on tensors and random numbers.
 
     Args:
         function: function of tensors; it returns a sequence of tensors and may contain None.
         inputs: tensors like those of later calls.
+        varying: tensors that the function reads and whose values change from call to call, such as parameters.
 
     Raises:
         CaptureError: if the function branches on values, or has shapes that depend on values, or reads a tensor that was
@@ -87,7 +97,7 @@ def trace(function: Callable[..., Sequence[Any]], *inputs: Tensor) -> Graph:
 
     def run(*tensors: Tensor) -> tuple[Any, ...]:
         nonlocal count
-        recorder = Recorder(refuse=True)
+        recorder = Recorder(refuse=True, varying=(*inputs, *varying))
         sites.append(recorder)
         with recorder.sites, recorder, RefusedReads(recorder):
             results = tuple(function(*tensors))
@@ -113,7 +123,7 @@ def trace(function: Callable[..., Sequence[Any]], *inputs: Tensor) -> Graph:
             )
     _simplify(module)
     _keep_random_numbers(module)
-    return Graph(module, read, outer.written, count)
+    return Graph(module, read, outer.written, tuple(sites[-1].fixed.values()), count)
 
 
 def _is_of_tracer(error: Exception) -> bool:

@@ -123,7 +123,7 @@ class Program:
                 self.watch.add(store[part], name, f"the parameter {name}")
         self._frozen = [p.requires_grad for p in self.parameters.values()]
         with without_trace_shapes(), capturable():
-            self.graph = trace(self.outputs, *inputs)
+            self.graph = trace(self.outputs, *inputs, varying=self.parameters.values())
         self.watch.forget_changed()
         *_, output = self.graph.module.graph.nodes
         self.has_gradient = [g is not None for g in output.args[0][1 : self.graph.num_outputs]]
@@ -151,7 +151,7 @@ class Program:
         """Return the name of something that was bound anew since the capture, or None."""
         if [p.requires_grad for p in self.parameters.values()] != self._frozen:
             return "requires_grad of a parameter"
-        return self.watch.changed()
+        return self.watch.changed() or self.graph.changed()
 
     def is_due(self, num_calls: int = 1) -> bool:
         """Return True if one of the next calls is one of those at which the graph is compared with the program."""

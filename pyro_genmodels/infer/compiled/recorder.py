@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["CaptureError", "Recorder", "put_back"]
+__all__ = ["CaptureError", "FixedTensor", "Recorder", "put_back"]
 
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,63 +37,132 @@ class CaptureError(RuntimeError):
     """Error of a program that cannot be captured as one graph. Its message names the cause, the site and the line."""
 
 
+@dataclass(frozen=True)
+class FixedTensor:
+    """A tensor whose values Python code has read during a capture, such as lengths of sequences: they must stay what they were.
+
+    Attributes:
+        tensor: the tensor.
+        version: number of times that it had been written to.
+        address: address of its values.
+    """
+
+    tensor: Tensor
+    version: int
+    address: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> FixedTensor:
+        return cls(x, x._version, x.data_ptr())
+
+    def has_changed(self) -> bool:
+        """Return True if the tensor was written to, or was given other values, since."""
+        return self.tensor._version != self.version or self.tensor.data_ptr() != self.address
+
+
 class Recorder(TorchDispatchMode):
     """A dispatch mode around one run of a function.
 
-    Tensors are called constant here if they are made inside of the run from no input and no random number, such as
-    ``torch.ones(3).tril()``. Their values may be read.
+    Python code may read the values of tensors that are fixed: data, buffers and masks that were made before the run, and what is
+    computed from them and from numbers alone, such as ``torch.ones(3).tril()``. Inputs, parameters, what the run writes to and
+    random numbers vary from call to call, and so does all that is computed from them.
 
     Args:
-        refuse: True to raise a `CaptureError` at operations whose result has a shape, or a number, that depends on values.
+        refuse: True to raise a `CaptureError` at operations whose result has a shape, or a number, that depends on values that
+            vary.
+        varying: tensors that vary, besides those that require gradients.
+
+    Attributes:
+        fixed: tensors made before the run whose values were read, so that the run would be another one with other values.
     """
 
-    def __init__(self, *, refuse: bool) -> None:
+    def __init__(self, *, refuse: bool, varying: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.refuse = refuse
         self.sites = _LastSite()
+        self.fixed: dict[int, FixedTensor] = {}
         self._made: set[int] = set()
-        self._constant: dict[int, Tensor] = {}
+        self._varying = {_storage(x) for x in varying}
+        self._sources: dict[int, tuple[Tensor, dict[int, Tensor]]] = {}
         self._originals: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
-        constant = self._is_constant(func, tensors)
+        sources = self._sources_of_result(func, tensors) if self.refuse else None
         if self.refuse:
-            if constant and torch.Tag.data_dependent_output in func.tags:
-                with disable_proxy_modes_tracing():
-                    return func(*args, **kwargs)
             args = self._without_masks(func, args)
-            depends = torch.Tag.dynamic_output_shape in func.tags and func.overloadpacket not in INDEXING
-            if depends and not constant:
+            reads = torch.Tag.data_dependent_output in func.tags
+            has_shape = torch.Tag.dynamic_output_shape in func.tags and func.overloadpacket not in INDEXING
+            if (reads or has_shape) and sources is not None:
+                self._read(sources)
+                with disable_proxy_modes_tracing():
+                    result = func(*args, **kwargs)
+                self._remember(result, tensors, sources)
+                return result
+            if has_shape:
                 raise self.error(f"the shape of the result of {_name(func)} depends on values")
-            if torch.Tag.data_dependent_output in func.tags:
+            if reads:
                 raise self.error("Python code reads the value of a tensor, as by `if x > 0`, int(x) or x.item()")
         written = self._written(func, args, kwargs)
         for x in written:
             self._keep(x)
         result = func(*args, **kwargs)
+        self._remember(result, tensors, sources)
+        for x in written:
+            self._remember_written(x, sources)
+        return result
+
+    def read(self, x: Tensor) -> bool:
+        """Return True if Python code may read the values of a tensor, and remember those that must stay what they are."""
+        sources = self._sources_of(x)
+        self._read(sources or {})
+        return sources is not None
+
+    def _read(self, sources: dict[int, Tensor]) -> None:
+        self.fixed |= {key: FixedTensor.of(x) for key, x in sources.items() if key not in self.fixed}
+
+    def _sources_of(self, x: Tensor) -> dict[int, Tensor] | None:
+        """Return the tensors, made before the run, from which a tensor was computed, by their storage; None if it varies."""
+        key = _storage(x)
+        if key in self._sources:
+            return self._sources[key][1]
+        if x.requires_grad:
+            self._varying.add(key)
+        if key in self._made or key in self._varying or x.is_inference():
+            return None
+        return {key: x}
+
+    def _sources_of_result(self, func: Any, tensors: list[Tensor]) -> dict[int, Tensor] | None:
+        """Return the tensors, made before the run, from which an operation computes its result; None if that varies."""
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            return None
+        if func in (aten.lift_fresh.default, aten.lift_fresh_copy.default):  # torch.tensor(...) of Python numbers
+            return {}
+        sources: dict[int, Tensor] = {}
+        varies = False
+        for x in tensors:
+            found = self._sources_of(x)
+            varies = varies or found is None
+            sources |= found or {}
+        return None if varies else sources
+
+    def _remember(self, result: Any, tensors: list[Tensor], sources: dict[int, Tensor] | None) -> None:
+        """Remember the tensors that an operation has made, and from what."""
         inputs = set(map(_storage, tensors))
         for x in tree_iter(result):
             if isinstance(x, Tensor) and _storage(x) not in inputs:
                 self._made.add(_storage(x))
-                if constant:
-                    self._constant[_storage(x)] = x
-        if not constant:
-            for x in written:
-                self._constant.pop(_storage(x), None)
-        return result
+                self._sources.pop(_storage(x), None)  # of an earlier tensor at this address
+                if sources is not None:
+                    self._sources[_storage(x)] = x, sources
 
-    def is_constant(self, x: Tensor) -> bool:
-        """Return True if the values of a tensor are the same in every run."""
-        return _storage(x) in self._constant
-
-    def _is_constant(self, func: Any, tensors: list[Tensor]) -> bool:
-        """Return True if the result of an operation is the same in every run."""
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            return False
-        fresh = func in (aten.lift_fresh.default, aten.lift_fresh_copy.default)  # torch.tensor(...) of Python numbers
-        return fresh or all(_storage(x) in self._constant for x in tensors)
+    def _remember_written(self, x: Tensor, sources: dict[int, Tensor] | None) -> None:
+        if _storage(x) not in self._made:
+            self._varying.add(_storage(x))
+        self._sources.pop(_storage(x), None)
+        if sources is not None and _storage(x) in self._made:
+            self._sources[_storage(x)] = x, sources
 
     def _written(self, func: Any, args: Any, kwargs: Any) -> list[Tensor]:
         """Return the tensors that an operation writes to."""
@@ -124,7 +194,7 @@ class Recorder(TorchDispatchMode):
                 whole.copy_(original)
 
     def _without_masks(self, func: Any, args: Any) -> Any:
-        """Return arguments in which masks that are constant are replaced by integer indices, and refuse other masks."""
+        """Return arguments in which masks that are fixed are replaced by integer indices, and refuse other masks."""
         if func.overloadpacket not in INDEXING:
             return args
         indices: list[Any] = []
@@ -133,7 +203,7 @@ class Recorder(TorchDispatchMode):
                 if func.overloadpacket is not aten.index and args[2].numel() == 1:
                     indices.append(index)  # x[mask] = number: the shape does not depend on the mask
                     continue
-                if _storage(index) not in self._constant:
+                if not self.read(index):
                     raise self.error("a mask selects entries, so that their number depends on values")
                 with disable_proxy_modes_tracing():
                     indices += index.nonzero().unbind(1)
@@ -153,7 +223,7 @@ class Recorder(TorchDispatchMode):
 
 
 class RefusedReads(TorchFunctionMode):
-    """A mode that refuses reads of values past torch's operations, such as `x.numpy()`, unless the tensor is constant.
+    """A mode that refuses reads of values past torch's operations, such as `x.numpy()`, unless the tensor is fixed.
 
     Args:
         recorder: recorder of the run.
@@ -166,7 +236,7 @@ class RefusedReads(TorchFunctionMode):
         self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self.READS and not self.recorder.is_constant(args[0]):
+        if func in self.READS and not self.recorder.read(args[0]):
             raise self.recorder.error("Python code reads the values of a tensor, as by x.numpy() or x.tolist()")
         return func(*args, **(kwargs or {}))
 

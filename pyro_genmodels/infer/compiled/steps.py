@@ -7,7 +7,7 @@ them at once. The law of the draws is that of single steps; the stream is anothe
 
 from __future__ import annotations
 
-__all__ = ["choose_unroll", "steps_in_place"]
+__all__ = ["Noise", "choose_unroll", "next_step", "steps_in_place"]
 
 from collections.abc import Callable, Sequence
 from math import prod
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from pyro_genmodels.infer.compiled.program import Program
-from pyro_genmodels.infer.compiled.updates import Update
+from pyro_genmodels.infer.compiled.updates import State, Update
 
 aten = torch.ops.aten
 
@@ -45,7 +45,8 @@ def choose_unroll(num_steps: int, step_seconds: float, build_seconds: float) -> 
         saved = min(CALL_SECONDS, 0.7 * step_seconds) * (1 - 1 / size)
         return num_steps * (step_seconds - saved) + (build_seconds * (1 + size / 4) if size > 1 else 0.0)
 
-    return min(SIZES, key=seconds) if seconds(SIZES[-1]) < 0.9 * seconds(1) or seconds(SIZES[1]) < 0.9 * seconds(1) else 1
+    best = min(SIZES, key=seconds)
+    return best if seconds(best) < 0.9 * seconds(1) else 1
 
 
 def steps_in_place(program: Program, update: Update, num_steps: int, *, draw_at_once: bool) -> Callable[..., list[Tensor]]:
@@ -59,43 +60,76 @@ def steps_in_place(program: Program, update: Update, num_steps: int, *, draw_at_
         num_steps: number of steps.
         draw_at_once: True to draw the random numbers of all steps at once.
     """
-    graph = program.graph
-    noise = _Noise(graph.module, num_steps, enabled=draw_at_once)
-    trained = {id(p): i for i, p in enumerate(update.parameters)}
+    noise = Noise(program.graph.module, enabled=draw_at_once)
 
     @torch.no_grad()
     def steps(*tensors: Tensor) -> list[Tensor]:
         *inputs, rates = tensors
-        parameters, states = [p.detach() for p in update.parameters], update.states()
-        values, current = list(parameters), [dict(state) for state in states]
-        noise.draw()
-        losses = []
+        values, states = [p.detach() for p in update.parameters], update.states()
+        new_values, new_states, losses = values, states, []
+        numbers = noise.draw(num_steps)
         for k in range(num_steps):
-            read = [values[trained[id(x)]] if id(x) in trained else x for x in graph.read]
-            loss, *gradients = noise.run(k, *inputs, *read)[: graph.num_outputs]
-            gradients = [g for g, has in zip(gradients, program.has_gradient, strict=True) if has]
-            new_values, new_states = update.step(values, gradients, current, rates[k])
-            is_finite = loss.isfinite()
-            values = [torch.where(is_finite, new, old) for new, old in zip(new_values, values, strict=True)]
-            for state, new_state in zip(current, new_states, strict=True):
-                state |= {name: torch.where(is_finite, new, state[name]) for name, new in new_state.items()}
+            drawn = [x[k] for x in numbers]
+            loss, new_values, new_states = next_step(program, update, noise, inputs, rates[k], drawn, new_values, new_states)
             losses.append(loss)
-        for p, value in zip(parameters, values, strict=True):
-            p.copy_(value)
-        for old, state in zip(states, current, strict=True):
-            for name, x in old.items():
-                if state[name] is not x:
-                    x.copy_(state[name])
+        for old, new in zip(values, new_values, strict=True):
+            old.copy_(new)
+        for old_state, new_state in zip(states, new_states, strict=True):
+            for name, x in old_state.items():
+                if new_state[name] is not x:
+                    x.copy_(new_state[name])
         return [torch.stack(losses)]
 
     return steps
 
 
-class _Noise:
-    """The random numbers of several runs of a graph, drawn in one call for each distribution and dtype."""
+def next_step(
+    program: Program,
+    update: Update,
+    noise: Noise,
+    inputs: Sequence[Tensor],
+    rates: Tensor,
+    numbers: Sequence[Tensor],
+    values: Sequence[Tensor],
+    states: Sequence[State],
+) -> tuple[Tensor, list[Tensor], list[State]]:
+    """Return the loss () and the next parameters and states, which are the old ones if the loss is not finite.
 
-    def __init__(self, module: fx.GraphModule, num_runs: int, *, enabled: bool) -> None:
-        self.module, self.num_runs = module, num_runs
+    Args:
+        program: the captured loss.
+        update: the optimiser.
+        noise: how random numbers are given to the program.
+        inputs: tensors among the program's arguments.
+        rates: learning rates.
+        numbers: random numbers, as `Noise.draw` returns them for one step.
+        values: parameters.
+        states: states of the optimiser.
+    """
+    graph = program.graph
+    current = {id(p): value for p, value in zip(update.parameters, values, strict=True)}
+    read = [current.get(id(x), x) for x in graph.read]
+    loss, *gradients = noise.run(numbers, *inputs, *read)[: graph.num_outputs]
+    gradients = [g for g, has in zip(gradients, program.has_gradient, strict=True) if has]
+    new_values, new_states = update.step(values, gradients, states, rates)
+    is_finite = loss.isfinite()
+    next_values = [torch.where(is_finite, new, old) for new, old in zip(new_values, values, strict=True)]
+    next_states = [
+        state | {name: torch.where(is_finite, x, state[name]) for name, x in new.items()}
+        for state, new in zip(states, new_states, strict=True)
+    ]
+    return loss, next_values, next_states
+
+
+class Noise:
+    """The random numbers of a graph, drawn in one call for each distribution and dtype, and given to it.
+
+    Args:
+        module: the graph.
+        enabled: False to leave the graph its own random numbers.
+    """
+
+    def __init__(self, module: fx.GraphModule, *, enabled: bool) -> None:
+        self.module = module
         self.slices: dict[fx.Node, tuple[Any, int]] = {}
         self.sizes: dict[Any, int] = {}
         for node in module.graph.nodes if enabled else ():
@@ -104,31 +138,31 @@ class _Noise:
                 self.slices[node] = key, self.sizes.get(key, 0)
                 self.sizes[key] = self.sizes.get(key, 0) + prod(node.meta["val"].shape)
 
-    def draw(self) -> None:
-        """Draw the random numbers of all runs."""
-        self.numbers = {
-            key: (torch.randn if key[0] == "normal" else torch.rand)(self.num_runs, size, dtype=key[1], device=key[2])
-            for key, size in self.sizes.items()
-        }
+    def draw(self, *shape: int) -> list[Tensor]:
+        """Return random numbers for so many runs of the graph, (*shape, size)."""
+        return [
+            (torch.randn if kind == "normal" else torch.rand)(*shape, size, dtype=dtype, device=device)
+            for (kind, dtype, device), size in self.sizes.items()
+        ]
 
-    def run(self, k: int, *tensors: Tensor) -> Sequence[Any]:
-        """Return the results of run number `k`."""
-        return _Replay(self, k).run(*tensors)
+    def run(self, numbers: Sequence[Tensor], *tensors: Tensor) -> Sequence[Any]:
+        """Return the results of the graph with given random numbers, each (size,)."""
+        return _Replay(self, dict(zip(self.sizes, numbers, strict=True))).run(*tensors)
 
 
 class _Replay(fx.Interpreter):
     """A run of a graph whose random numbers are given."""
 
-    def __init__(self, noise: _Noise, k: int) -> None:
+    def __init__(self, noise: Noise, numbers: dict[Any, Tensor]) -> None:
         super().__init__(noise.module)
-        self.noise, self.k = noise, k
+        self.slices, self.numbers = noise.slices, numbers
 
     def run_node(self, n: fx.Node) -> Any:
-        if n not in self.noise.slices:
+        if n not in self.slices:
             return super().run_node(n)
-        key, start = self.noise.slices[n]
+        key, start = self.slices[n]
         shape = n.meta["val"].shape
-        numbers = self.noise.numbers[key][self.k, start : start + prod(shape)].reshape(shape)
+        numbers = self.numbers[key][start : start + prod(shape)].reshape(shape)
         if n.target in IN_PLACE:
             given: tuple[Any, ...] = n.args[1:]
             low, high = (*given, *(0.0, 1.0)[len(given) :])

@@ -20,17 +20,20 @@ from weakref import WeakKeyDictionary
 
 import pyro
 import torch
-from pyro.infer import SVI
+from pyro import poutine
+from pyro.infer import SVI, Predictive
 from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from pyro_genmodels._pyro import traces
 from pyro_genmodels._pyro.capturing import has_handlers
 from pyro_genmodels.infer.compiled.graph import trace
 from pyro_genmodels.infer.compiled.modes import Mode
 from pyro_genmodels.infer.compiled.program import CapturedLoss, Finding, Program
-from pyro_genmodels.infer.compiled.recorder import put_back
+from pyro_genmodels.infer.compiled.recorder import CaptureError, put_back
+from pyro_genmodels.infer.compiled.restarts import Restarts, initial_values
 from pyro_genmodels.infer.compiled.steps import choose_unroll, steps_in_place
 from pyro_genmodels.infer.compiled.updates import Update, has_stepped, update_of
 from pyro_genmodels.utils.errors import check_positive_int, type_with_article, warn_caller
@@ -38,6 +41,9 @@ from pyro_genmodels.utils.files import atomic_write
 
 SAVE_SECONDS = 60.0
 """Seconds between two checkpoints of a run."""
+
+RECENT = 100
+"""Number of steps over whose losses restarts are compared."""
 
 TIMED_STEPS = 40
 """Number of single steps that are timed before the number of steps in one graph is chosen."""
@@ -96,6 +102,8 @@ class CompiledSVI:
             guide and arguments that returns a differentiable tensor.
         mode: `Compiled()`, `Captured()` or `Eager()`; by default compiled where there is a C++ compiler.
         audit: False never to compare the captured graph with the program.
+        num_restarts: number of fits, each from its own first values, that are made at once; a loss is then a tensor,
+            (num_restarts,). `select` keeps the best of them, or another, and `samples_of_restarts` draws from all.
 
     Raises:
         TypeError: if the optimiser or the loss is none of these.
@@ -116,7 +124,17 @@ class CompiledSVI:
         True
     """
 
-    def __init__(self, model: Any, guide: Any, optim: Any, loss: Any, *, mode: Mode | None = None, audit: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        guide: Any,
+        optim: Any,
+        loss: Any,
+        *,
+        mode: Mode | None = None,
+        audit: bool = True,
+        num_restarts: int | None = None,
+    ) -> None:
         if not isinstance(optim, PyroOptim):
             raise TypeError(
                 f"CompiledSVI wants an optimiser of pyro.optim, such as pyro.optim.Adam({{'lr': 0.01}}), but found "
@@ -126,6 +144,12 @@ class CompiledSVI:
         self.captured = CapturedLoss(model, guide, loss, mode=mode, audit=audit)
         self._stock = SVI(model, guide, optim, loss)
         self._is_first = True
+        self._restarts: Restarts | None = None
+        self._first_values: dict[str, Tensor] = {}
+        self._recent: list[Tensor] = []
+        if num_restarts is not None:
+            check_positive_int("CompiledSVI", num_restarts=num_restarts)
+        self.num_restarts = num_restarts
         self._updates: WeakKeyDictionary[Program, Update | None] = WeakKeyDictionary()
         self._built: WeakKeyDictionary[Program, dict[int, _Steps]] = WeakKeyDictionary()
 
@@ -153,8 +177,8 @@ class CompiledSVI:
         """Captures, and comparisons with the program, so far."""
         return self.captured.findings
 
-    def step(self, *args: Any, **kwargs: Any) -> float:
-        """Make a step, and return the loss before it (nats, summed over the data).
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Make a step, and return the loss before it (nats, summed over the data): a number, or (num_restarts,).
 
         Args:
             args: arguments of the model and the guide. Tensors may change from call to call; anything else is a part of the
@@ -165,6 +189,8 @@ class CompiledSVI:
             CaptureError: if the program cannot be captured.
             StaleGraphError: if the program no longer computes what was captured.
         """
+        if self.num_restarts is not None:
+            return self._step_restarts(args, kwargs)
         program, inputs = self._program_in_graph(args, kwargs)
         if program is None:
             self._is_first = False
@@ -181,6 +207,87 @@ class CompiledSVI:
                 return self._stock.step(*args, **kwargs)
         return loss
 
+    def _step_restarts(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        """Make a step of every restart, and return their losses."""
+        if self._is_first:
+            self._first_values = initial_values(self.captured, self.num_restarts or 1, args, kwargs)
+            self._stock.step(*args, **kwargs)  # makes the parameters, and the state of the optimiser
+            self._is_first = False
+        program, inputs = self._program_in_graph(args, kwargs)
+        update = None if program is None else self._update_of(program)
+        if program is None or update is None:
+            raise CaptureError(
+                "Restarts need a program and an optimiser in the graph: a mode that captures, an optimiser of the list in the "
+                "description of CompiledSVI, the same parameters at each call, and no handler around it."
+            )
+        if self._restarts is None:
+            self._restarts = Restarts(program, update, self._first_values, self.captured.mode)
+        self.captured.check(program, inputs)
+        losses = self._restarts.step(program, update, inputs)
+        self._recent = [*self._recent[1 - RECENT :], losses.detach().clone()]
+        return losses
+
+    def best(self) -> int:
+        """Return the number of the restart with the lowest mean loss in the last 100 steps.
+
+        Raises:
+            ValueError: if there are no restarts, or no step was made.
+        """
+        self._with_restarts()
+        means = torch.stack(self._recent).double().mean(0)
+        return int(means.nan_to_num(nan=torch.inf).argmin())
+
+    def select(self, index: int | None = None) -> int:
+        """Write the parameters of one restart to where model and guide have theirs, and return its number.
+
+        Args:
+            index: number of the restart; by default the best.
+
+        Raises:
+            ValueError: if there are no restarts, or no step was made.
+        """
+        index = self.best() if index is None else index
+        self._with_restarts().select(index)
+        return index
+
+    def samples_of_restarts(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return samples of the latent variables by the guide of each restart, (num_restarts, num_samples, ...), by name.
+
+        `to_arviz(samples, *args, model=model)` takes restarts as chains. The restart that was selected is so afterwards too.
+
+        Args:
+            num_samples: number of samples of each restart.
+            args: arguments of the guide.
+            kwargs: keyword arguments of the guide.
+
+        Raises:
+            ValueError: if there are no restarts, or no step was made.
+        """
+        restarts = self._with_restarts()
+        before = [p.detach().clone() for p in restarts.parameters]
+        found: list[dict[str, Tensor]] = []
+        try:
+            for index in range(restarts.count):
+                restarts.select(index)
+                predictive = Predictive(self.model, guide=self.guide, num_samples=num_samples)
+                with torch.no_grad():
+                    found.append(predictive(*args, **kwargs))
+        finally:
+            with torch.no_grad():
+                for p, value in zip(restarts.parameters, before, strict=True):
+                    p.copy_(value)
+        latents = set(self._latents(args, kwargs))
+        return {name: torch.stack([samples[name] for samples in found]) for name in found[0] if name in latents}
+
+    def _latents(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+        with put_back(), torch.no_grad():
+            return traces.latents(poutine.trace(self.model).get_trace(*args, **kwargs))
+
+    def _with_restarts(self) -> Restarts:
+        if self._restarts is None:
+            raise ValueError("There are no restarts: build CompiledSVI(..., num_restarts=64), and make a step or a run.")
+        return self._restarts
+
     def run(
         self,
         num_steps: int,
@@ -191,7 +298,7 @@ class CompiledSVI:
         progress: bool = True,
         **kwargs: Any,
     ) -> Tensor:
-        """Make many steps, and return their losses (nats, summed over the data), (num_steps,).
+        """Make many steps, and return their losses (nats, summed over the data), (num_steps,) or (num_steps, num_restarts).
 
         Of a small model several steps are put into one graph, if the run is so long that this pays, and their random numbers
         are drawn at once. They are then other ones than those of `step` with the same seed, of the same law.
@@ -201,8 +308,8 @@ class CompiledSVI:
             args: arguments of the model and the guide, or a single `torch.utils.data.DataLoader` of them, which is walked
                 through again and again.
             unroll: number of steps in one graph; 1 for the random numbers of `step`. By default it is chosen.
-            patience: number of steps; the run ends once the mean of the last `patience` losses is not below the mean of as many
-                before.
+            patience: number of steps; the run ends once the mean of the last `patience` losses is not below the mean of as
+                many before (of no restart, if there are several).
             checkpoint: path of a file to which `save` writes every minute and at the end.
             progress: True for a progress bar.
             kwargs: keyword arguments of the model and the guide.
@@ -216,7 +323,7 @@ class CompiledSVI:
         for name, value in (("unroll", unroll), ("patience", patience)):
             if value is not None:
                 check_positive_int("CompiledSVI.run", **{name: value})
-        losses: list[float] = []
+        losses: list[Any] = []
         batches = _batches(args, kwargs)
         saved = time.monotonic()
         with tqdm(total=num_steps, desc="CompiledSVI", unit="step", disable=not progress, mininterval=0.5) as bar:
@@ -224,22 +331,24 @@ class CompiledSVI:
                 found = self._some_steps(num_steps - len(losses), batches, unroll, bar)
                 losses += found
                 bar.update(len(found))
-                if bar.n == len(losses) and (len(losses) % 100 < len(found)):
-                    bar.set_postfix_str(f"loss {sum(losses[-100:]) / len(losses[-100:]):.5g}", refresh=False)
+                if len(losses) % 100 < len(found):
+                    bar.set_postfix_str(f"loss {float(torch.tensor(losses[-100:]).mean(0).min()):.5g}", refresh=False)
                 if checkpoint is not None and time.monotonic() - saved > SAVE_SECONDS:
                     self.save(checkpoint)
                     saved = time.monotonic()
                 if patience is not None and len(losses) >= 2 * patience:
                     last, before = losses[-patience:], losses[-2 * patience : -patience]
-                    if not sum(last) < sum(before):
+                    if not (torch.tensor(last).mean(0) < torch.tensor(before).mean(0)).any():
                         break
         if checkpoint is not None:
             self.save(checkpoint)
         return torch.tensor(losses, dtype=torch.float64)
 
-    def _some_steps(self, num_steps: int, batches: Iterator[Any], unroll: int | None, bar: tqdm) -> list[float]:
+    def _some_steps(self, num_steps: int, batches: Iterator[Any], unroll: int | None, bar: tqdm) -> list[Any]:
         """Make one step, or several in one graph, and return their losses."""
         args, kwargs = next(batches)
+        if self.num_restarts is not None:
+            return [self.step(*args, **kwargs).tolist()]
         is_loader = not isinstance(batches, repeat)
         program, inputs = self._program_in_graph(args, kwargs)
         update = None if program is None else self._update_of(program)

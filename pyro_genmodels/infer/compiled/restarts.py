@@ -1,0 +1,150 @@
+"""Many fits at once: one graph whose step is mapped over the parameters of all of them.
+
+A fit that begins elsewhere may end elsewhere. Here a captured step is mapped over a first dimension of parameters, optimiser
+state and random numbers (`torch.vmap`), so that a step of 64 fits costs about as much as a step of one.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Restarts"]
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import pyro
+import torch
+from torch import Tensor
+from torch.optim import Adagrad
+
+from pyro_genmodels._pyro.capturing import copy_pair, find_parameters
+from pyro_genmodels.infer.compiled.capture import CapturedFunction
+from pyro_genmodels.infer.compiled.graph import trace
+from pyro_genmodels.infer.compiled.modes import Mode
+from pyro_genmodels.infer.compiled.program import CapturedLoss, Program
+from pyro_genmodels.infer.compiled.recorder import CaptureError
+from pyro_genmodels.infer.compiled.steps import Noise, next_step
+from pyro_genmodels.infer.compiled.updates import State, Update
+from pyro_genmodels.utils.errors import warn_caller
+
+
+def initial_values(captured: CapturedLoss, count: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the unconstrained parameters of fresh copies of model and guide, (count, ...), by their names.
+
+    Model and guide are copied as they are. Parameters are made anew by each copy, as in an empty param store, so that guides
+    and models which were not yet run begin at other values each time.
+
+    Args:
+        captured: the loss.
+        count: number of copies.
+        args: positional arguments of the model and the guide.
+        kwargs: keyword arguments.
+
+    Warns:
+        UserWarning: if all copies begin at the same values.
+    """
+    store = pyro.get_param_store()
+    before = store.get_state()
+    found: list[dict[str, Tensor]] = []
+    try:
+        for _ in range(count):
+            store.clear()
+            model, guide = copy_pair(captured.model, captured.guide)
+            with torch.no_grad():
+                parameters = find_parameters(lambda: captured.loss_of(model, guide, *args, **kwargs))  # noqa: B023
+            found.append({name: p.detach().clone() for name, p in parameters.items()})
+    finally:
+        store.clear()
+        store.set_state(before)
+    values = {name: torch.stack([parameters[name] for parameters in found]) for name in found[0]}
+    if count > 1 and all(bool((x == x[:1]).all()) for x in values.values()):
+        warn_caller(
+            f"All {count} restarts begin at the same values, so that they differ by their random numbers alone. Give the guide "
+            "a random start, such as AutoNormal(model, init_loc_fn=init_to_uniform), or parameters a function that draws them.",
+            UserWarning,
+        )
+    return values
+
+
+class Restarts:
+    """The parameters of many fits, and their steps in one graph.
+
+    Args:
+        program: the captured loss.
+        update: the optimiser, which has made a step.
+        values: first values of the parameters, (count, ...), by their names in Pyro's param store.
+        mode: how graphs are run.
+
+    Attributes:
+        values: parameters that have gradients, (count, ...) each.
+        states: state of the optimiser for each.
+        count: number of fits.
+    """
+
+    def __init__(self, program: Program, update: Update, values: Mapping[str, Tensor], mode: Mode) -> None:
+        names = {id(p): name for name, p in program.parameters.items()}
+        self.parameters, self.mode = update.parameters, mode
+        self.values = [values[names[id(p)]].clone() for p in update.parameters]
+        self.count = len(self.values[0])
+        self.states = [
+            {name: _first_state(optimizer, name, x, self.count) for name, x in state.items()}
+            for state, optimizer in zip(update.states(), update.optimizers, strict=True)
+        ]
+        self._num_steps = 0
+        self._built: WeakKeyDictionary[Program, CapturedFunction] = WeakKeyDictionary()
+
+    def step(self, program: Program, update: Update, inputs: Sequence[Tensor]) -> Tensor:
+        """Make a step of every fit, and return their losses, (count,).
+
+        Raises:
+            CaptureError: if the program cannot be mapped over its parameters.
+        """
+        rates = update.rates()[0]
+        counted = len(rates) - len(self.values)  # steps that the optimiser counts in Python
+        given = torch.tensor(rates[: len(self.values)] + [float(self._num_steps)] * counted, dtype=torch.float64)
+        if program not in self._built:
+            self._built[program] = self._build(program, update, [*inputs, given])
+        (losses,) = self._built[program](*inputs, given)
+        self._num_steps += 1
+        return losses
+
+    def select(self, index: int) -> None:
+        """Write the parameters of one fit to where they live."""
+        with torch.no_grad():
+            for p, values in zip(self.parameters, self.values, strict=True):
+                p.copy_(values[index])
+
+    def _build(self, program: Program, update: Update, inputs: Sequence[Tensor]) -> CapturedFunction:
+        noise = Noise(program.graph.module, enabled=True)
+
+        @torch.no_grad()
+        def step(*tensors: Tensor) -> list[Tensor]:
+            *given, rates = tensors
+
+            def one(numbers: list[Tensor], values: list[Tensor], states: list[State]) -> Any:
+                return next_step(program, update, noise, given, rates, numbers, values, states)
+
+            mapped = torch.vmap(one, randomness="different")
+            losses, new_values, new_states = mapped(noise.draw(self.count), self.values, self.states)
+            for old, new in zip(self.values, new_values, strict=True):
+                old.copy_(new)
+            for old_state, new_state in zip(self.states, new_states, strict=True):
+                for name, x in old_state.items():
+                    x.copy_(new_state[name])
+            return [losses]
+
+        try:
+            graph = trace(step, *inputs)
+        except CaptureError:
+            raise
+        except RuntimeError as error:
+            raise CaptureError(f"The program cannot be mapped over its parameters: {error}") from error
+        return CapturedFunction(graph, self.mode, inputs)
+
+
+def _first_state(optimizer: Any, name: str, x: Tensor, count: int) -> Tensor:
+    """Return the state of an optimiser before its first step, (count, ...)."""
+    first = torch.zeros_like(x).expand(count, *x.shape).clone()
+    if type(optimizer) is Adagrad and name == "sum":
+        first += optimizer.param_groups[0].get("initial_accumulator_value", 0.0)
+    return first
