@@ -31,7 +31,7 @@ $(READY): pyproject.toml constraints.txt
 	  || { echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[eval,cli,dev,docs]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[eval,cli,nuts,dev,docs]'
 	@touch $(READY)
 
 # ArviZ 1.x asks for Python 3.12, and runs on 3.11 if its packages alone are put in.
