@@ -19,9 +19,9 @@ import pyro
 import torch
 import typer
 
-from benchmarks.speed.measure import Bench, Peers, Row, SkippedError, elapsed
-from benchmarks.speed.report import HEADER, line, write
-from benchmarks.speed.rows import SECTIONS
+from benchmarks.speed.measure import Bench, Peers, SkippedError, TableRow, elapsed
+from benchmarks.speed.report import head, line, write
+from benchmarks.speed.sections import SECTIONS
 
 
 def main(
@@ -43,22 +43,28 @@ def main(
         os.environ["PYRO_GENMODELS_DATA"] = str(data_dir)
     torch.set_num_threads(threads)
     start, rows, notes = time.perf_counter(), [], []
-    bench = Bench(rounds, seconds, threads, Peers(threads), lambda row: typer.echo(line(row)), memory)
-    typer.echo(HEADER)
+    said: list[tuple[str, ...]] = []
+
+    def say(row: TableRow) -> None:
+        """Print a row, and its head if it is another one than before."""
+        if said[-1:] != [row.header]:
+            said.append(row.header)
+            typer.echo(head(row.header))
+        typer.echo(line(row.cells()))
+
+    bench = Bench(rounds, seconds, threads, Peers(threads), say, memory)
     failed = False
     for name in only or SECTIONS:
         pyro.set_rng_seed(0)
         pyro.clear_param_store()
-        found: list[Row] = []
         try:
-            found = SECTIONS[name](bench)
+            rows += SECTIONS[name](bench)
         except SkippedError as reason:
             notes.append(f"{name} skipped: {reason}")
         except Exception as error:
             failed = True
             notes.append(f"{name} failed: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
             typer.echo(traceback.format_exc(), err=True)
-        rows += found
         typer.echo(f"{notes[-1] if notes and notes[-1].startswith(name) else name} after {elapsed(start)}", err=True)
     bench.peers.close()
     if out is not None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from benchmarks.clock import peak_mib, seconds_of
 
@@ -80,6 +80,33 @@ class Row:
     high: float
     target: Target | None = None
     memory: tuple[float | None, float | None] = (None, None)
+
+    header: ClassVar[tuple[str, ...]] = (
+        "work",
+        "ours",
+        "other",
+        "ours takes",
+        "other takes",
+        "ratio (quartiles)",
+        "target",
+        "peak MiB, ours / other",
+    )
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the cells of the row in a table."""
+        target = "" if self.target is None else f"{self.target}, {'met' if self.target.met(self.ratio) else 'missed'}"
+        memory = " / ".join("-" if mib is None else f"{mib:.1f}" for mib in self.memory)
+        ratio = f"{self.ratio:.3g} ({self.low:.3g} to {self.high:.3g})"
+        return (self.work, self.ours, self.theirs, *self.figures, ratio, target, memory)
+
+
+class TableRow(Protocol):
+    """A row of a table of any kind."""
+
+    header: ClassVar[tuple[str, ...]]
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the cells of the row in a table."""
 
 
 class Call(Protocol):
@@ -218,7 +245,7 @@ class Bench:
     seconds: float
     threads: int
     peers: Peers
-    say: Callable[[Row], None]
+    say: Callable[[TableRow], None]
     memory: bool = True
 
     def compare(
@@ -226,17 +253,7 @@ class Bench:
     ) -> list[Row]:
         """Measure calls turn by turn and return a row for each pair; the first is this package's."""
         calls = [ours, *(call for call, _ in others)]
-        repeats = []
-        for call in calls:
-            call.build()
-            call.seconds(1)
-            once = call.seconds(2)
-            repeats.append(max(1, round(self.seconds / once)))
-        turns = []
-        for i in range((rounds or self.rounds) + 1):
-            turn = [call.seconds(n) / call.steps for call, n in zip(calls, repeats, strict=True)]
-            if i:
-                turns.append(turn)
+        turns = self.turns(calls, rounds)
         memory = [call.mib() if self.memory else None for call in calls]
         rows = []
         for j, (call, target) in enumerate(others, start=1):
@@ -247,6 +264,27 @@ class Bench:
             self.say(row)
             rows.append(row)
         return rows
+
+    def turns(self, calls: Sequence[Call], rounds: int | None = None) -> list[list[float]]:
+        """Return the seconds of a step of each call, for each turn; the turn before the first is not counted."""
+        repeats = [self._block(call) for call in calls]
+        turns = [
+            [call.seconds(n) / call.steps for call, n in zip(calls, repeats, strict=True)]
+            for _ in range((rounds or self.rounds) + 1)
+        ]
+        return turns[1:]
+
+    def medians(self, calls: Sequence[Call]) -> list[float]:
+        """Return the median seconds of calls measured turn by turn."""
+        return [median(column) for column in zip(*self.turns(calls), strict=True)]
+
+    def _block(self, call: Call) -> int:
+        """Make the first calls, which compile and audit, and return how many fill the time of a block."""
+        call.build()
+        repeats = 1
+        while (taken := call.seconds(repeats) * repeats) < self.seconds:
+            repeats *= 2
+        return max(1, round(repeats * self.seconds / taken))
 
 
 def duration(seconds: float) -> str:

@@ -1,30 +1,33 @@
-"""Rows as Markdown, and the part of a file that holds them."""
+"""Rows as tables of Markdown, and the part of a file that holds them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
-from benchmarks.speed.measure import Row
+from benchmarks.speed.measure import TableRow
 
 BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
-HEADER = """| work | ours | other | time of ours | time of the other | ratio (quartiles) | target | peak MiB, ours / other |
-|---|---|---|---|---|---|---|---|"""
 
 
-def line(row: Row) -> str:
-    """Return a row of the table."""
-    target = "" if row.target is None else f"{row.target}, {'met' if row.target.met(row.ratio) else 'missed'}"
-    memory = " / ".join("-" if mib is None else f"{mib:.1f}" for mib in row.memory)
-    ratio = f"{row.ratio:.3g} ({row.low:.3g} to {row.high:.3g})"
-    cells = (row.work, row.ours, row.theirs, *row.figures, ratio, target, memory)
+def line(cells: Sequence[str]) -> str:
+    """Return a line of a table."""
     return f"| {' | '.join(cells)} |"
 
 
-def write(path: Path, rows: Sequence[Row], notes: Sequence[str], how: str) -> None:
-    """Write the table between the two marks of a file, or at its end if it has none."""
-    text = path.read_text() if path.exists() else ""
-    block = "\n".join([BEGIN, how + ".", "", HEADER, *map(line, rows), *(f"\n{note}." for note in notes), END])
-    before, mark, rest = text.partition(BEGIN)
+def head(cells: Sequence[str]) -> str:
+    """Return the head of a table."""
+    return f"{line(cells)}\n|{'---|' * len(cells)}"
+
+
+def write(path: Path, rows: Sequence[TableRow], notes: Sequence[str], how: str) -> None:
+    """Write tables between the two marks of a file, or at its end if it has none."""
+    tables = [
+        "\n".join([head(header), *(line(row.cells()) for row in group)])
+        for header, group in groupby(rows, key=lambda r: r.header)
+    ]
+    block = "\n\n".join([BEGIN, f"{how}.", *tables, *(f"{note}." for note in notes), END])
+    before, mark, rest = (path.read_text() if path.exists() else "").partition(BEGIN)
     after = rest.partition(END)[2] if mark else "\n"
     path.write_text(f"{before}{block}{after}")

@@ -1,0 +1,114 @@
+"""Effective draws per second of NUTS: the bulk effective sample size of the worst parameter, compile time apart.
+
+A chain is a warm-up and draws, of the same lengths everywhere, on one core. Effective draws and seconds are summed over rounds.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+import numpy as np
+import torch
+from pyro.infer import MCMC, NUTS
+
+from benchmarks.speed import programs
+from benchmarks.speed.measure import AtLeast, Bench, Row, Target, There
+
+WARMUP, SAMPLES = 300, 500
+NAMES = ("eight schools", "logistic", "gaussian process")
+STOCK_ROUNDS = 2
+"""Rounds in which Pyro's NUTS takes part: one takes half a minute."""
+
+Chain = Callable[[], tuple[float, Mapping[str, Any]]]
+
+
+def worst_ess(draws: Mapping[str, Any]) -> float:
+    """Return the smallest bulk effective sample size of all scalars; draws are (num_samples, ...)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # arviz announces its own split
+        import arviz
+    flat = np.concatenate([np.asarray(x, float).reshape(len(x), -1) for x in draws.values()], axis=1)
+    return min(float(arviz.ess(column[None], method="bulk")) for column in flat.T)
+
+
+def ours(name: str) -> Chain:
+    """Return a chain of CompiledNUTS, whose density is compiled now."""
+    from pyro_genmodels.infer.compiled.density import log_density
+    from pyro_genmodels.infer.compiled.nutpie_sampling import NutsSettings, sample_chain
+
+    model, args = programs.named(name)
+    density = log_density(model, *args)
+    function = density.capture(density.initial_points(1)[0].double())
+    settings = NutsSettings(WARMUP, SAMPLES, 0.8, 10, False)
+
+    def chain() -> tuple[float, Mapping[str, Any]]:
+        point, seed = density.initial_points(1)[0].double(), int(torch.randint(2**31, ()))
+        start = time.perf_counter()
+        draws = sample_chain(function, point, settings, seed, lambda: None)
+        return time.perf_counter() - start, {"z": draws.z[WARMUP:]}
+
+    return chain
+
+
+def stock(name: str) -> Chain:
+    """Return a chain of Pyro's NUTS."""
+    model, args = programs.named(name)
+
+    def chain() -> tuple[float, Mapping[str, Any]]:
+        mcmc = MCMC(NUTS(model), num_samples=SAMPLES, warmup_steps=WARMUP, disable_progbar=True)
+        start = time.perf_counter()
+        mcmc.run(*args)
+        return time.perf_counter() - start, mcmc.get_samples()
+
+    return chain
+
+
+def numpyro(bench: Bench, name: str) -> Chain:
+    """Return a chain of NumPyro's NUTS, compiled now."""
+    arguments = {"name": name, "num_warmup": WARMUP, "num_samples": SAMPLES}
+    call = There("NumPyro", bench.peers, "numpyro_programs", "nuts", arguments)
+    call.build()
+
+    def chain() -> tuple[float, Mapping[str, Any]]:
+        seconds = call.seconds(1)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "draws.npz"
+            bench.peers.ask("save_draws", key=call.key, path=str(path))
+            with np.load(path) as file:
+                return seconds, dict(file)
+
+    return chain
+
+
+def nuts(bench: Bench) -> list[Row]:
+    """Measure chains of NUTS; ratios are of effective draws per second."""
+    return [row for name in NAMES for row in compare(bench, name, max(2, bench.rounds // 3))]
+
+
+def compare(bench: Bench, name: str, rounds: int) -> list[Row]:
+    """Run chains turn by turn and return a row for each pair."""
+    chains: dict[str, Chain] = {"CompiledNUTS": ours(name), "MCMC(NUTS)": stock(name), "NumPyro": numpyro(bench, name)}
+    targets: dict[str, Target] = {"MCMC(NUTS)": AtLeast(20), "NumPyro": AtLeast(1)}
+    turns: dict[str, list[tuple[float, float]]] = {who: [] for who in chains}
+    for i in range(rounds):
+        for who, chain in chains.items():
+            if who != "MCMC(NUTS)" or i < STOCK_ROUNDS:
+                seconds, draws = chain()
+                turns[who].append((worst_ess(draws), seconds))
+    rate = {who: sum(ess for ess, _ in turn) / sum(s for _, s in turn) for who, turn in turns.items()}
+    rows = []
+    for other, target in targets.items():
+        pairs = zip(turns["CompiledNUTS"], turns[other], strict=False)
+        low, _, high = quantiles([a / s / (b / t) for (a, s), (b, t) in pairs], n=4)
+        figures = (f"{rate['CompiledNUTS']:.3g} ESS/s", f"{rate[other]:.3g} ESS/s")
+        ratio = rate["CompiledNUTS"] / rate[other]
+        row = Row(f"{name}, NUTS, {WARMUP} + {SAMPLES}", "CompiledNUTS", other, figures, ratio, low, high, target)
+        bench.say(row)
+        rows.append(row)
+    return rows
