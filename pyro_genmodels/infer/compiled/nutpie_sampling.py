@@ -1,0 +1,163 @@
+"""One Markov chain of NUTS by nutpie, a sampler in Rust. This is the only file that imports nutpie.
+
+Hoffman and Gelman, *The No-U-Turn Sampler* (arXiv 1111.4246); Seyboldt et al., *Preconditioning Hamiltonian Monte Carlo by
+Minimizing Fisher Divergence* (arXiv 2603.18845), for the adaptation of the mass matrix to gradients.
+"""
+
+from __future__ import annotations
+
+__all__ = ["ChainDraws", "NutsSettings", "import_nutpie", "sample_chain"]
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_genmodels.utils.errors import check_positive_int, import_extra
+
+STATISTICS = {
+    "energy": "energy",
+    "logp": "lp",
+    "mean_tree_accept": "acceptance_rate",
+    "step_size": "step_size",
+    "depth": "tree_depth",
+    "n_steps": "n_steps",
+    "diverging": "diverging",
+}
+"""Names of statistics: nutpie's, and those of ArviZ."""
+
+
+@dataclass(frozen=True)
+class NutsSettings:
+    """Settings of NUTS.
+
+    Attributes:
+        num_warmup: number of draws during which step size and mass matrix adapt.
+        num_samples: number of draws after these.
+        target_accept_prob: mean acceptance probability that the step size adapts to; a larger one makes smaller steps.
+        max_tree_depth: largest number of doublings of a trajectory, which has at most 2 to that power gradients.
+        low_rank: True for a mass matrix that also adapts to some correlations. It is diagonal otherwise.
+    """
+
+    num_warmup: int
+    num_samples: int
+    target_accept_prob: float
+    max_tree_depth: int
+    low_rank: bool
+
+    def __post_init__(self) -> None:
+        counts = {"num_warmup": self.num_warmup, "num_samples": self.num_samples, "max_tree_depth": self.max_tree_depth}
+        check_positive_int("CompiledNUTS", **counts)
+        if not 0 < self.target_accept_prob < 1:
+            raise ValueError(f"CompiledNUTS wants a target_accept_prob between 0 and 1, but found {self.target_accept_prob!r}.")
+
+
+class ChainDraws(NamedTuple):
+    """A chain, its warm-up first.
+
+    Attributes:
+        z: unconstrained coordinates of each draw, (num_warmup + num_samples, dim).
+        statistics: statistics of each draw by ArviZ's names, (num_warmup + num_samples,). Energy and ``lp`` are in nats.
+    """
+
+    z: np.ndarray
+    statistics: dict[str, np.ndarray]
+
+
+def import_nutpie() -> Any:
+    """Import and return nutpie.
+
+    Raises:
+        ImportError: if it is not installed, with the line that installs it and another way to sample.
+    """
+    try:
+        import_extra("nutpie.compiled_pyfunc", extra="nuts", by="CompiledNUTS")
+        return import_extra("nutpie", extra="nuts", by="CompiledNUTS")
+    except ImportError as error:
+        error.msg += (
+            " Without it, Pyro's own NUTS takes the captured density: NUTS(potential_fn=log_density(model).potential_fn)."
+        )
+        raise
+
+
+def sample_chain(
+    function: Callable[[Tensor], Sequence[Tensor]],
+    start: Tensor,
+    settings: NutsSettings,
+    seed: int,
+    step: Callable[[], None],
+) -> ChainDraws:
+    """Return one chain.
+
+    Args:
+        function: map from coordinates, (dim,), to log density, (), and its gradient, (dim,), as of `LogDensity.capture`.
+        start: coordinates of the first point, (dim,), of the dtype and device that the function wants.
+        settings: settings.
+        seed: seed of the chain.
+        step: function to call after each draw.
+
+    Raises:
+        Exception: what the function raises.
+    """
+    nutpie = import_nutpie()
+    errors: list[Exception] = []
+
+    def log_density(x: np.ndarray) -> tuple[float, np.ndarray]:
+        if errors:  # nutpie would print a page of its own at an error, so the rest of the chain is rejected
+            return np.nan, x
+        try:
+            with torch.no_grad():
+                value, gradient = function(torch.from_numpy(x).to(start))
+        except Exception as error:  # raised at the end
+            errors.append(error)
+            return np.nan, x
+        return value.item(), gradient.to("cpu", torch.float64).numpy()
+
+    def expand(x: np.ndarray) -> dict[str, np.ndarray]:
+        step()
+        return {"z": x}
+
+    model = nutpie.compiled_pyfunc.from_pyfunc(
+        ndim=len(start),
+        make_logp_fn=lambda: log_density,
+        make_expand_fn=lambda *seeds_and_chain: expand,
+        expanded_dtypes=[np.dtype("float64")],
+        expanded_shapes=[(len(start),)],
+        expanded_names=["z"],
+        make_initial_point_fn=lambda seed: start.to("cpu", torch.float64).numpy(),
+    )
+    sampler = nutpie.sample(
+        model,
+        draws=settings.num_samples,
+        tune=settings.num_warmup,
+        chains=1,
+        cores=1,
+        seed=seed,
+        low_rank_modified_mass_matrix=settings.low_rank,
+        target_accept=settings.target_accept_prob,
+        maxdepth=settings.max_tree_depth,
+        progress_bar=False,
+        blocking=False,
+    )
+    try:
+        data = sampler.wait()
+    except (KeyboardInterrupt, SystemExit):
+        sampler.cancel()
+        raise
+    except BaseException as error:  # a panic of Rust is no Exception
+        raise (errors[0] if errors else RuntimeError(f"nutpie failed: {error}")) from None
+    if errors:
+        raise errors[0]
+    return ChainDraws(
+        _joined(data, "posterior", "z"),
+        {name: _joined(data, "sample_stats", key) for key, name in STATISTICS.items()},
+    )
+
+
+def _joined(data: Any, group: str, name: str) -> np.ndarray:
+    """Return a variable of the only chain, that of the warm-up first, (num_warmup + num_samples, ...)."""
+    parts = [data[key][name].values[0] for key in (f"warmup_{group}", group) if key in data]
+    return np.concatenate(parts)
