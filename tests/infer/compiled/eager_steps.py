@@ -31,7 +31,7 @@ def eager(run: Run) -> Step:
     gradients = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
     for p in parameters.values():
         p.grad = None
-    return Step(float(loss), gradients)
+    return Step(float(torch.as_tensor(loss).detach()), gradients)
 
 
 def buffers(run: Run) -> list[Tensor]:
@@ -64,12 +64,6 @@ def assert_same_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor], **t
 
 def _named(name: str) -> Any:
     return lambda message: f"{name}: {message}"
-
-
-def stock_losses(run: Run, optim: Any, seeds: Iterable[int]) -> list[float]:
-    """Return the losses of steps of `SVI`, each from its seed."""
-    svi = SVI(run.model, run.guide, optim, run.loss)
-    return losses_of(svi, run, seeds)
 
 
 def losses_of(svi: Any, run: Run, seeds: Iterable[int]) -> list[float]:

@@ -1,0 +1,328 @@
+"""`CompiledSVI` makes the steps of `SVI`: the same losses and parameters, for every optimiser, and in every way to run it."""
+
+import pickle
+from math import sqrt
+
+import pyro
+import pyro.distributions as dist
+import pyro.optim
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoNormal, init_to_uniform
+from torch.utils.data import DataLoader, TensorDataset
+
+from pyro_genmodels import to_arviz
+from pyro_genmodels.infer.compiled import CaptureError, Captured, CompiledSVI, Eager
+from pyro_genmodels.infer.compiled.steps import choose_unroll
+
+X = torch.tensor([0.3, -1.2, 2.5, 0.7, 1.1])
+PYTHON = Captured(script=False)  # builds in no time
+
+
+def model(x=X):
+    loc = pyro.sample("loc", dist.Normal(0.0, 5.0))
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(loc, scale), obs=x)
+
+
+def steps(make, optim, n=12, fit=model, loss=Trace_ELBO, **options):
+    """The losses of some steps, and the parameters after them."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(1)
+    svi = make(fit, AutoNormal(fit), optim(), loss(), **options)
+    losses = [svi.step(X) for _ in range(n)]
+    return torch.tensor(losses), {name: p.detach().clone() for name, p in pyro.get_param_store().named_parameters()}
+
+
+def per_parameter(module, name=None):
+    return {"lr": 0.1 if "locs" in (name or module) else 0.01}
+
+
+def schedule():
+    return pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.8})
+
+
+OPTIMISERS = {
+    "Adam": lambda: pyro.optim.Adam({"lr": 0.03}),
+    "Adam, options": lambda: pyro.optim.Adam({"lr": 0.03, "betas": (0.8, 0.9), "weight_decay": 0.1, "amsgrad": True}),
+    "AdamW": lambda: pyro.optim.AdamW({"lr": 0.03, "weight_decay": 0.2}),
+    "ClippedAdam": lambda: pyro.optim.ClippedAdam({"lr": 0.03, "lrd": 0.9, "clip_norm": 0.5, "weight_decay": 0.1}),
+    "ClippedAdam, centered": lambda: pyro.optim.ClippedAdam({"lr": 0.03, "centered_variance": True}),
+    "SGD": lambda: pyro.optim.SGD({"lr": 0.003}),
+    "SGD, momentum": lambda: pyro.optim.SGD({"lr": 0.003, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1}),
+    "SGD, nesterov": lambda: pyro.optim.SGD({"lr": 0.003, "momentum": 0.9, "nesterov": True}),
+    "RMSprop": lambda: pyro.optim.RMSprop({"lr": 0.01}),
+    "RMSprop, options": lambda: pyro.optim.RMSprop({"lr": 0.01, "centered": True, "momentum": 0.5, "weight_decay": 0.1}),
+    "Adagrad": lambda: pyro.optim.Adagrad({"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.1}),
+    "clipped by norm": lambda: pyro.optim.Adam({"lr": 0.03}, {"clip_norm": 0.3}),
+    "clipped by value": lambda: pyro.optim.Adam({"lr": 0.03}, {"clip_value": 0.2}),
+    "options by parameter": lambda: pyro.optim.Adam(per_parameter),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_steps_are_those_of_svi(name):
+    losses, parameters = steps(SVI, OPTIMISERS[name])
+    captured, others = steps(CompiledSVI, OPTIMISERS[name], mode=PYTHON)
+    torch.testing.assert_close(captured, losses, rtol=1e-5, atol=1e-5)
+    for key, p in parameters.items():
+        torch.testing.assert_close(others[key], p, rtol=1e-4, atol=1e-5)
+
+
+def test_script_and_eager_modes_make_the_same_steps():
+    losses, _ = steps(SVI, OPTIMISERS["Adam"])
+    for mode in (Captured(), Eager()):
+        torch.testing.assert_close(steps(CompiledSVI, OPTIMISERS["Adam"], mode=mode)[0], losses, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_compiler_makes_the_same_steps():
+    losses, _ = steps(SVI, OPTIMISERS["Adam"])
+    torch.testing.assert_close(steps(CompiledSVI, OPTIMISERS["Adam"])[0], losses, rtol=1e-4, atol=1e-4)
+
+
+def test_a_schedule_is_followed():
+    def run(make, **options):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(1)
+        optim = schedule()
+        svi = make(model, AutoNormal(model), optim, Trace_ELBO(), **options)
+        losses = []
+        for _ in range(4):
+            losses += [svi.step(X) for _ in range(3)]
+            optim.step()
+        return torch.tensor(losses)
+
+    torch.testing.assert_close(run(CompiledSVI, mode=PYTHON), run(SVI), rtol=1e-5, atol=1e-5)
+
+
+def test_other_optimisers_run_outside_and_say_so():
+    optim = lambda: pyro.optim.Adadelta({"lr": 0.5})  # noqa: E731
+    losses, _ = steps(SVI, optim)
+    with pytest.warns(UserWarning, match="outside of the graph.*Adadelta has no formula"):
+        captured, _ = steps(CompiledSVI, optim, mode=PYTHON)
+    torch.testing.assert_close(captured, losses, rtol=1e-5, atol=1e-5)
+
+
+def test_the_optimiser_can_be_saved_and_gone_on_with(tmp_path):
+    """State that the graph has written is read by Pyro's optimiser, and the other way round."""
+    pyro.set_rng_seed(1)
+    optim = pyro.optim.Adam({"lr": 0.03})
+    guide = AutoNormal(model)
+    stock, compiled = SVI(model, guide, optim, Trace_ELBO()), CompiledSVI(model, guide, optim, Trace_ELBO(), mode=PYTHON)
+    mixed = [(compiled if i % 3 else stock).step(X) for i in range(12)]
+    expected, _ = steps(SVI, OPTIMISERS["Adam"])
+    torch.testing.assert_close(torch.tensor(mixed), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_evaluate_loss_makes_no_step():
+    pyro.set_rng_seed(1)
+    svi = CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.03}), TraceMeanField_ELBO(), mode=PYTHON)
+    svi.step(X)
+    before = {name: p.detach().clone() for name, p in pyro.get_param_store().named_parameters()}
+    pyro.set_rng_seed(2)
+    found = svi.evaluate_loss(X)
+    pyro.set_rng_seed(2)
+    assert found == pytest.approx(SVI(model, svi.guide, svi.optim, svi.loss).evaluate_loss(X), rel=1e-6)
+    for name, p in pyro.get_param_store().named_parameters():
+        assert torch.equal(p, before[name])
+
+
+# `run`.
+
+
+@pytest.mark.parametrize("unroll", [1, 4])
+def test_run_makes_as_many_steps_as_told(unroll):
+    pyro.set_rng_seed(1)
+    svi = CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.03}), Trace_ELBO(), mode=PYTHON)
+    losses = svi.run(10, X, unroll=unroll, progress=False)
+    assert losses.shape == (10,)
+    if unroll == 1:
+        expected, _ = steps(SVI, OPTIMISERS["Adam"], n=10)
+        torch.testing.assert_close(losses.float(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimiser", ["Adam", "ClippedAdam", "SGD, momentum"])
+def test_unrolled_steps_are_those_of_single_steps_without_random_numbers(optimiser):
+    """The loss of a guide of point masses has no random numbers, so that all ways must agree."""
+
+    def run(unroll):
+        pyro.clear_param_store()
+        svi = CompiledSVI(model, pyro.infer.autoguide.AutoDelta(model), OPTIMISERS[optimiser](), Trace_ELBO(), mode=PYTHON)
+        pyro.set_rng_seed(1)
+        return svi.run(14, X, unroll=unroll, progress=False)
+
+    torch.testing.assert_close(run(4), run(1), rtol=1e-5, atol=1e-5)
+
+
+def test_losses_of_unrolled_steps_have_the_law_of_single_steps():
+    """A z-test of mean losses at a learning rate of 0. False-alarm rate 1e-5."""
+
+    def losses(unroll):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        svi = CompiledSVI(model, AutoNormal(model), pyro.optim.SGD({"lr": 0.0}), Trace_ELBO(), mode=Captured())
+        return svi.run(1601, X, unroll=unroll, progress=False)[1:]
+
+    a, b = losses(1), losses(8)
+    z = (a.mean() - b.mean()) / sqrt(a.var() / len(a) + b.var() / len(b))
+    assert abs(z) < 4.42
+    assert len(b.unique()) > 1590  # draws differ from step to step
+
+
+def test_run_walks_through_a_loader_again_and_again():
+    loader = DataLoader(TensorDataset(torch.arange(10.0)), batch_size=5)
+    svi = CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.03}), Trace_ELBO(), mode=PYTHON)
+    assert svi.run(7, loader, progress=False).shape == (7,)
+
+
+def test_run_ends_early():
+    pyro.set_rng_seed(1)
+    svi = CompiledSVI(model, AutoNormal(model), pyro.optim.SGD({"lr": 0.0}), Trace_ELBO(), mode=PYTHON)
+    assert len(svi.run(1000, X, patience=10, progress=False)) < 200
+
+
+def test_a_run_is_saved_and_gone_on_with(tmp_path):
+    def fresh():
+        pyro.clear_param_store()
+        pyro.set_rng_seed(1)
+        return CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.03}), Trace_ELBO(), mode=PYTHON)
+
+    svi = fresh()
+    svi.run(6, X, checkpoint=tmp_path / "fit.pt", unroll=1, progress=False)
+    pyro.set_rng_seed(5)
+    expected = svi.run(5, X, unroll=1, progress=False)
+    svi = fresh()
+    with pytest.raises(ValueError, match="is not in Pyro's param store.*evaluate_loss"):
+        svi.load(tmp_path / "fit.pt")
+    svi.evaluate_loss(X)
+    svi.load(tmp_path / "fit.pt")
+    pyro.set_rng_seed(5)
+    torch.testing.assert_close(svi.run(5, X, unroll=1, progress=False), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_number_of_steps_in_a_graph_weighs_compile_time():
+    assert choose_unroll(100, 1e-4, 5.0) == 1
+    assert choose_unroll(10**8, 1e-4, 5.0) == 16
+    assert choose_unroll(10**8, 1.0, 5.0) == 1
+
+
+# Losses that are no numbers.
+
+
+def test_a_loss_that_is_not_finite_says_where():
+    def broken(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        scale = pyro.param("scale", torch.tensor(1.0))
+        pyro.sample("x", dist.Normal(loc, scale), obs=x)
+
+    svi = CompiledSVI(broken, AutoNormal(broken), pyro.optim.Adam({"lr": 0.03}), Trace_ELBO(), mode=PYTHON)
+    for _ in range(4):
+        svi.step(torch.tensor(1.0))
+    before = pyro.param("AutoNormal.locs.loc").detach().clone()
+    with torch.no_grad():
+        pyro.get_param_store()["scale"].fill_(-1.0)
+    with pytest.raises(ValueError, match="scale"):
+        svi.step(torch.tensor(1.0))
+    assert torch.equal(pyro.param("AutoNormal.locs.loc"), before)
+
+
+# Restarts.
+
+
+def bimodal():
+    z = pyro.sample("z", dist.Normal(0.0, 3.0))
+    pyro.sample("x", dist.Normal(z.abs(), 0.1), obs=torch.tensor(2.0))
+
+
+def test_restarts_find_both_modes():
+    pyro.set_rng_seed(1)
+    guide = AutoNormal(bimodal, init_loc_fn=init_to_uniform, init_scale=0.05)
+    svi = CompiledSVI(bimodal, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(), mode=PYTHON, num_restarts=12)
+    losses = svi.run(150, progress=False)
+    assert losses.shape == (150, 12)
+    best = svi.select()
+    assert losses[-100:].mean(0).argmin() == best
+    draws = svi.samples_of_restarts(40)["z"]
+    assert draws.shape[:2] == (12, 40)
+    signs = draws.reshape(12, -1).mean(1).sign()
+    assert set(signs.tolist()) == {-1.0, 1.0}
+    assert abs(abs(pyro.param("AutoNormal.locs.z").item()) - 2) < 0.2
+    posterior = to_arviz({"z": draws.reshape(12, 40)}, model=bimodal).posterior
+    assert dict(posterior.sizes) == {"chain": 12, "draw": 40}
+
+
+@pytest.mark.parametrize("optimiser", ["Adam", "ClippedAdam", "SGD, momentum", "Adagrad", "clipped by norm"])
+def test_a_restart_makes_the_steps_of_its_own_fit(optimiser):
+    """Without random numbers every restart is the fit that begins where it begins."""
+    guide = pyro.infer.autoguide.AutoDelta(model, init_loc_fn=init_to_uniform)
+    pyro.set_rng_seed(1)
+    svi = CompiledSVI(model, guide, OPTIMISERS[optimiser](), Trace_ELBO(), mode=PYTHON, num_restarts=3)
+    losses = svi.run(8, X, progress=False)
+    first = svi._first_values
+    for i in range(3):
+        pyro.clear_param_store()
+        single = pyro.infer.autoguide.AutoDelta(model)
+        SVI(model, single, pyro.optim.Adam({}), Trace_ELBO()).evaluate_loss(X)
+        with torch.no_grad():
+            for name, p in pyro.get_param_store().named_parameters():
+                p.copy_(first[name][i])
+        stock = SVI(model, single, OPTIMISERS[optimiser](), Trace_ELBO())
+        expected = [stock.step(X) for _ in range(8)]
+        tolerance = {"rtol": 1e-4, "atol": 1e-4} if optimiser != "SGD, momentum" else {"rtol": 1e-2, "atol": 1e-2}
+        torch.testing.assert_close(losses[:, i].float(), torch.tensor(expected), **tolerance)
+
+
+def test_restarts_that_begin_alike_are_warned_of():
+    def point():
+        pyro.param("p", torch.tensor(1.0))
+        pyro.sample("x", dist.Normal(pyro.param("p"), 1.0), obs=torch.tensor(0.0))
+
+    svi = CompiledSVI(point, lambda: None, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO(), mode=PYTHON, num_restarts=2)
+    with pytest.warns(UserWarning, match="All 2 restarts begin at the same values"):
+        svi.step()
+
+
+def test_restarts_need_a_graph():
+    svi = CompiledSVI(bimodal, AutoNormal(bimodal), pyro.optim.Adadelta({}), Trace_ELBO(), mode=PYTHON, num_restarts=2)
+    with pytest.warns(UserWarning, match="outside of the graph"), pytest.raises(CaptureError, match="Restarts need"):
+        svi.step()
+    with pytest.raises(ValueError, match="There are no restarts"):
+        CompiledSVI(bimodal, AutoNormal(bimodal), pyro.optim.Adam({}), Trace_ELBO(), mode=PYTHON).best()
+
+
+# What it is taken for.
+
+
+def test_it_is_a_fit():
+    svi = CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(), mode=PYTHON)
+    svi.run(5, X, progress=False)
+    posterior = to_arviz(svi, X, num_samples=30).posterior
+    assert set(posterior.data_vars) == {"loc", "scale"}
+
+
+def test_arguments_are_checked():
+    with pytest.raises(TypeError, match="wants an optimiser of pyro.optim.*but found"):
+        CompiledSVI(model, AutoNormal(model), torch.optim.Adam, Trace_ELBO())
+    with pytest.raises(CaptureError, match="TraceGraph_ELBO has no differentiable loss"):
+        CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({}), pyro.infer.TraceGraph_ELBO())
+    svi = CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({}), Trace_ELBO(), mode=PYTHON)
+    with pytest.raises(ValueError, match="num_steps"):
+        svi.run(0, X)
+    with pytest.raises(ValueError, match="unroll"):
+        svi.run(5, X, unroll=0)
+
+
+def test_it_is_pickled_without_its_graphs():
+    svi = CompiledSVI(model, module_guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(), mode=PYTHON)
+    svi.run(4, X, progress=False)
+    copy = pickle.loads(pickle.dumps(svi))
+    assert copy.run(4, X, progress=False).isfinite().all()
+
+
+def module_guide(x=X):
+    loc = pyro.param("loc_q", torch.tensor(0.0))
+    pyro.sample("loc", dist.Normal(loc, 0.1))
+    pyro.sample("scale", dist.LogNormal(0.0, 0.1))
