@@ -32,7 +32,7 @@ from pyro_genmodels.infer.compiled.initial import as_strategy
 from pyro_genmodels.infer.compiled.modes import Mode, default_mode
 from pyro_genmodels.infer.compiled.program import Program, StaleGraphError
 from pyro_genmodels.infer.compiled.prototypes import first_runs
-from pyro_genmodels.utils.errors import check_positive_int, listed, type_with_article
+from pyro_genmodels.utils.errors import check_positive_int, listed, one_line, type_with_article
 from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, runs_models
 
 MAX_TRIES = 100
@@ -119,6 +119,7 @@ class LogDensity(Coordinates):
         prototype = first_runs(self._run)
         super().__init__(prototype.transforms, prototype.values)
         self._potential, self._enumerated = prototype.potential, prototype.enumerated
+        self._example = self.unconstrain(prototype.values)
         self._captured: dict[torch.dtype, _Captured] = {}
 
     def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,7 +143,7 @@ class LogDensity(Coordinates):
             )
         captured = self._captured.get(z.dtype)
         if captured is None or captured.changed():
-            captured = self._captured[z.dtype] = self.capture(z)
+            captured = self._captured[z.dtype] = self.capture(self._example.to(z.dtype))
         value, gradient = captured(z)
         return value, gradient
 
@@ -166,6 +167,8 @@ class LogDensity(Coordinates):
         with poutine.block(), torch.enable_grad():
             z = z.detach().requires_grad_()
             value = self.value(z)
+            if not value.requires_grad:  # no variable has a density
+                return value, torch.zeros_like(z)
             (gradient,) = torch.autograd.grad(value, z, materialize_grads=True)
         return value.detach(), gradient
 
@@ -230,9 +233,10 @@ class LogDensity(Coordinates):
             points.append(z)
             if len(points) == num_points:
                 return torch.stack(points)
+        reason = one_line(str(cause).rstrip("."))
         raise ValueError(
             f"{num_points} initial points are wanted, but of {MAX_TRIES * num_points} only {len(points)} have a finite density "
-            f"and gradient. The last failed because: {cause} Change the model, or init=, to init_to_median say."
+            f"and gradient. The last failed because: {reason}. Change the model, or init=, to init_to_median say."
         ) from cause
 
     def _initial_point(self, model: Callable[[], Any]) -> Tensor:
