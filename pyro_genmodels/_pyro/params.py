@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "clear_name",
     "is_registered",
+    "is_stored",
     "isolated_param_store",
     "named_parameters",
     "pyro_name",
@@ -22,10 +23,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
+from typing import Any
 from weakref import WeakValueDictionary
 
 import pyro
 from pyro.nn import PyroModule
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.replay_messenger import ReplayMessenger
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import nn
 
 _counters: defaultdict[str, count] = defaultdict(lambda: count(1))
@@ -71,17 +76,30 @@ def register_name(module: PyroModule, name: str) -> PyroModule | None:
     return None if previous is module else previous
 
 
-def named_parameters(module: PyroModule) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield (name in the param store, parameter) for all parameters of a module and its submodules."""
+def named_parameters(module: PyroModule) -> list[tuple[str, nn.Parameter]]:
+    """Return (name in the param store, parameter) for all parameters of a module and its submodules.
+
+    A parameter that several submodules share is listed under each of their names. Every call of a family reads this list, so
+    that it is made by plain loops.
+    """
     prefix = module._pyro_name + "." if module._pyro_name else ""
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            yield prefix + name.removesuffix("_unconstrained"), parameter
+    found = [(prefix + name.removesuffix("_unconstrained"), p) for name, p in module._parameters.items() if p is not None]
     for name, child in module._modules.items():
         if isinstance(child, PyroModule):
-            yield from named_parameters(child)
+            found += named_parameters(child)
         elif child is not None:
-            yield from ((f"{prefix}{name}$$${inner}", parameter) for inner, parameter in child.named_parameters())
+            _append_parameters(child, f"{prefix}{name}$$$", found)
+    return found
+
+
+def _append_parameters(module: nn.Module, prefix: str, found: list[tuple[str, nn.Parameter]]) -> None:
+    """Append the parameters of a plain module, as `pyro.module` names them."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            found.append((prefix + name, parameter))
+    for name, child in module._modules.items():
+        if child is not None:
+            _append_parameters(child, f"{prefix}{name}.", found)
 
 
 def random_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -99,6 +117,30 @@ def remove_foreign_parameters(module: PyroModule) -> None:
     for name, parameter in named_parameters(module):
         if store._params.get(name, parameter) is not parameter:
             del store[name]
+
+
+def is_stored(module: PyroModule, name: str) -> bool:
+    """Return True if Pyro's statements for the parameters of a plain submodule, made whenever it is read, have no effect.
+
+    That is, the param store holds these parameters already, and no active handler acts on such statements.
+    """
+    child = module._modules.get(name)
+    if child is None or isinstance(child, PyroModule) or any(map(_acts_on_parameters, _PYRO_STACK)):
+        return False
+    store, found = pyro.get_param_store()._params, list[tuple[str, nn.Parameter]]()
+    _append_parameters(child, f"{module._pyro_name}.{name}$$$" if module._pyro_name else f"{name}$$$", found)
+    return all(store.get(key) is p and p.requires_grad for key, p in found)
+
+
+def _acts_on_parameters(handler: Any) -> bool:
+    """Return True if a handler may act on a statement of a parameter, or record it."""
+    cls = type(handler)
+    methods = (cls._process_message, cls._postprocess_message)
+    if methods != (Messenger._process_message, Messenger._postprocess_message):
+        return True
+    if cls is ReplayMessenger:
+        return bool(handler.params)
+    return any(getattr(cls, name, None) is not None for name in ("_pyro_param", "_pyro_post_param"))
 
 
 @contextmanager

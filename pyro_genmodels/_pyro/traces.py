@@ -46,6 +46,7 @@ from pyro.infer.trace_elbo import _compute_log_r
 from pyro.infer.util import MultiFrameTensor
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
@@ -102,6 +103,12 @@ def modules_of(*fns: Any) -> list[nn.Module]:
     return list({id(m): m for m in candidates if isinstance(m, nn.Module)}.values())
 
 
+class _SampleTrace(TraceMessenger):
+    """Handler that makes a trace of samples, without the parameters: a network has many, and nobody reads them there."""
+
+    _pyro_post_param = None  # type: ignore[assignment]
+
+
 def run_pair(
     model: Callable[..., Any], guide: Any, args: tuple, kwargs: Mapping[str, Any], plate: pyro.plate | None = None
 ) -> tuple[Trace, Trace]:
@@ -125,8 +132,8 @@ def run_pair(
             bound_guide()
             model_trace, guide_trace = messenger.get_traces()  # type: ignore[attr-defined]
         else:
-            guide_trace = poutine.trace(bound_guide).get_trace()
-            model_trace = poutine.trace(poutine.replay(bound_model, trace=guide_trace)).get_trace()
+            guide_trace = _SampleTrace()(bound_guide).get_trace()
+            model_trace = _SampleTrace()(poutine.replay(bound_model, trace=guide_trace)).get_trace()
     measure_plates(model_trace, guide_trace)
     return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
 

@@ -29,8 +29,8 @@ from torch import Size, Tensor, nn
 from torch.distributions import Transform, constraints
 
 from pyro_genmodels.distributions.capabilities import Capabilities
-from pyro_genmodels.utils.distributions import has_active_dropout, interior, map_tensors, modules_and_tensors
-from pyro_genmodels.utils.tensors import as_tensor
+from pyro_genmodels.utils.distributions import has_active_dropout, interior, is_real, map_tensors, modules_and_tensors
+from pyro_genmodels.utils.tensors import all_finite, as_tensor
 
 
 class GenerativeDistribution(Capabilities, TorchDistribution):
@@ -111,7 +111,7 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
     def _tracked_log_prob(self, value: Tensor) -> Tensor:
         """Return the log density, or zeros if there is none, with the provenance that `pyro.render_model` reads."""
         plain, x = map_tensors(self, detach_provenance), detach_provenance(value)
-        shape = torch.broadcast_shapes(x.shape[: x.dim() - self.event_dim], self.batch_shape)
+        shape = self._common_batch_shape(x)
         log_p = torch.zeros(shape, device=x.device) if self.density == "none" else plain.log_prob(x)
         tracked: Tensor = track_provenance(log_p, get_provenance([value, *modules_and_tensors(self)[1]]))
         return tracked
@@ -125,7 +125,7 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
         value = self._as_value(value)
         if self._validate_args:
             self._validate_sample(value)
-        shape = torch.broadcast_shapes(value.shape[: value.dim() - self.event_dim], self.batch_shape)
+        shape = self._common_batch_shape(value)
         y = value.expand(shape + self.event_shape)
         log_det: Tensor | float = 0.0
         if self.pretransform is not None:
@@ -136,6 +136,11 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
         if isinstance(log_det, Tensor):
             log_det = log_det.to(y.dtype)
         return y, self._context_at(shape), log_det
+
+    def _common_batch_shape(self, value: Tensor) -> Size:
+        """Return the batch shape of a value (batch..., *event_shape), broadcast with that of the distribution."""
+        shape = value.shape[: value.dim() - self.event_dim]
+        return shape if shape == self.batch_shape or not self.batch_shape else torch.broadcast_shapes(shape, self.batch_shape)
 
     def _as_value(self, value: Any) -> Tensor:
         """Return a value as a tensor of numbers and events of the right kind."""
@@ -213,7 +218,7 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
         if torch.is_inference_mode_enabled():
             return self._outside_inference_mode("score", value)
         value = self._as_value(value)
-        shape = torch.broadcast_shapes(value.shape[: value.dim() - self.event_dim], self.batch_shape)
+        shape = self._common_batch_shape(value)
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             x = value.expand(shape + self.event_shape)
@@ -280,13 +285,15 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
         return None if self.context is None else self.context.expand(shape + self.context.shape[-1:])
 
     def _validate_sample(self, value: Tensor) -> None:
-        if value.is_floating_point() and not value.isfinite().all():
+        if value.is_floating_point() and not all_finite(value):
             raise ValueError(
                 f"{self.owner} was given a value of shape {tuple(value.shape)} with "
                 f"{int((~value.isfinite()).sum())} NaN or infinite entries. Drop or impute these first, or fill them and mask "
                 "their rows with dist.mask(...)."
             )
-        super()._validate_sample(value)
+        own = self.batch_shape + self.event_shape
+        if not (is_real(self.support) and value.shape[value.dim() - len(own) :] == own):  # else nothing is left to check
+            super()._validate_sample(value)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"

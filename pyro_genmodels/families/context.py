@@ -26,7 +26,7 @@ from pyro_genmodels.families.input_warnings import CONTEXTS, InputCheck
 from pyro_genmodels.families.standardization import estimate
 from pyro_genmodels.utils.capture import can_be_read
 from pyro_genmodels.utils.errors import check_positive_int, warn_caller
-from pyro_genmodels.utils.tensors import as_tensor
+from pyro_genmodels.utils.tensors import all_finite, as_tensor
 
 Context = int | nn.Module
 StandardizeContext = bool | Literal["robust"]
@@ -163,7 +163,7 @@ class VectorContext(nn.Module):
                 f"{tuple(context.shape)}. For one number per row pass context[:, None]; convert other numbers by "
                 ".float() (data frames by .astype(float)); for integer classes build the family with context=Labels(k)."
             )
-        if is_validation_enabled() and not context.isfinite().all():
+        if is_validation_enabled() and not all_finite(context):
             raise ValueError(f"The context, of shape {tuple(context.shape)}, has NaN or infinite entries. Impute them first.")
 
     def warn_if_far(self, embedded: Tensor, owner: str, *, in_training: bool) -> None:

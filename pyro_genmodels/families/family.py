@@ -154,6 +154,8 @@ class Family(PyroModule):
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
+        if "_modules" in self.__dict__ and params.is_stored(self, name):
+            return self._modules[name]
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -224,7 +226,7 @@ class Family(PyroModule):
             parts.append(self._to_reals())
         if self._standardize:
             parts.append(Standardization(self.loc, self.scale, self._check_of_data()))
-        return ComposeTransform(parts) if parts else None
+        return ComposeTransform(parts) if len(parts) > 1 else parts[0] if parts else None
 
     def _to_reals(self) -> Transform:
         return over_events(biject_to(self.support).inv, len(self.event_shape))

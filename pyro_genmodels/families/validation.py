@@ -12,6 +12,7 @@ from torch.distributions import biject_to, constraints
 
 from pyro_genmodels.nn.checks import are_positive_integers
 from pyro_genmodels.utils.distributions import is_real
+from pyro_genmodels.utils.tensors import all_finite
 
 
 def check_constructor(kind: str, event_shape: Any, support: Any) -> None:
@@ -73,19 +74,22 @@ def check_values(owner: str, x: Tensor, support: constraints.Constraint, *, dtyp
     Raises:
         ValueError: if values are not finite, too large for the precision, at an end of the support, or outside it.
     """
-    if x.is_floating_point() and not x.isfinite().all():
+    if x.is_floating_point() and not all_finite(x):
         rows = (~x.isfinite()).reshape(len(x), -1).any(1)
         raise ValueError(
             f"{owner} was given data with NaN or infinite values in {int(rows.sum())} of {len(x)} rows, the first of them row "
             f"{int(rows.nonzero()[0])}. Drop or impute these rows first."
         )
-    if x.is_floating_point() and dtype is not None and (x.abs() > (largest := torch.finfo(dtype).max)).any():
+    largest = None if dtype is None else torch.finfo(dtype).max
+    if x.is_floating_point() and largest is not None and largest < torch.finfo(x.dtype).max and (x.abs() > largest).any():
         raise ValueError(
             f"{owner} computes in {dtype}, with numbers up to {largest:.2g}, but was given data of {x.dtype} up to "
             f"{float(x.abs().max()):.2g}. Use another unit, or call family.double()."
         )
+    if is_real(support):
+        return
     ends = [getattr(support, name, None) for name in ("lower_bound", "upper_bound")]
-    at_end = [x == end for end in ends if end is not None and not support.is_discrete and not is_real(support)]
+    at_end = [x == end for end in ends if end is not None and not support.is_discrete]
     if mapped and any(hit.any() for hit in at_end):
         raise ValueError(
             f"{owner} was given {sum(int(hit.sum()) for hit in at_end)} values at an end of its support {support}, which map "

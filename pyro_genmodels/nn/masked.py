@@ -40,7 +40,7 @@ class MaskedLinear(nn.Linear):
             self.weight.mul_((len(in_degrees) / fan_in).sqrt())
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight * self.mask, self.bias)
+        return F.linear(x, self.weight * self.mask.view(torch.uint8), self.bias)  # several times faster than by truth values
 
     def rows(self, degree: int) -> slice:
         """Return the slice of the outputs of that degree."""

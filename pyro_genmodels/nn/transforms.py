@@ -47,15 +47,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import asinh, ceil, log2, pi
+from math import asinh, ceil, log2, pi, prod
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyro_genmodels.nn.checks import check_count, check_rate, check_widths
+from pyro_genmodels.nn.splines import RationalQuadraticSpline
 
 _validation = Distribution._validate_args
 import zuko  # noqa: E402  (the flag above must be read first)
@@ -66,6 +68,8 @@ INVERSE_REACH = 1e9
 """Largest distance from 0 at which bisection looks for an inverse."""
 SEARCHED = {"_shifted_polynomial", "BernsteinTransform", "BoundedBernsteinTransform"}
 """Names of univariate functions, besides networks, whose inverse is searched for."""
+PIECEWISE = {"RationalQuadraticSpline", "_circular_spline", "BernsteinTransform", "BoundedBernsteinTransform"}
+"""Names of univariate functions whose derivative has kinks."""
 
 
 @dataclass(frozen=True)
@@ -296,6 +300,48 @@ class _InvertibleUMNN(zuko.flows.neural.UMNN):
         return zuko.transforms.ComposedTransform(integral, zuko.transforms.AdditiveTransform(shift=constant))
 
 
+class _MaskedLinear(zuko.nn.MaskedLinear):
+    """Zuko's masked layer; torch multiplies bytes by floats several times faster than truth values by floats."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.mask.view(torch.uint8) * self.weight, self.bias)
+
+
+class _Conditioned:
+    """The part that zuko's two conditional layers share, with the outputs of the network split by fewer operations."""
+
+    hyper: Any
+    total: int
+    shapes: Sequence[Sequence[int]]
+    univariate: Any
+
+    def meta(self, c: torch.Tensor | None, x: torch.Tensor) -> torch.distributions.Transform:
+        inputs = x if c is None else torch.cat(zuko.utils.broadcast(x, c, ignore=1), dim=-1)
+        phi = self.hyper(inputs).unflatten(-1, (-1, self.total))
+        return zuko.transforms.DependentTransform(self.univariate(*_unpack(phi, self.shapes)), 1)
+
+
+class _Autoregressive(_Conditioned, zuko.flows.autoregressive.MaskedAutoregressiveTransform):
+    """Zuko's autoregressive layer."""
+
+
+class _Coupling(_Conditioned, zuko.flows.coupling.GeneralCouplingTransform):
+    """Zuko's coupling layer."""
+
+
+def _unpack(phi: torch.Tensor, shapes: Sequence[Sequence[int]]) -> Sequence[torch.Tensor]:
+    """Return parameters (..., *shape) of each shape, given all of them in one dimension, (..., n)."""
+    if not any(shapes):  # numbers
+        return phi.unbind(-1)
+    parts = zip(phi.split([prod(shape) for shape in shapes], -1), shapes, strict=True)
+    return [part if len(shape) == 1 else part.reshape(part.shape[:-1] + tuple(shape)) for part, shape in parts]
+
+
+def _circular_spline(*phi: torch.Tensor, slope: float = 1e-3) -> torch.distributions.Transform:
+    shift = zuko.transforms.CircularShiftTransform(bound=pi)
+    return zuko.transforms.ComposedTransform(shift, RationalQuadraticSpline(*phi, bound=pi, slope=slope))
+
+
 def _shifted_polynomial(a: torch.Tensor, constant: torch.Tensor, slope: float = 1e-3) -> torch.distributions.Transform:
     shift = zuko.transforms.AdditiveTransform(shift=constant)
     return zuko.transforms.ComposedTransform(_PolynomialIntegral(a=a, slope=slope), shift)
@@ -359,7 +405,9 @@ class GF(FlowTransform):
 
 
 def lazy_transform(module: nn.Module) -> nn.Module:
-    """Return the lazy transform of a zuko flow, or the module itself if it is one. Numerical inverses in it search further.
+    """Return the lazy transform of a zuko flow, or the module itself if it is one, with some of its parts replaced.
+
+    Numerical inverses search further. Splines and masked layers are the same functions of the same parameters, but faster.
 
     Raises:
         ValueError: for a Gaussianization flow, which does not invert.
@@ -372,14 +420,25 @@ def lazy_transform(module: nn.Module) -> nn.Module:
                 "Flow cannot use a Gaussianization flow (GF): zuko's does not invert (round-trip error 1.3 at "
                 "its own initialisation) and the gradients of its draws are wrong. Use NSF() or MAF()."
             )
-        if type(part) in _INVERTIBLE:
-            part.__class__ = _INVERTIBLE[type(part)]
-        if isinstance(univariate, partial) and univariate.func is zuko.flows.polynomial.ShiftedSOSPTransform:
-            part.univariate = partial(_shifted_polynomial, **univariate.keywords)
+        if type(part) in _LAYERS:
+            part.__class__ = _LAYERS[type(part)]
+        if isinstance(univariate, partial) and univariate.func in _FUNCTIONS and not univariate.args:
+            part.univariate = partial(_FUNCTIONS[univariate.func], **univariate.keywords)
     return lazy
 
 
-_INVERTIBLE = {zuko.flows.neural.MNN: _InvertibleMNN, zuko.flows.neural.UMNN: _InvertibleUMNN}
+_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    zuko.flows.neural.MNN: _InvertibleMNN,
+    zuko.flows.neural.UMNN: _InvertibleUMNN,
+    zuko.nn.MaskedLinear: _MaskedLinear,
+    zuko.flows.autoregressive.MaskedAutoregressiveTransform: _Autoregressive,
+    zuko.flows.coupling.GeneralCouplingTransform: _Coupling,
+}
+_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    zuko.flows.polynomial.ShiftedSOSPTransform: _shifted_polynomial,
+    zuko.flows.spline.CircularRQSTransform: _circular_spline,
+    zuko.transforms.MonotonicRQSTransform: RationalQuadraticSpline,
+}
 
 
 def flow_options(lazy: nn.Module) -> dict[str, Any]:
@@ -394,8 +453,7 @@ def _is_smooth(lazy: nn.Module) -> bool:
     """Return True if the gradient of the log density has no jumps, such as those of ReLU and of piecewise functions."""
     layers = list(lazy.modules())
     univariate = [getattr(layer, "univariate", None) for layer in layers]
-    names = [_name(function) for function in univariate]
-    piecewise = any("RQS" in name or "Bernstein" in name for name in names)
+    piecewise = any(_name(function) in PIECEWISE for function in univariate)
     return not piecewise and not any(isinstance(layer, (nn.ReLU, nn.LeakyReLU, nn.Hardtanh)) for layer in layers)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["as_tensor", "noting_frames"]
+__all__ = ["all_finite", "as_tensor", "noting_frames"]
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def all_finite(x: Tensor) -> bool:
+    """Return True if no entry of a tensor of floats is NaN or infinite.
+
+    A finite sum shows this in one pass, because NaN and infinity stay in a sum. Only a sum that is not finite, which large
+    entries can have too, is followed by a look at each entry.
+
+    Example:
+        >>> all_finite(torch.tensor([3e38, 3e38])), all_finite(torch.tensor([torch.inf, -torch.inf]))
+        (True, False)
+    """
+    x = x.detach()
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
 
 
 def as_tensor(values: Any, owner: str, *, floats: torch.dtype = torch.float64) -> Tensor:

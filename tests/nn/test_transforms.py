@@ -1,0 +1,120 @@
+"""Splines and layers that replace zuko's: the same functions of the same parameters, with the same gradients."""
+
+import pytest
+import torch
+import zuko
+from zuko.transforms import MonotonicRQSTransform
+
+from pyro_genmodels import Flow
+from pyro_genmodels.nn.splines import RationalQuadraticSpline
+
+BINS = 8
+
+
+def parameters(*shape, scale=1.0, dtype=torch.float64):
+    phi = (scale * torch.randn(*shape, 3 * BINS - 1, dtype=dtype)).requires_grad_()
+    return phi, phi.split([BINS, BINS, BINS - 1], -1)
+
+
+def gradients(outputs, inputs):
+    weights = [torch.linspace(-1.0, 1.0, out.numel(), dtype=out.dtype).reshape(out.shape) for out in outputs]
+    return torch.autograd.grad(outputs, inputs, weights)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 5.0])
+@pytest.mark.parametrize("bound", [3.0, 5.0])
+def test_a_spline_is_zukos_with_its_gradients(scale, bound):
+    phi, parts = parameters(200, 3, scale=scale)
+    x = (1.5 * bound * torch.linspace(-1.0, 1.0, 600, dtype=torch.float64).reshape(200, 3)).requires_grad_()
+    ours = RationalQuadraticSpline(*parts, bound=bound).call_and_ladj(x)
+    theirs = MonotonicRQSTransform(*parts, bound=bound).call_and_ladj(x)
+    torch.testing.assert_close(ours, theirs)
+    for found, wanted in zip(gradients(ours, (phi, x)), gradients(theirs, (phi, x)), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_spline_broadcasts_with_its_values():
+    _, parts = parameters(3)
+    x = torch.randn(4, 5, 3, dtype=torch.float64)
+    ours, theirs = RationalQuadraticSpline(*parts), MonotonicRQSTransform(*parts)
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.inv(x), theirs.inv(x))
+
+
+def test_a_spline_of_one_value_has_no_batch():
+    _, parts = parameters()
+    y, ladj = RationalQuadraticSpline(*parts).call_and_ladj(torch.tensor(0.5, dtype=torch.float64))
+    assert y.shape == ladj.shape == ()
+
+
+def test_the_derivative_and_the_inverse_are_those_of_the_spline():
+    _, parts = parameters(100)
+    spline = RationalQuadraticSpline(*parts)
+    x = torch.linspace(-6.0, 6.0, 100, dtype=torch.float64).requires_grad_()
+    y, ladj = spline.call_and_ladj(x)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(slope.log(), ladj)
+    torch.testing.assert_close(spline.inv(y), x)
+
+
+def test_a_spline_is_the_identity_from_its_ends_on_however_far():
+    phi, parts = parameters(6, dtype=torch.float32)
+    spline = RationalQuadraticSpline(*parts)
+    x = torch.tensor([-torch.inf, -1e38, -5.0, 5.0, 1e38, torch.inf]).requires_grad_()
+    y, ladj = spline.call_and_ladj(x)
+    assert y.equal(x)
+    assert spline.inv(x).equal(x)
+    assert ladj.equal(torch.zeros(6))
+    (gradient,) = torch.autograd.grad(ladj.sum(), phi, allow_unused=True)
+    assert gradient.equal(torch.zeros_like(phi))
+
+
+def test_a_spline_of_nan_is_nan():
+    _, parts = parameters(1)
+    assert RationalQuadraticSpline(*parts)(torch.full((1,), torch.nan, dtype=torch.float64)).isnan()
+
+
+FLOWS = {
+    "NSF": lambda n, c: zuko.flows.NSF(n, c, transforms=2, hidden_features=(8, 8)),
+    "NCSF": lambda n, c: zuko.flows.NCSF(n, c, transforms=2, hidden_features=(8, 8)),
+    "coupling": lambda n, c: zuko.flows.NSF(n, c, transforms=2, passes=2, hidden_features=(8,), randperm=True),
+    "MAF": lambda n, c: zuko.flows.MAF(n, c, transforms=2, hidden_features=(8, 8)),
+    "RealNVP": lambda n, c: zuko.flows.RealNVP(n, c, transforms=2, hidden_features=(8,)),
+    "NICE": lambda n, c: zuko.flows.NICE(n, c, transforms=2, hidden_features=(8,)),
+    "SOSPF": lambda n, c: zuko.flows.SOSPF(n, c, transforms=2, hidden_features=(8,)),
+    "UNAF": lambda n, c: zuko.flows.UNAF(n, c, transforms=1, hidden_features=(8,), signal=4),
+    "BPF": lambda n, c: zuko.flows.BPF(n, c, transforms=2, hidden_features=(8,)),
+}
+
+
+CASES = [(name, features, context) for name in FLOWS for features in (1, 3) for context in (0, 2)]
+
+
+@pytest.mark.parametrize(("name", "features", "context"), [case for case in CASES if case[:2] != ("coupling", 1)])
+def test_a_zuko_flow_keeps_its_function_and_gradients(name, features, context):
+    flow = FLOWS[name](features, context).double()
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    x, c = (torch.randn(20, n, dtype=torch.float64) if n else None for n in (features, context))
+    wanted = flow.transform(c).call_and_ladj(x)
+    trained = list(flow.transform.parameters())
+    slopes = torch.autograd.grad([out.sum() for out in wanted], trained, allow_unused=True)
+    state = flow.state_dict()
+    family = Flow((features,), context=context, transform=flow)
+    assert flow.state_dict().keys() == state.keys()
+    found = family.transform(c).call_and_ladj(x)
+    torch.testing.assert_close(found, wanted)
+    for new, old in zip(torch.autograd.grad([o.sum() for o in found], trained, allow_unused=True), slopes, strict=True):
+        torch.testing.assert_close(new, old)
+
+
+def test_the_parts_of_a_zuko_flow_are_replaced():
+    family = Flow((3,), transform=zuko.flows.NSF(3, transforms=1, hidden_features=(8,)))
+    layer = family.transform.transforms[0]
+    assert layer.univariate.func is RationalQuadraticSpline
+    assert type(layer) is not zuko.flows.autoregressive.MaskedAutoregressiveTransform
+    assert isinstance(layer, zuko.flows.autoregressive.MaskedAutoregressiveTransform)
+    masked = [m for m in layer.modules() if isinstance(m, zuko.nn.MaskedLinear)]
+    assert masked
+    assert all(type(m).forward is not zuko.nn.MaskedLinear.forward for m in masked)
