@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_genmodels.infer.compiled.recorder import CaptureError, FixedTensor, Recorder, RefusedReads, put_back
+from pyro_genmodels.infer.compiled.recorder import WAY_OUT, CaptureError, FixedTensor, Recorder, RefusedReads, put_back
 from pyro_genmodels.utils.rng import forked_rng
 
 aten = torch.ops.aten
@@ -113,7 +113,7 @@ def trace(function: Callable[..., Sequence[Any]], *inputs: Tensor, varying: Iter
             if not sites or not _is_of_tracer(error):
                 raise
             where = sites[-1].where(traceback.extract_tb(error.__traceback__))
-            raise CaptureError(f"{_first_line(error)}{where}") from error
+            raise CaptureError(f"{_first_line(error)}{where}. {WAY_OUT}") from error
     read = _lift(module, len(inputs))
     for x in read:
         if x.grad_fn is not None:

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,11 +27,19 @@ aten = torch.ops.aten
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 """Operations whose result has a shape that depends on values only if an index is a mask."""
 
-LIBRARIES = tuple(f"{sysconfig.get_paths()[name]}/" for name in ("purelib", "platlib", "stdlib"))
+LIBRARIES = (
+    *(f"{sysconfig.get_paths()[name]}/" for name in ("purelib", "platlib", "stdlib")),
+    f"{Path(__file__).parents[2]}/",  # this package
+)
+"""Folders of code that is not the user's."""
 
 
 BATCH_NORMS = (aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default)
 """Operations that change the running statistics among their arguments, though their schemas do not say so."""
+
+
+WAY_OUT = "The mode Eager() runs the program as it is, without a graph."
+"""Advice at the end of errors."""
 
 
 class CaptureError(RuntimeError):
@@ -63,9 +72,9 @@ class FixedTensor:
 class Recorder(TorchDispatchMode):
     """A dispatch mode around one run of a function.
 
-    Python code may read the values of tensors that are fixed: data, buffers and masks that were made before the run, and what is
-    computed from them and from numbers alone, such as ``torch.ones(3).tril()``. Inputs, parameters, what the run writes to and
-    random numbers vary from call to call, and so does all that is computed from them.
+    Python code may read the values of tensors that are fixed: data, buffers and masks that were made before the run, and what
+    is computed from them and from numbers alone, such as ``torch.ones(3).tril()``. Inputs, parameters, what the run writes to
+    and random numbers vary from call to call, and so does all that is computed from them.
 
     Args:
         refuse: True to raise a `CaptureError` at operations whose result has a shape, or a number, that depends on values that
@@ -213,13 +222,16 @@ class Recorder(TorchDispatchMode):
 
     def error(self, cause: str) -> CaptureError:
         """Return an error with the site and the line of the program that runs now."""
-        return CaptureError(f"{cause}{self.where(traceback.extract_stack())}")
+        return CaptureError(f"{cause}{self.where(traceback.extract_stack())}. {WAY_OUT}")
 
     def where(self, stack: Any) -> str:
-        """Return a text about the site that was sampled last and the line of the user's code."""
-        frames = [f for f in stack if not f.filename.startswith((*LIBRARIES, "<")) and "/pyro_genmodels/" not in f.filename]
-        line = f', in line {frames[-1].lineno} of {frames[-1].filename}: "{frames[-1].line}"' if frames else ""
-        return f" (after the site {self.sites.name!r}{line})" if self.sites.name else f" (before any site{line})"
+        """Return a text about the site that was sampled last, and the lines of the user's code and of Pyro that run now."""
+        site = f"after the site {self.sites.name!r}" if self.sites.name else "before any site"
+        users = [i for i, f in enumerate(stack) if not f.filename.startswith((*LIBRARIES, "<"))]
+        pyros = [i for i, f in enumerate(stack) if "/pyro/distributions/" in f.filename or "/pyro/nn/" in f.filename]
+        chosen = [*users[-1:], *(i for i in pyros[-1:] if not users or i > users[-1])]
+        lines = [f', in line {stack[i].lineno} of {stack[i].filename}: "{stack[i].line}"' for i in chosen]
+        return f" ({site}{''.join(lines)})"
 
 
 class RefusedReads(TorchFunctionMode):

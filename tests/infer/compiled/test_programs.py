@@ -1,10 +1,12 @@
 """Every program of the table, captured: loss, gradients, random numbers, buffers and fits are those of stock Pyro."""
 
+from collections.abc import Collection
+
 import pyro
 import pytest
 import torch
 from eager_steps import Step, assert_same_step, assert_same_tensors, buffers, eager, losses_of, parameters
-from programs import CAPTURED, Program, Run, fresh
+from programs import CAPTURED, SHOWN, Program, Run, fresh
 from pyro.infer import SVI
 from pyro.optim import SGD, Adam
 from scipy import stats
@@ -19,12 +21,21 @@ FUSED = {"rtol": 1e-3, "atol": 1e-4}
 """Tolerances of a graph whose operations are fused, so that sums are taken in another order."""
 
 
-def rows(*, all_shown: bool = False) -> pytest.MarkDecorator:
-    """Parametrise a test by `row`; rows that do not represent others are slow."""
+FITTED = {
+    "schools, AutoNormal",
+    "schools, reparametrised",
+    "Bayesian network, PyroModule, PyroSample, PyroParam",
+    "VAE, BatchNorm",
+    "word embeddings of integers, dict argument",
+    "example: lda",
+}
+"""Rows whose fits are compared by default."""
+
+
+def rows(shown: Collection[str] = frozenset(CAPTURED)) -> pytest.MarkDecorator:
+    """Parametrise a test by `row`, all that can be captured; rows that are not shown are slow."""
     slow = pytest.mark.slow
-    cases = [
-        pytest.param(row, id=name, marks=() if row.representative or all_shown else slow) for name, row in CAPTURED.items()
-    ]
+    cases = [pytest.param(row, id=name, marks=() if name in shown else slow) for name, row in CAPTURED.items()]
     return pytest.mark.parametrize("row", cases)
 
 
@@ -61,19 +72,19 @@ def check_against_eager(row: Program, mode, **tolerance) -> None:
     assert [finding.what for finding in loss.findings if finding.what != "audit"] == ["capture"], "captured again"
 
 
-@rows()
+@rows(SHOWN)
 def test_captured_program_equals_eager(row):
     check_against_eager(row, Captured(), **ROUNDING)
 
 
 @pytest.mark.slow
-@rows(all_shown=True)
+@rows()
 def test_program_captured_as_python_code_equals_eager(row):
     check_against_eager(row, Captured(script=False), **ROUNDING)
 
 
 @pytest.mark.slow
-@rows(all_shown=True)
+@rows()
 def test_compiled_program_equals_eager(row):
     check_against_eager(row, Compiled(), **FUSED)
 
@@ -90,7 +101,7 @@ def check_fit(row: Program, mode, num_steps: int, **tolerance) -> None:
     assert_same_tensors(found_parameters, wanted_parameters, **tolerance)
 
 
-@rows()
+@rows(FITTED)
 def test_fitted_parameters_are_those_of_svi(row):
     check_fit(row, Captured(), 6, rtol=2e-3, atol=2e-4)
 
@@ -123,10 +134,11 @@ def assert_same_mean(found: torch.Tensor, wanted: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "schools, AutoNormal",
-        "Gamma, Beta and Dirichlet guide, constrained parameters",
         "mixture, Categorical guide, score function",
-        "varying slopes, LKJ, subsampled plate",
+        pytest.param("schools, AutoNormal", marks=pytest.mark.slow),
+        pytest.param("Gamma, Beta and Dirichlet guide, constrained parameters", marks=pytest.mark.slow),
+        pytest.param("varying slopes, LKJ, subsampled plate", marks=pytest.mark.slow),
+        pytest.param("VAE, Dropout", marks=pytest.mark.slow),
     ],
 )
 def test_several_steps_in_one_graph_have_the_law_of_eager_steps(name):
