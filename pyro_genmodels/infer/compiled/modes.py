@@ -91,14 +91,22 @@ class Compiled(Mode):
 @cache
 def default_mode() -> Mode:
     """Return `Compiled()` where a C++ compiler is found, and otherwise `Captured()`, with a warning at the first call."""
+    if (problem := missing_compiler()) is None:
+        return Compiled()
+    warn_caller(
+        f"No C++ compiler was found ({problem}), so that captured programs run without one: small models about a "
+        "tenth as fast. Install g++ or clang, or set CXX."
+    )
+    return Captured()
+
+
+@cache
+def missing_compiler() -> str | None:
+    """Return what torch says of a C++ compiler that it cannot find, or None if there is one."""
     from torch._inductor import cpp_builder
 
     try:
         cpp_builder.get_cpp_compiler()
     except Exception as error:  # torch raises several kinds
-        warn_caller(
-            f"No C++ compiler was found ({one_line(error)}), so that captured programs run without one: small models about a "
-            "tenth as fast. Install g++ or clang, or set CXX."
-        )
-        return Captured()
-    return Compiled()
+        return one_line(error)
+    return None

@@ -11,7 +11,7 @@ __all__ = ["CapturedLoss", "Finding", "Program", "StaleGraphError"]
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -116,11 +116,9 @@ class Program:
             with put_back():
                 self.parameters = find_parameters(lambda: self._loss(inputs))
         self.watch.forget_changed()
-        store = vars(pyro.get_param_store())
         for part in ("_params", "_constraints"):
-            self.watch.add(store, part, "Pyro's param store")
             for name in self.parameters:
-                self.watch.add(store[part], name, f"the parameter {name}")
+                self.watch.add(_Stored(part), name, f"the parameter {name}")
         self._frozen = [p.requires_grad for p in self.parameters.values()]
         with without_trace_shapes(), capturable():
             self.graph = trace(self.outputs, *inputs, varying=self.parameters.values())
@@ -165,7 +163,7 @@ class Program:
         Raises:
             StaleGraphError: if they differ.
         """
-        with put_back():
+        with without_trace_shapes(), self.graph.put_back():
             expected = self.outputs(*inputs)
         with self.graph.put_back():
             found = self.graph(*inputs)
@@ -316,6 +314,29 @@ def _constant(x: Any) -> Any:
     if isinstance(x, bool | int | float | complex | str | bytes | type(None) | torch.Size | torch.dtype | torch.device):
         return type(x), x
     return _Same(x)
+
+
+class _Stored(Mapping[str, Any]):
+    """A dictionary of Pyro's param store, which is another object after `clear` and `set_state`.
+
+    Args:
+        part: attribute of the store.
+    """
+
+    def __init__(self, part: str) -> None:
+        self.part, self._store = part, vars(pyro.get_param_store())
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._store[self.part].get(name, default)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._store[self.part][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._store[self.part])
+
+    def __len__(self) -> int:
+        return len(self._store[self.part])
 
 
 class _Same:

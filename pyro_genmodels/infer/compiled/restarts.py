@@ -90,7 +90,7 @@ class Restarts:
             {name: _first_state(optimizer, name, x, self.count) for name, x in state.items()}
             for state, optimizer in zip(update.states(), update.optimizers, strict=True)
         ]
-        self._num_steps = 0
+        update.count(-1)  # the step that the optimiser has made
         self._built: WeakKeyDictionary[Program, CapturedFunction] = WeakKeyDictionary()
 
     def step(self, program: Program, update: Update, inputs: Sequence[Tensor]) -> Tensor:
@@ -99,13 +99,11 @@ class Restarts:
         Raises:
             CaptureError: if the program cannot be mapped over its parameters.
         """
-        rates = update.rates()[0]
-        counted = len(rates) - len(self.values)  # steps that the optimiser counts in Python
-        given = torch.tensor(rates[: len(self.values)] + [float(self._num_steps)] * counted, dtype=torch.float64)
+        given = torch.tensor(update.rates()[0], dtype=torch.float64)
         if program not in self._built:
             self._built[program] = self._build(program, update, [*inputs, given])
         (losses,) = self._built[program](*inputs, given)
-        self._num_steps += 1
+        update.count()
         return losses
 
     def select(self, index: int) -> None:

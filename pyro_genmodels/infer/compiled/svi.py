@@ -153,9 +153,11 @@ class CompiledSVI:
         self._updates: WeakKeyDictionary[Program, Update | None] = WeakKeyDictionary()
         self._built: WeakKeyDictionary[Program, dict[int, _Steps]] = WeakKeyDictionary()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes without the graphs, which are captured anew."""
-        return self.__dict__ | {"_updates": WeakKeyDictionary(), "_built": WeakKeyDictionary()}
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "A CompiledSVI cannot be pickled, since its parameters are in Pyro's param store. Save it by save(path), build it "
+            "anew, and go on by load(path)."
+        )
 
     @property
     def model(self) -> Any:
@@ -382,7 +384,7 @@ class CompiledSVI:
                 built = self._steps_of(program, update, inputs).seconds
                 program.unroll = choose_unroll(num_steps, median(program.seconds[-TIMED_STEPS // 2 :]), built)
             unroll = program.unroll
-        if unroll > 1 and unroll <= num_steps and unroll not in self._built[program]:
+        if unroll > 1 and unroll <= num_steps and unroll not in self._built.get(program, {}):
             bar.set_postfix_str(f"compiling {unroll} steps")
         return unroll if unroll <= num_steps else 1
 
@@ -438,7 +440,8 @@ class CompiledSVI:
         if self._is_first or not self.captured.mode.captures or has_handlers():
             return None, []
         program, inputs = self.captured.program(args, kwargs)
-        return (program, inputs) if has_stepped(self.optim, program.trained) else (None, [])
+        known = program in self._updates  # a new state of the optimiser would be seen by the watch
+        return (program, inputs) if known or has_stepped(self.optim, program.trained) else (None, [])
 
     def _update_of(self, program: Program) -> Update | None:
         """Return the optimiser's step as a formula, or None if it runs outside of the graph."""

@@ -185,7 +185,7 @@ class Update:
             for name in ("state", "param_groups"):
                 watch.add(vars(optimizer), name, f"{name} of the optimiser")
             for name in group:
-                if name not in ("lr", "params", "initial_lr"):
+                if name not in ("lr", "params", "initial_lr", "foreach", "fused", "capturable", "differentiable"):
                     watch.add(group, name, f"the option {name} of the optimiser")
             for name, x in self._state(i).items():
                 if isinstance(x, Tensor):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 __all__ = ["Watch"]
 
-import functools
+import operator
 import sysconfig
 import types
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ MAX_LENGTH = 1000
 """Largest length of a list or dictionary whose entries are watched one by one."""
 
 MISSING = object()
+CONTENTS = operator.attrgetter("cell_contents")
 LEAVES = (Tensor, np.ndarray, bool, int, float, complex, str, bytes, type(None), types.ModuleType, type)
 PROTOTYPES = frozenset({"prototype_trace", "_prototype_trace"})  # of Pyro's guides, which read shapes of it
 HIDDEN = PROTOTYPES | {name for name in vars(nn.Module()) if name not in ("training", "_parameters", "_buffers", "_modules")}
@@ -42,9 +45,9 @@ class Watch:
     """
 
     def __init__(self, *roots: Any) -> None:
-        self._mappings: list[tuple[Mapping[Any, Any] | _Items, Any, Any, str]] = []
-        self._cells: list[tuple[types.CellType, Any, str]] = []
-        self._lengths: list[tuple[Any, int, str]] = []
+        self._entries: list[_Entry] = []
+        self._reads: tuple[list[Callable[[Any], Any]], list[Any]] = ([], [])
+        self._values: list[Any] = []
         self._seen: set[int] = set()
         self._kept: list[Any] = []
         for root in roots:
@@ -52,23 +55,40 @@ class Watch:
 
     @property
     def num_entries(self) -> int:
-        return len(self._mappings) + len(self._cells) + len(self._lengths)
+        return len(self._entries)
 
     def add(self, mapping: Mapping[Any, Any], key: Any, name: str) -> None:
         """Watch one entry of a mapping."""
-        self._mappings.append((mapping, key, mapping.get(key, MISSING), name))
+        missing_is_none = mapping.get(key) is not None
+        self._add(mapping.get if missing_is_none else partial(_get, mapping), key, name)
+
+    def _add(self, read: Callable[[Any], Any], argument: Any, name: str) -> None:
+        """Watch what a function returns for an argument."""
+        self._entries.append(_Entry(name, read, argument, read(argument)))
+        self._reads = ([], [])
 
     def changed(self) -> str | None:
         """Return the name of something that was rebound since the watch began, or None."""
-        for mapping, key, value, name in self._mappings:
-            if mapping.get(key, MISSING) is not value and not _same(mapping.get(key, MISSING), value):
-                return name
-        for cell, value, name in self._cells:
-            if cell.cell_contents is not value and not _same(cell.cell_contents, value):
-                return name
-        for container, length, name in self._lengths:
-            if len(container) != length:
-                return name
+        if not self._reads[0]:
+            self._reads = ([entry.read for entry in self._entries], [entry.argument for entry in self._entries])
+            self._values = [entry.value for entry in self._entries]
+        try:
+            found = list(map(operator.call, *self._reads))
+        except (IndexError, ValueError):  # a list that is shorter now, or a name that was deleted
+            return self._first_that_fails()
+        if all(map(operator.is_, found, self._values)):
+            return None
+        for entry, now in zip(self._entries, found, strict=True):
+            if now is not entry.value and not _same(now, entry.value):
+                return entry.name
+        return None
+
+    def _first_that_fails(self) -> str | None:
+        for entry in self._entries:
+            try:
+                entry.read(entry.argument)
+            except (IndexError, ValueError):
+                return entry.name
         return None
 
     def forget_changed(self) -> list[str]:
@@ -76,8 +96,8 @@ class Watch:
         names = []
         while (name := self.changed()) is not None:
             names.append(name)
-            for entries in (self._mappings, self._cells, self._lengths):
-                entries[:] = [entry for entry in entries if entry[-1] != name]
+            self._entries = [entry for entry in self._entries if entry.name != name]
+            self._reads = ([], [])
         return names
 
     def _visit(self, value: Any, name: str) -> None:
@@ -98,7 +118,7 @@ class Watch:
         elif isinstance(value, types.MethodType):
             yield value.__self__, name
             yield value.__func__, name
-        elif isinstance(value, functools.partial):
+        elif isinstance(value, partial):
             yield from ((part, name) for part in (value.func, *value.args, *value.keywords.values()))
         elif isinstance(value, type):
             yield from self._parts_of_mapping(vars(value), name, skip=lambda key: key.startswith("__"))
@@ -106,10 +126,10 @@ class Watch:
             yield from self._parts_of_mapping(value, name)
         elif isinstance(value, list | tuple | set | frozenset):
             if isinstance(value, list | set):
-                self._lengths.append((value, len(value), name))
+                self._add(len, value, name)
             if isinstance(value, list) and len(value) <= MAX_LENGTH:
                 for i, part in enumerate(value):
-                    self._mappings.append((_Items(value), i, part, f"{name}[{i}]"))
+                    self._add(value.__getitem__, i, f"{name}[{i}]")
                     yield part, f"{name}[{i}]"
             elif not isinstance(value, list):
                 yield from ((part, name) for part in value)
@@ -130,14 +150,14 @@ class Watch:
         attributes: bool = False,
     ) -> Iterator[tuple[Any, str]]:
         if not attributes and isinstance(mapping, dict):
-            self._lengths.append((mapping, len(mapping), name))
+            self._add(len, mapping, name)
             if len(mapping) > MAX_LENGTH:
                 return
         for key, part in list(mapping.items()):
             if isinstance(key, str) and skip(key):
                 continue
             inner = f"{name}.{key}" if attributes or not isinstance(mapping, dict) else f"{name}[{key!r}]"
-            self._mappings.append((mapping, key, part, inner))
+            self.add(mapping, key, inner)
             yield part, inner
 
     def _parts_of_function(self, function: types.FunctionType, name: str) -> Iterator[tuple[Any, str]]:
@@ -146,7 +166,7 @@ class Watch:
                 value = cell.cell_contents
             except ValueError:  # not yet bound
                 continue
-            self._cells.append((cell, value, f"{key} of {name}"))
+            self._add(CONTENTS, cell, f"{key} of {name}")
             yield value, key
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             yield value, name
@@ -155,7 +175,7 @@ class Watch:
         for key in _names(function.__code__):
             if key in function.__globals__:
                 value = function.__globals__[key]
-                self._mappings.append((function.__globals__, key, value, f"the global {key}"))
+                self.add(function.__globals__, key, f"the global {key}")
                 if isinstance(value, types.ModuleType) and not _is_library(value.__name__, getattr(value, "__file__", None)):
                     yield from self._parts_of_module(value, function.__code__)
                 elif not isinstance(value, types.ModuleType):
@@ -166,18 +186,22 @@ class Watch:
         for key in _names(code):
             if key in vars(module):
                 value = vars(module)[key]
-                self._mappings.append((vars(module), key, value, f"{module.__name__}.{key}"))
+                self.add(vars(module), key, f"{module.__name__}.{key}")
                 yield value, f"{module.__name__}.{key}"
 
 
-class _Items:
-    """A list, looked up like a mapping."""
+@dataclass(frozen=True)
+class _Entry:
+    """One thing that is watched: a function that reads it, the function's argument, and what it returned at first."""
 
-    def __init__(self, values: list[Any]) -> None:
-        self.values = values
+    name: str
+    read: Callable[[Any], Any]
+    argument: Any
+    value: Any
 
-    def get(self, key: int, default: Any) -> Any:
-        return self.values[key] if key < len(self.values) else default
+
+def _get(mapping: Mapping[Any, Any], key: Any) -> Any:
+    return mapping.get(key, MISSING)
 
 
 def _same(found: Any, expected: Any) -> bool:

@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoNormal, init_to_uniform
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_genmodels import to_arviz
-from pyro_genmodels.infer.compiled import CaptureError, Captured, CompiledSVI, Eager
+from pyro_genmodels.infer.compiled import Captured, CaptureError, CompiledSVI, Eager
 from pyro_genmodels.infer.compiled.steps import choose_unroll
 
 X = torch.tensor([0.3, -1.2, 2.5, 0.7, 1.1])
@@ -46,18 +46,10 @@ def schedule():
 
 OPTIMISERS = {
     "Adam": lambda: pyro.optim.Adam({"lr": 0.03}),
-    "Adam, options": lambda: pyro.optim.Adam({"lr": 0.03, "betas": (0.8, 0.9), "weight_decay": 0.1, "amsgrad": True}),
-    "AdamW": lambda: pyro.optim.AdamW({"lr": 0.03, "weight_decay": 0.2}),
     "ClippedAdam": lambda: pyro.optim.ClippedAdam({"lr": 0.03, "lrd": 0.9, "clip_norm": 0.5, "weight_decay": 0.1}),
-    "ClippedAdam, centered": lambda: pyro.optim.ClippedAdam({"lr": 0.03, "centered_variance": True}),
-    "SGD": lambda: pyro.optim.SGD({"lr": 0.003}),
     "SGD, momentum": lambda: pyro.optim.SGD({"lr": 0.003, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1}),
-    "SGD, nesterov": lambda: pyro.optim.SGD({"lr": 0.003, "momentum": 0.9, "nesterov": True}),
-    "RMSprop": lambda: pyro.optim.RMSprop({"lr": 0.01}),
-    "RMSprop, options": lambda: pyro.optim.RMSprop({"lr": 0.01, "centered": True, "momentum": 0.5, "weight_decay": 0.1}),
     "Adagrad": lambda: pyro.optim.Adagrad({"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.1}),
-    "clipped by norm": lambda: pyro.optim.Adam({"lr": 0.03}, {"clip_norm": 0.3}),
-    "clipped by value": lambda: pyro.optim.Adam({"lr": 0.03}, {"clip_value": 0.2}),
+    "clipped": lambda: pyro.optim.Adam({"lr": 0.03}, {"clip_norm": 0.3, "clip_value": 0.2}),
     "options by parameter": lambda: pyro.optim.Adam(per_parameter),
 }
 
@@ -133,7 +125,7 @@ def test_evaluate_loss_makes_no_step():
 # `run`.
 
 
-@pytest.mark.parametrize("unroll", [1, 4])
+@pytest.mark.parametrize("unroll", [1, 2])
 def test_run_makes_as_many_steps_as_told(unroll):
     pyro.set_rng_seed(1)
     svi = CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.03}), Trace_ELBO(), mode=PYTHON)
@@ -144,7 +136,7 @@ def test_run_makes_as_many_steps_as_told(unroll):
         torch.testing.assert_close(losses.float(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("optimiser", ["Adam", "ClippedAdam", "SGD, momentum"])
+@pytest.mark.parametrize("optimiser", ["Adam", "ClippedAdam"])
 def test_unrolled_steps_are_those_of_single_steps_without_random_numbers(optimiser):
     """The loss of a guide of point masses has no random numbers, so that all ways must agree."""
 
@@ -152,11 +144,12 @@ def test_unrolled_steps_are_those_of_single_steps_without_random_numbers(optimis
         pyro.clear_param_store()
         svi = CompiledSVI(model, pyro.infer.autoguide.AutoDelta(model), OPTIMISERS[optimiser](), Trace_ELBO(), mode=PYTHON)
         pyro.set_rng_seed(1)
-        return svi.run(14, X, unroll=unroll, progress=False)
+        return svi.run(7, X, unroll=unroll, progress=False)
 
-    torch.testing.assert_close(run(4), run(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run(3), run(1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_losses_of_unrolled_steps_have_the_law_of_single_steps():
     """A z-test of mean losses at a learning rate of 0. False-alarm rate 1e-5."""
 
@@ -195,7 +188,7 @@ def test_a_run_is_saved_and_gone_on_with(tmp_path):
     pyro.set_rng_seed(5)
     expected = svi.run(5, X, unroll=1, progress=False)
     svi = fresh()
-    with pytest.raises(ValueError, match="is not in Pyro's param store.*evaluate_loss"):
+    with pytest.raises(ValueError, match=r"is not in Pyro's param store.*evaluate_loss"):
         svi.load(tmp_path / "fit.pt")
     svi.evaluate_loss(X)
     svi.load(tmp_path / "fit.pt")
@@ -254,7 +247,7 @@ def test_restarts_find_both_modes():
     assert dict(posterior.sizes) == {"chain": 12, "draw": 40}
 
 
-@pytest.mark.parametrize("optimiser", ["Adam", "ClippedAdam", "SGD, momentum", "Adagrad", "clipped by norm"])
+@pytest.mark.parametrize("optimiser", ["ClippedAdam", "Adagrad", "clipped"])
 def test_a_restart_makes_the_steps_of_its_own_fit(optimiser):
     """Without random numbers every restart is the fit that begins where it begins."""
     guide = pyro.infer.autoguide.AutoDelta(model, init_loc_fn=init_to_uniform)
@@ -271,8 +264,7 @@ def test_a_restart_makes_the_steps_of_its_own_fit(optimiser):
                 p.copy_(first[name][i])
         stock = SVI(model, single, OPTIMISERS[optimiser](), Trace_ELBO())
         expected = [stock.step(X) for _ in range(8)]
-        tolerance = {"rtol": 1e-4, "atol": 1e-4} if optimiser != "SGD, momentum" else {"rtol": 1e-2, "atol": 1e-2}
-        torch.testing.assert_close(losses[:, i].float(), torch.tensor(expected), **tolerance)
+        torch.testing.assert_close(losses[:, i].float(), torch.tensor(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_restarts_that_begin_alike_are_warned_of():
@@ -286,7 +278,8 @@ def test_restarts_that_begin_alike_are_warned_of():
 
 
 def test_restarts_need_a_graph():
-    svi = CompiledSVI(bimodal, AutoNormal(bimodal), pyro.optim.Adadelta({}), Trace_ELBO(), mode=PYTHON, num_restarts=2)
+    guide = AutoNormal(bimodal, init_loc_fn=init_to_uniform)
+    svi = CompiledSVI(bimodal, guide, pyro.optim.Adadelta({}), Trace_ELBO(), mode=PYTHON, num_restarts=2)
     with pytest.warns(UserWarning, match="outside of the graph"), pytest.raises(CaptureError, match="Restarts need"):
         svi.step()
     with pytest.raises(ValueError, match="There are no restarts"):
@@ -304,7 +297,7 @@ def test_it_is_a_fit():
 
 
 def test_arguments_are_checked():
-    with pytest.raises(TypeError, match="wants an optimiser of pyro.optim.*but found"):
+    with pytest.raises(TypeError, match=r"wants an optimiser of pyro.optim.*but found"):
         CompiledSVI(model, AutoNormal(model), torch.optim.Adam, Trace_ELBO())
     with pytest.raises(CaptureError, match="TraceGraph_ELBO has no differentiable loss"):
         CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({}), pyro.infer.TraceGraph_ELBO())
@@ -315,14 +308,7 @@ def test_arguments_are_checked():
         svi.run(5, X, unroll=0)
 
 
-def test_it_is_pickled_without_its_graphs():
-    svi = CompiledSVI(model, module_guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(), mode=PYTHON)
-    svi.run(4, X, progress=False)
-    copy = pickle.loads(pickle.dumps(svi))
-    assert copy.run(4, X, progress=False).isfinite().all()
-
-
-def module_guide(x=X):
-    loc = pyro.param("loc_q", torch.tensor(0.0))
-    pyro.sample("loc", dist.Normal(loc, 0.1))
-    pyro.sample("scale", dist.LogNormal(0.0, 0.1))
+def test_pickling_is_refused_by_name():
+    svi = CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(), mode=PYTHON)
+    with pytest.raises(TypeError, match=r"cannot be pickled.*save\(path\)"):
+        pickle.dumps(svi)
