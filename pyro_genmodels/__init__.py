@@ -26,6 +26,9 @@ _homes = {
         "ImplicitScoreMatching", "MaximumLikelihood", "MaximumMeanDiscrepancy", "NoiseContrastive",
         "SlicedScoreMatching", "SlicedWasserstein", "SpreadDivergence",
     ],
+    "infer.compiled": [
+        "CompiledNUTS", "CompiledSVI", "log_density",
+    ],
     "inference_data": [
         "to_arviz",
     ],

@@ -1708,6 +1708,18 @@ def test_importing_the_package_imports_nothing_heavy():
     assert python("-c", code).stdout.strip() == "[]"
 
 
+def test_importing_compiled_programs_imports_no_compiler_and_no_sampler():
+    code = (
+        "import sys, pyro_genmodels.infer.compiled;"
+        "print([m for m in ('torch._inductor', 'torch._dynamo', 'nutpie', 'arviz') if m in sys.modules])"
+    )
+    assert python("-c", code).stdout.strip() == "[]"
+
+
+def test_at_most_sixty_names_are_at_the_top_level():
+    assert len(pyro_genmodels.__all__) <= 60
+
+
 def test_refusing_a_name_imports_nothing_heavy():
     code = (
         "import sys; from typer.testing import CliRunner; from pyro_genmodels.cli.app import app;"
@@ -1728,7 +1740,17 @@ def test_every_submodule_of_the_face_can_be_reached_and_imported_by_star():
     assert set(pyro_genmodels.__all__) <= set(namespace)
 
 
-ROOMS = ("distributions", "divergences", "datasets", "families", "infer", "infer.adversarial", "evaluation", "training")
+ROOMS = (
+    "distributions",
+    "divergences",
+    "datasets",
+    "families",
+    "infer",
+    "infer.adversarial",
+    "infer.compiled",
+    "evaluation",
+    "training",
+)
 
 
 @pytest.mark.parametrize("room", ["", *ROOMS, "inference_data"])

@@ -1,17 +1,29 @@
-"""Pyro programs captured once and compiled."""
+"""Pyro programs captured once as graphs and compiled: SVI, NUTS and log densities without Python in every step."""
+
+from pyro_genmodels.infer.compiled.density import LogDensity, log_density
+from pyro_genmodels.infer.compiled.functions import CapturedFunction, capture
+from pyro_genmodels.infer.compiled.modes import Captured, Compiled, Eager, Mode
+from pyro_genmodels.infer.compiled.nuts import CompiledNUTS
+from pyro_genmodels.infer.compiled.program import CapturedLoss, Finding, StaleGraphError
+from pyro_genmodels.infer.compiled.recorder import CaptureError
+from pyro_genmodels.infer.compiled.svi import CompiledSVI
+from pyro_genmodels.utils.errors import suggest_names
 
 __all__ = [
     "CaptureError",
     "Captured",
+    "CapturedFunction",
     "CapturedLoss",
     "Compiled",
+    "CompiledNUTS",
     "CompiledSVI",
     "Eager",
+    "Finding",
+    "LogDensity",
     "Mode",
     "StaleGraphError",
+    "capture",
+    "log_density",
 ]
 
-from pyro_genmodels.infer.compiled.modes import Captured, Compiled, Eager, Mode
-from pyro_genmodels.infer.compiled.program import CapturedLoss, StaleGraphError
-from pyro_genmodels.infer.compiled.recorder import CaptureError
-from pyro_genmodels.infer.compiled.svi import CompiledSVI
+suggest_names(__name__)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Adagrad
 
 from pyro_genmodels._pyro.capturing import copy_pair, find_parameters
-from pyro_genmodels.infer.compiled.capture import CapturedFunction
+from pyro_genmodels.infer.compiled.functions import CapturedFunction
 from pyro_genmodels.infer.compiled.graph import trace
 from pyro_genmodels.infer.compiled.modes import Mode
 from pyro_genmodels.infer.compiled.program import CapturedLoss, Program
