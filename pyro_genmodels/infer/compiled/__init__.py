@@ -4,8 +4,8 @@ from pyro_genmodels.infer.compiled.density import LogDensity, log_density
 from pyro_genmodels.infer.compiled.functions import CapturedFunction, capture
 from pyro_genmodels.infer.compiled.modes import Captured, Compiled, Eager, Mode
 from pyro_genmodels.infer.compiled.nuts import CompiledNUTS
-from pyro_genmodels.infer.compiled.program import CapturedLoss, Finding, StaleGraphError
-from pyro_genmodels.infer.compiled.recorder import CaptureError
+from pyro_genmodels.infer.compiled.program import CapturedLoss, Finding
+from pyro_genmodels.infer.compiled.recorder import CaptureError, StaleGraphError
 from pyro_genmodels.infer.compiled.svi import CompiledSVI
 from pyro_genmodels.utils.errors import suggest_names
 

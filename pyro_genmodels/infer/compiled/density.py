@@ -30,8 +30,9 @@ from pyro_genmodels.infer.compiled.coordinates import Coordinates
 from pyro_genmodels.infer.compiled.graph import Graph
 from pyro_genmodels.infer.compiled.initial import as_strategy
 from pyro_genmodels.infer.compiled.modes import Mode, default_mode
-from pyro_genmodels.infer.compiled.program import Program, StaleGraphError
+from pyro_genmodels.infer.compiled.program import Program
 from pyro_genmodels.infer.compiled.prototypes import first_runs
+from pyro_genmodels.infer.compiled.recorder import StaleGraphError
 from pyro_genmodels.utils.errors import check_positive_int, listed, one_line, type_with_article
 from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, runs_models
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_genmodels._pyro.capturing import capturable
 from pyro_genmodels.infer.compiled.graph import Graph, trace
 from pyro_genmodels.infer.compiled.modes import Mode, default_mode
+from pyro_genmodels.infer.compiled.recorder import StaleGraphError
 
 
 class CapturedFunction:
@@ -28,7 +29,13 @@ class CapturedFunction:
         self._run = mode.build(graph, inputs)
 
     def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
-        """Return the results, without gradients. The inputs have the shapes and dtypes of those at the capture."""
+        """Return the results, without gradients. The inputs have the shapes and dtypes of those at the capture.
+
+        Raises:
+            StaleGraphError: if a tensor was changed whose values the function's code has read, as by int(x).
+        """
+        if (name := self.graph.changed()) is not None:
+            raise StaleGraphError(f"The captured function no longer is what was captured: {name}. Capture it anew.")
         with torch.no_grad():
             return tuple(self._run(*inputs, *self.graph.read)[: self.graph.num_outputs])
 

@@ -123,6 +123,7 @@ def trace(function: Callable[..., Sequence[Any]], *inputs: Tensor, varying: Iter
             )
     _simplify(module)
     _keep_random_numbers(module)
+    _remove_unused_tensors(module)
     return Graph(module, read, outer.written, tuple(sites[-1].fixed.values()), count)
 
 
@@ -158,6 +159,14 @@ def _lift(module: fx.GraphModule, num_inputs: int) -> tuple[Tensor, ...]:
         graph.erase_node(node)
     module.recompile()
     return tuple(read)
+
+
+def _remove_unused_tensors(module: fx.GraphModule) -> None:
+    """Remove tensors that the graph no longer names: a compiler would make each an input, used or not."""
+    used = {node.target for node in module.graph.nodes if node.op == "get_attr"}
+    for name in [*module._parameters, *module._buffers, *(name for name, x in vars(module).items() if isinstance(x, Tensor))]:
+        if name not in used:
+            delattr(module, name)
 
 
 def _keep_random_numbers(module: fx.GraphModule) -> None:

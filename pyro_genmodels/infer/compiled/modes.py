@@ -8,11 +8,12 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
+from pyro_genmodels._pyro.inductor import compile_graph, direct_call
 from pyro_genmodels.infer.compiled.graph import Graph
 from pyro_genmodels.infer.compiled.recorder import put_back
 from pyro_genmodels.utils.errors import one_line, warn_caller
@@ -74,18 +75,30 @@ class Compiled(Mode):
     """
 
     def build(self, graph: Graph, inputs: Sequence[Tensor]) -> Call:
-        options = {"config_patches": {"fallback_random": True, "size_asserts": False}}
+        tensors = [*inputs, *graph.read]
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of torch's own
-                return torch._inductor.standalone_compile(
-                    graph.module, [*inputs, *graph.read], dynamic_shapes="from_example_inputs", options=options
-                )
+                compiled = compile_graph(graph.module, tensors)
+                direct = direct_call(compiled)
+                return direct if direct is not None and _agree(compiled, direct, graph, tensors) else compiled
         except Exception as error:  # of any kind: the graph itself is right
             warn_caller(
                 f"The compiler failed, so that the captured graph is run without it: {type(error).__name__}: {one_line(error)}"
             )
             return Captured().build(graph, inputs)
+
+
+def _agree(one: Call, other: Call, graph: Graph, tensors: Sequence[Tensor]) -> bool:
+    """Return True if two forms of a graph return the same and change the same, under the same random numbers."""
+
+    def results(call: Call) -> list[Tensor]:
+        with graph.put_back():
+            returned = [x.clone() for x in call(*tensors) if isinstance(x, Tensor)]
+            return returned + [x.clone() for x in graph.written]
+
+    first, second = results(one), results(other)
+    return len(first) == len(second) and all(map(partial(torch.allclose, rtol=0, atol=0, equal_nan=True), first, second))
 
 
 @cache

@@ -7,7 +7,7 @@ The watch finds names that were bound anew (see `watch`). The audit compares the
 
 from __future__ import annotations
 
-__all__ = ["CapturedLoss", "Finding", "Program", "StaleGraphError"]
+__all__ = ["CapturedLoss", "Finding", "Program"]
 
 import time
 from collections import OrderedDict
@@ -27,7 +27,7 @@ from pyro_genmodels._pyro.messages import without_trace_shapes
 from pyro_genmodels._pyro.renyi import renyi_loss
 from pyro_genmodels.infer.compiled.graph import trace
 from pyro_genmodels.infer.compiled.modes import Mode, default_mode
-from pyro_genmodels.infer.compiled.recorder import CaptureError, put_back
+from pyro_genmodels.infer.compiled.recorder import CaptureError, StaleGraphError, put_back
 from pyro_genmodels.infer.compiled.watch import Watch
 from pyro_genmodels.utils.errors import warn_caller
 
@@ -43,10 +43,6 @@ MANY_CAPTURES = 8
 
 DIFFERENTIABLE: Mapping[type[ELBO], Callable[..., Tensor]] = {RenyiELBO: renyi_loss}
 """For losses of Pyro without a differentiable form: a function of the loss, model, guide and arguments that is one."""
-
-
-class StaleGraphError(RuntimeError):
-    """Error of a graph that no longer computes what the program computes."""
 
 
 @dataclass(frozen=True)

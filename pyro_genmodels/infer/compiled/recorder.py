@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CaptureError", "FixedTensor", "Recorder", "put_back"]
+__all__ = ["CaptureError", "FixedTensor", "Recorder", "StaleGraphError", "put_back"]
 
 import sysconfig
 import traceback
@@ -44,6 +44,10 @@ WAY_OUT = "The mode Eager() runs the program as it is, without a graph."
 
 class CaptureError(RuntimeError):
     """Error of a program that cannot be captured as one graph. Its message names the cause, the site and the line."""
+
+
+class StaleGraphError(RuntimeError):
+    """Error of a graph that no longer computes what the program computes."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ MAX_LENGTH = 1000
 
 MISSING = object()
 CONTENTS = operator.attrgetter("cell_contents")
+CODE, DEFAULTS = operator.attrgetter("__code__"), operator.attrgetter("__defaults__")
 LEAVES = (Tensor, np.ndarray, bool, int, float, complex, str, bytes, type(None), types.ModuleType, type)
 PROTOTYPES = frozenset({"prototype_trace", "_prototype_trace"})  # of Pyro's guides, which read shapes of it
 HIDDEN = PROTOTYPES | {name for name in vars(nn.Module()) if name not in ("training", "_parameters", "_buffers", "_modules")}
@@ -74,7 +75,7 @@ class Watch:
             self._values = [entry.value for entry in self._entries]
         try:
             found = list(map(operator.call, *self._reads))
-        except (IndexError, ValueError):  # a list that is shorter now, or a name that was deleted
+        except (AttributeError, IndexError, ValueError):  # a list that is shorter now, or a name that was deleted
             return self._first_that_fails()
         if all(map(operator.is_, found, self._values)):
             return None
@@ -87,7 +88,7 @@ class Watch:
         for entry in self._entries:
             try:
                 entry.read(entry.argument)
-            except (IndexError, ValueError):
+            except (AttributeError, IndexError, ValueError):
                 return entry.name
         return None
 
@@ -136,10 +137,15 @@ class Watch:
         elif hasattr(value, "__dict__") and not isinstance(value, types.ModuleType):
             hidden = HIDDEN if isinstance(value, nn.Module) else PROTOTYPES
             yield from self._parts_of_mapping(vars(value), name, skip=lambda key: key in hidden, attributes=True)
-            if not _is_of_library(type(value)):
-                for cls in type(value).__mro__:
-                    if not _is_of_library(cls):
-                        yield cls, cls.__name__
+            self._add(len, vars(value), f"an attribute of {name}")
+            if isinstance(value, nn.Module):
+                for hooks in (value._forward_hooks, value._forward_pre_hooks):
+                    self._add(len, hooks, f"a hook of {name}")
+        if not isinstance(value, types.FunctionType | types.MethodType) and not _is_of_library(type(value)):
+            for cls in type(value).__mro__:
+                if not _is_of_library(cls):
+                    yield cls, cls.__name__
+                    yield from self._parts_of_slots(value, cls, name)
 
     def _parts_of_mapping(
         self,
@@ -160,6 +166,14 @@ class Watch:
             self.add(mapping, key, inner)
             yield part, inner
 
+    def _parts_of_slots(self, value: Any, cls: type, name: str) -> Iterator[tuple[Any, str]]:
+        """Watch the attributes for which a class has slots."""
+        slots = vars(cls).get("__slots__", ())
+        for key in (slots,) if isinstance(slots, str) else slots:
+            if not key.startswith("__") and hasattr(value, key):
+                self._add(operator.attrgetter(key), value, f"{name}.{key}")
+                yield getattr(value, key), f"{name}.{key}"
+
     def _parts_of_function(self, function: types.FunctionType, name: str) -> Iterator[tuple[Any, str]]:
         for key, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             try:
@@ -172,6 +186,9 @@ class Watch:
             yield value, name
         if _is_of_library(function):
             return
+        self._add(CODE, function, f"the code of {name}")
+        if function.__defaults__ or function.__kwdefaults__:
+            self._add(DEFAULTS, function, f"a default of {name}")
         for key in _names(function.__code__):
             if key in function.__globals__:
                 value = function.__globals__[key]
@@ -221,7 +238,8 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 def _is_of_library(value: Any) -> bool:
     code = getattr(value, "__code__", None)
-    return _is_library(getattr(value, "__module__", None) or "", code.co_filename if code else None)
+    path = code.co_filename if isinstance(code, types.CodeType) else None
+    return _is_library(getattr(value, "__module__", None) or "", path)
 
 
 def _is_library(module: str, path: str | None) -> bool:

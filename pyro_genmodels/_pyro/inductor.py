@@ -1,0 +1,39 @@
+"""Torch's Inductor, for graphs whose inputs never change their shapes."""
+
+from __future__ import annotations
+
+__all__ = ["compile_graph", "direct_call"]
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+Call = Callable[..., Sequence[Tensor]]
+
+OPTIONS = {"config_patches": {"fallback_random": True, "size_asserts": False}}
+"""Random numbers are those of eager operations. Shapes are not checked at each call."""
+
+
+def compile_graph(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Call:
+    """Return a graph as compiled code, which torch also keeps on disk. Call it under `torch.no_grad`."""
+    return torch._inductor.standalone_compile(module, list(inputs), dynamic_shapes="from_example_inputs", options=OPTIONS)
+
+
+def direct_call(compiled: Call) -> Call | None:
+    """Return the code inside of what `compile_graph` returns, without the checks around it, or None if it is not found.
+
+    The checks take about as long as the code of a small graph.
+    """
+    inner: Any = getattr(compiled, "_compiled_fn", None)
+    while hasattr(inner, "__wrapped__"):
+        inner = inner.__wrapped__
+    run = getattr(inner, "current_callable", None)
+    if not callable(run):
+        return None
+
+    def call(*tensors: Tensor) -> Sequence[Tensor]:
+        return run(list(tensors))
+
+    return call
