@@ -282,9 +282,9 @@ class Bench:
         """Make the first calls, which compile and audit, and return how many fill the time of a block."""
         call.build()
         repeats = 1
-        while (taken := call.seconds(repeats) * repeats) < self.seconds:
+        while call.seconds(repeats) * repeats < self.seconds:
             repeats *= 2
-        return max(1, round(repeats * self.seconds / taken))
+        return max(1, round(self.seconds / min(call.seconds(repeats) for _ in range(3))))
 
 
 def duration(seconds: float) -> str:

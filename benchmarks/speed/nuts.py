@@ -19,6 +19,8 @@ from pyro.infer import MCMC, NUTS
 
 from benchmarks.speed import programs
 from benchmarks.speed.measure import AtLeast, Bench, Row, Target, There
+from pyro_genmodels.infer.compiled import log_density
+from pyro_genmodels.infer.compiled.nutpie_sampling import NutsSettings, sample_chain
 
 WARMUP, SAMPLES = 300, 500
 NAMES = ("eight schools", "logistic", "gaussian process")
@@ -39,9 +41,6 @@ def worst_ess(draws: Mapping[str, Any]) -> float:
 
 def ours(name: str) -> Chain:
     """Return a chain of CompiledNUTS, whose density is compiled now."""
-    from pyro_genmodels.infer.compiled.density import log_density
-    from pyro_genmodels.infer.compiled.nutpie_sampling import NutsSettings, sample_chain
-
     model, args = programs.named(name)
     density = log_density(model, *args)
     function = density.capture(density.initial_points(1)[0].double())
