@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ["CapturedLoss", "Finding", "Program"]
 
+import operator
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,6 +44,10 @@ MANY_CAPTURES = 8
 
 DIFFERENTIABLE: Mapping[type[ELBO], Callable[..., Tensor]] = {RenyiELBO: renyi_loss}
 """For losses of Pyro without a differentiable form: a function of the loss, model, guide and arguments that is one."""
+
+
+LAYOUT = operator.attrgetter("shape", "dtype", "requires_grad")
+"""Function of a tensor that returns what a graph takes for granted of it."""
 
 
 @dataclass(frozen=True)
@@ -108,17 +113,18 @@ class Program:
         with without_trace_shapes():
             with put_back():  # what is made at the first run, such as parameters and the plates of guides, is made now
                 self.parameters = find_parameters(lambda: self._loss(inputs))
-            self.watch = Watch(*roots)
+            self.watch = Watch(*roots, *self._others)
             with put_back():
                 self.parameters = find_parameters(lambda: self._loss(inputs))
         self.watch.forget_changed()
         for part in ("_params", "_constraints"):
             for name in self.parameters:
                 self.watch.add(_Stored(part), name, f"the parameter {name}")
-        self._frozen = [p.requires_grad for p in self.parameters.values()]
         with without_trace_shapes(), capturable():
             self.graph = trace(self.outputs, *inputs, varying=self.parameters.values())
         self.watch.forget_changed()
+        self._tensors = [*self.parameters.values(), *self.graph.read]
+        self._layouts = list(map(LAYOUT, self._tensors))
         *_, output = self.graph.module.graph.nodes
         self.has_gradient = [g is not None for g in output.args[0][1 : self.graph.num_outputs]]
         self.trained = [p for p, has in zip(self.parameters.values(), self.has_gradient, strict=False) if has]
@@ -143,8 +149,8 @@ class Program:
 
     def changed(self) -> str | None:
         """Return the name of something that was bound anew since the capture, or None."""
-        if [p.requires_grad for p in self.parameters.values()] != self._frozen:
-            return "requires_grad of a parameter"
+        if list(map(LAYOUT, self._tensors)) != self._layouts:
+            return "the shape, dtype or requires_grad of a tensor"
         return self.watch.changed() or self.graph.changed()
 
     def is_due(self, num_calls: int = 1) -> bool:

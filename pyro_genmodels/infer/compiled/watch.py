@@ -239,7 +239,8 @@ def _names(code: types.CodeType) -> Iterator[str]:
 def _is_of_library(value: Any) -> bool:
     code = getattr(value, "__code__", None)
     path = code.co_filename if isinstance(code, types.CodeType) else None
-    return _is_library(getattr(value, "__module__", None) or "", path)
+    module = getattr(value, "__module__", None)
+    return _is_library(module if isinstance(module, str) else "", path)
 
 
 def _is_library(module: str, path: str | None) -> bool:
