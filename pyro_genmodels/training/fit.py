@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_genmodels._pyro import traces
+from pyro_genmodels.infer.compiled import Eager, Mode
 from pyro_genmodels.training.rebuild import describe
 
 EXPLOSION = 1e4
@@ -44,6 +45,7 @@ class Fit:
             only for a negative log-likelihood or a bound of it; see `Loss.unit`.
         held_out: numbers of the rows that ``valid=share`` held out, (n,), or None.
         usual_loss: c in the equation above.
+        mode: how loss and gradients were computed in the last epoch; see `train`.
     """
 
     family: Any = field(repr=False)
@@ -53,6 +55,7 @@ class Fit:
     units: dict[str, str] = field(default_factory=dict)
     held_out: Tensor | None = field(default=None, repr=False)
     usual_loss: float = field(default=1.0, repr=False)
+    mode: Mode = field(default=Eager(), repr=False)
 
     @property
     def model(self) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ["AdversarialStep", "LossStep", "make_step"]
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from math import inf, isfinite
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ from pyro_genmodels.distributions.energy.partition import quick_log_partition
 from pyro_genmodels.divergences import EnergyKernel, mmd
 from pyro_genmodels.infer.adversarial import Adversarial, LostGameError
 from pyro_genmodels.infer.adversarial.losses import AdversarialLoss
+from pyro_genmodels.infer.compiled import Eager, Mode
 from pyro_genmodels.infer.contrastive import ContrastiveDivergence, NoiseContrastive
 from pyro_genmodels.infer.denoising import DenoisingScoreMatching
 from pyro_genmodels.infer.flow_matching import FlowMatching
@@ -37,6 +39,7 @@ from pyro_genmodels.infer.sample_losses import SampleLoss
 from pyro_genmodels.optim.adapters import make_optimizer
 from pyro_genmodels.training.arguments import Batch
 from pyro_genmodels.training.batches import Batches
+from pyro_genmodels.training.gradients import Gradients
 from pyro_genmodels.utils.distributions import modules_and_tensors, unwrap
 from pyro_genmodels.utils.errors import warn_caller
 from pyro_genmodels.utils.keywords import keyword_names
@@ -47,7 +50,9 @@ MANY_ROWS, MANY_BYTES = 10_000, 2**26
 T = TypeVar("T")
 
 
-def make_step(fit: Any, objective: Any, optim: Any, batches: Batches, clip_norm: float | None) -> LossStep | AdversarialStep:
+def make_step(
+    fit: Any, objective: Any, optim: Any, batches: Batches, clip_norm: float | None, mode: Mode | None = None
+) -> LossStep | AdversarialStep:
     """Return the training step of a fit by an objective, or by the default objective of the fit if that is None.
 
     Raises:
@@ -72,10 +77,10 @@ def make_step(fit: Any, objective: Any, optim: Any, batches: Batches, clip_norm:
     if objective is not None and not isinstance(objective, ELBO):
         found = f"the class {objective.__name__}; call it" if isinstance(objective, type) else type(objective).__name__
         raise TypeError(f"objective wants a Pyro loss, an object such as MaximumLikelihood(), but found {found}.")
-    return LossStep(model, guide, objective, batches, optim, clip_norm)
+    return LossStep(model, guide, objective, batches, optim, clip_norm, mode)
 
 
-class _Step:
+class _Step(ABC):
     """Base of both steps: the arguments of the model, and its first run.
 
     Args:
@@ -89,6 +94,20 @@ class _Step:
     def __init__(self, model: Callable[..., Any], rows: int) -> None:
         self.model, self.rows = model, rows
         self.takes_size = "size" in keyword_names(model)
+
+    @property
+    @abstractmethod
+    def mode(self) -> Mode:
+        """How loss and gradients are computed now."""
+
+    @abstractmethod
+    def plan(self, num_steps: int, report: Callable[[str], None]) -> None:
+        """Choose how loss and gradients are computed in the next epoch, if that is left open.
+
+        Args:
+            num_steps: number of steps that will be made for certain.
+            report: function of a text, called while a graph is built.
+        """
 
     def _kwargs(self, batch: Batch, rows: int) -> dict[str, Any]:
         """Return the keyword arguments of the model for a batch out of this many rows."""
@@ -129,9 +148,11 @@ class LossStep(_Step):
         batches: the data.
         optim: function parameters -> torch optimiser, one of Pyro's optimisers, or None for Adam.
         clip_norm: largest norm of the gradient, or None.
+        mode: how loss and gradients are computed; None for the automatic choice.
 
     Attributes:
         objective: the loss.
+        gradients: how loss and gradients are computed.
         parameters: trained parameters by name.
         optimiser: their optimiser.
         excluded: names of parameters that belong to the objective, not to the fit.
@@ -148,6 +169,7 @@ class LossStep(_Step):
         batches: Batches,
         optim: Any,
         clip_norm: float | None,
+        mode: Mode | None,
     ) -> None:
         super().__init__(model, batches.rows)
         self.guide = guide
@@ -159,6 +181,7 @@ class LossStep(_Step):
                 "float16 is not for training, since small gradients vanish in it: call .float() on the model first, and "
                 ".half() afterwards if you like."
             )
+        self.gradients = Gradients(model, guide, self.objective, self.parameters, mode)
         self.optimiser = make_optimizer(optim, list(self.parameters.values()))
         self.excluded = getattr(self.objective, "own_parameters", ())
         self.extra_modules: list[nn.Module] = []
@@ -173,6 +196,14 @@ class LossStep(_Step):
     def units(self) -> dict[str, str]:
         """Units of the losses, by column of the history."""
         return {"train": getattr(self.objective, "training_unit", None) or self._unit, "valid": self._unit}
+
+    @property
+    def mode(self) -> Mode:
+        """How loss and gradients are computed now."""
+        return self.gradients.mode
+
+    def plan(self, num_steps: int, report: Callable[[str], None]) -> None:
+        self.gradients.plan(num_steps, report)
 
     def step(self, batch: Batch, number: int) -> dict[str, float]:
         """Take one step.
@@ -189,7 +220,10 @@ class LossStep(_Step):
         """
         for p in self.parameters.values():
             p.grad = None
-        loss = self._loss(self.objective.loss_and_grads, batch, self.rows)
+        if number == 2 and self.mode.captures:
+            for d in self.distributions:
+                getattr(d, "log_partition", None)  # forgets log Z of other parameters, since a graph cannot compare these
+        loss = self._loss(self.gradients, batch, self.rows)
         rows = self.rows if self.takes_size else batch.rows
         for p in self.parameters.values():
             if p.grad is not None:
@@ -320,6 +354,13 @@ class AdversarialStep(_Step):
     @property
     def _compares_samples(self) -> bool:
         return self.trainer.pairing.compares_data and self.trainer.extra_loss is None
+
+    @property
+    def mode(self) -> Mode:
+        return Eager()
+
+    def plan(self, num_steps: int, report: Callable[[str], None]) -> None:
+        pass
 
     def step(self, batch: Batch, number: int) -> dict[str, float]:
         """Take one step of each, and return the loss of the generator as "train" and of the critic as "critic".
