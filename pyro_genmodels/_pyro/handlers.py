@@ -43,16 +43,17 @@ if hasattr(os, "register_at_fork"):  # there are no forks on Windows
 
 
 @contextmanager
-def exclusive(name: str) -> Iterator[None]:
+def exclusive(name: str, *, wait: bool = False) -> Iterator[None]:
     """Run Pyro programs in one thread at a time, since handlers and parameters are global in Pyro. Nested calls are allowed.
 
     Args:
         name: what runs, for the message.
+        wait: True to wait for another thread that is inside.
 
     Raises:
-        RuntimeError: if another thread is inside.
+        RuntimeError: if another thread is inside, and this one does not wait.
     """
-    if not _lock.acquire(blocking=False):
+    if not _lock.acquire(blocking=wait):
         running = _running[:1]  # once, since the other thread may end in between
         raise RuntimeError(
             f"{name} cannot run while {running[0][0] if running else 'another call'} runs in another thread: Pyro keeps its "

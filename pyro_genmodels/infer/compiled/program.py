@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_genmodels._pyro.capturing import capturable, find_parameters
+from pyro_genmodels._pyro.handlers import exclusive
 from pyro_genmodels._pyro.messages import without_trace_shapes
 from pyro_genmodels._pyro.renyi import renyi_loss
 from pyro_genmodels.infer.compiled.graph import trace
@@ -110,18 +111,18 @@ class Program:
         self.seconds: list[float] = []
         self.unroll: int | None = None
         inputs = [leaves[i] for i in self._positions]
-        with without_trace_shapes():
+        with without_trace_shapes(), exclusive("the capture of a model", wait=True):
             with put_back():  # what is made at the first run, such as parameters and the plates of guides, is made now
                 self.parameters = find_parameters(lambda: self._loss(inputs))
             self.watch = Watch(*roots, *self._others)
             with put_back():
                 self.parameters = find_parameters(lambda: self._loss(inputs))
-        self.watch.forget_changed()
-        for part in ("_params", "_constraints"):
-            for name in self.parameters:
-                self.watch.add(_Stored(part), name, f"the parameter {name}")
-        with without_trace_shapes(), capturable():
-            self.graph = trace(self.outputs, *inputs, varying=self.parameters.values())
+            self.watch.forget_changed()
+            for part in ("_params", "_constraints"):
+                for name in self.parameters:
+                    self.watch.add(_Stored(part), name, f"the parameter {name}")
+            with capturable():
+                self.graph = trace(self.outputs, *inputs, varying=self.parameters.values())
         self.watch.forget_changed()
         self._tensors = [*self.parameters.values(), *self.graph.read]
         self._layouts = list(map(LAYOUT, self._tensors))
@@ -165,7 +166,7 @@ class Program:
         Raises:
             StaleGraphError: if they differ.
         """
-        with without_trace_shapes(), self.graph.put_back():
+        with without_trace_shapes(), exclusive("a comparison with the model", wait=True), self.graph.put_back():
             expected = self.outputs(*inputs)
         with self.graph.put_back():
             found = self.graph(*inputs)
