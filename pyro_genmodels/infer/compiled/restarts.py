@@ -6,7 +6,7 @@ state and random numbers (`torch.vmap`), so that a step of 64 fits costs about a
 
 from __future__ import annotations
 
-__all__ = ["Restarts"]
+__all__ = ["Restarts", "initial_values"]
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,16 +14,18 @@ from weakref import WeakKeyDictionary
 
 import pyro
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch.optim import Adagrad
 
+from pyro_genmodels._pyro import traces
 from pyro_genmodels._pyro.capturing import copy_pair, find_parameters
 from pyro_genmodels.infer.compiled.functions import CapturedFunction
 from pyro_genmodels.infer.compiled.graph import trace
-from pyro_genmodels.infer.compiled.modes import Mode
+from pyro_genmodels.infer.compiled.noise import Noise
 from pyro_genmodels.infer.compiled.program import CapturedLoss, Program
-from pyro_genmodels.infer.compiled.recorder import CaptureError
-from pyro_genmodels.infer.compiled.steps import Noise, next_step
+from pyro_genmodels.infer.compiled.recorder import CaptureError, put_back
+from pyro_genmodels.infer.compiled.steps import next_step
 from pyro_genmodels.infer.compiled.updates import State, Update
 from pyro_genmodels.utils.errors import warn_caller
 
@@ -66,14 +68,18 @@ def initial_values(captured: CapturedLoss, count: int, args: Sequence[Any], kwar
     return values
 
 
+RECENT = 100
+"""Number of steps over whose losses fits are compared."""
+
+
 class Restarts:
     """The parameters of many fits, and their steps in one graph.
 
     Args:
-        program: the captured loss.
+        captured: the loss, captured.
+        program: its program for the first arguments.
         update: the optimiser, which has made a step.
         values: first values of the parameters, (count, ...), by their names in Pyro's param store.
-        mode: how graphs are run.
 
     Attributes:
         values: parameters that have gradients, (count, ...) each.
@@ -81,15 +87,16 @@ class Restarts:
         count: number of fits.
     """
 
-    def __init__(self, program: Program, update: Update, values: Mapping[str, Tensor], mode: Mode) -> None:
+    def __init__(self, captured: CapturedLoss, program: Program, update: Update, values: Mapping[str, Tensor]) -> None:
         names = {id(p): name for name, p in program.parameters.items()}
-        self.parameters, self.mode = update.parameters, mode
+        self.captured, self.parameters = captured, update.parameters
         self.values = [values[names[id(p)]].clone() for p in update.parameters]
         self.count = len(self.values[0])
         self.states = [
             {name: _first_state(optimizer, name, x, self.count) for name, x in state.items()}
             for state, optimizer in zip(update.states(), update.optimizers, strict=True)
         ]
+        self._recent: list[Tensor] = []
         update.count(-1)  # the step that the optimiser has made
         self._built: WeakKeyDictionary[Program, CapturedFunction] = WeakKeyDictionary()
 
@@ -104,13 +111,58 @@ class Restarts:
             self._built[program] = self._build(program, update, [*inputs, given])
         (losses,) = self._built[program](*inputs, given)
         update.count()
+        self._recent = [*self._recent[1 - RECENT :], losses.detach().clone()]
         return losses
 
-    def select(self, index: int) -> None:
-        """Write the parameters of one fit to where they live."""
+    def best(self) -> int:
+        """Return the number of the fit with the lowest mean loss in the last 100 steps."""
+        return int(torch.stack(self._recent).double().mean(0).nan_to_num(nan=torch.inf).argmin())
+
+    def select(self, index: int | None = None) -> int:
+        """Write the parameters of one fit to where model and guide have theirs, and return its number.
+
+        Args:
+            index: number of the fit; by default the best.
+        """
+        index = self.best() if index is None else index
         with torch.no_grad():
             for p, values in zip(self.parameters, self.values, strict=True):
                 p.copy_(values[index])
+        return index
+
+    def samples(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return samples of the latent variables by the guide of each fit, (count, num_samples, ...), by name.
+
+        `to_arviz(samples, *args, model=model)` takes fits as chains. Parameters are left as they are.
+
+        Args:
+            num_samples: number of samples of each fit.
+            args: arguments of the guide.
+            kwargs: keyword arguments of the guide.
+        """
+        before = [p.detach().clone() for p in self.parameters]
+        latents = self._latents(args, kwargs)
+        found: list[list[dict[str, Tensor]]] = []
+        try:
+            for index in range(self.count):
+                self.select(index)
+                found.append([self._sample(latents, args, kwargs) for _ in range(num_samples)])
+        finally:
+            with torch.no_grad():
+                for p, value in zip(self.parameters, before, strict=True):
+                    p.copy_(value)
+        return {name: torch.stack([torch.stack([sample[name] for sample in samples]) for samples in found]) for name in latents}
+
+    def _latents(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+        with put_back(), torch.no_grad():
+            return traces.latents(poutine.trace(self.captured.model).get_trace(*args, **kwargs))
+
+    def _sample(self, latents: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return one sample of the guide, and of the model's latent variables that the guide leaves to the model."""
+        with torch.no_grad():
+            guide = poutine.trace(self.captured.guide).get_trace(*args, **kwargs)
+            model = poutine.trace(poutine.replay(self.captured.model, trace=guide)).get_trace(*args, **kwargs)
+        return {name: model.nodes[name]["value"] for name in latents}
 
     def _build(self, program: Program, update: Update, inputs: Sequence[Tensor]) -> CapturedFunction:
         noise = Noise(program.graph.module, enabled=True)
@@ -137,7 +189,7 @@ class Restarts:
             raise
         except RuntimeError as error:
             raise CaptureError(f"The program cannot be mapped over its parameters: {error}") from error
-        return CapturedFunction(graph, self.mode, inputs)
+        return CapturedFunction(graph, self.captured.mode, inputs)
 
 
 def _first_state(optimizer: Any, name: str, x: Tensor, count: int) -> Tensor:

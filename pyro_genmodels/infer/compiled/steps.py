@@ -7,19 +7,19 @@ them at once. The law of the draws is that of single steps; the stream is anothe
 
 from __future__ import annotations
 
-__all__ = ["Noise", "choose_unroll", "next_step", "steps_in_place"]
+__all__ = ["Steps", "choose_unroll", "next_step", "steps_in_place"]
 
+import time
 from collections.abc import Callable, Sequence
-from math import prod
-from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
+from pyro_genmodels.infer.compiled.graph import trace
+from pyro_genmodels.infer.compiled.modes import Mode
+from pyro_genmodels.infer.compiled.noise import Noise
 from pyro_genmodels.infer.compiled.program import Program
 from pyro_genmodels.infer.compiled.updates import State, Update
-
-aten = torch.ops.aten
 
 SIZES = (1, 4, 16)
 """Numbers of steps in one graph among which one is chosen."""
@@ -47,6 +47,44 @@ def choose_unroll(num_steps: int, step_seconds: float, build_seconds: float) -> 
 
     best = min(SIZES, key=seconds)
     return best if seconds(best) < 0.9 * seconds(1) else 1
+
+
+class Steps:
+    """Steps of a program in one graph, built for a mode.
+
+    Args:
+        program: the captured loss.
+        update: the optimiser.
+        inputs: tensors among the arguments.
+        mode: how the graph is run.
+        num_steps: number of steps.
+        draw_at_once: True to draw the random numbers of all steps at once.
+
+    Attributes:
+        seconds: time that it took to build them.
+    """
+
+    def __init__(
+        self, program: Program, update: Update, inputs: Sequence[Tensor], mode: Mode, num_steps: int, *, draw_at_once: bool
+    ) -> None:
+        start = time.perf_counter()
+        self.update, self.num_steps = update, num_steps
+        self._rates = update.rates(num_steps)
+        self._rates_tensor = torch.tensor(self._rates, dtype=torch.float64)
+        function = steps_in_place(program, update, num_steps, draw_at_once=draw_at_once)
+        self.graph = trace(function, *inputs, self._rates_tensor)
+        self._run = mode.build(self.graph, [*inputs, self._rates_tensor])
+        self.seconds = time.perf_counter() - start
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Make the steps, and return their losses, (num_steps,)."""
+        rates = self.update.rates(self.num_steps)
+        if rates != self._rates:
+            self._rates, self._rates_tensor = rates, torch.tensor(rates, dtype=torch.float64)
+        with torch.no_grad():
+            losses = self._run(*inputs, self._rates_tensor, *self.graph.read)[0]
+        self.update.count(self.num_steps)
+        return losses
 
 
 def steps_in_place(program: Program, update: Update, num_steps: int, *, draw_at_once: bool) -> Callable[..., list[Tensor]]:
@@ -118,77 +156,3 @@ def next_step(
         for state, new in zip(states, new_states, strict=True)
     ]
     return loss, next_values, next_states
-
-
-class Noise:
-    """The random numbers of a graph, drawn in one call for each distribution and dtype, and given to it.
-
-    Args:
-        module: the graph.
-        enabled: False to leave the graph its own random numbers.
-    """
-
-    def __init__(self, module: fx.GraphModule, *, enabled: bool) -> None:
-        self.module = module
-        self.slices: dict[fx.Node, tuple[Any, int]] = {}
-        self.sizes: dict[Any, int] = {}
-        for node in module.graph.nodes if enabled else ():
-            key = _kind(node)
-            if key is not None:
-                self.slices[node] = key, self.sizes.get(key, 0)
-                self.sizes[key] = self.sizes.get(key, 0) + prod(node.meta["val"].shape)
-
-    def draw(self, *shape: int) -> list[Tensor]:
-        """Return random numbers for so many runs of the graph, (*shape, size)."""
-        return [
-            (torch.randn if kind == "normal" else torch.rand)(*shape, size, dtype=dtype, device=device)
-            for (kind, dtype, device), size in self.sizes.items()
-        ]
-
-    def run(self, numbers: Sequence[Tensor], *tensors: Tensor) -> Sequence[Any]:
-        """Return the results of the graph with given random numbers, each (size,)."""
-        return _Replay(self, dict(zip(self.sizes, numbers, strict=True))).run(*tensors)
-
-
-class _Replay(fx.Interpreter):
-    """A run of a graph whose random numbers are given."""
-
-    def __init__(self, noise: Noise, numbers: dict[Any, Tensor]) -> None:
-        super().__init__(noise.module)
-        self.slices, self.numbers = noise.slices, numbers
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n not in self.slices:
-            return super().run_node(n)
-        key, start = self.slices[n]
-        shape = n.meta["val"].shape
-        numbers = self.numbers[key][start : start + prod(shape)].reshape(shape)
-        if n.target in IN_PLACE:
-            given: tuple[Any, ...] = n.args[1:]
-            low, high = (*given, *(0.0, 1.0)[len(given) :])
-            return numbers * high + low if key[0] == "normal" else numbers * (high - low) + low
-        return numbers
-
-
-IN_PLACE = {aten.normal_.default: "normal", aten.uniform_.default: "uniform"}
-FRESH = {
-    aten.randn.default: "normal",
-    aten.randn_like.default: "normal",
-    aten.rand.default: "uniform",
-    aten.rand_like.default: "uniform",
-}
-
-
-def _kind(node: fx.Node) -> Any:
-    """Return the distribution, dtype and device of a node's random numbers if these can be drawn before, and otherwise None."""
-    if node.target in IN_PLACE:
-        empty = node.args[0]
-        fresh = isinstance(empty, fx.Node) and "empty" in str(empty.target) and list(empty.users) == [node]
-        if not fresh or any(isinstance(x, fx.Node) for x in node.args[1:]) or node.kwargs:
-            return None
-        name = IN_PLACE[node.target]
-    elif node.target in FRESH:
-        name = FRESH[node.target]
-    else:
-        return None
-    return name, node.meta["val"].dtype, node.meta["val"].device

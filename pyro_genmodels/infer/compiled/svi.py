@@ -20,21 +20,19 @@ from weakref import WeakKeyDictionary
 
 import pyro
 import torch
-from pyro import poutine
-from pyro.infer import SVI, Predictive
+from pyro.infer import SVI
 from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from pyro_genmodels._pyro import traces
 from pyro_genmodels._pyro.capturing import has_handlers
-from pyro_genmodels.infer.compiled.graph import trace
+from pyro_genmodels._pyro.handlers import exclusive
 from pyro_genmodels.infer.compiled.modes import Mode
 from pyro_genmodels.infer.compiled.program import CapturedLoss, Finding, Program
 from pyro_genmodels.infer.compiled.recorder import CaptureError, put_back
 from pyro_genmodels.infer.compiled.restarts import Restarts, initial_values
-from pyro_genmodels.infer.compiled.steps import choose_unroll, steps_in_place
+from pyro_genmodels.infer.compiled.steps import Steps, choose_unroll
 from pyro_genmodels.infer.compiled.updates import Update, has_stepped, update_of
 from pyro_genmodels.utils.errors import check_positive_int, type_with_article, warn_caller
 from pyro_genmodels.utils.files import atomic_write
@@ -42,49 +40,8 @@ from pyro_genmodels.utils.files import atomic_write
 SAVE_SECONDS = 60.0
 """Seconds between two checkpoints of a run."""
 
-RECENT = 100
-"""Number of steps over whose losses restarts are compared."""
-
 TIMED_STEPS = 40
 """Number of single steps that are timed before the number of steps in one graph is chosen."""
-
-
-class _Steps:
-    """Steps of a program in one graph, built for a mode.
-
-    Args:
-        program: the captured loss.
-        update: the optimiser.
-        inputs: tensors among the arguments.
-        mode: how the graph is run.
-        num_steps: number of steps.
-        draw_at_once: True to draw the random numbers of all steps at once.
-
-    Attributes:
-        seconds: time that it took to build them.
-    """
-
-    def __init__(
-        self, program: Program, update: Update, inputs: Sequence[Tensor], mode: Mode, num_steps: int, *, draw_at_once: bool
-    ) -> None:
-        start = time.perf_counter()
-        self.update, self.num_steps = update, num_steps
-        self._rates = update.rates(num_steps)
-        self._rates_tensor = torch.tensor(self._rates, dtype=torch.float64)
-        function = steps_in_place(program, update, num_steps, draw_at_once=draw_at_once)
-        self.graph = trace(function, *inputs, self._rates_tensor)
-        self._run = mode.build(self.graph, [*inputs, self._rates_tensor])
-        self.seconds = time.perf_counter() - start
-
-    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Make the steps, and return their losses, (num_steps,)."""
-        rates = self.update.rates(self.num_steps)
-        if rates != self._rates:
-            self._rates, self._rates_tensor = rates, torch.tensor(rates, dtype=torch.float64)
-        with torch.no_grad():
-            losses = self._run(*inputs, self._rates_tensor, *self.graph.read)[0]
-        self.update.count(self.num_steps)
-        return losses
 
 
 class CompiledSVI:
@@ -103,7 +60,7 @@ class CompiledSVI:
         mode: `Compiled()`, `Captured()` or `Eager()`; by default compiled where there is a C++ compiler.
         audit: False never to compare the captured graph with the program.
         num_restarts: number of fits, each from its own first values, that are made at once; a loss is then a tensor,
-            (num_restarts,). `select` keeps the best of them, or another, and `samples_of_restarts` draws from all.
+            (num_restarts,). `restarts.select()` keeps the best of them, and `restarts.samples(n)` draws from all.
 
     Raises:
         TypeError: if the optimiser or the loss is none of these.
@@ -146,12 +103,11 @@ class CompiledSVI:
         self._is_first = True
         self._restarts: Restarts | None = None
         self._first_values: dict[str, Tensor] = {}
-        self._recent: list[Tensor] = []
         if num_restarts is not None:
             check_positive_int("CompiledSVI", num_restarts=num_restarts)
         self.num_restarts = num_restarts
         self._updates: WeakKeyDictionary[Program, Update | None] = WeakKeyDictionary()
-        self._built: WeakKeyDictionary[Program, dict[int, _Steps]] = WeakKeyDictionary()
+        self._built: WeakKeyDictionary[Program, dict[int, Steps]] = WeakKeyDictionary()
 
     def __getstate__(self) -> Any:
         raise TypeError(
@@ -196,7 +152,7 @@ class CompiledSVI:
         program, inputs = self._program_in_graph(args, kwargs)
         if program is None:
             self._is_first = False
-            return self._stock.step(*args, **kwargs)
+            return self._stock_step(args, kwargs)
         update = self._update_of(program)
         if update is None:
             return self._step_outside(program, inputs, args, kwargs)
@@ -206,14 +162,19 @@ class CompiledSVI:
         if not isfinite(loss):  # the graph has left the parameters as they were: Pyro's step says where it comes from
             torch.set_rng_state(before)
             with pyro.validation_enabled():
-                return self._stock.step(*args, **kwargs)
+                return self._stock_step(args, kwargs)
         return loss
+
+    def _stock_step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Make a step of Pyro, in one thread at a time."""
+        with exclusive("a step of the model", wait=True):
+            return self._stock.step(*args, **kwargs)
 
     def _step_restarts(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         """Make a step of every restart, and return their losses."""
         if self._is_first:
             self._first_values = initial_values(self.captured, self.num_restarts or 1, args, kwargs)
-            self._stock.step(*args, **kwargs)  # makes the parameters, and the state of the optimiser
+            self._stock_step(args, kwargs)  # makes the parameters, and the state of the optimiser
             self._is_first = False
         program, inputs = self._program_in_graph(args, kwargs)
         update = None if program is None else self._update_of(program)
@@ -223,69 +184,17 @@ class CompiledSVI:
                 "description of CompiledSVI, the same parameters at each call, and no handler around it."
             )
         if self._restarts is None:
-            self._restarts = Restarts(program, update, self._first_values, self.captured.mode)
+            self._restarts = Restarts(self.captured, program, update, self._first_values)
         self.captured.check(program, inputs)
-        losses = self._restarts.step(program, update, inputs)
-        self._recent = [*self._recent[1 - RECENT :], losses.detach().clone()]
-        return losses
+        return self._restarts.step(program, update, inputs)
 
-    def best(self) -> int:
-        """Return the number of the restart with the lowest mean loss in the last 100 steps.
-
-        Raises:
-            ValueError: if there are no restarts, or no step was made.
-        """
-        self._with_restarts()
-        means = torch.stack(self._recent).double().mean(0)
-        return int(means.nan_to_num(nan=torch.inf).argmin())
-
-    def select(self, index: int | None = None) -> int:
-        """Write the parameters of one restart to where model and guide have theirs, and return its number.
-
-        Args:
-            index: number of the restart; by default the best.
+    @property
+    def restarts(self) -> Restarts:
+        """The fits that `num_restarts` asked for, after the first step.
 
         Raises:
-            ValueError: if there are no restarts, or no step was made.
+            ValueError: if there are none, or no step was made.
         """
-        index = self.best() if index is None else index
-        self._with_restarts().select(index)
-        return index
-
-    def samples_of_restarts(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Return samples of the latent variables by the guide of each restart, (num_restarts, num_samples, ...), by name.
-
-        `to_arviz(samples, *args, model=model)` takes restarts as chains. The restart that was selected is so afterwards too.
-
-        Args:
-            num_samples: number of samples of each restart.
-            args: arguments of the guide.
-            kwargs: keyword arguments of the guide.
-
-        Raises:
-            ValueError: if there are no restarts, or no step was made.
-        """
-        restarts = self._with_restarts()
-        before = [p.detach().clone() for p in restarts.parameters]
-        found: list[dict[str, Tensor]] = []
-        try:
-            for index in range(restarts.count):
-                restarts.select(index)
-                predictive = Predictive(self.model, guide=self.guide, num_samples=num_samples)
-                with torch.no_grad():
-                    found.append(predictive(*args, **kwargs))
-        finally:
-            with torch.no_grad():
-                for p, value in zip(restarts.parameters, before, strict=True):
-                    p.copy_(value)
-        latents = set(self._latents(args, kwargs))
-        return {name: torch.stack([samples[name] for samples in found]) for name in found[0] if name in latents}
-
-    def _latents(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
-        with put_back(), torch.no_grad():
-            return traces.latents(poutine.trace(self.model).get_trace(*args, **kwargs))
-
-    def _with_restarts(self) -> Restarts:
         if self._restarts is None:
             raise ValueError("There are no restarts: build CompiledSVI(..., num_restarts=64), and make a step or a run.")
         return self._restarts
@@ -457,11 +366,11 @@ class CompiledSVI:
                 self._updates[program] = update
         return self._updates[program]
 
-    def _steps_of(self, program: Program, update: Update, inputs: Sequence[Tensor], num_steps: int = 1) -> _Steps:
+    def _steps_of(self, program: Program, update: Update, inputs: Sequence[Tensor], num_steps: int = 1) -> Steps:
         """Return steps in one graph, built if need be. Several draw their random numbers at once."""
         built = self._built.setdefault(program, {})
         if num_steps not in built:
-            steps = _Steps(program, update, inputs, self.captured.mode, num_steps, draw_at_once=num_steps > 1)
+            steps = Steps(program, update, inputs, self.captured.mode, num_steps, draw_at_once=num_steps > 1)
             built[num_steps] = steps
             what = f"{num_steps} steps built" if num_steps > 1 else "step built"
             self.findings.append(Finding(what, program.calls, steps.seconds, num_operations=steps.graph.num_operations))
@@ -474,7 +383,7 @@ class CompiledSVI:
         if not isfinite(float(loss)):
             torch.set_rng_state(before)
             with pyro.validation_enabled():
-                return self._stock.step(*args, **kwargs)
+                return self._stock_step(args, kwargs)
         parameters = list(program.parameters.values())
         for p, g in zip(parameters, gradients, strict=True):
             p.grad = g

@@ -236,9 +236,9 @@ def test_restarts_find_both_modes():
     svi = CompiledSVI(bimodal, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(), mode=PYTHON, num_restarts=12)
     losses = svi.run(150, progress=False)
     assert losses.shape == (150, 12)
-    best = svi.select()
+    best = svi.restarts.select()
     assert losses[-100:].mean(0).argmin() == best
-    draws = svi.samples_of_restarts(40)["z"]
+    draws = svi.restarts.samples(40)["z"]
     assert draws.shape[:2] == (12, 40)
     signs = draws.reshape(12, -1).mean(1).sign()
     assert set(signs.tolist()) == {-1.0, 1.0}
@@ -283,7 +283,7 @@ def test_restarts_need_a_graph():
     with pytest.warns(UserWarning, match="outside of the graph"), pytest.raises(CaptureError, match="Restarts need"):
         svi.step()
     with pytest.raises(ValueError, match="There are no restarts"):
-        CompiledSVI(bimodal, AutoNormal(bimodal), pyro.optim.Adam({}), Trace_ELBO(), mode=PYTHON).best()
+        CompiledSVI(bimodal, AutoNormal(bimodal), pyro.optim.Adam({}), Trace_ELBO(), mode=PYTHON).restarts.best()
 
 
 # What it is taken for.
