@@ -12,6 +12,7 @@ from functools import cache, partial
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyro_genmodels._pyro.inductor import compile_graph, direct_call
 from pyro_genmodels.infer.compiled.graph import Graph
@@ -77,7 +78,7 @@ class Compiled(Mode):
     def build(self, graph: Graph, inputs: Sequence[Tensor]) -> Call:
         tensors = [*inputs, *graph.read]
         try:
-            with torch.no_grad(), warnings.catch_warnings():
+            with _shown(graph.num_operations), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of torch's own
                 compiled = compile_graph(graph.module, tensors)
                 direct = direct_call(compiled)
@@ -87,6 +88,11 @@ class Compiled(Mode):
                 f"The compiler failed, so that the captured graph is run without it: {type(error).__name__}: {one_line(error)}"
             )
             return Captured().build(graph, inputs)
+
+
+def _shown(num_operations: int) -> tqdm:
+    """Return a line on the terminal that says what is compiled, as long as it is."""
+    return tqdm(desc=f"compiling {num_operations} operations", bar_format="{desc} ...", leave=False, disable=None)
 
 
 def _agree(one: Call, other: Call, graph: Graph, tensors: Sequence[Tensor]) -> bool:
