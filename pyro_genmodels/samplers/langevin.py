@@ -33,7 +33,8 @@ SHARE_OF_SMALL_STEPS = 0.25
 
 def langevin_step(x: Tensor, score: Tensor, step_size: Any) -> Tensor:
     """Take one unadjusted step from x, given the score at x, both (chains..., *event_shape)."""
-    return x + step_size * score + (2 * step_size) ** 0.5 * torch.randn_like(x)
+    step_size = torch.as_tensor(step_size, dtype=x.dtype, device=x.device)
+    return x.addcmul(step_size, score).addcmul((2 * step_size).sqrt(), torch.randn_like(x))
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class Target:
         gibbs: (x, beta) -> x after one sweep that leaves f_beta invariant and is its own reversal; or None.
         start: chain shape -> samples (*chains, *event_shape) of f_0, which is then normalised; or None.
         data: data that positions stand for; None if positions are the data.
+        scored: (x, beta) -> log f_beta(x) and its gradient in x, without a graph; None computes the gradient by autograd.
     """
 
     log_prob: Callable[[Tensor, Beta], Tensor]
@@ -71,6 +72,7 @@ class Target:
     gibbs: Callable[[Tensor, Beta], Tensor] | None = None
     start: Callable[[Sequence[int]], Tensor] | None = None
     data: TargetData | None = None
+    scored: Callable[[Tensor, Beta], tuple[Tensor, Tensor]] | None = None
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the chain positions that stand for data x (chains..., *event_shape), or x itself if `data` is None."""
@@ -100,7 +102,7 @@ def check_target(target: Any, event_dim: int) -> Target:
             "A sampler wants an unnormalised log density, x (chains, ...) -> (chains,), an energy's distribution or a Target, "
             f"but found {type(target).__name__}."
         )
-    return Target(lambda x, beta: beta * target(x), event_dim)
+    return Target(lambda x, beta: target(x) if isinstance(beta, float) and beta == 1.0 else beta * target(x), event_dim)
 
 
 def value_and_score(target: Target, x: Tensor, beta: Beta) -> tuple[Tensor, Tensor]:
@@ -109,6 +111,8 @@ def value_and_score(target: Target, x: Tensor, beta: Beta) -> tuple[Tensor, Tens
     Raises:
         ValueError: inside `torch.inference_mode`, which has no gradients.
     """
+    if target.scored is not None:
+        return target.scored(x, beta)
     if torch.is_inference_mode_enabled():
         raise ValueError("Samplers follow gradients, which torch.inference_mode() rules out. Use torch.no_grad().")
     with torch.enable_grad():
@@ -116,5 +120,5 @@ def value_and_score(target: Target, x: Tensor, beta: Beta) -> tuple[Tensor, Tens
         log_prob = target.log_prob(x, beta)
         if not log_prob.requires_grad:  # a constant density
             return log_prob, torch.zeros_like(x)
-        (score,) = torch.autograd.grad(log_prob.sum(), x)
+        (score,) = torch.autograd.grad(log_prob, x, torch.ones_like(log_prob))  # each chain has a log density of its own
     return log_prob.detach(), score

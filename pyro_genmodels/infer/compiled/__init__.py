@@ -7,6 +7,7 @@ from pyro_genmodels.infer.compiled.nuts import CompiledNUTS
 from pyro_genmodels.infer.compiled.program import CapturedLoss, Finding
 from pyro_genmodels.infer.compiled.recorder import CaptureError, StaleGraphError
 from pyro_genmodels.infer.compiled.svi import CompiledSVI
+from pyro_genmodels.infer.compiled.targets import captured_target
 from pyro_genmodels.utils.errors import suggest_names
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Mode",
     "StaleGraphError",
     "capture",
+    "captured_target",
     "log_density",
 ]
 
