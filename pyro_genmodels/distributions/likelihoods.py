@@ -109,7 +109,7 @@ class BernoulliLikelihood(Likelihood):
         return dist.Bernoulli(logits=params.squeeze(-1), validate_args=False)
 
     def encode(self, x: Tensor) -> Tensor:
-        return (2 * x - 1).unsqueeze(-1)
+        return torch.add(x.new_full((), -1), x, alpha=2).unsqueeze(-1)  # 2 x - 1 in one pass
 
 
 @dataclass(frozen=True)

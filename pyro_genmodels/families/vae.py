@@ -130,7 +130,7 @@ class VAE(Family):
         if x is not None:
             x = self.likelihood.cast(x, self.loc.dtype)
         plate, prior, decode, embedded = self.plate(x, context, size), self._prior(context), self._decode(), self.embed(context)
-        _draw_weights(self.decoder)
+        _draw_weights(decode.decoder)
         with plate:
             z = pyro.sample("z", prior)
             return pyro.sample("x", decode(z, embedded), obs=x)
@@ -149,9 +149,9 @@ class VAE(Family):
         """Return the encoder's distribution of z, of batch shape (batch...), given data x, (batch..., *event_shape)."""
         x, context = self._as_tensors(x, context)
         batch = x.shape[: x.dim() - len(self.event_shape)]
-        x = self.likelihood.cast(x, self.loc.dtype)
-        x = x if self.pretransform is None else self.pretransform(x)
-        features = self.likelihood.encode(x).to(self.loc.dtype)
+        pretransform, dtype = self.pretransform, self.loc.dtype
+        x = self.likelihood.cast(x, dtype)
+        features = self.likelihood.encode(x if pretransform is None else pretransform(x)).to(dtype)
         features = features.squeeze(-1) if self.likelihood.num_inputs == 1 else features
         out = call_batched(self.encoder, batch, features, self.embed(context))
         latents = self.latent_shape.numel()
@@ -165,7 +165,9 @@ class VAE(Family):
                 f"The encoder should return a tensor of shape {(*batch, 2 * latents)}, or a pair (loc, scale) of shape "
                 f"{(*batch, *self.latent_shape)} each, but it returned {', '.join(map(str, shapes))}."
             )
-        loc, scale = (part.reshape(batch + self.latent_shape) for part in parts)
+        if len(self.latent_shape) != 1:
+            parts = tuple(part.reshape(batch + self.latent_shape) for part in parts)
+        loc, scale = parts
         return dist.Normal(loc, scale).to_event(len(self.latent_shape))
 
     def _standardize_contexts(self, context: Tensor, *, again: bool = True) -> None:
@@ -182,8 +184,9 @@ class VAE(Family):
 
     def _prior(self, context: Tensor | None) -> Any:
         if self.prior is None:
-            zero = self.loc.new_zeros(self.latent_shape)
-            return dist.Normal(zero, zero + 1).to_event(len(self.latent_shape))
+            like = self.loc
+            zero, one = like.new_zeros(self.latent_shape), like.new_ones(())
+            return dist.Normal(zero, one).to_event(len(self.latent_shape))
         if isinstance(self.prior, Family):
             return self.prior(context if self.prior.context is not None else None)
         return self.prior
@@ -220,8 +223,8 @@ class _Flat(nn.Module):
         self.mlp = MLP(inputs, self.output_shape.numel(), hidden, dropout=dropout)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        parts = [x.reshape(len(x), -1)] if context is None else [x.reshape(len(x), -1), context]
-        return self.mlp(torch.cat(parts, -1)).unflatten(-1, self.output_shape)
+        x = x.flatten(1)
+        return self.mlp(x if context is None else torch.cat((x, context), -1)).unflatten(-1, self.output_shape)
 
 
 def _draw_weights(network: nn.Module) -> None:

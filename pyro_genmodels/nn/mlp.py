@@ -55,6 +55,8 @@ def call_batched(network: Callable[..., Any], batch: Size, x: Tensor, context: T
     Returns:
         The network's output, a tensor or a tuple of tensors, with the first dimension of each unflattened to the batch shape.
     """
+    if len(batch) == 1 and (context is None or context.shape[:-1] == batch):
+        return network(x) if context is None else network(x, context)
     inputs = [x.reshape(-1, *x.shape[len(batch) :])]
     if context is not None:
         inputs.append(context.expand(*batch, context.shape[-1]).reshape(-1, context.shape[-1]))

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from pyro_genmodels.utils.tensors import as_tensor
+from pyro_genmodels.utils.tensors import all_finite, as_tensor
 
 
 def test_a_tensor_is_returned_as_it_is():
@@ -111,3 +111,14 @@ def test_columns_of_a_frame_have_one_rule_whatever_stands_beside_them():
     assert as_tensor(frame[["b"]], "it").dtype == torch.bool
     assert as_tensor(frame, "it").dtype == torch.float64
     assert as_tensor(frame, "it").tolist() == [[1, 1, 0.5], [2, 0, 1.5]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_finite_values_are_finite_even_if_their_sum_is_not(dtype):
+    assert all_finite(torch.full((1000,), torch.finfo(dtype).max, dtype=dtype))
+    assert all_finite(torch.empty(0, dtype=dtype))
+
+
+@pytest.mark.parametrize("wrong", [[torch.nan], [torch.inf], [-torch.inf], [torch.inf, -torch.inf]])
+def test_one_entry_that_is_not_finite_is_found(wrong):
+    assert not all_finite(torch.cat((torch.ones(100), torch.tensor(wrong))).requires_grad_())
