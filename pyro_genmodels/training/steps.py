@@ -30,7 +30,7 @@ from pyro_genmodels.distributions.energy.partition import quick_log_partition
 from pyro_genmodels.divergences import EnergyKernel, mmd
 from pyro_genmodels.infer.adversarial import Adversarial, LostGameError
 from pyro_genmodels.infer.adversarial.losses import AdversarialLoss
-from pyro_genmodels.infer.compiled import Eager, Mode
+from pyro_genmodels.infer.compiled import Mode
 from pyro_genmodels.infer.contrastive import ContrastiveDivergence, NoiseContrastive
 from pyro_genmodels.infer.denoising import DenoisingScoreMatching
 from pyro_genmodels.infer.flow_matching import FlowMatching
@@ -62,16 +62,16 @@ def make_step(
     model, guide = traces.as_pair(fit)
     critic = getattr(fit, "critic", None)
     if objective is None and isinstance(critic, nn.Module):
-        objective = Adversarial(model, critic, optim=optim)
+        objective = Adversarial(model, critic, optim=optim, mode=mode)
     elif isinstance(objective, AdversarialLoss):
         if not isinstance(critic, nn.Module):
             raise ValueError(
                 f"{type(objective).__name__} wants a critic, but this fit has none. Pass objective=Adversarial(model, critic, "
                 "...)."
             )
-        objective = Adversarial(model, critic, objective, optim)
-    elif isinstance(objective, Adversarial) and optim is not None:
-        raise ValueError("An Adversarial has optimisers of its own: pass optim= to Adversarial(...).")
+        objective = Adversarial(model, critic, objective, optim, mode=mode)
+    elif isinstance(objective, Adversarial) and (optim is not None or mode is not None):
+        raise ValueError("An Adversarial has optimisers and a mode of its own: pass optim= and mode= to Adversarial(...).")
     if isinstance(objective, Adversarial):
         return AdversarialStep(objective, model, guide, batches)
     if objective is not None and not isinstance(objective, ELBO):
@@ -357,10 +357,12 @@ class AdversarialStep(_Step):
 
     @property
     def mode(self) -> Mode:
-        return Eager()
+        return self.trainer.mode
 
     def plan(self, num_steps: int, report: Callable[[str], None]) -> None:
-        pass
+        """Leave the mode to the trainer: to capture a round takes so long that it is done only if it is asked for."""
+        if self.mode.captures and not self.trainer.steps:
+            report("capturing")
 
     def step(self, batch: Batch, number: int) -> dict[str, float]:
         """Take one step of each, and return the loss of the generator as "train" and of the critic as "critic".

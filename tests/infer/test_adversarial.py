@@ -562,7 +562,7 @@ def test_the_adversarial_loss_and_the_elbo_add_up():
     both = trainer.evaluate_loss(x)["generator"]
     torch.manual_seed(0)
     inputs = trainer.pairing.critic_inputs(vae.model, vae.guide, (x,), {})
-    alone = NonSaturating().model_loss(*trainer._outputs(inputs)).mean()
+    alone = NonSaturating().model_loss(*trainer.game.outputs(inputs)).mean()
     elbo = Trace_ELBO().differentiable_loss(vae.model, vae.guide, x) / 16
     assert both == pytest.approx((0.5 * alone + elbo).item(), rel=1e-5)
     before = [p.clone() for p in vae.encoder.parameters()]
@@ -743,7 +743,7 @@ def gradients(trainer, *args, draws=1, **kwargs):
     total = dict.fromkeys(trainer.parameters["generator"], 0.0)
     for _ in range(draws):
         inputs = trainer.pairing.critic_inputs(trainer.model, trainer.guide, args, kwargs)
-        loss = trainer._model_loss(inputs, args, kwargs)
+        loss = trainer.game.model_loss(inputs, args, kwargs)
         found = torch.autograd.grad(loss, list(trainer.parameters["generator"].values()))
         total = {name: total[name] + g.abs().sum().item() for name, g in zip(total, found, strict=True)}
     return total

@@ -14,7 +14,7 @@ __all__ = ["Adversarial", "LostGameError"]
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import fields
 from math import isfinite
 from typing import Any
 
@@ -25,12 +25,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyro_genmodels._pyro import handlers, traces
+from pyro_genmodels._pyro.capturing import has_handlers
 from pyro_genmodels.divergences import Divergence
-from pyro_genmodels.infer.adversarial.context import check_critic_takes, check_names, chosen_arguments, warning_of_inputs
+from pyro_genmodels.infer.adversarial.captured import CapturedGame
+from pyro_genmodels.infer.adversarial.context import check_critic_takes, check_names, warning_of_inputs
+from pyro_genmodels.infer.adversarial.game import Game
 from pyro_genmodels.infer.adversarial.losses import AdversarialLoss, Relativistic
 from pyro_genmodels.infer.adversarial.networks import CRITIC, GENERATOR, TrainedNetworks
 from pyro_genmodels.infer.adversarial.pairings import JointPairing, ObservationsPairing, Pairing, RealAndFake
 from pyro_genmodels.infer.adversarial.penalties import R1, Penalty
+from pyro_genmodels.infer.compiled import Eager, Mode
 from pyro_genmodels.optim.adapters import Optim
 from pyro_genmodels.optim.averaging import moving_average
 from pyro_genmodels.utils.errors import check_choice, check_positive_int, listed
@@ -73,8 +77,11 @@ class Adversarial:
             becomes a VAE-GAN.
         weight: weight of the adversarial loss in this sum.
         ema_decay: decay per step of a moving average of model and guide, for `averaged`; None keeps no average.
+        mode: how steps are computed: `Eager()`, or after the first step by a graph that holds samples, losses, gradients and
+            optimisers, `Captured()` or `Compiled()`. The numbers are those of eager steps to rounding.
 
     Raises:
+        CaptureError: at a step, if the model, the critic or an optimiser cannot be captured as a graph.
         TypeError: if a choice is of the wrong class.
         ValueError: if a number is not positive, or arguments do not go together.
 
@@ -102,6 +109,7 @@ class Adversarial:
         extra_loss: ELBO | None = None,
         weight: float = 1.0,
         ema_decay: float | None = None,
+        mode: Mode | None = None,
     ) -> None:
         if not callable(model) or hasattr(model, "event_shape"):  # a family has a model, but is none
             raise TypeError(f"Adversarial wants a model, such as gan.model, but found {type(model).__name__}.")
@@ -132,8 +140,15 @@ class Adversarial:
         self.extra_loss: Any = extra_loss
         self.num_critic_steps, self.weight, self.ema_decay = num_critic_steps, weight, ema_decay
         self.optims = tuple(optim) if isinstance(optim, list | tuple) else (optim, optim)
+        self.mode: Mode = check_choice("Adversarial", "mode", mode, Eager(), Mode)
         self.steps, self._steps_lost = 0, 0
         self._networks: TrainedNetworks | None = None
+        self._captured: CapturedGame | None = None
+        self._has_played = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes without the graph, which is captured anew."""
+        return self.__dict__ | {"_captured": None}
 
     # Methods of SVI.
 
@@ -153,25 +168,22 @@ class Adversarial:
             RuntimeError: if another thread trains or evaluates a model.
         """
         self.prepare(*args, **kwargs)
-        for _ in range(self.num_critic_steps - 1):
-            with torch.no_grad():
-                inputs = self._critic_inputs(args, kwargs)
-            self._critic_step(inputs)
-        inputs = self._critic_inputs(args, kwargs)
-        critic_loss = self._critic_step(inputs)
-        loss = self._model_loss(inputs, args, kwargs)
-        self._update(GENERATOR, loss)
+        if self._is_captured:
+            loss, critic_loss = self._captured_round(args, kwargs)
+        else:
+            loss, critic_loss = (x.item() for x in self.game.play(self._update, args, kwargs))
+        self._has_played = True
         self._trained.weights.update()
         self.steps += 1
         self._check_critic(critic_loss)
-        return {GENERATOR: loss.item(), CRITIC: critic_loss}
+        return {GENERATOR: loss, CRITIC: critic_loss}
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Return the losses that `step` returns, in evaluation mode and without a step."""
         with handlers.side_effect_free(self.model, self.guide, self.critic, self.pairing):
-            inputs = self._critic_inputs(args, kwargs)
-            loss = self._model_loss(inputs, args, kwargs)
-            return {GENERATOR: loss.item(), CRITIC: self.loss.critic_loss(*self._outputs(inputs)).mean().item()}
+            inputs = self.game.critic_inputs(args, kwargs)
+            loss = self.game.model_loss(inputs, args, kwargs)
+            return {GENERATOR: loss.item(), CRITIC: self.loss.critic_loss(*self.game.outputs(inputs)).mean().item()}
 
     # Results.
 
@@ -181,8 +193,8 @@ class Adversarial:
         Everything runs in evaluation mode, and nothing is trained.
         """
         with handlers.side_effect_free(self.model, self.guide, self.critic, self.pairing):
-            inputs = self._critic_inputs(args, kwargs)
-            return inputs, self._outputs(inputs)
+            inputs = self.game.critic_inputs(args, kwargs)
+            return inputs, self.game.outputs(inputs)
 
     def divergence(self, *args: Any, **kwargs: Any) -> Divergence:
         """Return the critic's lower bound of the divergence between data, best held out, and as many new samples.
@@ -205,6 +217,11 @@ class Adversarial:
         return self._networks.weights.averaged()
 
     @property
+    def game(self) -> Game:
+        """The losses of both networks, for the present attributes."""
+        return Game(**{field.name: getattr(self, field.name) for field in fields(Game)})
+
+    @property
     def parameters(self) -> dict[str, dict[str, Any]]:
         """Trained parameters by name, under "generator" and "critic"; see `prepare`."""
         return self._trained.parameters
@@ -225,10 +242,10 @@ class Adversarial:
         if self._networks is not None:
             return
         with poutine.trace(param_only=True) as capture:
-            inputs = self._critic_inputs(args, kwargs)
+            inputs = self.game.critic_inputs(args, kwargs)
             check_critic_takes(self.critic, inputs, self.model, args, kwargs)
             with warning_of_inputs(self.critic):
-                loss = self._model_loss(inputs, args, kwargs)
+                loss = self.game.model_loss(inputs, args, kwargs)
         own = {id(p) for p in self.critic.parameters()}
         values: dict[str, Any] = {name: site["value"] for name, site in capture.trace.nodes.items()}
         leaves = {name: v.unconstrained() if hasattr(v, "unconstrained") else v for name, v in values.items()}
@@ -271,83 +288,22 @@ class Adversarial:
             raise ValueError("Adversarial does not know its parameters before its first step: call prepare(x) with a batch.")
         return self._networks
 
-    # Losses.
+    # Captured rounds.
 
-    def _critic_inputs(self, args: tuple, kwargs: Mapping[str, Any]) -> RealAndFake:
-        inputs = self.pairing.critic_inputs(self.model, self.guide, args, kwargs)
-        if self.critic_context is None:
-            return inputs
-        context = chosen_arguments(self.model, self.critic_context, args, kwargs, len(inputs.real[0]))
-        return replace(inputs, context=context)
+    @property
+    def _is_captured(self) -> bool:
+        """True if the next round is played by a graph. The first one makes the state of the optimisers."""
+        return self.mode.captures and self._has_played and not has_handlers()
 
-    def _critic_step(self, inputs: RealAndFake) -> float:
-        groups = (inputs.real, inputs.fake, inputs.context)
-        real, fake, context = (tuple(self._packed(t.detach()) for t in group) for group in groups)
-        if self.penalties:
-            real, fake = (tuple(t.requires_grad_(t.is_floating_point()) for t in group) for group in (real, fake))
-        outputs: dict[tuple[int, ...], tuple[tuple[Tensor, ...], Tensor]] = {}  # penalties ask for the same outputs again
-
-        def critic(*tensors: Tensor) -> Tensor:
-            key = tuple(map(id, tensors))
-            if key not in outputs:
-                outputs[key] = tensors, self._call_critic(*tensors, *context)  # keeps the tensors, so that ids stay unique
-            return outputs[key][1]
-
-        loss = self.loss.critic_loss(critic(*real), critic(*fake)).mean()
-        penalty_sum = sum(penalty(critic, real, fake) for penalty in self.penalties)
-        self._update(CRITIC, loss + penalty_sum)
-        for penalty in self.penalties:
-            penalty.constrain(self.parameters[CRITIC].values())
-        return loss.item()
-
-    def _model_loss(self, inputs: RealAndFake, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-        values = self.pairing.model_loss(self.loss, *self._outputs(inputs))
-        loss = values.mean()
-        for surrogate in self._surrogates(values.detach(), *inputs.log_q):
-            loss = loss + surrogate - surrogate.detach()
-        loss = loss + inputs.other_loss
-        if self.extra_loss is None:
-            return loss
-        return self.weight * loss + self.extra_loss.differentiable_loss(self.model, self.guide, *args, **kwargs) / inputs.size
-
-    def _surrogates(self, values: Tensor, per_row: Tensor | None, shared: Tensor | None) -> list[Tensor]:
-        """Return terms whose gradient is that of the score function, for losses (rows,) and log probabilities of samples."""
-        surrogates = []
-        if per_row is not None:
-            log_q = self._packed(per_row).reshape(len(values), -1).sum(1)
-            baseline = (values.sum() - values) / max(len(values) - 1, 1)  # mean of the other rows
-            surrogates.append(((values - baseline) * log_q).mean())
-        if shared is not None:
-            surrogates.append(values.mean() * shared)
-        return surrogates
-
-    def _outputs(self, inputs: RealAndFake) -> tuple[Tensor, Tensor]:
-        """Return the critic's outputs on real and on fake inputs, (rows,) each."""
-        real, fake = (self._call_critic(*map(self._packed, (*group, *inputs.context))) for group in (inputs.real, inputs.fake))
-        return real, fake
-
-    def _call_critic(self, *tensors: Tensor) -> Tensor:
-        rows = len(tensors[0])
-        try:
-            outputs = self.critic(*tensors)
-        except RuntimeError as error:
-            if tensors[0].ndim > 1:
-                raise
-            raise ValueError(
-                f"The critic was given numbers, (rows,) = {(rows,)}, and failed: {error}. A network wants columns: put "
-                "torch.nn.Unflatten(0, (-1, 1)) first, or give the model events of shape (1,)."
-            ) from error
-        if outputs.shape not in ((rows,), (rows, 1)):
-            raise ValueError(f"The critic should return {(rows,)}, a number for each row, but returned {tuple(outputs.shape)}.")
-        return outputs.reshape(rows)
-
-    def _packed(self, rows: Tensor) -> Tensor:
-        """Return rows (rows, ...) in packs, (rows / pack, pack, ...), without incomplete ones."""
-        if self.pack == 1:
-            return rows
-        if len(rows) < self.pack:
-            raise ValueError(f"The critic sees {self.pack} rows together, but there are {len(rows)}. Pass larger batches.")
-        return rows[: len(rows) // self.pack * self.pack].unflatten(0, (-1, self.pack))
+    def _captured_round(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[float, float]:
+        """Play a round by a graph, and return the losses of model and critic."""
+        game = self.game
+        if self._captured is None or (self._captured.game, self._captured.mode) != (game, self.mode):
+            self._captured = CapturedGame(game, self._trained, self.mode)
+        loss, critic_loss, problem = self._captured.play(args, kwargs)
+        if problem:
+            self._fail(f"{problem} at step {self.steps + 1}")
+        return loss, critic_loss
 
     # Failures.
 
