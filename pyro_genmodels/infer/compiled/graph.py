@@ -205,6 +205,9 @@ def _simplify(module: fx.GraphModule) -> None:
         elif node.op == "call_function" and node.target is aten.detach.default:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.target is aten.view.dtype and _dtype(node.args[0]) == torch.bool and not _is_written(node):
+            node.target = aten._to_copy.default  # Inductor of torch 2.11 cannot look at truth values as bytes on a GPU
+            node.args, node.kwargs = (node.args[0],), {"dtype": node.args[1]}
     graph.eliminate_dead_code(lambda node: node.is_impure() or _is_random(node))
     graph.lint()
     module.recompile()
@@ -212,6 +215,10 @@ def _simplify(module: fx.GraphModule) -> None:
 
 def _is_random(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _dtype(node: Any) -> torch.dtype | None:
+    return node.meta["val"].dtype if isinstance(node, fx.Node) and "val" in node.meta else None
 
 
 def _is_written(node: fx.Node) -> bool:

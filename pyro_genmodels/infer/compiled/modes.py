@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_genmodels._pyro.inductor import compile_graph, direct_call
+from pyro_genmodels.infer.compiled.cuda_graphs import can_be_recorded, recorded
 from pyro_genmodels.infer.compiled.graph import Graph
 from pyro_genmodels.infer.compiled.recorder import put_back
 from pyro_genmodels.utils.errors import one_line, warn_caller
@@ -73,7 +74,12 @@ class Compiled(Mode):
 
     Random numbers are those of an eager run. Compiled code is kept on disk by torch, so that a second process compiles the same
     program in a fraction of the time. If the compiler fails, the graph is run as by `Captured`, with a warning.
+
+    Args:
+        cuda_graphs: True to launch all kernels of a call at once, if all tensors are on one CUDA device.
     """
+
+    cuda_graphs: bool = True
 
     def build(self, graph: Graph, inputs: Sequence[Tensor]) -> Call:
         tensors = [*inputs, *graph.read]
@@ -82,7 +88,8 @@ class Compiled(Mode):
                 warnings.simplefilter("ignore")  # of torch's own
                 compiled = compile_graph(graph.module, tensors)
                 direct = direct_call(compiled)
-                return direct if direct is not None and _agree(compiled, direct, graph, tensors) else compiled
+                run = direct if direct is not None and _agree(compiled, direct, graph, tensors) else compiled
+                return recorded(run, graph, inputs) if self.cuda_graphs and can_be_recorded(tensors) else run
         except Exception as error:  # of any kind: the graph itself is right
             warn_caller(
                 f"The compiler failed, so that the captured graph is run without it: {type(error).__name__}: {one_line(error)}"

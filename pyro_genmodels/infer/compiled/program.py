@@ -125,7 +125,7 @@ class Program:
                 self.graph = trace(self.outputs, *inputs, varying=self.parameters.values())
         self.watch.forget_changed()
         self._tensors = [*self.parameters.values(), *self.graph.read]
-        self._layouts = list(map(LAYOUT, self._tensors))
+        self._layouts = self._layouts_now()
         *_, output = self.graph.module.graph.nodes
         self.has_gradient = [g is not None for g in output.args[0][1 : self.graph.num_outputs]]
         self.trained = [p for p, has in zip(self.parameters.values(), self.has_gradient, strict=False) if has]
@@ -148,10 +148,13 @@ class Program:
         args, kwargs = tree_unflatten(leaves, self._structure)
         return torch.as_tensor(self._run(*args, **kwargs))
 
+    def _layouts_now(self) -> list[Any]:
+        return [*map(LAYOUT, self._tensors), *map(Tensor.stride, self._tensors)]
+
     def changed(self) -> str | None:
         """Return the name of something that was bound anew since the capture, or None."""
-        if list(map(LAYOUT, self._tensors)) != self._layouts:
-            return "the shape, dtype or requires_grad of a tensor"
+        if self._layouts_now() != self._layouts:
+            return "the shape, strides, dtype or requires_grad of a tensor"
         return self.watch.changed() or self.graph.changed()
 
     def is_due(self, num_calls: int = 1) -> bool:
@@ -180,13 +183,17 @@ class Program:
                 difference = max(difference, gap) if gap == gap else difference
         if difference > tolerance_of(loss.dtype):
             raise StaleGraphError(
-                f"The captured graph gives a loss of {float(found[0]):.9g} where the program gives {float(loss):.9g} with the "
-                f"same random numbers (largest difference of loss and gradients, relative: {difference:.1e}). Something that "
-                "the program reads was changed since it was captured, in a way that cannot be seen: an array that the model "
-                "makes a tensor by torch.tensor(...), a counter, or random numbers of Python or numpy. Pass it as an argument, "
-                "as a tensor."
+                f"The captured graph gives a loss of {_first(found[0]):.9g} where the program gives {_first(loss):.9g} with "
+                f"the same random numbers (largest difference of loss and gradients, relative: {difference:.1e}). Something "
+                "that the program reads was changed since it was captured, in a way that cannot be seen: an array that the "
+                "model makes a tensor by torch.tensor(...), a counter, or random numbers of Python or numpy. Pass it as an "
+                "argument, as a tensor."
             )
         return difference
+
+
+def _first(x: Any) -> float:
+    return float(x.reshape(-1)[0])
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
@@ -305,11 +312,16 @@ def key_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, list[Te
     dtype = torch.get_default_dtype()
     if not kwargs and all(type(x) is Tensor for x in args):
         inputs = list(args)
-        return (dtype, *((x.shape, x.dtype, x.device) for x in inputs)), inputs
+        return (dtype, *map(_form, inputs)), inputs
     leaves, structure = tree_flatten((tuple(args), dict(kwargs)))
     inputs = [x for x in leaves if isinstance(x, Tensor)]
-    parts = tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else _constant(x) for x in leaves)
+    parts = tuple(_form(x) if isinstance(x, Tensor) else _constant(x) for x in leaves)
     return (dtype, structure, *parts), inputs
+
+
+def _form(x: Tensor) -> tuple[Any, ...]:
+    """Return what a compiled graph takes for granted of an argument; the strides are among it."""
+    return x.shape, x.stride(), x.dtype, x.device
 
 
 def _constant(x: Any) -> Any:

@@ -106,7 +106,7 @@ class Restarts:
         Raises:
             CaptureError: if the program cannot be mapped over its parameters.
         """
-        given = torch.tensor(update.rates()[0], dtype=torch.float64)
+        given = torch.tensor(update.rates()[0], dtype=torch.float64, device=update.device)
         if program not in self._built:
             self._built[program] = self._build(program, update, [*inputs, given])
         (losses,) = self._built[program](*inputs, given)

@@ -70,7 +70,7 @@ class Steps:
         start = time.perf_counter()
         self.update, self.num_steps = update, num_steps
         self._rates = update.rates(num_steps)
-        self._rates_tensor = torch.tensor(self._rates, dtype=torch.float64)
+        self._rates_tensor = torch.tensor(self._rates, dtype=torch.float64, device=update.device)
         function = steps_in_place(program, update, num_steps, draw_at_once=draw_at_once)
         self.graph = trace(function, *inputs, self._rates_tensor)
         self._run = mode.build(self.graph, [*inputs, self._rates_tensor])
@@ -80,7 +80,7 @@ class Steps:
         """Make the steps, and return their losses, (num_steps,)."""
         rates = self.update.rates(self.num_steps)
         if rates != self._rates:
-            self._rates, self._rates_tensor = rates, torch.tensor(rates, dtype=torch.float64)
+            self._rates, self._rates_tensor = rates, torch.tensor(rates, dtype=torch.float64, device=self.update.device)
         with torch.no_grad():
             losses = self._run(*inputs, self._rates_tensor, *self.graph.read)[0]
         self.update.count(self.num_steps)

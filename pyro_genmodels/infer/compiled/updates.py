@@ -122,6 +122,11 @@ class Update:
     optimizers: Sequence[Optimizer]
     clips: Sequence[Mapping[str, float | None]]
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self.parameters[0].device if self.parameters else torch.get_default_device()
+
     def rates(self, num_steps: int = 1) -> list[list[float]]:
         """Return, for some steps, the learning rates, and the numbers of steps that an optimiser counts in Python."""
         groups = [optimizer.param_groups[0] for optimizer in self.optimizers]
@@ -227,6 +232,9 @@ def update_of(optim: PyroOptim, parameters: Sequence[Tensor]) -> Update | str:
             return "its learning rate is a tensor"
         if group.get("differentiable"):
             return "it is differentiable"
+        for name, x in optimizer.state[p].items():  # torch counts steps on the CPU, where a CUDA graph cannot read them
+            if isinstance(x, Tensor):
+                optimizer.state[p][name] = x.to(p.device)
         optimizers.append(optimizer)
         clips.append(
             optim._get_grad_clip_args(p)  # type: ignore[arg-type]
