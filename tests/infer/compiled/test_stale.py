@@ -27,7 +27,7 @@ from pyro.optim import SGD, Adam
 from torch import nn
 from torch.distributions import constraints
 
-from pyro_genmodels.infer.compiled import Captured, CapturedLoss, CompiledSVI, StaleGraphError
+from pyro_genmodels.infer.compiled import Captured, CapturedLoss, Compiled, CompiledSVI, StaleGraphError
 
 MODE = Captured(script=False)  # the quickest to build
 X = torch.tensor([0.3, -0.2, 1.1])
@@ -501,6 +501,12 @@ def _():
     )
 
 
+@row("the strides of a tensor in a closure")
+def _():
+    weight = torch.arange(9.0).reshape(3, 3)
+    return Change(program(lambda z: (weight @ X + z, 1.0)), lambda: setattr(weight, "data", (weight + 1).t()))
+
+
 @row("the dtype of a module")
 def _():
     layer = nn.Linear(1, 3)
@@ -801,6 +807,16 @@ def test_capturing_again_and_again_warns():
 
     with pytest.warns(RuntimeWarning, match="weight"):
         repeat(anneal)
+
+
+@pytest.mark.slow
+def test_compiled_code_is_for_the_strides_of_its_arguments():
+    """Inductor writes strides into its code: a transposed argument of the same shape needs code of its own."""
+    run = program(lambda z, x: (z * (x @ torch.arange(3.0)), 1.0), torch.randn(3, 3))
+    loss = CapturedLoss(run.model, run.guide, run.loss, mode=Compiled(), audit=False)
+    for x in (run.args[0], run.args[0].t(), run.args[0].t().contiguous()):
+        other = run._replace(args=(x,))
+        assert_same_step(captured_step(loss, other), eager_step(other))
 
 
 # The same in steps of CompiledSVI.
