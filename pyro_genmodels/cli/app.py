@@ -35,6 +35,7 @@ from pyro_genmodels.cli.options import (
     SPLITS,
     CheckpointPath,
     Columns,
+    Compile,
     Data,
     Device,
     Epochs,
@@ -168,6 +169,7 @@ def fit(
             "are no part of the run, and are read anew."
         ),
     ] = None,
+    compiled: Compile = False,  # noqa: FBT002
     threads: Threads = None,
     max_size: MaxSize = MAX_SIZE,
     force: Force = False,  # noqa: FBT002
@@ -223,6 +225,7 @@ def fit(
             dataset,
             path,
             device=device,
+            compiled=compiled,
             threads=threads,
             progress=not quiet,
             resume=resume is not None,

@@ -59,6 +59,7 @@ from pyro_genmodels.infer import (
     NoiseContrastive,
 )
 from pyro_genmodels.infer.adversarial import R1, R2, Relativistic
+from pyro_genmodels.infer.compiled.modes import default_mode
 from pyro_genmodels.optim.adapters import Optim
 from pyro_genmodels.training import Checkpoint, Fit, checkpoints, train
 from pyro_genmodels.utils.files import MAX_BYTES
@@ -209,6 +210,7 @@ def fit(
     batch_size: int | None = None,
     learning_rate: float | None = None,
     patience: int = 25,
+    compiled: bool = False,
     threads: int | None = None,
     progress: bool = True,
     resume: bool = False,
@@ -225,6 +227,7 @@ def fit(
         batch_size: number of rows per step; None for the recipe's.
         learning_rate: learning rate of Adam; None for the recipe's.
         patience: number of epochs without a better validation loss after which training stops.
+        compiled: True to compile the training step; otherwise `train` chooses.
         threads: number of threads of torch; None is one for a small family, and as many as there are cores for a large one.
         progress: True to show a progress bar.
         resume: True to continue the run of the checkpoint.
@@ -248,7 +251,9 @@ def fit(
     if data.train.dtype == torch.float64:  # float32 would lose digits of the data, and of the draws
         family.double()
     optim = partial(torch.optim.Adam, lr=notes.learning_rate)
-    objective = recipe.objective(data, family, optim)
+    objective, mode = recipe.objective(data, family, optim), default_mode() if compiled else None
+    if isinstance(objective, Adversarial):
+        objective.mode, mode = mode or objective.mode, None
     train_labels, valid_labels = (data.train_labels, data.valid_labels) if source.labels else (None, None)
     return train(
         family,
@@ -263,6 +268,7 @@ def fit(
         checkpoint=Checkpoint(checkpoint, resume=resume, notes=asdict(notes)),
         seed=source.seed,
         threads=threads or _suitable_threads(family),
+        mode=mode,
         progress=progress,
     )
 

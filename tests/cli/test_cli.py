@@ -69,6 +69,7 @@ from pyro_genmodels.distributions import Implicit
 from pyro_genmodels.evaluation import LogLikelihood, compare, plots
 from pyro_genmodels.families import DDIM, RK4, Contrastive
 from pyro_genmodels.families.family import Family
+from pyro_genmodels.infer.compiled import Captured, Eager
 from pyro_genmodels.training import Fit, checkpoints, loop
 
 pytestmark = [
@@ -876,6 +877,20 @@ def test_the_options_of_training_are_followed(data, tmp_path, monkeypatch):
     assert (notes["batch_size"], notes["learning_rate"], notes["patience"]) == (32, 0.25, 3)
 
 
+@pytest.mark.parametrize("family", ["flow", "gan"])
+def test_the_training_step_is_compiled_if_it_is_asked_for(family, data, tmp_path, monkeypatch):
+    """Captured instead, which takes less time."""
+    fits = []
+    monkeypatch.setattr(recipes, "train", lambda *args, **kwargs: fits.append(train(*args, **kwargs)) or fits[-1])
+    monkeypatch.setattr(recipes, "default_mode", lambda: Captured(script=False))
+    args = ["--data", data / "plain.csv", "--family", family, "--epochs", 2]
+    done("fit", *args, "--out", tmp_path / "eager")
+    done("fit", *args, "--out", tmp_path / "compiled", "--compile")
+    assert [fit.mode for fit in fits] == [Eager(), Captured(script=False)]
+    one, two = (fit.history[-1]["train"] for fit in fits)
+    assert one == pytest.approx(two, rel=1e-3, abs=1e-4)
+
+
 # Going on.
 
 
@@ -1663,7 +1678,8 @@ def test_help_names_the_options_and_has_examples(command, monkeypatch):
     assert set(re.findall(r"--[a-z-]+", " ".join(examples))) <= known
     options = {
         "compare": "data families out columns labels levels seed device epochs force quiet",
-        "fit": "data family out columns labels levels seed device epochs batch-size learning-rate patience resume force quiet",
+        "fit": "data family out columns labels levels seed device epochs batch-size learning-rate patience resume compile "
+        "force quiet",
         "sample": "out num-samples label picture seed device force quiet",
         "evaluate": "data split columns labels num-samples out seed device force",
     }
