@@ -66,7 +66,7 @@ test-slow: $(READY)
 
 test-docs: $(READY)
 	@echo "== the slow code of the documentation and the tutorials"
-	$(BIN)/python -m pytest -q -n 2 -m slow -k runs tests/test_docs.py tests/test_tutorials.py
+	$(BIN)/python -m pytest -q -n 2 -m slow -k runs tests/test_docs.py tests/test_tutorials.py tests/test_readme.py
 
 test-arviz1: $(READY_ARVIZ1)
 	@echo "== tests of to_arviz under ArviZ 1.x"
