@@ -34,8 +34,8 @@ ONE_HOT = functional.one_hot
 
 
 def has_handlers() -> bool:
-    """Return True if a handler of Pyro is active around the call, which could change what a program means."""
-    return bool(_PYRO_STACK)
+    """Return True if a handler of Pyro, or autocast, is active around the call, which could change what a program means."""
+    return bool(_PYRO_STACK) or torch._C._is_any_autocast_enabled()
 
 
 def find_parameters(run: Callable[[], Any]) -> dict[str, Tensor]:

@@ -139,6 +139,9 @@ def test_handlers_around_a_call_are_noticed():
     assert not has_handlers()
     with poutine.scale(scale=2.0):
         assert has_handlers()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert has_handlers()
+    assert not has_handlers()
 
 
 class Layer(nn.Module):
