@@ -5,6 +5,9 @@ A chain is a warm-up and draws, of the same lengths everywhere, on one core. Eff
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -18,8 +21,8 @@ import torch
 from pyro.infer import MCMC, NUTS
 
 from benchmarks.speed import programs
-from benchmarks.speed.measure import AtLeast, Bench, Row, Target, There
-from pyro_genmodels.infer.compiled import log_density
+from benchmarks.speed.measure import ROOT, AtLeast, Bench, Peers, Row, Target, There, duration
+from pyro_genmodels.infer.compiled import CompiledNUTS, log_density
 from pyro_genmodels.infer.compiled.nutpie_sampling import NutsSettings, sample_chain
 
 WARMUP, SAMPLES = 300, 500
@@ -68,10 +71,15 @@ def stock(name: str) -> Chain:
     return chain
 
 
+def numpyro_call(peers: Peers, name: str) -> There:
+    """Return a chain of NumPyro's NUTS as a call."""
+    arguments = {"name": name, "num_warmup": WARMUP, "num_samples": SAMPLES}
+    return There("NumPyro", peers, "numpyro_programs", "nuts", arguments)
+
+
 def numpyro(bench: Bench, name: str) -> Chain:
     """Return a chain of NumPyro's NUTS, compiled now."""
-    arguments = {"name": name, "num_warmup": WARMUP, "num_samples": SAMPLES}
-    call = There("NumPyro", bench.peers, "numpyro_programs", "nuts", arguments)
+    call = numpyro_call(bench.peers, name)
     call.build()
 
     def chain() -> tuple[float, Mapping[str, Any]]:
@@ -111,3 +119,37 @@ def compare(bench: Bench, name: str, rounds: int) -> list[Row]:
         bench.say(row)
         rows.append(row)
     return rows
+
+
+def first_chain(bench: Bench) -> list[Row]:
+    """Measure the first chain, compiling included; ours with an empty cache of compiled code (cold) and with a full one (warm)."""
+    rows = []
+    for name in NAMES[:2]:
+        peers = Peers(bench.threads)
+        seconds = {"NumPyro": numpyro_call(peers, name).build(), "MCMC(NUTS)": stock(name)()[0]}
+        peers.close()
+        with tempfile.TemporaryDirectory() as cache:
+            for how in ("cold", "warm"):
+                command = [sys.executable, "-m", "benchmarks.speed.nuts", name, str(bench.threads)]
+                environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+                answer = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True, text=True)
+                ours = float(answer.stdout.splitlines()[-1])
+                for other, theirs in seconds.items():
+                    ratio, figures = ours / theirs, (duration(ours), duration(theirs))
+                    work = f"{name}, NUTS, first chain, compiling included"
+                    rows.append(Row(work, f"CompiledNUTS, {how}", other, figures, ratio, ratio, ratio))
+                    bench.say(rows[-1])
+    return rows
+
+
+def main(name: str, threads: int) -> None:
+    """Print the seconds of the first chain in this process."""
+    torch.set_num_threads(threads)
+    model, args = programs.named(name)
+    start = time.perf_counter()
+    CompiledNUTS(model, num_chains=1, num_warmup=WARMUP, num_samples=SAMPLES, num_processes=1, progress=False).run(*args)
+    print(time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -11,7 +11,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, config_enumerate
-from pyro.infer.autoguide import AutoDelta, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_uniform
 from pyro.ops.indexing import Vindex
 from torch import Tensor, nn
 
@@ -33,9 +33,9 @@ class Program:
 names = count()
 
 
-def own_name(guide: type[nn.Module], model: Model) -> nn.Module:
+def own_name(guide: type[nn.Module], model: Model, **options: Any) -> nn.Module:
     """Return an autoguide under a name of its own in the param store, so that no two of them share parameters."""
-    return type(f"{guide.__name__}{next(names)}", (guide,), {})(model)
+    return type(f"{guide.__name__}{next(names)}", (guide,), {})(model, **options)
 
 
 def eight_schools(sigma: Tensor, y: Tensor) -> None:
@@ -111,9 +111,9 @@ def named(name: str) -> tuple[Model, tuple[Tensor, ...]]:
 
 
 def with_normal_guide(name: str) -> Program:
-    """Return a model that NumPyro has too, with AutoNormal."""
+    """Return a model that NumPyro has too, with AutoNormal, whose means start at random."""
     model, args = named(name)
-    return Program(model, own_name(AutoNormal, model), Trace_ELBO(), args)
+    return Program(model, own_name(AutoNormal, model, init_loc_fn=init_to_uniform), Trace_ELBO(), args)
 
 
 def enumerated(name: str) -> Program:

@@ -16,6 +16,7 @@ SECTIONS: dict[str, Callable[[Bench], Sequence[TableRow]]] = {
     "flow-eager": rows.flow_eager,
     "vae-eager": rows.vae_eager,
     "nuts": nuts.nuts,
+    "nuts-first": nuts.first_chain,
     "restarts": rows.restarts,
     "langevin": rows.langevin,
     "scaling": scaling.scaling,
