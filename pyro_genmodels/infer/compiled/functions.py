@@ -26,18 +26,46 @@ class CapturedFunction:
 
     def __init__(self, graph: Graph, mode: Mode, inputs: Sequence[Tensor]) -> None:
         self.graph, self.mode = graph, mode
+        self._layouts = [_layout(x) for x in inputs], [_layout(x) for x in graph.read]
         self._run = mode.build(graph, inputs)
 
     def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
-        """Return the results, without gradients. The inputs have the shapes and dtypes of those at the capture.
+        """Return the results, without gradients.
+
+        Args:
+            inputs: tensors of the shapes, dtypes and devices of those at the capture.
 
         Raises:
-            StaleGraphError: if a tensor was changed whose values the function's code has read, as by int(x).
+            ValueError: if an input has another shape, dtype or device.
+            StaleGraphError: if a tensor was changed whose values the function's code has read, as by int(x), or one that it
+                reads has another shape, dtype or order in memory now.
         """
-        if (name := self.graph.changed()) is not None:
-            raise StaleGraphError(f"The captured function no longer is what was captured: {name}. Capture it anew.")
+        expected, read = self._layouts
+        if (name := self.graph.changed()) is not None or [_layout(x) for x in self.graph.read] != read:
+            raise StaleGraphError(
+                f"The captured function no longer is what was captured: {name or 'the layout of a tensor that it reads'}. "
+                "Capture it anew."
+            )
+        if [_layout(x) for x in inputs] != expected:
+            inputs = tuple(_like(x, layout) for x, layout in zip(inputs, expected, strict=True))
         with torch.no_grad():
             return tuple(self._run(*inputs, *self.graph.read)[: self.graph.num_outputs])
+
+
+def _layout(x: Tensor) -> tuple[Any, ...]:
+    """Return what compiled code takes for granted of a tensor."""
+    return x.shape, x.stride(), x.dtype, x.device
+
+
+def _like(x: Tensor, layout: tuple[Any, ...]) -> Tensor:
+    """Return an input in the order in memory that the code takes for granted."""
+    shape, stride, dtype, device = layout
+    if (x.shape, x.dtype, x.device) != (shape, dtype, device):
+        raise ValueError(
+            f"A captured function wants an input {tuple(shape)} of {dtype} on {device}, but found {tuple(x.shape)} of {x.dtype} "
+            f"on {x.device}. Capture it anew for others."
+        )
+    return x.new_empty_strided(shape, stride).copy_(x)
 
 
 def capture(function: Callable[..., Sequence[Any]], *inputs: Tensor, mode: Mode | None = None) -> CapturedFunction:

@@ -1,0 +1,57 @@
+"""Captured functions read tensors live, take inputs of one shape in any order in memory, and say so if they cannot go on."""
+
+import pytest
+import torch
+
+from pyro_genmodels.infer.compiled import Captured, Compiled, StaleGraphError, capture
+
+PYTHON = Captured(script=False)
+MODES = [PYTHON, Captured(), pytest.param(Compiled(), marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=["python", "script", "compiled"])
+def test_tensors_are_read_live_and_inputs_in_any_order_in_memory(mode):
+    weight = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    function = capture(lambda x: (x * weight, (x + weight).sum()), torch.zeros(2, 3), mode=mode)
+    x = torch.arange(6.0).reshape(3, 2)
+    for given in (x.reshape(2, 3), x.T, torch.zeros(1, 3).expand(2, 3)):
+        product, total = function(given)
+        assert torch.equal(product, given * weight)
+        assert total == (given + weight).sum()
+    weight += 1
+    assert torch.equal(function(x.T)[0], x.T * weight)
+
+
+def test_other_inputs_are_refused():
+    function = capture(lambda x: (x + 1,), torch.zeros(3), mode=PYTHON)
+    for bad in (torch.zeros(4), torch.zeros(3, dtype=torch.float64)):
+        with pytest.raises(ValueError, match=r"wants an input \(3,\) of torch.float32 on cpu, but found"):
+            function(bad)
+
+
+def test_a_tensor_that_was_given_another_layout_is_refused():
+    weight = torch.ones(2, 3)
+    function = capture(lambda x: (x @ weight,), torch.zeros(4, 2), mode=PYTHON)
+    weight.data = torch.ones(3, 2).T
+    with pytest.raises(StaleGraphError, match="the layout of a tensor that it reads"):
+        function(torch.zeros(4, 2))
+
+
+def test_values_that_python_code_has_read_may_not_change():
+    length = torch.tensor(2)
+    function = capture(lambda x: (x[: int(length)].sum(),), torch.ones(5), mode=PYTHON)
+    assert function(torch.ones(5)) == (2,)
+    length += 1
+    with pytest.raises(StaleGraphError, match="that Python code reads"):
+        function(torch.ones(5))
+
+
+def test_gradients_inside_and_none_are_kept():
+    def value_and_gradient(x):
+        x = x.detach().requires_grad_()
+        y = x.square().sum()
+        return y, None, *torch.autograd.grad(y, x)
+
+    value, nothing, gradient = capture(value_and_gradient, torch.zeros(2), mode=PYTHON)(torch.tensor([1.0, 2.0]))
+    assert (value.item(), nothing) == (5, None)
+    assert torch.equal(gradient, torch.tensor([2.0, 4.0]))
