@@ -121,6 +121,8 @@ class Watch:
             yield value.__func__, name
         elif isinstance(value, partial):
             yield from ((part, name) for part in (value.func, *value.args, *value.keywords.values()))
+        elif isinstance(value, property):
+            yield value.fget, name
         elif isinstance(value, type):
             yield from self._parts_of_mapping(vars(value), name, skip=lambda key: key.startswith("__"))
         elif isinstance(value, dict):
@@ -191,20 +193,17 @@ class Watch:
             self._add(DEFAULTS, function, f"a default of {name}")
         for key in _names(function.__code__):
             if key in function.__globals__:
-                value = function.__globals__[key]
                 self.add(function.__globals__, key, f"the global {key}")
-                if isinstance(value, types.ModuleType) and not _is_library(value.__name__, getattr(value, "__file__", None)):
-                    yield from self._parts_of_module(value, function.__code__)
-                elif not isinstance(value, types.ModuleType):
-                    yield value, key
+                yield from self._parts_of_name(function.__globals__[key], key, set(_names(function.__code__)))
 
-    def _parts_of_module(self, module: types.ModuleType, code: types.CodeType) -> Iterator[tuple[Any, str]]:
-        """Watch those names of a user's module that a function also names."""
-        for key in _names(code):
-            if key in vars(module):
-                value = vars(module)[key]
-                self.add(vars(module), key, f"{module.__name__}.{key}")
-                yield value, f"{module.__name__}.{key}"
+    def _parts_of_name(self, value: Any, name: str, names: set[str]) -> Iterator[tuple[Any, str]]:
+        """Yield what a name stands for; of a user's module, watch those attributes that the function also names."""
+        if not isinstance(value, types.ModuleType):
+            yield value, name
+        elif not _is_library(value.__name__, getattr(value, "__file__", None)):
+            for key in names & vars(value).keys():
+                self.add(vars(value), key, f"{name}.{key}")
+                yield from self._parts_of_name(vars(value)[key], f"{name}.{key}", names - {key})
 
 
 @dataclass(frozen=True)

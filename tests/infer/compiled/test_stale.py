@@ -33,6 +33,7 @@ MODE = Captured(script=False)  # the quickest to build
 X = torch.tensor([0.3, -0.2, 1.1])
 SCALE, WEIGHT, PRIOR = torch.tensor(1.3), 0.7, dist.Normal(0.0, 1.0)
 SETTINGS = {"scale": torch.tensor(1.3), "inner": {"weight": 0.7}, "list": [torch.tensor(0.1), 2.0]}
+OUTER = types.ModuleType("outer")
 HELPERS = types.SimpleNamespace(scale=torch.tensor(1.3))
 
 
@@ -318,6 +319,26 @@ def _():
 
     options = Options()
     return Change(program(lambda z: (z * options.weight, 1.0)), lambda: setattr(options, "temperature", 5.0))
+
+
+@row("a global that a property reads")
+def _():
+    rebind_global("WEIGHT", 0.7)
+
+    class Options:
+        @property
+        def weight(self):
+            return WEIGHT
+
+    options = Options()
+    return Change(program(lambda z: (z * options.weight, 1.0)), lambda: rebind_global("WEIGHT", 0.2))
+
+
+@row("a name of a module in a module")
+def _():
+    OUTER.inner = types.ModuleType("inner")
+    OUTER.inner.weight = 0.7
+    return Change(program(lambda z: (z * OUTER.inner.weight, 1.0)), lambda: setattr(OUTER.inner, "weight", 0.2))
 
 
 @row("the default of an argument")
