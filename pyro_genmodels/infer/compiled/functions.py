@@ -62,8 +62,8 @@ def _like(x: Tensor, layout: tuple[Any, ...]) -> Tensor:
     shape, stride, dtype, device = layout
     if (x.shape, x.dtype, x.device) != (shape, dtype, device):
         raise ValueError(
-            f"A captured function wants an input {tuple(shape)} of {dtype} on {device}, but found {tuple(x.shape)} of {x.dtype} "
-            f"on {x.device}. Capture it anew for others."
+            f"A captured function wants an input {tuple(shape)} of {dtype} on {device}, but found {tuple(x.shape)} of "
+            f"{x.dtype} on {x.device}. Capture it anew for others."
         )
     return x.new_empty_strided(shape, stride).copy_(x)
 
