@@ -122,7 +122,7 @@ def compare(bench: Bench, name: str, rounds: int) -> list[Row]:
 
 
 def first_chain(bench: Bench) -> list[Row]:
-    """Measure the first chain, compiling included; ours with an empty cache of compiled code (cold) and with a full one (warm)."""
+    """Measure the first chain, compiling included; ours with an empty cache of compiled code (cold) and a full one (warm)."""
     rows = []
     for name in NAMES[:2]:
         peers = Peers(bench.threads)
