@@ -8,14 +8,14 @@ up to the end or until patience is lost. The numbers are those of eager steps to
 
 from __future__ import annotations
 
-__all__ = ["Gradients", "automatic_mode"]
+__all__ = ["Gradients", "automatic_mode", "is_well_known", "warn_of_stale_graph"]
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from statistics import median
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_genmodels._pyro import traces
 from pyro_genmodels._pyro.capturing import has_handlers
@@ -23,7 +23,7 @@ from pyro_genmodels.infer.compiled import Captured, CapturedLoss, CaptureError, 
 from pyro_genmodels.infer.compiled.modes import missing_compiler
 from pyro_genmodels.utils.errors import one_line, warn_caller
 
-CAPTURED_STEPS = 3_000
+CAPTURED_STEPS = 2_000
 """Number of coming steps from which on a captured graph saves more time than it takes, with two sizes of batches."""
 
 COMPILED_STEPS = 50_000
@@ -49,6 +49,19 @@ def automatic_mode(num_steps: int) -> Mode:
     if num_steps >= COMPILED_STEPS and missing_compiler() is None:
         return Compiled()
     return Captured() if num_steps >= CAPTURED_STEPS else Eager()
+
+
+def is_well_known(model: Callable[..., Any], guide: Callable[..., Any], parameters: Iterable[Tensor]) -> bool:
+    """Return True for model and guide of one family on a CPU, which may be captured without being asked."""
+    owners = {id(getattr(fn, "__self__", None)) for fn in (model, guide)}
+    on_cpu = all(p.device.type == "cpu" for p in parameters)
+    return len(owners) == 1 and traces.is_family(model) and traces.is_family(guide) and on_cpu
+
+
+def warn_of_stale_graph(error: Exception) -> None:
+    """Warn if a graph did no longer compute what the program does: some of the last steps may have been wrong."""
+    if isinstance(error, StaleGraphError):
+        warn_caller(f"Training goes on without a captured graph: {one_line(error)}")
 
 
 class Gradients:
@@ -85,7 +98,7 @@ class Gradients:
         self._report: Callable[[str], None] = lambda text: None
         self.mode: Mode = Eager()
         self._captured: CapturedLoss | None = None
-        self._chooses = mode is None and self._is_well_known()
+        self._chooses = mode is None and is_well_known(model, guide, parameters.values())
         self._is_first = True
         self._seconds: dict[bool, list[float]] = {False: [], True: []}  # of eager steps, of captured ones
         if mode is not None:
@@ -128,13 +141,10 @@ class Gradients:
             return loss
         try:
             return self._captured_step(self._captured, args, kwargs)
-        except (CaptureError, NotImplementedError):  # what a graph cannot do, an eager run can
+        except (CaptureError, NotImplementedError, StaleGraphError) as error:  # what a graph cannot do, an eager run can
             if not self._chooses:
                 raise
-        except StaleGraphError as error:
-            if not self._chooses:
-                raise
-            warn_caller(f"Training goes on without a captured graph: {one_line(error)}")
+            warn_of_stale_graph(error)
         self._stay_eager()
         return self.objective.loss_and_grads(model, guide, *args, **kwargs)
 
@@ -172,9 +182,3 @@ class Gradients:
         is_slower = len(captured_seconds) == TIMED_STEPS and median(captured_seconds) > median(eager_seconds)
         if is_slower or recaptures > MAX_RECAPTURES:
             self._stay_eager()
-
-    def _is_well_known(self) -> bool:
-        """Return True for model and guide of one family on a CPU."""
-        owners = {id(getattr(fn, "__self__", None)) for fn in (self.model, self.guide)}
-        on_cpu = all(p.device.type == "cpu" for p in self.parameters.values())
-        return len(owners) == 1 and traces.is_family(self.model) and traces.is_family(self.guide) and on_cpu

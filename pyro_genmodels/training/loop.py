@@ -131,7 +131,7 @@ def train(
             or `Compiled()`, which is faster still, but is compiled first, for up to a minute. Numbers are those of eager steps
             to rounding. A graph does not validate values: Pyro then does so in the first step of each epoch only. None chooses,
             for families on a CPU and from the second epoch on, by the number of steps that will be made for certain: captured
-            from 3,000 steps on, compiled from 50,000 on. Adversarial training is eager unless it is asked for.
+            from 2,000 steps on, compiled from 50,000 on.
         progress: True to show a progress bar.
 
     Returns:

@@ -30,7 +30,7 @@ from pyro_genmodels.distributions.energy.partition import quick_log_partition
 from pyro_genmodels.divergences import EnergyKernel, mmd
 from pyro_genmodels.infer.adversarial import Adversarial, LostGameError
 from pyro_genmodels.infer.adversarial.losses import AdversarialLoss
-from pyro_genmodels.infer.compiled import Mode
+from pyro_genmodels.infer.compiled import CaptureError, Compiled, Eager, Mode, StaleGraphError
 from pyro_genmodels.infer.contrastive import ContrastiveDivergence, NoiseContrastive
 from pyro_genmodels.infer.denoising import DenoisingScoreMatching
 from pyro_genmodels.infer.flow_matching import FlowMatching
@@ -39,7 +39,7 @@ from pyro_genmodels.infer.sample_losses import SampleLoss
 from pyro_genmodels.optim.adapters import make_optimizer
 from pyro_genmodels.training.arguments import Batch
 from pyro_genmodels.training.batches import Batches
-from pyro_genmodels.training.gradients import Gradients
+from pyro_genmodels.training.gradients import Gradients, automatic_mode, is_well_known, warn_of_stale_graph
 from pyro_genmodels.utils.distributions import modules_and_tensors, unwrap
 from pyro_genmodels.utils.errors import warn_caller
 from pyro_genmodels.utils.keywords import keyword_names
@@ -60,7 +60,7 @@ def make_step(
         ValueError: if an adversarial loss lacks a critic, or has optimisers already.
     """
     model, guide = traces.as_pair(fit)
-    critic = getattr(fit, "critic", None)
+    critic, is_own = getattr(fit, "critic", None), not isinstance(objective, Adversarial)
     if objective is None and isinstance(critic, nn.Module):
         objective = Adversarial(model, critic, optim=optim, mode=mode)
     elif isinstance(objective, AdversarialLoss):
@@ -73,7 +73,7 @@ def make_step(
     elif isinstance(objective, Adversarial) and (optim is not None or mode is not None):
         raise ValueError("An Adversarial has optimisers and a mode of its own: pass optim= and mode= to Adversarial(...).")
     if isinstance(objective, Adversarial):
-        return AdversarialStep(objective, model, guide, batches)
+        return AdversarialStep(objective, model, guide, batches, chooses_mode=is_own and mode is None)
     if objective is not None and not isinstance(objective, ELBO):
         found = f"the class {objective.__name__}; call it" if isinstance(objective, type) else type(objective).__name__
         raise TypeError(f"objective wants a Pyro loss, an object such as MaximumLikelihood(), but found {found}.")
@@ -318,6 +318,7 @@ class AdversarialStep(_Step):
         model: the fit's model.
         guide: the fit's guide.
         batches: the data.
+        chooses_mode: True if the mode of the training is chosen by the number of steps to come, for a family on a CPU.
 
     Attributes:
         objective: the adversarial loss.
@@ -329,7 +330,15 @@ class AdversarialStep(_Step):
         smallest_loss: usual size of a loss that is 0 at first.
     """
 
-    def __init__(self, trainer: Adversarial, model: Callable[..., Any], guide: Callable[..., Any], batches: Batches) -> None:
+    def __init__(
+        self,
+        trainer: Adversarial,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        batches: Batches,
+        *,
+        chooses_mode: bool,
+    ) -> None:
         fit_modules = {m for module in traces.modules_of(model, guide) for m in module.modules()}
         if fit_modules and not fit_modules.intersection(traces.modules_of(trainer.model, trainer.guide)):
             raise ValueError("The objective is an Adversarial of another model than this fit: build it of fit.model.")
@@ -344,6 +353,8 @@ class AdversarialStep(_Step):
         self.extra_modules: list[nn.Module] = [] if owns_critic else [trainer.critic]
         self.wants_average = True
         self.smallest_loss = 1.0
+        self._is_reported = False
+        self._chooses_mode = chooses_mode and is_well_known(model, guide, self.parameters.values())
 
     @property
     def units(self) -> dict[str, str]:
@@ -360,9 +371,11 @@ class AdversarialStep(_Step):
         return self.trainer.mode
 
     def plan(self, num_steps: int, report: Callable[[str], None]) -> None:
-        """Leave the mode to the trainer: to capture a round takes so long that it is done only if it is asked for."""
-        if self.mode.captures and not self.trainer.steps:
-            report("capturing")
+        if self._chooses_mode and self.trainer.steps and not self.mode.captures:
+            self.trainer.mode = automatic_mode(num_steps)
+        if self.mode.captures and not self._is_reported:
+            report("compiling" if isinstance(self.mode, Compiled) else "capturing")
+            self._is_reported = True
 
     def step(self, batch: Batch, number: int) -> dict[str, float]:
         """Take one step of each, and return the loss of the generator as "train" and of the critic as "critic".
@@ -371,12 +384,24 @@ class AdversarialStep(_Step):
             FloatingPointError: if a loss or gradient is not finite, or the data are not.
         """
         try:
-            losses = self.trainer.step(*batch.args, **self._kwargs(batch, self.rows))
+            losses = self._losses(batch)
         except (LostGameError, ValueError) as error:
             if found := batch.nonfinite_rows():
                 raise FloatingPointError(f"the loss is nan at step {number}: {found}") from error
             raise
         return {"train": losses["generator"], "critic": losses["critic"]}
+
+    def _losses(self, batch: Batch) -> dict[str, float]:
+        """Take one step of each. What a graph cannot do, an eager step can, unless a graph was asked for."""
+        kwargs = self._kwargs(batch, self.rows)
+        try:
+            return self.trainer.step(*batch.args, **kwargs)
+        except (CaptureError, NotImplementedError, StaleGraphError) as error:
+            if not (self._chooses_mode and self.mode.captures):
+                raise
+            warn_of_stale_graph(error)
+        self._chooses_mode, self.trainer.mode = False, Eager()
+        return self.trainer.step(*batch.args, **kwargs)
 
     def loss(self, batch: Batch) -> float:
         """Return the loss of the generator on a batch, without a step."""

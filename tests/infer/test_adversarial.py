@@ -687,7 +687,7 @@ def test_train_takes_an_adversarial_loss_and_validates_by_the_energy_distance():
     with pytest.raises(ValueError, match="Pass objective=Adversarial"):
         train(Flow((2,)), x, objective=Hinge(), epochs=1, progress=False)
     gan = GAN((2,))
-    with pytest.raises(ValueError, match="pass optim= to Adversarial"):
+    with pytest.raises(ValueError, match="pass optim= and mode= to Adversarial"):
         train(gan, x, objective=Adversarial(gan.model, gan.critic), optim=partial(Adam, lr=1e-3), epochs=1, progress=False)
 
 

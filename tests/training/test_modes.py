@@ -12,12 +12,24 @@ from pyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_genmodels import MAF, VAE, EnergyModel, Flow, FlowMatching, MaximumLikelihood, ODEFlow, train
+from pyro_genmodels import (
+    GAN,
+    MAF,
+    VAE,
+    DenseCritic,
+    DenseGenerator,
+    EnergyModel,
+    Flow,
+    FlowMatching,
+    MaximumLikelihood,
+    ODEFlow,
+    train,
+)
 from pyro_genmodels.infer.compiled import Captured, CaptureError, Compiled, Eager
 from pyro_genmodels.training import Checkpoint, gradients
 
 train = partial(train, progress=False)
-CAPTURED = Captured()
+CAPTURED = Captured(script=False)
 SOLVED = "by steps that depend on values"
 """What the refusal of a solver with adaptive steps says."""
 
@@ -34,7 +46,7 @@ def run(build, data, **options):
     """Return the losses of all epochs, and the fit."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-    fit = train(build(), data, **({"epochs": 3, "batch_size": 10, "seed": 1} | options))
+    fit = train(build(), data, **({"epochs": 2, "batch_size": 10, "seed": 1} | options))
     return [{name: value for name, value in record.items() if name != "seconds"} for record in fit.history], fit
 
 
@@ -78,9 +90,8 @@ def test_the_objective_of_a_continuous_flow_without_its_solver():
     assert_same_runs(partial(ODEFlow, (2,)), torch.randn(23, 2), objective=FlowMatching())
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_renyis_bound(alpha):
-    assert_same_runs(small_vae, torch.randn(23, 2), objective=RenyiELBO(alpha=alpha, num_particles=3))
+def test_renyis_bound():
+    assert_same_runs(small_vae, torch.randn(20, 2), objective=RenyiELBO(alpha=0.5, num_particles=2))
 
 
 def test_an_energy_with_validation_is_captured_once(monkeypatch):
@@ -94,7 +105,7 @@ def test_an_energy_with_validation_is_captured_once(monkeypatch):
 
     monkeypatch.setattr(gradients, "CapturedLoss", Noted)
     x = torch.randn(20, 2)
-    assert_same_runs(partial(EnergyModel, (2,), num_steps=3), x, valid=x, epochs=3)
+    assert_same_runs(partial(EnergyModel, (2,), num_steps=3), x, valid=x)
     assert [finding.what for loss in seen for finding in loss.findings if finding.what != "audit"] == ["capture"]
 
 
@@ -110,18 +121,18 @@ def test_a_compiled_run_has_the_losses_of_an_eager_run():
 
 def test_other_seeds_give_other_losses():
     x = torch.randn(20, 2)
-    first, _ = run(small_vae, x, mode=Captured())
-    again, _ = run(small_vae, x, mode=Captured())
-    other, _ = run(small_vae, x, mode=Captured(), seed=2)
+    first, _ = run(small_vae, x, mode=CAPTURED)
+    again, _ = run(small_vae, x, mode=CAPTURED)
+    other, _ = run(small_vae, x, mode=CAPTURED, seed=2)
     assert first == again
     assert first[-1]["train"] != other[-1]["train"]
 
 
-@pytest.mark.parametrize("modes", [(Captured(), Captured()), (Eager(), Captured()), (Captured(), Eager())], ids=str)
+@pytest.mark.parametrize("modes", [(CAPTURED, CAPTURED), (Eager(), CAPTURED), (CAPTURED, Eager())], ids=str)
 def test_a_resumed_run_goes_on_with_the_same_numbers(modes, tmp_path):
     x = torch.randn(23, 2)
     wanted, _ = run(small_vae, x, epochs=4, valid=0.2, ema_decay=0.9)
-    run(small_vae, x, epochs=2, valid=0.2, ema_decay=0.9, mode=modes[0], checkpoint=tmp_path / "run")
+    run(small_vae, x, valid=0.2, ema_decay=0.9, mode=modes[0], checkpoint=tmp_path / "run")
     resumed = {"mode": modes[1], "checkpoint": Checkpoint(tmp_path / "run", resume=True)}
     found, _ = run(small_vae, x, epochs=4, valid=0.2, ema_decay=0.9, **resumed)
     assert_same_losses(found, wanted)
@@ -163,7 +174,7 @@ def test_a_long_run_is_captured_after_its_first_epoch(soon):
 
 
 @pytest.mark.parametrize(
-    ("num_steps", "mode"), [(1, Eager()), (2_999, Eager()), (3_000, Captured()), (49_999, Captured()), (50_000, Compiled())]
+    ("num_steps", "mode"), [(1, Eager()), (1_999, Eager()), (2_000, Captured()), (49_999, Captured()), (50_000, Compiled())]
 )
 def test_the_choice_by_the_number_of_steps(num_steps, mode, monkeypatch):
     monkeypatch.setattr(gradients, "missing_compiler", lambda: None)
@@ -184,6 +195,22 @@ def test_the_steps_that_are_certain_end_with_patience(monkeypatch):
     seen.clear()
     run(small_flow, x, epochs=9, patience=4)
     assert seen == [2 * epochs for epochs in range(8, 0, -1)]  # the first epoch is eager
+
+
+def test_a_long_adversarial_run_is_captured_after_its_first_epoch(soon):
+    x = torch.randn(20, 2)
+    build = partial(GAN, (2,), generator=DenseGenerator((8,)), critic=DenseCritic((8,)))
+    wanted, _ = run(build, x, mode=Eager())
+    found, fit = run(build, x)
+    assert fit.mode == Captured()
+    assert_same_losses(found, wanted)
+
+
+def test_an_adversarial_run_by_another_optimiser_stays_eager(soon):
+    build = partial(GAN, (2,), generator=DenseGenerator((8,)), critic=DenseCritic((8,)))
+    with warnings.catch_warnings(action="error"):
+        fit = run(build, torch.randn(20, 2), optim=partial(torch.optim.Rprop, lr=1e-3))[1]
+    assert fit.mode == Eager()
 
 
 def test_a_graph_that_is_slower_is_given_up(soon, monkeypatch):

@@ -29,7 +29,7 @@ from pyro_genmodels.infer.adversarial import (
 )
 from pyro_genmodels.infer.compiled import Captured, CaptureError, Compiled, Eager
 
-STEPS = 6
+STEPS = 4
 X = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
 SMALL = {"generator": DenseGenerator((8,)), "critic": DenseCritic((8,))}
 
@@ -127,7 +127,11 @@ def assert_same_losses(found, wanted):
         assert losses == pytest.approx(other, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("build", GAMES.values(), ids=GAMES)
+SHOWN = {"relativistic, both penalties", "WGAN, gradient penalty", "two optimisers", "joint", "score function"}
+ROWS = [pytest.param(build, id=name, marks=() if name in SHOWN else pytest.mark.slow) for name, build in GAMES.items()]
+
+
+@pytest.mark.parametrize("build", ROWS)
 def test_a_captured_game_is_the_eager_one(build):
     wanted, eager, state = played(build, Eager())
     found, captured, found_state = played(build, Captured(script=False))
@@ -139,6 +143,7 @@ def test_a_captured_game_is_the_eager_one(build):
     assert wanted[0] != wanted[-1]
 
 
+@pytest.mark.slow
 def test_a_game_by_torchscript():
     assert_same_losses(played(of_gan(), Captured())[0], played(of_gan(), Eager())[0])
 
