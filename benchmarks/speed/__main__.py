@@ -19,7 +19,7 @@ import pyro
 import torch
 import typer
 
-from benchmarks.speed.measure import Bench, Peers, SkippedError, TableRow, elapsed
+from benchmarks.speed.measure import Bench, Peers, TableRow, elapsed
 from benchmarks.speed.report import head, line, write
 from benchmarks.speed.sections import SECTIONS
 
@@ -32,7 +32,7 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads of every call.")] = 1,
     memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
     data_dir: Annotated[Path | None, typer.Option(envvar="PYRO_GENMODELS_DATA", help="Folder that holds posteriordb/.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Markdown file whose part on speed is written anew.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Markdown file whose tables are written anew.")] = None,
 ) -> None:
     """Measure speed, print a row for each pair, and exit with 1 if a section failed."""
     if unknown := set(only or ()) - set(SECTIONS):
@@ -42,7 +42,6 @@ def main(
     if data_dir is not None:
         os.environ["PYRO_GENMODELS_DATA"] = str(data_dir)
     torch.set_num_threads(threads)
-    start, rows, notes = time.perf_counter(), [], []
     said: list[tuple[str, ...]] = []
 
     def say(row: TableRow) -> None:
@@ -52,23 +51,25 @@ def main(
             typer.echo(head(row.header))
         typer.echo(line(row.cells()))
 
-    bench = Bench(rounds, seconds, threads, Peers(threads), say, memory)
-    failed = False
+    peers, failed = Peers(threads), False
     for name in only or SECTIONS:
         pyro.set_rng_seed(0)
         pyro.clear_param_store()
+        start, bench = time.perf_counter(), Bench(rounds, seconds, threads, peers, memory, say)
         try:
-            rows += SECTIONS[name](bench)
-        except SkippedError as reason:
-            notes.append(f"{name} skipped: {reason}")
-        except Exception as error:
+            SECTIONS[name](bench)
+        except Exception as error:  # the other sections are measured all the same
             failed = True
-            notes.append(f"{name} failed: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
             typer.echo(traceback.format_exc(), err=True)
-        typer.echo(f"{notes[-1] if notes and notes[-1].startswith(name) else name} after {elapsed(start)}", err=True)
-    bench.peers.close()
-    if out is not None:
-        write(out, rows, notes, f"`python -m benchmarks.speed --rounds {rounds} --threads {threads}`, {elapsed(start)}")
+            bench.notes.append(f"{name} failed: {type(error).__name__}")
+        notes, how = (
+            list(dict.fromkeys(bench.notes)),
+            f"`--only {name} --rounds {rounds} --threads {threads}`, {elapsed(start)}",
+        )
+        typer.echo("\n".join([*notes, how]), err=True)
+        if out is not None:
+            write(out, name, bench.rows, notes, how)
+    peers.close()
     if failed:
         raise typer.Exit(1)
 

@@ -11,7 +11,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, ClassVar, Protocol
@@ -20,10 +20,6 @@ from benchmarks.clock import peak_mib, seconds_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
-
-
-class SkippedError(Exception):
-    """Sign that a row cannot be measured here; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +111,10 @@ class Call(Protocol):
     name: str
     steps: int
 
+    @property
+    def available(self) -> bool:
+        """True if the call can be made."""
+
     def build(self) -> float:
         """Make the first call and return its seconds."""
 
@@ -132,6 +132,7 @@ class Here:
     name: str
     function: Callable[[], object]
     steps: int = 1
+    available: bool = True
 
     def build(self) -> float:
         return seconds_of(self.function)
@@ -154,7 +155,6 @@ class Peers:
         """Send a request and return the answer.
 
         Raises:
-            SkippedError: There is no environment of the peers.
             RuntimeError: The peer failed.
         """
         if self._process is None:
@@ -167,16 +167,10 @@ class Peers:
             raise RuntimeError("the process of the peers has ended; its last words are above")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise (
-                SkippedError(answer["error"].strip().splitlines()[-1])
-                if "FileNotFoundError" in answer["error"]
-                else RuntimeError(answer["error"])
-            )
+            raise RuntimeError(answer["error"])
         return answer
 
     def _start(self) -> subprocess.Popen[str]:
-        if not PEERS.exists():
-            raise SkippedError("there is no .venv-peers; `make bench-peers` makes it")
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(self._threads),
@@ -193,6 +187,11 @@ class Peers:
             stdout=subprocess.PIPE,
             text=True,
         )
+
+    @property
+    def available(self) -> bool:
+        """True if the environment of the peers was made."""
+        return PEERS.exists()
 
     def close(self) -> None:
         """End the process."""
@@ -213,6 +212,10 @@ class There:
     steps: int = 1
 
     @property
+    def available(self) -> bool:
+        return self.peers.available
+
+    @property
     def key(self) -> str:
         return f"{self.function} {self.arguments}"
 
@@ -230,48 +233,55 @@ class There:
 
 @dataclass
 class Bench:
-    """Settings of a run, and its rows.
+    """Settings of a run, and the rows of a section.
 
     Attributes:
         rounds: number of turns of each comparison.
         seconds: length of the block of calls that is measured in a turn; one call at least.
         threads: number of threads of every call.
         peers: process of the peers.
-        say: prints a row as soon as it is known.
         memory: True if peak memory is measured too.
+        say: prints a row as soon as it is known.
+        rows: rows so far.
+        notes: what was left out, and why.
     """
 
     rounds: int
     seconds: float
     threads: int
     peers: Peers
-    say: Callable[[TableRow], None]
     memory: bool = True
+    say: Callable[[TableRow], None] = lambda row: None
+    rows: list[TableRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
-    def compare(
-        self, work: str, ours: Call, others: Sequence[tuple[Call, Target | None]], rounds: int | None = None
-    ) -> list[Row]:
-        """Measure calls turn by turn and return a row for each pair; the first is this package's."""
+    def add(self, row: TableRow) -> None:
+        """Keep a row and print it."""
+        self.rows.append(row)
+        self.say(row)
+
+    def can(self, call: Call) -> bool:
+        """Return True if a call can be made, and make a note if not."""
+        if not call.available:
+            self.notes.append(f"{call.name} is left out, as there is no .venv-peers; `make bench-peers` makes it")
+        return call.available
+
+    def compare(self, work: str, ours: Call, others: Sequence[tuple[Call, Target | None]]) -> None:
+        """Measure calls turn by turn and add a row for each pair; the first is this package's."""
+        others = [(call, target) for call, target in others if self.can(call)]
         calls = [ours, *(call for call, _ in others)]
-        turns = self.turns(calls, rounds)
+        turns = self.turns(calls)
         memory = [call.mib() if self.memory else None for call in calls]
-        rows = []
         for j, (call, target) in enumerate(others, start=1):
             ratios = [turn[0] / turn[j] for turn in turns]
-            low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+            low, _, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
             figures = tuple(duration(median(turn[k] for turn in turns)) for k in (0, j))
-            row = Row(work, ours.name, call.name, figures, median(ratios), low, high, target, (memory[0], memory[j]))
-            self.say(row)
-            rows.append(row)
-        return rows
+            self.add(Row(work, ours.name, call.name, figures, median(ratios), low, high, target, (memory[0], memory[j])))
 
-    def turns(self, calls: Sequence[Call], rounds: int | None = None) -> list[list[float]]:
+    def turns(self, calls: Sequence[Call]) -> list[list[float]]:
         """Return the seconds of a step of each call, for each turn; the turn before the first is not counted."""
         repeats = [self._block(call) for call in calls]
-        turns = [
-            [call.seconds(n) / call.steps for call, n in zip(calls, repeats, strict=True)]
-            for _ in range((rounds or self.rounds) + 1)
-        ]
+        turns = [[call.seconds(n) / call.steps for call, n in zip(calls, repeats, strict=True)] for _ in range(self.rounds + 1)]
         return turns[1:]
 
     def medians(self, calls: Sequence[Call]) -> list[float]:

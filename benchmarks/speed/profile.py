@@ -93,9 +93,8 @@ def names(frame: FrameType | None) -> list[str]:
     return found
 
 
-def profile(bench: Bench) -> list[Shares]:
+def profile(bench: Bench) -> None:
     """Look at steps of four programs."""
-    rows = []
     makers: dict[str, Callable[[], programs.Program]] = {
         "eight schools": lambda: programs.with_normal_guide("eight schools"),
         "logistic": lambda: programs.with_normal_guide("logistic"),
@@ -105,6 +104,4 @@ def profile(bench: Bench) -> list[Shares]:
         for call, parts in ((stock(make()), STOCK_PARTS), (compiled(make()), COMPILED_PARTS)):
             for _ in range(100):
                 call.function()
-            rows.append(Shares(f"{work}, step", call.name, shares(call.function, parts, 3.0)))
-            bench.say(rows[-1])
-    return rows
+            bench.add(Shares(f"{work}, step", call.name, shares(call.function, parts, 3.0)))

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from benchmarks.speed.measure import TableRow
 
-BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
-
 
 def line(cells: Sequence[str]) -> str:
     """Return a line of a table."""
@@ -21,13 +19,12 @@ def head(cells: Sequence[str]) -> str:
     return f"{line(cells)}\n|{'---|' * len(cells)}"
 
 
-def write(path: Path, rows: Sequence[TableRow], notes: Sequence[str], how: str) -> None:
-    """Write tables between the two marks of a file, or at its end if it has none."""
-    tables = [
-        "\n".join([head(header), *(line(row.cells()) for row in group)])
-        for header, group in groupby(rows, key=lambda r: r.header)
-    ]
-    block = "\n\n".join([BEGIN, f"{how}.", *tables, *(f"{note}." for note in notes), END])
-    before, mark, rest = (path.read_text() if path.exists() else "").partition(BEGIN)
-    after = rest.partition(END)[2] if mark else "\n"
+def write(path: Path, section: str, rows: Sequence[TableRow], notes: Sequence[str], how: str) -> None:
+    """Write the tables of a section between its marks in a file, or at the end of a file that has no such marks."""
+    begin, end = f"<!-- speed, {section}: begin -->", f"<!-- speed, {section}: end -->"
+    groups = groupby(rows, key=lambda row: row.header)
+    tables = ["\n".join([head(header), *(line(row.cells()) for row in group)]) for header, group in groups]
+    block = "\n\n".join([begin, *tables, *(f"{note}." for note in notes), f"{how}.", end])
+    before, mark, rest = (path.read_text() if path.exists() else "").partition(begin)
+    after = rest.partition(end)[2] if mark else "\n"
     path.write_text(f"{before}{block}{after}")

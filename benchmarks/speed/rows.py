@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.peers import data
 from benchmarks.peers.data import FLOW_BATCH, FLOW_BINS, FLOW_FEATURES, FLOW_HIDDEN, FLOW_TRANSFORMS
 from benchmarks.speed import programs
-from benchmarks.speed.measure import AtMost, Bench, Here, Row, Target, There
+from benchmarks.speed.measure import AtMost, Bench, Here, Target, There
 from benchmarks.speed.programs import Program
 from pyro_genmodels import MAF, NSF, VAE, BernoulliLikelihood, Flow, MaximumLikelihood
 from pyro_genmodels.infer.compiled import CapturedLoss, CompiledSVI, captured_target
@@ -60,19 +60,16 @@ def compiled_run(name: str) -> Here:
     return Here("CompiledSVI.run", lambda: svi.run(steps, *program.args, unroll=UNROLL[name], progress=False), steps)
 
 
-def svi_step(bench: Bench) -> list[Row]:
+def svi_step(bench: Bench) -> None:
     """Measure a step of small models."""
-    rows = []
     for name, limit in (("eight schools", 0.03), ("hierarchical", 0.03), ("logistic", 0.08)):
         numpyro = There("NumPyro, jitted update", bench.peers, "numpyro_programs", "svi_step", {"name": name})
         make = programs.with_normal_guide
-        rows += bench.compare(f"{name}, step", compiled(make(name)), [(stock(make(name)), AtMost(limit)), (numpyro, None)])
-    return rows
+        bench.compare(f"{name}, step", compiled(make(name)), [(stock(make(name)), AtMost(limit)), (numpyro, None)])
 
 
-def svi_run(bench: Bench) -> list[Row]:
+def svi_run(bench: Bench) -> None:
     """Measure a step inside a run of small models."""
-    rows = []
     targets: dict[str, tuple[Target | None, Target]] = {
         "eight schools": (AtMost(0.01), AtMost(2)),
         "hierarchical": (AtMost(0.01), AtMost(2)),
@@ -84,11 +81,10 @@ def svi_run(bench: Bench) -> list[Row]:
         numpyro = There("NumPyro, SVI.run", bench.peers, "numpyro_programs", "svi_run", arguments, steps)
         make = programs.with_normal_guide
         others = [(stock(make(name)), stock_target), (numpyro, numpyro_target)]
-        rows += bench.compare(f"{name}, a step of a run", compiled_run(name), others)
-    return rows
+        bench.compare(f"{name}, a step of a run", compiled_run(name), others)
 
 
-def restarts(bench: Bench) -> list[Row]:
+def restarts(bench: Bench) -> None:
     """Measure a step of many restarts against as many steps."""
     program, one = programs.with_normal_guide("eight schools"), compiled(programs.with_normal_guide("eight schools"))
     many = compiled(program, f"CompiledSVI.step, {RESTARTS} restarts", num_restarts=RESTARTS)
@@ -97,29 +93,25 @@ def restarts(bench: Bench) -> list[Row]:
         for _ in range(RESTARTS):
             one.function()
 
-    return bench.compare("eight schools, restarts", many, [(Here(f"{RESTARTS} x CompiledSVI.step", steps), AtMost(0.03))])
+    bench.compare("eight schools, restarts", many, [(Here(f"{RESTARTS} x CompiledSVI.step", steps), AtMost(0.03))])
 
 
-def enumeration(bench: Bench) -> list[Row]:
+def enumeration(bench: Bench) -> None:
     """Measure a step of models whose discrete sites are summed out."""
-    rows = []
     for name in ("GMM", "HMM"):
         make = programs.enumerated
-        rows += bench.compare(f"{name} by TraceEnum_ELBO, step", compiled(make(name)), [(stock(make(name)), AtMost(0.05))])
-    return rows
+        bench.compare(f"{name} by TraceEnum_ELBO, step", compiled(make(name)), [(stock(make(name)), AtMost(0.05))])
 
 
-def vae(bench: Bench) -> list[Row]:
+def vae(bench: Bench) -> None:
     """Measure a step of a VAE."""
-    rows = []
     for batch, limit in ((32, 0.30), (128, 0.40), (256, 0.50)):
         others: list[tuple[Here, Target | None]] = [
             (stock(programs.vae(batch)), AtMost(limit)),
             (Here("PyTorch by hand", programs.vae_by_hand(batch, compiled=False)), AtMost(0.75)),
             (Here("the same, torch.compile", programs.vae_by_hand(batch, compiled=True)), AtMost(1.0)),
         ]
-        rows += bench.compare(f"VAE, batch {batch}, step", compiled(programs.vae(batch)), others)
-    return rows
+        bench.compare(f"VAE, batch {batch}, step", compiled(programs.vae(batch)), others)
 
 
 CHOICES = {"NSF": (NSF, zuko.flows.NSF, {"bins": FLOW_BINS}), "MAF": (MAF, zuko.flows.MAF, {})}
@@ -151,45 +143,38 @@ def zuko_loss(flow: nn.Module, x: Tensor) -> Here:
     return gradient("zuko", lambda x: -flow().log_prob(x).sum(), x, flow)
 
 
-def flow(bench: Bench) -> list[Row]:
+def flow(bench: Bench) -> None:
     """Measure loss and gradient of flows."""
-    rows = []
     for name in CHOICES:
         ours, bare, x = flow_pair(name, FLOW_BATCH)
         loss = CapturedLoss(ours.model, ours.guide, MaximumLikelihood())
         others: list[tuple[Here | There, Target | None]] = [(zuko_loss(bare, x), AtMost(0.45))]
         for peer in ("nflows", "normflows"):
             others.append((There(peer, bench.peers, "torch_programs", peer, {"name": name}), AtMost(0.40)))
-        rows += bench.compare(f"{name}, loss and gradient, batch {FLOW_BATCH}", Here("CapturedLoss", partial(loss, x)), others)
-    return rows
+        bench.compare(f"{name}, loss and gradient, batch {FLOW_BATCH}", Here("CapturedLoss", partial(loss, x)), others)
 
 
-def flow_eager(bench: Bench) -> list[Row]:
+def flow_eager(bench: Bench) -> None:
     """Measure what this package adds to zuko, without a capture."""
-    rows = []
     for name in CHOICES:
         for batch in (32, FLOW_BATCH):
             ours, bare, x = flow_pair(name, batch)
             eager = gradient("Flow, MaximumLikelihood", MaximumLikelihood()(ours), x, ours)
-            rows += bench.compare(f"{name}, eager, batch {batch}", eager, [(zuko_loss(bare, x), AtMost(1.05))])
-    return rows
+            bench.compare(f"{name}, eager, batch {batch}", eager, [(zuko_loss(bare, x), AtMost(1.05))])
 
 
-def vae_eager(bench: Bench) -> list[Row]:
+def vae_eager(bench: Bench) -> None:
     """Measure what this package adds to a VAE written in Pyro, without a capture."""
-    rows = []
     for batch in (32, 256):
         widths, x = (programs.VAE_HIDDEN,) * 2, programs.images(batch)
         ours = VAE((programs.VAE_PIXELS,), latent_dim=programs.VAE_LATENT, likelihood=BernoulliLikelihood(), hidden=widths)
         svi = SVI(ours.model, ours.guide, adam(), Trace_ELBO())
         eager = Here("VAE, SVI.step", partial(svi.step, x))
-        rows += bench.compare(f"VAE, eager, batch {batch}", eager, [(stock(programs.vae(batch)), AtMost(1.05))])
-    return rows
+        bench.compare(f"VAE, eager, batch {batch}", eager, [(stock(programs.vae(batch)), AtMost(1.05))])
 
 
-def langevin(bench: Bench) -> list[Row]:
+def langevin(bench: Bench) -> None:
     """Measure Langevin chains on an energy of two layers; ratios are of rates."""
-    rows = []
     for name, (chains, dims, steps) in data.LANGEVIN.items():
         width = data.LANGEVIN_HIDDEN
         layers = [nn.Linear(dims, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)]
@@ -199,5 +184,4 @@ def langevin(bench: Bench) -> list[Row]:
         captured = captured_target(target, x, block=BLOCK if chains > BLOCK else None)
         eager = Here("Langevin", partial(run, sampler, target, x, steps, step_size=size), steps)
         ours = Here("Langevin, captured", partial(run, sampler, captured, x, steps, step_size=size), steps)
-        rows += bench.compare(f"Langevin, {name}, a step of all chains", ours, [(theirs, AtMost(1 / 1.5)), (eager, None)])
-    return rows
+        bench.compare(f"Langevin, {name}, a step of all chains", ours, [(theirs, AtMost(1 / 1.5)), (eager, None)])

@@ -45,9 +45,8 @@ class Slope:
         return (self.size, sizes, self.call, ", ".join(map(duration, self.seconds)), f"{slope:.2f}")
 
 
-def scaling(bench: Bench) -> list[Slope]:
+def scaling(bench: Bench) -> None:
     """Measure steps of growing problems."""
-    slopes = []
     for size, (sizes, make) in SIZES.items():
         found: dict[str, list[float]] = {"CompiledSVI.step": [], "stock SVI": [], "its first steps, which compile": []}
         for n in sizes:
@@ -57,6 +56,4 @@ def scaling(bench: Bench) -> list[Slope]:
             found[ours.name].append(pairs[0])
             found[theirs.name].append(pairs[1])
         for name, seconds in found.items():
-            slopes.append(Slope(size, sizes, name, tuple(seconds)))
-            bench.say(slopes[-1])
-    return slopes
+            bench.add(Slope(size, sizes, name, tuple(seconds)))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from benchmarks.speed import nuts, profile, rows, scaling, startup
-from benchmarks.speed.measure import Bench, TableRow
+from benchmarks.speed.measure import Bench
 
-SECTIONS: dict[str, Callable[[Bench], Sequence[TableRow]]] = {
+SECTIONS: dict[str, Callable[[Bench], None]] = {
     "svi-step": rows.svi_step,
     "svi-run": rows.svi_run,
     "enum": rows.enumeration,

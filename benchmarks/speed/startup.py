@@ -70,18 +70,15 @@ class BreakEven:
         return (self.work, self.how, duration(self.build), mib, duration(self.stock), duration(self.step), pays)
 
 
-def startup(bench: Bench) -> list[BreakEven]:
+def startup(bench: Bench) -> None:
     """Measure how soon compiling pays."""
-    rows = []
     for work in PROGRAMS:
         with tempfile.TemporaryDirectory() as cache:
             for mode, how in (("compiled", "compiled, cold"), ("compiled", "compiled, warm"), ("captured", "captured")):
                 environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
                 command = [sys.executable, "-m", "benchmarks.speed.startup", work, mode, str(bench.threads)]
                 answer = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True, text=True)
-                rows.append(BreakEven(work, how, **json.loads(answer.stdout.splitlines()[-1])))
-                bench.say(rows[-1])
-    return rows
+                bench.add(BreakEven(work, how, **json.loads(answer.stdout.splitlines()[-1])))
 
 
 def main(work: str, mode: str, threads: int) -> None:
@@ -91,7 +88,7 @@ def main(work: str, mode: str, threads: int) -> None:
     start = time.perf_counter()
     mib = peak_mib(call.function, repeats=1)
     build = time.perf_counter() - start
-    bench = Bench(10, 0.05, threads, Peers(threads), print)
+    bench = Bench(10, 0.05, threads, Peers(threads))
     step, other = bench.medians([call, stock(PROGRAMS[work]())])
     print(json.dumps({"build": build - step, "stock": other, "step": step, "mib": mib}))
 
