@@ -149,6 +149,8 @@ def sample_chain(
         raise
     except BaseException as error:  # a panic of Rust is no Exception
         raise (errors[0] if errors else RuntimeError(f"nutpie failed: {error}")) from None
+    finally:
+        del sampler  # an error keeps this frame alive, and with it the sampler's threads
     if errors:
         raise errors[0]
     return ChainDraws(

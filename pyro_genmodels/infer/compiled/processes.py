@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__ = ["available_cores", "can_fork", "run_forked", "run_in_turn"]
 
+import gc
 import multiprocessing as mp
 import os
 import pickle
@@ -99,6 +100,7 @@ def run_forked(tasks: Sequence[Task[T]], num_processes: int, report: Callable[[i
 
 def _work(task: Task[Any], i: int, steps: Any, sender: Connection) -> None:
     """Run a task in this process, and send (result, None), or (None, error)."""
+    gc.freeze()  # garbage of the parent may own threads, and to collect it here would be to wait for them
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the parent, which ends its processes
     torch.set_num_threads(1)
 

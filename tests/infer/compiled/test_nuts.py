@@ -1,5 +1,6 @@
 """`CompiledNUTS` against conjugate posteriors and Pyro's own NUTS, and as a run of `MCMC` wherever one is taken."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -19,8 +20,7 @@ from pyro_genmodels import to_arviz
 from pyro_genmodels.infer.compiled import processes
 from pyro_genmodels.infer.compiled.modes import Captured, Compiled, Eager
 from pyro_genmodels.infer.compiled.nuts import CompiledNUTS
-from pyro_genmodels.infer.compiled.recorder import StaleGraphError
-from pyro_genmodels.infer.compiled.recorder import CaptureError
+from pyro_genmodels.infer.compiled.recorder import CaptureError, StaleGraphError
 
 THRESHOLD = 6.0
 """Standard errors. A false alarm has probability 2e-9, and 7e-6 if the effective sample size is 1.8 times too large."""
@@ -397,6 +397,26 @@ def test_tasks_report_their_steps():
     pids = processes.run_forked([task] * 3, 2, reports.append)
     assert sum(reports) == 15
     assert len({*pids, os.getpid()}) == 4
+
+
+def test_garbage_of_the_parent_is_not_collected_in_a_process():
+    """An object that owns threads, such as a sampler, would wait for them forever: they do not exist in a fork."""
+    parent = os.getpid()
+
+    class Owner:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            if os.getpid() != parent:
+                os._exit(1)
+
+    gc.disable()
+    try:
+        Owner()
+        assert processes.run_forked([lambda step: gc.collect() >= 0], 1, lambda steps: None) == [True]
+    finally:
+        gc.enable()
 
 
 def test_random_numbers_in_the_model_are_found_out():
