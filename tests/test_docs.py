@@ -31,6 +31,7 @@ ALONE = ("examples", "recipes")  # pages whose sections run by themselves
 SLOW = {  # pages and sections that train for seconds; `make test-docs` runs them
     "adversarial",
     "energies",
+    "speed",
     "examples, An energy-based model and its normalising constant",
     "examples, A diffusion as prior",
     "examples, A flow as likelihood",
