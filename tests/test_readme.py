@@ -14,7 +14,7 @@ def blocks():
         yield pytest.param(code, id=str(i), marks=pytest.mark.slow if "Compiled" in code else ())
 
 
-@pytest.mark.parametrize("code", blocks())
+@pytest.mark.parametrize("code", list(blocks()))
 def test_code_runs(code, capsys):
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out
