@@ -67,10 +67,9 @@ def warn_of_stale_graph(error: Exception) -> None:
 class Gradients:
     """The loss of a fit, with its gradients added to those of the parameters, like ``objective.loss_and_grads``.
 
-    The first step of each epoch is eager: it makes what is made once, such as the chains of an energy, and it uses what is
-    known of the parameters that were validated, such as log Z. By the automatic choice the first epoch is eager too, in which
-    Pyro validates every row; a graph does not validate. The automatic choice leaves models and guides of your own eager, since
-    what they count in Python would be counted differently.
+    The first step is eager, since it makes what is made once, such as the chains of an energy. By the automatic choice so is
+    the first epoch, in which Pyro validates every row; a graph does not validate. It leaves models and guides of your own eager,
+    since what they count in Python would be counted differently.
 
     Args:
         model: the fit's model.
@@ -112,8 +111,7 @@ class Gradients:
             report: function of a text, called while a graph is built.
         """
         self._report = report
-        is_begun, self._is_first = not self._is_first, True
-        if self._chooses and is_begun and not self.mode.captures:
+        if self._chooses and not self._is_first and not self.mode.captures:
             try:
                 self._run_by(automatic_mode(num_steps))
             except CaptureError:

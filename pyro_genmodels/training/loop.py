@@ -129,9 +129,9 @@ def train(
         model_kwargs: further keyword arguments of model and guide, which are the same at every step and are not cut into rows.
         mode: how loss and gradients are computed: `Eager()`; `Captured()`, as a graph that saves the time of Pyro and Python;
             or `Compiled()`, which is faster still, but is compiled first, for a minute or so. Numbers are those of eager steps
-            to rounding. A graph does not validate values: Pyro then does so in the first step of each epoch only. None chooses,
-            for families on a CPU and from the second epoch on, by the number of steps that will be made for certain: captured
-            from 2,000 steps on, compiled from 50,000 on.
+            to rounding. A graph does not validate values: Pyro then does so for the first batch of each size only. None
+            chooses, for families on a CPU and from the second epoch on, by the number of steps that will be made for certain:
+            captured from 2,000 steps on, compiled from 50,000 on.
         progress: True to show a progress bar.
 
     Returns:

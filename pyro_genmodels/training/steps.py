@@ -190,7 +190,7 @@ class LossStep(_Step):
             and any(capabilities(d).has_noise_error for d in self.distributions)
         )
         self.smallest_loss = 0.0 if isinstance(self.objective, SampleLoss) else 1.0
-        self._warned = False
+        self._warned, self._knows_log_partition = False, False
 
     @property
     def units(self) -> dict[str, str]:
@@ -220,10 +220,8 @@ class LossStep(_Step):
         """
         for p in self.parameters.values():
             p.grad = None
-        if number == 2 and self.mode.captures:
-            for d in self.distributions:
-                getattr(d, "log_partition", None)  # forgets log Z of other parameters, since a graph cannot compare these
-        loss = self._loss(self.gradients, batch, self.rows)
+        is_eager, self._knows_log_partition = self._knows_log_partition, False  # a graph cannot know log Z
+        loss = self._loss(self.objective.loss_and_grads if is_eager else self.gradients, batch, self.rows)
         rows = self.rows if self.takes_size else batch.rows
         for p in self.parameters.values():
             if p.grad is not None:
@@ -234,6 +232,9 @@ class LossStep(_Step):
                 advice = batch.nonfinite_rows() or "lower the learning rate, or look for outliers"
                 raise FloatingPointError(f"the {name} is {value} at step {number}: {advice}")
         self.optimiser.step()
+        if is_eager and self.mode.captures:
+            for d in self.distributions:
+                getattr(d, "log_partition", None)  # forgets log Z of other parameters
         return {"train": loss}
 
     def loss(self, batch: Batch) -> float:
@@ -245,6 +246,7 @@ class LossStep(_Step):
         """Return the mean loss of held-out data per datum."""
         if energies := [d for d in self.distributions if capabilities(d).intractable]:
             self._prepare_log_partition(energies, held_out.first())
+            self._knows_log_partition = True
         with torch.no_grad():
             return _mean([(self._loss(self.objective.loss, b, held_out.rows), b.rows) for b in held_out.in_order()])
 

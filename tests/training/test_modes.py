@@ -119,6 +119,16 @@ def test_a_compiled_run_has_the_losses_of_an_eager_run():
     assert_same_runs(small_vae, torch.randn(20, 2), mode=Compiled())
 
 
+def test_a_run_of_one_batch_is_captured(monkeypatch):
+    calls = []
+    original = gradients.CapturedLoss.__call__
+    monkeypatch.setattr(
+        gradients.CapturedLoss, "__call__", lambda self, *args, **kw: calls.append(1) or original(self, *args, **kw)
+    )
+    assert_same_runs(small_vae, torch.randn(20, 2), batch_size=20, epochs=4)
+    assert len(calls) == 3
+
+
 def test_other_seeds_give_other_losses():
     x = torch.randn(20, 2)
     first, _ = run(small_vae, x, mode=CAPTURED)
