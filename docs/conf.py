@@ -24,7 +24,9 @@ extensions = [
 exclude_patterns = ["_build"]
 templates_path = ["_templates"]
 default_role = "py:obj"  # names in docstrings are in single backquotes
-unlisted = r"_\w+|ChainRun|ContinuousFamily|Game|Graph|GridSampler|LogProbWithError|Program|ScoreMatching|Trajectory|Units"  # on no page
+unlisted = (  # on no page
+    r"_\w+|ChainRun|ContinuousFamily|Game|Graph|GridSampler|LogProbWithError|Program|ScoreMatching|Trajectory|Units|Update"
+)
 nitpick_ignore_regex = [("py:.*", rf"(?!pyro_genmodels\.).*|.*\.({unlisted})")]  # public names of this package must resolve
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
