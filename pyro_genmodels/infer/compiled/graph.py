@@ -20,7 +20,16 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_genmodels.infer.compiled.recorder import WAY_OUT, CaptureError, FixedTensor, Recorder, RefusedReads, put_back
+from pyro_genmodels.infer.compiled.recorder import (
+    LIFTS,
+    WAY_OUT,
+    CaptureError,
+    FixedTensor,
+    Recorder,
+    RefusedReads,
+    is_memory_of_others,
+    put_back,
+)
 from pyro_genmodels.utils.rng import forked_rng
 
 aten = torch.ops.aten
@@ -138,15 +147,19 @@ def _first_line(error: Exception) -> str:
 
 
 def _lift(module: fx.GraphModule, num_inputs: int) -> tuple[Tensor, ...]:
-    """Make every tensor that the graph reads an input, and return these tensors. Constants of the program stay in the graph."""
+    """Make every tensor that the graph reads an input, and return these tensors. Constants of the program stay in the graph.
+
+    A tensor that the program makes of an array of numpy, by `torch.as_tensor(array)` or `torch.tensor(array)`, is the array's
+    memory. It becomes an input, so that changes of the array are seen in every mode.
+    """
     graph = module.graph
     last = [node for node in graph.nodes if node.op == "placeholder"][-1:] if num_inputs else []
     inputs: dict[int, fx.Node] = {}
     read: list[Tensor] = []
     for node in [node for node in graph.nodes if node.op == "get_attr"]:
         x = operator.attrgetter(str(node.target))(module)
-        if node.users and all(user.target in (aten.lift_fresh_copy.default, aten.lift_fresh.default) for user in node.users):
-            continue  # torch.tensor(...) inside of the program
+        if not is_memory_of_others(x) and node.users and all(user.target in LIFTS for user in node.users):
+            continue  # torch.tensor(...) of Python numbers inside of the program
         if id(x) not in inputs:
             where = graph.inserting_after(last[-1]) if last else graph.inserting_before(next(iter(graph.nodes)))
             with where:
@@ -190,7 +203,7 @@ def _simplify(module: fx.GraphModule) -> None:
     """Remove operations without effect, and make numbers of constants of one element."""
     graph = module.graph
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in (aten.lift_fresh_copy.default, aten.lift_fresh.default):
+        if node.op == "call_function" and node.target in LIFTS:
             constant = operator.attrgetter(str(node.args[0].target))(module) if node.args[0].op == "get_attr" else None
             if constant is not None and constant.numel() == 1 and not _is_written(node):
                 with graph.inserting_before(node):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["CaptureError", "FixedTensor", "Recorder", "StaleGraphError", "put_back"]
 
+import ctypes
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,12 @@ from torch.utils._pytree import tree_iter
 from pyro_genmodels.utils.rng import forked_rng
 
 aten = torch.ops.aten
+
+LIFTS = (aten.lift_fresh.default, aten.lift_fresh_copy.default)
+"""Operations by which `torch.tensor(...)` makes a tensor of numbers, or of an array of numpy."""
+
+MAX_BYTES = 8_000
+"""Number of bytes up to which the values of fixed tensors are compared: 1,000 numbers in float64."""
 
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 """Operations whose result has a shape that depends on values only if an index is a mask."""
@@ -58,19 +65,23 @@ class FixedTensor:
         tensor: the tensor.
         version: number of times that it had been written to.
         address: address of its values.
+        values: bytes of its memory, if there are few; of others only the version is known, which numpy does not advance.
     """
 
     tensor: Tensor
     version: int
     address: int
+    values: bytes | None
 
     @classmethod
     def of(cls, x: Tensor) -> FixedTensor:
-        return cls(x, x._version, x.data_ptr())
+        return cls(x, x._version, x.data_ptr(), _bytes(x))
 
     def has_changed(self) -> bool:
-        """Return True if the tensor was written to, or was given other values, since."""
-        return self.tensor._version != self.version or self.tensor.data_ptr() != self.address
+        """Return True if the tensor has other values, or was given other memory, since."""
+        if self.tensor.data_ptr() != self.address:
+            return True
+        return self.tensor._version != self.version if self.values is None else _bytes(self.tensor) != self.values
 
 
 class Recorder(TorchDispatchMode):
@@ -150,7 +161,7 @@ class Recorder(TorchDispatchMode):
         """Return the tensors, made before the run, from which an operation computes its result; None if that varies."""
         if torch.Tag.nondeterministic_seeded in func.tags:
             return None
-        if func in (aten.lift_fresh.default, aten.lift_fresh_copy.default):  # torch.tensor(...) of Python numbers
+        if func in LIFTS and not is_memory_of_others(tensors[0]):  # torch.tensor(...) of Python numbers
             return {}
         sources: dict[int, Tensor] = {}
         varies = False
@@ -280,6 +291,19 @@ def put_back(*, refuse: bool = False) -> Iterator[Recorder]:
                 yield recorder
         finally:
             recorder.restore()
+
+
+def _bytes(x: Tensor) -> bytes | None:
+    """Return the bytes of all of a tensor's memory, or None if they are many, or not the CPU's. No operation is recorded."""
+    storage = x.untyped_storage()
+    if x.device.type != "cpu" or storage.nbytes() > MAX_BYTES:
+        return None
+    return ctypes.string_at(storage.data_ptr(), storage.nbytes())
+
+
+def is_memory_of_others(x: Tensor) -> bool:
+    """Return True for a tensor whose memory is not torch's, such as that of an array of numpy."""
+    return not x.untyped_storage().resizable()
 
 
 def _storage(x: Tensor) -> int:

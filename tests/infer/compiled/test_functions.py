@@ -1,5 +1,6 @@
 """Captured functions read tensors live, take inputs of one shape in any order in memory, and say so if they cannot go on."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,25 @@ def test_tensors_are_read_live_and_inputs_in_any_order_in_memory(mode):
     assert torch.equal(function(x.T)[0], x.T * weight)
 
 
+@pytest.mark.parametrize("mode", MODES, ids=["python", "script", "compiled"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_arrays_of_numpy_are_read_live(mode, size):
+    array = np.ones(size, dtype=np.float32)
+    makers = (torch.from_numpy, torch.as_tensor, torch.tensor, lambda a: torch.tensor(a, dtype=torch.float64))
+    function = capture(lambda x: [x * make(array) for make in makers], torch.ones(size), mode=mode)
+    array[:] = 7
+    assert [x.tolist() for x in function(torch.ones(size))] == 4 * [size * [7.0]]
+
+
+def test_an_array_of_which_python_code_has_read_a_value_may_not_change():
+    array = np.array([2, 3])
+    function = capture(lambda x: (x[: int(torch.as_tensor(array)[0])].sum(),), torch.ones(5), mode=PYTHON)
+    assert function(torch.ones(5)) == (2,)
+    array[0] = 4
+    with pytest.raises(StaleGraphError, match="that Python code reads"):
+        function(torch.ones(5))
+
+
 def test_other_inputs_are_refused():
     function = capture(lambda x: (x + 1,), torch.zeros(3), mode=PYTHON)
     for bad in (torch.zeros(4), torch.zeros(3, dtype=torch.float64)):
@@ -42,6 +62,16 @@ def test_values_that_python_code_has_read_may_not_change():
     function = capture(lambda x: (x[: int(length)].sum(),), torch.ones(5), mode=PYTHON)
     assert function(torch.ones(5)) == (2,)
     length += 1
+    with pytest.raises(StaleGraphError, match="that Python code reads"):
+        function(torch.ones(5))
+
+
+def test_values_that_python_code_has_read_may_not_change_past_the_count_of_writes():
+    lengths = torch.tensor([float("nan"), 1.0, 2.0])
+    function = capture(lambda x: (x[: int(lengths[1])].sum() + x[: int(lengths[2])].sum(),), torch.ones(5), mode=PYTHON)
+    lengths.mul_(1)  # the same values
+    assert function(torch.ones(5)) == (3,)
+    lengths.data[2] = 4  # the version of the tensor stays
     with pytest.raises(StaleGraphError, match="that Python code reads"):
         function(torch.ones(5))
 
