@@ -260,6 +260,7 @@ CASES = [
         **DISCRETE,
     ),
     Case("VAE, Normal", lambda: _vae(likelihood=NormalLikelihood()), (3,), real(3), **IMPLICIT),
+    Case("VAE, scalar", lambda: _vae(event_shape=(), likelihood=NormalLikelihood()), (), real(), **IMPLICIT),
     Case(
         "VAE, Bernoulli",
         lambda: _vae(event_shape=(2, 2), likelihood=BernoulliLikelihood()),

@@ -223,7 +223,7 @@ class _Flat(nn.Module):
         self.mlp = MLP(inputs, self.output_shape.numel(), hidden, dropout=dropout)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        x = x.flatten(1)
+        x = x.reshape(len(x), -1)
         return self.mlp(x if context is None else torch.cat((x, context), -1)).unflatten(-1, self.output_shape)
 
 
