@@ -134,13 +134,13 @@ def is_stored(module: PyroModule, name: str) -> bool:
 
 def _acts_on_parameters(handler: Any) -> bool:
     """Return True if a handler may act on a statement of a parameter, or record it."""
-    cls = type(handler)
-    methods = (cls._process_message, cls._postprocess_message)
-    if methods != (Messenger._process_message, Messenger._postprocess_message):
-        return True
-    if cls is ReplayMessenger:
+    for name in ("_process_message", "_postprocess_message"):
+        if getattr(getattr(handler, name), "__func__", None) is not getattr(Messenger, name):  # of its class, or its own
+            return True
+    names = ("_pyro_param", "_pyro_post_param")
+    if type(handler) is ReplayMessenger and vars(handler).keys().isdisjoint(names):
         return bool(handler.params)
-    return any(getattr(cls, name, None) is not None for name in ("_pyro_param", "_pyro_post_param"))
+    return any(getattr(handler, name, None) is not None for name in names)
 
 
 @contextmanager

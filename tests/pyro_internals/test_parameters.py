@@ -108,3 +108,15 @@ def test_a_messenger_without_methods_for_parameters_does_not_act_on_them():
     assert params._acts_on_parameters(poutine.block().__class__())
     assert params._acts_on_parameters(poutine.trace())
     assert not params._acts_on_parameters(traces._SampleTrace())
+
+
+@pytest.mark.parametrize("name", ["_pyro_param", "_pyro_post_param", "_process_message", "_postprocess_message"])
+@pytest.mark.parametrize("handler", [Messenger, poutine.trace().__class__, lambda: poutine.replay(params={})])
+def test_a_method_of_one_handler_alone_hears_the_parameters(flow, handler, name):
+    flow()
+    heard, handler = [], handler()
+    setattr(handler, name, lambda msg: heard.append(msg["name"]))
+    assert params._acts_on_parameters(handler)
+    with handler:
+        flow()
+    assert names(flow) <= set(heard)
