@@ -32,9 +32,12 @@ SHARE_OF_SMALL_STEPS = 0.25
 
 
 def langevin_step(x: Tensor, score: Tensor, step_size: Any) -> Tensor:
-    """Take one unadjusted step from x, given the score at x, both (chains..., *event_shape)."""
-    step_size = torch.as_tensor(step_size, dtype=x.dtype, device=x.device)
-    return x.addcmul(step_size, score).addcmul((2 * step_size).sqrt(), torch.randn_like(x))
+    """Take one unadjusted step from x, given the score at x, both (chains..., *event_shape).
+
+    The noise is computed from the step size before that is rounded to the dtype of x: half precision would make zero of it.
+    """
+    step, deviation = (torch.as_tensor(value, dtype=x.dtype, device=x.device) for value in (step_size, (2 * step_size) ** 0.5))
+    return x.addcmul(step, score).addcmul(deviation, torch.randn_like(x))
 
 
 @dataclass(frozen=True)

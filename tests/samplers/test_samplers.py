@@ -262,6 +262,19 @@ def test_one_langevin_step_is_normal_about_the_drift():
     assert_counts((normal_cdf(x, 1.7, sqrt(0.2)) * 10).long(), torch.ones(10))
 
 
+@pytest.mark.parametrize("step_size", [1e-9, torch.tensor(1e-9), torch.full((40_000, 1), 1e-9)])
+def test_the_noise_of_a_step_below_half_precision_is_kept(step_size):
+    x = torch.zeros(40_000, 1, dtype=torch.float16)
+    moved = langevin_step(x, x, step_size)
+    assert moved.dtype == torch.float16
+    assert moved.float().square().mean() == pytest.approx(2e-9, rel=0.05)  # 7 standard errors
+    double = torch.ones(1, dtype=torch.float64)
+    torch.manual_seed(0)
+    noise = torch.randn_like(double)
+    torch.manual_seed(0)
+    assert (langevin_step(double, -double, 0.1) - (0.9 + 0.2**0.5 * noise)).abs() < 1e-15
+
+
 # Reversal: from exact draws, the way there is as likely as the way back.
 
 
