@@ -75,7 +75,9 @@ def check_values(owner: str, x: Tensor, support: constraints.Constraint, *, dtyp
     Raises:
         ValueError: if values are not finite, too large for the precision, at an end of the support, or outside it.
     """
-    if support.is_discrete and _all_inside(x, support):  # then they are finite
+    largest = torch.inf if dtype is None else torch.finfo(dtype).max
+    may_overflow = x.is_floating_point() and largest < torch.finfo(x.dtype).max
+    if support.is_discrete and not may_overflow and _all_inside(x, support):  # then they are finite
         return
     if x.is_floating_point() and not all_finite(x):
         rows = (~x.isfinite()).reshape(len(x), -1).any(1)
@@ -83,8 +85,7 @@ def check_values(owner: str, x: Tensor, support: constraints.Constraint, *, dtyp
             f"{owner} was given data with NaN or infinite values in {int(rows.sum())} of {len(x)} rows, the first of them row "
             f"{int(rows.nonzero()[0])}. Drop or impute these rows first."
         )
-    largest = None if dtype is None else torch.finfo(dtype).max
-    if x.is_floating_point() and largest is not None and largest < torch.finfo(x.dtype).max and (x.abs() > largest).any():
+    if may_overflow and (x.abs() > largest).any():
         raise ValueError(
             f"{owner} computes in {dtype}, with numbers up to {largest:.2g}, but was given data of {x.dtype} up to "
             f"{float(x.abs().max()):.2g}. Use another unit, or call family.double()."

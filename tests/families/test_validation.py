@@ -45,3 +45,11 @@ def test_doubles_beyond_the_precision_are_refused():
     check(x, constraints.real, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"numbers up to 3.4e\+38"):
         check(x, constraints.real)
+
+
+def test_counts_beyond_the_precision_are_refused():
+    x = torch.full((4, 2), 1e39, dtype=torch.float64)
+    check(x, constraints.nonnegative_integer, dtype=torch.float64)
+    check(x / 1e39, constraints.nonnegative_integer)
+    with pytest.raises(ValueError, match=r"numbers up to 3.4e\+38"):
+        check(x, constraints.nonnegative_integer)
