@@ -68,8 +68,8 @@ class Gradients:
     """The loss of a fit, with its gradients added to those of the parameters, like ``objective.loss_and_grads``.
 
     The first step is eager, since it makes what is made once, such as the chains of an energy. By the automatic choice so is
-    the first epoch, in which Pyro validates every row; a graph does not validate. It leaves models and guides of your own eager,
-    since what they count in Python would be counted differently.
+    the first epoch, in which Pyro validates every row; a graph does not validate. It leaves models and guides of your own
+    eager, since what they count in Python would be counted differently.
 
     Args:
         model: the fit's model.
