@@ -16,15 +16,16 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.optim import Adagrad
+from torch.optim import SGD, Adagrad
 
 from pyro_genmodels._pyro import traces
 from pyro_genmodels._pyro.capturing import copy_pair, find_parameters
+from pyro_genmodels._pyro.handlers import exclusive
 from pyro_genmodels.infer.compiled.functions import CapturedFunction
 from pyro_genmodels.infer.compiled.graph import trace
 from pyro_genmodels.infer.compiled.noise import Noise
 from pyro_genmodels.infer.compiled.program import CapturedLoss, Program
-from pyro_genmodels.infer.compiled.recorder import CaptureError, put_back
+from pyro_genmodels.infer.compiled.recorder import CaptureError, Recorder, put_back
 from pyro_genmodels.infer.compiled.steps import next_step
 from pyro_genmodels.infer.compiled.updates import State, Update
 from pyro_genmodels.utils.errors import warn_caller
@@ -52,8 +53,10 @@ def initial_values(captured: CapturedLoss, count: int, args: Sequence[Any], kwar
         for _ in range(count):
             store.clear()
             model, guide = copy_pair(captured.model, captured.guide)
-            with torch.no_grad():
+            recorder = Recorder(refuse=False)  # modules in closures are not copied: what a run changes there is put back
+            with recorder:
                 parameters = find_parameters(lambda: captured.loss_of(model, guide, *args, **kwargs))  # noqa: B023
+            recorder.restore()
             found.append({name: p.detach().clone() for name, p in parameters.items()})
     finally:
         store.clear()
@@ -88,6 +91,12 @@ class Restarts:
     """
 
     def __init__(self, captured: CapturedLoss, program: Program, update: Update, values: Mapping[str, Tensor]) -> None:
+        for optimizer in update.optimizers:
+            group = optimizer.param_groups[0]
+            if type(optimizer) is SGD and group["momentum"] and group["dampening"]:
+                raise CaptureError("Restarts cannot make the first step of SGD with dampening. Use dampening=0.")
+        if not update.parameters:
+            raise CaptureError("Restarts need parameters to train, but the program has none.")
         names = {id(p): name for name, p in program.parameters.items()}
         self.captured, self.parameters = captured, update.parameters
         self.values = [values[names[id(p)]].clone() for p in update.parameters]
@@ -104,7 +113,7 @@ class Restarts:
         """Make a step of every fit, and return their losses, (count,).
 
         Raises:
-            CaptureError: if the program cannot be mapped over its parameters.
+            CaptureError: if the program cannot be mapped over its parameters, or trains others than at the first step.
         """
         given = torch.tensor(update.rates()[0], dtype=torch.float64, device=update.device)
         if program not in self._built:
@@ -115,8 +124,15 @@ class Restarts:
         return losses
 
     def best(self) -> int:
-        """Return the number of the fit with the lowest mean loss in the last 100 steps."""
-        return int(torch.stack(self._recent).double().mean(0).nan_to_num(nan=torch.inf).argmin())
+        """Return the number of the fit with the lowest mean loss in the last 100 steps, of those whose losses are finite.
+
+        Raises:
+            ValueError: if no fit has finite losses.
+        """
+        means = torch.stack(self._recent).double().mean(0)
+        if not means.isfinite().any():
+            raise ValueError("The losses of all restarts are NaN or infinite. Lower the learning rate, or begin elsewhere.")
+        return int(means.nan_to_num(nan=torch.inf).argmin())
 
     def select(self, index: int | None = None) -> int:
         """Write the parameters of one fit to where model and guide have theirs, and return its number.
@@ -166,6 +182,11 @@ class Restarts:
 
     def _build(self, program: Program, update: Update, inputs: Sequence[Tensor]) -> CapturedFunction:
         noise = Noise(program.graph.module, enabled=True)
+        places = {id(p): i for i, p in enumerate(self.parameters)}
+        if {id(p) for p in update.parameters} != set(places):
+            raise CaptureError("Restarts need the same parameters at each step, but found others than at the first step.")
+        order = [places[id(p)] for p in update.parameters]
+        current, states = [self.values[i] for i in order], [self.states[i] for i in order]
 
         @torch.no_grad()
         def step(*tensors: Tensor) -> list[Tensor]:
@@ -175,16 +196,17 @@ class Restarts:
                 return next_step(program, update, noise, given, rates, numbers, values, states)
 
             mapped = torch.vmap(one, randomness="different")
-            losses, new_values, new_states = mapped(noise.draw(self.count), self.values, self.states)
-            for old, new in zip(self.values, new_values, strict=True):
+            losses, new_values, new_states = mapped(noise.draw(self.count), current, states)
+            for old, new in zip(current, new_values, strict=True):
                 old.copy_(new)
-            for old_state, new_state in zip(self.states, new_states, strict=True):
+            for old_state, new_state in zip(states, new_states, strict=True):
                 for name, x in old_state.items():
                     x.copy_(new_state[name])
             return [losses]
 
         try:
-            graph = trace(step, *inputs)
+            with exclusive("the capture of restarts", wait=True):
+                graph = trace(step, *inputs)
         except CaptureError:
             raise
         except RuntimeError as error:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pyro_genmodels._pyro.handlers import exclusive
 from pyro_genmodels.infer.compiled.graph import trace
 from pyro_genmodels.infer.compiled.modes import Mode
 from pyro_genmodels.infer.compiled.noise import Noise
@@ -72,18 +73,19 @@ class Steps:
         self._rates = update.rates(num_steps)
         self._rates_tensor = torch.tensor(self._rates, dtype=torch.float64, device=update.device)
         function = steps_in_place(program, update, num_steps, draw_at_once=draw_at_once)
-        self.graph = trace(function, *inputs, self._rates_tensor)
+        with exclusive("the capture of a step", wait=True):
+            self.graph = trace(function, *inputs, self._rates_tensor)
         self._run = mode.build(self.graph, [*inputs, self._rates_tensor])
         self.seconds = time.perf_counter() - start
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Make the steps, and return their losses, (num_steps,)."""
+        """Make the steps, and return their losses, (num_steps,). Those with a loss that is not finite change no parameter."""
         rates = self.update.rates(self.num_steps)
         if rates != self._rates:
             self._rates, self._rates_tensor = rates, torch.tensor(rates, dtype=torch.float64, device=self.update.device)
         with torch.no_grad():
             losses = self._run(*inputs, self._rates_tensor, *self.graph.read)[0]
-        self.update.count(self.num_steps)
+        self.update.count(int(losses.isfinite().sum()) if self.update.is_counted else 0)
         return losses
 
 
@@ -147,7 +149,9 @@ def next_step(
     current = {id(p): value for p, value in zip(update.parameters, values, strict=True)}
     read = [current.get(id(x), x) for x in graph.read]
     loss, *gradients = noise.run(numbers, *inputs, *read)[: graph.num_outputs]
-    gradients = [g for g, has in zip(gradients, program.has_gradient, strict=True) if has]
+    found = {id(p): g for p, g in zip(program.parameters.values(), gradients, strict=True)}
+    pairs = zip(update.parameters, values, strict=True)
+    gradients = [value.new_zeros(value.shape) if (g := found[id(p)]) is None else g for p, value in pairs]
     new_values, new_states = update.step(values, gradients, states, rates)
     is_finite = loss.isfinite()
     next_values = [torch.where(is_finite, new, old) for new, old in zip(new_values, values, strict=True)]

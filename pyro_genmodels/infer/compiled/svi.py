@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 import pyro
 import torch
 from pyro.infer import SVI
+from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -30,10 +31,10 @@ from pyro_genmodels._pyro.capturing import has_handlers
 from pyro_genmodels._pyro.handlers import exclusive
 from pyro_genmodels.infer.compiled.modes import Mode
 from pyro_genmodels.infer.compiled.program import CapturedLoss, Finding, Program
-from pyro_genmodels.infer.compiled.recorder import CaptureError, put_back
+from pyro_genmodels.infer.compiled.recorder import CaptureError
 from pyro_genmodels.infer.compiled.restarts import Restarts, initial_values
 from pyro_genmodels.infer.compiled.steps import Steps, choose_unroll
-from pyro_genmodels.infer.compiled.updates import Update, has_stepped, update_of
+from pyro_genmodels.infer.compiled.updates import Update, has_stepped, load_optimizer, moved_by, update_of, watch_others
 from pyro_genmodels.utils.errors import check_positive_int, type_with_article, warn_caller
 from pyro_genmodels.utils.files import atomic_write
 
@@ -97,7 +98,7 @@ class CompiledSVI:
                 f"CompiledSVI wants an optimiser of pyro.optim, such as pyro.optim.Adam({{'lr': 0.01}}), but found "
                 f"{type_with_article(optim)}."
             )
-        self.optim = optim
+        self._optim = optim
         self.captured = CapturedLoss(model, guide, loss, mode=mode, audit=audit)
         self._stock = SVI(model, guide, optim, loss)
         self._is_first = True
@@ -124,6 +125,11 @@ class CompiledSVI:
     def guide(self) -> Any:
         """The guide."""
         return self.captured.guide
+
+    @property
+    def optim(self) -> PyroOptim:
+        """The optimiser. Build another CompiledSVI for another one."""
+        return self._optim
 
     @property
     def loss(self) -> Any:
@@ -157,12 +163,12 @@ class CompiledSVI:
         if update is None:
             return self._step_outside(program, inputs, args, kwargs)
         self.captured.check(program, inputs)
-        before = torch.get_rng_state()
-        loss = float(self._steps_of(program, update, inputs)(inputs))
+        steps = self._steps_of(program, update, inputs)
+        before = _Before(program, update.device)
+        loss = float(steps(inputs))
         if not isfinite(loss):  # the graph has left the parameters as they were: Pyro's step says where it comes from
-            torch.set_rng_state(before)
-            with pyro.validation_enabled():
-                return self._stock_step(args, kwargs)
+            before.restore()
+            return self._stock_step(args, kwargs)
         return loss
 
     def _stock_step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -212,48 +218,73 @@ class CompiledSVI:
         """Make many steps, and return their losses (nats, summed over the data), (num_steps,) or (num_steps, num_restarts).
 
         Of a small model several steps are put into one graph, if the run is so long that this pays, and their random numbers
-        are drawn at once. They are then other ones than those of `step` with the same seed, of the same law.
+        are drawn at once. They are then other ones than those of `step` with the same seed, of the same law. At the end the
+        best restart is selected, if there are any.
 
         Args:
             num_steps: number of steps.
             args: arguments of the model and the guide, or a single `torch.utils.data.DataLoader` of them, which is walked
                 through again and again.
             unroll: number of steps in one graph; 1 for the random numbers of `step`. By default it is chosen.
-            patience: number of steps; the run ends once the mean of the last `patience` losses is not below the mean of as
-                many before (of no restart, if there are several).
-            checkpoint: path of a file to which `save` writes every minute and at the end.
+            patience: number of steps; the run ends, with fewer losses, once the mean of the last `patience` losses is not
+                below the mean of as many before (of no restart, if there are several). NaN is left out.
+            checkpoint: path of a file to which `save` writes every minute and at the end, also if the run is interrupted.
             progress: True for a progress bar.
             kwargs: keyword arguments of the model and the guide.
 
         Raises:
-            ValueError: if a number is not positive.
+            ValueError: if a number is not positive, a loader has no batches or stands beside other arguments, or `unroll` is
+                given where each step has arguments of its own.
             CaptureError: if the program cannot be captured.
             StaleGraphError: if the program no longer computes what was captured.
         """
         check_positive_int("CompiledSVI.run", num_steps=num_steps)
+        has_loader = any(isinstance(x, DataLoader) for x in (*args, *kwargs.values()))
+        if has_loader and (len(args) != 1 or not isinstance(args[0], DataLoader)):
+            raise ValueError(
+                "CompiledSVI.run takes a DataLoader alone: pass it as the only positional argument, with batches that hold all "
+                "arguments of the model."
+            )
+        if (unroll or 1) > 1 and (has_loader or self.num_restarts is not None):
+            raise ValueError(
+                "Several steps in one graph need the same arguments at each step, and no restarts: leave unroll out."
+            )
         for name, value in (("unroll", unroll), ("patience", patience)):
             if value is not None:
                 check_positive_int("CompiledSVI.run", **{name: value})
         losses: list[Any] = []
         batches = _batches(args, kwargs)
-        saved = time.monotonic()
-        with tqdm(total=num_steps, desc="CompiledSVI", unit="step", disable=not progress, mininterval=0.5) as bar:
-            while len(losses) < num_steps:
-                found = self._some_steps(num_steps - len(losses), batches, unroll, bar)
-                losses += found
-                bar.update(len(found))
-                if len(losses) % 100 < len(found):
-                    bar.set_postfix_str(f"loss {float(torch.tensor(losses[-100:]).mean(0).min()):.5g}", refresh=False)
-                if checkpoint is not None and time.monotonic() - saved > SAVE_SECONDS:
-                    self.save(checkpoint)
-                    saved = time.monotonic()
-                if patience is not None and len(losses) >= 2 * patience:
-                    last, before = losses[-patience:], losses[-2 * patience : -patience]
-                    if not (torch.tensor(last).mean(0) < torch.tensor(before).mean(0)).any():
-                        break
-        if checkpoint is not None:
-            self.save(checkpoint)
+        saved, compared = time.monotonic(), 0
+        try:
+            with tqdm(total=num_steps, desc="CompiledSVI", unit="step", disable=not progress, mininterval=0.5) as bar:
+                while len(losses) < num_steps:
+                    found = self._some_steps(num_steps - len(losses), batches, unroll, bar)
+                    losses += found
+                    bar.update(len(found))
+                    if len(losses) % 100 < len(found):
+                        bar.set_postfix_str(f"loss {float(_mean(losses[-100:]).min()):.5g}", refresh=False)
+                    if checkpoint is not None and time.monotonic() - saved > SAVE_SECONDS:
+                        self.save(checkpoint)
+                        saved = time.monotonic()
+                    if patience is not None and len(losses) - compared >= max(1, patience // 10):
+                        compared = len(losses)
+                        if _has_converged(losses, patience):
+                            break
+        finally:  # also where the run is interrupted
+            if self._restarts is not None and losses:
+                self._select(losses)
+            if checkpoint is not None and losses:
+                self.save(checkpoint)
         return torch.tensor(losses, dtype=torch.float64)
+
+    def _select(self, losses: list[Any]) -> None:
+        """Select the best restart, and warn of those without finite losses."""
+        lost = [i for i, loss in enumerate(losses[-1]) if not isfinite(loss)]
+        if len(lost) == len(losses[-1]):
+            return
+        if lost:
+            warn_caller(f"The losses of restarts {lost} are no longer finite. These fits stay where they are.")
+        self.restarts.select()
 
     def _some_steps(self, num_steps: int, batches: Iterator[Any], unroll: int | None, bar: tqdm) -> list[Any]:
         """Make one step, or several in one graph, and return their losses."""
@@ -274,18 +305,19 @@ class CompiledSVI:
             return [loss]
         self.captured.check(program, inputs, size)
         losses = self._steps_of(program, update, inputs, size)(inputs)
-        if not losses.isfinite().all():
-            warn_caller(
-                f"The loss was not finite in {int((~losses.isfinite()).sum())} of {size} steps. These have changed nothing."
-            )
-            with put_back(), pyro.validation_enabled():
-                self.captured.run(*args, **kwargs)  # says where, if it happens again
-        return losses.tolist()
+        found = losses.tolist()
+        finite = [loss for loss in found if isfinite(loss)]
+        if len(finite) < size:  # such steps have changed nothing: they are made one by one, as Pyro makes them
+            program.unroll = 1
+            finite += [self.step(*args, **kwargs) for _ in range(size - len(finite))]
+        return finite
 
     def _unroll(
         self, program: Program, update: Update, inputs: Sequence[Tensor], num_steps: int, unroll: int | None, bar: tqdm
     ) -> int:
         """Return how many of the next steps are made in one graph."""
+        if program.unroll == 1:
+            return 1
         if unroll is None:
             if len(program.seconds) < TIMED_STEPS:
                 return 1
@@ -311,9 +343,20 @@ class CompiledSVI:
         self.load_state_dict(torch.load(path, weights_only=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of the unconstrained parameters, by their names in Pyro's param store, and the optimiser's state."""
+        """Return copies of the unconstrained parameters, by their names in Pyro's param store, and the optimiser's state.
+
+        Of restarts it is the one that is selected, as `run` selects the best.
+
+        Raises:
+            ValueError: if parameters are not in the param store.
+        """
         store = pyro.get_param_store()
         parameters = {store.param_name(p): p.detach().clone() for p in self.optim.optim_objs}
+        if None in parameters:
+            raise ValueError(
+                "Some parameters are not in Pyro's param store, as with module_local_params=True, so that their names are not "
+                "known. Save the state_dict() of the modules."
+            )
         return {"parameters": parameters, "optimizer": deepcopy(self.optim.get_state())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -335,7 +378,14 @@ class CompiledSVI:
         with torch.no_grad():
             for name, value in state["parameters"].items():
                 store._params[name].copy_(value)
-        self.optim.set_state(deepcopy(state["optimizer"]))
+        known = {store.param_name(p): optimizer for p, optimizer in self.optim.optim_objs.items()}
+        waiting = {}
+        for name, saved in deepcopy(state["optimizer"]).items():
+            if name in known:
+                load_optimizer(known[name], saved)
+            else:
+                waiting[name] = saved
+        self.optim.set_state(waiting)
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Return the loss without a step (nats, summed over the data). The arguments are those of `step`."""
@@ -355,7 +405,8 @@ class CompiledSVI:
     def _update_of(self, program: Program) -> Update | None:
         """Return the optimiser's step as a formula, or None if it runs outside of the graph."""
         if program not in self._updates:
-            update = update_of(self.optim, program.trained)
+            moved = moved_by(self.optim, list(program.parameters.values()), program.trained)
+            update = update_of(self.optim, moved)
             if isinstance(update, str):
                 warn_caller(
                     f"The optimiser runs outside of the graph, which is slower for small models: {update}.", UserWarning
@@ -363,6 +414,7 @@ class CompiledSVI:
                 self._updates[program] = None
             else:
                 update.watch(program.watch)
+                watch_others(self.optim, program.watch, list(program.parameters.values()), moved)
                 self._updates[program] = update
         return self._updates[program]
 
@@ -378,19 +430,53 @@ class CompiledSVI:
 
     def _step_outside(self, program: Program, inputs: Sequence[Tensor], args: Any, kwargs: Any) -> float:
         """Make a step whose optimiser is not in the graph."""
-        before = torch.get_rng_state()
+        before = _Before(program, torch.device("cpu"))
         loss, *gradients = self.captured.call(program, inputs)
         if not isfinite(float(loss)):
-            torch.set_rng_state(before)
-            with pyro.validation_enabled():
-                return self._stock_step(args, kwargs)
+            before.restore()
+            return self._stock_step(args, kwargs)
         parameters = list(program.parameters.values())
         for p, g in zip(parameters, gradients, strict=True):
-            p.grad = g
+            if g is not None:  # a copy, since gradients may share memory, and clipping changes them
+                p.grad = g.clone(memory_format=torch.contiguous_format)
         self.optim(parameters)
-        for p in parameters:
-            p.grad = None
+        zero_grads(parameters)
         return float(loss)
+
+
+class _Before:
+    """The random state, and the buffers that a program changes, before a step.
+
+    Args:
+        program: the program.
+        device: device of its parameters.
+    """
+
+    def __init__(self, program: Program, device: torch.device) -> None:
+        self._buffers = [(x, x.clone()) for x in program.graph.written]
+        self._random = torch.get_rng_state()
+        self._device = device
+        self._random_of_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        """Put them back."""
+        for x, value in self._buffers:
+            x.copy_(value)
+        torch.set_rng_state(self._random)
+        if self._random_of_device is not None:
+            torch.cuda.set_rng_state(self._random_of_device, self._device)
+
+
+def _mean(losses: list[Any]) -> Tensor:
+    """Return the mean of losses (n,) or (n, num_restarts), without those that are NaN."""
+    return torch.tensor(losses, dtype=torch.float64).nanmean(0)
+
+
+def _has_converged(losses: list[Any], patience: int) -> bool:
+    """Return True if the mean of the last losses is not below the mean of as many before."""
+    if len(losses) < 2 * patience:
+        return False
+    return not (_mean(losses[-patience:]) < _mean(losses[-2 * patience : -patience])).any()
 
 
 def _batches(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[Sequence[Any], dict[str, Any]]]:
@@ -403,8 +489,11 @@ def _batches(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[Sequ
 def _walk(loader: DataLoader, kwargs: dict[str, Any]) -> Iterator[tuple[Sequence[Any], dict[str, Any]]]:
     """Yield the batches of a loader as arguments, again and again."""
     while True:
+        batch = None
         for batch in loader:
             if isinstance(batch, Mapping):
                 yield (), kwargs | dict(batch)
             else:
                 yield (tuple(batch) if isinstance(batch, list | tuple) else (batch,)), kwargs
+        if batch is None:
+            raise ValueError("The DataLoader has no batches. Are there fewer rows than batch_size, with drop_last=True?")

@@ -10,10 +10,11 @@ the convergence of Adam* (AMSGrad, arXiv 1904.09237); Duchi et al., *Adaptive su
 
 from __future__ import annotations
 
-__all__ = ["Update", "has_stepped", "update_of"]
+__all__ = ["State", "Update", "has_stepped", "load_optimizer", "moved_by", "update_of", "watch_others"]
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,10 +29,12 @@ State = dict[str, Tensor]
 Formula = Callable[[Tensor, Tensor, State, Mapping[str, Any], Tensor], tuple[Tensor, State]]
 
 
-def _adam(p: Tensor, g: Tensor, state: State, group: Mapping[str, Any], lr: Tensor) -> tuple[Tensor, State]:
+def _adam(
+    p: Tensor, g: Tensor, state: State, group: Mapping[str, Any], lr: Tensor, *, decoupled: bool = False
+) -> tuple[Tensor, State]:
     beta1, beta2 = group["betas"]
     step = state["step"] + 1
-    if group["weight_decay"] and group.get("decoupled_weight_decay", False):
+    if group["weight_decay"] and group.get("decoupled_weight_decay", decoupled):
         p = p * (1 - lr * group["weight_decay"]).to(p.dtype)
     elif group["weight_decay"]:
         g = g + group["weight_decay"] * p
@@ -99,7 +102,7 @@ def _bias(beta: float, step: Tensor) -> Tensor:
 
 FORMULAS: Mapping[type[Optimizer], Formula] = {
     Adam: _adam,
-    AdamW: _adam,
+    AdamW: partial(_adam, decoupled=True),
     ClippedAdam: _clipped_adam,
     SGD: _sgd,
     RMSprop: _rmsprop,
@@ -113,7 +116,7 @@ class Update:
     """The step of an optimiser for some parameters, in a graph.
 
     Attributes:
-        parameters: parameters that have gradients.
+        parameters: parameters that the optimiser moves.
         optimizers: torch's optimiser of each.
         clips: largest norm and largest value of each gradient, or None.
     """
@@ -126,6 +129,11 @@ class Update:
     def device(self) -> torch.device:
         """Device of the parameters."""
         return self.parameters[0].device if self.parameters else torch.get_default_device()
+
+    @property
+    def is_counted(self) -> bool:
+        """True if an optimiser counts its steps in Python."""
+        return bool(self._counted())
 
     def rates(self, num_steps: int = 1) -> list[list[float]]:
         """Return, for some steps, the learning rates, and the numbers of steps that an optimiser counts in Python."""
@@ -205,6 +213,21 @@ class Update:
         return [i for i, optimizer in enumerate(self.optimizers) if type(optimizer) is ClippedAdam]
 
 
+def moved_by(optim: PyroOptim, parameters: Sequence[Tensor], trained: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parameters of a program that an optimiser moves at a step, in their order.
+
+    These are the ones with a gradient, and those that have had one before: Pyro gives them a gradient of zeros, so that
+    momentum and weight decay go on.
+
+    Args:
+        optim: optimiser.
+        parameters: unconstrained parameters of the program.
+        trained: those that have a gradient in the program.
+    """
+    known = set(map(id, trained))
+    return [p for p in parameters if id(p) in known or (p.requires_grad and p.grad is not None and p in optim.optim_objs)]
+
+
 def has_stepped(optim: PyroOptim, parameters: Sequence[Tensor]) -> bool:
     """Return True if an optimiser has made a step for each of the parameters, and so has their state."""
     found = [optim.optim_objs.get(p) for p in parameters]
@@ -213,6 +236,24 @@ def has_stepped(optim: PyroOptim, parameters: Sequence[Tensor]) -> bool:
         optimizer is not None and (optimizer.state[p] or _is_without_state(optimizer))
         for p, optimizer in zip(parameters, optimizers, strict=True)
     )
+
+
+def watch_others(optim: PyroOptim, watch: Watch, parameters: Sequence[Tensor], moved: Sequence[Tensor]) -> None:
+    """Watch the parameters that are not moved: once they have a state of the optimiser, they are."""
+    known = set(map(id, moved))
+    for p in parameters:
+        optimizer = optim.optim_objs.get(p)
+        if id(p) not in known and optimizer is not None:
+            watch.add(getattr(optimizer, "optimizer", optimizer).state, p, "the state of the optimiser")
+
+
+def load_optimizer(optimizer: Any, state: Mapping[str, Any]) -> None:
+    """Set the state of an optimiser of torch, or of a schedule with its optimiser, as `PyroOptim.get_state` returned it."""
+    if "scheduler" in state:
+        optimizer.load_state_dict(state["scheduler"])
+        optimizer.optimizer.load_state_dict(state["optimizer"])
+    else:
+        optimizer.load_state_dict(state)
 
 
 def update_of(optim: PyroOptim, parameters: Sequence[Tensor]) -> Update | str:

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pyro.optim
 import pytest
 import torch
-from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal, init_to_uniform
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -122,6 +122,17 @@ def test_evaluate_loss_makes_no_step():
         assert torch.equal(p, before[name])
 
 
+def test_losses_of_enumerated_models_are_evaluated():
+    def mixture():
+        p = pyro.param("p", torch.tensor(0.4), constraint=dist.constraints.unit_interval)
+        k = pyro.sample("k", dist.Bernoulli(p), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(2 * k, 1.0), obs=torch.tensor(1.5))
+
+    svi = CompiledSVI(mixture, lambda: None, pyro.optim.Adam({"lr": 0.1}), TraceEnum_ELBO(max_plate_nesting=0), mode=PYTHON)
+    svi.step()
+    assert svi.evaluate_loss() == pytest.approx(svi._stock.evaluate_loss(), rel=1e-6)
+
+
 # `run`.
 
 
@@ -222,6 +233,112 @@ def test_a_loss_that_is_not_finite_says_where():
     assert torch.equal(pyro.param("AutoNormal.locs.loc"), before)
 
 
+def with_buffers():
+    """A model with BatchNorm, whose loss can be made infinite."""
+    norm = torch.nn.BatchNorm1d(1)
+
+    def model(x, extra):
+        loc = pyro.param("loc", torch.tensor(0.5))
+        pyro.factor("extra", extra)
+        pyro.sample("x", dist.Normal(loc, 1.0).expand([5, 1]).to_event(2), obs=norm(x[:, None]))
+
+    return norm, model
+
+
+def test_a_step_whose_loss_is_not_finite_is_that_of_svi():
+    def run(make, **options):
+        pyro.clear_param_store()
+        norm, model = with_buffers()
+        optim = pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.5})
+        svi = make(model, lambda x, extra: None, optim, Trace_ELBO(), **options)
+        with pyro.validation_enabled(is_validate=False):
+            for extra in (0.0, 0.0, -torch.inf, 0.0):
+                svi.step(X, torch.tensor(extra))
+        state = next(iter(optim.get_state().values()))
+        return (
+            pyro.param("loc").item(),
+            int(norm.num_batches_tracked),
+            state["param_groups"][0]["lr"],
+            state["state"][0]["step"],
+        )
+
+    assert run(CompiledSVI, mode=PYTHON) == pytest.approx(run(SVI))
+
+
+def test_unrolled_steps_whose_loss_is_not_finite_are_made_one_by_one():
+    def run(make, **options):
+        pyro.clear_param_store()
+        _, model = with_buffers()
+        svi = make(model, lambda x, extra: None, pyro.optim.SGD({"lr": 0.1}), Trace_ELBO(), **options)
+        with pyro.validation_enabled(is_validate=False):
+            if make is SVI:
+                losses = [svi.step(X, torch.tensor(torch.inf)) for _ in range(6)]
+            else:
+                losses = svi.run(6, X, torch.tensor(torch.inf), unroll=2, progress=False).tolist()
+        return [pyro.param("loc").item(), *losses]
+
+    assert run(CompiledSVI, mode=PYTHON) == pytest.approx(run(SVI))
+
+
+def test_a_parameter_without_a_gradient_moves_as_in_svi():
+    """Pyro gives a parameter of the trace a gradient of zeros once it has had one, so that Adam's momentum goes on."""
+
+    def model(flag):
+        a, b = pyro.param("a", torch.tensor(1.0)), pyro.param("b", torch.tensor(1.0))
+        pyro.factor("loss", -(a**2) - (b**2 if flag else 0.0))
+
+    def run(make, **options):
+        pyro.clear_param_store()
+        svi = make(model, lambda flag: None, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO(), **options)
+        for flag in (False, False, True, True, False, False, True):
+            svi.step(flag)
+        return pyro.param("a").item(), pyro.param("b").item()
+
+    assert run(CompiledSVI, mode=PYTHON) == pytest.approx(run(SVI), rel=1e-5)
+
+
+def test_gradients_that_share_memory_are_clipped_apart():
+    def model():
+        pyro.factor("loss", pyro.param("a", torch.tensor(1.0)) + pyro.param("b", torch.tensor(1.0)))
+
+    def clip(module, name=None):
+        return {"clip_norm": 0.1 if (name or module) == "a" else 1.0}
+
+    def run(make, **options):
+        pyro.clear_param_store()
+        svi = make(model, lambda: None, pyro.optim.Adadelta({"lr": 1.0}, clip), Trace_ELBO(), **options)
+        for _ in range(5):
+            svi.step()
+        return pyro.param("a").item(), pyro.param("b").item()
+
+    expected = run(SVI)
+    with pytest.warns(UserWarning, match="outside of the graph"):
+        assert run(CompiledSVI, mode=PYTHON) == pytest.approx(expected, rel=1e-5)
+
+
+def test_going_back_to_a_checkpoint_restores_the_optimiser():
+    pyro.set_rng_seed(1)
+    svi = CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.03}), Trace_ELBO(), mode=PYTHON)
+    svi.run(4, X, progress=False)
+    state = svi.state_dict()
+    pyro.set_rng_seed(5)
+    expected = svi.run(4, X, progress=False)
+    svi.load_state_dict(state)
+    pyro.set_rng_seed(5)
+    torch.testing.assert_close(svi.run(4, X, progress=False), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_loaders_without_batches_and_beside_arguments_are_refused():
+    svi = CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({}), Trace_ELBO(), mode=Eager())
+    empty = DataLoader(TensorDataset(X), batch_size=64, drop_last=True)
+    with pytest.raises(ValueError, match="has no batches"):
+        svi.run(5, empty, progress=False)
+    with pytest.raises(ValueError, match="takes a DataLoader alone"):
+        svi.run(5, X, empty, progress=False)
+    with pytest.raises(ValueError, match="leave unroll out"):
+        svi.run(5, empty, unroll=4, progress=False)
+
+
 # Restarts.
 
 
@@ -265,6 +382,29 @@ def test_a_restart_makes_the_steps_of_its_own_fit(optimiser):
         stock = SVI(model, single, OPTIMISERS[optimiser](), Trace_ELBO())
         expected = [stock.step(X) for _ in range(8)]
         torch.testing.assert_close(losses[:, i].float(), torch.tensor(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_restarts_keep_their_parameters_apart_under_several_programs():
+    def model(flag):
+        names = ("a", "b") if flag else ("b", "a")
+        start = {"a": lambda: torch.randn(()) + 5, "b": lambda: torch.randn(()) - 5}
+        values = {name: pyro.param(name, start[name]) for name in names}
+        pyro.factor("loss", -((values["a"] - 1) ** 2) - (values["b"] + 1) ** 2)
+
+    pyro.set_rng_seed(1)
+    svi = CompiledSVI(model, lambda flag: None, pyro.optim.Adam({"lr": 0.3}), Trace_ELBO(), mode=PYTHON, num_restarts=3)
+    first = svi.run(60, True, progress=False)
+    assert svi.step(False).max() < first[0].min() / 10
+
+
+def test_the_best_restart_is_selected_and_saved_at_the_end_of_a_run():
+    pyro.set_rng_seed(1)
+    guide = AutoNormal(bimodal, init_loc_fn=init_to_uniform, init_scale=0.05)
+    svi = CompiledSVI(bimodal, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(), mode=PYTHON, num_restarts=3)
+    svi.run(20, progress=False)
+    best = svi.restarts.values[0][svi.restarts.best()]
+    assert torch.equal(svi.restarts.parameters[0], best)
+    assert torch.equal(next(iter(svi.state_dict()["parameters"].values())), best)
 
 
 def test_restarts_that_begin_alike_are_warned_of():
