@@ -58,6 +58,11 @@ class Graph:
         """Number of operations."""
         return sum(node.op == "call_function" for node in self.module.graph.nodes)
 
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Dtypes of the results of its operations."""
+        return {dtype for node in self.module.graph.nodes if (dtype := _dtype(node)) is not None}
+
     def changed(self) -> str | None:
         """Return a text about a tensor whose values were read during the capture and have changed since, or None."""
         for fixed in self.fixed:
@@ -231,7 +236,7 @@ def _is_random(node: fx.Node) -> bool:
 
 
 def _dtype(node: Any) -> torch.dtype | None:
-    return node.meta["val"].dtype if isinstance(node, fx.Node) and "val" in node.meta else None
+    return getattr(node.meta.get("val"), "dtype", None) if isinstance(node, fx.Node) else None
 
 
 def _is_written(node: fx.Node) -> bool:

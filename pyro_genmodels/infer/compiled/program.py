@@ -12,7 +12,7 @@ __all__ = ["CapturedLoss", "Finding", "Program"]
 import operator
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,6 +46,9 @@ MANY_CAPTURES = 8
 DIFFERENTIABLE: Mapping[type[ELBO], Callable[..., Tensor]] = {RenyiELBO: renyi_loss}
 """For losses of Pyro without a differentiable form: a function of the loss, model, guide and arguments that is one."""
 
+
+TINY = 1e-30
+"""Size of gradients that are all zero."""
 
 LAYOUT = operator.attrgetter("shape", "dtype", "requires_grad")
 """Function of a tensor that returns what a graph takes for granted of it."""
@@ -88,6 +91,10 @@ class Program:
         calls: number of calls.
         seconds: times of single steps.
         unroll: number of steps that are put into one graph, once it is chosen.
+        forms: further functions of the inputs, without a lasting effect, that return the loss, or the loss and the gradients,
+            as other code computes them that was built of the graph, with the same random numbers. Each comparison with the
+            program compares these too.
+        eps: unit of rounding of the coarsest dtype that the graph computes in.
 
     Raises:
         CaptureError: if the program cannot be captured.
@@ -110,6 +117,7 @@ class Program:
         self.built: Callable[..., Sequence[Any]] | None = None
         self.seconds: list[float] = []
         self.unroll: int | None = None
+        self.forms: list[Callable[..., Sequence[Any]]] = []
         inputs = [leaves[i] for i in self._positions]
         with without_trace_shapes(), exclusive("the capture of a model", wait=True):
             with put_back():  # what is made at the first run, such as parameters and the plates of guides, is made now
@@ -126,15 +134,15 @@ class Program:
         self.watch.forget_changed()
         self._tensors = [*self.parameters.values(), *self.graph.read]
         self._layouts = self._layouts_now()
+        self.eps = _coarsest_eps({x.dtype for x in (*inputs, *self._tensors)} | self.graph.dtypes)
         *_, output = self.graph.module.graph.nodes
         self.has_gradient = [g is not None for g in output.args[0][1 : self.graph.num_outputs]]
         self.trained = [p for p, has in zip(self.parameters.values(), self.has_gradient, strict=False) if has]
 
     def outputs(self, *inputs: Tensor) -> list[Tensor | None]:
         """Return the loss, detached, and the gradients, computed by the program itself."""
-        if not self._gradients:
-            with torch.no_grad():
-                return [self._loss(inputs)]
+        if not self._gradients:  # not under no_grad, in which enumeration fails
+            return [self._loss(inputs).detach()]
         loss = self._loss(inputs)
         trained = [p for p in self.parameters.values() if p.requires_grad]
         found = iter(torch.autograd.grad(loss, trained, allow_unused=True) if trained and loss.requires_grad else ())
@@ -166,28 +174,75 @@ class Program:
     def audit(self, inputs: Sequence[Tensor]) -> float:
         """Compare the graph with the program, under the same random numbers, and return the largest difference.
 
+        If the graph was built for a mode, what was built is compared too.
+
         Raises:
-            StaleGraphError: if they differ.
+            StaleGraphError: if they differ, or leave the random number generator in different states.
         """
         with without_trace_shapes(), exclusive("a comparison with the model", wait=True), self.graph.put_back():
             expected = self.outputs(*inputs)
+            generator = torch.get_rng_state()
         with self.graph.put_back():
             found = self.graph(*inputs)
-        loss: Any = expected[0]
-        difference = 0.0
-        for a, b in zip(expected, found, strict=True):
-            if (a is None) != (b is None):
-                raise StaleGraphError("a parameter has a gradient in the program and none in the captured graph, or none there")
-            if a is not None and a.numel():
-                gap = float((a - b).abs().max() / (1 + a.abs().max()))
-                difference = max(difference, gap) if gap == gap else difference
-        if difference > tolerance_of(loss.dtype):
+            is_same_generator = torch.equal(generator, torch.get_rng_state())
+        difference = self.compare(expected, found)
+        if not is_same_generator:
             raise StaleGraphError(
-                f"The captured graph gives a loss of {_first(found[0]):.9g} where the program gives {_first(loss):.9g} with "
-                f"the same random numbers (largest difference of loss and gradients, relative: {difference:.1e}). Something "
-                "that the program reads was changed since it was captured, in a way that cannot be seen: an array that the "
-                "model makes a tensor by torch.tensor(...), a counter, or random numbers of Python or numpy. Pass it as an "
-                "argument, as a tensor."
+                "The program leaves the random number generator in another state than the captured graph does: it sets a seed, "
+                "as by torch.manual_seed(...), or draws as many numbers as Python code decides. Set seeds outside of the model."
+            )
+        for form in self.forms if self.built is None else (self._call_built, *self.forms):
+            with self.graph.put_back(), torch.no_grad():
+                difference = max(difference, self.compare(expected, form(*inputs), is_built=True))
+        return difference
+
+    def _call_built(self, *inputs: Tensor) -> list[Any]:
+        built: Any = self.built
+        return [x.clone() if isinstance(x, Tensor) else x for x in built(*inputs, *self.graph.read)[: self.graph.num_outputs]]
+
+    def compare(self, expected: Sequence[Any], found: Sequence[Any], *, is_built: bool = False) -> float:
+        """Return the largest difference of the loss and the gradients, relative to their sizes.
+
+        The size is that of the loss, or 1 if that is larger. For gradients it is that of the largest of all of them, or a
+        hundredth of the loss if that is larger, since a gradient may be a small sum of large terms.
+
+        Args:
+            expected: loss and gradients of the program.
+            found: those of its graph, or the loss alone.
+            is_built: True for those of the built graph, whose rounding is another one.
+
+        Raises:
+            StaleGraphError: if they differ by more than rounding can explain.
+        """
+        loss: Any = expected[0]
+        sizes = [_size(x) for x in expected]
+        size_of_loss, size_of_gradients = max(1.0, sizes[0]), max(*sizes[1:], sizes[0] / 100, TINY)
+        difference = 0.0
+        for i, (a, b) in enumerate(zip(expected, found, strict=False)):
+            if (a is None) != (b is None):
+                name = [*self.parameters][i - 1]
+                where = (
+                    "the captured graph and none in the program" if a is None else "the program and none in the captured graph"
+                )
+                raise StaleGraphError(
+                    f"The parameter {name} has a gradient in {where}: the path from it to the loss was changed, in a way that "
+                    "cannot be seen, since the program was captured."
+                )
+            if a is not None and a.numel():
+                difference = max(difference, _gap(a, b) / (size_of_gradients if i else size_of_loss))
+        if difference > tolerance_of(self.eps, is_built=is_built):
+            what = "compiled code" if is_built else "captured graph"
+            cause = (
+                "The graph before the compiler is right, so that the compiler is at fault, or an optimiser's formula, or "
+                "rounding of an ill-conditioned program. Take the mode Captured(script=False) or Eager(), or float64."
+                if is_built
+                else "Something that the program reads was changed since it was captured, in a way that cannot be seen: "
+                "numbers of an array that Python code computes with, a counter, or random numbers of Python or numpy. Pass it "
+                "as an argument, as a tensor."
+            )
+            raise StaleGraphError(
+                f"The {what} gives a loss of {_first(found[0]):.9g} where the program gives {_first(loss):.9g} with the same "
+                f"random numbers (largest difference of loss and gradients, relative: {difference:.1e}). {cause}"
             )
         return difference
 
@@ -196,9 +251,30 @@ def _first(x: Any) -> float:
     return float(x.reshape(-1)[0])
 
 
-def tolerance_of(dtype: torch.dtype) -> float:
-    """Return the largest relative difference that rounding may make between the program and its graph."""
-    return 1e4 * torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+def _size(x: Tensor | None) -> float:
+    """Return the largest absolute value of the finite numbers of a tensor."""
+    return float(torch.where(x.isfinite(), x, 0).abs().max()) if x is not None and x.numel() else 0.0
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    """Return the largest absolute difference, infinite if one is not a number, or infinite, where the other is another."""
+    is_same = (a == b) | (a.isnan() & b.isnan())  # infinities of one sign are equal
+    return float(torch.where(is_same, 0, (a - b).abs()).nan_to_num(nan=float("inf"), posinf=float("inf")).max())
+
+
+def tolerance_of(eps: float, *, is_built: bool = False) -> float:
+    """Return the largest relative difference that rounding may make between the program and its graph, at most 5 %.
+
+    Args:
+        eps: unit of rounding of the coarsest dtype that the program computes in.
+        is_built: True for compiled code, which sums in another order.
+    """
+    return min(0.05, eps * (3e4 if is_built else 1e3))
+
+
+def _coarsest_eps(dtypes: Iterable[torch.dtype]) -> float:
+    """Return the unit of rounding of the coarsest of dtypes; integers have none."""
+    return max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point or dtype.is_complex), default=0.0)
 
 
 class CapturedLoss:
