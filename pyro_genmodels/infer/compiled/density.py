@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from pyro_genmodels.infer.compiled.coordinates import Coordinates
 from pyro_genmodels.infer.compiled.graph import Graph
-from pyro_genmodels.infer.compiled.initial import as_strategy
+from pyro_genmodels.infer.compiled.initial import as_strategy, never_without
 from pyro_genmodels.infer.compiled.modes import Mode, default_mode
 from pyro_genmodels.infer.compiled.program import Program
 from pyro_genmodels.infer.compiled.prototypes import first_runs
@@ -53,9 +53,14 @@ def log_density(
     It can be given to Pyro's `NUTS` and `HMC` as ``potential_fn``, and to any other sampler or optimiser. `CompiledNUTS`
     samples from it.
 
-    Discrete latent variables are summed out, as Pyro's NUTS does. Parameters of the model are constants. Data and parameters
-    are read at each call, so a change in place counts. Build the log density again if a tensor or a number that the model uses
-    is replaced by another one.
+    Discrete latent variables are summed out, as Pyro's NUTS does. Parameters of the model are constants. Handlers around a call
+    have no effect, as around Pyro's `MCMC`. Put them around the model.
+
+    Tensors, as of data and parameters, are read at each call, so a change in place counts. A tensor or a number that is bound
+    anew to a name in the model is seen too, and the model is captured again. Other changes are not seen: a number that the
+    model computes by Python, such as ``float(array[0])``, is the one of the capture. Build the log density again after such a
+    change. A call is not compared with the model; `LogDensity.audit` does that, and `CompiledNUTS` asks it at the first and
+    the last draw of each chain.
 
     Args:
         model: function with Pyro statements.
@@ -222,7 +227,7 @@ class LogDensity(Coordinates):
                 density.
         """
         check_positive_int("initial_points", num_points=num_points)
-        model = InitMessenger(as_strategy(init, self.args, self.kwargs))(self._enumerated)
+        model = InitMessenger(never_without(as_strategy(init, self.args, self.kwargs)))(self._enumerated)
         points: list[Tensor] = []
         cause: Exception | None = None
         for _ in range(MAX_TRIES * num_points):
@@ -291,7 +296,7 @@ class _Captured:
     def __call__(self, z: Tensor) -> Sequence[Tensor]:
         """Return the log density and its gradient, NaN where a matrix has no decomposition, such as no Cholesky factor."""
         try:
-            return self.run(z)
+            return self.run(z.contiguous())  # compiled code takes this order in memory for granted
         except torch.linalg.LinAlgError:
             return z.new_full((), torch.nan), torch.full_like(z, torch.nan)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["as_strategy"]
+__all__ = ["as_strategy", "never_without"]
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import init_to_generated, init_to_value
 from pyro.poutine.util import prune_subsample_sites
+from torch.distributions import biject_to
 
 from pyro_genmodels._pyro import traces
 from pyro_genmodels.utils.tensors import as_tensor
@@ -47,6 +48,34 @@ def as_strategy(init: Any, args: tuple, kwargs: Mapping[str, Any]) -> Strategy:
         return init
     _, guide = traces.as_pair(init)
     return init_to_generated(generate=partial(_one_run, guide, args, kwargs))
+
+
+def never_without(strategy: Strategy) -> Strategy:
+    """Return a strategy that also has values for distributions without draws, such as `pyro.distributions.ImproperUniform`.
+
+    They are uniform between -2 and 2 in unconstrained coordinates, as those of `init_to_uniform`.
+
+    Args:
+        strategy: strategy that may draw from the distribution, or asks for a draw where it has no value.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> site = {"name": "z", "fn": dist.ImproperUniform(dist.constraints.positive, (), (3,))}
+        >>> never_without(init_to_value(values={}))(site) > 0
+        tensor([True, True, True])
+    """
+
+    def value(site: Any) -> Any:
+        try:
+            return strategy(site)
+        except NotImplementedError:  # by `sample`
+            fn = site["fn"]
+            if fn.support.is_discrete:
+                raise
+            transform = biject_to(fn.support)
+            return transform(torch.empty(transform.inverse_shape(fn.shape())).uniform_(-2.0, 2.0))
+
+    return value
 
 
 def _one_draw(draws: Mapping[str, torch.Tensor]) -> Strategy:

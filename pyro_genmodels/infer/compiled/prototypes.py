@@ -11,11 +11,14 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
 from pyro.infer.mcmc.util import initialize_model
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
+
+from pyro_genmodels.infer.compiled.initial import never_without
 
 MAX_TRIES = 20
 """Largest number of first runs of a model that fail before its error is raised."""
@@ -54,10 +57,12 @@ def first_runs(run: Callable[[], Any]) -> Prototype:
     for tries_left in reversed(range(MAX_TRIES)):
         try:
             with poutine.block(), torch.no_grad(), pyro.validation_enabled(is_validate=False):
-                alone = poutine.trace(run).get_trace()
+                alone = poutine.trace(InitMessenger(never_without(_draw))(run)).get_trace()
                 _check_sites(alone)
                 nesting = _plate_nesting(alone)
-                _, potential, transforms, trace = initialize_model(run, max_plate_nesting=nesting, initial_params={})
+                _, potential, transforms, trace = initialize_model(
+                    run, max_plate_nesting=nesting, init_strategy=never_without(init_to_uniform), initial_params={}
+                )
         except RuntimeError:
             if not tries_left:
                 raise
@@ -66,6 +71,11 @@ def first_runs(run: Callable[[], Any]) -> Prototype:
     _check_variables(alone, trace, transforms)
     enumerated = poutine.enum(config_enumerate(run), first_available_dim=-1 - nesting)
     return Prototype(potential, transforms, {name: trace.nodes[name]["value"] for name in transforms}, enumerated)
+
+
+def _draw(site: Mapping[str, Any]) -> Any:
+    """Return a draw of a site's distribution, as Pyro makes it."""
+    return site["fn"](*site["args"], **site["kwargs"])
 
 
 def _check_sites(trace: Trace) -> None:

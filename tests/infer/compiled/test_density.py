@@ -11,10 +11,11 @@ import torch
 from marks import slow_unless
 from pyro import poutine
 from pyro.infer import MCMC, NUTS
-from pyro.infer.autoguide import init_to_mean, init_to_median, init_to_sample, init_to_value
+from pyro.infer.autoguide import init_to_mean, init_to_median, init_to_sample, init_to_uniform, init_to_value
 from pyro.infer.mcmc.util import initialize_model
 from pyro.infer.reparam import LocScaleReparam
 from pyro.ops.integrator import potential_grad
+from torch.distributions import biject_to
 
 from pyro_genmodels.infer.compiled.density import log_density
 from pyro_genmodels.infer.compiled.modes import Captured, Compiled, Eager
@@ -320,6 +321,58 @@ def test_handlers_outside_see_nothing():
         density = log_density(normal_model, mode=Captured())
         density(density.initial_points()[0])
     assert not outer.trace.nodes.keys() - {"_INPUT", "_RETURN"}
+
+
+@pytest.mark.parametrize("mode", [Eager(), Captured(script=False)])
+def test_handlers_outside_have_no_effect(mode):
+    """As around Pyro's `MCMC`."""
+    alone, z = log_density(normal_model, mode=mode), torch.tensor([0.3])
+    with poutine.scale(scale=10.0), poutine.condition(data={"loc": torch.zeros(())}), pyro.plate("outer", 2):
+        inside = log_density(normal_model, mode=mode)
+        assert inside.names == alone.names
+        assert inside(z)[0] == alone(z)[0] == alone.evaluate(z)[0]
+    assert inside(z)[0] == alone(z)[0]
+
+
+class NeedsOrder(Captured):
+    """A mode whose code takes the order in memory of its inputs for granted, as compiled code does."""
+
+    def build(self, graph, inputs):
+        run = super().build(graph, inputs)
+
+        def call(z, *read):
+            assert z.stride() == inputs[0].stride()
+            return run(z, *read)
+
+        return call
+
+
+@pytest.mark.parametrize("mode", [NeedsOrder(script=False), pytest.param(Compiled(), marks=pytest.mark.slow)])
+def test_coordinates_with_a_stride_have_their_own_density(mode):
+    def model():
+        pyro.sample("a", dist.Normal(torch.tensor([0.0, 10.0, 20.0]), 1.0).to_event(1))
+
+    density, z = log_density(model, mode=mode), torch.randn(3, 4)[:, 1]
+    for found, wanted in zip(density(z), density.evaluate(z), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("support", "shape"), [(dist.constraints.real, (2,)), (dist.constraints.positive, ()), (dist.constraints.simplex, (3,))]
+)
+@pytest.mark.parametrize("init", [init_to_uniform, init_to_median, {}])
+def test_variables_without_draws_have_a_density(support, shape, init):
+    def model():
+        with pyro.plate("rows", 2):
+            z = pyro.sample("z", dist.ImproperUniform(support, (), shape))
+        pyro.sample("y", dist.Normal(z.sum(), 1.0), obs=torch.tensor(1.0))
+
+    density = log_density(model, mode=Captured(script=False))
+    u = density.initial_points(init=init)[0]
+    z = density.constrain(u)["z"]
+    assert z.shape == (2, *shape)
+    jacobian = biject_to(support).log_abs_det_jacobian(density.unflatten(u)["z"], z).sum()
+    torch.testing.assert_close(density(u)[0], jacobian + dist.Normal(z.sum(), 1.0).log_prob(torch.tensor(1.0)))
 
 
 def test_a_model_without_latent_variables_has_no_coordinates():
