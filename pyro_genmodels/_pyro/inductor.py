@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["compile_graph", "direct_call"]
+__all__ = ["compile_graph", "direct_call", "missing_compiler"]
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+
+from pyro_genmodels.utils.errors import one_line
 
 Call = Callable[..., Sequence[Tensor]]
 
@@ -37,3 +40,15 @@ def direct_call(compiled: Call) -> Call | None:
         return run(list(tensors))
 
     return call
+
+
+@cache
+def missing_compiler() -> str | None:
+    """Return what torch says of a C++ compiler that it cannot find, or None if there is one."""
+    from torch._inductor import cpp_builder
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except Exception as error:  # torch raises several kinds
+        return one_line(error)
+    return None

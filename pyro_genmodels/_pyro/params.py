@@ -16,6 +16,7 @@ __all__ = [
     "random_parameters",
     "register_name",
     "remove_foreign_parameters",
+    "unconstrained",
     "unused_name",
 ]  # fmt: skip
 
@@ -31,7 +32,7 @@ from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import _PYRO_STACK
-from torch import nn
+from torch import Tensor, nn
 
 _counters: defaultdict[str, count] = defaultdict(lambda: count(1))
 _registered: WeakValueDictionary[str, PyroModule] = WeakValueDictionary()
@@ -141,6 +142,11 @@ def _acts_on_parameters(handler: Any) -> bool:
     if type(handler) is ReplayMessenger and vars(handler).keys().isdisjoint(names):
         return bool(handler.params)
     return any(getattr(handler, name, None) is not None for name in names)
+
+
+def unconstrained(name: str) -> Tensor | None:
+    """Return the unconstrained parameter of a name in Pyro's param store, by identity, or None if there is none."""
+    return pyro.get_param_store()._params.get(name)
 
 
 @contextmanager

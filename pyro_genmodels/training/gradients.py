@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from pyro_genmodels._pyro import traces
 from pyro_genmodels._pyro.capturing import has_handlers
+from pyro_genmodels._pyro.inductor import missing_compiler
 from pyro_genmodels.infer.compiled import Captured, CapturedLoss, CaptureError, Compiled, Eager, Mode, StaleGraphError
-from pyro_genmodels.infer.compiled.modes import missing_compiler
 from pyro_genmodels.utils.errors import one_line, warn_caller
 
 CAPTURED_STEPS = 2_000

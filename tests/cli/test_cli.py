@@ -141,7 +141,8 @@ def check_refusal(result, *words):
 
 VERDICT = re.compile(
     r"(?P<family>\w+) on (?P<data>\S+) \((?P<split>\w+)\): (?P<nats>\S+) ± (?P<se>\S+) nats per datum, lower is better "
-    r"\((?P<kind>exact|(lower bound|estimate|unreliable|unreliable lower bound), k=\d+), n=(?P<n>\d+)\)(; (?P<bits>\S+) bits per dimension)?"
+    r"\((?P<kind>exact|(lower bound|estimate|unreliable|unreliable lower bound), k=\d+), n=(?P<n>\d+)\)"
+    r"(; (?P<bits>\S+) bits per dimension)?"
     r"(; Pareto k-hat is .* rows)*"
 )
 WITHOUT = re.compile(

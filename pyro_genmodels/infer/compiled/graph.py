@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyro_genmodels._pyro.tracing import make_fx
 from pyro_genmodels.infer.compiled.recorder import (
     LIFTS,
     WAY_OUT,

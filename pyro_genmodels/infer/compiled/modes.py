@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_genmodels._pyro.inductor import compile_graph, direct_call
+from pyro_genmodels._pyro.inductor import compile_graph, direct_call, missing_compiler
 from pyro_genmodels.infer.compiled.cuda_graphs import can_be_recorded, recorded
 from pyro_genmodels.infer.compiled.graph import Graph
 from pyro_genmodels.infer.compiled.recorder import put_back
@@ -128,15 +128,3 @@ def default_mode() -> Mode:
         "tenth as fast. Install g++ or clang, or set CXX."
     )
     return Captured()
-
-
-@cache
-def missing_compiler() -> str | None:
-    """Return what torch says of a C++ compiler that it cannot find, or None if there is one."""
-    from torch._inductor import cpp_builder
-
-    try:
-        cpp_builder.get_cpp_compiler()
-    except Exception as error:  # torch raises several kinds
-        return one_line(error)
-    return None

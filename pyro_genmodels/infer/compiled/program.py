@@ -21,15 +21,15 @@ import pyro
 import torch
 from pyro.infer import ELBO, RenyiELBO
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pyro_genmodels._pyro.capturing import capturable, find_parameters
+from pyro_genmodels._pyro.capturing import capturable, find_parameters, has_hooks
 from pyro_genmodels._pyro.handlers import exclusive
 from pyro_genmodels._pyro.messages import without_trace_shapes
 from pyro_genmodels._pyro.renyi import renyi_loss
+from pyro_genmodels._pyro.tracing import tree_flatten, tree_unflatten
 from pyro_genmodels.infer.compiled.graph import trace
 from pyro_genmodels.infer.compiled.modes import Mode, default_mode
-from pyro_genmodels.infer.compiled.recorder import CaptureError, StaleGraphError, put_back
+from pyro_genmodels.infer.compiled.recorder import WAY_OUT, CaptureError, StaleGraphError, put_back
 from pyro_genmodels.infer.compiled.watch import Watch
 from pyro_genmodels.utils.errors import warn_caller
 
@@ -129,6 +129,11 @@ class Program:
             for part in ("_params", "_constraints"):
                 for name in self.parameters:
                     self.watch.add(_Stored(part), name, f"the parameter {name}")
+            if (hooked := self._hooked()) is not None:
+                raise CaptureError(
+                    f"The parameter {hooked} has a hook of its gradient (register_hook), which a captured graph would not call at "
+                    f"each step. Remove it, or change gradients in the optimiser, as by clip_norm. {WAY_OUT}"
+                )
             with capturable():
                 self.graph = trace(self.outputs, *inputs, varying=self.parameters.values())
         self.watch.forget_changed()
@@ -152,17 +157,23 @@ class Program:
     def _loss(self, inputs: Sequence[Tensor]) -> Tensor:
         leaves = list(self._others)
         for i, x in zip(self._positions, inputs, strict=True):
-            leaves[i] = x
+            leaves[i] = x.clone() if x.is_inference() else x
         args, kwargs = tree_unflatten(leaves, self._structure)
         return torch.as_tensor(self._run(*args, **kwargs))
 
     def _layouts_now(self) -> list[Any]:
         return [*map(LAYOUT, self._tensors), *map(Tensor.stride, self._tensors)]
 
+    def _hooked(self) -> str | None:
+        """Return the name of a parameter with a hook of its gradient, or None."""
+        return next((name for name, p in self.parameters.items() if has_hooks(p)), None)
+
     def changed(self) -> str | None:
         """Return the name of something that was bound anew since the capture, or None."""
         if self._layouts_now() != self._layouts:
             return "the shape, strides, dtype or requires_grad of a tensor"
+        if (hooked := self._hooked()) is not None:
+            return f"a hook of the parameter {hooked}"
         return self.watch.changed() or self.graph.changed()
 
     def is_due(self, num_calls: int = 1) -> bool:
@@ -349,11 +360,16 @@ class CapturedLoss:
         """Return the program for arguments, captured if need be, and the tensors among the arguments.
 
         Raises:
-            CaptureError: if the program cannot be captured.
+            CaptureError: if the program cannot be captured, or if gradients are asked for where they are switched off.
 
         Warns:
             RuntimeWarning: if programs are captured again and again.
         """
+        if gradients and not torch.is_grad_enabled():
+            raise CaptureError(
+                "Gradients are switched off around the call, by torch.no_grad() or torch.inference_mode(), so that there are none "
+                "to make a step with. Call it outside of that block."
+            )
         key, inputs = key_of(args, kwargs)
         key = (gradients, key)
         program = self._programs.get(key)
@@ -375,7 +391,8 @@ class CapturedLoss:
                 "step. Pass what changes as a tensor, and batches of one size."
             )
         start = time.perf_counter()
-        program = Program(self.run, args, kwargs, (self.model, self.guide, self.loss), gradients=gradients)
+        with torch.inference_mode(False), torch.enable_grad():
+            program = Program(self.run, args, kwargs, (self.model, self.guide, self.loss), gradients=gradients)
         self._programs[key] = program
         while len(self._programs) > MAX_PROGRAMS:
             self._programs.popitem(last=False)

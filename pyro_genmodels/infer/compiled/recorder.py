@@ -16,11 +16,9 @@ from typing import Any
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
+from pyro_genmodels._pyro.tracing import TorchDispatchMode, disable_proxy_modes_tracing, tree_iter
 from pyro_genmodels.utils.rng import forked_rng
 
 aten = torch.ops.aten

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from pyro_genmodels._pyro.capturing import has_handlers
 from pyro_genmodels._pyro.handlers import exclusive
+from pyro_genmodels._pyro.params import unconstrained
 from pyro_genmodels.infer.compiled.modes import Mode
 from pyro_genmodels.infer.compiled.program import CapturedLoss, Finding, Program
 from pyro_genmodels.infer.compiled.recorder import CaptureError
@@ -370,14 +371,15 @@ class CompiledSVI:
         """
         store = pyro.get_param_store()
         for name, value in state["parameters"].items():
-            if name not in store or store._params[name].shape != value.shape:
+            p = unconstrained(name)
+            if p is None or p.shape != value.shape:
                 raise ValueError(
                     f"The parameter {name!r} of shape {tuple(value.shape)} is not in Pyro's param store. Run the guide and the "
                     "model once first, as by evaluate_loss(...), so that their parameters exist."
                 )
         with torch.no_grad():
             for name, value in state["parameters"].items():
-                store._params[name].copy_(value)
+                unconstrained(name).copy_(value)  # type: ignore[union-attr]
         known = {store.param_name(p): optimizer for p, optimizer in self.optim.optim_objs.items()}
         waiting = {}
         for name, saved in deepcopy(state["optimizer"]).items():
