@@ -1,13 +1,18 @@
-"""Plates without a size, ``pyro.plate("data")``, which Pyro counts as of -1 rows: their sites tell how many there are."""
+"""Plates without a size, ``pyro.plate("data")``, which Pyro counts as of -1 rows: their sites tell how many there are.
+
+And plates around a call, whose dimensions the plates of a model would not get.
+"""
 
 from __future__ import annotations
 
-__all__ = ["measure_plates"]
+__all__ = ["measure_plates", "plates_around"]
 
 from typing import Any
 
 import torch
 from pyro.poutine import Trace
+from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_subsample
 
 UNKNOWN_SIZE = -1
@@ -41,3 +46,8 @@ def _batch_shape(site: Any) -> torch.Size:
     """Return the batch shape of a site, to which that of its value may add."""
     value_shape = site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
     return torch.broadcast_shapes(site["fn"].batch_shape, value_shape)
+
+
+def plates_around() -> list[str]:
+    """Return the names of the plates around the call that take a dimension, the outermost first."""
+    return [handler.name for handler in _PYRO_STACK if isinstance(handler, IndepMessenger) and handler.dim is not None]

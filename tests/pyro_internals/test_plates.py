@@ -7,7 +7,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 
-from pyro_genmodels._pyro.plates import UNKNOWN_SIZE, measure_plates
+from pyro_genmodels._pyro.plates import UNKNOWN_SIZE, measure_plates, plates_around
 
 
 def sizes(trace):
@@ -51,3 +51,13 @@ def test_model_and_guide_are_measured_together():
     one, four = (poutine.trace(fn).get_trace(torch.ones(n)) for n in (1, 4))
     measure_plates(one, four)
     assert sizes(one) == sizes(four) == {"x": {"data": 4}}
+
+
+def test_plates_around_a_call_take_dimensions():
+    with pyro.plate("rows", 2), poutine.block(), pyro.plate("columns", 3):
+        for _ in pyro.plate("one by one", 1):
+            assert plates_around() == ["rows", "columns"]
+        with pyro.plate("inner", 4) as inner:
+            assert len(inner) == 4
+            assert plates_around()[-1] == "inner"
+    assert plates_around() == []

@@ -26,6 +26,7 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyro_genmodels._pyro.plates import plates_around
 from pyro_genmodels.infer.compiled.coordinates import Coordinates
 from pyro_genmodels.infer.compiled.graph import Graph
 from pyro_genmodels.infer.compiled.initial import as_strategy, never_without
@@ -54,7 +55,7 @@ def log_density(
     samples from it.
 
     Discrete latent variables are summed out, as Pyro's NUTS does. Parameters of the model are constants. Handlers around a call
-    have no effect, as around Pyro's `MCMC`. Put them around the model.
+    have no effect, as around Pyro's `MCMC`, and plates are refused. Put them around the model.
 
     Tensors, as of data and parameters, are read at each call, so a change in place counts. A tensor or a number that is bound
     anew to a name in the model is seen too, and the model is captured again. Other changes are not seen: a number that the
@@ -71,7 +72,7 @@ def log_density(
 
     Raises:
         ValueError: naming a plate that subsamples, a discrete variable that cannot be enumerated, or a variable whose support
-            or shape depends on other variables.
+            or shape depends on other variables; or a plate around the call.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -267,7 +268,16 @@ class LogDensity(Coordinates):
         raise ValueError(f"the density of {listed(sites)} is not finite." if sites else "a gradient is not finite.")
 
     def _run(self) -> Any:
-        """Run the model; handlers of Pyro have a keyword ``context`` of their own, which a model's must not meet."""
+        """Run the model; handlers of Pyro have a keyword ``context`` of their own, which a model's must not meet.
+
+        Raises:
+            ValueError: if there is a plate around the call: the model's plates would get other dimensions.
+        """
+        if names := plates_around():
+            raise ValueError(
+                f"The plate {names[0]!r} is around the call, so that the plates of the model would lie in other dimensions. "
+                "Call outside of it, or put the plate into the model."
+            )
         return self.model(*self.args, **self.kwargs)
 
 

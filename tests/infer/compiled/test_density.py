@@ -327,11 +327,23 @@ def test_handlers_outside_see_nothing():
 def test_handlers_outside_have_no_effect(mode):
     """As around Pyro's `MCMC`."""
     alone, z = log_density(normal_model, mode=mode), torch.tensor([0.3])
-    with poutine.scale(scale=10.0), poutine.condition(data={"loc": torch.zeros(())}), pyro.plate("outer", 2):
+    wanted, _ = alone.evaluate(z)
+    with poutine.scale(scale=10.0), poutine.condition(data={"loc": torch.zeros(())}):
         inside = log_density(normal_model, mode=mode)
         assert inside.names == alone.names
-        assert inside(z)[0] == alone(z)[0] == alone.evaluate(z)[0]
-    assert inside(z)[0] == alone(z)[0]
+        assert inside(z)[0] == alone(z)[0] == alone.evaluate(z)[0] == wanted
+    assert inside(z)[0] == wanted
+
+
+@pytest.mark.parametrize("mode", [Eager(), Captured(script=False)])
+def test_plates_outside_are_refused(mode):
+    alone, z = log_density(normal_model, mode=mode), torch.tensor([0.3])
+    with pyro.plate("outer", 2), pytest.raises(ValueError, match="plate 'outer' is around the call"):
+        alone(z)
+    with pyro.plate("outer", 2), pytest.raises(ValueError, match="plate 'outer' is around the call"):
+        log_density(normal_model, mode=mode)
+    with pyro.plate("outer", 2), pytest.raises(ValueError, match="plate 'outer' is around the call"):
+        alone.initial_points()
 
 
 class NeedsOrder(Captured):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -327,6 +328,26 @@ def test_handlers_outside_see_nothing():
     with pyro.poutine.trace() as outer:
         short()
     assert not outer.trace.nodes.keys() - {"_INPUT", "_RETURN"}
+
+
+@pytest.mark.parametrize("mode", [Eager(), Captured(script=False)])
+def test_handlers_outside_have_no_effect_as_around_pyros_mcmc(mode):
+    """A slope fixed by a handler is sampled, and a scaled likelihood is not."""
+    draws = []
+    for handlers in (False, True):
+        with ExitStack() as stack:
+            if handlers:
+                stack.enter_context(pyro.condition(data={"slope": torch.zeros(())}))
+                stack.enter_context(pyro.poutine.scale(scale=100.0))
+            draws.append(short(mode=mode, num_processes=1))
+            pyro.set_rng_seed(1)
+            mcmc = MCMC(NUTS(rows), num_samples=2, warmup_steps=2, disable_progbar=True)
+            mcmc.run(X, Y)
+            draws.append(torch.cat([x.flatten() for x in mcmc.get_samples().values()]))
+    assert torch.equal(draws[0], draws[2])
+    assert torch.equal(draws[1], draws[3])
+    with pyro.plate("outer", 2), pytest.raises(ValueError, match="plate 'outer' is around the call"):
+        short(mode=mode, num_processes=1)
 
 
 def test_processes_work_after_threads_were_used():
