@@ -5,7 +5,7 @@ Each replacement computes the same number. Checks of values cannot stand in a gr
 
 from __future__ import annotations
 
-__all__ = ["capturable", "copy_pair", "find_parameters", "has_handlers"]
+__all__ = ["capturable", "copy_pair", "find_parameters", "has_handlers", "has_hooks"]
 
 import math
 import sys
@@ -36,6 +36,11 @@ ONE_HOT = functional.one_hot
 def has_handlers() -> bool:
     """Return True if a handler of Pyro, or autocast, is active around the call, which could change what a program means."""
     return bool(_PYRO_STACK) or torch._C._is_any_autocast_enabled()
+
+
+def has_hooks(x: Tensor) -> bool:
+    """Return True if a function is called with the gradient of a tensor, by `register_hook` and the like."""
+    return bool(x._backward_hooks) or bool(x._post_accumulate_grad_hooks)
 
 
 def find_parameters(run: Callable[[], Any]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
-from pyro_genmodels._pyro.capturing import capturable, copy_pair, find_parameters, has_handlers
+from pyro_genmodels._pyro.capturing import capturable, copy_pair, find_parameters, has_handlers, has_hooks
 
 X = torch.tensor([0.3, -0.2, 1.1])
 
@@ -220,3 +220,13 @@ def test_batch_norm_changes_its_statistics_though_its_schema_does_not_say_so():
     assert not operation._schema.is_mutable
     names = [argument.name for argument in operation._schema.arguments]
     assert names[3:6] == ["running_mean", "running_var", "training"]
+
+
+@pytest.mark.parametrize("method", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_of_gradients_are_found(method):
+    x = torch.ones(2, requires_grad=True)
+    assert not has_hooks(x)
+    handle = getattr(x, method)(lambda g: None)
+    assert has_hooks(x)
+    handle.remove()
+    assert not has_hooks(x)

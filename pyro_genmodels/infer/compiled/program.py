@@ -131,8 +131,8 @@ class Program:
                     self.watch.add(_Stored(part), name, f"the parameter {name}")
             if (hooked := self._hooked()) is not None:
                 raise CaptureError(
-                    f"The parameter {hooked} has a hook of its gradient (register_hook), which a captured graph would not call at "
-                    f"each step. Remove it, or change gradients in the optimiser, as by clip_norm. {WAY_OUT}"
+                    f"The parameter {hooked} has a hook of its gradient (register_hook), which a captured graph would not call "
+                    f"at each step. Remove it, or change gradients in the optimiser, as by clip_norm. {WAY_OUT}"
                 )
             with capturable():
                 self.graph = trace(self.outputs, *inputs, varying=self.parameters.values())
@@ -146,8 +146,9 @@ class Program:
 
     def outputs(self, *inputs: Tensor) -> list[Tensor | None]:
         """Return the loss, detached, and the gradients, computed by the program itself."""
-        if not self._gradients:  # not under no_grad, in which enumeration fails
-            return [self._loss(inputs).detach()]
+        if not self._gradients:
+            with torch.inference_mode(False), torch.enable_grad():  # without gradients enumeration refuses to run
+                return [self._loss(inputs).detach()]
         loss = self._loss(inputs)
         trained = [p for p in self.parameters.values() if p.requires_grad]
         found = iter(torch.autograd.grad(loss, trained, allow_unused=True) if trained and loss.requires_grad else ())
@@ -367,8 +368,8 @@ class CapturedLoss:
         """
         if gradients and not torch.is_grad_enabled():
             raise CaptureError(
-                "Gradients are switched off around the call, by torch.no_grad() or torch.inference_mode(), so that there are none "
-                "to make a step with. Call it outside of that block."
+                "Gradients are switched off around the call, by torch.no_grad() or torch.inference_mode(), so that there are "
+                "none to make a step with. Call it outside of that block."
             )
         key, inputs = key_of(args, kwargs)
         key = (gradients, key)

@@ -7,9 +7,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import Trace_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 
-from pyro_genmodels.infer.compiled import Captured, CapturedLoss, StaleGraphError
+from pyro_genmodels.infer.compiled import Captured, CapturedLoss, CaptureError, StaleGraphError
 
 MODE = Captured(script=False)
 X = torch.tensor([0.3, -0.2, 1.1])
@@ -120,3 +120,48 @@ def test_a_seed_that_is_set_by_the_model_is_found():
 
     with pytest.raises(StaleGraphError, match="sets a seed"):
         repeat(captured(body))
+
+
+@pytest.mark.parametrize("block", [torch.no_grad, torch.inference_mode])
+def test_gradients_that_are_switched_off_are_refused(block):
+    loss = captured(lambda loc, x: loc + 0 * x)
+    with block(), pytest.raises(CaptureError, match="Gradients are switched off around the call"):
+        loss(X)
+    assert loss(X)[1].keys() == {"loc"}
+
+
+@pytest.mark.parametrize("block", [torch.no_grad, torch.inference_mode])
+def test_a_loss_alone_can_be_captured_where_gradients_are_switched_off(block):
+    loss = captured(lambda loc, x: loc + 0 * x)
+    with block():
+        program, inputs = loss.program((X + 0,), {}, gradients=False)
+        inside = loss.call(program, inputs)[0]
+    assert not inside.requires_grad
+    assert inside.item() == loss(X)[0].item()
+    assert loss(X)[1].keys() == {"loc"}
+
+
+def test_a_loss_that_needs_gradients_to_run_can_be_captured_alone():
+    @config_enumerate
+    def model(x):
+        k = pyro.sample("k", dist.Categorical(torch.ones(2) / 2))
+        pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor([0.1, 0.2]))[k], 1.0), obs=x)
+
+    pyro.clear_param_store()
+    loss = CapturedLoss(model, no_guide, TraceEnum_ELBO(), mode=MODE)
+    program, inputs = loss.program((X[0],), {}, gradients=False)
+    with torch.no_grad():
+        alone = loss.call(program, inputs)[0].item()
+    assert alone == pytest.approx(loss(X[0])[0].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_hook_of_a_parameter_is_refused_by_name(method):
+    loss = captured(lambda loc, x: loc + 0 * x, audit=False)
+    loss(X)
+    handle = getattr(pyro.param("loc").unconstrained(), method)(lambda g: None)
+    for _ in range(2):
+        with pytest.raises(CaptureError, match="The parameter loc has a hook of its gradient"):
+            loss(X)
+    handle.remove()
+    assert loss(X)[1].keys() == {"loc"}
