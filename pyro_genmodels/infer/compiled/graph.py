@@ -10,10 +10,12 @@ from __future__ import annotations
 __all__ = ["Graph", "trace"]
 
 import operator
+import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +35,9 @@ from pyro_genmodels.infer.compiled.recorder import (
 from pyro_genmodels.utils.rng import forked_rng
 
 aten = torch.ops.aten
+
+TRACER = tuple(f"{Path(torch.__file__).parent / folder}{os.sep}" for folder in ("fx", "_subclasses"))
+"""Folders of torch's tracer."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,9 @@ def trace(function: Callable[..., Sequence[Any]], *inputs: Tensor, varying: Iter
         >>> graph(torch.ones(2))
         (tensor([3., 4.]),)
     """
+    for x in inputs:
+        if x.layout != torch.strided:
+            raise CaptureError(f"an argument of shape {tuple(x.shape)} is sparse. Pass x.to_dense(). {WAY_OUT}")
     sites: list[Recorder] = []
     count = 0
 
@@ -114,7 +122,10 @@ def trace(function: Callable[..., Sequence[Any]], *inputs: Tensor, varying: Iter
         recorder = Recorder(refuse=True, varying=(*inputs, *varying))
         sites.append(recorder)
         with recorder.sites, recorder, RefusedReads(recorder):
-            results = tuple(function(*tensors))
+            results = function(*tensors)
+        if not isinstance(results, tuple | list):
+            raise TypeError(f"A function to be captured returns a tuple of tensors, but this one returned {type(results)}.")
+        results = tuple(results)
         count = len(results)
         return results
 
@@ -144,7 +155,7 @@ def trace(function: Callable[..., Sequence[Any]], *inputs: Tensor, varying: Iter
 def _is_of_tracer(error: Exception) -> bool:
     """Return True for an error of torch's tracer, which an eager run would not raise."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and any(part in frames[-1].filename for part in ("proxy_tensor", "fx", "_subclasses"))
+    return bool(frames) and frames[-1].filename.startswith(TRACER)
 
 
 def _first_line(error: Exception) -> str:

@@ -160,7 +160,8 @@ class Program:
         for i, x in zip(self._positions, inputs, strict=True):
             leaves[i] = x.clone() if x.is_inference() else x
         args, kwargs = tree_unflatten(leaves, self._structure)
-        return torch.as_tensor(self._run(*args, **kwargs))
+        loss = torch.as_tensor(self._run(*args, **kwargs))
+        return loss.reshape(()) if loss.numel() == 1 else loss
 
     def _layouts_now(self) -> list[Any]:
         return [*map(LAYOUT, self._tensors), *map(Tensor.stride, self._tensors)]
@@ -372,6 +373,11 @@ class CapturedLoss:
                 "none to make a step with. Call it outside of that block."
             )
         key, inputs = key_of(args, kwargs)
+        if gradients and any(x.grad_fn is not None for x in inputs):
+            raise CaptureError(
+                "An argument was computed from a parameter, which a graph would not train. Compute it inside of the model, or "
+                f"detach it. {WAY_OUT}"
+            )
         key = (gradients, key)
         program = self._programs.get(key)
         what = "capture"
@@ -414,7 +420,13 @@ def key_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, list[Te
 
 
 def _form(x: Tensor) -> tuple[Any, ...]:
-    """Return what a compiled graph takes for granted of an argument; the strides are among it."""
+    """Return what a compiled graph takes for granted of an argument; the strides are among it.
+
+    Raises:
+        CaptureError: if it is sparse.
+    """
+    if x.layout != torch.strided:
+        raise CaptureError(f"an argument of shape {tuple(x.shape)} is sparse. Pass x.to_dense(). {WAY_OUT}")
     return x.shape, x.stride(), x.dtype, x.device
 
 

@@ -110,7 +110,12 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
+        leaves = list(tree_iter((args, kwargs)))
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        if self.refuse and any(isinstance(x, torch.Generator) for x in leaves):
+            raise self.error("random numbers are drawn from a generator of the program's own (generator=...)")
+        if any(x.layout != torch.strided for x in tensors):
+            raise self.error("a sparse tensor is used, which a graph does not hold; x.to_dense() is possible")
         sources = self._sources_of_result(func, tensors) if self.refuse else None
         if self.refuse:
             args = self._without_masks(func, args)

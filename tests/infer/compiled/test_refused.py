@@ -4,14 +4,17 @@ import re
 from pathlib import Path
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from eager_steps import buffers, eager
 from programs import REFUSED, Run, fresh, refused_model
-from pyro.infer import SVI
+from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import SGD
 
-from pyro_genmodels.infer.compiled import Captured, CapturedLoss, CaptureError, CompiledSVI, Eager
+from pyro_genmodels.infer.compiled import Captured, CapturedLoss, CaptureError, CompiledSVI, Eager, capture
+
+X = torch.tensor([0.3, -0.2, 1.1])
 
 ROWS = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in REFUSED.items()])
 BY_LOSS = ("TraceGraph_ELBO", "ReweightedWakeSleep")
@@ -85,3 +88,63 @@ def test_a_refused_step_says_that_it_may_run_eagerly(name):
     svi.step(*run.args, **run.kwargs)  # Pyro's own
     with pytest.raises(CaptureError, match=r"Eager\(\)"):
         svi.step(*run.args, **run.kwargs)
+
+
+def simple(body, x):
+    """Return a captured loss of a model whose data have the location that `body` computes of a parameter and an argument."""
+
+    def model(x):
+        loc = pyro.param("loc", torch.tensor(0.5))
+        pyro.sample("x", dist.Normal(body(loc, x), 1.0).to_event(1), obs=torch.zeros(3))
+
+    pyro.clear_param_store()
+    return CapturedLoss(model, lambda x: None, Trace_ELBO(), mode=Captured(script=False))
+
+
+def test_a_generator_of_its_own_is_refused():
+    generator = torch.Generator()
+    with pytest.raises(CaptureError, match="generator of the program's own"):
+        simple(lambda loc, x: loc + torch.randn(3, generator=generator), X)(X)
+
+
+def test_sparse_tensors_are_refused():
+    sparse = torch.eye(3).to_sparse()
+    with pytest.raises(CaptureError, match=r"an argument of shape \(3, 3\) is sparse"):
+        simple(lambda loc, x: loc + x @ X, sparse)(sparse)
+    with pytest.raises(CaptureError, match=r"an argument of shape \(3, 3\) is sparse"):
+        capture(lambda x: (x @ X,), sparse, mode=Captured())
+    with pytest.raises(CaptureError, match="a sparse tensor is used"):
+        simple(lambda loc, x: loc + sparse @ x, X)(X)
+
+
+def test_an_argument_computed_from_a_parameter_is_refused():
+    x = X * torch.ones((), requires_grad=True)
+    with pytest.raises(CaptureError, match="An argument was computed from a parameter"):
+        simple(lambda loc, x: loc + x, x)(x)
+
+
+def test_a_function_to_be_captured_returns_a_tuple():
+    with pytest.raises(TypeError, match="returns a tuple of tensors"):
+        capture(lambda x: x + 1, X, mode=Captured())
+
+
+def test_a_loss_of_one_number_has_any_shape():
+    def loss(model, guide, x):
+        return Trace_ELBO().differentiable_loss(model, guide, x).reshape(1)
+
+    captured = simple(lambda loc, x: loc + x, X)
+    shaped = CapturedLoss(captured.model, captured.guide, loss, mode=captured.mode)
+    assert shaped(X)[0].shape == ()
+    assert shaped(X)[0] == captured(X)[0]
+
+
+def test_an_error_of_the_program_is_not_blamed_on_the_tracer(tmp_path):
+    folder = tmp_path / "fx_proxy_tensor_subclasses"
+    folder.mkdir()
+    file = folder / "rates_of_fx.py"
+    file.write_text("def body(loc, x):\n    raise ValueError('an error of the model')\n")
+    names = {}
+    exec(compile(file.read_text(), str(file), "exec"), names)
+    with pytest.raises(ValueError, match="an error of the model") as error:
+        capture(lambda x: names["body"](x, x), X, mode=Captured())
+    assert not isinstance(error.value, CaptureError)
