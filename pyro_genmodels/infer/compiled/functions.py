@@ -20,7 +20,7 @@ class CapturedFunction:
     """A function of tensors as a graph. It reads the tensors in its closure live, and nothing else of Python.
 
     Attributes:
-        graph: the graph.
+        graph: the graph. In the mode `Eager()` there is none.
         mode: how it is run.
     """
 
@@ -52,6 +52,16 @@ class CapturedFunction:
             return tuple(self._run(*inputs, *self.graph.read)[: self.graph.num_outputs])
 
 
+class _EagerFunction(CapturedFunction):
+    """A function that is run as it is at each call: it has no graph, and reads all of Python live."""
+
+    def __init__(self, function: Callable[..., Sequence[Any]], mode: Mode) -> None:
+        self._function, self.mode = function, mode
+
+    def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
+        return tuple(x.detach() if isinstance(x, Tensor) else x for x in self._function(*inputs))
+
+
 def _layout(x: Tensor) -> tuple[Any, ...]:
     """Return what compiled code takes for granted of a tensor."""
     return x.shape, x.stride(), x.dtype, x.device
@@ -75,7 +85,8 @@ def capture(function: Callable[..., Sequence[Any]], *inputs: Tensor, mode: Mode 
         function: function of tensors that returns a sequence of tensors, or None in some places. Gradients inside of it
             (`torch.autograd.grad`) become operations of the graph.
         inputs: tensors like those of later calls.
-        mode: `Compiled()`, `Captured()` or `Eager()`; by default compiled where there is a C++ compiler.
+        mode: `Compiled()`, `Captured()`, or `Eager()`, which runs the function as it is; by default compiled where there is a
+            C++ compiler.
 
     Raises:
         CaptureError: if the function cannot be captured; the message names the cause and the line.
@@ -91,6 +102,8 @@ def capture(function: Callable[..., Sequence[Any]], *inputs: Tensor, mode: Mode 
         (tensor(5.), tensor([2., 4.]))
     """
     mode = default_mode() if mode is None else mode
+    if not mode.captures:
+        return _EagerFunction(function, mode)
     with capturable():
         graph = trace(function, *inputs)
     return CapturedFunction(graph, mode, inputs)

@@ -334,14 +334,14 @@ class CapturedLoss:
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss () and its gradients, by the names of the parameters in Pyro's param store."""
+        if not self.mode.captures:
+            return loss_and_gradients(lambda: self.run(*args, **kwargs))
         program, inputs = self.program(args, kwargs)
         loss, *gradients = self.call(program, inputs)
         return loss, {name: g for name, g in zip(program.parameters, gradients, strict=True) if g is not None}
 
     def call(self, program: Program, inputs: Sequence[Tensor]) -> Sequence[Any]:
         """Return what a program's graph returns, in the chosen mode."""
-        if not self.mode.captures:
-            return program.outputs(*inputs)
         if program.built is None:
             program.built = self.mode.build(program.graph, inputs)
         self.check(program, inputs)
@@ -405,6 +405,16 @@ class CapturedLoss:
             self._programs.popitem(last=False)
         self.findings.append(Finding(what, 0, time.perf_counter() - start, num_operations=program.graph.num_operations))
         return program, inputs
+
+
+def loss_and_gradients(run: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss () that a run computes, and its gradients by the names of the parameters, without a graph."""
+    losses: list[Tensor] = []
+    parameters = find_parameters(lambda: losses.append(torch.as_tensor(run())))
+    loss = losses[0].reshape(()) if losses[0].numel() == 1 else losses[0]
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True) if trained and loss.requires_grad else ()
+    return loss.detach(), {name: g for name, g in zip(trained, found, strict=False) if g is not None}
 
 
 def key_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, list[Tensor]]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_genmodels.infer.compiled import Captured, Compiled, StaleGraphError, capture
+from pyro_genmodels.infer.compiled import Captured, Compiled, Eager, StaleGraphError, capture
 
 PYTHON = Captured(script=False)
 MODES = [PYTHON, Captured(), pytest.param(Compiled(), marks=pytest.mark.slow)]
@@ -85,3 +85,17 @@ def test_gradients_inside_and_none_are_kept():
     value, nothing, gradient = capture(value_and_gradient, torch.zeros(2), mode=PYTHON)(torch.tensor([1.0, 2.0]))
     assert (value.item(), nothing) == (5, None)
     assert torch.equal(gradient, torch.tensor([2.0, 4.0]))
+
+
+def test_the_eager_mode_runs_a_function_as_it_is():
+    weight = 2.0
+
+    def function(x):
+        return (weight * x if x.sum() > 0 else -x), None
+
+    eager = capture(function, torch.ones(2), mode=Eager())
+    assert eager(torch.ones(2))[0].tolist() == [2, 2]
+    weight = 5.0
+    assert eager(torch.ones(2))[0].tolist() == [5, 5]
+    assert eager(-torch.ones(2, requires_grad=True))[0].tolist() == [1, 1]
+    assert not eager(-torch.ones(2, requires_grad=True))[0].requires_grad

@@ -51,6 +51,20 @@ def test_refused_program_runs_in_the_eager_mode(row):
     assert svi.step(*run.args, **run.kwargs) == pytest.approx(wanted.loss, rel=1e-6)
 
 
+@pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in REFUSED.items() if row.refused not in BY_LOSS])
+def test_a_refused_loss_is_computed_in_the_eager_mode(row):
+    run = fresh(row.build)
+    eager(run)
+    pyro.set_rng_seed(1)
+    wanted = eager(run)
+    pyro.set_rng_seed(1)
+    loss, gradients = call(run, mode=Eager())
+    assert loss.item() == pytest.approx(wanted.loss, rel=1e-6)
+    assert gradients.keys() == wanted.gradients.keys()
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, wanted.gradients[name], rtol=1e-5, atol=1e-6)
+
+
 def test_the_line_that_is_named_is_the_one_at_fault():
     def body(z, x):
         y = z + 1
