@@ -189,15 +189,15 @@ print([finding.what for finding in annealed.findings if finding.what != "audit"]
 # (`Captured()` runs the graph without a C++ compiler. It is captured in a second and is five to ten times as fast as Pyro for
 # such a model, which is right for short runs.)
 #
-# Some changes cannot be noticed from outside, such as that of an array that the model makes a tensor at each run. For these
-# there is the audit. At steps 1, 2, 4, 8, ... and at every 1000th it compares the graph with the program.
+# Some changes cannot be noticed from outside, such as that of an array whose numbers Python computes with. For these there is
+# the audit. At steps 1, 2, 4, 8, ... and at every 1000th it compares the graph with the program.
 
 # %%
 centre = np.zeros(1)
 
 
 def hidden(x):
-    z = pyro.sample("z", dist.Normal(torch.tensor(centre).float().sum(), 1.0))
+    z = pyro.sample("z", dist.Normal(float(centre[0]), 1.0))
     with pyro.plate("rows", len(x)):
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
