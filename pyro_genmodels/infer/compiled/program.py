@@ -40,7 +40,7 @@ MAX_PROGRAMS = 16
 """Number of graphs that are kept, for so many shapes of arguments."""
 
 MANY_CAPTURES = 8
-"""Number of captures for one shape after which a warning says that capturing again and again is slow."""
+"""Number of captures after which a warning says that capturing again and again is slow."""
 
 
 DIFFERENTIABLE: Mapping[type[ELBO], Callable[..., Tensor]] = {RenyiELBO: renyi_loss}
@@ -321,12 +321,12 @@ class CapturedLoss:
         self.is_audited = audit
         self.findings: list[Finding] = []
         self._programs: OrderedDict[Any, Program] = OrderedDict()
-        self._captures: dict[Any, int] = {}
+        self._num_captures = 0
         self.loss_of = differentiable_loss(loss)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes without the graphs, which are captured anew."""
-        return self.__dict__ | {"_programs": OrderedDict(), "_captures": {}, "findings": []}
+        return self.__dict__ | {"_programs": OrderedDict(), "_num_captures": 0, "findings": []}
 
     def run(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss as the program computes it, differentiable."""
@@ -388,14 +388,16 @@ class CapturedLoss:
                 return program, inputs
             what = rebound
             del self._programs[key]
-        count = self._captures[key] = self._captures.get(key, 0) + 1
-        if count == MANY_CAPTURES or (len(self._captures) == 4 * MAX_PROGRAMS and count == 1):
+        self._num_captures += 1
+        if self._num_captures == MANY_CAPTURES:
             cause = (
-                f"{what} was bound anew each time" if count > 1 else "the arguments had so many shapes, or numbers, or texts"
+                "the arguments had so many shapes, or numbers, texts, arrays and other objects that are no tensors"
+                if what == "capture"
+                else f"{what} was bound anew"
             )
             warn_caller(
-                f"The program was captured {sum(self._captures.values())} times: {cause}. Capturing takes much longer than a "
-                "step. Pass what changes as a tensor, and batches of one size."
+                f"The program was captured {MANY_CAPTURES} times: {cause}. Capturing takes much longer than a step. Pass what "
+                "changes as a tensor, and batches of one size."
             )
         start = time.perf_counter()
         with torch.inference_mode(False), torch.enable_grad():
@@ -442,6 +444,8 @@ def _form(x: Tensor) -> tuple[Any, ...]:
 
 def _constant(x: Any) -> Any:
     """Return something that is equal for equal arguments that are no tensors."""
+    if isinstance(x, float | complex) and x != x:
+        return type(x), "nan"
     if isinstance(x, bool | int | float | complex | str | bytes | type(None) | torch.Size | torch.dtype | torch.device):
         return type(x), x
     return _Same(x)

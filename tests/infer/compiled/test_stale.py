@@ -7,8 +7,10 @@ program's own loss is another one.
 
 import dataclasses
 import functools
+import gc
 import random
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,6 +30,7 @@ from torch import nn
 from torch.distributions import constraints
 
 from pyro_genmodels.infer.compiled import Captured, CapturedLoss, Compiled, CompiledSVI, StaleGraphError
+from pyro_genmodels.infer.compiled.program import MAX_PROGRAMS
 
 MODE = Captured(script=False)  # the quickest to build
 X = torch.tensor([0.3, -0.2, 1.1])
@@ -828,6 +831,31 @@ def test_capturing_again_and_again_warns():
 
     with pytest.warns(RuntimeWarning, match="weight"):
         repeat(anneal)
+
+
+def test_arguments_that_are_other_objects_each_time_warn_and_are_not_kept():
+    run = program(lambda z, x: (z * torch.as_tensor(x).sum(), 1.0))
+    loss = CapturedLoss(run.model, run.guide, run.loss, mode=MODE, audit=False)
+    arrays = [np.full(3, i, dtype=np.float32) for i in range(20)]
+    kept = [weakref.ref(x) for x in arrays]
+    for x in arrays[:7]:
+        loss(x)
+    with pytest.warns(RuntimeWarning, match="8 times: the arguments had so many shapes, or numbers, texts, arrays"):
+        loss(arrays[7])
+    for x in arrays[8:]:  # no further warning
+        loss(x)
+    del arrays, x
+    gc.collect()
+    assert sum(reference() is not None for reference in kept) <= MAX_PROGRAMS
+
+
+def test_an_argument_that_is_no_number_is_captured_once():
+    run = program(lambda z, x: (z, 1.0 if x != x else x))
+    loss = CapturedLoss(run.model, run.guide, run.loss, mode=MODE, audit=False)
+    for _ in range(3):
+        loss(float("nan"))
+    loss(2.0)
+    assert [finding.what for finding in loss.findings] == ["capture", "capture"]
 
 
 @pytest.mark.slow
