@@ -7,7 +7,7 @@ site of x. So ``is_observed`` does not tell such a variable from data. `MarkComp
 
 from __future__ import annotations
 
-__all__ = ["MarkComputed", "is_reparametrised"]
+__all__ = ["MarkComputed", "is_reparametrised", "replaceable"]
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +17,7 @@ from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.reparam_messenger import ReparamMessenger
 from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor
 
 from pyro_genmodels._pyro import sites
 
@@ -67,3 +68,15 @@ class MarkComputed(Messenger):
                 f"only. Leave {name!r} out of the config of poutine.reparam."
             )
         msg["infer"]["reparametrised"] = True
+
+
+def replaceable(value: Any) -> Any:
+    """Return an initial value that a reparametrisation may replace without a warning, since nobody has asked for it.
+
+    `init_to_uniform` of Pyro marks its values so.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    marked: Any = value.detach()
+    marked._pyro_custom_init = False
+    return marked

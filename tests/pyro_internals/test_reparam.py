@@ -9,10 +9,12 @@ from pyro.distributions.transforms import DiscreteCosineTransform, HaarTransform
 from pyro.infer import MCMC, NUTS
 from pyro.infer import reparam as methods
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, AutoStructured
+from pyro.infer.autoguide.initialization import InitMessenger
 from readings import draws, groups, stat, variables
 
 from pyro_genmodels import MaximumLikelihood, log_likelihood, to_arviz
 from pyro_genmodels._pyro import traces
+from pyro_genmodels._pyro.reparam import replaceable
 from pyro_genmodels.infer.adversarial.inputs import draw_observations
 
 ROWS, SIZE = 5, 4
@@ -305,3 +307,21 @@ def test_a_critic_sees_data_only(y):
     torch.testing.assert_close(found.real, y)
     assert found.fake.shape == y.shape
     assert not torch.allclose(found.fake, y)
+
+
+class ToZero(methods.reparam.Reparam):
+    """A reparametrisation that keeps no initial value."""
+
+    def apply(self, msg):
+        return {"fn": dist.Delta(torch.zeros(())), "value": torch.zeros(()), "is_observed": True}
+
+
+def test_a_reparametrisation_warns_unless_the_initial_value_is_replaceable():
+    @poutine.reparam(config={"x": ToZero()})
+    def model():
+        return pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    with pytest.warns(RuntimeWarning, match="does not commute with initialization"):
+        InitMessenger(lambda site: torch.ones(()))(model)()
+    assert InitMessenger(lambda site: replaceable(torch.ones(())))(model)() == 0
+    assert replaceable("no tensor") == "no tensor"

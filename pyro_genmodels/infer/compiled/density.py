@@ -322,6 +322,9 @@ class _Program(Program):
     def outputs(self, *inputs: Tensor) -> list[Tensor | None]:
         return list(self._evaluate(*inputs))
 
+    def _hooked(self) -> str | None:
+        return None  # parameters are constants here
+
 
 def _run_graph(built: Callable[..., Sequence[Any]], graph: Graph, z: Tensor) -> Sequence[Tensor]:
     """Return the results of a graph, without further ones that stand after them."""

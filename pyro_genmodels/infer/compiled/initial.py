@@ -15,6 +15,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch.distributions import biject_to
 
 from pyro_genmodels._pyro import traces
+from pyro_genmodels._pyro.reparam import replaceable
 from pyro_genmodels.utils.tensors import as_tensor
 
 Strategy = Callable[[Any], Any]
@@ -73,7 +74,7 @@ def never_without(strategy: Strategy) -> Strategy:
             if fn.support.is_discrete:
                 raise
             transform = biject_to(fn.support)
-            return transform(torch.empty(transform.inverse_shape(fn.shape())).uniform_(-2.0, 2.0))
+            return replaceable(transform(torch.empty(transform.inverse_shape(fn.shape())).uniform_(-2.0, 2.0)))
 
     return value
 

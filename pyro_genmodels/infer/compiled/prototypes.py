@@ -18,6 +18,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_genmodels._pyro.reparam import replaceable
 from pyro_genmodels.infer.compiled.initial import never_without
 
 MAX_TRIES = 20
@@ -75,7 +76,7 @@ def first_runs(run: Callable[[], Any]) -> Prototype:
 
 def _draw(site: Mapping[str, Any]) -> Any:
     """Return a draw of a site's distribution, as Pyro makes it."""
-    return site["fn"](*site["args"], **site["kwargs"])
+    return replaceable(site["fn"](*site["args"], **site["kwargs"]))
 
 
 def _check_sites(trace: Trace) -> None:

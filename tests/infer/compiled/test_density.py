@@ -335,6 +335,16 @@ def test_handlers_outside_have_no_effect(mode):
     assert inside(z)[0] == wanted
 
 
+def test_hooks_of_parameters_are_not_asked():
+    def model():
+        pyro.sample("x", dist.Normal(pyro.param("loc", torch.ones(())), 1.0))
+
+    model()
+    pyro.param("loc").unconstrained().register_hook(lambda gradient: gradient)
+    value, _ = log_density(model, mode=Captured(script=False))(torch.ones(1))
+    torch.testing.assert_close(value, dist.Normal(0.0, 1.0).log_prob(torch.zeros(())))
+
+
 @pytest.mark.parametrize("mode", [Eager(), Captured(script=False)])
 def test_plates_outside_are_refused(mode):
     alone, z = log_density(normal_model, mode=mode), torch.tensor([0.3])
