@@ -265,7 +265,10 @@ def update_of(optim: PyroOptim, parameters: Sequence[Tensor]) -> Update | str:
     """
     optimizers, clips = [], []
     for p in parameters:
-        optimizer = getattr(optim.optim_objs[p], "optimizer", optim.optim_objs[p])
+        schedule = optim.optim_objs[p]
+        optimizer = getattr(schedule, "optimizer", schedule)
+        if getattr(schedule, "cycle_momentum", False):
+            return f"{type(schedule).__name__} changes the momentum at each step (cycle_momentum=False leaves it)"
         if type(optimizer) not in FORMULAS:
             return f"{type(optimizer).__name__} has no formula here"
         group = optimizer.param_groups[0]
