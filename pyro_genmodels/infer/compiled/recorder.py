@@ -260,6 +260,7 @@ class RefusedReads(TorchFunctionMode):
     """
 
     READS = (Tensor.numpy, Tensor.__array__, Tensor.tolist)
+    SPLITS = (torch.tensor_split, Tensor.tensor_split)
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -268,6 +269,10 @@ class RefusedReads(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self.READS and not self.recorder.read(args[0]):
             raise self.recorder.error("Python code reads the values of a tensor, as by x.numpy() or x.tolist()")
+        if func in self.SPLITS:
+            others = (*args[1:], *(x for name, x in (kwargs or {}).items() if name != "input"))
+            if not all(self.recorder.read(x) for x in others if isinstance(x, Tensor)):
+                raise self.recorder.error("the shapes of the results of tensor_split depend on values")
         return func(*args, **(kwargs or {}))
 
 

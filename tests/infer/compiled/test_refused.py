@@ -12,7 +12,7 @@ from programs import REFUSED, Run, fresh, refused_model
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import SGD
 
-from pyro_genmodels.infer.compiled import Captured, CapturedLoss, CaptureError, CompiledSVI, Eager, capture
+from pyro_genmodels.infer.compiled import Captured, CapturedLoss, CaptureError, CompiledSVI, Eager, StaleGraphError, capture
 
 X = torch.tensor([0.3, -0.2, 1.1])
 
@@ -162,3 +162,15 @@ def test_an_error_of_the_program_is_not_blamed_on_the_tracer(tmp_path):
     with pytest.raises(ValueError, match="an error of the model") as error:
         capture(lambda x: names["body"](x, x), X, mode=Captured())
     assert not isinstance(error.value, CaptureError)
+
+
+def test_places_of_a_split_that_vary_are_refused():
+    places = torch.tensor([1])
+    for split in (torch.tensor_split, torch.Tensor.tensor_split):
+        with pytest.raises(CaptureError, match="the shapes of the results of tensor_split depend on values"):
+            capture(lambda x, k: split(x, k), X, places, mode=Captured())  # noqa: B023
+        captured = capture(lambda x: split(x, places), X, mode=Captured(script=False))  # noqa: B023
+        assert [len(part) for part in captured(X)] == [1, 2]
+    places += 1
+    with pytest.raises(StaleGraphError, match="that Python code reads"):
+        captured(X)
