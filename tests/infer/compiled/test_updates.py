@@ -86,10 +86,14 @@ def test_what_is_not_in_the_list_says_why():
 def test_a_schedule_that_changes_the_momentum_says_so():
     p = nn.Parameter(torch.zeros(1))
     pyro.get_param_store()["p"] = p
-    arguments = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "max_lr": 0.2, "total_steps": 10}
-    optim = pyro.optim.OneCycleLR(arguments)
+
+    def one_cycle(**options):
+        arguments = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "max_lr": 0.2, "total_steps": 10}
+        return pyro.optim.OneCycleLR(arguments | options)
+
+    optim = one_cycle()
     make_step(optim, p, torch.ones(1))
     assert "OneCycleLR changes the momentum" in update_of(optim, [p])
-    optim = pyro.optim.OneCycleLR(arguments | {"cycle_momentum": False})
+    optim = one_cycle(cycle_momentum=False)
     make_step(optim, p, torch.ones(1))
     assert not isinstance(update_of(optim, [p]), str)
