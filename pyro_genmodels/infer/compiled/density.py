@@ -171,8 +171,8 @@ class LogDensity(Coordinates):
 
     def evaluate(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log density and its gradient as a call does, by running the model."""
-        with poutine.block(), torch.enable_grad():
-            z = z.detach().requires_grad_()
+        with poutine.block(), torch.inference_mode(False), torch.enable_grad():
+            z = (z.clone() if z.is_inference() else z.detach()).requires_grad_()
             value = self.value(z)
             if not value.requires_grad:  # no variable has a density
                 return value, torch.zeros_like(z)
@@ -201,7 +201,8 @@ class LogDensity(Coordinates):
                 if difference > tolerance or bool(difference.isnan()):
                     raise StaleGraphError(
                         f"The {name} of the captured log density differs from the model's by {difference:.2g}, relative to its "
-                        "size. The model draws random numbers, or uses what changes from run to run, such as a counter."
+                        "size. The model draws random numbers, or uses what changes from run to run, such as a counter, or a "
+                        "number of Python that was changed since the capture."
                     )
 
     def potential_fn(self, params: Mapping[str, Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 import pickle
 import warnings
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pyro_examples as examples
@@ -19,6 +20,7 @@ from torch.distributions import biject_to
 
 from pyro_genmodels.infer.compiled.density import log_density
 from pyro_genmodels.infer.compiled.modes import Captured, Compiled, Eager
+from pyro_genmodels.infer.compiled.recorder import StaleGraphError
 
 NAMES = (
     "baseball", "bayesian_regression", "capture_recapture", "cevae", "coin", "cvae", "dirichlet_process", "dmm",
@@ -333,6 +335,34 @@ def test_handlers_outside_have_no_effect(mode):
         assert inside.names == alone.names
         assert inside(z)[0] == alone(z)[0] == alone.evaluate(z)[0] == wanted
     assert inside(z)[0] == wanted
+
+
+@pytest.mark.parametrize("mode", [Eager(), Captured(script=False)])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_there_also_where_they_are_switched_off(mode, context):
+    z = torch.tensor([0.3])
+    with context():
+        density = log_density(normal_model, mode=mode)
+        inside, again = density(z), density(z.clone())
+    for found in (inside, again, density(z)):
+        for a, b in zip(found, density.evaluate(z), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_number_that_python_has_computed_is_the_one_of_the_capture():
+    """As the documentation says, and `audit` tells."""
+    array = np.ones(3)
+
+    def model():
+        pyro.sample("x", dist.Normal(float(array[0]), 1.0))
+
+    density, z = log_density(model, mode=Captured(script=False)), torch.zeros(1)
+    density.audit(density, z[None])
+    before = density(z)[0]
+    array[0] = 3.0
+    assert density(z)[0] == before != density.evaluate(z)[0]
+    with pytest.raises(StaleGraphError, match="changed since the capture"):
+        density.audit(density, z[None])
 
 
 def test_hooks_of_parameters_are_not_asked():
