@@ -70,6 +70,10 @@ class Watch:
 
     def changed(self) -> str | None:
         """Return the name of something that was rebound since the watch began, or None."""
+        entry = self._changed_entry()
+        return None if entry is None else entry.name
+
+    def _changed_entry(self) -> _Entry | None:
         if not self._reads[0]:
             self._reads = ([entry.read for entry in self._entries], [entry.argument for entry in self._entries])
             self._values = [entry.value for entry in self._entries]
@@ -81,23 +85,23 @@ class Watch:
             return None
         for entry, now in zip(self._entries, found, strict=True):
             if now is not entry.value and not _same(now, entry.value):
-                return entry.name
+                return entry
         return None
 
-    def _first_that_fails(self) -> str | None:
+    def _first_that_fails(self) -> _Entry | None:
         for entry in self._entries:
             try:
                 entry.read(entry.argument)
             except (AttributeError, IndexError, ValueError):
-                return entry.name
+                return entry
         return None
 
     def forget_changed(self) -> list[str]:
         """Forget what has changed since the watch began, such as caches that every run fills; return the names."""
         names = []
-        while (name := self.changed()) is not None:
-            names.append(name)
-            self._entries = [entry for entry in self._entries if entry.name != name]
+        while (changed := self._changed_entry()) is not None:
+            names.append(changed.name)
+            self._entries = [entry for entry in self._entries if entry is not changed]
             self._reads = ([], [])
         return names
 
@@ -134,6 +138,8 @@ class Watch:
                 for i, part in enumerate(value):
                     self._add(value.__getitem__, i, f"{name}[{i}]")
                     yield part, f"{name}[{i}]"
+            elif isinstance(value, tuple):
+                yield from ((part, f"{name}[{i}]") for i, part in enumerate(value))
             elif not isinstance(value, list):
                 yield from ((part, name) for part in value)
         elif hasattr(value, "__dict__") and not isinstance(value, types.ModuleType):
@@ -184,8 +190,12 @@ class Watch:
                 continue
             self._add(CONTENTS, cell, f"{key} of {name}")
             yield value, key
-        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+        for value in function.__defaults__ or ():
             yield value, name
+        defaults: Mapping[str, Any] = function.__kwdefaults__ or {}
+        for key, value in defaults.items():
+            self.add(defaults, key, f"the default {key} of {name}")
+            yield value, key
         if _is_of_library(function):
             return
         self._add(CODE, function, f"the code of {name}")

@@ -833,6 +833,40 @@ def test_capturing_again_and_again_warns():
         repeat(anneal)
 
 
+def test_a_counter_of_the_program_does_not_hide_what_is_called_alike():
+    """What every run changes is not watched; that is no reason to be blind to an attribute of the same name."""
+
+    def rate_of(holder):
+        return lambda: holder.rate
+
+    ticking, still = types.SimpleNamespace(rate=0.0), types.SimpleNamespace(rate=0.5)
+    pair, rates = (ticking, still), (rate_of(ticking), rate_of(still))
+
+    def body(z):
+        pair[0].rate += 1
+        return z * rates[1](), 1.0
+
+    run = program(body)
+    loss = CapturedLoss(run.model, run.guide, run.loss, mode=MODE, audit=False)
+    repeat(loss)
+    before = len(loss.findings)
+    still.rate = 0.7
+    loss()
+    assert [finding.what for finding in loss.findings[before:]] == ["pair[1].rate"]
+
+
+def test_a_keyword_default_is_seen():
+    def body(z, *, weight=1.0):
+        return z * weight, 1.0
+
+    run = program(body)
+    loss = CapturedLoss(run.model, run.guide, run.loss, mode=MODE, audit=False)
+    loss()
+    body.__kwdefaults__["weight"] = 0.2
+    loss()
+    assert [finding.what for finding in loss.findings] == ["capture", "the default weight of body"]
+
+
 def test_arguments_that_are_other_objects_each_time_warn_and_are_not_kept():
     run = program(lambda z, x: (z * torch.as_tensor(x).sum(), 1.0))
     loss = CapturedLoss(run.model, run.guide, run.loss, mode=MODE, audit=False)
