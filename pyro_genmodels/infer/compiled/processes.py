@@ -89,8 +89,9 @@ def run_forked(tasks: Sequence[Task[T]], num_processes: int, report: Callable[[i
             for receiver in wait(list(running), timeout=REPORT_EVERY):
                 i, process = running.pop(receiver)
                 results[i] = _receive(receiver, process)
-            report(sum(steps) - reported)
-            reported = sum(steps)
+            done = sum(steps)  # once, since there may be more after the report
+            report(done - reported)
+            reported = done
     finally:
         for _, process in running.values():
             process.terminate()

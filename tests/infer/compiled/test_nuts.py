@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -348,6 +349,23 @@ def test_handlers_outside_have_no_effect_as_around_pyros_mcmc(mode):
     assert torch.equal(draws[1], draws[3])
     with pyro.plate("outer", 2), pytest.raises(ValueError, match="plate 'outer' is around the call"):
         short(mode=mode, num_processes=1)
+
+
+@pytest.mark.skipif(not processes.can_fork(), reason="processes cannot be forked here")
+def test_steps_made_during_a_report_are_reported_later():
+    def task(step):
+        for _ in range(50):
+            step()
+            time.sleep(0.01)
+
+    reports = []
+
+    def report(steps):
+        reports.append(steps)
+        time.sleep(0.2)
+
+    processes.run_forked([task], 1, report)
+    assert sum(reports) == 50
 
 
 def test_processes_work_after_threads_were_used():
