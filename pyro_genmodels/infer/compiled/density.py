@@ -60,7 +60,7 @@ def log_density(
     Tensors, as of data and parameters, are read at each call, so a change in place counts. A tensor or a number that is bound
     anew to a name in the model is seen too, and the model is captured again. Other changes are not seen: a number that the
     model computes by Python, such as ``float(array[0])``, is the one of the capture. Build the log density again after such a
-    change. A call is not compared with the model; `LogDensity.audit` does that, and `CompiledNUTS` asks it at the first and
+    change. A call is not compared with the model; `LogDensity.audit` does that, and `CompiledNUTS` asks it at the start and
     the last draw of each chain.
 
     Args:

@@ -111,7 +111,7 @@ class CompiledNUTS(ChainRun):
     def run(self, *args: Any, **kwargs: Any) -> None:
         """Capture the model with these arguments, and run the chains from new initial values.
 
-        The captured density is compared with the model at the first and the last draw of each chain. Handlers around the call
+        The captured density is compared with the model at the start and the last draw of each chain. Handlers around the call
         have no effect, as around Pyro's `MCMC`, and plates are refused. Put them around the model.
 
         Args:
