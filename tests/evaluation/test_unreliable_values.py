@@ -299,15 +299,15 @@ def test_a_row_that_is_nan_stays_nan_and_is_named():
     assert "the value is NaN in 1 of 3 rows" in str(found)
 
 
-@pytest.mark.parametrize(("factor", "found"), [(1e200, "nan"), (1e30, "-inf")])
-def test_values_that_overflow_are_unreliable(factor, found):
+@pytest.mark.parametrize("factor", [1e200, 1e30])
+def test_values_that_overflow_are_unreliable(factor):
     """They were called exact, without a warning."""
     x = torch.randn(10, 2, dtype=torch.float64)
     x[3] = factor
-    with pytest.warns(RuntimeWarning, match=f"log_likelihood: the value is {found} in 1 of 10 rows, the first of them row 3"):
+    with pytest.warns(RuntimeWarning, match="log_likelihood: the value is -inf in 1 of 10 rows, the first of them row 3"):
         values = log_likelihood(Flow((2,)), x)
     assert "(unreliable, n=10; the value is " in str(values)
-    with pytest.warns(RuntimeWarning, match=f"the value is {found} in 1 of 10 rows"):
+    with pytest.warns(RuntimeWarning, match="the value is -inf in 1 of 10 rows"):
         assert compare({"flow": Flow((2,))}, x).table["kind"].item() == "unreliable"
 
 
