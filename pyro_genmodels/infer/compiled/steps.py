@@ -83,10 +83,18 @@ class Steps:
         rates = self.update.rates(self.num_steps)
         if rates != self._rates:
             self._rates, self._rates_tensor = rates, torch.tensor(rates, dtype=torch.float64, device=self.update.device)
-        with torch.no_grad():
-            losses = self._run(*inputs, self._rates_tensor, *self.graph.read)[0]
+        losses = self._losses(*inputs)
         self.update.count(int(losses.isfinite().sum()) if self.update.is_counted else 0)
         return losses
+
+    def tried(self, *inputs: Tensor) -> list[Tensor]:
+        """Return the losses of steps that are put back, [(num_steps,)]."""
+        with self.graph.put_back(), torch.no_grad():
+            return [self._losses(*inputs).clone()]
+
+    def _losses(self, *inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self._run(*inputs, self._rates_tensor, *self.graph.read)[0]
 
 
 def steps_in_place(program: Program, update: Update, num_steps: int, *, draw_at_once: bool) -> Callable[..., list[Tensor]]:

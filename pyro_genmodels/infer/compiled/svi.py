@@ -163,8 +163,8 @@ class CompiledSVI:
         update = self._update_of(program)
         if update is None:
             return self._step_outside(program, inputs, args, kwargs)
-        self.captured.check(program, inputs)
         steps = self._steps_of(program, update, inputs)
+        self.captured.check(program, inputs)
         before = _Before(program, update.device)
         loss = float(steps(inputs))
         if not isfinite(loss):  # the graph has left the parameters as they were: Pyro's step says where it comes from
@@ -426,6 +426,8 @@ class CompiledSVI:
         if num_steps not in built:
             steps = Steps(program, update, inputs, self.captured.mode, num_steps, draw_at_once=num_steps > 1)
             built[num_steps] = steps
+            if num_steps == 1:  # several steps draw other random numbers
+                program.forms.append(lambda *inputs: [steps.tried(*inputs)[0][0]])
             what = f"{num_steps} steps built" if num_steps > 1 else "step built"
             self.findings.append(Finding(what, program.calls, steps.seconds, num_operations=steps.graph.num_operations))
         return built[num_steps]

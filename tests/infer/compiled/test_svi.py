@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoNormal, init_to_uniform
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_genmodels import to_arviz
-from pyro_genmodels.infer.compiled import Captured, CaptureError, CompiledSVI, Eager
+from pyro_genmodels.infer.compiled import Captured, CaptureError, CompiledSVI, Eager, StaleGraphError
 from pyro_genmodels.infer.compiled.steps import choose_unroll
 
 X = torch.tensor([0.3, -1.2, 2.5, 0.7, 1.1])
@@ -131,6 +131,19 @@ def test_losses_of_enumerated_models_are_evaluated():
     svi = CompiledSVI(mixture, lambda: None, pyro.optim.Adam({"lr": 0.1}), TraceEnum_ELBO(max_plate_nesting=0), mode=PYTHON)
     svi.step()
     assert svi.evaluate_loss() == pytest.approx(svi._stock.evaluate_loss(), rel=1e-6)
+
+
+def test_a_step_that_computes_another_loss_is_found():
+    """Built code that is wrong, as by a fault of a compiler, is compared with the program too."""
+
+    class Wrong(Captured):
+        def build(self, graph, inputs):
+            return lambda *tensors: [graph.module(*tensors)[0] * 1.1]
+
+    svi = CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.03}), Trace_ELBO(), mode=Wrong(script=False))
+    svi.step(X)
+    with pytest.raises(StaleGraphError, match="gives a loss of"):
+        svi.step(X)
 
 
 # `run`.
