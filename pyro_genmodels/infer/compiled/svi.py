@@ -390,11 +390,15 @@ class CompiledSVI:
         self.optim.set_state(waiting)
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
-        """Return the loss without a step (nats, summed over the data). The arguments are those of `step`."""
+        """Return the loss without a step (nats, summed over the data). The arguments are those of `step`.
+
+        The captured graph is run one operation after another: compiling it for each shape of data would rarely pay.
+        """
         if self._is_first or not self.captured.mode.captures or has_handlers():
             return self._stock.evaluate_loss(*args, **kwargs)
         program, inputs = self.captured.program(args, kwargs, gradients=False)
-        return float(self.captured.call(program, inputs)[0])
+        self.captured.check(program, inputs)
+        return float(program.graph(*inputs)[0])
 
     def _program_in_graph(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Program | None, list[Tensor]]:
         """Return the program of a step and its inputs, or None if Pyro's own step has to be made."""
