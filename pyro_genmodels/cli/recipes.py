@@ -59,7 +59,7 @@ from pyro_genmodels.infer import (
     NoiseContrastive,
 )
 from pyro_genmodels.infer.adversarial import R1, R2, Relativistic
-from pyro_genmodels.infer.compiled.modes import default_mode
+from pyro_genmodels.infer.compiled.modes import Eager, Mode, default_mode
 from pyro_genmodels.optim.adapters import Optim
 from pyro_genmodels.training import Checkpoint, Fit, checkpoints, train
 from pyro_genmodels.utils.files import MAX_BYTES
@@ -251,9 +251,10 @@ def fit(
     if data.train.dtype == torch.float64:  # float32 would lose digits of the data, and of the draws
         family.double()
     optim = partial(torch.optim.Adam, lr=notes.learning_rate)
-    objective, mode = recipe.objective(data, family, optim), default_mode() if compiled else None
+    objective = recipe.objective(data, family, optim)
+    mode: Mode | None = default_mode() if compiled else Eager()  # not chosen: a run that is resumed is that of one piece
     if isinstance(objective, Adversarial):
-        objective.mode, mode = mode or objective.mode, None
+        objective.mode, mode = mode or Eager(), None
     train_labels, valid_labels = (data.train_labels, data.valid_labels) if source.labels else (None, None)
     return train(
         family,

@@ -162,6 +162,7 @@ def test_the_first_step_alone_is_eager(monkeypatch):
     assert calls == ["critic", "generator"]
 
 
+@pytest.mark.slow
 def test_a_learning_rate_and_a_weight_may_change():
     def losses(mode):
         build = of_latent(2, extra_loss=Trace_ELBO(), optim=ADAM)
@@ -186,6 +187,7 @@ def test_a_state_is_saved_and_loaded():
     assert_same_losses(first, losses(Eager())[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 def test_a_copy_goes_on_by_itself(copied):
     _, trainer, _ = played(of_gan(), Captured(script=False), 3)

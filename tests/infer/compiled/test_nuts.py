@@ -368,6 +368,7 @@ def test_steps_made_during_a_report_are_reported_later():
     assert sum(reports) == 50
 
 
+@pytest.mark.slow
 def test_processes_work_after_threads_were_used():
     """In a process of its own, since a deadlock would hang the tests."""
     code = """

@@ -101,6 +101,7 @@ def check_fit(row: Program, mode, num_steps: int, **tolerance) -> None:
     assert_same_tensors(found_parameters, wanted_parameters, **tolerance)
 
 
+@pytest.mark.slow
 @rows(FITTED)
 def test_fitted_parameters_are_those_of_svi(row):
     check_fit(row, Captured(), 6, rtol=2e-3, atol=2e-4)

@@ -94,6 +94,7 @@ def test_renyis_bound():
     assert_same_runs(small_vae, torch.randn(20, 2), objective=RenyiELBO(alpha=0.5, num_particles=2))
 
 
+@pytest.mark.slow
 def test_an_energy_with_validation_is_captured_once(monkeypatch):
     """Validation stores log Z in the family, which holds for one set of parameters."""
     seen = []
