@@ -104,4 +104,4 @@ ENTRIES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "run": (_is_run, "a dictionary with id, begun and settings"),
     "options": (_is_state, "a dictionary with optimiser, param_groups and numbers"),
 }
-"""By the name of an entry: a function that returns True if its value is valid, and words for what it should be."""
+"""Checks of entries by name: a function that returns True if the value is valid, and a description of valid values."""

@@ -98,7 +98,7 @@ class _Step(ABC):
     @property
     @abstractmethod
     def mode(self) -> Mode:
-        """How loss and gradients are computed now."""
+        """Present mode of computing loss and gradients: eager, captured or compiled."""
 
     @abstractmethod
     def plan(self, num_steps: int, report: Callable[[str], None]) -> None:
@@ -199,7 +199,7 @@ class LossStep(_Step):
 
     @property
     def mode(self) -> Mode:
-        """How loss and gradients are computed now."""
+        """Present mode of computing loss and gradients: eager, captured or compiled."""
         return self.gradients.mode
 
     def plan(self, num_steps: int, report: Callable[[str], None]) -> None:

@@ -30,7 +30,7 @@ Update = Callable[[str, Tensor], None]
 
 @dataclass(frozen=True)
 class Game:
-    """What the two networks play for. The attributes are the arguments of `Adversarial`."""
+    """The losses and models of an adversarial training. Its attributes are the arguments of `Adversarial`."""
 
     model: Callable[..., Any]
     guide: Callable[..., Any]

@@ -32,7 +32,7 @@ from pyro_genmodels.utils.precision import in_doubles
 
 @dataclass(frozen=True)
 class _Kernel:
-    """What readers of a run ask its kernel for."""
+    """A kernel of `MCMC` with the one attribute that `to_arviz`, `Predictive` and ArviZ read."""
 
     model: Callable[..., Any]
 

@@ -26,7 +26,7 @@ MAX_TRIES = 20
 
 
 class Prototype(NamedTuple):
-    """What the first runs of a model show.
+    """A summary of the first runs of a model: its latent variables and what must be known of them.
 
     Attributes:
         potential: map from unconstrained values by name to minus the log density, with discrete variables summed out.

@@ -16,7 +16,7 @@ from math import isfinite
 from pathlib import Path
 from statistics import median
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import pyro
 import torch
@@ -110,6 +110,7 @@ class CompiledSVI:
         self.num_restarts = num_restarts
         self._updates: WeakKeyDictionary[Program, Update | None] = WeakKeyDictionary()
         self._built: WeakKeyDictionary[Program, dict[int, Steps]] = WeakKeyDictionary()
+        self._single: WeakSet[Program] = WeakSet()  # programs whose losses were not finite: each of their steps is looked at
 
     def __getstate__(self) -> Any:
         raise TypeError(
@@ -309,7 +310,7 @@ class CompiledSVI:
         found = losses.tolist()
         finite = [loss for loss in found if isfinite(loss)]
         if len(finite) < size:  # such steps have changed nothing: they are made one by one, as Pyro makes them
-            program.unroll = 1
+            self._single.add(program)
             finite += [self.step(*args, **kwargs) for _ in range(size - len(finite))]
         return finite
 
@@ -317,7 +318,7 @@ class CompiledSVI:
         self, program: Program, update: Update, inputs: Sequence[Tensor], num_steps: int, unroll: int | None, bar: tqdm
     ) -> int:
         """Return how many of the next steps are made in one graph."""
-        if program.unroll == 1:
+        if program in self._single:
             return 1
         if unroll is None:
             if len(program.seconds) < TIMED_STEPS:

@@ -160,6 +160,13 @@ def test_run_makes_as_many_steps_as_told(unroll):
         torch.testing.assert_close(losses.float(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_number_of_steps_that_is_asked_for_is_taken_after_one_was_chosen():
+    svi = CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.03}), Trace_ELBO(), mode=PYTHON)
+    svi.run(60, X, progress=False)  # chooses 1, since nothing pays in so short a run
+    svi.run(2, X, unroll=2, progress=False)
+    assert "2 steps built" in [finding.what for finding in svi.findings]
+
+
 @pytest.mark.parametrize("optimiser", ["Adam", "ClippedAdam"])
 def test_unrolled_steps_are_those_of_single_steps_without_random_numbers(optimiser):
     """The loss of a guide of point masses has no random numbers, so that all ways must agree."""
