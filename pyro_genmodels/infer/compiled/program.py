@@ -89,8 +89,6 @@ class Program:
         has_gradient: for each parameter, True if it has a gradient.
         trained: those that have one.
         calls: number of calls.
-        seconds: times of single steps.
-        unroll: number of steps that are put into one graph, once it is chosen.
         forms: further functions of the inputs, without a lasting effect, that return the loss, or the loss and the gradients,
             as other code computes them that was built of the graph, with the same random numbers. Each comparison with the
             program compares these too.
@@ -115,8 +113,6 @@ class Program:
         self._positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.calls = 0
         self.built: Callable[..., Sequence[Any]] | None = None
-        self.seconds: list[float] = []
-        self.unroll: int | None = None
         self.forms: list[Callable[..., Sequence[Any]]] = []
         inputs = [leaves[i] for i in self._positions]
         with without_trace_shapes(), exclusive("the capture of a model", wait=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = ["CompiledSVI"]
 
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import repeat
@@ -110,6 +111,8 @@ class CompiledSVI:
         self.num_restarts = num_restarts
         self._updates: WeakKeyDictionary[Program, Update | None] = WeakKeyDictionary()
         self._built: WeakKeyDictionary[Program, dict[int, Steps]] = WeakKeyDictionary()
+        self._seconds: WeakKeyDictionary[Program, deque[float]] = WeakKeyDictionary()  # of the last single steps
+        self._chosen: WeakKeyDictionary[Program, int] = WeakKeyDictionary()  # steps in one graph, in the present run
         self._single: WeakSet[Program] = WeakSet()  # programs whose losses were not finite: each of their steps is looked at
 
     def __getstate__(self) -> Any:
@@ -256,6 +259,7 @@ class CompiledSVI:
                 check_positive_int("CompiledSVI.run", **{name: value})
         losses: list[Any] = []
         batches = _batches(args, kwargs)
+        self._chosen.clear()  # what pays depends on the length of the run
         saved, compared = time.monotonic(), 0
         try:
             with tqdm(total=num_steps, desc="CompiledSVI", unit="step", disable=not progress, mininterval=0.5) as bar:
@@ -303,7 +307,7 @@ class CompiledSVI:
             start = time.perf_counter()
             loss = self.step(*args, **kwargs)
             if program is not None:
-                program.seconds.append(time.perf_counter() - start)
+                self._seconds.setdefault(program, deque(maxlen=TIMED_STEPS)).append(time.perf_counter() - start)
             return [loss]
         self.captured.check(program, inputs, size)
         losses = self._steps_of(program, update, inputs, size)(inputs)
@@ -321,12 +325,12 @@ class CompiledSVI:
         if program in self._single:
             return 1
         if unroll is None:
-            if len(program.seconds) < TIMED_STEPS:
+            if len(times := self._seconds.get(program, ())) < TIMED_STEPS:
                 return 1
-            if program.unroll is None:
+            if program not in self._chosen:
                 built = self._steps_of(program, update, inputs).seconds
-                program.unroll = choose_unroll(num_steps, median(program.seconds[-TIMED_STEPS // 2 :]), built)
-            unroll = program.unroll
+                self._chosen[program] = choose_unroll(num_steps, median(times), built)
+            unroll = self._chosen[program]
         if unroll > 1 and unroll <= num_steps and unroll not in self._built.get(program, {}):
             bar.set_postfix_str(f"compiling {unroll} steps")
         return unroll if unroll <= num_steps else 1

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_genmodels import to_arviz
 from pyro_genmodels.infer.compiled import Captured, CaptureError, CompiledSVI, Eager, StaleGraphError
+from pyro_genmodels.infer.compiled import svi as svi_module
 from pyro_genmodels.infer.compiled.steps import choose_unroll
 
 X = torch.tensor([0.3, -1.2, 2.5, 0.7, 1.1])
@@ -165,6 +166,17 @@ def test_a_number_of_steps_that_is_asked_for_is_taken_after_one_was_chosen():
     svi.run(60, X, progress=False)  # chooses 1, since nothing pays in so short a run
     svi.run(2, X, unroll=2, progress=False)
     assert "2 steps built" in [finding.what for finding in svi.findings]
+
+
+def test_the_number_of_steps_in_a_graph_is_chosen_anew_for_each_run(monkeypatch):
+    asked = []
+    monkeypatch.setattr(svi_module, "choose_unroll", lambda num_steps, *times: asked.append(num_steps) or 1)
+    svi = CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.03}), Trace_ELBO(), mode=PYTHON)
+    for num_steps in (60, 20):
+        svi.run(num_steps, X, progress=False)
+    assert len(asked) == 2
+    assert asked[0] < 60
+    assert asked[1] == 20
 
 
 @pytest.mark.parametrize("optimiser", ["Adam", "ClippedAdam"])
