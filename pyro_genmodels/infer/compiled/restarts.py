@@ -23,8 +23,9 @@ from pyro_genmodels._pyro.capturing import copy_pair, find_parameters
 from pyro_genmodels._pyro.handlers import exclusive
 from pyro_genmodels.infer.compiled.functions import CapturedFunction
 from pyro_genmodels.infer.compiled.graph import trace
+from pyro_genmodels.infer.compiled.losses import CapturedLoss
 from pyro_genmodels.infer.compiled.noise import Noise
-from pyro_genmodels.infer.compiled.program import CapturedLoss, Program
+from pyro_genmodels.infer.compiled.program import Program
 from pyro_genmodels.infer.compiled.recorder import CaptureError, Recorder, put_back
 from pyro_genmodels.infer.compiled.steps import next_step
 from pyro_genmodels.infer.compiled.updates import State, Update

@@ -31,8 +31,10 @@ from tqdm.auto import tqdm
 from pyro_genmodels._pyro.capturing import has_handlers
 from pyro_genmodels._pyro.handlers import exclusive
 from pyro_genmodels._pyro.params import unconstrained
+from pyro_genmodels.infer.compiled.audit import Finding
+from pyro_genmodels.infer.compiled.losses import CapturedLoss
 from pyro_genmodels.infer.compiled.modes import Mode
-from pyro_genmodels.infer.compiled.program import CapturedLoss, Finding, Program
+from pyro_genmodels.infer.compiled.program import Program
 from pyro_genmodels.infer.compiled.recorder import CaptureError
 from pyro_genmodels.infer.compiled.restarts import Restarts, initial_values
 from pyro_genmodels.infer.compiled.steps import Steps, choose_unroll

@@ -30,7 +30,7 @@ from torch import nn
 from torch.distributions import constraints
 
 from pyro_genmodels.infer.compiled import Captured, CapturedLoss, Compiled, CompiledSVI, StaleGraphError
-from pyro_genmodels.infer.compiled.program import MAX_PROGRAMS
+from pyro_genmodels.infer.compiled.losses import MAX_PROGRAMS
 
 MODE = Captured(script=False)  # the quickest to build
 X = torch.tensor([0.3, -0.2, 1.1])

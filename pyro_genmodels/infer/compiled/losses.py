@@ -1,0 +1,227 @@
+"""Losses of Pyro programs, captured as graphs: one graph for each shape and structure of the arguments."""
+
+from __future__ import annotations
+
+__all__ = ["CapturedLoss", "differentiable_loss", "key_of", "loss_and_gradients"]
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from pyro.infer import ELBO, RenyiELBO
+from torch import Tensor
+
+from pyro_genmodels._pyro.capturing import find_parameters
+from pyro_genmodels._pyro.renyi import renyi_loss
+from pyro_genmodels._pyro.tracing import tree_flatten
+from pyro_genmodels.infer.compiled.audit import Finding
+from pyro_genmodels.infer.compiled.modes import Mode, default_mode
+from pyro_genmodels.infer.compiled.program import Program
+from pyro_genmodels.infer.compiled.recorder import WAY_OUT, CaptureError
+from pyro_genmodels.utils.errors import warn_caller
+
+MAX_PROGRAMS = 16
+"""Number of graphs that are kept, for so many shapes of arguments."""
+
+MANY_CAPTURES = 8
+"""Number of captures after which a warning says that capturing again and again is slow."""
+
+DIFFERENTIABLE: Mapping[type[ELBO], Callable[..., Tensor]] = {RenyiELBO: renyi_loss}
+"""For losses of Pyro without a differentiable form: a function of the loss, model, guide and arguments that is one."""
+
+
+class CapturedLoss:
+    """A Pyro loss of a model and a guide, captured as a graph at the first call for each shape of the arguments.
+
+    Args:
+        model: model, as for `pyro.infer.SVI`.
+        guide: guide.
+        loss: `pyro.infer.ELBO` with a differentiable loss, or a function of model, guide and arguments.
+        mode: `Compiled()`, `Captured()` or `Eager()`; by default compiled where there is a C++ compiler.
+        audit: False never to compare the graph with the program.
+
+    Attributes:
+        findings: captures and comparisons so far.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_genmodels.infer.compiled import Captured
+        >>> def model(x):
+        ...     loc = pyro.param("loc", torch.zeros(()))
+        ...     pyro.sample("x", dist.Normal(loc, torch.ones(2)).to_event(1), obs=x)
+        >>> captured = CapturedLoss(model, lambda x: None, pyro.infer.Trace_ELBO(), mode=Captured())
+        >>> loss, gradients = captured(torch.tensor([1.0, 3.0]))
+        >>> loss, gradients
+        (tensor(6.8379), {'loc': tensor(-4.)})
+    """
+
+    def __init__(self, model: Any, guide: Any, loss: Any, *, mode: Mode | None = None, audit: bool = True) -> None:
+        self.model, self.guide, self.loss = model, guide, loss
+        self.mode = default_mode() if mode is None else mode
+        self.is_audited = audit
+        self.findings: list[Finding] = []
+        self._programs: OrderedDict[Any, Program] = OrderedDict()
+        self._num_captures = 0
+        self.loss_of = differentiable_loss(loss)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes without the graphs, which are captured anew."""
+        return self.__dict__ | {"_programs": OrderedDict(), "_num_captures": 0, "findings": []}
+
+    def run(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss as the program computes it, differentiable."""
+        return self.loss_of(self.model, self.guide, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss () and its gradients, by the names of the parameters in Pyro's param store."""
+        if not self.mode.captures:
+            return loss_and_gradients(lambda: self.run(*args, **kwargs))
+        program, inputs = self.program(args, kwargs)
+        loss, *gradients = self.call(program, inputs)
+        return loss, {name: g for name, g in zip(program.parameters, gradients, strict=True) if g is not None}
+
+    def call(self, program: Program, inputs: Sequence[Tensor]) -> Sequence[Any]:
+        """Return what a program's graph returns, in the chosen mode."""
+        if program.built is None:
+            program.built = self.mode.build(program.graph, inputs)
+        self.check(program, inputs)
+        with torch.no_grad():
+            return program.built(*inputs, *program.graph.read)[: program.graph.num_outputs]
+
+    def check(self, program: Program, inputs: Sequence[Tensor], num_calls: int = 1) -> None:
+        """Compare a program's graph with the program, if it is time to, and count the calls."""
+        if self.is_audited and program.is_due(num_calls):
+            start = time.perf_counter()
+            difference = program.audit(inputs)
+            self.findings.append(Finding("audit", program.calls, time.perf_counter() - start, difference))
+        program.calls += num_calls
+
+    def program(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], *, gradients: bool = True
+    ) -> tuple[Program, list[Tensor]]:
+        """Return the program for arguments, captured if need be, and the tensors among the arguments.
+
+        Raises:
+            CaptureError: if the program cannot be captured, or if gradients are asked for where they are switched off.
+
+        Warns:
+            RuntimeWarning: if programs are captured again and again.
+        """
+        if gradients and not torch.is_grad_enabled():
+            raise CaptureError(
+                "Gradients are switched off around the call, by torch.no_grad() or torch.inference_mode(), so that there are "
+                "none to make a step with. Call it outside of that block."
+            )
+        key, inputs = key_of(args, kwargs)
+        if gradients and any(x.grad_fn is not None for x in inputs):
+            raise CaptureError(
+                "An argument was computed from a parameter, which a graph would not train. Compute it inside of the model, or "
+                f"detach it. {WAY_OUT}"
+            )
+        key = (gradients, key)
+        program = self._programs.get(key)
+        what = "capture"
+        if program is not None:
+            rebound = program.changed()
+            if rebound is None:
+                self._programs.move_to_end(key)
+                return program, inputs
+            what = rebound
+            del self._programs[key]
+        self._num_captures += 1
+        if self._num_captures == MANY_CAPTURES:
+            cause = (
+                "the arguments had so many shapes, or numbers, texts, arrays and other objects that are no tensors"
+                if what == "capture"
+                else f"{what} was bound anew"
+            )
+            warn_caller(
+                f"The program was captured {MANY_CAPTURES} times: {cause}. Capturing takes much longer than a step. Pass what "
+                "changes as a tensor, and batches of one size."
+            )
+        start = time.perf_counter()
+        with torch.inference_mode(False), torch.enable_grad():
+            program = Program(self.run, args, kwargs, (self.model, self.guide, self.loss), gradients=gradients)
+        self._programs[key] = program
+        while len(self._programs) > MAX_PROGRAMS:
+            self._programs.popitem(last=False)
+        self.findings.append(Finding(what, 0, time.perf_counter() - start, num_operations=program.graph.num_operations))
+        return program, inputs
+
+
+def loss_and_gradients(run: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss () that a run computes, and its gradients by the names of the parameters, without a graph."""
+    losses: list[Tensor] = []
+    parameters = find_parameters(lambda: losses.append(torch.as_tensor(run())))
+    loss = losses[0].reshape(()) if losses[0].numel() == 1 else losses[0]
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True) if trained and loss.requires_grad else ()
+    return loss.detach(), {name: g for name, g in zip(trained, found, strict=False) if g is not None}
+
+
+def key_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, list[Tensor]]:
+    """Return the shape and structure of arguments, and the tensors among them."""
+    dtype = torch.get_default_dtype()
+    if not kwargs and all(type(x) is Tensor for x in args):
+        inputs = list(args)
+        return (dtype, *map(_form, inputs)), inputs
+    leaves, structure = tree_flatten((tuple(args), dict(kwargs)))
+    inputs = [x for x in leaves if isinstance(x, Tensor)]
+    parts = tuple(_form(x) if isinstance(x, Tensor) else _constant(x) for x in leaves)
+    return (dtype, structure, *parts), inputs
+
+
+def _form(x: Tensor) -> tuple[Any, ...]:
+    """Return what a compiled graph takes for granted of an argument; the strides are among it.
+
+    Raises:
+        CaptureError: if it is sparse.
+    """
+    if x.layout != torch.strided:
+        raise CaptureError(f"an argument of shape {tuple(x.shape)} is sparse. Pass x.to_dense(). {WAY_OUT}")
+    return x.shape, x.stride(), x.dtype, x.device
+
+
+def _constant(x: Any) -> Any:
+    """Return something that is equal for equal arguments that are no tensors."""
+    if isinstance(x, float | complex) and x != x:
+        return type(x), "nan"
+    if isinstance(x, bool | int | float | complex | str | bytes | type(None) | torch.Size | torch.dtype | torch.device):
+        return type(x), x
+    return _Same(x)
+
+
+class _Same:
+    """An object that is equal to itself alone, and is kept alive."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def differentiable_loss(loss: Any) -> Callable[..., Tensor]:
+    """Return the function of model, guide and arguments that is the differentiable loss.
+
+    Raises:
+        CaptureError: if Pyro has none for this loss.
+    """
+    if type(loss) in DIFFERENTIABLE:
+        return partial(DIFFERENTIABLE[type(loss)], loss)
+    if not isinstance(loss, ELBO):
+        if not callable(loss):
+            raise TypeError(f"A loss is a pyro.infer.ELBO, or a function of model, guide and arguments, but found {loss!r}.")
+        return loss
+    if "differentiable_loss" not in {name for cls in type(loss).__mro__ for name in vars(cls)}:
+        raise CaptureError(
+            f"{type(loss).__name__} has no differentiable loss in Pyro, and cannot be captured. Use Trace_ELBO, "
+            "TraceMeanField_ELBO, TraceEnum_ELBO, RenyiELBO, or the objectives of this package; or run it by pyro.infer.SVI."
+        )
+    return loss.differentiable_loss  # type: ignore[attr-defined]
