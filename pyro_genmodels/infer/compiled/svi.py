@@ -9,17 +9,13 @@ from __future__ import annotations
 __all__ = ["CompiledSVI"]
 
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from itertools import repeat
 from math import isfinite
 from pathlib import Path
-from statistics import median
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
-import pyro
 import torch
 from pyro.infer import SVI
 from pyro.infer.util import zero_grads
@@ -30,23 +26,21 @@ from tqdm.auto import tqdm
 
 from pyro_genmodels._pyro.capturing import has_handlers
 from pyro_genmodels._pyro.handlers import exclusive
-from pyro_genmodels._pyro.params import unconstrained
 from pyro_genmodels.infer.compiled.audit import Finding
+from pyro_genmodels.infer.compiled.checkpoints import load_state, state_of
 from pyro_genmodels.infer.compiled.losses import CapturedLoss
 from pyro_genmodels.infer.compiled.modes import Mode
 from pyro_genmodels.infer.compiled.program import Program
 from pyro_genmodels.infer.compiled.recorder import CaptureError
 from pyro_genmodels.infer.compiled.restarts import Restarts, initial_values
-from pyro_genmodels.infer.compiled.steps import Steps, choose_unroll
-from pyro_genmodels.infer.compiled.updates import Update, has_stepped, load_optimizer, moved_by, update_of, watch_others
+from pyro_genmodels.infer.compiled.runs import batches_of, has_converged, mean_loss
+from pyro_genmodels.infer.compiled.stepper import Before, Stepper
+from pyro_genmodels.infer.compiled.updates import has_stepped, moved_by, update_of, watch_others
 from pyro_genmodels.utils.errors import check_positive_int, type_with_article, warn_caller
 from pyro_genmodels.utils.files import atomic_write
 
 SAVE_SECONDS = 60.0
 """Seconds between two checkpoints of a run."""
-
-TIMED_STEPS = 40
-"""Number of single steps that are timed before the number of steps in one graph is chosen."""
 
 
 class CompiledSVI:
@@ -111,11 +105,7 @@ class CompiledSVI:
         if num_restarts is not None:
             check_positive_int("CompiledSVI", num_restarts=num_restarts)
         self.num_restarts = num_restarts
-        self._updates: WeakKeyDictionary[Program, Update | None] = WeakKeyDictionary()
-        self._built: WeakKeyDictionary[Program, dict[int, Steps]] = WeakKeyDictionary()
-        self._seconds: WeakKeyDictionary[Program, deque[float]] = WeakKeyDictionary()  # of the last single steps
-        self._chosen: WeakKeyDictionary[Program, int] = WeakKeyDictionary()  # steps in one graph, in the present run
-        self._single: WeakSet[Program] = WeakSet()  # programs whose losses were not finite: each of their steps is looked at
+        self._steppers: WeakKeyDictionary[Program, Stepper | None] = WeakKeyDictionary()
 
     def __getstate__(self) -> Any:
         raise TypeError(
@@ -166,12 +156,12 @@ class CompiledSVI:
         if program is None:
             self._is_first = False
             return self._stock_step(args, kwargs)
-        update = self._update_of(program)
-        if update is None:
+        stepper = self._stepper_of(program)
+        if stepper is None:
             return self._step_outside(program, inputs, args, kwargs)
-        steps = self._steps_of(program, update, inputs)
+        steps = stepper.steps(program, inputs)
         self.captured.check(program, inputs)
-        before = _Before(program, update.device)
+        before = Before(program, stepper.update.device)
         loss = float(steps(inputs))
         if not isfinite(loss):  # the graph has left the parameters as they were: Pyro's step says where it comes from
             before.restore()
@@ -190,16 +180,16 @@ class CompiledSVI:
             self._stock_step(args, kwargs)  # makes the parameters, and the state of the optimiser
             self._is_first = False
         program, inputs = self._program_in_graph(args, kwargs)
-        update = None if program is None else self._update_of(program)
-        if program is None or update is None:
+        stepper = None if program is None else self._stepper_of(program)
+        if program is None or stepper is None:
             raise CaptureError(
                 "Restarts need a program and an optimiser in the graph: a mode that captures, an optimiser of the list in the "
                 "description of CompiledSVI, the same parameters at each call, and no handler around it."
             )
         if self._restarts is None:
-            self._restarts = Restarts(self.captured, program, update, self._first_values)
+            self._restarts = Restarts(self.captured, program, stepper.update, self._first_values)
         self.captured.check(program, inputs)
-        return self._restarts.step(program, update, inputs)
+        return self._restarts.step(program, stepper.update, inputs)
 
     @property
     def restarts(self) -> Restarts:
@@ -260,8 +250,10 @@ class CompiledSVI:
             if value is not None:
                 check_positive_int("CompiledSVI.run", **{name: value})
         losses: list[Any] = []
-        batches = _batches(args, kwargs)
-        self._chosen.clear()  # what pays depends on the length of the run
+        batches = batches_of(args, kwargs)
+        for stepper in self._steppers.values():
+            if stepper is not None:
+                stepper.chosen = None  # what pays depends on the length of the run
         saved, compared = time.monotonic(), 0
         try:
             with tqdm(total=num_steps, desc="CompiledSVI", unit="step", disable=not progress, mininterval=0.5) as bar:
@@ -270,13 +262,13 @@ class CompiledSVI:
                     losses += found
                     bar.update(len(found))
                     if len(losses) % 100 < len(found):
-                        bar.set_postfix_str(f"loss {float(_mean(losses[-100:]).min()):.5g}", refresh=False)
+                        bar.set_postfix_str(f"loss {float(mean_loss(losses[-100:]).min()):.5g}", refresh=False)
                     if checkpoint is not None and time.monotonic() - saved > SAVE_SECONDS:
                         self.save(checkpoint)
                         saved = time.monotonic()
                     if patience is not None and len(losses) - compared >= max(1, patience // 10):
                         compared = len(losses)
-                        if _has_converged(losses, patience):
+                        if has_converged(losses, patience):
                             break
         finally:  # also where the run is interrupted
             if self._restarts is not None and losses:
@@ -301,41 +293,24 @@ class CompiledSVI:
             return [self.step(*args, **kwargs).tolist()]
         is_loader = not isinstance(batches, repeat)
         program, inputs = self._program_in_graph(args, kwargs)
-        update = None if program is None else self._update_of(program)
+        stepper = None if program is None else self._stepper_of(program)
         size = 1
-        if program is not None and update is not None and not is_loader:
-            size = self._unroll(program, update, inputs, num_steps, unroll, bar)
-        if size == 1 or program is None or update is None:
+        if program is not None and stepper is not None and not is_loader:
+            size = stepper.unroll(program, inputs, num_steps, unroll, bar.set_postfix_str)
+        if size == 1 or program is None or stepper is None:
             start = time.perf_counter()
             loss = self.step(*args, **kwargs)
-            if program is not None:
-                self._seconds.setdefault(program, deque(maxlen=TIMED_STEPS)).append(time.perf_counter() - start)
+            if stepper is not None:
+                stepper.seconds.append(time.perf_counter() - start)
             return [loss]
         self.captured.check(program, inputs, size)
-        losses = self._steps_of(program, update, inputs, size)(inputs)
+        losses = stepper.steps(program, inputs, size)(inputs)
         found = losses.tolist()
         finite = [loss for loss in found if isfinite(loss)]
         if len(finite) < size:  # such steps have changed nothing: they are made one by one, as Pyro makes them
-            self._single.add(program)
+            stepper.is_single = True
             finite += [self.step(*args, **kwargs) for _ in range(size - len(finite))]
         return finite
-
-    def _unroll(
-        self, program: Program, update: Update, inputs: Sequence[Tensor], num_steps: int, unroll: int | None, bar: tqdm
-    ) -> int:
-        """Return how many of the next steps are made in one graph."""
-        if program in self._single:
-            return 1
-        if unroll is None:
-            if len(times := self._seconds.get(program, ())) < TIMED_STEPS:
-                return 1
-            if program not in self._chosen:
-                built = self._steps_of(program, update, inputs).seconds
-                self._chosen[program] = choose_unroll(num_steps, median(times), built)
-            unroll = self._chosen[program]
-        if unroll > 1 and unroll <= num_steps and unroll not in self._built.get(program, {}):
-            bar.set_postfix_str(f"compiling {unroll} steps")
-        return unroll if unroll <= num_steps else 1
 
     def save(self, path: str | Path) -> None:
         """Write parameters and the state of the optimiser to a file, completely or not at all."""
@@ -358,14 +333,7 @@ class CompiledSVI:
         Raises:
             ValueError: if parameters are not in the param store.
         """
-        store = pyro.get_param_store()
-        parameters = {store.param_name(p): p.detach().clone() for p in self.optim.optim_objs}
-        if None in parameters:
-            raise ValueError(
-                "Some parameters are not in Pyro's param store, as with module_local_params=True, so that their names are not "
-                "known. Save the state_dict() of the modules."
-            )
-        return {"parameters": parameters, "optimizer": deepcopy(self.optim.get_state())}
+        return state_of(self.optim)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set parameters, in place, and the state of the optimiser.
@@ -376,25 +344,7 @@ class CompiledSVI:
         Raises:
             ValueError: if a parameter is not in Pyro's param store, or has another shape.
         """
-        store = pyro.get_param_store()
-        for name, value in state["parameters"].items():
-            p = unconstrained(name)
-            if p is None or p.shape != value.shape:
-                raise ValueError(
-                    f"The parameter {name!r} of shape {tuple(value.shape)} is not in Pyro's param store. Run the guide and the "
-                    "model once first, as by evaluate_loss(...), so that their parameters exist."
-                )
-        with torch.no_grad():
-            for name, value in state["parameters"].items():
-                unconstrained(name).copy_(value)  # type: ignore[union-attr]
-        known = {store.param_name(p): optimizer for p, optimizer in self.optim.optim_objs.items()}
-        waiting = {}
-        for name, saved in deepcopy(state["optimizer"]).items():
-            if name in known:
-                load_optimizer(known[name], saved)
-            else:
-                waiting[name] = saved
-        self.optim.set_state(waiting)
+        load_state(self.optim, state)
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Return the loss without a step (nats, summed over the data). The arguments are those of `step`.
@@ -412,40 +362,28 @@ class CompiledSVI:
         if self._is_first or not self.captured.mode.captures or has_handlers():
             return None, []
         program, inputs = self.captured.program(args, kwargs)
-        known = program in self._updates  # a new state of the optimiser would be seen by the watch
+        known = program in self._steppers  # a new state of the optimiser would be seen by the watch
         return (program, inputs) if known or has_stepped(self.optim, program.trained) else (None, [])
 
-    def _update_of(self, program: Program) -> Update | None:
-        """Return the optimiser's step as a formula, or None if it runs outside of the graph."""
-        if program not in self._updates:
+    def _stepper_of(self, program: Program) -> Stepper | None:
+        """Return the steps of a program, or None if the optimiser runs outside of the graph."""
+        if program not in self._steppers:
             moved = moved_by(self.optim, list(program.parameters.values()), program.trained)
             update = update_of(self.optim, moved)
             if isinstance(update, str):
                 warn_caller(
                     f"The optimiser runs outside of the graph, which is slower for small models: {update}.", UserWarning
                 )
-                self._updates[program] = None
+                self._steppers[program] = None
             else:
                 update.watch(program.watch)
                 watch_others(self.optim, program.watch, list(program.parameters.values()), moved)
-                self._updates[program] = update
-        return self._updates[program]
-
-    def _steps_of(self, program: Program, update: Update, inputs: Sequence[Tensor], num_steps: int = 1) -> Steps:
-        """Return steps in one graph, built if need be. Several draw their random numbers at once."""
-        built = self._built.setdefault(program, {})
-        if num_steps not in built:
-            steps = Steps(program, update, inputs, self.captured.mode, num_steps, draw_at_once=num_steps > 1)
-            built[num_steps] = steps
-            if num_steps == 1:  # several steps draw other random numbers
-                program.forms.append(lambda *inputs: [steps.tried(*inputs)[0][0]])
-            what = f"{num_steps} steps built" if num_steps > 1 else "step built"
-            self.findings.append(Finding(what, program.calls, steps.seconds, num_operations=steps.graph.num_operations))
-        return built[num_steps]
+                self._steppers[program] = Stepper(update, self.captured.mode, self.findings)
+        return self._steppers[program]
 
     def _step_outside(self, program: Program, inputs: Sequence[Tensor], args: Any, kwargs: Any) -> float:
         """Make a step whose optimiser is not in the graph."""
-        before = _Before(program, torch.device("cpu"))
+        before = Before(program, torch.device("cpu"))
         loss, *gradients = self.captured.call(program, inputs)
         if not isfinite(float(loss)):
             before.restore()
@@ -457,58 +395,3 @@ class CompiledSVI:
         self.optim(parameters)
         zero_grads(parameters)
         return float(loss)
-
-
-class _Before:
-    """The random state, and the buffers that a program changes, before a step.
-
-    Args:
-        program: the program.
-        device: device of its parameters.
-    """
-
-    def __init__(self, program: Program, device: torch.device) -> None:
-        self._buffers = [(x, x.clone()) for x in program.graph.written]
-        self._random = torch.get_rng_state()
-        self._device = device
-        self._random_of_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    def restore(self) -> None:
-        """Put them back."""
-        for x, value in self._buffers:
-            x.copy_(value)
-        torch.set_rng_state(self._random)
-        if self._random_of_device is not None:
-            torch.cuda.set_rng_state(self._random_of_device, self._device)
-
-
-def _mean(losses: list[Any]) -> Tensor:
-    """Return the mean of losses (n,) or (n, num_restarts), without those that are NaN."""
-    return torch.tensor(losses, dtype=torch.float64).nanmean(0)
-
-
-def _has_converged(losses: list[Any], patience: int) -> bool:
-    """Return True if the mean of the last losses is not below the mean of as many before."""
-    if len(losses) < 2 * patience:
-        return False
-    return not (_mean(losses[-patience:]) < _mean(losses[-2 * patience : -patience])).any()
-
-
-def _batches(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[Sequence[Any], dict[str, Any]]]:
-    """Return the arguments of step after step."""
-    if len(args) == 1 and isinstance(args[0], DataLoader):
-        return _walk(args[0], kwargs)
-    return repeat((args, kwargs))
-
-
-def _walk(loader: DataLoader, kwargs: dict[str, Any]) -> Iterator[tuple[Sequence[Any], dict[str, Any]]]:
-    """Yield the batches of a loader as arguments, again and again."""
-    while True:
-        batch = None
-        for batch in loader:
-            if isinstance(batch, Mapping):
-                yield (), kwargs | dict(batch)
-            else:
-                yield (tuple(batch) if isinstance(batch, list | tuple) else (batch,)), kwargs
-        if batch is None:
-            raise ValueError("The DataLoader has no batches. Are there fewer rows than batch_size, with drop_last=True?")

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_genmodels import to_arviz
 from pyro_genmodels.infer.compiled import Captured, CaptureError, CompiledSVI, Eager, StaleGraphError
-from pyro_genmodels.infer.compiled import svi as svi_module
+from pyro_genmodels.infer.compiled import stepper as stepper_module
 from pyro_genmodels.infer.compiled.steps import choose_unroll
 
 X = torch.tensor([0.3, -1.2, 2.5, 0.7, 1.1])
@@ -170,7 +170,7 @@ def test_a_number_of_steps_that_is_asked_for_is_taken_after_one_was_chosen():
 
 def test_the_number_of_steps_in_a_graph_is_chosen_anew_for_each_run(monkeypatch):
     asked = []
-    monkeypatch.setattr(svi_module, "choose_unroll", lambda num_steps, *times: asked.append(num_steps) or 1)
+    monkeypatch.setattr(stepper_module, "choose_unroll", lambda num_steps, *times: asked.append(num_steps) or 1)
     svi = CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.03}), Trace_ELBO(), mode=PYTHON)
     for num_steps in (60, 20):
         svi.run(num_steps, X, progress=False)

@@ -1,0 +1,111 @@
+"""Steps of one captured program: its optimiser as a formula, and graphs of one step or of several."""
+
+from __future__ import annotations
+
+__all__ = ["Before", "Stepper"]
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from pyro_genmodels.infer.compiled.audit import Finding
+from pyro_genmodels.infer.compiled.modes import Mode
+from pyro_genmodels.infer.compiled.program import Program
+from pyro_genmodels.infer.compiled.steps import Steps, choose_unroll
+from pyro_genmodels.infer.compiled.updates import Update
+
+TIMED_STEPS = 40
+"""Number of single steps that are timed before the number of steps in one graph is chosen."""
+
+
+class Stepper:
+    """Steps of one program, built when they are first wanted.
+
+    It holds no reference to the program, so that it can be kept in a dictionary with weak keys.
+
+    Args:
+        update: the optimiser.
+        mode: how graphs are run.
+        findings: list to which what is built is added.
+
+    Attributes:
+        seconds: times of the last single steps.
+        chosen: number of steps in one graph in the present run, or None if it is not yet chosen.
+        is_single: True once a loss was not finite: each step is then looked at.
+    """
+
+    def __init__(self, update: Update, mode: Mode, findings: list[Finding]) -> None:
+        self.update, self.mode, self.findings = update, mode, findings
+        self.seconds: deque[float] = deque(maxlen=TIMED_STEPS)
+        self.chosen: int | None = None
+        self.is_single = False
+        self._built: dict[int, Steps] = {}
+
+    def steps(self, program: Program, inputs: Sequence[Tensor], num_steps: int = 1) -> Steps:
+        """Return steps in one graph. Several draw their random numbers at once.
+
+        Args:
+            program: the program.
+            inputs: tensors among its arguments.
+            num_steps: number of steps.
+        """
+        if num_steps not in self._built:
+            steps = Steps(program, self.update, inputs, self.mode, num_steps, draw_at_once=num_steps > 1)
+            self._built[num_steps] = steps
+            if num_steps == 1:  # several steps draw other random numbers
+                program.forms.append(lambda *inputs: [steps.tried(*inputs)[0][0]])
+            what = f"{num_steps} steps built" if num_steps > 1 else "step built"
+            self.findings.append(Finding(what, program.calls, steps.seconds, num_operations=steps.graph.num_operations))
+        return self._built[num_steps]
+
+    def unroll(
+        self, program: Program, inputs: Sequence[Tensor], num_steps: int, wanted: int | None, report: Callable[[str], None]
+    ) -> int:
+        """Return how many of the next steps are made in one graph.
+
+        Args:
+            program: the program.
+            inputs: tensors among its arguments.
+            num_steps: number of steps that are still to be made.
+            wanted: number of steps in one graph that is asked for, or None for a choice.
+            report: function of a text, called before a graph is built.
+        """
+        if self.is_single:
+            return 1
+        if wanted is None:
+            if len(self.seconds) < TIMED_STEPS:
+                return 1
+            if self.chosen is None:
+                self.chosen = choose_unroll(num_steps, median(self.seconds), self.steps(program, inputs).seconds)
+            wanted = self.chosen
+        if wanted > num_steps:
+            return 1
+        if wanted > 1 and wanted not in self._built:
+            report(f"compiling {wanted} steps")
+        return wanted
+
+
+class Before:
+    """The random state, and the buffers that a program changes, before a step.
+
+    Args:
+        program: the program.
+        device: device of its parameters.
+    """
+
+    def __init__(self, program: Program, device: torch.device) -> None:
+        self._buffers = [(x, x.clone()) for x in program.graph.written]
+        self._random = torch.get_rng_state()
+        self._device = device
+        self._random_of_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        """Put them back."""
+        for x, value in self._buffers:
+            x.copy_(value)
+        torch.set_rng_state(self._random)
+        if self._random_of_device is not None:
+            torch.cuda.set_rng_state(self._random_of_device, self._device)
