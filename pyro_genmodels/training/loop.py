@@ -30,6 +30,7 @@ from pyro_genmodels.infer.adversarial import Adversarial
 from pyro_genmodels.infer.adversarial.losses import AdversarialLoss
 from pyro_genmodels.infer.compiled import Mode
 from pyro_genmodels.optim.averaging import TrainedWeights
+from pyro_genmodels.training.adversarial_steps import AdversarialStep
 from pyro_genmodels.training.batches import Batches
 from pyro_genmodels.training.fit import EXPLODED_EPOCHS, EXPLOSION, Fit
 from pyro_genmodels.training.options import (
@@ -40,7 +41,7 @@ from pyro_genmodels.training.options import (
     torch_threads,
 )
 from pyro_genmodels.training.runs import Checkpoint, RunCheckpoint
-from pyro_genmodels.training.steps import AdversarialStep, LossStep, make_step
+from pyro_genmodels.training.steps import LossStep, make_step
 from pyro_genmodels.utils.errors import warn_caller
 from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, runs_models
 from pyro_genmodels.utils.rng import forked_rng

@@ -7,12 +7,11 @@ rows.
 
 from __future__ import annotations
 
-__all__ = ["AdversarialStep", "LossStep", "make_step"]
+__all__ = ["LossStep", "make_step"]
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import inf, isfinite
-from typing import Any, TypeVar
+from typing import Any
 
 import pyro
 import torch
@@ -22,32 +21,27 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import Optimizer
 
-from pyro_genmodels._pyro import handlers, subsampling, traces
+from pyro_genmodels._pyro import handlers, traces
 from pyro_genmodels.distributions.capabilities import Capabilities, capabilities
 from pyro_genmodels.distributions.energy.partition import quick_log_partition
-from pyro_genmodels.divergences import EnergyKernel, mmd
-from pyro_genmodels.infer.adversarial import Adversarial, LostGameError
+from pyro_genmodels.infer.adversarial import Adversarial
 from pyro_genmodels.infer.adversarial.losses import AdversarialLoss
-from pyro_genmodels.infer.compiled import CaptureError, Compiled, Eager, Mode, StaleGraphError
+from pyro_genmodels.infer.compiled import Mode
 from pyro_genmodels.infer.contrastive import ContrastiveDivergence, NoiseContrastive
 from pyro_genmodels.infer.denoising import DenoisingScoreMatching
 from pyro_genmodels.infer.flow_matching import FlowMatching
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
 from pyro_genmodels.infer.sample_losses import SampleLoss
 from pyro_genmodels.optim.adapters import make_optimizer
+from pyro_genmodels.training.adversarial_steps import AdversarialStep
 from pyro_genmodels.training.arguments import Batch
+from pyro_genmodels.training.base_step import Step, mean_loss
 from pyro_genmodels.training.batches import Batches
-from pyro_genmodels.training.gradients import Gradients, automatic_mode, is_well_known, warn_of_stale_graph
+from pyro_genmodels.training.gradients import Gradients
 from pyro_genmodels.utils.distributions import modules_and_tensors, unwrap
 from pyro_genmodels.utils.errors import warn_caller
-from pyro_genmodels.utils.keywords import keyword_names
 from pyro_genmodels.utils.rng import forked_rng
-
-MANY_ROWS, MANY_BYTES = 10_000, 2**26
-"""Largest number of rows, and of their bytes, of the run that shows if a model draws its minibatches itself."""
-T = TypeVar("T")
 
 
 def make_step(
@@ -80,63 +74,7 @@ def make_step(
     return LossStep(model, guide, objective, batches, optim, clip_norm, mode)
 
 
-class _Step(ABC):
-    """Base of both steps: the arguments of the model, and its first run.
-
-    Args:
-        model: the model.
-        rows: number of rows of all data.
-
-    Attributes:
-        takes_size: True if the model takes the number of all rows as ``size``.
-    """
-
-    def __init__(self, model: Callable[..., Any], rows: int) -> None:
-        self.model, self.rows = model, rows
-        self.takes_size = "size" in keyword_names(model)
-
-    @property
-    @abstractmethod
-    def mode(self) -> Mode:
-        """Present mode of computing loss and gradients: eager, captured or compiled."""
-
-    @abstractmethod
-    def plan(self, num_steps: int, report: Callable[[str], None]) -> None:
-        """Choose how loss and gradients are computed in the next epoch, if that is left open.
-
-        Args:
-            num_steps: number of steps that will be made for certain.
-            report: function of a text, called while a graph is built.
-        """
-
-    def _kwargs(self, batch: Batch, rows: int) -> dict[str, Any]:
-        """Return the keyword arguments of the model for a batch out of this many rows."""
-        return batch.kwargs | ({"size": rows} if self.takes_size else {})
-
-    def _with_first_batch(self, batches: Batches, run: Callable[[Batch], T]) -> T:
-        """Call a function with the first batch, or with all rows if the model draws its minibatches itself."""
-        batch = batches.first()
-        row_bytes = max(sum(t.nbytes for t in batch.tensors.values()) // batch.rows, 1)
-        many = batches.take(max(batch.rows, min(MANY_ROWS, MANY_BYTES // row_bytes)))
-        drawn = None if traces.is_family(self.model) else self._subsample_size(many)
-        fixed = drawn == batch.rows and self._subsample_size(batch) == drawn
-        if drawn in (None, many.rows) or fixed:  # a plate of fixed sizes may be meant for this batch
-            try:
-                return run(batch)
-            except IndexError:
-                if not fixed:
-                    raise
-        batches.subsample(drawn)  # type: ignore[arg-type]
-        return run(batches.first())
-
-    def _subsample_size(self, batch: Batch) -> int | None:
-        """Return how many rows a plate over all rows, or over those of the batch, draws by itself, or None."""
-        with handlers.side_effect_free(self.model), forked_rng():
-            plates = subsampling.subsampled_plates(self.model, batch.args, self._kwargs(batch, self.rows))
-        return next((plate.count for plate in plates if plate.size in (batch.rows, self.rows)), None)
-
-
-class LossStep(_Step):
+class LossStep(Step):
     """Training steps by any Pyro loss.
 
     The fit is run once when the step is built, which shows its parameters, its distributions and its default objective.
@@ -248,7 +186,7 @@ class LossStep(_Step):
             self._prepare_log_partition(energies, held_out.first())
             self._knows_log_partition = True
         with torch.no_grad():
-            return _mean([(self._loss(self.objective.loss, b, held_out.rows), b.rows) for b in held_out.in_order()])
+            return mean_loss([(self._loss(self.objective.loss, b, held_out.rows), b.rows) for b in held_out.in_order()])
 
     def _examine(self, objective: Any, batch: Batch) -> tuple[Any, _Sites, str]:
         """Return the objective, the sites of a first run, and the unit of the loss, which may depend on the sites."""
@@ -312,158 +250,6 @@ class LossStep(_Step):
         return loss_of_all / (rows if self.takes_size else batch.rows)
 
 
-class AdversarialStep(_Step):
-    """Training steps of a generator and its critic.
-
-    Args:
-        trainer: the adversarial training, of the fit's model.
-        model: the fit's model.
-        guide: the fit's guide.
-        batches: the data.
-        chooses_mode: True if the mode of the training is chosen by the number of steps to come, for a family on a CPU.
-
-    Attributes:
-        objective: the adversarial loss.
-        parameters: trained parameters of both by name; those of the critic begin with ``critic.``.
-        optimiser: both optimisers as one.
-        excluded: names of the critic's parameters, if the critic does not belong to the fit.
-        extra_modules: the critic, if it does not belong to the fit.
-        wants_average: True: the generator's parameters circle around their optimum.
-        smallest_loss: usual size of a loss that is 0 at first.
-    """
-
-    def __init__(
-        self,
-        trainer: Adversarial,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        batches: Batches,
-        *,
-        chooses_mode: bool,
-    ) -> None:
-        fit_modules = {m for module in traces.modules_of(model, guide) for m in module.modules()}
-        if fit_modules and not fit_modules.intersection(traces.modules_of(trainer.model, trainer.guide)):
-            raise ValueError("The objective is an Adversarial of another model than this fit: build it of fit.model.")
-        super().__init__(trainer.model, batches.rows)
-        self.trainer, self.objective = trainer, trainer.loss
-        self._with_first_batch(batches, lambda batch: trainer.prepare(*batch.args, **self._kwargs(batch, self.rows)))
-        critic = {f"critic.{name}": p for name, p in trainer.parameters["critic"].items()}
-        self.parameters = {**trainer.parameters["generator"], **critic}
-        self.optimiser: Any = _TwoOptimizers(list(trainer.optimisers.values()))
-        owns_critic = trainer.critic in fit_modules
-        self.excluded = () if owns_critic else tuple(critic)
-        self.extra_modules: list[nn.Module] = [] if owns_critic else [trainer.critic]
-        self.wants_average = True
-        self.smallest_loss = 1.0
-        self._is_reported = False
-        self._chooses_mode = chooses_mode and is_well_known(model, guide, self.parameters.values())
-
-    @property
-    def units(self) -> dict[str, str]:
-        """Units of the losses, by column of the history."""
-        valid = "squared energy distance" if self._compares_samples else "adversarial loss"
-        return {"train": "adversarial loss", "critic": "adversarial loss", "valid": valid}
-
-    @property
-    def _compares_samples(self) -> bool:
-        return self.trainer.pairing.compares_data and self.trainer.extra_loss is None
-
-    @property
-    def mode(self) -> Mode:
-        return self.trainer.mode
-
-    def plan(self, num_steps: int, report: Callable[[str], None]) -> None:
-        if self._chooses_mode and self.trainer.steps and not self.mode.captures:
-            self.trainer.mode = automatic_mode(num_steps)
-        if self.mode.captures and not self._is_reported:
-            report("compiling" if isinstance(self.mode, Compiled) else "capturing")
-            self._is_reported = True
-
-    def step(self, batch: Batch, number: int) -> dict[str, float]:
-        """Take one step of each, and return the loss of the generator as "train" and of the critic as "critic".
-
-        Raises:
-            FloatingPointError: if a loss or gradient is not finite, or the data are not.
-        """
-        try:
-            losses = self._losses(batch)
-        except (LostGameError, ValueError) as error:
-            if found := batch.nonfinite_rows():
-                raise FloatingPointError(f"the loss is nan at step {number}: {found}") from error
-            raise
-        return {"train": losses["generator"], "critic": losses["critic"]}
-
-    def _losses(self, batch: Batch) -> dict[str, float]:
-        """Take one step of each. What a graph cannot do, an eager step can, unless a graph was asked for."""
-        kwargs = self._kwargs(batch, self.rows)
-        try:
-            return self.trainer.step(*batch.args, **kwargs)
-        except (CaptureError, NotImplementedError, StaleGraphError) as error:
-            if not (self._chooses_mode and self.mode.captures):
-                raise
-            warn_of_stale_graph(error)
-        self._chooses_mode, self.trainer.mode = False, Eager()
-        return self.trainer.step(*batch.args, **kwargs)
-
-    def loss(self, batch: Batch) -> float:
-        """Return the loss of the generator on a batch, without a step."""
-        return self.trainer.evaluate_loss(*batch.args, **self._kwargs(batch, self.rows))["generator"]
-
-    @torch.no_grad()
-    def validate(self, held_out: Batches) -> float:
-        """Return the squared energy distance of samples from held-out data, if the critic compares samples with data.
-
-        Otherwise return the loss of the generator by the present critic.
-        """
-        try:
-            return self._validation_loss(held_out)
-        except ValueError:  # of a loader's rows that are not finite
-            if any(batch.nonfinite_rows() for batch in held_out.in_order()):
-                return float("nan")
-            raise
-
-    def _validation_loss(self, held_out: Batches) -> float:
-        trainer = self.trainer
-        runs = [(batch.args, self._kwargs(batch, held_out.rows), batch.rows) for batch in held_out.in_order()]
-        if not self._compares_samples:
-            return _mean([(trainer.evaluate_loss(*args, **kwargs)["generator"], rows) for args, kwargs, rows in runs])
-        inputs = [trainer.pairing.critic_inputs(trainer.model, trainer.guide, args, kwargs) for args, kwargs, _ in runs]
-        real, fake = (torch.cat([getattr(part, name)[0] for part in inputs]) for name in ("real", "fake"))
-        return mmd(real, fake, kernel=EnergyKernel()).value.item() if fake.isfinite().all() else float("nan")
-
-
-class _TwoOptimizers:
-    """Two optimisers whose state is saved and loaded as that of one."""
-
-    def __init__(self, optimisers: list[Optimizer]) -> None:
-        self.optimisers = optimisers
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of both, with the second's parameters numbered after the first's."""
-        state: dict[int, Any] = {}
-        groups: list[dict[str, Any]] = []
-        for optimiser in self.optimisers:
-            first = sum(len(group["params"]) for group in groups)
-            own = optimiser.state_dict()
-            state |= {first + i: values for i, values in own["state"].items()}
-            groups += [{**group, "params": [first + i for i in group["params"]]} for group in own["param_groups"]]
-        return {"state": state, "param_groups": groups}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned."""
-        groups, first = list(state["param_groups"]), 0
-        for optimiser in self.optimisers:
-            own, groups = groups[: len(optimiser.param_groups)], groups[len(optimiser.param_groups) :]
-            count = sum(len(group["params"]) for group in own)
-            optimiser.load_state_dict(
-                {
-                    "state": {i - first: v for i, v in state["state"].items() if first <= i < first + count},
-                    "param_groups": [{**group, "params": [i - first for i in group["params"]]} for group in own],
-                }
-            )
-            first += count
-
-
 class _Sites(Messenger):
     """Handler that records the distributions and parameters that a run meets."""
 
@@ -486,11 +272,6 @@ class _Sites(Messenger):
         if not found:
             raise ValueError("The fit has nothing to train: its model and guide have no parameter that requires a gradient.")
         return found
-
-
-def _mean(losses: list[tuple[float, int]]) -> float:
-    """Return the mean of (loss, rows) pairs, weighted by rows."""
-    return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
 
 
 def _has_one_constant(fn: Any) -> bool:
