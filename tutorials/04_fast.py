@@ -180,7 +180,7 @@ annealed = quick(weighted)
 for value in (1.0, 1.0, 0.5, 0.5):
     weight = value
     annealed.step(x)
-print([finding.what for finding in annealed.findings if finding.what != "audit"])
+print([(finding.kind, finding.name) for finding in annealed.findings if finding.kind != "audit"])
 
 # %% [markdown]
 # `findings` lists each capture and its cause. The new value was noticed, and the program was captured again. A weight that

@@ -176,7 +176,7 @@ class Gradients:
     def _compare(self, captured: CapturedLoss) -> None:
         """Go back to eager steps if the graph is not faster, or has to be captured again and again."""
         eager_seconds, captured_seconds = self._seconds[False], self._seconds[True]
-        recaptures = sum(finding.what not in ("capture", "audit") for finding in captured.findings)
+        recaptures = sum(finding.kind == "changed" for finding in captured.findings)
         is_slower = len(captured_seconds) == TIMED_STEPS and median(captured_seconds) > median(eager_seconds)
         if is_slower or recaptures > MAX_RECAPTURES:
             self._stay_eager()

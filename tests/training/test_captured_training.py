@@ -107,7 +107,7 @@ def test_an_energy_with_validation_is_captured_once(monkeypatch):
     monkeypatch.setattr(gradients, "CapturedLoss", Noted)
     x = torch.randn(20, 2)
     assert_same_runs(partial(EnergyModel, (2,), num_steps=3), x, valid=x)
-    assert [finding.what for loss in seen for finding in loss.findings if finding.what != "audit"] == ["capture"]
+    assert [finding.kind for loss in seen for finding in loss.findings if finding.kind != "audit"] == ["capture"]
 
 
 def test_a_loader_with_a_ragged_last_batch():

@@ -6,7 +6,7 @@ __all__ = ["Finding", "compare", "tolerance_of"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,17 +19,20 @@ TINY = 1e-30
 
 @dataclass(frozen=True)
 class Finding:
-    """One capture or comparison.
+    """One capture, build or comparison.
 
     Attributes:
-        what: "capture", "audit" or the name of what was bound anew.
+        kind: "capture" of a program for new shapes or arguments, "changed" for a capture after something has changed, "built"
+            for steps put into a graph, or "audit".
+        name: what has changed, or how many steps were built.
         calls: number of calls of the program before.
         seconds: time that it took.
-        difference: largest difference from the program, relative to the size of the loss; None for a capture.
+        difference: largest difference from the program, relative to the sizes of loss and gradients; None if none was made.
         num_operations: number of operations of the graph.
     """
 
-    what: str
+    kind: Literal["capture", "changed", "built", "audit"]
+    name: str
     calls: int
     seconds: float
     difference: float | None = None

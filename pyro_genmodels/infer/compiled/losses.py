@@ -96,7 +96,7 @@ class CapturedLoss:
         if self.is_audited and program.is_due(num_calls):
             start = time.perf_counter()
             difference = program.audit(inputs)
-            self.findings.append(Finding("audit", program.calls, time.perf_counter() - start, difference))
+            self.findings.append(Finding("audit", "", program.calls, time.perf_counter() - start, difference))
         program.calls += num_calls
 
     def program(
@@ -123,20 +123,19 @@ class CapturedLoss:
             )
         key = (gradients, key)
         program = self._programs.get(key)
-        what = "capture"
+        changed = None
         if program is not None:
-            rebound = program.changed()
-            if rebound is None:
+            changed = program.changed()
+            if changed is None:
                 self._programs.move_to_end(key)
                 return program, inputs
-            what = rebound
             del self._programs[key]
         self._num_captures += 1
         if self._num_captures == MANY_CAPTURES:
             cause = (
                 "the arguments had so many shapes, or numbers, texts, arrays and other objects that are no tensors"
-                if what == "capture"
-                else f"{what} was bound anew"
+                if changed is None
+                else f"{changed} was bound anew"
             )
             warn_caller(
                 f"The program was captured {MANY_CAPTURES} times: {cause}. Capturing takes much longer than a step. Pass what "
@@ -148,7 +147,8 @@ class CapturedLoss:
         self._programs[key] = program
         while len(self._programs) > MAX_PROGRAMS:
             self._programs.popitem(last=False)
-        self.findings.append(Finding(what, 0, time.perf_counter() - start, num_operations=program.graph.num_operations))
+        seconds, size = time.perf_counter() - start, program.graph.num_operations
+        self.findings.append(Finding("changed" if changed else "capture", changed or "", 0, seconds, num_operations=size))
         return program, inputs
 
 

@@ -57,8 +57,8 @@ class Stepper:
             self._built[num_steps] = steps
             if num_steps == 1:  # several steps draw other random numbers
                 program.forms.append(lambda *inputs: [steps.tried(*inputs)[0][0]])
-            what = f"{num_steps} steps built" if num_steps > 1 else "step built"
-            self.findings.append(Finding(what, program.calls, steps.seconds, num_operations=steps.graph.num_operations))
+            name, size = f"{num_steps} step{'s' if num_steps > 1 else ''}", steps.graph.num_operations
+            self.findings.append(Finding("built", name, program.calls, steps.seconds, num_operations=size))
         return self._built[num_steps]
 
     def unroll(

@@ -69,7 +69,7 @@ def check_against_eager(row: Program, mode, **tolerance) -> None:
         assert found[0][0].loss != found[1][0].loss, "two seeds give the same loss"
     if not wanted_buffers:
         assert found[0][0].loss == found[2][0].loss, "the same seed gives another loss"
-    assert [finding.what for finding in loss.findings if finding.what != "audit"] == ["capture"], "captured again"
+    assert [finding.kind for finding in loss.findings if finding.kind != "audit"] == ["capture"], "captured again"
 
 
 @rows(SHOWN)

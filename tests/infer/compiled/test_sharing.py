@@ -161,7 +161,7 @@ def test_a_copied_loss_captures_anew():
     assert copied.findings == []
     pyro.set_rng_seed(3)
     assert float(copied(X)[0]) == pytest.approx(wanted, rel=1e-6)
-    assert copied.findings[0].what == "capture"
+    assert copied.findings[0].kind == "capture"
 
 
 # What is special about a step.

@@ -789,7 +789,7 @@ def test_nothing_is_captured_again_without_a_change():
     loss = CapturedLoss(run.model, run.guide, run.loss, mode=MODE)
     for _ in range(20):
         loss(torch.randn(3))
-    assert sum(finding.what != "audit" for finding in loss.findings) == 1
+    assert sum(finding.kind != "audit" for finding in loss.findings) == 1
 
 
 def test_a_ragged_last_batch_does_not_thrash():
@@ -798,7 +798,7 @@ def test_a_ragged_last_batch_does_not_thrash():
     for _ in range(5):
         for size in (4, 4, 3):
             loss(torch.randn(size))
-    assert sum(finding.what != "audit" for finding in loss.findings) == 2
+    assert sum(finding.kind != "audit" for finding in loss.findings) == 2
 
 
 def test_the_finding_names_what_was_bound_anew():
@@ -812,7 +812,7 @@ def test_the_finding_names_what_was_bound_anew():
     loss()
     weight = 0.2
     loss()
-    assert any("weight" in finding.what for finding in loss.findings)
+    assert any(finding.kind == "changed" and "weight" in finding.name for finding in loss.findings)
 
 
 def test_capturing_again_and_again_warns():
@@ -852,7 +852,7 @@ def test_a_counter_of_the_program_does_not_hide_what_is_called_alike():
     before = len(loss.findings)
     still.rate = 0.7
     loss()
-    assert [finding.what for finding in loss.findings[before:]] == ["pair[1].rate"]
+    assert [(finding.kind, finding.name) for finding in loss.findings[before:]] == [("changed", "pair[1].rate")]
 
 
 def test_a_keyword_default_is_seen():
@@ -864,7 +864,7 @@ def test_a_keyword_default_is_seen():
     loss()
     body.__kwdefaults__["weight"] = 0.2
     loss()
-    assert [finding.what for finding in loss.findings] == ["capture", "the default weight of body"]
+    assert [finding.name for finding in loss.findings] == ["", "the default weight of body"]
 
 
 def test_arguments_that_are_other_objects_each_time_warn_and_are_not_kept():
@@ -889,7 +889,7 @@ def test_an_argument_that_is_no_number_is_captured_once():
     for _ in range(3):
         loss(float("nan"))
     loss(2.0)
-    assert [finding.what for finding in loss.findings] == ["capture", "capture"]
+    assert [finding.kind for finding in loss.findings] == ["capture", "capture"]
 
 
 @pytest.mark.slow

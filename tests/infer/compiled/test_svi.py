@@ -165,7 +165,7 @@ def test_a_number_of_steps_that_is_asked_for_is_taken_after_one_was_chosen():
     svi = CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.03}), Trace_ELBO(), mode=PYTHON)
     svi.run(60, X, progress=False)  # chooses 1, since nothing pays in so short a run
     svi.run(2, X, unroll=2, progress=False)
-    assert "2 steps built" in [finding.what for finding in svi.findings]
+    assert ("built", "2 steps") in [(finding.kind, finding.name) for finding in svi.findings]
 
 
 def test_the_number_of_steps_in_a_graph_is_chosen_anew_for_each_run(monkeypatch):
