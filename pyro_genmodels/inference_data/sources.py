@@ -79,6 +79,8 @@ def source_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int
     if found is None:
         pair = traces.as_pair(fit)
         _one_model(fit, pair[0], model)
+        if not (args or kwargs) and hasattr(fit, "psis"):  # a posterior, which has its arguments
+            args, kwargs = fit.args, fit.kwargs
         call = _family_call_without_data(pair[0], args, kwargs)
         if call is not None:
             return DrawSource(*pair, (), call, num_samples or DEFAULT_NUM_SAMPLES, is_family_prior=True)
@@ -96,7 +98,7 @@ def source_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int
         found.kwargs,
         chains * per_chain,
         chains,
-        has_all_continuous=hasattr(fit, "kernel"),
+        has_all_continuous=found.has_all_continuous,
         stats=found.stats,
         note=found.note,
     )
@@ -113,6 +115,7 @@ class _FoundDraws:
         kwargs: keyword arguments of the model.
         stats: statistics of each draw, (draws,).
         note: statistics that cannot be had, and why.
+        has_all_continuous: True if there are draws of all continuous latent variables.
     """
 
     draws: Mapping[str, Tensor]
@@ -121,6 +124,7 @@ class _FoundDraws:
     kwargs: Mapping[str, Any]
     stats: Mapping[str, np.ndarray] = field(default_factory=dict)
     note: str = ""
+    has_all_continuous: bool = False
 
 
 def _draws_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], model: Any) -> _FoundDraws | None:
@@ -135,10 +139,14 @@ def _draws_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], model: Any) -> _
         stats = _divergences(fit, *next(iter(draws.values())).shape[:2])
         stats |= {name: values.reshape(-1) for name, values in (recorded or {}).items()}
         note = kernels.NOT_RECORDED if recorded is None else ""
-        return _FoundDraws(draws, _one_model(fit, fit.kernel.model, model), args, kwargs, stats, note)
-    if hasattr(fit, "get_samples") and hasattr(fit, "stats"):  # Chains and WeightedDraws
+        return _FoundDraws(draws, _one_model(fit, fit.kernel.model, model), args, kwargs, stats, note, has_all_continuous=True)
+    if hasattr(fit, "get_samples") and hasattr(fit, "stats"):  # Chains, WeightedDraws, and draws of a posterior with its model
         stats = {name: to_numpy(values.flatten()) for name, values in fit.stats.items()}
-        return _FoundDraws(fit.get_samples(group_by_chain=True), model, args, kwargs, stats)
+        own = getattr(fit, "model", None)
+        if own is not None and not (args or kwargs):
+            args, kwargs = fit.args, fit.kwargs
+        draws = fit.get_samples(group_by_chain=True)
+        return _FoundDraws(draws, _one_model(fit, own, model), args, kwargs, stats, has_all_continuous=own is not None)
     if isinstance(fit, Importance):
         return _importance_draws(fit, args, kwargs, model)
     if isinstance(fit, WeighedPredictiveResults):

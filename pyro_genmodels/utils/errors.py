@@ -217,12 +217,14 @@ def listed(names: Iterable[str]) -> str:
 
 
 def type_with_article(value: object) -> str:
-    """Return the name of a value's type with its article.
+    """Return the name of a value's type with its article, or that of a class.
 
     Example:
-        >>> type_with_article({}), type_with_article(1)
-        ('a dict', 'an int')
+        >>> type_with_article({}), type_with_article(1), type_with_article(dict)
+        ('a dict', 'an int', 'the class dict')
     """
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
     name = type(value).__name__
     spelt_out = name[:2].isupper() or name.startswith("x")
     vowel = name[0] in "AEFHILMNORSX" if spelt_out else name[0].lower() in "aeiou" and not name.startswith(("Uni", "One"))

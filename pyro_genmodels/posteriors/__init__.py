@@ -1,0 +1,29 @@
+"""Posteriors: from a model and its data to draws, and how good these are."""
+
+from pyro_genmodels.posteriors.autoguides import AutoFlow
+from pyro_genmodels.posteriors.choose import posterior
+from pyro_genmodels.posteriors.fits import DrawnPosterior, GuidePosterior, Posterior
+from pyro_genmodels.posteriors.laplace import Laplace
+from pyro_genmodels.posteriors.markov_chains import NoUTurn
+from pyro_genmodels.posteriors.method import Method
+from pyro_genmodels.posteriors.pathfinder import Pathfinder
+from pyro_genmodels.posteriors.variational import FlowGuide, FullRank, LowRank, MeanField
+from pyro_genmodels.posteriors.weighted import Psis, psis
+
+__all__ = [
+    "AutoFlow",
+    "DrawnPosterior",
+    "FlowGuide",
+    "FullRank",
+    "GuidePosterior",
+    "Laplace",
+    "LowRank",
+    "MeanField",
+    "Method",
+    "NoUTurn",
+    "Pathfinder",
+    "Posterior",
+    "Psis",
+    "posterior",
+    "psis",
+]

@@ -1,0 +1,90 @@
+"""`posterior`: from a model and its data to a posterior in one call."""
+
+from __future__ import annotations
+
+__all__ = ["posterior"]
+
+import time
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from pyro_genmodels.posteriors.fits import Posterior
+from pyro_genmodels.posteriors.markov_chains import NoUTurn
+from pyro_genmodels.posteriors.method import Method
+from pyro_genmodels.posteriors.problem import Problem
+from pyro_genmodels.posteriors.variational import FlowGuide
+from pyro_genmodels.utils.errors import type_with_article
+from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, runs_models
+
+MAX_CHAIN_COORDINATES = 1000
+"""Largest number of unconstrained coordinates for which chains are chosen."""
+
+
+@runs_models()
+def posterior(
+    model: Callable[..., Any],
+    *args: Any,
+    method: Method | None = None,
+    progress: bool = True,
+    model_kwargs: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Posterior:
+    """Return the posterior of a model's latent variables, given its arguments.
+
+    `to_arviz` and `compare_posteriors` take what is returned, and `get_samples()` of it goes to Pyro's `Predictive`. Discrete
+    latent variables are summed out.
+
+    Args:
+        model: function with Pyro statements, in which the data are observed.
+        args: positional arguments of the model.
+        method: the way to the posterior, such as ``NoUTurn()``, ``FlowGuide()``, ``MeanField()`` or ``Pathfinder()``. By
+            default ``NoUTurn()`` for up to 1000 coordinates if the extra ``nuts`` is installed, and ``FlowGuide()`` otherwise;
+            it is named above the progress bar.
+        progress: True for progress bars.
+        model_kwargs: keyword arguments of the model, also one called ``method``.
+        kwargs: keyword arguments of the model.
+
+    Raises:
+        TypeError: if the method is none.
+        ValueError: as `log_density` does, for instance naming a plate that subsamples; or as the method does.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from pyro_genmodels.posteriors import Laplace
+        >>> def model(y):
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+        >>> fit = posterior(model, torch.tensor([1.0, 2.0, 3.0]), method=Laplace(), progress=False)
+        >>> fit.get_samples(500)["loc"].shape
+        torch.Size([500])
+        >>> fit.psis().is_reliable  # by the weights of its draws
+        True
+    """
+    kwargs = joined_keywords(kwargs, model_kwargs)
+    if method is not None and not isinstance(method, Method):
+        raise TypeError(
+            f"posterior wants a method such as NoUTurn() or FlowGuide(), an object, but found {type_with_article(method)}."
+        )
+    check_model_keywords(model, None, args, kwargs)
+    start = time.perf_counter()
+    problem = Problem(model, args, kwargs, progress=progress)
+    if method is None:
+        method, reason = _choice(problem.density.dim)
+        if progress:
+            tqdm.write(f"posterior: {method}, because {reason}.")
+    fit = method.fit(problem)
+    fit.seconds = time.perf_counter() - start
+    return fit
+
+
+def _choice(dim: int) -> tuple[Method, str]:
+    """Return the method for a number of coordinates, and why it is chosen."""
+    if find_spec("nutpie") is None:
+        return FlowGuide(), "the extra 'nuts' is not installed"
+    if dim > MAX_CHAIN_COORDINATES:
+        return FlowGuide(), f"chains over {dim} coordinates are slow"
+    return NoUTurn(), f"all of its {dim} coordinates are continuous"

@@ -1,0 +1,54 @@
+"""Posteriors by Markov chains."""
+
+from __future__ import annotations
+
+__all__ = ["NoUTurn"]
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.infer.autoguide.initialization import init_to_uniform
+
+from pyro_genmodels.infer.compiled import CompiledNUTS
+from pyro_genmodels.infer.compiled.modes import Mode
+from pyro_genmodels.posteriors.fits import DrawnPosterior, Posterior
+from pyro_genmodels.posteriors.method import Method
+from pyro_genmodels.posteriors.problem import Problem
+
+
+@dataclass(frozen=True, repr=False)
+class NoUTurn(Method):
+    """The No-U-Turn sampler over a captured log density, `CompiledNUTS` (Hoffman and Gelman, arXiv 1111.4246).
+
+    Attributes:
+        num_chains: number of chains.
+        num_warmup: number of draws of each chain during which step size and mass matrix adapt.
+        num_samples: number of draws of each chain after these.
+        target_accept_prob: mean acceptance probability that the step size adapts to.
+        max_tree_depth: largest number of doublings of a trajectory.
+        low_rank: True for a mass matrix that also adapts to some correlations.
+        init: initial values: a strategy of Pyro's, values by name, or a fit, such as one by `Pathfinder`.
+        mode: how the model is captured; None chooses.
+    """
+
+    num_chains: int = 4
+    num_warmup: int = 500
+    num_samples: int = 1000
+    target_accept_prob: float = 0.8
+    max_tree_depth: int = 10
+    low_rank: bool = False
+    init: Any = init_to_uniform
+    mode: Mode | None = None
+
+    def fit(self, problem: Problem) -> Posterior:
+        nuts = CompiledNUTS(problem.model, progress=problem.progress, **vars(self))
+        nuts.run(*problem.args, **problem.kwargs)
+        fit = DrawnPosterior(
+            problem,
+            self,
+            problem.density.unconstrain(nuts.get_samples(group_by_chain=True)),
+            {name: torch.as_tensor(values) for name, values in nuts.statistics.items()},
+        )
+        fit.num_gradients = int(nuts.statistics["n_steps"].sum() + nuts.warmup_statistics["n_steps"].sum())
+        return fit

@@ -1,0 +1,268 @@
+r"""Pathfinder: normal approximations along the path of an optimiser, of which the one with the best evidence bound is taken.
+
+L-BFGS climbs from a random point towards the mode. At each of its points :math:`z` the estimate :math:`\Sigma` of the inverse
+Hessian, which its last steps give, makes a normal distribution
+
+.. math:: q(\cdot) = \mathcal N\bigl(z + \Sigma \nabla \log p(z),\ \Sigma\bigr).
+
+Far from the mode it covers too little, at the mode of a hierarchical model too little again. The one with the largest evidence
+lower bound is near the bulk of the posterior. Draws from several paths are resampled with smoothed importance weights: the
+posterior's density over that of the mixture of all paths.
+
+Zhang, Carpenter, Gelman and Vehtari, *Pathfinder: Parallel Quasi-Newton Variational Inference* (arXiv 2108.03782). Gilbert and
+Lemarechal, *Some Numerical Experiments with Variable-Storage Quasi-Newton Algorithms* (1989), for the diagonal.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Pathfinder", "find_start"]
+
+from dataclasses import dataclass
+from math import log, pi
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from pyro_genmodels.infer.compiled.batched import BatchedDensity
+from pyro_genmodels.posteriors.fits import DrawnPosterior, Posterior
+from pyro_genmodels.posteriors.method import Method
+from pyro_genmodels.posteriors.problem import Problem
+from pyro_genmodels.posteriors.weighted import psis
+from pyro_genmodels.utils.errors import check_positive_int, warn_caller
+
+HISTORY = 6
+"""Number of steps of the optimiser that an inverse Hessian is estimated from."""
+
+
+class QuasiNewtonNormal(NamedTuple):
+    r"""A normal distribution with covariance :math:`D + B \Gamma B^T`, D diagonal, as L-BFGS gives it.
+
+    Attributes:
+        loc: mean, (dim,).
+        root: square root of the diagonal, (dim,).
+        basis: orthonormal columns, (dim, r), of :math:`D^{-1/2} B`.
+        inner: Cholesky factor of the covariance in that basis, (r, r).
+    """
+
+    loc: Tensor
+    root: Tensor
+    basis: Tensor
+    inner: Tensor
+
+    def sample(self, n: int) -> tuple[Tensor, Tensor]:
+        """Return draws, (n, dim), and their log densities, (n,), in nats."""
+        noise = torch.randn(n, len(self.loc), dtype=self.loc.dtype)
+        return self.loc + self.mapped(noise) * self.root, self.log_prob_of_noise(noise)
+
+    def mapped(self, noise: Tensor) -> Tensor:
+        """Return the linear map of standard normal numbers before the scale, (n, dim)."""
+        part = noise @ self.basis
+        return noise + (part @ self.inner.T - part) @ self.basis.T
+
+    def log_prob_of_noise(self, noise: Tensor) -> Tensor:
+        """Return the log density of the draw that standard normal numbers, (n, dim), are mapped to, (n,)."""
+        log_det = self.root.log().sum() + self.inner.diagonal().log().sum()
+        return -(noise.square().sum(-1) + noise.shape[-1] * log(2 * pi)) / 2 - log_det
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Return log densities of points, (n, dim), (n,), in nats."""
+        white = (z - self.loc) / self.root
+        part = white @ self.basis
+        solved = torch.linalg.solve_triangular(self.inner, part.T, upper=False).T
+        return self.log_prob_of_noise(white + (solved - part) @ self.basis.T)
+
+    def covariance(self) -> Tensor:
+        """Return the covariance matrix, (dim, dim)."""
+        factor = self.mapped(torch.eye(len(self.loc), dtype=self.loc.dtype)).T * self.root[:, None]
+        return factor @ factor.T
+
+
+@dataclass(frozen=True)
+class Path:
+    """Points of an optimiser with their gradients.
+
+    Attributes:
+        points: points in the order of the path, (points, dim), in float64.
+        gradients: gradients of the log density, (points, dim).
+    """
+
+    points: Tensor
+    gradients: Tensor
+
+
+@dataclass(frozen=True, repr=False)
+class Pathfinder(Method):
+    """Pathfinder with several paths, whose draws are resampled by Pareto-smoothed importance weights (arXiv 2108.03782).
+
+    Attributes:
+        num_paths: number of paths, each from its own random point.
+        num_samples: number of draws that are returned.
+        max_steps: largest number of steps of the optimiser.
+        num_elbo_samples: number of draws for each evidence bound along a path.
+    """
+
+    num_paths: int = 8
+    num_samples: int = 1000
+    max_steps: int = 1000
+    num_elbo_samples: int = 32
+
+    def __post_init__(self) -> None:
+        check_positive_int("Pathfinder", **vars(self))
+
+    def fit(self, problem: Problem) -> Posterior:
+        density = problem.density
+        paths = [self.best(problem.batched, start) for start in density.initial_points(self.num_paths)]
+        drawn = [normal.sample(self.num_samples) for normal in paths]
+        z = torch.cat([z for z, _ in drawn]).to(density.dtype)
+        log_q = torch.stack([normal.log_prob(z.double()) for normal in paths]).logsumexp(0) - log(self.num_paths)
+        log_p, _ = problem.batched(z)
+        weighted = psis({"z": z}, log_p, log_q)
+        if not weighted.is_reliable:
+            warn_caller(
+                f"Pathfinder: k-hat of the weights is {weighted.pareto_k:.2f}, above 0.7, so that its draws do not stand for "
+                "the posterior. Use them to start NoUTurn(), or take FlowGuide()."
+            )
+        index = weighted.resampled_index(self.num_samples)
+        evidence = weighted.log_evidence
+        fit = DrawnPosterior(
+            problem,
+            self,
+            z[index][None],
+            pareto_k=weighted.pareto_k,
+            log_evidence=(float(evidence.value), float(evidence.std_error)),
+        )
+        fit.num_gradients = problem.batched.num_gradients
+        return fit
+
+    def best(self, density: BatchedDensity, start: Tensor) -> QuasiNewtonNormal:
+        """Return the normal distribution with the largest evidence lower bound along the path from a point.
+
+        Args:
+            density: log density.
+            start: first point, (dim,).
+
+        Raises:
+            ValueError: if no normal distribution along the path has a finite bound.
+        """
+        path = climb(density, start, self.max_steps)
+        best, best_elbo = None, -torch.inf
+        for normal in normals_along(path):
+            z, log_q = normal.sample(self.num_elbo_samples)
+            log_p, _ = density(z.to(density.density.dtype))
+            elbo = float((log_p.double() - log_q).mean())
+            if elbo > best_elbo:
+                best, best_elbo = normal, elbo
+        if best is None:
+            raise ValueError(
+                "Pathfinder found no normal approximation with a finite evidence bound along its path. The log density is not "
+                "finite around the points that it passed: constrain the variables, or reparametrise the model."
+            )
+        return best
+
+
+def find_start(density: BatchedDensity, num_paths: int = 4) -> QuasiNewtonNormal:
+    """Return the best normal approximation that short paths find: a start for other methods.
+
+    Args:
+        density: log density.
+        num_paths: number of paths.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    method = Pathfinder(num_paths=num_paths, num_elbo_samples=64)
+    found = [method.best(density, start) for start in density.density.initial_points(num_paths)]
+    elbos = []
+    for normal in found:
+        z, log_q = normal.sample(256)
+        log_p, _ = density(z.to(density.density.dtype))
+        elbos.append(float((log_p.double() - log_q).mean()))
+    return found[int(np.argmax(elbos))]
+
+
+def climb(density: BatchedDensity, start: Tensor, max_steps: int) -> Path:
+    """Return the path of L-BFGS towards a mode of the log density.
+
+    Args:
+        density: log density.
+        start: first point, (dim,), of finite density.
+        max_steps: largest number of steps.
+    """
+    evaluated: dict[bytes, np.ndarray] = {}
+    points, gradients = [], []
+
+    def negative(x: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = density(torch.from_numpy(x)[None].to(start))
+        value, gradient = float(value[0]), gradient[0].double().cpu().numpy()
+        if not np.isfinite(value) or not np.isfinite(gradient).all():
+            return np.inf, np.zeros_like(x)
+        evaluated[x.tobytes()] = gradient
+        return -value, -gradient
+
+    def keep(x: np.ndarray) -> None:
+        if x.tobytes() in evaluated:
+            points.append(x.copy())
+            gradients.append(evaluated[x.tobytes()])
+
+    first = start.double().cpu().numpy().copy()
+    negative(first)
+    keep(first)
+    minimize(negative, first, jac=True, method="L-BFGS-B", callback=keep, options={"maxiter": max_steps, "maxcor": HISTORY})
+    return Path(torch.from_numpy(np.stack(points)), torch.from_numpy(np.stack(gradients)))
+
+
+def normals_along(path: Path) -> list[QuasiNewtonNormal]:
+    """Return the normal approximation at each point of a path but the first, where an inverse Hessian can be estimated."""
+    diagonal = torch.ones_like(path.points[0])
+    steps: list[Tensor] = []
+    changes: list[Tensor] = []
+    found = []
+    for i in range(1, len(path.points)):
+        s, y = path.points[i] - path.points[i - 1], path.gradients[i - 1] - path.gradients[i]
+        curvature = y @ s
+        if curvature > 1e-12 * (y @ y):
+            diagonal = _next_diagonal(diagonal, s, y)
+            steps, changes = [*steps, s][-HISTORY:], [*changes, y][-HISTORY:]
+        if not steps:
+            continue
+        normal = _normal(path.points[i], path.gradients[i], diagonal, torch.stack(steps, 1), torch.stack(changes, 1))
+        if normal is not None:
+            found.append(normal)
+    return found
+
+
+def _next_diagonal(diagonal: Tensor, s: Tensor, y: Tensor) -> Tensor:
+    """Return the diagonal estimate of the inverse Hessian after a step s with the change y of minus the gradient, (dim,)."""
+    a, b, c = y @ (diagonal * y), y @ s, s @ (s / diagonal)
+    inverse = a / (b * diagonal) + y.square() / b - a * (s / diagonal).square() / (b * c)
+    return 1 / inverse.clamp(min=1e-300)
+
+
+def _normal(z: Tensor, gradient: Tensor, diagonal: Tensor, s: Tensor, y: Tensor) -> QuasiNewtonNormal | None:
+    """Return the normal approximation at a point, or None where the estimate is not positive definite.
+
+    Args:
+        z: the point, (dim,).
+        gradient: gradient of the log density there, (dim,).
+        diagonal: diagonal estimate of the inverse Hessian, (dim,).
+        s: last steps, (dim, history).
+        y: changes of minus the gradient in these, (dim, history).
+    """
+    products = s.T @ y
+    upper = products.triu()
+    inverse = torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=z.dtype), upper=True)
+    corner = inverse.T @ (products.diagonal().diag() + y.T @ (diagonal[:, None] * y)) @ inverse
+    gamma = torch.cat([torch.cat([torch.zeros_like(corner), -inverse], 1), torch.cat([-inverse.T, corner], 1)])
+    root = diagonal.sqrt()
+    basis, triangle = torch.linalg.qr(torch.cat([root[:, None] * y, s / root[:, None]], 1))
+    inner, info = torch.linalg.cholesky_ex(torch.eye(basis.shape[1], dtype=z.dtype) + triangle @ gamma @ triangle.T)
+    if info or not inner.isfinite().all():
+        return None
+    normal = QuasiNewtonNormal(z, root, basis, inner)
+    white = gradient * root
+    part = white @ basis
+    ascent = (white + (part @ inner @ inner.T - part) @ basis.T) * root
+    return normal._replace(loc=z + ascent)

@@ -1,0 +1,45 @@
+"""What a method is given: a model with its data, as a log density over unconstrained coordinates."""
+
+from __future__ import annotations
+
+__all__ = ["Problem"]
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+from pyro_genmodels.infer.compiled.batched import BatchedDensity
+from pyro_genmodels.infer.compiled.density import LogDensity
+
+
+class Problem:
+    """A model with the arguments that it is conditioned on.
+
+    Attributes:
+        model: function with Pyro statements.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        progress: True for progress bars.
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], args: tuple = (), kwargs: Mapping[str, Any] | None = None, *, progress: bool = True
+    ) -> None:
+        self.model, self.args, self.kwargs, self.progress = model, tuple(args), dict(kwargs or {}), progress
+
+    @cached_property
+    def density(self) -> LogDensity:
+        """Log density of all continuous latent variables, the discrete ones summed out.
+
+        Raises:
+            ValueError: as `log_density` does, or if there is no continuous latent variable.
+        """
+        density = LogDensity(self.model, self.args, self.kwargs)
+        if not density.dim:
+            raise ValueError("The model has no continuous latent variable, so there is no posterior to approximate.")
+        return density
+
+    @cached_property
+    def batched(self) -> BatchedDensity:
+        """The same density of many points at once. It counts its gradients."""
+        return BatchedDensity(self.density)
