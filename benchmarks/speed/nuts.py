@@ -46,13 +46,15 @@ def ours(name: str) -> Chain:
     """Return a chain of CompiledNUTS, whose density is compiled now and whose first run is made."""
     model, args = programs.named(name)
     density = log_density(model, *args)
-    function = density.capture(density.initial_points(1)[0].double())
+    start = density.initial_points(1)[0].double()
+    captured = density.capture(start)
+    function = captured.native(start) or captured
     settings = NutsSettings(WARMUP, SAMPLES, 0.8, 10, False)
 
     def chain() -> tuple[float, Mapping[str, Any]]:
         point, seed = density.initial_points(1)[0].double(), int(torch.randint(2**31, ()))
         start = time.perf_counter()
-        draws = sample_chain(function, point, settings, seed, lambda: None)
+        draws = sample_chain(function, point, settings, seed, lambda count: None)
         return time.perf_counter() - start, {"z": draws.z[WARMUP:]}
 
     chain()  # imports the sampler

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["compile_graph", "direct_call", "missing_compiler"]
+__all__ = ["DirectCall", "compile_graph", "direct_call", "missing_compiler"]
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -24,7 +24,23 @@ def compile_graph(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Call:
     return torch._inductor.standalone_compile(module, list(inputs), dynamic_shapes="from_example_inputs", options=OPTIONS)
 
 
-def direct_call(compiled: Call) -> Call | None:
+class DirectCall:
+    """The code inside of what `compile_graph` returns, without the checks around it.
+
+    Args:
+        run: function of a list of tensors.
+    """
+
+    __slots__ = ("run",)
+
+    def __init__(self, run: Callable[[list[Tensor]], Sequence[Tensor]]) -> None:
+        self.run = run
+
+    def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
+        return self.run(list(tensors))
+
+
+def direct_call(compiled: Call) -> DirectCall | None:
     """Return the code inside of what `compile_graph` returns, without the checks around it, or None if it is not found.
 
     The checks take about as long as the code of a small graph.
@@ -33,13 +49,7 @@ def direct_call(compiled: Call) -> Call | None:
     while hasattr(inner, "__wrapped__"):
         inner = inner.__wrapped__
     run = getattr(inner, "current_callable", None)
-    if not callable(run):
-        return None
-
-    def call(*tensors: Tensor) -> Sequence[Tensor]:
-        return run(list(tensors))
-
-    return call
+    return DirectCall(run) if callable(run) else None
 
 
 @cache

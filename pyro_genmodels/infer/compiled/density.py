@@ -26,11 +26,13 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyro_genmodels._pyro.inductor import DirectCall
 from pyro_genmodels._pyro.plates import plates_around
 from pyro_genmodels.infer.compiled.coordinates import Coordinates
 from pyro_genmodels.infer.compiled.graph import Graph
 from pyro_genmodels.infer.compiled.initial import as_strategy, never_without
 from pyro_genmodels.infer.compiled.modes import Mode, default_mode
+from pyro_genmodels.infer.compiled.native import NativeDensity, native_density
 from pyro_genmodels.infer.compiled.program import Program
 from pyro_genmodels.infer.compiled.prototypes import first_runs
 from pyro_genmodels.infer.compiled.recorder import StaleGraphError
@@ -294,15 +296,27 @@ class _Captured:
     def __init__(self, density: LogDensity, z: Tensor, mode: Mode) -> None:
         self.program: Program | None = None
         self.run: Callable[[Tensor], Sequence[Tensor]] = density.evaluate
+        self._built: Callable[..., Sequence[Any]] | None = None
         if mode.captures:
             with poutine.block():
                 self.program = _Program(density, z)
             graph = self.program.graph
-            self.run = partial(_run_graph, mode.build(graph, [z]), graph)
+            self._built = mode.build(graph, [z])
+            self.run = partial(_run_graph, self._built, graph)
 
     def changed(self) -> str | None:
         """Return the name of something that the model uses and that was replaced since the capture, or None."""
         return None if self.program is None else self.program.changed()
+
+    def native(self, z: Tensor) -> NativeDensity | None:
+        """Return the function as code that needs no Python, or None if it is not compiled or does too much for that.
+
+        Args:
+            z: coordinates at which the model can run, (dim,).
+        """
+        if self.program is None or not isinstance(self._built, DirectCall):
+            return None
+        return native_density(self._built, z, self.program.graph.read)
 
     def __call__(self, z: Tensor) -> Sequence[Tensor]:
         """Return the log density and its gradient, NaN where a matrix has no decomposition, such as no Cholesky factor."""

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 __all__ = ["ChainDraws", "NutsSettings", "import_nutpie", "sample_chain"]
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_genmodels.infer.compiled.native import NativeDensity
 from pyro_genmodels.utils.errors import check_positive_int, import_extra
 
 STATISTICS = {
@@ -28,6 +31,9 @@ STATISTICS = {
     "diverging": "diverging",
 }
 """Names of statistics: nutpie's, and those of ArviZ."""
+
+REPORT_EVERY = 0.1
+"""Seconds between two reports of draws that native code has counted."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,8 @@ def import_nutpie() -> Any:
         ImportError: if it is not installed, with the line that installs it and another way to sample.
     """
     try:
-        import_extra("nutpie.compiled_pyfunc", extra="nuts", by="CompiledNUTS")
+        for module in ("nutpie.compiled_pyfunc", "nutpie.compile_pymc"):
+            import_extra(module, extra="nuts", by="CompiledNUTS")
         return import_extra("nutpie", extra="nuts", by="CompiledNUTS")
     except ImportError as error:
         error.msg += (
@@ -88,22 +95,68 @@ def sample_chain(
     start: Tensor,
     settings: NutsSettings,
     seed: int,
-    step: Callable[[], None],
+    report: Callable[[int], None],
 ) -> ChainDraws:
     """Return one chain.
 
     Args:
-        function: map from coordinates, (dim,), to log density, (), and its gradient, (dim,), as of `LogDensity.capture`.
+        function: map from coordinates, (dim,), to log density, (), and its gradient, (dim,), as of `LogDensity.capture`. A
+            `NativeDensity` is called without Python.
         start: coordinates of the first point, (dim,), of the dtype and device that the function wants.
         settings: settings.
         seed: seed of the chain.
-        step: function to call after each draw.
+        report: function to call with the number of draws made since its last call.
 
     Raises:
         Exception: what the function raises.
     """
     nutpie = import_nutpie()
     errors: list[Exception] = []
+    if isinstance(function, NativeDensity):
+        model, reports = _native_model(nutpie, function, start), _reported(function.draws, report)
+    else:
+        model, reports = _python_model(nutpie, function, start, report, errors), nullcontext()
+    sampler = nutpie.sample(
+        model,
+        draws=settings.num_samples,
+        tune=settings.num_warmup,
+        chains=1,
+        cores=1,
+        seed=seed,
+        low_rank_modified_mass_matrix=settings.low_rank,
+        target_accept=settings.target_accept_prob,
+        maxdepth=settings.max_tree_depth,
+        progress_bar=False,
+        blocking=False,
+        return_raw_trace=True,
+    )
+    try:
+        with reports:
+            trace = sampler.wait()
+    except (KeyboardInterrupt, SystemExit):
+        sampler.cancel()
+        raise
+    except BaseException as error:  # a panic of Rust is no Exception
+        raise (errors[0] if errors else RuntimeError(f"nutpie failed: {error}")) from None
+    finally:
+        del sampler  # an error keeps this frame alive, and with it the sampler's threads
+    if errors:
+        raise errors[0]
+    (draws,), (statistics,) = trace.get_arrow_trace()
+    return ChainDraws(
+        _column(draws, "z").reshape(-1, len(start)),
+        {name: _column(statistics, key) for key, name in STATISTICS.items()},
+    )
+
+
+def _python_model(
+    nutpie: Any,
+    function: Callable[[Tensor], Sequence[Tensor]],
+    start: Tensor,
+    report: Callable[[int], None],
+    errors: list[Exception],
+) -> Any:
+    """Return a model of nutpie that calls a function of Python, whose first error is added to a list."""
 
     def log_density(x: np.ndarray) -> tuple[float, np.ndarray]:
         if errors:  # nutpie would print a page of its own at an error, so the rest of the chain is rejected
@@ -117,10 +170,10 @@ def sample_chain(
         return value.item(), gradient.to("cpu", torch.float64).numpy()
 
     def expand(x: np.ndarray) -> dict[str, np.ndarray]:
-        step()
+        report(1)
         return {"z": x}
 
-    model = nutpie.compiled_pyfunc.from_pyfunc(
+    return nutpie.compiled_pyfunc.from_pyfunc(
         ndim=len(start),
         make_logp_fn=lambda: log_density,
         make_expand_fn=lambda *seeds_and_chain: expand,
@@ -129,37 +182,60 @@ def sample_chain(
         expanded_names=["z"],
         make_initial_point_fn=lambda seed: start.to("cpu", torch.float64).numpy(),
     )
-    sampler = nutpie.sample(
-        model,
-        draws=settings.num_samples,
-        tune=settings.num_warmup,
-        chains=1,
-        cores=1,
-        seed=seed,
-        low_rank_modified_mass_matrix=settings.low_rank,
-        target_accept=settings.target_accept_prob,
-        maxdepth=settings.max_tree_depth,
-        progress_bar=False,
-        blocking=False,
+
+
+def _native_model(nutpie: Any, function: NativeDensity, start: Tensor) -> Any:
+    """Return a model of nutpie that calls native code, as its models of PyMC do."""
+    dim = len(start)
+    return nutpie.compile_pymc.CompiledPyMCModel(
+        dims={"z": ("coordinate",)},
+        compiled_logp_func=_Code(function.address),
+        compiled_expand_func=_Code(function.draw_address),
+        initial_point_func=lambda seed: start.numpy(),
+        shared_data={},
+        user_data=function.memory,
+        n_expanded=dim,
+        shape_info=(["z"], [slice(0, dim)], [(dim,)]),
+        logp_func=None,
+        expand_func=None,
+        _n_dim=dim,
+        _shapes={"z": (dim,)},
+        _coords={"coordinate": np.arange(dim)},
     )
+
+
+class _Code(NamedTuple):
+    """Native code as nutpie takes it."""
+
+    address: int
+
+
+@contextmanager
+def _reported(draws: np.ndarray, report: Callable[[int], None]) -> Iterator[None]:
+    """Report the growth of a number of draws, (1,), from time to time and at the end of the block."""
+    end = Event()
+    seen = int(draws[0])
+
+    def watch() -> None:
+        nonlocal seen
+        ended = False
+        while not ended:
+            ended = end.wait(REPORT_EVERY)
+            now = int(draws[0])
+            report(now - seen)
+            seen = now
+
+    thread = Thread(target=watch, daemon=True)
+    thread.start()
     try:
-        data = sampler.wait()
-    except (KeyboardInterrupt, SystemExit):
-        sampler.cancel()
-        raise
-    except BaseException as error:  # a panic of Rust is no Exception
-        raise (errors[0] if errors else RuntimeError(f"nutpie failed: {error}")) from None
+        yield
     finally:
-        del sampler  # an error keeps this frame alive, and with it the sampler's threads
-    if errors:
-        raise errors[0]
-    return ChainDraws(
-        _joined(data, "posterior", "z"),
-        {name: _joined(data, "sample_stats", key) for key, name in STATISTICS.items()},
-    )
+        end.set()
+        thread.join()
 
 
-def _joined(data: Any, group: str, name: str) -> np.ndarray:
-    """Return a variable of the only chain, that of the warm-up first, (num_warmup + num_samples, ...)."""
-    parts = [data[key][name].values[0] for key in (f"warmup_{group}", group) if key in data]
-    return np.concatenate(parts)
+def _column(table: Any, name: str) -> np.ndarray:
+    """Return a column of a table of pyarrow, flat."""
+    column = import_extra("pyarrow", extra="nuts", by="CompiledNUTS").array(table.column(name))
+    values: np.ndarray = (column.flatten() if hasattr(column, "flatten") else column).to_numpy(zero_copy_only=False)
+    return values

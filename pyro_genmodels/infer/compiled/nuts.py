@@ -132,7 +132,8 @@ class CompiledNUTS(ChainRun):
             raise ValueError("The model has no continuous latent variable, so there is nothing to sample.")
         with _one_thread() if num_processes > 1 else nullcontext():
             starts = in_doubles(density.initial_points(self.num_chains, init=self.init))
-            function = density.capture(starts[0])
+            captured = density.capture(starts[0])
+            function = captured.native(starts[0]) or captured
         density.audit(function, starts)
         seeds = torch.randint(2**31, (self.num_chains,)).tolist()
         tasks = [partial(sample_chain, function, start, self.settings, seed) for start, seed in zip(starts, seeds, strict=True)]

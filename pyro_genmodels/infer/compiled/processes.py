@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 import torch
 
 T = TypeVar("T")
-Task = Callable[[Callable[[], None]], T]
-"""Function of another one, which it calls after each step to report it."""
+Task = Callable[[Callable[[int], None]], T]
+"""Function of another one, which it calls with the number of steps that it has made since the last call."""
 
 REPORT_EVERY = 0.1
 """Seconds between two reports of the steps done."""
@@ -48,7 +48,7 @@ def run_in_turn(tasks: Sequence[Task[T]], report: Callable[[int], None]) -> list
         tasks: the tasks.
         report: function that is called with the number of steps done since its last call.
     """
-    return [task(lambda: report(1)) for task in tasks]
+    return [task(report) for task in tasks]
 
 
 def run_forked(tasks: Sequence[Task[T]], num_processes: int, report: Callable[[int], None]) -> list[T]:
@@ -105,11 +105,11 @@ def _work(task: Task[Any], i: int, steps: Any, sender: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the parent, which ends its processes
     torch.set_num_threads(1)
 
-    def step() -> None:
-        steps[i] += 1
+    def report(count: int) -> None:
+        steps[i] += count
 
     try:
-        message = pickle.dumps((task(step), None))
+        message = pickle.dumps((task(report), None))
     except Exception as error:  # raised again by the parent
         error.add_note(traceback.format_exc())
         message = _pickled_error(error)

@@ -355,7 +355,7 @@ def test_handlers_outside_have_no_effect_as_around_pyros_mcmc(mode):
 def test_steps_made_during_a_report_are_reported_later():
     def task(step):
         for _ in range(50):
-            step()
+            step(1)
             time.sleep(0.01)
 
     reports = []
@@ -430,7 +430,7 @@ def test_an_error_that_does_not_pickle_is_reported_by_its_text():
 def test_tasks_report_their_steps():
     def task(step):
         for _ in range(5):
-            step()
+            step(1)
         return os.getpid()
 
     reports = []
