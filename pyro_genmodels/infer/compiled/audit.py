@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Finding", "compare", "tolerance_of"]
+__all__ = ["Finding", "compare", "size_of_gradients", "tolerance_of"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,8 +58,7 @@ def compare(
         StaleGraphError: if they differ by more than rounding can explain.
     """
     loss: Any = expected[0]
-    sizes = [_size(x) for x in expected]
-    size_of_loss, size_of_gradients = max(1.0, sizes[0]), max(*sizes[1:], sizes[0] / 100, TINY)
+    size, others = max(1.0, _size(loss)), size_of_gradients(expected)
     difference = 0.0
     for i, (a, b) in enumerate(zip(expected, found, strict=False)):
         if (a is None) != (b is None):
@@ -70,7 +69,7 @@ def compare(
                 "cannot be seen, since the program was captured."
             )
         if a is not None and a.numel():
-            difference = max(difference, _gap(a, b) / (size_of_gradients if i else size_of_loss))
+            difference = max(difference, _gap(a, b) / (others if i else size))
     if difference > tolerance_of(eps, is_built=is_built):
         what = "compiled code" if is_built else "captured graph"
         cause = (
@@ -86,6 +85,12 @@ def compare(
             f"random numbers (largest difference of loss and gradients, relative: {difference:.1e}). {cause}"
         )
     return difference
+
+
+def size_of_gradients(outputs: Sequence[Any]) -> float:
+    """Return the size of the largest gradient, or a hundredth of the loss if that is larger, of loss and gradients."""
+    loss, *gradients = map(_size, outputs)
+    return max(*gradients, loss / 100, TINY)
 
 
 def _first(x: Any) -> float:

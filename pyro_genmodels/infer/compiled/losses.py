@@ -19,7 +19,7 @@ from pyro_genmodels._pyro.renyi import renyi_loss
 from pyro_genmodels._pyro.tracing import tree_flatten
 from pyro_genmodels.infer.compiled.audit import Finding
 from pyro_genmodels.infer.compiled.modes import Mode, default_mode
-from pyro_genmodels.infer.compiled.program import Program
+from pyro_genmodels.infer.compiled.program import Check, Program
 from pyro_genmodels.infer.compiled.recorder import WAY_OUT, CaptureError
 from pyro_genmodels.utils.errors import warn_caller
 
@@ -91,11 +91,18 @@ class CapturedLoss:
         with torch.no_grad():
             return program.built(*inputs, *program.graph.read)[: program.graph.num_outputs]
 
-    def check(self, program: Program, inputs: Sequence[Tensor], num_calls: int = 1) -> None:
-        """Compare a program's graph with the program, if it is time to, and count the calls."""
+    def check(self, program: Program, inputs: Sequence[Tensor], num_calls: int = 1, further: Check | None = None) -> None:
+        """Compare a program's graph with the program, if it is time to, and count the calls.
+
+        Args:
+            program: the program.
+            inputs: tensors among its arguments.
+            num_calls: number of calls to come.
+            further: a further comparison; see `Program.audit`.
+        """
         if self.is_audited and program.is_due(num_calls):
             start = time.perf_counter()
-            difference = program.audit(inputs)
+            difference = program.audit(inputs, further)
             self.findings.append(Finding("audit", "", program.calls, time.perf_counter() - start, difference))
         program.calls += num_calls
 

@@ -7,11 +7,11 @@ The watch finds names that were bound anew (see `watch`). The audit compares the
 
 from __future__ import annotations
 
-__all__ = ["Program"]
+__all__ = ["Check", "Program"]
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyro
 import torch
@@ -28,6 +28,9 @@ from pyro_genmodels.infer.compiled.watch import Watch
 
 AUDIT_PERIOD = 1000
 """Number of steps after which the graph is compared with the program again and again."""
+
+Check: TypeAlias = Callable[["Program", Sequence[Tensor], Sequence[Any]], float]
+"""Function of a program, its inputs, and its own loss and gradients, that returns a difference."""
 
 LAYOUT = operator.attrgetter("shape", "dtype", "requires_grad")
 """Function of a tensor that returns what a graph takes for granted of it."""
@@ -49,9 +52,6 @@ class Program:
         has_gradient: for each parameter, True if it has a gradient.
         trained: those that have one.
         calls: number of calls.
-        forms: further functions of the inputs, without a lasting effect, that return the loss, or the loss and the gradients,
-            as other code computes them that was built of the graph, with the same random numbers. Each comparison with the
-            program compares these too.
         eps: unit of rounding of the coarsest dtype that the graph computes in.
 
     Raises:
@@ -73,7 +73,6 @@ class Program:
         self._positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.calls = 0
         self.built: Callable[..., Sequence[Any]] | None = None
-        self.forms: list[Callable[..., Sequence[Any]]] = []
         inputs = [leaves[i] for i in self._positions]
         with without_trace_shapes(), exclusive("the capture of a model", wait=True):
             with put_back():  # what is made at the first run, such as parameters and the plates of guides, is made now
@@ -140,10 +139,14 @@ class Program:
         power = 1 << (last.bit_length() - 1)
         return self.calls < power or last // AUDIT_PERIOD > self.calls // AUDIT_PERIOD
 
-    def audit(self, inputs: Sequence[Tensor]) -> float:
+    def audit(self, inputs: Sequence[Tensor], check: Check | None = None) -> float:
         """Compare the graph with the program, under the same random numbers, and return the largest difference.
 
         If the graph was built for a mode, what was built is compared too.
+
+        Args:
+            inputs: tensors among the arguments.
+            check: a further comparison, of other code that was built of the graph, under the same random numbers.
 
         Raises:
             StaleGraphError: if they differ, or leave the random number generator in different states.
@@ -160,14 +163,15 @@ class Program:
                 "The program leaves the random number generator in another state than the captured graph does: it sets a seed, "
                 "as by torch.manual_seed(...), or draws as many numbers as Python code decides. Set seeds outside of the model."
             )
-        for form in self.forms if self.built is None else (self._call_built, *self.forms):
-            with self.graph.put_back(), torch.no_grad():
-                difference = max(difference, self.compare(expected, form(*inputs), is_built=True))
+        for further in (check, None if self.built is None else Program._check_built):
+            if further is not None:
+                with self.graph.put_back(), torch.no_grad():
+                    difference = max(difference, further(self, inputs, expected))
         return difference
 
-    def _call_built(self, *inputs: Tensor) -> list[Any]:
+    def _check_built(self, inputs: Sequence[Tensor], expected: Sequence[Any]) -> float:
         built: Any = self.built
-        return [x.clone() if isinstance(x, Tensor) else x for x in built(*inputs, *self.graph.read)[: self.graph.num_outputs]]
+        return self.compare(expected, built(*inputs, *self.graph.read)[: self.graph.num_outputs], is_built=True)
 
     def compare(self, expected: Sequence[Any], found: Sequence[Any], *, is_built: bool = False) -> float:
         """Return the largest difference of the loss and the gradients; see `audit.compare`."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["Before", "Stepper"]
+__all__ = ["Before", "Stepper", "check_step"]
 
 from collections import deque
 from collections.abc import Callable, Sequence
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from pyro_genmodels.infer.compiled.audit import Finding
 from pyro_genmodels.infer.compiled.modes import Mode
 from pyro_genmodels.infer.compiled.program import Program
 from pyro_genmodels.infer.compiled.steps import Steps, choose_unroll
+from pyro_genmodels.infer.compiled.update_audit import compare_update
 from pyro_genmodels.infer.compiled.updates import Update
 
 TIMED_STEPS = 40
@@ -55,8 +57,6 @@ class Stepper:
         if num_steps not in self._built:
             steps = Steps(program, self.update, inputs, self.mode, num_steps, draw_at_once=num_steps > 1)
             self._built[num_steps] = steps
-            if num_steps == 1:  # several steps draw other random numbers
-                program.forms.append(lambda *inputs: [steps.tried(*inputs)[0][0]])
             name, size = f"{num_steps} step{'s' if num_steps > 1 else ''}", steps.graph.num_operations
             self.findings.append(Finding("built", name, program.calls, steps.seconds, num_operations=size))
         return self._built[num_steps]
@@ -86,6 +86,27 @@ class Stepper:
         if wanted > 1 and wanted not in self._built:
             report(f"compiling {wanted} steps")
         return wanted
+
+
+def check_step(steps: Steps, program: Program, inputs: Sequence[Tensor], expected: Sequence[Any]) -> float:
+    """Return the largest difference of one step in a graph from the step of the program's own loss, gradients and optimiser.
+
+    Args:
+        steps: the step.
+        program: the program.
+        inputs: tensors among its arguments.
+        expected: its own loss and gradients.
+
+    Raises:
+        StaleGraphError: if they differ by more than rounding can explain.
+    """
+    losses, found = steps.tried(*inputs)
+    difference = program.compare(expected, list(losses), is_built=True)
+    if not expected[0].isfinite():  # such a step changes nothing
+        return difference
+    gradients = {id(p): (name, g) for (name, p), g in zip(program.parameters.items(), expected[1:], strict=True)}
+    names, own = zip(*(gradients[id(p)] for p in steps.update.parameters), strict=True) if found else ((), ())
+    return max(difference, compare_update(steps.update, names, [expected[0], *own], found, program.eps))
 
 
 class Before:

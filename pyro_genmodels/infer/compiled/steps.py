@@ -80,17 +80,24 @@ class Steps:
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         """Make the steps, and return their losses, (num_steps,). Those with a loss that is not finite change no parameter."""
-        rates = self.update.rates(self.num_steps)
-        if rates != self._rates:
-            self._rates, self._rates_tensor = rates, torch.tensor(rates, dtype=torch.float64, device=self.update.device)
+        self._follow_rates()
         losses = self._losses(*inputs)
         self.update.count(int(losses.isfinite().sum()) if self.update.is_counted else 0)
         return losses
 
-    def tried(self, *inputs: Tensor) -> list[Tensor]:
-        """Return the losses of steps that are put back, [(num_steps,)]."""
+    def _follow_rates(self) -> None:
+        """Read the learning rates of the optimisers."""
+        rates = self.update.rates(self.num_steps)
+        if rates != self._rates:
+            self._rates, self._rates_tensor = rates, torch.tensor(rates, dtype=torch.float64, device=self.update.device)
+
+    def tried(self, *inputs: Tensor) -> tuple[Tensor, list[tuple[Tensor, State]]]:
+        """Return the losses of steps that are put back, (num_steps,), and each parameter and its state after them."""
+        self._follow_rates()
         with self.graph.put_back(), torch.no_grad():
-            return [self._losses(*inputs).clone()]
+            losses = self._losses(*inputs).clone()
+            states = [{name: x.clone() for name, x in state.items()} for state in self.update.states()]
+            return losses, [(p.detach().clone(), state) for p, state in zip(self.update.parameters, states, strict=True)]
 
     def _losses(self, *inputs: Tensor) -> Tensor:
         with torch.no_grad():

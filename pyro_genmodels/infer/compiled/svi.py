@@ -10,6 +10,7 @@ __all__ = ["CompiledSVI"]
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import repeat
 from math import isfinite
 from pathlib import Path
@@ -34,7 +35,7 @@ from pyro_genmodels.infer.compiled.program import Program
 from pyro_genmodels.infer.compiled.recorder import CaptureError
 from pyro_genmodels.infer.compiled.restarts import Restarts, initial_values
 from pyro_genmodels.infer.compiled.runs import batches_of, has_converged, mean_loss
-from pyro_genmodels.infer.compiled.stepper import Before, Stepper
+from pyro_genmodels.infer.compiled.stepper import Before, Stepper, check_step
 from pyro_genmodels.infer.compiled.updates import has_stepped, moved_by, update_of, watch_others
 from pyro_genmodels.utils.errors import check_positive_int, type_with_article, warn_caller
 from pyro_genmodels.utils.files import atomic_write
@@ -160,7 +161,7 @@ class CompiledSVI:
         if stepper is None:
             return self._step_outside(program, inputs, args, kwargs)
         steps = stepper.steps(program, inputs)
-        self.captured.check(program, inputs)
+        self.captured.check(program, inputs, further=partial(check_step, steps))
         before = Before(program, stepper.update.device)
         loss = float(steps(inputs))
         if not isfinite(loss):  # the graph has left the parameters as they were: Pyro's step says where it comes from

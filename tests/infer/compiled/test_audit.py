@@ -106,11 +106,13 @@ def test_what_is_run_is_compared():
 def test_other_code_that_was_built_can_be_compared():
     loss = captured(lambda loc, x: loc + 0 * x)
     program, inputs = loss.program((X,), {})
-    program.forms.append(lambda x: [program.graph(x)[0]])
-    program.audit(inputs)
-    program.forms.append(lambda x: [program.graph(x)[0] + 1])
+
+    def off_by(difference):
+        return lambda program, inputs, own: program.compare(own, [program.graph(*inputs)[0] + difference], is_built=True)
+
+    program.audit(inputs, off_by(0))
     with pytest.raises(StaleGraphError, match="compiled code gives a loss of"):
-        program.audit(inputs)
+        program.audit(inputs, off_by(1))
 
 
 def test_a_seed_that_is_set_by_the_model_is_found():

@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoNormal, init_to_uniform
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_genmodels import to_arviz
-from pyro_genmodels.infer.compiled import Captured, CaptureError, CompiledSVI, Eager, StaleGraphError
+from pyro_genmodels.infer.compiled import Captured, CaptureError, CompiledSVI, Eager, StaleGraphError, updates
 from pyro_genmodels.infer.compiled import stepper as stepper_module
 from pyro_genmodels.infer.compiled.steps import choose_unroll
 
@@ -144,6 +144,39 @@ def test_a_step_that_computes_another_loss_is_found():
     svi = CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.03}), Trace_ELBO(), mode=Wrong(script=False))
     svi.step(X)
     with pytest.raises(StaleGraphError, match="gives a loss of"):
+        svi.step(X)
+
+
+@pytest.mark.parametrize("disturb", ["parameter", "exp_avg_sq"])
+def test_a_step_that_changes_something_else_is_found(disturb):
+    """Built code whose loss is right may do wrong to a parameter, or to the state of its optimiser."""
+
+    name = "AutoNormal.locs.loc"
+
+    class Wrong(Captured):
+        def build(self, graph, inputs):
+            def run(*tensors):
+                losses = graph.module(*tensors)
+                p = pyro.param(name).unconstrained()
+                (p.data if disturb == "parameter" else svi.optim.optim_objs[p].state[p][disturb]).mul_(1.01)
+                return losses
+
+            return run
+
+    svi = CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.03}), Trace_ELBO(), mode=Wrong(script=False))
+    svi.step(X)
+    place = "the parameter" if disturb == "parameter" else f"{disturb} of the optimiser for the parameter"
+    with pytest.raises(StaleGraphError, match=f"changes {place} {name} otherwise"):
+        svi.step(X)
+
+
+def test_a_formula_that_is_not_the_optimisers_is_found(monkeypatch):
+    right = updates.FORMULAS[torch.optim.Adam]
+    wrong = lambda p, g, state, group, lr: right(p, g, state, {**group, "eps": 0.3}, lr)  # noqa: E731
+    monkeypatch.setitem(updates.FORMULAS, torch.optim.Adam, wrong)
+    svi = CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.03}), Trace_ELBO(), mode=PYTHON)
+    svi.step(X)
+    with pytest.raises(StaleGraphError, match="otherwise than Adam does"):
         svi.step(X)
 
 
