@@ -99,7 +99,7 @@ def _append_parameters(module: nn.Module, prefix: str, found: list[tuple[str, nn
         if parameter is not None:
             found.append((prefix + name, parameter))
     for name, child in module._modules.items():
-        if child is not None:
+        if child is not None and (child._parameters or child._modules):
             _append_parameters(child, f"{prefix}{name}.", found)
 
 

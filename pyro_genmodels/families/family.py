@@ -154,8 +154,11 @@ class Family(PyroModule):
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        if "_modules" in self.__dict__ and params.is_stored(self, name):
-            return self._modules[name]
+        if "_modules" in self.__dict__:  # else not built yet
+            if name in self._buffers:
+                return self._buffers[name]
+            if params.is_stored(self, name):
+                return self._modules[name]
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -339,7 +342,7 @@ class Family(PyroModule):
             x, or the draws.
         """
         x, context = self._accept(x, context)
-        plate, distribution = self.plate(x, context, size), self(context)  # random weights are drawn outside the plate
+        plate, distribution = self._plate(x, context, size), self(context)  # random weights are drawn outside the plate
         with plate:
             return pyro.sample("x", distribution, obs=x)
 
@@ -354,6 +357,9 @@ class Family(PyroModule):
             ValueError: if the number of rows is not known, or context or size do not agree with x.
         """
         params.remove_foreign_parameters(self)
+        return self._plate(x, context, size)
+
+    def _plate(self, x: Tensor | None, context: Tensor | None, size: int | None) -> pyro.plate:
         rows = len(x) if x is not None else size if size is not None else None if context is None else len(context)
         if rows is None:
             raise ValueError(f"{self.name}.model wants data x, a context or size=, the number of rows to draw.")

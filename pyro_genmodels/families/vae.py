@@ -141,8 +141,9 @@ class VAE(Family):
         if x is None:
             return None
         x, context = self._accept(x, context)
-        with self.plate(x, context, size):
-            return pyro.sample("z", self.posterior(x, context))
+        plate, posterior = self.plate(x, context, size), self.posterior(x, context)  # parameters are read outside the plate
+        with plate:
+            return pyro.sample("z", posterior)
 
     @pyro_method
     def posterior(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:

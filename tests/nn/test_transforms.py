@@ -3,9 +3,10 @@
 import pytest
 import torch
 import zuko
-from zuko.transforms import MonotonicRQSTransform
+from zuko.transforms import MonotonicAffineTransform, MonotonicRQSTransform
 
-from pyro_genmodels import Flow
+from pyro_genmodels import MAF, Flow
+from pyro_genmodels.nn.affine import BoundedAffine
 from pyro_genmodels.nn.splines import RationalQuadraticSpline
 
 BINS = 8
@@ -118,3 +119,20 @@ def test_the_parts_of_a_zuko_flow_are_replaced():
     masked = [m for m in layer.modules() if isinstance(m, zuko.nn.MaskedLinear)]
     assert masked
     assert all(type(m).forward is not zuko.nn.MaskedLinear.forward for m in masked)
+    affine = Flow((3,), transform=zuko.flows.MAF(3, transforms=1, hidden_features=(8,))).transform.transforms[0]
+    assert affine.univariate.func is BoundedAffine
+
+
+def test_an_affine_function_is_zukos_both_ways_and_broadcasts():
+    shift, scale = (5 * torch.randn(3, dtype=torch.float64) for _ in range(2))
+    x = torch.randn(4, 5, 3, dtype=torch.float64)
+    ours, theirs = BoundedAffine(shift, scale, slope=0.01), MonotonicAffineTransform(shift, scale, slope=0.01)
+    torch.testing.assert_close(ours.call_and_ladj(x), theirs.call_and_ladj(x))
+    torch.testing.assert_close(ours.inv(x), theirs.inv(x))
+
+
+def test_the_base_is_a_standard_normal():
+    base = MAF.base(torch.zeros((), dtype=torch.float64)).expand((4, 3))
+    x = 10 * torch.randn(4, 3, dtype=torch.float64)
+    torch.testing.assert_close(base.log_prob(x), torch.distributions.Normal(0.0, 1.0).log_prob(x))
+    assert base.sample().shape == (4, 3)
