@@ -39,6 +39,9 @@ aten = torch.ops.aten
 TRACER = tuple(f"{Path(torch.__file__).parent / folder}{os.sep}" for folder in ("fx", "_subclasses"))
 """Folders of torch's tracer."""
 
+LARGE_MATRIX = 8192
+"""Number of elements from which on a product of matrix and vector is left to a library of linear algebra."""
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -234,12 +237,38 @@ def _simplify(module: fx.GraphModule) -> None:
         elif node.op == "call_function" and node.target is aten.detach.default:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.target is aten.mv.default and _is_large(node.args[0]):
+            _use_matrix_product(node)
         elif node.target is aten.view.dtype and _dtype(node.args[0]) == torch.bool and not _is_written(node):
             node.target = aten._to_copy.default  # Inductor of torch 2.11 cannot look at truth values as bytes on a GPU
             node.args, node.kwargs = (node.args[0],), {"dtype": node.args[1]}
     graph.eliminate_dead_code(lambda node: node.is_impure() or _is_random(node))
     graph.lint()
     module.recompile()
+
+
+def _is_large(node: Any) -> bool:
+    """Return True for a matrix of doubles or floats on the CPU that has many elements."""
+    x = node.meta.get("val")
+    return x is not None and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.numel() >= LARGE_MATRIX
+
+
+def _use_matrix_product(node: fx.Node) -> None:
+    """Make a product of a matrix and a vector one of a row and the transposed matrix.
+
+    Inductor would write loops of its own for the former, which take three times as long as a library on the CPU, and torch's
+    own operation takes twice as long.
+    """
+    matrix, vector = node.args
+    graph = node.graph
+    with graph.inserting_before(node):
+        row = graph.call_function(aten.unsqueeze.default, (vector, 0))
+        transposed = graph.call_function(aten.t.default, (matrix,))
+        product = graph.call_function(aten.mm.default, (row, transposed))
+        new = graph.call_function(aten.squeeze.dim, (product, 0))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
 
 
 def _is_random(node: fx.Node) -> bool:

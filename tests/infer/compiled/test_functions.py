@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pyro_genmodels.infer.compiled import Captured, Compiled, Eager, StaleGraphError, capture
+from pyro_genmodels.infer.compiled.graph import trace
 
 PYTHON = Captured(script=False)
 MODES = [PYTHON, Captured(), pytest.param(Compiled(), marks=pytest.mark.slow)]
@@ -99,3 +100,21 @@ def test_the_eager_mode_runs_a_function_as_it_is():
     assert eager(torch.ones(2))[0].tolist() == [5, 5]
     assert eager(-torch.ones(2, requires_grad=True))[0].tolist() == [1, 1]
     assert not eager(-torch.ones(2, requires_grad=True))[0].requires_grad
+
+
+@pytest.mark.parametrize(("rows", "operation"), [(4096, "mm"), (16, "mv")])
+def test_a_large_matrix_times_a_vector_is_a_product_of_matrices(rows, operation):
+    x = torch.randn(rows, 2, requires_grad=True)
+
+    def function(v):
+        v = v.requires_grad_()
+        return x @ v, torch.autograd.grad((x @ v).sum(), v)[0]
+
+    graph = trace(function, torch.ones(2))
+    names = [str(node.target) for node in graph.module.graph.nodes]
+    assert {"mm": "aten.mm.default", "mv": "aten.mv.default"}[operation] in names
+    assert {"mm": "aten.mv.default", "mv": "aten.mm.default"}[operation] not in names
+    v = torch.tensor([0.5, -2.0])
+    product, gradient = graph(v)
+    torch.testing.assert_close(product, x.detach() @ v)
+    torch.testing.assert_close(gradient, x.detach().sum(0), rtol=1e-4, atol=1e-3)
