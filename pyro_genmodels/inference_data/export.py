@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyro
 import torch
+from torch import Tensor
 
 from pyro_genmodels import __version__
 from pyro_genmodels._pyro import handlers, params, traces
@@ -224,3 +225,37 @@ def _left_out(groups: Groups, group: str) -> str:
     events = {name: [d for d in data[name][1] if d not in dims] for name, (_, dims) in densities.items() if name in data}
     joint = [JOINT_DENSITY.format(name=name, dims=", ".join(dims)) for name, dims in events.items() if dims]
     return "; ".join(no_loo + joint)
+
+
+def draws_of_data(data: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the draws of ArviZ data, (chain, draw, ...) by name, and the statistics of each draw, (chain, draw).
+
+    Args:
+        data: `InferenceData` or `DataTree` with the group ``posterior``.
+    """
+    variables = {str(name): torch.as_tensor(np.asarray(x.values)) for name, x in data["posterior"].data_vars.items()}
+    stats = data["sample_stats"].data_vars if "sample_stats" in data else {}
+    return variables, {str(name): torch.as_tensor(np.asarray(x.values)) for name, x in stats.items() if x.ndim == 2}
+
+
+def chain_diagnostics(draws: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Return R-hat, bulk and tail effective sample size of scalars, by name. R-hat of one chain is NaN.
+
+    Args:
+        draws: draws of each scalar, (chain, draw).
+    """
+    import arviz as az
+    import xarray as xr
+
+    data = xr.Dataset({f"x{i}": (("chain", "draw"), x.numpy()) for i, x in enumerate(draws.values())})
+    single = next(iter(draws.values())).shape[0] == 1
+    bulk, tail = az.ess(data, method="bulk"), az.ess(data, method="tail")
+    r_hat = None if single else az.rhat(data)
+    return {
+        name: {
+            "r_hat": float("nan") if r_hat is None else float(r_hat[f"x{i}"]),
+            "ess_bulk": float(bulk[f"x{i}"]),
+            "ess_tail": float(tail[f"x{i}"]),
+        }
+        for i, name in enumerate(draws)
+    }

@@ -2,6 +2,8 @@
 
 from pyro_genmodels.posteriors.autoguides import AutoFlow
 from pyro_genmodels.posteriors.choose import posterior
+from pyro_genmodels.posteriors.comparison import PosteriorComparison, compare_posteriors
+from pyro_genmodels.posteriors.diagnosis import PosteriorDiagnosis, diagnose_posterior
 from pyro_genmodels.posteriors.fits import DrawnPosterior, GuidePosterior, Posterior
 from pyro_genmodels.posteriors.laplace import Laplace
 from pyro_genmodels.posteriors.markov_chains import NoUTurn
@@ -23,7 +25,11 @@ __all__ = [
     "NoUTurn",
     "Pathfinder",
     "Posterior",
+    "PosteriorComparison",
+    "PosteriorDiagnosis",
     "Psis",
+    "compare_posteriors",
+    "diagnose_posterior",
     "posterior",
     "psis",
 ]

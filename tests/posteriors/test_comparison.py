@@ -1,0 +1,116 @@
+"""`diagnose_posterior` and `compare_posteriors`: numbers in closed form, and the words that they are told in."""
+
+import re
+
+import arviz as az
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+
+from pyro_genmodels import to_arviz
+from pyro_genmodels.posteriors import Laplace, compare_posteriors, diagnose_posterior, posterior
+
+Y = torch.tensor([1.0, 2.0, 3.0, 2.5])
+EVIDENCE = float(dist.MultivariateNormal(torch.zeros(4), torch.eye(4) + 100.0).log_prob(Y))
+
+
+def model(y):
+    loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+
+class Guide:
+    """A fit of the model by a normal distribution, given as multiples of the exact posterior's moments."""
+
+    model = staticmethod(model)
+
+    def __init__(self, shift=0.0, width=1.0):
+        variance = 1 / (4 + 1 / 100)
+        self.loc, self.scale = variance * float(Y.sum()) + shift * variance**0.5, width * variance**0.5
+
+    def guide(self, y):
+        pyro.sample("loc", dist.Normal(self.loc, self.scale))
+
+
+def chains(x):
+    """Return draws of loc, (chain, draw), that are the exact posterior's if x is standard normal."""
+    guide = Guide()
+    return {"loc": guide.loc + guide.scale * x}
+
+
+def test_an_exact_guide_has_no_fault_and_the_exact_evidence():
+    found = diagnose_posterior(Guide(), Y, reference=chains(torch.randn(4, 1000)))
+    assert found.verdict == "no fault found"
+    assert found.elbo[0] == pytest.approx(EVIDENCE, abs=1e-4)
+    assert found.log_evidence[0] == pytest.approx(EVIDENCE, abs=1e-4)
+    assert abs(found.table["mean_error"]["loc"]) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("guide", "words"),
+    [
+        (Guide(width=0.4), r"^too narrow in loc \(deviation -[56].%\): k-hat (0\.[78]|1\.[01])"),
+        (Guide(width=2.0), r"^too wide in loc \(deviation \+\d+%\)"),
+        (Guide(shift=1.0), r"off in loc: its mean by \+[01]\.\d+ deviations"),
+    ],
+)
+def test_each_kind_of_error_is_named(guide, words):
+    """T26: the tail index of the weights of a guide of width s is 1 - s^2, which is .84 for .4."""
+    found = diagnose_posterior(guide, Y, reference=chains(torch.randn(4, 1000)), num_samples=4000)
+    assert re.search(words, found.verdict), found.verdict
+
+
+def test_without_a_reference_the_weights_alone_tell():
+    assert diagnose_posterior(Guide(width=0.4), Y, num_samples=4000).verdict.startswith("unlike the posterior: k-hat 0.")
+
+
+def test_chains_that_have_not_converged_or_are_short_are_told():
+    apart = torch.randn(4, 1000) + torch.tensor([0.0, 0.0, 0.0, 1.0])[:, None]
+    assert "chains have not converged: R-hat 1." in diagnose_posterior(chains(apart)).verdict
+    assert "few draws: bulk effective sample size" in diagnose_posterior(chains(torch.randn(4, 50))).verdict
+    assert diagnose_posterior(chains(torch.randn(4, 1000))).verdict == "no fault found"
+
+
+def test_r_hat_and_sizes_are_those_of_arviz():
+    draws = torch.randn(4, 200, 2).cumsum(1)
+    table = diagnose_posterior({"x": draws}).table
+    data = az.convert_to_dataset({"x": draws.numpy()})
+    np.testing.assert_allclose(table["r_hat"], az.rhat(data)["x"])
+    np.testing.assert_allclose(table["ess_tail"], az.ess(data, method="tail")["x"])
+
+
+def test_the_table_of_several_fits():
+    guide = AutoNormal(model)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+    svi.step(Y)
+    exact = posterior(model, Y, method=Laplace(), progress=False)
+    fits = {"exact": exact, "svi": svi, "arviz": to_arviz(Guide(), Y, num_samples=300, progress=False)}
+    found = compare_posteriors(fits, Y, reference="exact", num_samples=300)
+    table = found.table
+    assert list(table.index) == list(fits)
+    assert table["elbo"]["exact"] == pytest.approx(EVIDENCE, abs=1e-3)
+    assert table["c2st"]["svi"] > 0.8 > 0.6 > table["c2st"]["arviz"]
+    assert table["mmd_p"]["svi"] < 0.01
+    assert table["seconds"].isna().tolist() == [False, True, True]
+    assert "too" in table["verdict"]["svi"]
+    assert table["verdict"]["exact"] == "no fault found"
+    figure = found.plot()
+    assert [axes.get_xlabel() for axes in figure.axes][:1] == ["mean and two standard deviations"]
+    with pytest.raises(ValueError, match="no scalar 'x' to plot, but loc"):
+        found.plot(["x"])
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(TypeError, match="a dictionary of fits by name, but found a list"):
+        compare_posteriors([Guide()], Y)
+    with pytest.raises(ValueError, match="an empty dictionary"):
+        compare_posteriors({}, Y)
+    with pytest.raises(ValueError, match="reference 'b' is not one of the fits 'a'"):
+        compare_posteriors({"a": Guide()}, Y, reference="b")
+    with pytest.raises(ValueError, match="The reference has no draws of loc, but of z"):
+        diagnose_posterior(Guide(), Y, reference={"z": torch.randn(2, 100)})
