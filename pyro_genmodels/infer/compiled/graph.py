@@ -50,7 +50,8 @@ class Graph:
     Attributes:
         module: graph, a function of the arguments and of the tensors that it reads.
         read: tensors that it reads and does not make, by identity.
-        written: tensors among these, flat, that it changes, such as running means.
+        written: memory, flat, that it changes and that is not its own, such as that of running means.
+        moving: tensors among `read` that it changes; they may have been moved to other memory, as by ``p.data = ...``.
         fixed: tensors whose values Python code has read during the capture.
         num_outputs: number of its results; more stand after them, if random numbers are drawn that nothing uses.
     """
@@ -60,6 +61,7 @@ class Graph:
     written: tuple[Tensor, ...]
     fixed: tuple[FixedTensor, ...]
     num_outputs: int
+    moving: tuple[Tensor, ...]
 
     @property
     def num_operations(self) -> int:
@@ -86,12 +88,12 @@ class Graph:
     @contextmanager
     def put_back(self) -> Iterator[None]:
         """Run code that calls the graph without a lasting effect on the tensors that it changes, or on random numbers."""
-        before = [x.clone() for x in self.written]
+        before = [(x, x.clone()) for x in (*self.written, *(x.detach() for x in self.moving))]
         with forked_rng():
             try:
                 yield
             finally:
-                for x, value in zip(self.written, before, strict=True):
+                for x, value in before:
                     x.copy_(value)
 
 
@@ -152,7 +154,9 @@ def trace(function: Callable[..., Sequence[Any]], *inputs: Tensor, varying: Iter
     _simplify(module)
     _keep_random_numbers(module)
     _remove_unused_tensors(module)
-    return Graph(module, read, outer.written, tuple(sites[-1].fixed.values()), count)
+    changed = {x.untyped_storage().data_ptr() for x in outer.written}
+    moving = tuple(x for x in read if x.untyped_storage().data_ptr() in changed)
+    return Graph(module, read, outer.written, tuple(sites[-1].fixed.values()), count, moving)
 
 
 def _is_of_tracer(error: Exception) -> bool:

@@ -39,6 +39,11 @@ class Noise:
             for (kind, dtype, device), size in self.sizes.items()
         ]
 
+    def redraw(self, numbers: Sequence[Tensor]) -> None:
+        """Draw random numbers anew, in place of those that `draw` returned."""
+        for (kind, _, _), x in zip(self.sizes, numbers, strict=True):
+            x.normal_() if kind == "normal" else x.uniform_()
+
     def run(self, numbers: Sequence[Tensor], *tensors: Tensor) -> Sequence[Any]:
         """Return the results of the graph with given random numbers, each (size,)."""
         return _Replay(self, dict(zip(self.sizes, numbers, strict=True))).run(*tensors)

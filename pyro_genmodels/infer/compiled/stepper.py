@@ -79,7 +79,8 @@ class Stepper:
             if len(self.seconds) < TIMED_STEPS:
                 return 1
             if self.chosen is None:
-                self.chosen = choose_unroll(num_steps, median(self.seconds), self.steps(program, inputs).seconds)
+                built = self.steps(program, inputs).seconds
+                self.chosen = choose_unroll(num_steps, median(self.seconds), built, self.update.device.type)
             wanted = self.chosen
         if wanted > num_steps:
             return 1

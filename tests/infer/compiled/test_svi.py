@@ -274,7 +274,8 @@ def test_a_run_is_saved_and_gone_on_with(tmp_path):
 
 def test_the_number_of_steps_in_a_graph_weighs_compile_time():
     assert choose_unroll(100, 1e-4, 5.0) == 1
-    assert choose_unroll(10**8, 1e-4, 5.0) == 16
+    assert choose_unroll(10**8, 1e-4, 5.0) == 64
+    assert choose_unroll(10**8, 1e-4, 5.0, "cuda") == 16
     assert choose_unroll(10**8, 1.0, 5.0) == 1
 
 
