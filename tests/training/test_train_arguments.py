@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyro_genmodels import GAN, MAF, Adversarial, Flow, Labels, MaximumLikelihood, log_likelihood, to_arviz, train
 from pyro_genmodels._pyro import handlers
 from pyro_genmodels.datasets import load
-from pyro_genmodels.training import Checkpoint, checkpoints, steps
+from pyro_genmodels.training import Checkpoint, base_step, checkpoints
 
 train = partial(train, progress=False)
 
@@ -304,7 +304,7 @@ def test_local_latents_of_a_model_that_subsamples_are_all_trained():
 @pytest.mark.parametrize(("width", "most"), [(1, 10_000), (2**10, 64), (2**12, 50)], ids=["narrow", "wide", "wider"])
 def test_the_first_look_at_a_model_takes_little_memory(width, most, monkeypatch):
     """10,000 images of 256 x 256 pixels in three colours took 8 GB, by whatever batch size."""
-    monkeypatch.setattr(steps, "MANY_BYTES", 2**18)
+    monkeypatch.setattr(base_step, "MANY_BYTES", 2**18)
     seen = []
 
     def model(x):
