@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pyro_genmodels._pyro import handlers
 from pyro_genmodels.families.context import Labels, VectorContext
 from pyro_genmodels.families.family import Family
-from pyro_genmodels.infer.compiled import Mode
+from pyro_genmodels.infer.compiled.modes import check_mode
 from pyro_genmodels.optim.averaging import moving_average
 from pyro_genmodels.training.arguments import Batch
 from pyro_genmodels.training.batches import Batches
@@ -39,8 +39,7 @@ def check_options(
     mode: Any,
 ) -> None:
     """Check the options of `train` that are numbers, paths or modes."""
-    if not (mode is None or isinstance(mode, Mode)):
-        raise TypeError(f"train wants Eager(), Captured() or Compiled() as mode, or None, but found {mode!r}.")
+    check_mode("train", mode)
     check_positive_int("train", epochs=epochs, batch_size=batch_size, patience=patience)
     if threads is not None:
         check_positive_int("train", threads=threads)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_genmodels._pyro.capturing import capturable
 from pyro_genmodels.infer.compiled.graph import Graph, trace
-from pyro_genmodels.infer.compiled.modes import Mode, default_mode
+from pyro_genmodels.infer.compiled.modes import Mode, check_mode, default_mode
 from pyro_genmodels.infer.compiled.recorder import StaleGraphError
 
 
@@ -89,6 +89,7 @@ def capture(function: Callable[..., Sequence[Any]], *inputs: Tensor, mode: Mode 
             C++ compiler.
 
     Raises:
+        TypeError: if the mode is not one.
         CaptureError: if the function cannot be captured; the message names the cause and the line.
 
     Example:
@@ -101,7 +102,7 @@ def capture(function: Callable[..., Sequence[Any]], *inputs: Tensor, mode: Mode 
         >>> captured(torch.tensor([1.0, 2.0]))
         (tensor(5.), tensor([2., 4.]))
     """
-    mode = default_mode() if mode is None else mode
+    mode = check_mode("capture", mode) or default_mode()
     if not mode.captures:
         return _EagerFunction(function, mode)
     with capturable():

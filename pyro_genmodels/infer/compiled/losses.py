@@ -18,7 +18,7 @@ from pyro_genmodels._pyro.capturing import find_parameters
 from pyro_genmodels._pyro.renyi import renyi_loss
 from pyro_genmodels._pyro.tracing import tree_flatten
 from pyro_genmodels.infer.compiled.audit import Finding
-from pyro_genmodels.infer.compiled.modes import Mode, default_mode
+from pyro_genmodels.infer.compiled.modes import Mode, check_mode, default_mode
 from pyro_genmodels.infer.compiled.program import Check, Program
 from pyro_genmodels.infer.compiled.recorder import WAY_OUT, CaptureError
 from pyro_genmodels.utils.errors import warn_caller
@@ -60,7 +60,7 @@ class CapturedLoss:
 
     def __init__(self, model: Any, guide: Any, loss: Any, *, mode: Mode | None = None, audit: bool = True) -> None:
         self.model, self.guide, self.loss = model, guide, loss
-        self.mode = default_mode() if mode is None else mode
+        self.mode: Mode = check_mode(type(self).__name__, mode) or default_mode()
         self.is_audited = audit
         self.findings: list[Finding] = []
         self._programs: OrderedDict[Any, Program] = OrderedDict()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["Captured", "Compiled", "Eager", "Mode", "default_mode"]
+__all__ = ["Captured", "Compiled", "Eager", "Mode", "check_mode", "default_mode"]
 
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from pyro_genmodels._pyro.inductor import compile_graph, direct_call, missing_co
 from pyro_genmodels.infer.compiled.cuda_graphs import can_be_recorded, recorded
 from pyro_genmodels.infer.compiled.graph import Graph
 from pyro_genmodels.infer.compiled.recorder import put_back
-from pyro_genmodels.utils.errors import one_line, warn_caller
+from pyro_genmodels.utils.errors import one_line, repr_or_class, warn_caller
 
 Call = Callable[..., Sequence[Tensor]]
 
@@ -116,6 +117,28 @@ def _agree(one: Call, other: Call, graph: Graph, tensors: Sequence[Tensor]) -> b
     except (TypeError, ValueError):  # the other takes other tensors, such as some of these
         return False
     return len(first) == len(second) and all(map(partial(torch.allclose, rtol=0, atol=0, equal_nan=True), first, second))
+
+
+def check_mode(owner: str, mode: Any) -> Mode | None:
+    """Return a mode, or None, which stands for the default.
+
+    Args:
+        owner: name of the class or function that takes the mode.
+        mode: the value to check.
+
+    Raises:
+        TypeError: if it is neither.
+
+    Example:
+        >>> check_mode("capture", Eager())
+        Eager()
+        >>> check_mode("capture", Eager)
+        Traceback (most recent call last):
+        TypeError: capture wants Compiled(), Captured() or Eager() as mode, or None, but found the class Eager; call it.
+    """
+    if mode is None or isinstance(mode, Mode):
+        return mode
+    raise TypeError(f"{owner} wants Compiled(), Captured() or Eager() as mode, or None, but found {repr_or_class(mode)}.")
 
 
 @cache

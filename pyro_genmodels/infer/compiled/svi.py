@@ -30,7 +30,7 @@ from pyro_genmodels._pyro.handlers import exclusive
 from pyro_genmodels.infer.compiled.audit import Finding
 from pyro_genmodels.infer.compiled.checkpoints import load_state, state_of
 from pyro_genmodels.infer.compiled.losses import CapturedLoss
-from pyro_genmodels.infer.compiled.modes import Mode
+from pyro_genmodels.infer.compiled.modes import Mode, check_mode
 from pyro_genmodels.infer.compiled.program import Program
 from pyro_genmodels.infer.compiled.recorder import CaptureError
 from pyro_genmodels.infer.compiled.restarts import Restarts, initial_values
@@ -92,6 +92,7 @@ class CompiledSVI:
         audit: bool = True,
         num_restarts: int | None = None,
     ) -> None:
+        check_mode("CompiledSVI", mode)
         if not isinstance(optim, PyroOptim):
             raise TypeError(
                 f"CompiledSVI wants an optimiser of pyro.optim, such as pyro.optim.Adam({{'lr': 0.01}}), but found "

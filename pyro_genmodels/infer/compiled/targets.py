@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_genmodels.infer.compiled.functions import CapturedFunction, capture
-from pyro_genmodels.infer.compiled.modes import Mode
+from pyro_genmodels.infer.compiled.modes import Mode, check_mode
 from pyro_genmodels.samplers.target import Beta, Target, check_target, value_and_score
 from pyro_genmodels.utils.errors import check_positive_int
 
@@ -38,7 +38,7 @@ def captured_target(target: Any, initial: Tensor, *, block: int | None = None, m
         mode: `Compiled()` or `Captured()`; by default compiled where there is a C++ compiler.
 
     Raises:
-        TypeError: if the target is not one.
+        TypeError: if the target, or the mode, is not one.
         ValueError: if `block` is not a positive integer, or the target has one context per chain.
         CaptureError: when chains begin, if the log density cannot be captured.
 
@@ -51,6 +51,7 @@ def captured_target(target: Any, initial: Tensor, *, block: int | None = None, m
         >>> 0.8 < chains.draws.norm(dim=-1).mean() < 1.2
         tensor(True)
     """
+    check_mode("captured_target", mode)
     target = check_target(target, initial.dim() - 1)
     if block is not None:
         check_positive_int("captured_target", block=block)
