@@ -97,7 +97,8 @@ def _adagrad(p: Tensor, g: Tensor, state: State, group: Mapping[str, Any], lr: T
 
 def _bias(beta: float, step: Tensor) -> Tensor:
     """Return :math:`1 - \\beta^t`, the share of gradients in an average that began with 0, in float64."""
-    return 1 - torch.pow(beta, step.double())
+    bias = 1 - torch.pow(beta, step.double())
+    return bias.as_strided((), ())  # a compiler computes it once; else it would be a part of the loop over the parameter
 
 
 FORMULAS: Mapping[type[Optimizer], Formula] = {
