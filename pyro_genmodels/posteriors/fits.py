@@ -80,7 +80,7 @@ class GuidePosterior(Posterior):
 
         It has no discrete latent variables: the approximation is one with these summed out.
         """
-        names = set(self.problem.density.names)
+        names = set(self.problem.coordinates.names)
 
         def hidden(site: Mapping[str, Any]) -> bool:
             return site["type"] == "sample" and not site["is_observed"] and site["name"] not in names
@@ -92,7 +92,7 @@ class GuidePosterior(Posterior):
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:  # noqa: FBT001, FBT002 - as in Pyro
         num_samples = NUM_SAMPLES if num_samples is None else num_samples
         check_positive_int("get_samples", num_samples=num_samples)
-        draws = self.problem.density.constrain(self.approximation().sample((num_samples,)))
+        draws = self.problem.coordinates.constrain(self.approximation().sample((num_samples,)))
         return {name: x[None] for name, x in draws.items()} if group_by_chain else draws
 
     @torch.no_grad()
@@ -105,7 +105,7 @@ class GuidePosterior(Posterior):
         distribution = self.approximation()
         z = distribution.sample((num_samples,))
         log_p, _ = self.problem.batched(z)
-        return psis(self.problem.density.constrain(z), log_p, distribution.log_prob(z))
+        return psis(self.problem.coordinates.constrain(z), log_p, distribution.log_prob(z))
 
 
 class DrawnPosterior(Posterior):
@@ -145,4 +145,4 @@ class DrawnPosterior(Posterior):
             check_positive_int("get_samples", num_samples=num_samples)
             flat = z.flatten(0, 1)
             z = flat[torch.randint(len(flat), (num_samples,))][None]
-        return self.problem.density.constrain(z if group_by_chain else z.flatten(0, 1))
+        return self.problem.coordinates.constrain(z if group_by_chain else z.flatten(0, 1))

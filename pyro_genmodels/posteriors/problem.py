@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from pyro_genmodels.infer.compiled.batched import BatchedDensity
+from pyro_genmodels.infer.compiled.coordinates import Coordinates
 from pyro_genmodels.infer.compiled.density import LogDensity
 
 
@@ -20,12 +21,32 @@ class Problem:
         args: its positional arguments.
         kwargs: its keyword arguments.
         progress: True for progress bars.
+
+    Args:
+        model: function with Pyro statements.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        progress: True for progress bars.
+        coordinates: unconstrained coordinates of its latent variables, if they are known; then a density is built only when it
+            is asked for, and the model need not have one.
     """
 
     def __init__(
-        self, model: Callable[..., Any], args: tuple = (), kwargs: Mapping[str, Any] | None = None, *, progress: bool = True
+        self,
+        model: Callable[..., Any],
+        args: tuple = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        progress: bool = True,
+        coordinates: Coordinates | None = None,
     ) -> None:
         self.model, self.args, self.kwargs, self.progress = model, tuple(args), dict(kwargs or {}), progress
+        self._coordinates = coordinates
+
+    @property
+    def coordinates(self) -> Coordinates:
+        """Maps between unconstrained coordinates and the latent variables."""
+        return self.density if self._coordinates is None else self._coordinates
 
     @cached_property
     def density(self) -> LogDensity:
