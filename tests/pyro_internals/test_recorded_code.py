@@ -1,5 +1,7 @@
 """What `record` relies on: names in the code that Inductor writes, and that it returns memory that it allocated."""
 
+import warnings
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -8,7 +10,8 @@ from pyro_genmodels._pyro.inductor import DirectCall, compile_graph, direct_call
 
 
 def compiled(function, *tensors):
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's compiler
         return direct_call(compile_graph(make_fx(function)(*tensors), tensors))
 
 
