@@ -25,7 +25,7 @@ from pyro_genmodels.samplers.target import check_target
 RUN_STEPS = {"eight schools": 2000, "hierarchical": 1000, "logistic": 100}
 """Steps of one `run`."""
 
-UNROLL = {"eight schools": 16, "hierarchical": 16, "logistic": 4}
+UNROLL = {"eight schools": 64, "hierarchical": 64, "logistic": 64}
 """Steps in one graph, as a long run would choose."""
 
 RESTARTS = 64
