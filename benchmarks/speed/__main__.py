@@ -55,6 +55,7 @@ def main(
     for name in only or SECTIONS:
         pyro.set_rng_seed(0)
         pyro.clear_param_store()
+        pyro.enable_validation(True)  # as Pyro has it, until zuko is imported
         start, bench = time.perf_counter(), Bench(rounds, seconds, threads, peers, memory, say)
         try:
             SECTIONS[name](bench)
