@@ -23,7 +23,7 @@ from pyro_genmodels.infer.compiled import CapturedLoss, CompiledSVI, captured_ta
 from pyro_genmodels.samplers import Langevin, run
 from pyro_genmodels.samplers.target import check_target
 
-RUN_STEPS = {"eight schools": 2000, "hierarchical": 1000, "logistic": 100}
+RUN_STEPS = {"eight schools": 2048, "hierarchical": 1024, "logistic": 640}
 """Steps of one `run`."""
 
 UNROLL = {"eight schools": 64, "hierarchical": 64, "logistic": 64}
@@ -52,13 +52,13 @@ def compiled(program: Program, name: str = "CompiledSVI.step", **options: Any) -
     return Here(name, lambda: svi.step(*program.args))
 
 
-def compiled_run(name: str) -> Here:
+def compiled_run(name: str, label: str = "CompiledSVI.run", **options: Any) -> Here:
     """Return a run of CompiledSVI."""
     program, steps = programs.with_normal_guide(name), RUN_STEPS[name]
-    svi = CompiledSVI(program.model, program.guide, adam(), program.loss)
+    svi = CompiledSVI(program.model, program.guide, adam(), program.loss, **options)
     for _ in range(2):  # the first step is Pyro's own, the second compiles
         svi.step(*program.args)
-    return Here("CompiledSVI.run", lambda: svi.run(steps, *program.args, unroll=UNROLL[name], progress=False), steps)
+    return Here(label, lambda: svi.run(steps, *program.args, unroll=UNROLL[name], progress=False), steps)
 
 
 def svi_step(bench: Bench) -> None:
@@ -83,6 +83,7 @@ def svi_run(bench: Bench) -> None:
         make = programs.with_normal_guide
         others = [(stock(make(name)), stock_target), (numpyro, numpyro_target)]
         bench.compare(f"{name}, a step of a run", compiled_run(name), others)
+        bench.compare(f"{name}, the same without audits", compiled_run(name, audit=False), [(numpyro, None)])
 
 
 def restarts(bench: Bench) -> None:
