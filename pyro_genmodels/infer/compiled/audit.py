@@ -23,9 +23,9 @@ class Finding:
 
     Attributes:
         kind: "capture" of a program for new shapes or arguments, "changed" for a capture after something has changed, "built"
-            for steps put into a graph, or "audit".
+            for one step or several with their optimiser, put into a graph and compiled, or "audit".
         name: what has changed, or how many steps were built.
-        calls: number of calls of the program before.
+        calls: number of calls before: of all programs for a capture, and otherwise of this program.
         seconds: time that it took.
         difference: largest difference from the program, relative to the sizes of loss and gradients; None if none was made.
         num_operations: number of operations of the graph.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["load_state", "state_of"]
+__all__ = ["check_state", "load_state", "state_of"]
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -14,6 +14,7 @@ from pyro.optim import PyroOptim
 
 from pyro_genmodels._pyro.params import unconstrained
 from pyro_genmodels.infer.compiled.updates import load_optimizer
+from pyro_genmodels.utils.errors import listed
 
 
 def state_of(optim: PyroOptim) -> dict[str, Any]:
@@ -32,6 +33,26 @@ def state_of(optim: PyroOptim) -> dict[str, Any]:
     return {"parameters": parameters, "optimizer": deepcopy(optim.get_state())}
 
 
+def check_state(state: Mapping[str, Any]) -> list[str]:
+    """Return the names of parameters of a state that are not yet in Pyro's param store.
+
+    Raises:
+        ValueError: if a parameter there has another shape.
+    """
+    missing = []
+    for name, value in state["parameters"].items():
+        p = unconstrained(name)
+        if p is None:
+            missing.append(name)
+        elif p.shape != value.shape:
+            raise ValueError(
+                f"The parameter {name!r} has the shape {tuple(value.shape)} in the state to load, but {tuple(p.shape)} in "
+                "Pyro's param store. Is it the state of another model or guide? If another program ran before, call "
+                "pyro.clear_param_store() first."
+            )
+    return missing
+
+
 def load_state(optim: PyroOptim, state: Mapping[str, Any]) -> None:
     """Set parameters, in place, and the state of an optimiser.
 
@@ -43,13 +64,10 @@ def load_state(optim: PyroOptim, state: Mapping[str, Any]) -> None:
         ValueError: if a parameter is not in Pyro's param store, or has another shape.
     """
     store = pyro.get_param_store()
-    for name, value in state["parameters"].items():
-        p = unconstrained(name)
-        if p is None or p.shape != value.shape:
-            raise ValueError(
-                f"The parameter {name!r} of shape {tuple(value.shape)} is not in Pyro's param store. Run the guide and the "
-                "model once first, as by evaluate_loss(...), so that their parameters exist."
-            )
+    if missing := check_state(state):
+        raise ValueError(
+            f"The state to load has parameters {listed(missing)}, which model and guide do not have: they have {listed(store)}."
+        )
     with torch.no_grad():
         for name, value in state["parameters"].items():
             unconstrained(name).copy_(value)  # type: ignore[union-attr]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["CapturedLoss", "differentiable_loss", "key_of", "loss_and_gradients"]
+__all__ = ["CapturedLoss", "differentiable_loss", "loss_and_gradients"]
 
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pyro.infer import ELBO, RenyiELBO
@@ -16,18 +16,15 @@ from torch import Tensor
 
 from pyro_genmodels._pyro.capturing import find_parameters
 from pyro_genmodels._pyro.renyi import renyi_loss
-from pyro_genmodels._pyro.tracing import tree_flatten
+from pyro_genmodels.infer.compiled.arguments import check_loss, check_pair
 from pyro_genmodels.infer.compiled.audit import Finding
+from pyro_genmodels.infer.compiled.captures import Captures, key_of
 from pyro_genmodels.infer.compiled.modes import Mode, check_mode, default_mode
 from pyro_genmodels.infer.compiled.program import Check, Program
 from pyro_genmodels.infer.compiled.recorder import WAY_OUT, CaptureError
-from pyro_genmodels.utils.errors import warn_caller
 
 MAX_PROGRAMS = 16
 """Number of graphs that are kept, for so many shapes of arguments."""
-
-MANY_CAPTURES = 8
-"""Number of captures after which a warning says that capturing again and again is slow."""
 
 DIFFERENTIABLE: Mapping[type[ELBO], Callable[..., Tensor]] = {RenyiELBO: renyi_loss}
 """For losses of Pyro without a differentiable form: a function of the loss, model, guide and arguments that is one."""
@@ -45,6 +42,11 @@ class CapturedLoss:
 
     Attributes:
         findings: captures and comparisons so far.
+        num_calls: number of calls so far.
+
+    Raises:
+        TypeError: if model, guide, loss or mode is none.
+        CaptureError: if the loss has no differentiable form and the mode captures.
 
     Example:
         >>> import pyro.distributions as dist
@@ -60,16 +62,25 @@ class CapturedLoss:
 
     def __init__(self, model: Any, guide: Any, loss: Any, *, mode: Mode | None = None, audit: bool = True) -> None:
         self.model, self.guide, self.loss = model, guide, loss
-        self.mode: Mode = check_mode(type(self).__name__, mode) or default_mode()
+        check_pair("CapturedLoss", model, guide)
+        self.mode: Mode = check_mode("CapturedLoss", mode) or default_mode()
+        check_loss("CapturedLoss", loss)
+        if self.mode.captures:
+            differentiable_loss(loss)
         self.is_audited = audit
         self.findings: list[Finding] = []
         self._programs: OrderedDict[Any, Program] = OrderedDict()
-        self._num_captures = 0
-        self.loss_of = differentiable_loss(loss)
+        self.num_calls = 0
+        self._captures = Captures(model)
+
+    @property
+    def loss_of(self) -> Callable[..., Tensor]:
+        """The differentiable loss, a function of model, guide and arguments."""
+        return differentiable_loss(self.loss)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes without the graphs, which are captured anew."""
-        return self.__dict__ | {"_programs": OrderedDict(), "_num_captures": 0, "findings": []}
+        return self.__dict__ | {"_programs": OrderedDict(), "_captures": Captures(self.model), "findings": []}
 
     def run(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss as the program computes it, differentiable."""
@@ -79,7 +90,9 @@ class CapturedLoss:
         """Return the loss () and its gradients, by the names of the parameters in Pyro's param store."""
         if not self.mode.captures:
             return loss_and_gradients(lambda: self.run(*args, **kwargs))
-        program, inputs = self.program(args, kwargs)
+        program, inputs = self.program_that_pays(args, kwargs)
+        if program is None:
+            return loss_and_gradients(lambda: self.run(*args, **kwargs))
         loss, *gradients = self.call(program, inputs)
         return loss, {name: g for name, g in zip(program.parameters, gradients, strict=True) if g is not None}
 
@@ -105,6 +118,7 @@ class CapturedLoss:
             difference = program.audit(inputs, further)
             self.findings.append(Finding("audit", "", program.calls, time.perf_counter() - start, difference))
         program.calls += num_calls
+        self.num_calls += num_calls
 
     def program(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], *, gradients: bool = True
@@ -117,6 +131,31 @@ class CapturedLoss:
         Warns:
             RuntimeWarning: if programs are captured again and again.
         """
+        program, inputs, key, changed = self._known(args, kwargs, gradients=gradients)
+        if program is None:
+            program = self._capture(key, changed, args, kwargs, gradients=gradients, pauses=False)
+        return program, inputs
+
+    def program_that_pays(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], *, gradients: bool = True
+    ) -> tuple[Program | None, list[Tensor]]:
+        """Return what `program` does, but None where the program would be captured again and again, which takes too long.
+
+        Raises:
+            CaptureError: see `program`.
+
+        Warns:
+            RuntimeWarning: see `program`.
+        """
+        program, inputs, key, changed = self._known(args, kwargs, gradients=gradients)
+        if program is None and self._captures.pays(key, changed):
+            program = self._capture(key, changed, args, kwargs, gradients=gradients, pauses=True)
+        return program, inputs
+
+    def _known(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], *, gradients: bool
+    ) -> tuple[Program | None, list[Tensor], Any, str | None]:
+        """Return the program for arguments, if it was captured and is right; their tensors, their key, and what has changed."""
         if gradients and not torch.is_grad_enabled():
             raise CaptureError(
                 "Gradients are switched off around the call, by torch.no_grad() or torch.inference_mode(), so that there are "
@@ -130,33 +169,29 @@ class CapturedLoss:
             )
         key = (gradients, key)
         program = self._programs.get(key)
-        changed = None
+        changed = None if program is None else program.changed()
+        if changed is not None:
+            return None, inputs, key, changed
         if program is not None:
-            changed = program.changed()
-            if changed is None:
-                self._programs.move_to_end(key)
-                return program, inputs
-            del self._programs[key]
-        self._num_captures += 1
-        if self._num_captures == MANY_CAPTURES:
-            cause = (
-                "the arguments had so many shapes, or numbers, texts, arrays and other objects that are no tensors"
-                if changed is None
-                else f"{changed} was bound anew"
-            )
-            warn_caller(
-                f"The program was captured {MANY_CAPTURES} times: {cause}. Capturing takes much longer than a step. Pass what "
-                "changes as a tensor, and batches of one size."
-            )
+            self._programs.move_to_end(key)
+        return program, inputs, key, None
+
+    def _capture(
+        self, key: Any, changed: str | None, args: Sequence[Any], kwargs: Mapping[str, Any], *, gradients: bool, pauses: bool
+    ) -> Program:
+        """Return the program for arguments, captured now."""
+        self._captures.add(key, changed, args, kwargs, pauses=pauses)
+        self._programs.pop(key, None)
         start = time.perf_counter()
         with torch.inference_mode(False), torch.enable_grad():
             program = Program(self.run, args, kwargs, (self.model, self.guide, self.loss), gradients=gradients)
         self._programs[key] = program
         while len(self._programs) > MAX_PROGRAMS:
             self._programs.popitem(last=False)
+        kind: Literal["changed", "capture"] = "changed" if changed else "capture"
         seconds, size = time.perf_counter() - start, program.graph.num_operations
-        self.findings.append(Finding("changed" if changed else "capture", changed or "", 0, seconds, num_operations=size))
-        return program, inputs
+        self.findings.append(Finding(kind, changed or "", self.num_calls, seconds, num_operations=size))
+        return program
 
 
 def loss_and_gradients(run: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -169,51 +204,6 @@ def loss_and_gradients(run: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Ten
     return loss.detach(), {name: g for name, g in zip(trained, found, strict=False) if g is not None}
 
 
-def key_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, list[Tensor]]:
-    """Return the shape and structure of arguments, and the tensors among them."""
-    dtype = torch.get_default_dtype()
-    if not kwargs and all(type(x) is Tensor for x in args):
-        inputs = list(args)
-        return (dtype, *map(_form, inputs)), inputs
-    leaves, structure = tree_flatten((tuple(args), dict(kwargs)))
-    inputs = [x for x in leaves if isinstance(x, Tensor)]
-    parts = tuple(_form(x) if isinstance(x, Tensor) else _constant(x) for x in leaves)
-    return (dtype, structure, *parts), inputs
-
-
-def _form(x: Tensor) -> tuple[Any, ...]:
-    """Return what a compiled graph takes for granted of an argument; the strides are among it.
-
-    Raises:
-        CaptureError: if it is sparse.
-    """
-    if x.layout != torch.strided:
-        raise CaptureError(f"an argument of shape {tuple(x.shape)} is sparse. Pass x.to_dense(). {WAY_OUT}")
-    return x.shape, x.stride(), x.dtype, x.device
-
-
-def _constant(x: Any) -> Any:
-    """Return something that is equal for equal arguments that are no tensors."""
-    if isinstance(x, float | complex) and x != x:
-        return type(x), "nan"
-    if isinstance(x, bool | int | float | complex | str | bytes | type(None) | torch.Size | torch.dtype | torch.device):
-        return type(x), x
-    return _Same(x)
-
-
-class _Same:
-    """An object that is equal to itself alone, and is kept alive."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-
 def differentiable_loss(loss: Any) -> Callable[..., Tensor]:
     """Return the function of model, guide and arguments that is the differentiable loss.
 
@@ -223,12 +213,11 @@ def differentiable_loss(loss: Any) -> Callable[..., Tensor]:
     if type(loss) in DIFFERENTIABLE:
         return partial(DIFFERENTIABLE[type(loss)], loss)
     if not isinstance(loss, ELBO):
-        if not callable(loss):
-            raise TypeError(f"A loss is a pyro.infer.ELBO, or a function of model, guide and arguments, but found {loss!r}.")
         return loss
     if "differentiable_loss" not in {name for cls in type(loss).__mro__ for name in vars(cls)}:
         raise CaptureError(
             f"{type(loss).__name__} has no differentiable loss in Pyro, and cannot be captured. Use Trace_ELBO, "
-            "TraceMeanField_ELBO, TraceEnum_ELBO, RenyiELBO, or the objectives of this package; or run it by pyro.infer.SVI."
+            "TraceMeanField_ELBO, TraceEnum_ELBO, RenyiELBO, or the objectives of this package; or take mode=Eager() of "
+            "CompiledSVI, or pyro.infer.SVI."
         )
     return loss.differentiable_loss  # type: ignore[attr-defined]

@@ -43,6 +43,9 @@ BATCH_NORMS = (aten.native_batch_norm.default, aten.cudnn_batch_norm.default, at
 """Operations that change the running statistics among their arguments, though their schemas do not say so."""
 
 
+PLATE = str(Path("pyro", "poutine", "indep_messenger.py"))
+"""File of Pyro in which a loop over a plate runs."""
+
 WAY_OUT = "The mode Eager() runs the program as it is, without a graph."
 """Advice at the end of errors."""
 
@@ -130,7 +133,9 @@ class Recorder(TorchDispatchMode):
             if has_shape:
                 raise self.error(f"the shape of the result of {_name(func)} depends on values")
             if reads:
-                raise self.error("Python code reads the value of a tensor, as by `if x > 0`, int(x) or x.item()")
+                raise self.error(
+                    "Python code reads the value of a tensor, as by `if x > 0`, `assert x > 0`, int(x) or x.item()"
+                )
         written = self._written(func, args, kwargs)
         for x in written:
             self._keep(x)
@@ -240,7 +245,10 @@ class Recorder(TorchDispatchMode):
 
     def error(self, cause: str) -> CaptureError:
         """Return an error with the site and the line of the program that runs now."""
-        return CaptureError(f"{cause}{self.where(traceback.extract_stack())}. {WAY_OUT}")
+        stack = traceback.extract_stack()
+        is_loop = any(f.name == "__iter__" and f.filename.endswith(PLATE) for f in stack)
+        hint = "A loop over a plate that subsamples has other sites at each run: write `with pyro.plate(...) as i`. "
+        return CaptureError(f"{cause}{self.where(stack)}. {hint if is_loop else ''}{WAY_OUT}")
 
     def where(self, stack: Any) -> str:
         """Return a text about the site that was sampled last, and the lines of the user's code and of Pyro that run now."""

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.optim import SGD, Adagrad
 
@@ -172,7 +173,7 @@ class Restarts:
 
     def _latents(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
         with put_back(), torch.no_grad():
-            return traces.latents(poutine.trace(self.captured.model).get_trace(*args, **kwargs))
+            return traces.latents(prune_subsample_sites(poutine.trace(self.captured.model).get_trace(*args, **kwargs)))
 
     def _sample(self, latents: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return one sample of the guide, and of the model's latent variables that the guide leaves to the model."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["batches_of", "has_converged", "mean_loss"]
+__all__ = ["batches_of", "check_batches", "has_converged", "mean_loss"]
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+
+from pyro_genmodels.utils.errors import type_with_article
 
 
 def mean_loss(losses: list[Any]) -> Tensor:
@@ -23,6 +25,29 @@ def has_converged(losses: list[Any], patience: int) -> bool:
     if len(losses) < 2 * patience:
         return False
     return not (mean_loss(losses[-patience:]) < mean_loss(losses[-2 * patience : -patience])).any()
+
+
+def check_batches(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return True if the arguments of a run are a loader.
+
+    Raises:
+        TypeError: if there is an iterator among them.
+        ValueError: if there are arguments beside a loader.
+    """
+    values = (*args, *kwargs.values())
+    for x in values:
+        if isinstance(x, Iterator):
+            raise TypeError(
+                f"CompiledSVI.run walks through a loader again and again, but found {type_with_article(x)}, an iterator, which "
+                "ends: pass the loader itself, not iter(loader)."
+            )
+    has_loader = any(isinstance(x, DataLoader) for x in values)
+    if has_loader and (len(args) != 1 or not isinstance(args[0], DataLoader)):
+        raise ValueError(
+            "CompiledSVI.run takes a DataLoader alone: pass it as the only positional argument, with batches that hold the "
+            "other arguments of the model. What is the same for all batches may be a keyword argument."
+        )
+    return has_loader
 
 
 def batches_of(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[Sequence[Any], dict[str, Any]]]:

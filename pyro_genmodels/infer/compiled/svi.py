@@ -10,6 +10,7 @@ __all__ = ["CompiledSVI"]
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from itertools import repeat
 from math import isfinite
@@ -22,22 +23,22 @@ from pyro.infer import SVI
 from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from pyro_genmodels._pyro.capturing import has_handlers
 from pyro_genmodels._pyro.handlers import exclusive
+from pyro_genmodels.infer.compiled.arguments import check_loss, check_optim, check_pair
 from pyro_genmodels.infer.compiled.audit import Finding
-from pyro_genmodels.infer.compiled.checkpoints import load_state, state_of
+from pyro_genmodels.infer.compiled.checkpoints import check_state, load_state, state_of
 from pyro_genmodels.infer.compiled.losses import CapturedLoss
 from pyro_genmodels.infer.compiled.modes import Mode, check_mode
 from pyro_genmodels.infer.compiled.program import Program
-from pyro_genmodels.infer.compiled.recorder import CaptureError
+from pyro_genmodels.infer.compiled.recorder import CaptureError, put_back
 from pyro_genmodels.infer.compiled.restarts import Restarts, initial_values
-from pyro_genmodels.infer.compiled.runs import batches_of, has_converged, mean_loss
+from pyro_genmodels.infer.compiled.runs import batches_of, check_batches, has_converged, mean_loss
 from pyro_genmodels.infer.compiled.stepper import Before, Stepper, check_step
 from pyro_genmodels.infer.compiled.updates import has_stepped, moved_by, update_of, watch_others
-from pyro_genmodels.utils.errors import check_positive_int, type_with_article, warn_caller
+from pyro_genmodels.utils.errors import check_positive_int, warn_caller
 from pyro_genmodels.utils.files import atomic_write
 
 SAVE_SECONDS = 60.0
@@ -63,8 +64,8 @@ class CompiledSVI:
             (num_restarts,). `restarts.select()` keeps the best of them, and `restarts.samples(n)` draws from all.
 
     Raises:
-        TypeError: if the optimiser or the loss is none of these.
-        CaptureError: if the loss has no differentiable form.
+        TypeError: if model, guide, optimiser, loss or mode is none of these.
+        CaptureError: if the loss has no differentiable form, and the mode captures. `Eager()` takes any loss of Pyro.
 
     Example:
         >>> import pyro.distributions as dist
@@ -93,15 +94,15 @@ class CompiledSVI:
         num_restarts: int | None = None,
     ) -> None:
         check_mode("CompiledSVI", mode)
-        if not isinstance(optim, PyroOptim):
-            raise TypeError(
-                f"CompiledSVI wants an optimiser of pyro.optim, such as pyro.optim.Adam({{'lr': 0.01}}), but found "
-                f"{type_with_article(optim)}."
-            )
+        check_pair("CompiledSVI", model, guide)
+        check_loss("CompiledSVI", loss)
+        check_optim("CompiledSVI", optim)
         self._optim = optim
         self.captured = CapturedLoss(model, guide, loss, mode=mode, audit=audit)
         self._stock = SVI(model, guide, optim, loss)
         self._is_first = True
+        self._waiting: dict[str, Any] | None = None
+        self._num_steps = 0
         self._restarts: Restarts | None = None
         self._first_values: dict[str, Tensor] = {}
         if num_restarts is not None:
@@ -115,15 +116,37 @@ class CompiledSVI:
             "anew, and go on by load(path)."
         )
 
+    def __repr__(self) -> str:
+        captures = sum(finding.kind in ("capture", "changed") for finding in self.findings)
+        restarts = "" if self.num_restarts is None else f"num_restarts={self.num_restarts}, "
+        return f"CompiledSVI(mode={self.captured.mode!r}, {restarts}{self._num_steps} steps, {captures} captures)"
+
     @property
     def model(self) -> Any:
-        """The model."""
+        """The model, with the parameters that were loaded.
+
+        Raises:
+            ValueError: if a state that was loaded still waits for a first run.
+        """
+        self._check_not_waiting()
         return self.captured.model
 
     @property
     def guide(self) -> Any:
-        """The guide."""
+        """The guide, with the parameters that were loaded.
+
+        Raises:
+            ValueError: if a state that was loaded still waits for a first run.
+        """
+        self._check_not_waiting()
         return self.captured.guide
+
+    def _check_not_waiting(self) -> None:
+        if self._waiting is not None:
+            raise ValueError(
+                "The state that was loaded waits for a first run of model and guide, which makes their parameters. Call "
+                "evaluate_loss(...) with the arguments of the model, or make a step."
+            )
 
     @property
     def optim(self) -> PyroOptim:
@@ -152,11 +175,18 @@ class CompiledSVI:
             CaptureError: if the program cannot be captured.
             StaleGraphError: if the program no longer computes what was captured.
         """
+        loss = self._step(args, kwargs)
+        self._num_steps += 1
+        return loss
+
+    def _step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if self.num_restarts is not None:
             return self._step_restarts(args, kwargs)
+        self._load_waiting(args, kwargs)
         program, inputs = self._program_in_graph(args, kwargs)
         if program is None:
             self._is_first = False
+            self.captured.num_calls += 1
             return self._stock_step(args, kwargs)
         stepper = self._stepper_of(program)
         if stepper is None:
@@ -223,27 +253,24 @@ class CompiledSVI:
         Args:
             num_steps: number of steps.
             args: arguments of the model and the guide, or a single `torch.utils.data.DataLoader` of them, which is walked
-                through again and again.
+                through again and again. Batches that are tuples or lists become positional arguments, and dictionaries become
+                keyword arguments.
             unroll: number of steps in one graph; 1 for the random numbers of `step`. By default it is chosen.
             patience: number of steps; the run ends, with fewer losses, once the mean of the last `patience` losses is not
                 below the mean of as many before (of no restart, if there are several). NaN is left out.
             checkpoint: path of a file to which `save` writes every minute and at the end, also if the run is interrupted.
             progress: True for a progress bar.
-            kwargs: keyword arguments of the model and the guide.
+            kwargs: keyword arguments of the model and the guide, the same at each step, beside a loader too.
 
         Raises:
+            TypeError: if an argument is an iterator, such as ``iter(loader)``.
             ValueError: if a number is not positive, a loader has no batches or stands beside other arguments, or `unroll` is
                 given where each step has arguments of its own.
             CaptureError: if the program cannot be captured.
             StaleGraphError: if the program no longer computes what was captured.
         """
         check_positive_int("CompiledSVI.run", num_steps=num_steps)
-        has_loader = any(isinstance(x, DataLoader) for x in (*args, *kwargs.values()))
-        if has_loader and (len(args) != 1 or not isinstance(args[0], DataLoader)):
-            raise ValueError(
-                "CompiledSVI.run takes a DataLoader alone: pass it as the only positional argument, with batches that hold all "
-                "arguments of the model."
-            )
+        has_loader = check_batches(args, kwargs)
         if (unroll or 1) > 1 and (has_loader or self.num_restarts is not None):
             raise ValueError(
                 "Several steps in one graph need the same arguments at each step, and no restarts: leave unroll out."
@@ -294,6 +321,7 @@ class CompiledSVI:
         if self.num_restarts is not None:
             return [self.step(*args, **kwargs).tolist()]
         is_loader = not isinstance(batches, repeat)
+        self._load_waiting(args, kwargs)
         program, inputs = self._program_in_graph(args, kwargs)
         stepper = None if program is None else self._stepper_of(program)
         size = 1
@@ -309,6 +337,7 @@ class CompiledSVI:
         losses = stepper.steps(program, inputs, size)(inputs)
         found = losses.tolist()
         finite = [loss for loss in found if isfinite(loss)]
+        self._num_steps += len(finite)
         if len(finite) < size:  # such steps have changed nothing: they are made one by one, as Pyro makes them
             stepper.is_single = True
             finite += [self.step(*args, **kwargs) for _ in range(size - len(finite))]
@@ -320,7 +349,9 @@ class CompiledSVI:
             torch.save(self.state_dict(), part)
 
     def load(self, path: str | Path) -> None:
-        """Read parameters and the state of the optimiser from a file that `save` wrote.
+        """Read parameters and the state of the optimiser from a file that `save` wrote; see `load_state_dict`.
+
+        It is no file of Pyro's param store, whose `load` does not read it.
 
         Raises:
             ValueError: see `load_state_dict`.
@@ -335,27 +366,51 @@ class CompiledSVI:
         Raises:
             ValueError: if parameters are not in the param store.
         """
-        return state_of(self.optim)
+        return state_of(self.optim) if self._waiting is None else deepcopy(self._waiting)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set parameters, in place, and the state of the optimiser.
+
+        Parameters that model and guide have not yet made cannot be set. The state then waits for the next `step`, `run` or
+        `evaluate_loss`, which first makes them, by a run of both, and sets them.
 
         Args:
             state: what `state_dict` returned.
 
         Raises:
-            ValueError: if a parameter is not in Pyro's param store, or has another shape.
+            ValueError: if a parameter has another shape, or is none of model and guide; or if there are several restarts.
         """
-        load_state(self.optim, state)
+        if self.num_restarts is not None:
+            raise ValueError(
+                "Restarts begin at values of their own, and cannot go on from a state of one fit. Build CompiledSVI without "
+                "num_restarts to load it."
+            )
+        if check_state(state):
+            self._waiting = deepcopy(state)
+        else:
+            load_state(self.optim, state)
+            self._waiting = None
+
+    def _load_waiting(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Make the parameters by a run of model and guide, and set them to a state that waits, if one does."""
+        if self._waiting is None:
+            return
+        with exclusive("a run of the model", wait=True), put_back():
+            self._stock.evaluate_loss(*args, **kwargs)
+        load_state(self.optim, self._waiting)
+        self._waiting = None
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Return the loss without a step (nats, summed over the data). The arguments are those of `step`.
 
         The captured graph is run one operation after another: compiling it for each shape of data would rarely pay.
         """
+        self._load_waiting(args, kwargs)
         if self._is_first or not self.captured.mode.captures or has_handlers():
             return self._stock.evaluate_loss(*args, **kwargs)
-        program, inputs = self.captured.program(args, kwargs, gradients=False)
+        program, inputs = self.captured.program_that_pays(args, kwargs, gradients=False)
+        if program is None:
+            return self._stock.evaluate_loss(*args, **kwargs)
         self.captured.check(program, inputs)
         return float(program.graph(*inputs)[0])
 
@@ -363,7 +418,12 @@ class CompiledSVI:
         """Return the program of a step and its inputs, or None if Pyro's own step has to be made."""
         if self._is_first or not self.captured.mode.captures or has_handlers():
             return None, []
-        program, inputs = self.captured.program(args, kwargs)
+        if self.num_restarts is None:
+            program, inputs = self.captured.program_that_pays(args, kwargs)
+        else:
+            program, inputs = self.captured.program(args, kwargs)
+        if program is None:
+            return None, []
         known = program in self._steppers  # a new state of the optimiser would be seen by the watch
         return (program, inputs) if known or has_stepped(self.optim, program.trained) else (None, [])
 

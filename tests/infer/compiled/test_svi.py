@@ -13,7 +13,16 @@ from pyro.infer.autoguide import AutoNormal, init_to_uniform
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_genmodels import to_arviz
-from pyro_genmodels.infer.compiled import Captured, CaptureError, CompiledSVI, Eager, StaleGraphError, updates
+from pyro_genmodels.infer.compiled import (
+    Captured,
+    CapturedLoss,
+    CaptureError,
+    CompiledSVI,
+    Eager,
+    StaleGraphError,
+    captures,
+    updates,
+)
 from pyro_genmodels.infer.compiled import stepper as stepper_module
 from pyro_genmodels.infer.compiled.steps import choose_unroll
 
@@ -263,13 +272,61 @@ def test_a_run_is_saved_and_gone_on_with(tmp_path):
     svi.run(6, X, checkpoint=tmp_path / "fit.pt", unroll=1, progress=False)
     pyro.set_rng_seed(5)
     expected = svi.run(5, X, unroll=1, progress=False)
-    svi = fresh()
-    with pytest.raises(ValueError, match=r"is not in Pyro's param store.*evaluate_loss"):
+    for is_run_before in (True, False):
+        svi = fresh()
+        if is_run_before:
+            svi.evaluate_loss(X)
         svi.load(tmp_path / "fit.pt")
+        pyro.set_rng_seed(5)
+        torch.testing.assert_close(svi.run(5, X, unroll=1, progress=False), expected, rtol=1e-5, atol=1e-5)
+
+
+def trained():
+    pyro.clear_param_store()
+    svi = CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.3}), Trace_ELBO(), mode=PYTHON)
+    svi.run(6, X, progress=False)
+    return svi
+
+
+def test_a_state_waits_for_the_parameters_and_is_not_passed_over():
+    state = trained().state_dict()
+    pyro.clear_param_store()
+    svi = CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.3}), Trace_ELBO(), mode=PYTHON)
+    svi.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"waits for a first run.*evaluate_loss"):
+        to_arviz(svi, X)
+    waiting = svi.state_dict()["parameters"]
     svi.evaluate_loss(X)
-    svi.load(tmp_path / "fit.pt")
-    pyro.set_rng_seed(5)
-    torch.testing.assert_close(svi.run(5, X, unroll=1, progress=False), expected, rtol=1e-5, atol=1e-5)
+    for name, p in state["parameters"].items():
+        assert torch.equal(waiting[name], p)
+        assert torch.equal(pyro.get_param_store()._params[name], p)
+    assert svi.guide.median(X)["loc"] == state["parameters"]["AutoNormal.locs.loc"]
+
+
+def test_a_state_waits_again_once_the_parameters_are_gone():
+    svi = trained()
+    state = svi.state_dict()
+    svi.run(2, X, progress=False)
+    pyro.clear_param_store()
+    svi.load_state_dict(state)
+    svi.run(1, X, progress=False)
+    p = pyro.param("AutoNormal.locs.loc").detach()
+    assert p != state["parameters"]["AutoNormal.locs.loc"]
+    assert abs(p - state["parameters"]["AutoNormal.locs.loc"]) < 0.31
+
+
+def test_a_state_of_something_else_is_refused():
+    svi = trained()
+    state = svi.state_dict()
+    name, p = next(iter(state["parameters"].items()))
+    with pytest.raises(ValueError, match=r"has the shape \(3,\) in the state to load, but \(\) in Pyro's param store"):
+        svi.load_state_dict({**state, "parameters": {name: p.expand(3)}})
+    svi.load_state_dict({**state, "parameters": {"other": p}})
+    with pytest.raises(ValueError, match=r"has parameters other, which model and guide do not have: they have AutoNormal"):
+        svi.step(X)
+    several = CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({}), Trace_ELBO(), mode=PYTHON, num_restarts=2)
+    with pytest.raises(ValueError, match="Restarts begin at values of their own"):
+        several.load_state_dict(state)
 
 
 def test_the_number_of_steps_in_a_graph_weighs_compile_time():
@@ -403,6 +460,21 @@ def test_loaders_without_batches_and_beside_arguments_are_refused():
         svi.run(5, X, empty, progress=False)
     with pytest.raises(ValueError, match="leave unroll out"):
         svi.run(5, empty, unroll=4, progress=False)
+    with pytest.raises(TypeError, match=r"an iterator, which ends: pass the loader itself"):
+        svi.run(5, iter(empty), progress=False)
+
+
+def test_batches_that_are_dictionaries_are_keyword_arguments_beside_those_of_all_batches():
+    seen = []
+
+    def model(x, beta):
+        seen.append((x.tolist(), beta.item()))
+        pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)) * beta, 1.0).expand([2]).to_event(1), obs=x)
+
+    loader = DataLoader([{"x": torch.tensor(float(i))} for i in range(4)], batch_size=2)
+    svi = CompiledSVI(model, lambda **kwargs: None, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO(), mode=Eager())
+    svi.run(2, loader, beta=torch.tensor(0.5), progress=False)
+    assert seen == [([0.0, 1.0], 0.5), ([2.0, 3.0], 0.5)]
 
 
 # Restarts.
@@ -483,6 +555,18 @@ def test_restarts_that_begin_alike_are_warned_of():
         svi.step()
 
 
+def test_samples_of_restarts_are_of_latent_variables():
+    def rows(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, 5.0))
+        with pyro.plate("all", len(x), subsample_size=3), pyro.plate("d", 2):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x[:3])
+
+    guide = AutoNormal(rows, init_loc_fn=init_to_uniform)
+    svi = CompiledSVI(rows, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(), mode=PYTHON, num_restarts=2)
+    svi.run(3, X, progress=False)
+    assert {name: draws.shape for name, draws in svi.restarts.samples(4, X).items()} == {"loc": (2, 4)}
+
+
 def test_restarts_need_a_graph():
     guide = AutoNormal(bimodal, init_loc_fn=init_to_uniform)
     svi = CompiledSVI(bimodal, guide, pyro.optim.Adadelta({}), Trace_ELBO(), mode=PYTHON, num_restarts=2)
@@ -503,8 +587,27 @@ def test_it_is_a_fit():
 
 
 def test_arguments_are_checked():
-    with pytest.raises(TypeError, match=r"wants an optimiser of pyro.optim.*but found"):
-        CompiledSVI(model, AutoNormal(model), torch.optim.Adam, Trace_ELBO())
+    guide, adam, elbo = AutoNormal(model), pyro.optim.Adam({}), Trace_ELBO()
+    found = {
+        r"None\.": None,
+        r"the class torch\.optim\.adam\.Adam\.": torch.optim.Adam,
+        r"an object of torch\.optim\.adam\.Adam\.": torch.optim.Adam([X.clone().requires_grad_()]),
+        r"a function of pyro\.optim\.pytorch_optimizers; call it": pyro.optim.Adam,
+        r"a dict\.": {"lr": 0.1},
+    }
+    for text, optim in found.items():
+        with pytest.raises(TypeError, match=rf"wants an optimiser of pyro\.optim.*but found {text}"):
+            CompiledSVI(model, guide, optim, elbo)
+    with pytest.raises(TypeError, match=r"found the class Trace_ELBO; call it: Trace_ELBO\(\)"):
+        CompiledSVI(model, guide, adam, Trace_ELBO, mode=Eager())
+    with pytest.raises(TypeError, match=r"wants a loss, .*but found 'elbo'"):
+        CompiledSVI(model, guide, adam, "elbo")
+    with pytest.raises(TypeError, match=r"wants a model, .*but found None"):
+        CompiledSVI(None, guide, adam, elbo)
+    with pytest.raises(TypeError, match=r"wants a guide, .*but found the class AutoNormal; call it"):
+        CompiledSVI(model, AutoNormal, adam, elbo)
+    with pytest.raises(TypeError, match=r"CapturedLoss wants a guide, .*but found 3"):
+        CapturedLoss(model, 3, elbo)
     with pytest.raises(CaptureError, match="TraceGraph_ELBO has no differentiable loss"):
         CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({}), pyro.infer.TraceGraph_ELBO())
     svi = CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({}), Trace_ELBO(), mode=PYTHON)
@@ -518,3 +621,55 @@ def test_pickling_is_refused_by_name():
     svi = CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(), mode=PYTHON)
     with pytest.raises(TypeError, match=r"cannot be pickled.*save\(path\)"):
         pickle.dumps(svi)
+
+
+def test_findings_and_repr_count():
+    pyro.set_rng_seed(1)
+    svi = CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(), mode=PYTHON)
+    assert repr(svi) == "CompiledSVI(mode=Captured(script=False), 0 steps, 0 captures)"
+    svi.run(4, X, progress=False)
+    svi.run(4, X, unroll=2, progress=False)
+    svi.step(X[:3])
+    assert repr(svi) == "CompiledSVI(mode=Captured(script=False), 9 steps, 2 captures)"
+    assert [finding.calls for finding in svi.findings if finding.kind == "capture"] == [1, 8]
+
+
+# Numbers that change.
+
+
+def annealed(x, beta=1.0):
+    loc = pyro.sample("loc", dist.Normal(0.0, 5.0))
+    with pyro.poutine.scale(scale=beta), pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+
+BETA = 1.0
+
+
+def annealed_by_a_global(x, beta):
+    annealed(x, BETA)
+
+
+@pytest.mark.parametrize(
+    ("fit", "text"), [(annealed, r"the argument beta was 0\.1, 0\.15, 0\.2, \.\.\."), (annealed_by_a_global, "the global BETA")]
+)
+def test_a_number_that_changes_at_each_step_is_left_to_pyro(monkeypatch, fit, text):
+    monkeypatch.setattr(captures, "WAIT", 5)
+
+    def run(make, **options):
+        global BETA
+        pyro.clear_param_store()
+        pyro.set_rng_seed(1)
+        svi = make(fit, AutoNormal(fit), pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(), **options)
+        losses = []
+        for step in range(32):
+            BETA = min(1.0, round(0.05 * (step + 1), 2))
+            losses.append(svi.step(X, beta=BETA if fit is annealed else X))
+        return svi, torch.tensor(losses)
+
+    _, expected = run(SVI)
+    with pytest.warns(RuntimeWarning, match=rf"captured 8 times: .*{text}.* Pyro makes the steps .* until 5 are alike"):
+        svi, losses = run(CompiledSVI, mode=PYTHON)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    found = [finding.calls for finding in svi.findings if finding.kind in ("capture", "changed")]
+    assert found == [*range(1, 10), *([24] if fit is annealed else [15, 21])]  # the number is 1 from step 19 on
