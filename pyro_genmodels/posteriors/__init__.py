@@ -1,20 +1,25 @@
 """Posteriors: from a model and its data to draws, and how good these are."""
 
 from pyro_genmodels.posteriors.autoguides import AutoFlow
+from pyro_genmodels.posteriors.calibration import simulation_based_calibration
 from pyro_genmodels.posteriors.choose import posterior
 from pyro_genmodels.posteriors.comparison import PosteriorComparison, compare_posteriors
+from pyro_genmodels.posteriors.coverage import ExpectedCoverage, expected_coverage
 from pyro_genmodels.posteriors.diagnosis import PosteriorDiagnosis, diagnose_posterior
 from pyro_genmodels.posteriors.fits import DrawnPosterior, GuidePosterior, Posterior
 from pyro_genmodels.posteriors.laplace import Laplace
 from pyro_genmodels.posteriors.markov_chains import NoUTurn
 from pyro_genmodels.posteriors.method import Method
 from pyro_genmodels.posteriors.pathfinder import Pathfinder
+from pyro_genmodels.posteriors.ranks import Calibration
 from pyro_genmodels.posteriors.variational import FlowGuide, FullRank, LowRank, MeanField
 from pyro_genmodels.posteriors.weighted import Psis, psis
 
 __all__ = [
     "AutoFlow",
+    "Calibration",
     "DrawnPosterior",
+    "ExpectedCoverage",
     "FlowGuide",
     "FullRank",
     "GuidePosterior",
@@ -30,6 +35,8 @@ __all__ = [
     "Psis",
     "compare_posteriors",
     "diagnose_posterior",
+    "expected_coverage",
     "posterior",
     "psis",
+    "simulation_based_calibration",
 ]

@@ -73,7 +73,7 @@ def posterior(
     start = time.perf_counter()
     problem = Problem(model, args, kwargs, progress=progress)
     if method is None:
-        method, reason = _choice(problem.density.dim)
+        method, reason = default_method(problem.density.dim)
         if progress:
             tqdm.write(f"posterior: {method}, because {reason}.")
     fit = method.fit(problem)
@@ -81,7 +81,7 @@ def posterior(
     return fit
 
 
-def _choice(dim: int) -> tuple[Method, str]:
+def default_method(dim: int) -> tuple[Method, str]:
     """Return the method for a number of coordinates, and why it is chosen."""
     if find_spec("nutpie") is None:
         return FlowGuide(), "the extra 'nuts' is not installed"
