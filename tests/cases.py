@@ -3,7 +3,7 @@
 Tests run over the twelve rows of `REPRESENTATIVE` by default, and over all rows with the marker `slow`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import pi
 from typing import Literal
@@ -401,10 +401,15 @@ REPRESENTATIVE = {
 """Names of twelve rows, with each family and each value of each flag among them, except `smooth=False`."""
 
 
-def rows(condition: Callable[[Case], bool] = lambda case: True) -> pytest.MarkDecorator:
-    """Parametrise a test by `case`: the rows that meet the condition, slow ones unless representative or the only ones."""
+def rows(condition: Callable[[Case], bool] = lambda case: True, also_slow: Collection[str] = ()) -> pytest.MarkDecorator:
+    """Parametrise a test by `case`: the rows that meet the condition, slow ones unless representative or the only ones.
+
+    Args:
+        condition: condition on the rows.
+        also_slow: names of representative rows that are slow in this test.
+    """
     cases = [case for case in CASES if condition(case)]
-    default = [case for case in cases if case.name in REPRESENTATIVE] or cases[:1]
+    default = [case for case in cases if case.name in REPRESENTATIVE and case.name not in also_slow] or cases[:1]
     slow = pytest.mark.slow
     return pytest.mark.parametrize("case", [pytest.param(c, id=c.name, marks=() if c in default else slow) for c in cases])
 

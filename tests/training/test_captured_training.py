@@ -76,7 +76,7 @@ def soon(monkeypatch):
 # The numbers.
 
 
-@rows(lambda case: case.objective is not None)
+@rows(lambda case: case.objective is not None, also_slow=("Energy, classes", "VAE, diffusion prior", "SOSPF", "GAN, labels"))
 def test_a_captured_run_has_the_losses_of_an_eager_run(case):
     """23 rows in batches of 8, 8 and 7."""
     data = case.batch(23)

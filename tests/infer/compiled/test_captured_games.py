@@ -127,7 +127,7 @@ def assert_same_losses(found, wanted):
         assert losses == pytest.approx(other, rel=1e-4, abs=1e-5)
 
 
-SHOWN = {"relativistic, both penalties", "WGAN, gradient penalty", "two optimisers", "joint", "score function"}
+SHOWN = {"relativistic, both penalties", "two optimisers", "joint", "score function"}
 ROWS = [pytest.param(build, id=name, marks=() if name in SHOWN else pytest.mark.slow) for name, build in GAMES.items()]
 
 

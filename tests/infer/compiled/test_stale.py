@@ -697,15 +697,11 @@ def changed(build: Callable[[], Change], **options: Any) -> tuple[CapturedLoss, 
 
 SHOWN = {
     "a tensor of a closure, in place",
-    "a buffer, in place",
     "an array read by torch.as_tensor, in place",
     "the values of a mask in a closure, in place",
     "load_state_dict",
     "a float of a closure",
-    "a global tensor",
     "an entry of a dictionary in a dictionary",
-    "an attribute of an object",
-    "the default of an argument",
     "a buffer bound anew",
     "evaluation mode",
     "a parameter in place",
@@ -713,9 +709,7 @@ SHOWN = {
     "an entry of the param store, bound anew",
     "the state of the param store",
     "a parameter without gradient",
-    "the dtype of a module",
     "another argument",
-    "another float argument",
     "an argument that is an object, changed inside",
     "an attribute of the loss",
 }
@@ -874,7 +868,7 @@ def test_arguments_that_are_other_objects_each_time_warn_and_are_not_kept():
     kept = [weakref.ref(x) for x in arrays]
     for x in arrays[:7]:
         loss(x)
-    with pytest.warns(RuntimeWarning, match="8 times: the arguments had so many shapes, or numbers, texts, arrays"):
+    with pytest.warns(RuntimeWarning, match=r"8 times: the argument x was array\(.*, \.\.\.\."):
         loss(arrays[7])
     for x in arrays[8:]:  # no further warning
         loss(x)
@@ -910,7 +904,7 @@ def test_compiled_code_is_for_the_strides_of_its_arguments():
     [
         "a float of a closure",
         "an entry of the param store, bound anew",
-        "evaluation mode",
+        pytest.param("evaluation mode", marks=pytest.mark.slow),
     ],
 )
 def test_a_change_between_steps_is_seen(name):
