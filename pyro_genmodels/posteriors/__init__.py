@@ -1,11 +1,13 @@
 """Posteriors: from a model and its data to draws, and how good these are."""
 
+from pyro_genmodels.posteriors.amortized import AmortizedPosterior
 from pyro_genmodels.posteriors.autoguides import AutoFlow
 from pyro_genmodels.posteriors.calibration import simulation_based_calibration
 from pyro_genmodels.posteriors.choose import posterior
 from pyro_genmodels.posteriors.comparison import PosteriorComparison, compare_posteriors
 from pyro_genmodels.posteriors.coverage import ExpectedCoverage, expected_coverage
 from pyro_genmodels.posteriors.diagnosis import PosteriorDiagnosis, diagnose_posterior
+from pyro_genmodels.posteriors.embeddings import ConvolutionalEmbedding, DenseEmbedding, SetEmbedding
 from pyro_genmodels.posteriors.fits import DrawnPosterior, GuidePosterior, Posterior
 from pyro_genmodels.posteriors.laplace import Laplace
 from pyro_genmodels.posteriors.markov_chains import NoUTurn
@@ -16,8 +18,11 @@ from pyro_genmodels.posteriors.variational import FlowGuide, FullRank, LowRank, 
 from pyro_genmodels.posteriors.weighted import Psis, psis
 
 __all__ = [
+    "AmortizedPosterior",
     "AutoFlow",
     "Calibration",
+    "ConvolutionalEmbedding",
+    "DenseEmbedding",
     "DrawnPosterior",
     "ExpectedCoverage",
     "FlowGuide",
@@ -33,6 +38,7 @@ __all__ = [
     "PosteriorComparison",
     "PosteriorDiagnosis",
     "Psis",
+    "SetEmbedding",
     "compare_posteriors",
     "diagnose_posterior",
     "expected_coverage",

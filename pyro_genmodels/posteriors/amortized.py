@@ -1,0 +1,541 @@
+r"""Amortised posteriors: a conditional density of the latent variables, trained on simulations, for any observation.
+
+.. math:: \max_\phi \; \mathbb{E}_{z \sim p(z),\, x \sim p(x \mid z)} \log q_\phi(z \mid x) ,
+
+whose maximum is the posterior: neural posterior estimation (Papamakarios and Murray, arXiv 1605.06376; Greenberg et al., arXiv
+1905.07488; Cranmer et al., *The Frontier of Simulation-Based Inference*, arXiv 1911.01429). No density of the observations is
+needed. The latent variables are in unconstrained coordinates, so that no mass leaves their supports.
+
+For one observation, simulations from the prior are restricted, round by round, to the region that holds all but a share
+:math:`\varepsilon = 10^{-4}` of the present posterior. Inside of it they follow the prior, so the loss stays the same:
+Deistler, Goncalves and Macke, *Truncated Proposals for Scalable and Hassle-Free Simulation-Based Inference* (arXiv 2210.04815).
+"""
+
+from __future__ import annotations
+
+__all__ = ["AmortizedPosterior"]
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy, deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pyro_genmodels.distributions.capabilities import capabilities
+from pyro_genmodels.families import NSF, Flow
+from pyro_genmodels.infer.denoising import DenoisingScoreMatching
+from pyro_genmodels.infer.flow_matching import FlowMatching
+from pyro_genmodels.infer.likelihood import MaximumLikelihood
+from pyro_genmodels.infer.objective import Loss
+from pyro_genmodels.posteriors.approximations import Approximation
+from pyro_genmodels.posteriors.embeddings import Embedding, ObservationEncoder
+from pyro_genmodels.posteriors.fits import NUM_SAMPLES, GuidePosterior
+from pyro_genmodels.posteriors.problem import Problem
+from pyro_genmodels.posteriors.simulations import SimulatedModel, Simulations
+from pyro_genmodels.utils.errors import check_positive_int, listed, type_with_article, warn_caller
+from pyro_genmodels.utils.rng import forked_rng
+from pyro_genmodels.utils.tensors import as_tensor
+
+HELD_OUT = 0.1
+"""Share of the simulations that early stopping looks at."""
+MIN_SIMULATIONS = 20
+"""Smallest number of simulations to train on."""
+AVERAGE_DECAY = 0.99
+"""Decay per step of the average of the parameters, which is what is kept."""
+TRUNCATED_MASS = 1e-4
+"""Mass of the posterior outside of the region that the prior is restricted to (arXiv 2210.04815)."""
+NUM_THRESHOLD_DRAWS = 10_000
+"""Number of draws of the posterior from which the bound of that region is computed."""
+MIN_ACCEPTED = 1e-5
+"""Smallest share of draws of the prior in that region with which rejection goes on."""
+BLOCK = 10_000
+"""Number of draws of the prior of which those in the region are kept at once."""
+
+
+def default_flow(event_shape: Sequence[int], *, context: nn.Module) -> Flow:
+    """Return the default family: a flow of autoregressive splines, whose density is one pass of its networks."""
+    return Flow(event_shape, context=context, transform=NSF(transforms=5, hidden=(64, 64)))
+
+
+@dataclass(frozen=True)
+class _Training:
+    """Options of training: see `AmortizedPosterior.train`."""
+
+    max_epochs: int
+    batch_size: int
+    step_size: float
+    patience: int
+    progress: bool
+
+
+class AmortizedPosterior:
+    """The posterior of a model's latent variables given any observation, learned from simulations.
+
+    Args:
+        model: function with Pyro statements. The sites that are observed may be drawn from distributions, or computed by a
+            simulator and named by `pyro.deterministic`.
+        args: positional arguments of the model.
+        observed: names of the sites that are observed. Data that the arguments give to them are not used.
+        family: function of an event shape and a keyword ``context``, a module, that returns a family, such as `Flow`,
+            `ODEFlow`, `Diffusion` or ``partial(Flow, transform=MAF())``. By default a flow of five spline transforms.
+        embedding: network that summarises the observations: `DenseEmbedding()`, `ConvolutionalEmbedding()`, `SetEmbedding()`
+            for independent rows, or a module of your own, from (n, ...) to (n, features), which is given standardised values;
+            a dictionary by name if there are several observed sites. By default the numbers are passed on as they are.
+        objective: loss that trains the family. By default `FlowMatching` if it has a velocity, `DenoisingScoreMatching` if it
+            is a diffusion, and `MaximumLikelihood` otherwise.
+        simulations: simulations that were made before, values of the continuous latent variables and of the observed sites,
+            (simulation, ...) by name.
+        model_kwargs: keyword arguments of the model.
+
+    Attributes:
+        simulations: all simulations so far, (simulation, ...) by name. They can be saved, and given to ``simulations=`` later.
+        failures: number of simulations that were left out, by the reason.
+        family: the trained family, None before.
+        history: loss of held-out simulations after each epoch of the last training.
+
+    Raises:
+        TypeError: if an option is of the wrong type.
+        ValueError: if the model does not have the observed sites, observes others, or has latent variables whose support or
+            shape depends on others; or if the table of simulations has other names or shapes.
+
+    Example:
+        >>> import pyro
+        >>> def model():
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("x", dist.Normal(loc, 0.5))
+        >>> amortized = AmortizedPosterior(model, observed=["x"])
+        >>> _ = amortized.train(num_simulations=200, max_epochs=2, progress=False)
+        >>> fit = amortized.given(x=0.7)
+        >>> fit.get_samples(500)["loc"].shape, len(amortized.simulations["x"])
+        (torch.Size([500]), 200)
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *args: Any,
+        observed: Sequence[str],
+        family: Callable[..., nn.Module] = default_flow,
+        embedding: Embedding | nn.Module | Mapping[str, Embedding | nn.Module] | None = None,
+        objective: Loss | None = None,
+        simulations: Mapping[str, Any] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        if isinstance(observed, str) or not observed:
+            raise TypeError(f'AmortizedPosterior wants observed as names, such as observed=["x"], but found {observed!r}.')
+        if isinstance(family, nn.Module) or not callable(family):
+            raise TypeError(
+                f"AmortizedPosterior builds the family itself: pass a class or a function, such as family=Flow, but found "
+                f"{type_with_article(family)}."
+            )
+        self.simulator = SimulatedModel(model, args, model_kwargs or {}, observed)
+        self._build, self.objective = family, objective
+        self._embeddings = _embeddings(embedding, self.simulator)
+        self.family: nn.Module | None = None
+        self.encoder: ObservationEncoder | None = None
+        self.history: list[float] = []
+        self.seconds = 0.0
+        self._focus: dict[str, Tensor] | None = None
+        self._made = Simulations({}, Counter()) if simulations is None else self.simulator.from_table(simulations)
+        _report(self._made)
+
+    @property
+    def simulations(self) -> dict[str, Tensor]:
+        return {name: self._made.values[name] for name in self._names} if len(self._made) else {}
+
+    @property
+    def failures(self) -> Counter[str]:
+        return self._made.failures
+
+    @property
+    def _names(self) -> list[str]:
+        return [*self.simulator.coordinates.names, *self.simulator.observed]
+
+    def __repr__(self) -> str:
+        names = f"{', '.join(self.simulator.coordinates.names)} given {', '.join(self.simulator.observed)}"
+        return f"<AmortizedPosterior of {names}: {len(self._made)} simulations, {'not ' if self.family is None else ''}trained>"
+
+    def simulate(
+        self, num_simulations: int, *, parallel: bool | None = None, n_jobs: int = 1, progress: bool = True
+    ) -> AmortizedPosterior:
+        """Add simulations, and return self. Those that fail or return NaN are left out and counted.
+
+        The random numbers follow from Pyro's seed, and do not depend on the number of processes.
+
+        Args:
+            num_simulations: how many.
+            parallel: True to make many in one run, in a plate, which the model must allow. None finds out if it does.
+            n_jobs: number of processes, as joblib takes it; useful for a simulator that is slow.
+            progress: True for a progress bar.
+
+        Warns:
+            RuntimeWarning: if simulations were left out.
+
+        Raises:
+            ValueError: if all of them failed.
+        """
+        check_positive_int("AmortizedPosterior", num_simulations=num_simulations)
+        made = self.simulator.simulate(num_simulations, parallel=parallel, n_jobs=n_jobs, progress=progress)
+        _report(made, num_simulations)
+        self._add(made)
+        return self
+
+    def _add(self, made: Simulations) -> None:
+        made = Simulations({name: made.values[name] for name in self._names}, made.failures)
+        self._made = Simulations.joined([self._made, made])
+
+    def train(
+        self,
+        num_simulations: int = 10_000,
+        *,
+        max_epochs: int = 1000,
+        batch_size: int = 100,
+        step_size: float = 1e-3,
+        patience: int = 20,
+        parallel: bool | None = None,
+        n_jobs: int = 1,
+        progress: bool = True,
+    ) -> AmortizedPosterior:
+        """Train on simulations until the loss of held-out ones stops to fall, and return self.
+
+        A second call goes on from the parameters of the first. Fits that were made before do not change.
+
+        Args:
+            num_simulations: number of simulations to train on. Those that are there are used, also if there are more, and only
+                the missing ones are made.
+            max_epochs: largest number of passes through the simulations.
+            batch_size: number of simulations per step.
+            step_size: step size of Adam.
+            patience: number of epochs without a smaller loss of held-out simulations after which training stops.
+            parallel: see `simulate`.
+            n_jobs: see `simulate`.
+            progress: True for progress bars.
+
+        Raises:
+            ValueError: if all simulations failed, or fewer than 20 are there.
+        """
+        check_positive_int(
+            "AmortizedPosterior.train",
+            num_simulations=num_simulations,
+            max_epochs=max_epochs,
+            batch_size=batch_size,
+            patience=patience,
+        )
+        if not 0 < step_size < float("inf"):
+            raise ValueError(f"AmortizedPosterior.train wants a positive step_size, but found {step_size!r}.")
+        start = time.perf_counter()
+        if (lacking := num_simulations - len(self._made)) > 0:
+            self.simulate(lacking, parallel=parallel, n_jobs=n_jobs, progress=progress)
+        if len(self._made) < MIN_SIMULATIONS:
+            raise ValueError(f"Training wants {MIN_SIMULATIONS} simulations or more, but there are {len(self._made)}.")
+        self._fit(_Training(max_epochs, batch_size, step_size, patience, progress))
+        self.seconds += time.perf_counter() - start
+        return self
+
+    def _fit(self, options: _Training) -> None:
+        """Train the family on the simulations."""
+        values = self._made.values
+        z = self.simulator.coordinates.unconstrain(values).to(torch.get_default_dtype())
+        finite = z.isfinite().all(1)  # a value that was rounded to the end of its support has no coordinates
+        observations = {name: values[name][finite] for name in self.simulator.observed}
+        if self.family is None:
+            shapes = {name: self.simulator.shapes[name] for name in self.simulator.observed}
+            self.encoder = ObservationEncoder(shapes, self._embeddings, observations)
+            family = self._build((z.shape[1],), context=self.encoder)
+        else:
+            family = deepcopy(self.family).requires_grad_(True)
+        encoder: Any = family.context
+        context = encoder.flatten(observations)
+        objective = _default_objective(family(context[:1])) if self.objective is None else self.objective
+        self.history = _train(family, objective, z[finite], context, options)
+        self.family, self.encoder = family.eval().requires_grad_(False), encoder
+
+    def given(self, **observations: Any) -> GuidePosterior:
+        """Return the posterior given observations: a fit with draws, and with weights if the model has a density.
+
+        Args:
+            observations: value of each observed site, by name, in the shape of the simulations. With a `SetEmbedding` that has
+                ``min_rows`` there may be fewer rows; with a `DenseEmbedding` that has ``missing`` some may be NaN.
+
+        Raises:
+            ValueError: if the posterior has not been trained, a name or shape is wrong, or an observation is not finite.
+        """
+        if not observations and self._focus is not None:
+            observations = dict(self._focus)
+        values = {name: x[0] for name, x in self._checked(observations, batch=False).items()}
+        if self._focus is not None and any(
+            not torch.equal(values[n].nan_to_num(), x.nan_to_num()) for n, x in self._focus.items()
+        ):
+            raise ValueError(
+                "This posterior was refined for one observation, and holds near it only. Call given() without arguments, or "
+                "given(...) of the posterior before refine."
+            )
+        problem = Problem(
+            self.simulator.given(values), self.simulator.args, self.simulator.kwargs, coordinates=self.simulator.coordinates
+        )
+        return GuidePosterior(problem, self, self._at(values))
+
+    @torch.no_grad()
+    def samples_given(self, num_samples: int = NUM_SAMPLES, **observations: Any) -> dict[str, Tensor]:
+        """Return draws given many observations at once, (draw, observation, ...) by name.
+
+        Args:
+            num_samples: number of draws for each.
+            observations: values of each observed site, (observation, ...) by name.
+
+        Raises:
+            ValueError: as `given`.
+        """
+        check_positive_int("samples_given", num_samples=num_samples)
+        values = self._checked(observations, batch=True)
+        z = self._trained_family()(self._encoder().flatten(values)).sample((num_samples,))
+        return self.simulator.coordinates.constrain(z)
+
+    def refine(
+        self,
+        *,
+        num_rounds: int = 2,
+        num_simulations: int = 1000,
+        max_epochs: int = 1000,
+        batch_size: int = 100,
+        step_size: float = 1e-3,
+        patience: int = 20,
+        n_jobs: int = 1,
+        progress: bool = True,
+        **observations: Any,
+    ) -> AmortizedPosterior:
+        """Return a posterior for one observation, trained further on simulations near it; self does not change.
+
+        In each round the prior is restricted to where the present posterior has all but 1e-4 of its mass, by rejection.
+
+        Args:
+            num_rounds: number of rounds.
+            num_simulations: number of simulations of each round.
+            max_epochs: see `train`.
+            batch_size: see `train`.
+            step_size: see `train`.
+            patience: see `train`.
+            n_jobs: see `simulate`.
+            progress: True for progress bars.
+            observations: see `given`.
+
+        Returns:
+            A posterior whose ``given()`` is the fit. It cannot be given other observations.
+
+        Raises:
+            ValueError: as `given`; or if almost no draw of the prior lies in the region.
+        """
+        check_positive_int("refine", num_rounds=num_rounds, num_simulations=num_simulations)
+        values = {name: x[0] for name, x in self._checked(observations or dict(self._focus or {}), batch=False).items()}
+        refined = copy(self)
+        refined._focus, start = values, time.perf_counter()
+        options = _Training(max_epochs, batch_size, step_size, patience, progress)
+        for _ in range(num_rounds):
+            latents = refined._truncated_prior(values, num_simulations, progress=progress)
+            made = refined.simulator.simulate(num_simulations, latents, n_jobs=n_jobs, progress=progress)
+            _report(made, num_simulations)
+            refined._add(made)
+            refined._fit(options)
+        refined.seconds += time.perf_counter() - start
+        return refined
+
+    @torch.no_grad()
+    def _truncated_prior(self, values: Mapping[str, Tensor], number: int, *, progress: bool) -> dict[str, Tensor]:
+        """Return draws of all latent variables from the prior, in the region of the present posterior, by rejection."""
+        posterior = self._at(values).eval()()
+        bound = posterior.log_prob(posterior.sample((NUM_THRESHOLD_DRAWS,))).quantile(TRUNCATED_MASS)
+        kept: list[dict[str, Tensor]] = []
+        accepted = tried = 0
+        with tqdm(total=number, desc="truncated prior", unit="draw", disable=not progress, mininterval=0.5) as bar:
+            while accepted < number:
+                latents = self.simulator.draw_latents(BLOCK)
+                z = self.simulator.coordinates.unconstrain(latents).to(torch.get_default_dtype())
+                inside = torch.where(z.isfinite().all(1), posterior.log_prob(z.nan_to_num()), -torch.inf) >= bound
+                kept.append({name: x[inside] for name, x in latents.items()})
+                accepted, tried = accepted + int(inside.sum()), tried + BLOCK
+                bar.update(min(int(inside.sum()), number - bar.n))
+                if accepted < MIN_ACCEPTED * tried or (not accepted and tried > 1 / MIN_ACCEPTED):
+                    raise ValueError(
+                        f"Of {tried} draws of the prior {accepted} lie where the posterior is. It is too narrow, or the "
+                        "observation too unlike the simulations, for rejection: use NoUTurn if the model has a density, or a "
+                        "narrower prior."
+                    )
+        return {name: torch.cat([part[name] for part in kept])[:number] for name in self.simulator.latents}
+
+    def _checked(self, observations: Mapping[str, Any], *, batch: bool) -> dict[str, Tensor]:
+        """Return observations as tensors, (observation, ...) by name."""
+        self._trained_family()
+        wanted = {name: tuple(self.simulator.shapes[name]) for name in self.simulator.observed}
+        if set(observations) != set(wanted):
+            raise ValueError(
+                f"This posterior wants the observations {listed(wanted)} by name, but found {listed(observations)}."
+            )
+        found = {}
+        for name, shape in wanted.items():
+            x = as_tensor(observations[name], f"given({name}=)", floats=torch.get_default_dtype())
+            choice = self._embeddings.get(name)
+            if not batch:
+                x = (choice.completed(x, torch.Size(shape)) if isinstance(choice, Embedding) else x)[None]
+            if x.shape[1:] != shape or x.dim() != len(shape) + 1:
+                rows = "(observation, ...) of the shape " if batch else "in the shape of the simulations, "
+                raise ValueError(
+                    f"{name!r} is wanted {rows}{shape}, but found {tuple(x.shape if batch else x.shape[1:])}. Other numbers of "
+                    "rows need embedding=SetEmbedding(min_rows=...)."
+                )
+            takes_missing = bool(getattr(choice, "missing", 0)) or getattr(choice, "min_rows", None) is not None
+            if bool(x.isinf().any()) or (bool(x.isnan().any()) and not takes_missing):
+                raise ValueError(
+                    f"{name!r} has NaN or infinite values. Missing ones need embedding=DenseEmbedding(missing=...), by which "
+                    "training knows of them."
+                )
+            found[name] = x
+        return found
+
+    def _at(self, values: Mapping[str, Tensor]) -> Approximation:
+        """Return the distribution of the unconstrained coordinates given observations by name."""
+        context = self._encoder().flatten({name: x[None] for name, x in values.items()})[0]
+        return _Given(self._trained_family(), context, self.simulator.coordinates.dim)
+
+    def _trained_family(self) -> nn.Module:
+        if self.family is None:
+            raise ValueError("This posterior has not been trained: call its train(num_simulations=...) first.")
+        return self.family
+
+    def _encoder(self) -> ObservationEncoder:
+        if self.encoder is None:
+            raise ValueError("This posterior has not been trained: call its train(num_simulations=...) first.")
+        return self.encoder
+
+
+class _Given(Approximation):
+    """A conditional family given one context.
+
+    Args:
+        family: the family.
+        context: the context, (numbers,).
+        dim: number of coordinates.
+    """
+
+    observed: Tensor
+
+    def __init__(self, family: nn.Module, context: Tensor, dim: int) -> None:
+        super().__init__(dim)
+        self.family = family
+        self.register_buffer("observed", context)
+
+    def forward(self) -> dist.TorchDistribution:
+        return self.family(self.observed)
+
+
+def _embeddings(embedding: Any, simulator: SimulatedModel) -> dict[str, Embedding | nn.Module]:
+    """Return the embedding of each observed site, by name, after checking them."""
+    names = simulator.observed
+    if embedding is None:
+        return {}
+    if not isinstance(embedding, Mapping):
+        if len(names) > 1:
+            raise ValueError(
+                f"There are {len(names)} observed sites: give embedding= as a dictionary by name, of some of {listed(names)}."
+            )
+        embedding = {names[0]: embedding}
+    for name, choice in embedding.items():
+        if name not in names:
+            raise ValueError(f"embedding= has {name!r}, which is not among the observed sites {listed(names)}.")
+        if not isinstance(choice, (Embedding, nn.Module)):
+            raise TypeError(
+                f"embedding= wants a choice such as SetEmbedding() or a module, but found {type_with_article(choice)}."
+            )
+    return dict(embedding)
+
+
+def _report(made: Simulations, number: int | None = None) -> None:
+    """Warn of simulations that were left out.
+
+    Raises:
+        ValueError: if all were.
+    """
+    if not made.failures:
+        return
+    lost = made.failures.total()
+    reasons = ", ".join(f"{count} with {reason}" for reason, count in made.failures.most_common(3))
+    if not len(made):
+        raise ValueError(f"All {lost} simulations failed: {reasons}.")
+    warn_caller(f"{lost} of {number or lost + len(made)} simulations were left out: {reasons}.")
+
+
+def _default_objective(distribution: Any) -> Loss:
+    """Return the loss that suits a distribution."""
+    found = capabilities(distribution)
+    if found.has_noise_error:
+        return DenoisingScoreMatching()
+    return FlowMatching() if found.has_velocity else MaximumLikelihood()
+
+
+def _train(family: Any, objective: Loss, z: Tensor, context: Tensor, options: _Training) -> list[float]:
+    """Train a family in place, and return the loss of held-out rows after each epoch, per row.
+
+    Args:
+        family: family with an `ObservationEncoder` as its context.
+        objective: loss.
+        z: unconstrained coordinates, (n, dim).
+        context: observations, (n, numbers).
+        options: options.
+    """
+    order = torch.randperm(len(z))
+    held = order[: max(1, int(HELD_OUT * len(z)))]
+    rest = order[len(held) :]
+    family.train().prepare(z[rest], context[rest])
+    loss = objective(family)
+    parameters = [p for p in family.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=options.step_size)
+    average = [p.detach().clone() for p in parameters]
+    encoder, history, best, since, steps = family.context, [], float("inf"), 0, 0
+    kept = [p.clone() for p in average]
+    z_held, context_held = z[held], encoder.hide(context[held])
+    bar = tqdm(range(options.max_epochs), desc="training", unit="epoch", disable=not options.progress, mininterval=0.5)
+    for _ in bar:
+        family.train()
+        for rows in rest[torch.randperm(len(rest))].split(options.batch_size):
+            optimizer.zero_grad()
+            value = loss(z[rows], encoder.hide(context[rows])) / len(rows)
+            value.backward()
+            nn.utils.clip_grad_norm_(parameters, 5.0)
+            optimizer.step()
+            steps += 1
+            weight = 1 - min(AVERAGE_DECAY, steps / (steps + 10))
+            for mean, p in zip(average, parameters, strict=True):
+                mean.lerp_(p.detach(), weight)
+        history.append(_held_out_loss(family, loss, parameters, average, z_held, context_held))
+        if history[-1] < best:
+            best, since, kept = history[-1], 0, [p.clone() for p in average]
+        else:
+            since += 1
+        bar.set_postfix_str(f"held-out loss {history[-1]:.4f}, best {best:.4f}", refresh=False)
+        if since >= options.patience:
+            break
+    with torch.no_grad():
+        for p, x in zip(parameters, kept, strict=True):
+            p.copy_(x)
+    return history
+
+
+@torch.no_grad()
+def _held_out_loss(
+    family: Any, loss: Any, parameters: Sequence[Tensor], average: Sequence[Tensor], z: Tensor, context: Tensor
+) -> float:
+    """Return the loss per row of held-out rows with averaged parameters, by the same random numbers at each call."""
+    family.eval()
+    current = [p.clone() for p in parameters]
+    for p, x in zip(parameters, average, strict=True):
+        p.copy_(x)
+    with forked_rng(0):
+        value = float(loss(z, context)) / len(z)
+    for p, x in zip(parameters, current, strict=True):
+        p.copy_(x)
+    return value
