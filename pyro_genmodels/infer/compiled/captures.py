@@ -34,7 +34,7 @@ class Captures:
 
     def __init__(self, model: Callable[..., Any]) -> None:
         self._model = model
-        self._counts: Counter[Any] = Counter()
+        self._counts: Counter[Any] = Counter({"changed": 1})  # before anything can change there is a capture
         self._constants: dict[Any, list[dict[str, str]]] = {}
         self._waited: dict[Any, tuple[Any, int]] = {}
 
@@ -68,6 +68,8 @@ class Captures:
         """
         cause, form = self._cause(key, changed), _form_of(key)
         self._counts[cause] += 1
+        if cause == "shapes":
+            self._counts[form] += 1  # the first of its form
         self._waited.pop(form, None)
         found = self._constants.setdefault(form, [])
         if len(found) < MANY_CAPTURES:

@@ -868,7 +868,7 @@ def test_arguments_that_are_other_objects_each_time_warn_and_are_not_kept():
     kept = [weakref.ref(x) for x in arrays]
     for x in arrays[:7]:
         loss(x)
-    with pytest.warns(RuntimeWarning, match=r"8 times: the argument x was array\(.*, \.\.\.\."):
+    with pytest.warns(RuntimeWarning, match=r"8 times: the argument args was array\(.*, \.\.\.\."):
         loss(arrays[7])
     for x in arrays[8:]:  # no further warning
         loss(x)
