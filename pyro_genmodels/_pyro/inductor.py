@@ -17,13 +17,76 @@ from pyro_genmodels.utils.errors import one_line
 
 Call = Callable[..., Sequence[Tensor]]
 
+aten = torch.ops.aten
+
 OPTIONS = {"config_patches": {"fallback_random": True, "size_asserts": False}}
 """Random numbers are those of eager operations. Shapes are not checked at each call."""
 
 
 def compile_graph(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Call:
-    """Return a graph as compiled code, which torch also keeps on disk. Call it under `torch.no_grad`."""
+    """Return a graph as compiled code, which torch also keeps on disk. Call it under `torch.no_grad`.
+
+    Two operations that Inductor of torch 2.13 gets wrong are written otherwise: see `_exact_expm1` and `_strided_bernoulli`.
+    """
+    module = _rewritten(module)
     return torch._inductor.standalone_compile(module, list(inputs), dynamic_shapes="from_example_inputs", options=OPTIONS)
+
+
+def _rewritten(module: fx.GraphModule) -> fx.GraphModule:
+    """Return a graph that Inductor compiles rightly, which shares its tensors with the first."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    for node in list(graph.nodes):
+        x = node.meta.get("val")
+        with graph.inserting_before(node):
+            if node.target is aten.expm1.default and x is not None and x.device.type == "cpu":
+                node.replace_all_uses_with(_exact_expm1(graph, *node.args))
+            elif node.target is aten.bernoulli_.float and x is not None and not x.is_contiguous():
+                node.replace_all_uses_with(_strided_bernoulli(graph, x, *node.args))
+            else:
+                continue
+        graph.erase_node(node)
+    return fx.GraphModule(module, graph)
+
+
+def _exact_expm1(graph: fx.Graph, x: fx.Node) -> fx.Node:
+    """Return exp(x) - 1, exact to some units of rounding also where x is nearly 0.
+
+    On the CPU Inductor computes it as exp(x) - 1 as it stands, which loses all digits there. Kahan's formula
+    (Higham, *Accuracy and Stability of Numerical Algorithms*, 1.14.1) divides the error of u = exp(x) out: (u - 1) x / log(u).
+    """
+
+    def call(function: Any, *args: Any) -> fx.Node:
+        return graph.call_function(function, args)
+
+    u = call(aten.exp.default, x)
+    less = call(aten.sub.Tensor, u, 1.0)
+    exact = call(aten.div.Tensor, call(aten.mul.Tensor, less, x), call(aten.log.default, u))
+    small = call(aten.where.self, call(aten.eq.Scalar, less, 0.0), x, exact)
+    return call(aten.where.self, call(aten.lt.Scalar, call(aten.abs.default, x), 1.0), small, less)
+
+
+def _strided_bernoulli(graph: fx.Graph, like: Tensor, x: fx.Node, probability: float = 0.5) -> fx.Node:
+    """Return the node that fills x as ``x.bernoulli_(probability)`` does, for x that is not contiguous, as in dropout.
+
+    Eager operations may draw in the order of the memory. Inductor loses the strides, so that the numbers are other ones.
+    """
+    args = (list(like.shape), list(like.stride()), like.dtype, like.device, probability)
+    drawn = graph.call_function(torch.ops.pyro_genmodels.bernoulli.default, args)
+    return graph.call_function(aten.copy_.default, (x, drawn))
+
+
+@torch.library.custom_op("pyro_genmodels::bernoulli", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _bernoulli(
+    size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device, probability: float
+) -> Tensor:
+    """Draw zeros and ones of a layout in memory."""
+    return torch.empty_strided(size, stride, dtype=dtype, device=device).bernoulli_(probability)
+
+
+@_bernoulli.register_fake
+def _(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device, probability: float) -> Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device=device)
 
 
 class DirectCall:
