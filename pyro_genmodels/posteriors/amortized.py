@@ -19,7 +19,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy, deepcopy
-from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
@@ -27,33 +26,27 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_genmodels.distributions.capabilities import capabilities
 from pyro_genmodels.families import NSF, Flow
-from pyro_genmodels.infer.denoising import DenoisingScoreMatching
-from pyro_genmodels.infer.flow_matching import FlowMatching
-from pyro_genmodels.infer.likelihood import MaximumLikelihood
 from pyro_genmodels.infer.objective import Loss
 from pyro_genmodels.posteriors.approximations import Approximation
+from pyro_genmodels.posteriors.conditional import Training, default_objective, train_conditional
 from pyro_genmodels.posteriors.embeddings import Embedding, ObservationEncoder
 from pyro_genmodels.posteriors.fits import NUM_SAMPLES, GuidePosterior
 from pyro_genmodels.posteriors.problem import Problem
 from pyro_genmodels.posteriors.simulations import SimulatedModel, Simulations
 from pyro_genmodels.utils.errors import check_positive_int, listed, type_with_article, warn_caller
-from pyro_genmodels.utils.rng import forked_rng
 from pyro_genmodels.utils.tensors import as_tensor
 
-HELD_OUT = 0.1
-"""Share of the simulations that early stopping looks at."""
 MIN_SIMULATIONS = 20
 """Smallest number of simulations to train on."""
-AVERAGE_DECAY = 0.99
-"""Decay per step of the average of the parameters, which is what is kept."""
 TRUNCATED_MASS = 1e-4
 """Mass of the posterior outside of the region that the prior is restricted to (arXiv 2210.04815)."""
 NUM_THRESHOLD_DRAWS = 10_000
 """Number of draws of the posterior from which the bound of that region is computed."""
 MIN_ACCEPTED = 1e-5
 """Smallest share of draws of the prior in that region with which rejection goes on."""
+MIN_TRIED = 1_000_000
+"""Number of draws of the prior after which that share is looked at."""
 BLOCK = 10_000
 """Number of draws of the prior of which those in the region are kept at once."""
 
@@ -61,17 +54,6 @@ BLOCK = 10_000
 def default_flow(event_shape: Sequence[int], *, context: nn.Module) -> Flow:
     """Return the default family: a flow of autoregressive splines, whose density is one pass of its networks."""
     return Flow(event_shape, context=context, transform=NSF(transforms=5, hidden=(64, 64)))
-
-
-@dataclass(frozen=True)
-class _Training:
-    """Options of training: see `AmortizedPosterior.train`."""
-
-    max_epochs: int
-    batch_size: int
-    step_size: float
-    patience: int
-    progress: bool
 
 
 class AmortizedPosterior:
@@ -234,11 +216,11 @@ class AmortizedPosterior:
             self.simulate(lacking, parallel=parallel, n_jobs=n_jobs, progress=progress)
         if len(self._made) < MIN_SIMULATIONS:
             raise ValueError(f"Training wants {MIN_SIMULATIONS} simulations or more, but there are {len(self._made)}.")
-        self._fit(_Training(max_epochs, batch_size, step_size, patience, progress))
+        self._fit(Training(max_epochs, batch_size, step_size, patience, progress))
         self.seconds += time.perf_counter() - start
         return self
 
-    def _fit(self, options: _Training) -> None:
+    def _fit(self, options: Training) -> None:
         """Train the family on the simulations."""
         values = self._made.values
         z = self.simulator.coordinates.unconstrain(values).to(torch.get_default_dtype())
@@ -252,8 +234,8 @@ class AmortizedPosterior:
             family = deepcopy(self.family).requires_grad_(True)
         encoder: Any = family.context
         context = encoder.flatten(observations)
-        objective = _default_objective(family(context[:1])) if self.objective is None else self.objective
-        self.history = _train(family, objective, z[finite], context, options)
+        objective = default_objective(family(context[:1])) if self.objective is None else self.objective
+        self.history = train_conditional(family, objective, z[finite], context, options)
         self.family, self.encoder = family.eval().requires_grad_(False), encoder
 
     def given(self, **observations: Any) -> GuidePosterior:
@@ -335,7 +317,7 @@ class AmortizedPosterior:
         values = {name: x[0] for name, x in self._checked(observations or dict(self._focus or {}), batch=False).items()}
         refined = copy(self)
         refined._focus, start = values, time.perf_counter()
-        options = _Training(max_epochs, batch_size, step_size, patience, progress)
+        options = Training(max_epochs, batch_size, step_size, patience, progress)
         for _ in range(num_rounds):
             latents = refined._truncated_prior(values, num_simulations, progress=progress)
             made = refined.simulator.simulate(num_simulations, latents, n_jobs=n_jobs, progress=progress)
@@ -360,7 +342,7 @@ class AmortizedPosterior:
                 kept.append({name: x[inside] for name, x in latents.items()})
                 accepted, tried = accepted + int(inside.sum()), tried + BLOCK
                 bar.update(min(int(inside.sum()), number - bar.n))
-                if accepted < MIN_ACCEPTED * tried or (not accepted and tried > 1 / MIN_ACCEPTED):
+                if accepted < MIN_ACCEPTED * tried and tried >= MIN_TRIED:
                     raise ValueError(
                         f"Of {tried} draws of the prior {accepted} lie where the posterior is. It is too narrow, or the "
                         "observation too unlike the simulations, for rejection: use NoUTurn if the model has a density, or a "
@@ -467,75 +449,3 @@ def _report(made: Simulations, number: int | None = None) -> None:
     if not len(made):
         raise ValueError(f"All {lost} simulations failed: {reasons}.")
     warn_caller(f"{lost} of {number or lost + len(made)} simulations were left out: {reasons}.")
-
-
-def _default_objective(distribution: Any) -> Loss:
-    """Return the loss that suits a distribution."""
-    found = capabilities(distribution)
-    if found.has_noise_error:
-        return DenoisingScoreMatching()
-    return FlowMatching() if found.has_velocity else MaximumLikelihood()
-
-
-def _train(family: Any, objective: Loss, z: Tensor, context: Tensor, options: _Training) -> list[float]:
-    """Train a family in place, and return the loss of held-out rows after each epoch, per row.
-
-    Args:
-        family: family with an `ObservationEncoder` as its context.
-        objective: loss.
-        z: unconstrained coordinates, (n, dim).
-        context: observations, (n, numbers).
-        options: options.
-    """
-    order = torch.randperm(len(z))
-    held = order[: max(1, int(HELD_OUT * len(z)))]
-    rest = order[len(held) :]
-    family.train().prepare(z[rest], context[rest])
-    loss = objective(family)
-    parameters = [p for p in family.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=options.step_size)
-    average = [p.detach().clone() for p in parameters]
-    encoder, history, best, since, steps = family.context, [], float("inf"), 0, 0
-    kept = [p.clone() for p in average]
-    z_held, context_held = z[held], encoder.hide(context[held])
-    bar = tqdm(range(options.max_epochs), desc="training", unit="epoch", disable=not options.progress, mininterval=0.5)
-    for _ in bar:
-        family.train()
-        for rows in rest[torch.randperm(len(rest))].split(options.batch_size):
-            optimizer.zero_grad()
-            value = loss(z[rows], encoder.hide(context[rows])) / len(rows)
-            value.backward()
-            nn.utils.clip_grad_norm_(parameters, 5.0)
-            optimizer.step()
-            steps += 1
-            weight = 1 - min(AVERAGE_DECAY, steps / (steps + 10))
-            for mean, p in zip(average, parameters, strict=True):
-                mean.lerp_(p.detach(), weight)
-        history.append(_held_out_loss(family, loss, parameters, average, z_held, context_held))
-        if history[-1] < best:
-            best, since, kept = history[-1], 0, [p.clone() for p in average]
-        else:
-            since += 1
-        bar.set_postfix_str(f"held-out loss {history[-1]:.4f}, best {best:.4f}", refresh=False)
-        if since >= options.patience:
-            break
-    with torch.no_grad():
-        for p, x in zip(parameters, kept, strict=True):
-            p.copy_(x)
-    return history
-
-
-@torch.no_grad()
-def _held_out_loss(
-    family: Any, loss: Any, parameters: Sequence[Tensor], average: Sequence[Tensor], z: Tensor, context: Tensor
-) -> float:
-    """Return the loss per row of held-out rows with averaged parameters, by the same random numbers at each call."""
-    family.eval()
-    current = [p.clone() for p in parameters]
-    for p, x in zip(parameters, average, strict=True):
-        p.copy_(x)
-    with forked_rng(0):
-        value = float(loss(z, context)) / len(z)
-    for p, x in zip(parameters, current, strict=True):
-        p.copy_(x)
-    return value

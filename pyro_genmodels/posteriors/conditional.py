@@ -1,0 +1,129 @@
+r"""Training of a conditional family on pairs of latent variables and observations.
+
+Some pairs are held out, and training stops when their loss does not fall any more. The parameters that are kept are averages
+over the last steps, which vary less than those of one step: Polyak and Juditsky (1992).
+"""
+
+from __future__ import annotations
+
+__all__ = ["Training", "default_objective", "train_conditional"]
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pyro_genmodels.distributions.capabilities import capabilities
+from pyro_genmodels.infer.denoising import DenoisingScoreMatching
+from pyro_genmodels.infer.flow_matching import FlowMatching
+from pyro_genmodels.infer.likelihood import MaximumLikelihood
+from pyro_genmodels.infer.objective import Loss
+from pyro_genmodels.utils.rng import forked_rng
+
+HELD_OUT = 0.1
+"""Share of the pairs that early stopping looks at."""
+AVERAGE_DECAY = 0.99
+"""Decay per step of the average of the parameters."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Options of training.
+
+    Attributes:
+        max_epochs: largest number of passes through the pairs.
+        batch_size: number of pairs per step.
+        step_size: step size of Adam.
+        patience: number of epochs without a smaller loss of held-out pairs after which training stops.
+        progress: True for a progress bar.
+    """
+
+    max_epochs: int
+    batch_size: int
+    step_size: float
+    patience: int
+    progress: bool
+
+
+def default_objective(distribution: Any) -> Loss:
+    """Return the loss that suits a distribution."""
+    found = capabilities(distribution)
+    if found.has_noise_error:
+        return DenoisingScoreMatching()
+    return FlowMatching() if found.has_velocity else MaximumLikelihood()
+
+
+def train_conditional(family: Any, objective: Loss, z: Tensor, context: Tensor, options: Training) -> list[float]:
+    """Train a family in place, and return the loss of held-out rows after each epoch, per row.
+
+    Args:
+        family: family with an `ObservationEncoder` as its context.
+        objective: loss.
+        z: unconstrained coordinates, (n, dim).
+        context: observations, (n, numbers).
+        options: options.
+
+    Raises:
+        ValueError: if the loss is not finite after any epoch.
+    """
+    order = torch.randperm(len(z))
+    held = order[: max(1, int(HELD_OUT * len(z)))]
+    rest = order[len(held) :]
+    family.train().prepare(z[rest], context[rest])
+    loss = objective(family)
+    parameters = [p for p in family.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=options.step_size)
+    average = [p.detach().clone() for p in parameters]
+    encoder, history, best, since, steps = family.context, [], float("inf"), 0, 0
+    kept = [p.clone() for p in average]
+    z_held, context_held = z[held], encoder.hide(context[held])
+    bar = tqdm(range(options.max_epochs), desc="training", unit="epoch", disable=not options.progress, mininterval=0.5)
+    for _ in bar:
+        family.train()
+        for rows in rest[torch.randperm(len(rest))].split(options.batch_size):
+            optimizer.zero_grad()
+            value = loss(z[rows], encoder.hide(context[rows])) / len(rows)
+            value.backward()
+            nn.utils.clip_grad_norm_(parameters, 5.0)
+            optimizer.step()
+            steps += 1
+            weight = 1 - min(AVERAGE_DECAY, steps / (steps + 10))
+            for mean, p in zip(average, parameters, strict=True):
+                mean.lerp_(p.detach(), weight)
+        history.append(_held_out_loss(family, loss, parameters, average, z_held, context_held))
+        if history[-1] < best:  # False for NaN
+            best, since, kept = history[-1], 0, [p.clone() for p in average]
+        else:
+            since += 1
+        bar.set_postfix_str(f"held-out loss {history[-1]:.4f}, best {best:.4f}", refresh=False)
+        if since >= options.patience:
+            break
+    bar.close()
+    if best == float("inf"):
+        raise ValueError(
+            f"The loss of held-out simulations was not finite in any of {len(history)} epochs. Look for extreme values among "
+            "the simulations, or train with a smaller step_size."
+        )
+    with torch.no_grad():
+        for p, x in zip(parameters, kept, strict=True):
+            p.copy_(x)
+    return history
+
+
+@torch.no_grad()
+def _held_out_loss(
+    family: Any, loss: Any, parameters: Sequence[Tensor], average: Sequence[Tensor], z: Tensor, context: Tensor
+) -> float:
+    """Return the loss per row of held-out rows with averaged parameters, by the same random numbers at each call."""
+    family.eval()
+    current = [p.clone() for p in parameters]
+    for p, x in zip(parameters, average, strict=True):
+        p.copy_(x)
+    with forked_rng(0):
+        value = float(loss(z, context)) / len(z)
+    for p, x in zip(parameters, current, strict=True):
+        p.copy_(x)
+    return value
