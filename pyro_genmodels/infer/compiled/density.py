@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -28,10 +29,11 @@ from torch.autograd.function import once_differentiable
 
 from pyro_genmodels._pyro.inductor import DirectCall
 from pyro_genmodels._pyro.plates import plates_around
+from pyro_genmodels._pyro.sites import is_deterministic
 from pyro_genmodels.infer.compiled.coordinates import Coordinates
 from pyro_genmodels.infer.compiled.graph import Graph
-from pyro_genmodels.infer.compiled.initial import as_strategy, never_without
-from pyro_genmodels.infer.compiled.modes import Mode, default_mode
+from pyro_genmodels.infer.compiled.initial import as_strategy, as_values, flat_coordinates, never_without, off_modes
+from pyro_genmodels.infer.compiled.modes import Mode, check_mode, default_mode
 from pyro_genmodels.infer.compiled.native import NativeDensity, native_density
 from pyro_genmodels.infer.compiled.program import Program
 from pyro_genmodels.infer.compiled.prototypes import first_runs
@@ -65,14 +67,18 @@ def log_density(
     change. A call is not compared with the model; `LogDensity.audit` does that, and `CompiledNUTS` asks it at the start and
     the last draw of each chain.
 
+    The model computes in its own dtype: coordinates in float64 of a model in float32 have the precision of float32. Optimisers
+    such as L-BFGS want more. Call ``torch.set_default_dtype(torch.float64)`` before the model and its data are made.
+
     Args:
         model: function with Pyro statements.
         args: positional arguments of the model.
-        mode: how the model is captured, such as `Compiled` or `Captured`; `Eager` runs it anew at each call. None chooses.
+        mode: how the model is captured, such as `Compiled()`; `Eager()` runs it anew at each call. None chooses.
         model_kwargs: keyword arguments of the model, also one called ``mode``.
         kwargs: keyword arguments of the model.
 
     Raises:
+        TypeError: if the mode is not one.
         ValueError: naming a plate that subsamples, a discrete variable that cannot be enumerated, or a variable whose support
             or shape depends on other variables; or a plate around the call.
 
@@ -124,14 +130,23 @@ class LogDensity(Coordinates):
     def __init__(
         self, model: Callable[..., Any], args: tuple = (), kwargs: Mapping[str, Any] | None = None, mode: Mode | None = None
     ) -> None:
+        check_mode("log_density", mode)
         self.model, self.args, self.kwargs, self.mode = model, tuple(args), dict(kwargs or {}), mode
         prototype = first_runs(self._run)
         super().__init__(prototype.transforms, prototype.values)
         self._potential, self._enumerated = prototype.potential, prototype.enumerated
+        self._supports, self._others = prototype.supports, prototype.others
+        self._event_shapes = {name: value.shape for name, value in prototype.values.items()}
+        self._flat: Tensor | None = None  # 1 for each coordinate that the model says nothing about
+        self._slope: Tensor | None = None  # its gradient there
         self._example = self.unconstrain(prototype.values)
         self._captured: dict[torch.dtype, _Captured] = {}
 
-    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def __repr__(self) -> str:
+        """Return the number of coordinates and the name and shape of each variable."""
+        return f"LogDensity of {self.dim} coordinates: {listed(f'{name} {tuple(x)}' for name, x in self.shapes.items())}"
+
+    def __call__(self, z: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
         """Return the log density in nats, (), and its gradient, (dim,), both in the dtype of z and without a graph of autograd.
 
         Both are NaN where a decomposition of a matrix fails.
@@ -140,12 +155,14 @@ class LogDensity(Coordinates):
         replaced by another object.
 
         Args:
-            z: unconstrained coordinates, (dim,), of any dtype of floats. Each variable is converted to its own dtype.
+            z: unconstrained coordinates, (dim,), of any dtype of floats; an array of numpy counts as a tensor. Each variable is
+                converted to its own dtype, whose precision the results then have.
 
         Raises:
             ValueError: if z has another shape, or is no tensor of floats.
             CaptureError: if the model cannot be captured as a graph.
         """
+        z = torch.from_numpy(z) if isinstance(z, np.ndarray) and z.dtype.kind == "f" else z
         if not isinstance(z, Tensor) or z.shape != (self.dim,) or not z.is_floating_point():
             raise ValueError(
                 f"A log density of {self.dim} coordinates wants a tensor of floats, ({self.dim},), but found {_described(z)}."
@@ -184,7 +201,10 @@ class LogDensity(Coordinates):
     def value(self, z: Tensor) -> Tensor:
         """Return the log density at z, (), by running the model. It is differentiable."""
         with pyro.validation_enabled(is_validate=False):
-            return -self._potential(self.unflatten(z)).to(z.dtype)
+            value = -self._potential(self.unflatten(z)).to(z.dtype)
+        if self._flat is None or self._slope is None:
+            return value
+        return value - (self._slope.to(z.dtype) * z + 0.5 * self._flat.to(z.dtype) * z.square()).sum()
 
     def audit(self, function: Callable[[Tensor], Sequence[Tensor]], points: Tensor) -> None:
         """Compare a captured function with the model.
@@ -207,6 +227,58 @@ class LogDensity(Coordinates):
                         "number of Python that was changed since the capture."
                     )
 
+    def prepare_starts(self, starts: Tensor) -> Tensor:
+        """Return starts of chains, (n, dim), at which no gradient is exactly 0, as samplers want it.
+
+        A coordinate that starts at a mode is moved a little. A coordinate that the model says nothing about, such as a missing
+        value at the place of one that was observed, has no distribution. It gets a standard normal one here, which changes no
+        other. `check_flat` says later whether that was right.
+
+        Args:
+            starts: points with a finite gradient, (n, dim).
+
+        Raises:
+            ValueError: naming the variables whose gradient is 0 around a start, while it is not elsewhere.
+        """
+        flat = flat_coordinates(self.evaluate, starts)
+        if flat.any():
+            slope = self.evaluate(starts[0])[1] * flat
+            self._flat, self._slope, self._captured = flat.to(self.dtype), slope, {}
+        starts = off_modes(self.evaluate, starts)
+        if still := self._variables(torch.stack([self.evaluate(z)[1] for z in starts]).eq(0).any(0)):
+            raise ValueError(
+                f"The gradient of the log density is 0 at a start and around it, in coordinates of {listed(still)}, so that "
+                "NUTS cannot find a scale for them. Give other values by init=, or a prior that is not flat."
+            )
+        return starts
+
+    def check_flat(self, points: Tensor) -> None:
+        """Check that the model says nothing about the coordinates that `prepare_starts` has given a normal distribution.
+
+        Args:
+            points: coordinates, (n, dim).
+
+        Raises:
+            ValueError: naming the variables on which it depends.
+        """
+        if self._flat is None or self._slope is None:
+            return
+        flat, self._flat = self._flat, None
+        try:
+            slopes = torch.stack([self.evaluate(z)[1] for z in points])
+        finally:
+            self._flat = flat
+        if depends := self._variables((slopes != self._slope).any(0) & flat.bool()):
+            raise ValueError(
+                f"The log density does not depend on some coordinates of {listed(depends)} at the start, but does at later "
+                "draws, so that the draws are wrong. Give other values by init=, or a prior that is not flat."
+            )
+
+    def _variables(self, mask: Tensor) -> list[str]:
+        """Return the names of the variables of which a mask, (dim,), has coordinates."""
+        parts = mask.split([shape.numel() for shape in self.shapes.values()])
+        return [name for name, part in zip(self.shapes, parts, strict=True) if part.any()]
+
     def potential_fn(self, params: Mapping[str, Tensor]) -> Tensor:
         """Return minus the log density, (), which can be differentiated once: the ``potential_fn`` of Pyro's `NUTS` and `HMC`.
 
@@ -227,23 +299,29 @@ class LogDensity(Coordinates):
             Unconstrained coordinates, (num_points, dim), in `dtype`.
 
         Raises:
-            ValueError: if no such point is found among 100 times as many. The message names the variables without a finite
-                density.
+            ValueError: if no such point is found among 100 times as many, naming the variables without a finite density; at
+                once if data are NaN; or if a value by name belongs to no variable, or has another shape, or lies outside of
+                the variable's support.
+            TypeError: if the initial values are none of these.
         """
         check_positive_int("initial_points", num_points=num_points)
+        if isinstance(init, Mapping):
+            self._check_init(as_values(init))
         model = InitMessenger(never_without(as_strategy(init, self.args, self.kwargs)))(self._enumerated)
         points: list[Tensor] = []
         cause: Exception | None = None
         for _ in range(MAX_TRIES * num_points):
             try:
                 z = self._initial_point(model)
+            except _DataError:
+                raise
             except (ValueError, torch.linalg.LinAlgError) as error:  # not allowed values
                 cause = error
                 continue
             points.append(z)
             if len(points) == num_points:
                 return torch.stack(points)
-        reason = one_line(str(cause).rstrip("."))
+        reason = one_line(str(cause).rstrip("."), 500)
         raise ValueError(
             f"{num_points} initial points are wanted, but of {MAX_TRIES * num_points} only {len(points)} have a finite density "
             f"and gradient. The last failed because: {reason}. Change the model, or init=, to init_to_median say."
@@ -260,15 +338,40 @@ class LogDensity(Coordinates):
         """
         with poutine.block(), torch.no_grad():
             trace = poutine.trace(model).get_trace()
-            trace.compute_log_prob()
+            try:
+                trace.compute_log_prob()
+            except ValueError:  # by validation
+                _check_data(trace)
+                raise
             z = self.unconstrain({name: trace.nodes[name]["value"] for name in self.names})
         value, gradient = self.evaluate(z)
         if value.isfinite() and gradient.isfinite().all():
             return z
+        _check_data(trace)
         sites = [
             name for name, site in trace.nodes.items() if site["type"] == "sample" and not site["log_prob"].isfinite().all()
         ]
         raise ValueError(f"the density of {listed(sites)} is not finite." if sites else "a gradient is not finite.")
+
+    def _check_init(self, values: Mapping[str, Tensor]) -> None:
+        """Check initial values by name.
+
+        Raises:
+            ValueError: naming the first value that belongs to no variable, or has another shape, or is not in the support.
+        """
+        for name, value in values.items():
+            if name in self._others:
+                continue
+            if name not in self.names:
+                raise ValueError(f"init has no variable {name!r}: the model has {listed(self.names)}.")
+            if value.shape != self._event_shapes[name]:
+                wanted = tuple(self._event_shapes[name])
+                raise ValueError(f"init wants a value of {name!r} of shape {wanted}, but found {tuple(value.shape)}.")
+            if not self._supports[name].check(value).all():
+                raise ValueError(
+                    f"init has a value of {name!r} outside of the variable's support, {self._supports[name]}: "
+                    f"{one_line(value.tolist())}."
+                )
 
     def _run(self) -> Any:
         """Run the model; handlers of Pyro have a keyword ``context`` of their own, which a model's must not meet.
@@ -282,6 +385,25 @@ class LogDensity(Coordinates):
                 "Call outside of it, or put the plate into the model."
             )
         return self.model(*self.args, **self.kwargs)
+
+
+class _DataError(ValueError):
+    """An error of data that no initial value can mend."""
+
+
+def _check_data(trace: Any) -> None:
+    """Check that no data of a model are NaN, after its density was found not to be finite.
+
+    Raises:
+        ValueError: naming the first site whose data are.
+    """
+    for name, site in trace.nodes.items():
+        is_data = site["type"] == "sample" and site["is_observed"] and not is_deterministic(site)
+        if is_data and isinstance(site["value"], Tensor) and bool(site["value"].isnan().any()):
+            raise _DataError(
+                f"The data of site {name!r} hold NaN, so that no density or gradient is finite. Leave these rows out, or give "
+                "obs_mask= with other numbers in their place."
+            )
 
 
 class _Captured:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["as_strategy", "never_without"]
+__all__ = ["as_strategy", "as_values", "flat_coordinates", "never_without", "off_modes"]
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -12,11 +12,18 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import init_to_generated, init_to_value
 from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_genmodels._pyro import traces
 from pyro_genmodels._pyro.reparam import replaceable
 from pyro_genmodels.utils.tensors import as_tensor
+
+Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Map from coordinates, (dim,), to log density, (), and its gradient, (dim,)."""
+
+NUM_MOVES = 6
+"""Number of moves away from a mode that are tried, each of a tenth of the size of the one before."""
 
 Strategy = Callable[[Any], Any]
 """Function from a site to its initial value, such as `pyro.infer.autoguide.init_to_median`."""
@@ -39,16 +46,74 @@ def as_strategy(init: Any, args: tuple, kwargs: Mapping[str, Any]) -> Strategy:
         tensor(1.5000)
     """
     if isinstance(init, Mapping):
-        values = {
-            name: as_tensor(value, f"init, for {name!r},", floats=torch.get_default_dtype()) for name, value in init.items()
-        }
-        return init_to_value(values=values)
+        return init_to_value(values=as_values(init))
     if hasattr(init, "get_samples"):
         return init_to_generated(generate=partial(_one_draw, init.get_samples()))
     if callable(init) and not hasattr(init, "guide"):
         return init
     _, guide = traces.as_pair(init)
     return init_to_generated(generate=partial(_one_run, guide, args, kwargs))
+
+
+def as_values(init: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return initial values by name as tensors of floats.
+
+    Raises:
+        TypeError: if a value has no numbers.
+    """
+    return {name: as_tensor(value, f"init, for {name!r},", floats=torch.get_default_dtype()) for name, value in init.items()}
+
+
+def flat_coordinates(evaluate: Evaluate, starts: Tensor) -> Tensor:
+    """Return True for each coordinate that a model says nothing about, (dim,), as far as some points show.
+
+    The gradient of the log density is the same at all of them, exactly: 0, or 1 for a positive variable, whose coordinate is
+    its logarithm. There is no such distribution. The points are the starts, and others near and far, on both sides of them.
+
+    Args:
+        evaluate: map from coordinates, (dim,), to log density, (), and its gradient, (dim,).
+        starts: points with a finite gradient, (n, dim).
+    """
+    slopes = torch.stack([evaluate(z)[1] for z in starts])
+    slope = slopes[0]
+    flat = (slopes == slope).all(0) & ((slope == 0) | (slope == 1))
+    z = starts[0]
+    for distance in (2.0, 20.0, 200.0, 2000.0):
+        if not flat.any():
+            break
+        move = distance * torch.empty_like(z).uniform_(-1.0, 1.0)
+        for nearby in (z + move, z - move, z + move * flat, z - move * flat):
+            value, gradient = evaluate(nearby)
+            if value.isfinite() and gradient.isfinite().all():
+                flat = flat & (gradient == slope)
+    return flat
+
+
+def off_modes(evaluate: Evaluate, starts: Tensor) -> Tensor:
+    """Return starts, (n, dim), with each coordinate whose gradient is exactly 0, as at a mode, moved a little.
+
+    A sampler that takes its first scales from the gradient can begin there.
+
+    Args:
+        evaluate: map from coordinates, (dim,), to log density, (), and its gradient, (dim,).
+        starts: points with a finite gradient, (n, dim).
+    """
+    return torch.stack([_off_mode(evaluate, z) for z in starts])
+
+
+def _off_mode(evaluate: Evaluate, start: Tensor) -> Tensor:
+    """Return one start, (dim,), as `off_modes` does."""
+    _, gradient = evaluate(start)
+    z = start
+    for power in range(1, NUM_MOVES + 1):
+        if gradient.ne(0).all():
+            return z
+        move = 0.1**power * torch.randn_like(z)
+        nearby = z + torch.where(gradient.eq(0), move, torch.zeros_like(z))
+        value, found = evaluate(nearby)
+        if value.isfinite() and found.isfinite().all():
+            z, gradient = nearby, found
+    return z
 
 
 def never_without(strategy: Strategy) -> Strategy:
@@ -79,7 +144,7 @@ def never_without(strategy: Strategy) -> Strategy:
     return value
 
 
-def _one_draw(draws: Mapping[str, torch.Tensor]) -> Strategy:
+def _one_draw(draws: Mapping[str, Tensor]) -> Strategy:
     """Return the strategy that starts at one of some draws, (draws, ...) by name, chosen at random."""
     i = int(torch.randint(len(next(iter(draws.values()))), ()))
     return init_to_value(values={name: values[i] for name, values in draws.items()})

@@ -11,6 +11,7 @@ __all__ = ["ChainDraws", "NutsSettings", "import_nutpie", "sample_chain"]
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from threading import Event, Thread
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pyro_genmodels.infer.compiled.native import NativeDensity
-from pyro_genmodels.utils.errors import check_positive_int, import_extra
+from pyro_genmodels.utils.errors import check_positive_int, import_extra, one_line
 
 STATISTICS = {
     "energy": "energy",
@@ -137,7 +138,8 @@ def sample_chain(
         sampler.cancel()
         raise
     except BaseException as error:  # a panic of Rust is no Exception
-        raise (errors[0] if errors else RuntimeError(f"nutpie failed: {error}")) from None
+        reason = one_line(str(error).partition("Stack backtrace")[0])  # of Rust
+        raise (errors[0] if errors else RuntimeError(f"nutpie failed: {reason}")) from None
     finally:
         del sampler  # an error keeps this frame alive, and with it the sampler's threads
     if errors:
@@ -180,7 +182,7 @@ def _python_model(
         expanded_dtypes=[np.dtype("float64")],
         expanded_shapes=[(len(start),)],
         expanded_names=["z"],
-        make_initial_point_fn=lambda seed: start.to("cpu", torch.float64).numpy(),
+        make_initial_point_fn=partial(_initial_point, start),
     )
 
 
@@ -191,7 +193,7 @@ def _native_model(nutpie: Any, function: NativeDensity, start: Tensor) -> Any:
         dims={"z": ("coordinate",)},
         compiled_logp_func=_Code(function.address),
         compiled_expand_func=_Code(function.draw_address),
-        initial_point_func=lambda seed: start.numpy(),
+        initial_point_func=partial(_initial_point, start),
         shared_data={},
         user_data=function.memory,
         n_expanded=dim,
@@ -202,6 +204,16 @@ def _native_model(nutpie: Any, function: NativeDensity, start: Tensor) -> Any:
         _shapes={"z": (dim,)},
         _coords={"coordinate": np.arange(dim)},
     )
+
+
+def _initial_point(start: Tensor, seed: Any) -> np.ndarray:
+    """Return the coordinates of the first point.
+
+    The sampler calls this in the thread that evaluates the density afterwards. Libraries of matrix products have a number of
+    threads for each thread, so it is set here to that of torch.
+    """
+    torch.set_num_threads(torch.get_num_threads())
+    return start.to("cpu", torch.float64).numpy()
 
 
 class _Code(NamedTuple):

@@ -17,17 +17,32 @@ from typing import Any
 import numpy as np
 import torch
 from pyro import poutine
+from pyro.infer import MCMC
 from pyro.infer.autoguide.initialization import init_to_uniform
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_genmodels._pyro.mcmc import ChainRun
 from pyro_genmodels.infer.compiled.density import LogDensity
-from pyro_genmodels.infer.compiled.modes import Mode
+from pyro_genmodels.infer.compiled.modes import Mode, check_mode
 from pyro_genmodels.infer.compiled.nutpie_sampling import ChainDraws, NutsSettings, import_nutpie, sample_chain
 from pyro_genmodels.infer.compiled.processes import available_cores, can_fork, run_forked, run_in_turn
-from pyro_genmodels.utils.errors import check_positive_int
+from pyro_genmodels.utils.errors import check_positive_int, type_with_article
 from pyro_genmodels.utils.precision import in_doubles
+
+CHECKED = 8
+"""Number of draws of each chain at which coordinates that the density does not depend on are looked at again."""
+
+OPTIONS = {
+    "warmup_steps": "num_warmup",
+    "initial_params": "init (values in the support of each variable)",
+    "init_strategy": "init",
+    "disable_progbar": "progress",
+    "full_mass": "low_rank",
+    "jit_compile": "mode",
+}
+"""Options of Pyro's `MCMC` and `NUTS`, and those of `CompiledNUTS` in their place."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,7 @@ class CompiledNUTS(ChainRun):
         progress: True for a progress bar.
 
     Raises:
+        TypeError: if the model is a kernel or run of Pyro's, the mode is not one, or an option is unknown.
         ValueError: if a count is not positive, or a probability not between 0 and 1.
 
     Example:
@@ -96,7 +112,10 @@ class CompiledNUTS(ChainRun):
         mode: Mode | None = None,
         num_processes: int | None = None,
         progress: bool = True,
+        **unknown: Any,
     ) -> None:
+        _check_options(model, unknown)
+        check_mode("CompiledNUTS", mode)
         check_positive_int("CompiledNUTS", num_chains=num_chains)
         if num_processes is not None:
             check_positive_int("CompiledNUTS", num_processes=num_processes)
@@ -107,12 +126,26 @@ class CompiledNUTS(ChainRun):
         self._z: Tensor | None = None
         self._density: LogDensity | None = None
 
+    def __repr__(self) -> str:
+        """Return the numbers of chains and draws, and whether they have run."""
+        draws = f"{self.num_chains} chains of {self.warmup_steps} + {self.num_samples} draws"
+        return f"CompiledNUTS({getattr(self.model, '__name__', type(self.model).__name__)}: {draws}, {self._state()})"
+
+    def _state(self) -> str:
+        """Return what is known of the draws."""
+        if self._density is None:
+            return "not run"
+        return f"run over {self._density.dim} coordinates, with {self.statistics['diverging'].sum()} divergences"
+
     @poutine.block
     def run(self, *args: Any, **kwargs: Any) -> None:
         """Capture the model with these arguments, and run the chains from new initial values.
 
         The captured density is compared with the model at the start and the last draw of each chain. Handlers around the call
         have no effect, as around Pyro's `MCMC`, and plates are refused. Put them around the model.
+
+        Coordinates that the model says nothing about, such as those of ``y_unobserved`` where ``obs_mask`` is True, are drawn
+        from a standard normal distribution in unconstrained coordinates, which is part of ``lp`` and ``energy`` then.
 
         Args:
             args: positional arguments of the model.
@@ -131,7 +164,7 @@ class CompiledNUTS(ChainRun):
         if not density.dim:
             raise ValueError("The model has no continuous latent variable, so there is nothing to sample.")
         with _one_thread() if num_processes > 1 else nullcontext():
-            starts = in_doubles(density.initial_points(self.num_chains, init=self.init))
+            starts = density.prepare_starts(in_doubles(density.initial_points(self.num_chains, init=self.init)))
             captured = density.capture(starts[0])
             function = captured.native(starts[0]) or captured
         density.audit(function, starts)
@@ -141,10 +174,12 @@ class CompiledNUTS(ChainRun):
         with tqdm(total=total, desc="NUTS", unit="draw", disable=not self.progress) as bar:
             run = run_in_turn if num_processes == 1 else partial(run_forked, num_processes=num_processes)
             chains: list[ChainDraws] = run(tasks, report=bar.update)
-        self._density = density
+        self._density = None
         self._z = torch.from_numpy(np.stack([chain.z for chain in chains])).to(density.device)
         self._statistics = {name: np.stack([chain.statistics[name] for chain in chains]) for name in chains[0].statistics}
         density.audit(function, self._z[:, -1])
+        density.check_flat(self._z[:, self.warmup_steps :: max(1, self.num_samples // CHECKED)].flatten(0, 1))
+        self._density = density
         self.keep(density.constrain(self._z[:, self.warmup_steps :]), self.statistics, args, kwargs)
 
     @property
@@ -184,6 +219,22 @@ class CompiledNUTS(ChainRun):
                 "worker. Leave num_processes out, and the chains run one after another."
             )
         return min(self.num_chains, wanted or available_cores()) if can_fork() else 1
+
+
+def _check_options(model: Any, unknown: dict[str, Any]) -> None:
+    """Check that a model is no kernel, and that there are no unknown options.
+
+    Raises:
+        TypeError: with what to write.
+    """
+    if isinstance(model, MCMCKernel | MCMC):
+        raise TypeError(
+            f"CompiledNUTS wants the model itself, but found {type_with_article(model)}: write CompiledNUTS(model, ...) in "
+            "place of MCMC(NUTS(model), ...)."
+        )
+    for name in unknown:
+        instead = f": write {OPTIONS[name]} in its place" if name in OPTIONS else ""
+        raise TypeError(f"CompiledNUTS has no option {name!r}{instead}.")
 
 
 @contextmanager

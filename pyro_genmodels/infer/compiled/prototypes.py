@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_genmodels._pyro.reparam import replaceable
+from pyro_genmodels._pyro.sites import is_deterministic
 from pyro_genmodels.infer.compiled.initial import never_without
 
 MAX_TRIES = 20
@@ -32,12 +33,16 @@ class Prototype(NamedTuple):
         potential: map from unconstrained values by name to minus the log density, with discrete variables summed out.
         transforms: map from the support of each continuous variable to unconstrained values, by name.
         values: a value of each of these variables, by name.
+        supports: support of each of these variables, by name.
+        others: names of discrete and of deterministic variables.
         enumerated: the model with its discrete variables enumerated.
     """
 
     potential: Callable[[Mapping[str, Tensor]], Tensor]
     transforms: Mapping[str, Any]
     values: Mapping[str, Tensor]
+    supports: Mapping[str, Any]
+    others: frozenset[str]
     enumerated: Callable[[], Any]
 
 
@@ -71,7 +76,21 @@ def first_runs(run: Callable[[], Any]) -> Prototype:
             break
     _check_variables(alone, trace, transforms)
     enumerated = poutine.enum(config_enumerate(run), first_available_dim=-1 - nesting)
-    return Prototype(potential, transforms, {name: trace.nodes[name]["value"] for name in transforms}, enumerated)
+    nodes: Any = trace.nodes
+    others = {name for name, site in nodes.items() if site["type"] == "sample" and _has_value(site)} - set(transforms)
+    return Prototype(
+        potential,
+        transforms,
+        {name: nodes[name]["value"] for name in transforms},
+        {name: nodes[name]["fn"].support for name in transforms},
+        frozenset(others),
+        enumerated,
+    )
+
+
+def _has_value(site: Any) -> bool:
+    """Return True for a latent or deterministic variable, False for data and the rows of a plate."""
+    return not site_is_subsample(site) and (is_deterministic(site) or not site["is_observed"])
 
 
 def _draw(site: Mapping[str, Any]) -> Any:

@@ -432,3 +432,54 @@ def test_a_model_without_latent_variables_has_no_coordinates():
     value, gradient = density(torch.zeros(0))
     torch.testing.assert_close(value, dist.Normal(0.0, 1.0).log_prob(torch.tensor(1.0)))
     assert gradient.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("init", "message"),
+    [
+        ({"zz": 0.0}, "init has no variable 'zz': the model has z, scale"),
+        ({"y": 0.0}, "init has no variable 'y'"),
+        ({"z": torch.zeros(2)}, r"value of 'z' of shape \(\), but found \(2,\)"),
+        ({"scale": -1.0}, "value of 'scale' outside of the variable's support"),
+    ],
+)
+def test_wrong_initial_values_are_refused(init, message):
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        scale = pyro.sample("scale", dist.Exponential(1.0))
+        pyro.deterministic("sum", z + scale)
+        pyro.sample("y", dist.Normal(z, scale), obs=torch.tensor(1.0))
+
+    density = log_density(model, mode=Eager())
+    with pytest.raises(ValueError, match=message):
+        density.initial_points(init=init)
+    assert density.initial_points(init={"z": 2.0, "sum": 3.0})[0, 0] == 2.0
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_data_that_are_nan_are_named_at_once(validate):
+    runs = []
+
+    def model():
+        runs.append(1)
+        with pyro.plate("rows", 2):
+            pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=torch.tensor([0.0, np.nan]))
+
+    density = log_density(model, mode=Eager())
+    runs.clear()
+    with pyro.validation_enabled(validate), pytest.raises(ValueError, match="data of site 'y' hold NaN"):
+        density.initial_points()
+    assert len(runs) <= 2
+
+
+def test_an_array_counts_as_a_tensor():
+    density = log_density(lambda: pyro.sample("z", dist.Normal(0.0, 1.0)), mode=Eager())
+    value, gradient = density(np.array([2.0]))
+    assert value.dtype == torch.float64
+    assert gradient.tolist() == [-2.0]
+    assert repr(density) == "LogDensity of 1 coordinates: z ()"
+
+
+def test_a_class_is_no_mode():
+    with pytest.raises(TypeError, match=r"log_density wants .* but found the class Captured"):
+        log_density(lambda: pyro.sample("z", dist.Normal(0.0, 1.0)), mode=Captured)

@@ -15,6 +15,7 @@ import pyro.distributions as dist
 import pyro_examples as examples
 import pytest
 import torch
+from marks import slow_unless
 from pyro.infer import MCMC, NUTS, Predictive
 from pyro.ops.stats import effective_sample_size
 
@@ -141,7 +142,9 @@ def mixture():
     return Conjugate(model, dist.MixtureSameFamily(dist.Categorical(weights / weights.sum()), components), {})
 
 
-@pytest.mark.parametrize("make", [normal, counts, successes, classes, regression, mixture])
+@pytest.mark.parametrize(
+    "make", slow_unless([normal, counts, mixture], [normal, counts, successes, classes, regression, mixture])
+)
 def test_moments_of_conjugate_posteriors(make):
     case = make()
     nuts = sampled(case.model, **case.options)
@@ -521,3 +524,72 @@ def test_without_nutpie_the_error_has_two_ways_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "nutpie", None)
     with pytest.raises(ImportError, match=r"pip install 'pyro-genmodels\[nuts\]'.*NUTS\(potential_fn="):
         short()
+
+
+def missing(likelihood):
+    """Return a model with missing data, by a distribution of a mean and of rows of a plate."""
+    y, is_known = torch.tensor([1.0, 2.0, 0.5, 1.5]), torch.tensor([True, True, False, True])
+
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 4):
+            pyro.sample("y", likelihood(a), obs=y, obs_mask=is_known)
+
+    return model
+
+
+def test_missing_data_leave_the_posterior_as_it_is_and_are_drawn_from_their_own():
+    """The mean has the conjugate posterior of three rows. Coordinates without a distribution are standard normal."""
+    draws = sampled(missing(lambda a: dist.Normal(a, 1.0)), num_warmup=100, num_samples=400).get_samples(group_by_chain=True)
+    assert_moments(draws["a"], torch.tensor(4.5 / 4), torch.tensor(1 / 4))
+    moments = torch.tensor([0.0, 0.0, 4.5 / 4, 0.0]), torch.tensor([1.0, 1.0, 1.25, 1.0])
+    assert_moments(draws["y_unobserved"], *moments)
+
+
+def test_missing_positive_data_stay_finite():
+    """Where they were observed their coordinates, logarithms, are standard normal."""
+    nuts = sampled(missing(lambda a: dist.Exponential(a.exp())), num_warmup=100, num_samples=400)
+    draws = nuts.get_samples(group_by_chain=True)["y_unobserved"].log()
+    assert_moments(draws[..., [0, 1, 3]], torch.zeros(3), torch.ones(3))
+    assert nuts.statistics["diverging"].sum() == 0
+
+
+def test_chains_start_at_a_mode():
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    draws = sampled(model, init={"z": torch.zeros(2)}).get_samples(group_by_chain=True)["z"]
+    assert_moments(draws, torch.zeros(2), torch.ones(2))
+
+
+def test_a_density_that_is_flat_around_the_start_only_is_refused():
+    def model():
+        z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real, (), ()))
+        pyro.factor("wall", -torch.relu(z.abs() - 5.0).square())
+
+    with pytest.raises(ValueError, match=r"0 at a start and around it, in coordinates of z,"):
+        sampled(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"warmup_steps": 3}, "no option 'warmup_steps': write num_warmup in its place"),
+        ({"draws": 3}, "no option 'draws'"),
+        ({"mode": Captured}, "found the class Captured; call it"),
+    ],
+)
+def test_wrong_options_are_refused_with_the_right_ones(options, message):
+    with pytest.raises(TypeError, match=message):
+        CompiledNUTS(rows, **options)
+
+
+def test_a_kernel_of_pyro_is_no_model():
+    for kernel in (NUTS(rows), MCMC(NUTS(rows), num_samples=1)):
+        with pytest.raises(TypeError, match=r"wants the model itself, but found .*: write CompiledNUTS\(model"):
+            CompiledNUTS(kernel)
+
+
+def test_repr_says_what_has_run(run):
+    assert repr(CompiledNUTS(rows)) == "CompiledNUTS(rows: 4 chains of 500 + 1000 draws, not run)"
+    assert repr(run).startswith("CompiledNUTS(rows: 2 chains of 50 + 40 draws, run over 2 coordinates, with ")
