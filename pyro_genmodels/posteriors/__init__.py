@@ -9,15 +9,20 @@ from pyro_genmodels.posteriors.coverage import ExpectedCoverage, expected_covera
 from pyro_genmodels.posteriors.diagnosis import PosteriorDiagnosis, diagnose_posterior
 from pyro_genmodels.posteriors.embeddings import ConvolutionalEmbedding, DenseEmbedding, SetEmbedding
 from pyro_genmodels.posteriors.fits import DrawnPosterior, GuidePosterior, Posterior
+from pyro_genmodels.posteriors.importance_weighted import ImportanceWeighted
 from pyro_genmodels.posteriors.laplace import Laplace
 from pyro_genmodels.posteriors.markov_chains import NoUTurn
 from pyro_genmodels.posteriors.method import Method
+from pyro_genmodels.posteriors.neutra import NeuTra
 from pyro_genmodels.posteriors.pathfinder import Pathfinder
 from pyro_genmodels.posteriors.ranks import Calibration
+from pyro_genmodels.posteriors.restarts import Restarts
+from pyro_genmodels.posteriors.smc import SMC
 from pyro_genmodels.posteriors.variational import FlowGuide, FullRank, LowRank, MeanField
 from pyro_genmodels.posteriors.weighted import Psis, psis
 
 __all__ = [
+    "SMC",
     "AmortizedPosterior",
     "AutoFlow",
     "Calibration",
@@ -28,16 +33,19 @@ __all__ = [
     "FlowGuide",
     "FullRank",
     "GuidePosterior",
+    "ImportanceWeighted",
     "Laplace",
     "LowRank",
     "MeanField",
     "Method",
+    "NeuTra",
     "NoUTurn",
     "Pathfinder",
     "Posterior",
     "PosteriorComparison",
     "PosteriorDiagnosis",
     "Psis",
+    "Restarts",
     "SetEmbedding",
     "compare_posteriors",
     "diagnose_posterior",

@@ -114,3 +114,15 @@ class Whitened(Approximation):
         return dist.TransformedDistribution(
             self.family(), [LowerCholeskyAffine(self.loc, self.scale_tril)], validate_args=False
         )
+
+    def transport(self, e: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where a point of the flow's base is mapped to, (..., dim), and the log of the map's determinant, (...).
+
+        Args:
+            e: point, (..., dim).
+        """
+        flow = self.family()
+        to_family = flow.transform(flow.context).inv
+        u = to_family(e)
+        log_det = to_family.log_abs_det_jacobian(e, u) + self.scale_tril.diagonal().log().sum()
+        return self.loc + u @ self.scale_tril.mT, log_det

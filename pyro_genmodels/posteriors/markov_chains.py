@@ -12,7 +12,7 @@ from pyro.infer.autoguide.initialization import init_to_uniform
 
 from pyro_genmodels.infer.compiled import CompiledNUTS
 from pyro_genmodels.infer.compiled.modes import Mode
-from pyro_genmodels.posteriors.fits import DrawnPosterior, Posterior
+from pyro_genmodels.posteriors.fits import DrawnPosterior
 from pyro_genmodels.posteriors.method import Method
 from pyro_genmodels.posteriors.problem import Problem
 
@@ -41,7 +41,7 @@ class NoUTurn(Method):
     init: Any = init_to_uniform
     mode: Mode | None = None
 
-    def fit(self, problem: Problem) -> Posterior:
+    def fit(self, problem: Problem) -> DrawnPosterior:
         nuts = CompiledNUTS(problem.model, progress=problem.progress, **vars(self))
         nuts.run(*problem.args, **problem.kwargs)
         fit = DrawnPosterior(

@@ -36,7 +36,7 @@ from pyro_genmodels.posteriors.approximations import (
     Whitened,
 )
 from pyro_genmodels.posteriors.autoguides import default_transform
-from pyro_genmodels.posteriors.fits import GuidePosterior, Posterior
+from pyro_genmodels.posteriors.fits import GuidePosterior
 from pyro_genmodels.posteriors.method import Method
 from pyro_genmodels.posteriors.pathfinder import QuasiNewtonNormal, find_start
 from pyro_genmodels.posteriors.problem import Problem
@@ -78,10 +78,9 @@ class Variational(Method):
             like: tensor of the dtype and device of the coordinates.
         """
 
-    def fit(self, problem: Problem) -> Posterior:
+    def fit(self, problem: Problem) -> GuidePosterior:
         density = problem.batched
-        like = torch.zeros(0, dtype=problem.density.dtype, device=problem.density.device)
-        approximation = self.build(find_start(density), like).to(like)
+        approximation = start_approximation(self, problem)
         losses = maximise_bound(approximation, density, self, progress=problem.progress)
         fit = GuidePosterior(problem, self, approximation, losses)
         fit.num_gradients = density.num_gradients
@@ -161,6 +160,17 @@ class FlowGuide(Variational):
         n = len(start.loc)
         flow = Flow((n,), transform=default_transform(n) if self.transform is None else self.transform, standardize=False)
         return Whitened(flow, start.loc.to(like), torch.linalg.cholesky(start.covariance()).to(like))
+
+
+def start_approximation(method: Variational, problem: Problem) -> Approximation:
+    """Return the approximation of a method before its first step, near the posterior.
+
+    Args:
+        method: the method.
+        problem: a model with its arguments.
+    """
+    like = torch.zeros(0, dtype=problem.density.dtype, device=problem.density.device)
+    return method.build(find_start(problem.batched), like).to(like)
 
 
 def maximise_bound(

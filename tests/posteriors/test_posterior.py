@@ -13,7 +13,19 @@ from pyro_genmodels import to_arviz
 from pyro_genmodels.infer.compiled.batched import BatchedDensity
 from pyro_genmodels.infer.compiled.density import LogDensity
 from pyro_genmodels.infer.compiled.modes import Captured
-from pyro_genmodels.posteriors import FlowGuide, FullRank, Laplace, LowRank, MeanField, NoUTurn, Pathfinder, posterior
+from pyro_genmodels.posteriors import (
+    SMC,
+    FlowGuide,
+    FullRank,
+    ImportanceWeighted,
+    Laplace,
+    LowRank,
+    MeanField,
+    NoUTurn,
+    Pathfinder,
+    Restarts,
+    posterior,
+)
 
 X = torch.linspace(-1, 2, 12)[:, None] ** torch.arange(3)
 Y = torch.tensor([2.1, 1.7, 1.2, 0.6, 0.9, 0.4, 1.1, 0.8, 1.9, 2.4, 3.8, 4.9])
@@ -43,6 +55,9 @@ METHODS = {
     "FlowGuide": FlowGuide(num_steps=200, num_draws=64, step_size=0.003),
     "Laplace": Laplace(),
     "Pathfinder": Pathfinder(num_paths=2),
+    "ImportanceWeighted": ImportanceWeighted(FullRank(num_steps=300, step_size=0.01), k=4, num_samples=4000),
+    "Restarts": Restarts(FullRank(num_steps=200, step_size=0.01), n=2, num_samples=2000),
+    "SMC": SMC(),
 }
 APPROXIMATIONS = ["FullRank", "FlowGuide", "Laplace"]
 THRESHOLD = 6.0

@@ -1,0 +1,74 @@
+r"""The importance-weighted bound of K draws, which rewards approximations that cover the posterior.
+
+.. math:: \mathbb{E}\Bigl[\log \tfrac1K \sum_{k=1}^K \tfrac{p(y, u_k)}{q(u_k)}\Bigr] \le \log p(y), \qquad u_k \sim q.
+
+Its best q is wider than that of the evidence lower bound, since a draw of a large weight costs more than several of small ones.
+Draws of q are resampled with their smoothed weights.
+
+Burda, Grosse and Salakhutdinov (arXiv 1509.00519); Domke and Sheldon (arXiv 1808.09034).
+"""
+
+from __future__ import annotations
+
+__all__ = ["ImportanceWeighted"]
+
+from dataclasses import dataclass, field
+
+from pyro_genmodels.posteriors.fits import DrawnPosterior, Posterior
+from pyro_genmodels.posteriors.method import Method
+from pyro_genmodels.posteriors.problem import Problem
+from pyro_genmodels.posteriors.variational import FlowGuide, Variational, maximise_bound, start_approximation
+from pyro_genmodels.posteriors.weighted import psis
+from pyro_genmodels.utils.errors import check_positive_int, type_with_article, warn_caller
+
+
+@dataclass(frozen=True, repr=False)
+class ImportanceWeighted(Method):
+    """An approximation that maximises the importance-weighted bound, with draws resampled by weights (arXiv 1808.09034).
+
+    Attributes:
+        guide: the approximation and how it is trained, such as ``FullRank()``.
+        k: number of draws that are weighted against each other; it divides the guide's ``num_draws``.
+        num_samples: number of draws that are returned, resampled from k times as many.
+    """
+
+    guide: Variational = field(default_factory=FlowGuide)
+    k: int = 8
+    num_samples: int = 1000
+
+    def __post_init__(self) -> None:
+        check_positive_int("ImportanceWeighted", k=self.k, num_samples=self.num_samples)
+        if not isinstance(self.guide, Variational):
+            raise TypeError(
+                f"ImportanceWeighted wants a guide such as FlowGuide() or FullRank(), but found "
+                f"{type_with_article(self.guide)}."
+            )
+        if self.guide.num_draws % self.k:
+            raise ValueError(
+                f"ImportanceWeighted wants a k that divides the guide's num_draws, but found k={self.k} and "
+                f"num_draws={self.guide.num_draws}."
+            )
+
+    def fit(self, problem: Problem) -> Posterior:
+        density = problem.batched
+        approximation = start_approximation(self.guide, problem)
+        maximise_bound(approximation, density, self.guide, num_weighted=self.k, progress=problem.progress)
+        approximation.eval().requires_grad_(False)
+        distribution = approximation()
+        z = distribution.sample((self.k * self.num_samples,))
+        weighted = psis({"z": z}, density(z)[0], distribution.log_prob(z))
+        if not weighted.is_reliable:
+            warn_caller(
+                f"ImportanceWeighted: k-hat of the weights is {weighted.pareto_k:.2f}, above 0.7, so that its draws do not "
+                "stand for the posterior. Take a more flexible guide, more steps, or NoUTurn()."
+            )
+        evidence = weighted.log_evidence
+        fit = DrawnPosterior(
+            problem,
+            self,
+            z[weighted.resampled_index(self.num_samples)][None],
+            pareto_k=weighted.pareto_k,
+            log_evidence=(float(evidence.value), float(evidence.std_error)),
+        )
+        fit.num_gradients = density.num_gradients
+        return fit

@@ -1,0 +1,48 @@
+"""Restarts: several fits of one method from different starts, whose disagreement tells what one fit hides."""
+
+from __future__ import annotations
+
+__all__ = ["Restarts"]
+
+from dataclasses import dataclass, field
+
+import torch
+
+from pyro_genmodels.posteriors.fits import DrawnPosterior, Posterior
+from pyro_genmodels.posteriors.method import Method
+from pyro_genmodels.posteriors.problem import Problem
+from pyro_genmodels.posteriors.variational import MeanField
+from pyro_genmodels.utils.errors import check_positive_int, type_with_article
+
+
+@dataclass(frozen=True, repr=False)
+class Restarts(Method):
+    """Several fits of a method from different starts. They are the chains of the posterior, so R-hat tells if they disagree.
+
+    Attributes:
+        method: the method, which starts from random points, such as ``MeanField()``.
+        n: number of fits.
+        num_samples: number of draws of each.
+    """
+
+    method: Method = field(default_factory=MeanField)
+    n: int = 4
+    num_samples: int = 1000
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, Method):
+            raise TypeError(
+                f"Restarts wants a method such as MeanField(), an object, but found {type_with_article(self.method)}."
+            )
+        check_positive_int("Restarts", n=self.n, num_samples=self.num_samples)
+
+    def fit(self, problem: Problem) -> Posterior:
+        chains, num_gradients = [], 0
+        for _ in range(self.n):
+            problem.batched.num_gradients = 0
+            fit = self.method.fit(problem)
+            num_gradients += fit.num_gradients
+            chains.append(problem.coordinates.unconstrain(fit.get_samples(self.num_samples)))
+        restarted = DrawnPosterior(problem, self, torch.stack(chains))
+        restarted.num_gradients = num_gradients
+        return restarted

@@ -1,0 +1,141 @@
+"""Methods made of other methods, and sequential Monte Carlo, against evidence and weights of modes in closed form."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from test_posterior import THRESHOLD, X, Y, exact, fitted, regression
+
+from pyro_genmodels import Flow, RealNVP
+from pyro_genmodels.infer.compiled.modes import Captured
+from pyro_genmodels.posteriors import (
+    SMC,
+    FlowGuide,
+    FullRank,
+    ImportanceWeighted,
+    Laplace,
+    MeanField,
+    NeuTra,
+    NoUTurn,
+    Restarts,
+    diagnose_posterior,
+    posterior,
+)
+from pyro_genmodels.posteriors.approximations import Whitened
+from pyro_genmodels.posteriors.autoguides import default_transform
+
+NUM_ISLAND_ERRORS = 20.0
+"""Standard errors by the spread of 8 islands: Student's t of 7 degrees of freedom is beyond with probability 2e-7."""
+
+
+def two_modes():
+    """A point near one of two far points, each coordinate of which is known to 0.3: weights 0.25 and 0.75."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 5.0).to_event(1))
+    near = dist.Normal(6.0, 0.3).log_prob(z).sum(-1), dist.Normal(-6.0, 0.3).log_prob(z).sum(-1)
+    pyro.factor("near", torch.logaddexp(near[0] + torch.tensor(0.75).log(), near[1] + torch.tensor(0.25).log()))
+
+
+def test_particles_have_the_exact_evidence():
+    value, std_error = fitted("SMC").log_evidence
+    assert std_error < 0.5
+    assert abs(value - exact()[2]) < NUM_ISLAND_ERRORS * std_error
+
+
+def test_particles_find_two_far_modes_with_their_weights():
+    """Each factor is a normal density of a point at 6 or -6, so the evidence is the density of N(0, 25.09) there, twice."""
+    pyro.set_rng_seed(2)
+    fit = posterior(two_modes, method=SMC(num_particles=200, num_moves=2, num_final_moves=3), progress=False)
+    z = fit.get_samples(group_by_chain=True)["z"].double()
+    share = (z[..., 0] > 0).double().mean(1)
+    assert abs(share.mean() - 0.75) < NUM_ISLAND_ERRORS * share.std() / len(share) ** 0.5
+    assert share.std() < 0.2
+    value, std_error = fit.log_evidence
+    evidence = 2 * dist.Normal(0.0, (25 + 0.3**2) ** 0.5).log_prob(torch.tensor(6.0))
+    assert abs(value - evidence) < NUM_ISLAND_ERRORS * std_error
+    upper = z[z[..., 0] > 0]
+    assert upper.mean(0).sub(6 * 25 / 25.09).abs().max() < 0.1
+    assert upper.std(0).div(0.3 * (25 / 25.09) ** 0.5).sub(1).abs().max() < 0.15
+
+
+def test_weighted_draws_have_the_exact_evidence():
+    value, std_error = fitted("ImportanceWeighted").log_evidence
+    assert abs(value - exact()[2]) < THRESHOLD * std_error + 1e-4
+
+
+def test_weighted_draws_of_a_mean_field_are_not_too_narrow():
+    """The density that is best for 8 weighted draws is wide enough that weights correct it (arXiv 1808.09034)."""
+    pyro.set_rng_seed(3)
+    guide = MeanField(num_steps=300, num_draws=128, step_size=0.03)
+    fit = posterior(regression, X, Y, method=ImportanceWeighted(guide), progress=False)
+    narrow = posterior(regression, X, Y, method=guide, progress=False)
+    deviation = exact()[1].diagonal().sqrt()
+    ours, theirs = (f.get_samples(1000)["weights"].double().std(0) / deviation for f in (fit, narrow))
+    assert fit.pareto_k < 0.7
+    assert (theirs < 0.7).any()
+    assert (ours > 0.8).all()
+
+
+def test_restarts_that_disagree_are_told():
+    pyro.set_rng_seed(4)
+    fit = posterior(two_modes, method=Restarts(Laplace(num_starts=1), n=6, num_samples=200), progress=False)
+    assert fit.z.shape == (6, 200, 2)
+    assert "have not converged" in diagnose_posterior(fit).verdict
+    assert fit.num_gradients > 6
+
+
+def test_a_flow_maps_its_base_with_the_determinant_of_its_density():
+    torch.manual_seed(5)
+    flow = Flow((3,), transform=default_transform(3), standardize=False).double()
+    for parameter in flow.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    loc, scale_tril = torch.randn(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64) + torch.ones(3, 3).tril(-1)
+    approximation = Whitened(flow, loc, scale_tril)
+    e = torch.randn(4, 3, dtype=torch.float64)
+    z, log_det = approximation.transport(e)
+    base = dist.Normal(torch.zeros(3, dtype=torch.float64), 1.0).to_event(1)
+    torch.testing.assert_close(approximation().log_prob(z), base.log_prob(e) - log_det)
+
+
+@pytest.mark.slow
+def test_chains_in_base_coordinates_have_mean_and_deviations_of_the_exact_posterior():
+    """A flow after few steps, so that the chains have something to mend. Errors of 0.15: of 600 draws by chance 1 in 10^6."""
+    pyro.set_rng_seed(6)
+    chains = NoUTurn(num_chains=2, num_warmup=300, num_samples=1000, mode=Captured())
+    method = NeuTra(FlowGuide(RealNVP(transforms=2), num_steps=30, step_size=0.003), chains)
+    fit = posterior(regression, X, Y, method=method, progress=False)
+    mean, covariance, _ = exact()
+    draws, deviation = fit.get_samples()["weights"].double(), covariance.diagonal().sqrt()
+    assert ((draws.mean(0) - mean) / deviation).abs().max() < 0.15
+    assert (draws.std(0) / deviation - 1).abs().max() < 0.15
+    assert "diverging" in fit.stats
+
+
+def test_wrong_options_are_refused():
+    with pytest.raises(TypeError, match=r"ImportanceWeighted wants a guide such as FlowGuide\(\).*Laplace"):
+        ImportanceWeighted(Laplace())
+    with pytest.raises(ValueError, match="k that divides the guide's num_draws, but found k=3 and num_draws=64"):
+        ImportanceWeighted(FullRank(), k=3)
+    with pytest.raises(TypeError, match=r"NeuTra wants FlowGuide\(\.\.\.\) as guide"):
+        NeuTra(FullRank())
+    with pytest.raises(TypeError, match="Restarts wants a method"):
+        Restarts(MeanField)
+    with pytest.raises(ValueError, match="min_effective between 0 and 1, but found 1"):
+        SMC(min_effective=1)
+    with pytest.raises(ValueError, match="at least 2 particles"):
+        SMC(num_particles=1)
+
+
+def test_particles_want_a_prior_with_draws_and_a_likelihood():
+    def flat():
+        x = pyro.sample("x", dist.ImproperUniform(dist.constraints.real, (), ()))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=torch.zeros(()))
+
+    with pytest.raises(ValueError, match="SMC starts from draws of the prior"):
+        posterior(flat, method=SMC(), progress=False)
+
+    def nowhere():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("far", torch.where(x > 30, 0.0 * x, -torch.inf))
+
+    with pytest.raises(ValueError, match="a likelihood of zero"):
+        posterior(nowhere, method=SMC(num_particles=10), progress=False)
