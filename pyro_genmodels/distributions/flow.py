@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from pyro.distributions import Independent
 from torch import Size, Tensor
-from torch.distributions import Distribution, Transform
+from torch.distributions import ComposeTransform, Distribution, Transform
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.capabilities import ScoreJumps
@@ -71,6 +72,18 @@ class NormalizingFlow(GenerativeDistribution):
         self.has_rsample, self.numerical_inverse = has_rsample, numerical_inverse
         if not smooth:
             self.score_jumps = ScoreJumps("of splines or ReLU", "MaximumLikelihood()")
+
+    def base_and_transform(self) -> tuple[Distribution, Transform]:
+        """Return the distribution of the base's vectors, (d,), and the transform from these to the data.
+
+        Raises:
+            NotImplementedError: if the data are no vectors.
+        """
+        if len(self.event_shape) != 1:
+            raise NotImplementedError(f"The data of this flow are of shape {tuple(self.event_shape)}, and no vectors.")
+        to_data = [self.transform(self.context).inv] + ([] if self.pretransform is None else [self.pretransform.inv])
+        base = self.base.expand(self.event_shape)
+        return Independent(base, 1), to_data[0] if len(to_data) == 1 else ComposeTransform(to_data)
 
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
         u, log_det = _call_with_log_det(self.transform(context), self.flat(y))

@@ -9,31 +9,146 @@ gives a guide with a density, for `pyro.infer.Trace_ELBO`. A GAN gives a guide w
 
 from __future__ import annotations
 
-__all__ = ["AutoFamily"]
+__all__ = ["AutoFamily", "NamedGuide", "drawn_if_discrete"]
 
+import inspect
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
+import pyro
 import torch
-from pyro.infer.autoguide import AutoContinuous
+from pyro import poutine
+from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from pyro.infer.autoguide.initialization import init_to_median
+from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch.distributions import biject_to
+from torch.distributions import Transform, biject_to
 
-from pyro_genmodels._pyro.params import register_name, unused_name
-from pyro_genmodels.utils.errors import type_with_article
+from pyro_genmodels._pyro import params, traces
+from pyro_genmodels.utils.errors import check_positive_int, type_with_article
 
 NUM_QUANTILE_DRAWS = 10_000
 """Number of draws from which medians and quantiles are computed."""
+SHIFT = 0.3
+"""Distance, in unconstrained coordinates, of values at which a support is looked at again."""
 
 
-class AutoFamily(AutoContinuous):
+class NamedGuide(AutoGuide):
+    """Base class of guides whose parameters no other guide shares.
+
+    Each has a name of its own in Pyro's param store, also a copy and an unpickled guide. A copy keeps the model. A pickled
+    guide is without its model, as in Pyro, and can be run if it was built before.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        params.remove_foreign_parameters(self)
+        return super().__call__(*args, **kwargs)
+
+    @staticmethod
+    def _prototype_hide_fn(site: Any) -> bool:
+        """Return True for a site that the guide does not sample.
+
+        Raises:
+            ValueError: naming a discrete latent variable that is not enumerated.
+        """
+        if site["type"] != "sample" or site["is_observed"] or site_is_subsample(site):
+            return True
+        if not site["fn"].support.is_discrete:
+            return False
+        if site["infer"].get("enumerate"):
+            return True
+        raise ValueError(
+            f"The latent variable {site['name']!r} is discrete, and this guide is one of continuous variables. Mark it by "
+            "pyro.infer.config_enumerate and train by TraceEnum_ELBO, which sums it out; or hide it from the guide, as in "
+            f"poutine.block(model, hide=[{site['name']!r}]), and write a guide for it."
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NamedGuide:
+        """Return a copy with parameters and a name of its own, for the same model."""
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(deepcopy(self.__getstate__(), memo))
+        new._model = self._model
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_model": None, "master": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a guide under its old name, or under a new one if that is taken."""
+        super().__setstate__(state)
+        name = params.pyro_name(self)
+        params.clear_name(self)
+        params.register_name(self, params.unused_name(self) if params.is_registered(name) else name)
+
+
+def drawn_if_discrete(init_loc_fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a strategy for initial values that draws discrete variables, of which most of Pyro's strategies know nothing."""
+
+    def init(site: Any) -> Any:
+        return site["fn"].sample() if site["fn"].support.is_discrete else init_loc_fn(site)
+
+    return init
+
+
+def takes_no_arguments(model: Callable[..., Any]) -> bool:
+    """Return True if a function has no parameters, so that there are no arguments to wait for."""
+    return not inspect.signature(model).parameters
+
+
+def check_supports(owner: str, model: Callable[[], Any], trace: Trace) -> None:
+    """Run a model once more, at other values, and check that its variables have the same shapes and supports.
+
+    Args:
+        owner: name of the guide's class.
+        model: model without arguments.
+        trace: trace of its first run, with the latent variables of the guide only.
+
+    Raises:
+        ValueError: naming the first variable that differs, or whose support has no map from the real numbers.
+    """
+    sites: dict[str, Any] = dict(trace.iter_stochastic_nodes())
+    shifted = {}
+    for name, site in sites.items():
+        try:
+            transform = biject_to(site["fn"].support)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{owner} maps real numbers to the support of each latent variable, but knows no such map for {name!r}, "
+                f"{site['fn']}. Sample other variables and compute this one from them: a covariance matrix, for instance, from "
+                "a Cholesky factor of dist.LKJCholesky and scales."
+            ) from error
+        shifted[name] = transform(transform.inv(site["value"]) + SHIFT)
+    with poutine.block(), torch.no_grad(), pyro.validation_enabled(is_validate=False):
+        again = poutine.trace(poutine.replay(model, trace=traces.holding(shifted))).get_trace()
+    for name, site in sites.items():
+        other: Any = again.nodes.get(name)
+        if other is None or other["fn"].shape() != site["fn"].shape():
+            found = "is missing" if other is None else f"has the shape {tuple(other['fn'].shape())}"
+            raise ValueError(
+                f"{owner} wants the same latent variables in every run, but {name!r}, of shape {tuple(site['fn'].shape())}, "
+                f"{found} if others have other values. Sample it always, in one shape, and use a part of it."
+            )
+        transform, then = biject_to(site["fn"].support), biject_to(other["fn"].support)
+        u = torch.full_like(transform.inv(site["value"]), SHIFT)
+        if not torch.equal(transform(u), then(u)):
+            raise ValueError(
+                f"The support of {name!r} depends on other variables, so that no one map from the real numbers fits all its "
+                "values. Sample a variable with a fixed support, such as a fraction, and compute this one from it."
+            )
+
+
+class AutoFamily(NamedGuide, AutoContinuous):
     """A guide whose latent variables, unconstrained and concatenated, follow a family's distribution.
 
-    It has the methods of Pyro's guides of continuous variables. `median` and `quantiles` are those of 10,000 draws.
+    It has the methods of Pyro's guides of continuous variables. `median` and `quantiles` are those of 10,000 draws. Pyro's
+    `NeuTraReparam` takes it if its distribution is a base distribution after a transform, as that of a flow is.
 
-    If the model's arguments are given, the guide is built at once, and can be moved, saved and loaded as a module. Otherwise it
-    is built at its first run, as Pyro's guides are. Each guide has a name of its own in Pyro's param store.
+    If the model's arguments are given, or it has none, the guide is built at once, and can be moved, saved and loaded as a
+    module. Otherwise it is built at its first run, as Pyro's guides are. Each guide has a name of its own in Pyro's param
+    store, also a copy. Discrete latent variables that are marked for enumeration are left to `TraceEnum_ELBO`.
 
     Args:
         model: model with continuous latent variables of fixed shapes.
@@ -45,8 +160,10 @@ class AutoFamily(AutoContinuous):
         kwargs: keyword arguments of the model.
 
     Raises:
-        ValueError: when it is built, if the family is over events of another shape, or has a context; or if a plate around
-            latent variables is subsampled, because the guide has the same coordinates for whatever rows are chosen.
+        ValueError: when it is built, if the family is over events of another shape, or has a context; if a plate around
+            latent variables is subsampled, because the guide has the same coordinates for whatever rows are chosen; or naming a
+            latent variable that is discrete and not enumerated, or whose support has no map from the real numbers or depends on
+            other variables.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -64,16 +181,24 @@ class AutoFamily(AutoContinuous):
         init_loc_fn: Callable[[Any], Any] = init_to_median,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, init_loc_fn)
+        super().__init__(model, drawn_if_discrete(init_loc_fn))
         self.build = build
-        register_name(self, unused_name(self))
-        if args or kwargs:
+        params.register_name(self, params.unused_name(self))
+        if args or kwargs or takes_no_arguments(model):
             self._setup_prototype(*args, **kwargs)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without the function that builds the family, which most often cannot be pickled."""
+        return super().__getstate__() | ({} if self.prototype_trace is None else {"build": None})
+
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        AutoGuide._setup_prototype(self, *args, **kwargs)
+        prototype: Any = self.prototype_trace
+        self.prototype_trace = None  # after an error, the next run checks again
+        check_supports(type(self).__name__, lambda: self.model(*args, **kwargs), prototype)
         super()._setup_prototype(*args, **kwargs)
         like = self._init_loc()  # has the dtype and device of the latent variables
-        prototype, self.prototype_trace = self.prototype_trace, None  # after an error, the next run checks again
+        prototype, self.prototype_trace = self.prototype_trace, None
         self._check_plates()
         family: Any = self.build(self.latent_dim).to(like)
         shape = tuple(family.event_shape)
@@ -83,6 +208,8 @@ class AutoFamily(AutoContinuous):
                 f"context, but build({self.latent_dim}) returned {type_with_article(family)} over {shape}."
             )
         self.family, self.prototype_trace = family, prototype
+        with poutine.block():
+            self._create_plates(*args, **kwargs)  # NeuTraReparam reads them
 
     def _check_plates(self) -> None:
         for name, frames in self._cond_indep_stacks.items():
@@ -98,6 +225,38 @@ class AutoFamily(AutoContinuous):
     def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
         """Return the distribution of the unconstrained latent variables."""
         return self.family()
+
+    def get_base_dist(self) -> Any:
+        """Return the base distribution of the unconstrained latent variables, for `NeuTraReparam`.
+
+        Raises:
+            NotImplementedError: if their distribution is not a base distribution after a transform.
+        """
+        return _transformed(self.family())[0]
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
+        """Return the transform from the base distribution to the unconstrained latent variables, for `NeuTraReparam`.
+
+        Args:
+            args: positional arguments of the model, which make no difference.
+            kwargs: keyword arguments of the model, which make no difference.
+
+        Raises:
+            NotImplementedError: if their distribution is not a base distribution after a transform.
+        """
+        return torch.distributions.ComposeTransform(_transformed(self.family())[1])
+
+    @torch.no_grad()
+    def sample_posterior(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return draws of the latent variables, (num_samples, ...) by name.
+
+        Args:
+            num_samples: number of draws.
+            args: positional arguments of the model.
+            kwargs: keyword arguments of the model.
+        """
+        check_positive_int("sample_posterior", num_samples=num_samples)
+        return self._constrained(self._draws(num_samples, *args, **kwargs))
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the median of each latent variable, coordinate by coordinate, by name.
@@ -119,14 +278,39 @@ class AutoFamily(AutoContinuous):
             args: positional arguments of the model.
             kwargs: keyword arguments of the model.
         """
+        latent = self._draws(NUM_QUANTILE_DRAWS, *args, **kwargs)
+        wanted = torch.as_tensor(quantiles, dtype=latent.dtype, device=latent.device)
+        return self._constrained(latent.quantile(wanted, dim=0))
+
+    def _draws(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
+        """Return draws of the unconstrained coordinates, (num_samples, latent_dim)."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
-        latent = self.get_posterior(*args, **kwargs).sample((NUM_QUANTILE_DRAWS,))
-        wanted = torch.as_tensor(quantiles, dtype=latent.dtype, device=latent.device)
-        values = latent.quantile(wanted, dim=0)
-        columns = [self._constrained(row) for row in values]
-        return {name: torch.stack([column[name] for column in columns]) for name in columns[0]}
+        return self.get_posterior(*args, **kwargs).sample((num_samples,))
 
     def _constrained(self, latent: Tensor) -> dict[str, Tensor]:
-        """Return the values of the latent variables at unconstrained coordinates, (latent_dim,), by name."""
-        return {site["name"]: biject_to(site["fn"].support)(value) for site, value in self._unpack_latent(latent)}
+        """Return the values of the latent variables at unconstrained coordinates, (n, latent_dim), by name: (n, ...)."""
+        sizes = [shape.numel() for shape in self._unconstrained_shapes.values()]
+        parts = zip(self._unconstrained_shapes.items(), latent.split(sizes, dim=1), strict=True)
+        values = {name: part.reshape(len(latent), *shape) for (name, shape), part in parts}
+        sites: Any = self.prototype_trace.nodes  # type: ignore[union-attr]
+        return {name: biject_to(sites[name]["fn"].support)(u) for name, u in values.items()}
+
+
+def _transformed(distribution: Any) -> tuple[Any, list[Transform]]:
+    """Return the base of a distribution of transformed samples, and the transforms.
+
+    Raises:
+        NotImplementedError: if it is none.
+    """
+    if isinstance(distribution, torch.distributions.TransformedDistribution):
+        base, before = distribution.base_dist, distribution.transforms
+        try:
+            inner, first = _transformed(base)
+        except NotImplementedError:  # the innermost distribution
+            return base, before
+        return inner, [*first, *before]
+    if not hasattr(distribution, "base_and_transform"):
+        raise NotImplementedError(f"{type(distribution).__name__} is not a base distribution after a transform.")
+    base, transform = distribution.base_and_transform()
+    return base, [transform]

@@ -1,6 +1,7 @@
 """Posteriors: from a model and its data to draws, and how good these are."""
 
 from pyro_genmodels.posteriors.amortized import AmortizedPosterior
+from pyro_genmodels.posteriors.amortized_guide import AmortizedGuide
 from pyro_genmodels.posteriors.autoguides import AutoFlow
 from pyro_genmodels.posteriors.calibration import simulation_based_calibration
 from pyro_genmodels.posteriors.choose import posterior
@@ -22,6 +23,7 @@ from pyro_genmodels.posteriors.variational import FlowGuide, FullRank, LowRank, 
 from pyro_genmodels.posteriors.weighted import Psis, psis
 
 __all__ = [
+    "AmortizedGuide",
     "SMC",
     "AmortizedPosterior",
     "AutoFlow",

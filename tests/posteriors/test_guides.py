@@ -1,0 +1,454 @@
+"""Guides by flows: of all latent variables at once, `AutoFlow`, and amortised over rows of data, `AmortizedGuide`."""
+
+import copy
+import pickle
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.distributions import transforms
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer.reparam import NeuTraReparam
+from pyro.optim import Adam, ClippedAdam
+from torch import nn
+from torch.distributions import biject_to
+
+from pyro_genmodels import MAF, CompiledSVI, RealNVP
+from pyro_genmodels._pyro.params import pyro_name
+from pyro_genmodels._pyro.subsampling import fixed_rows
+from pyro_genmodels.infer.compiled.density import LogDensity
+from pyro_genmodels.infer.compiled.modes import Captured
+from pyro_genmodels.posteriors import AmortizedGuide, AutoFlow
+
+AFFINE = MAF(transforms=1, hidden=())
+SMALL = RealNVP(transforms=2, hidden=(8,))
+Y = torch.tensor([0.3, -1.2, 2.0, 0.8, -0.1])
+
+
+def supports(y):
+    """Sample variables with all kinds of supports, two of them in plates."""
+    one = y.new_ones(())
+    scale = pyro.sample("scale", dist.LogNormal(0 * one, one))
+    pyro.sample("share", dist.Dirichlet(y.new_ones(3)))
+    pyro.sample("fraction", dist.Beta(2 * one, 2 * one))
+    loc = pyro.sample("loc", dist.Uniform(-one, 3 * one))
+    pyro.sample("factor", dist.LKJCholesky(3, 2 * one))
+    ordered = dist.TransformedDistribution(dist.Normal(y.new_zeros(4), 1.0).to_event(1), [transforms.OrderedTransform()])
+    pyro.sample("cuts", ordered)
+    with pyro.plate("inner", 2, dim=-1):
+        pyro.sample("w", dist.Normal(y.new_zeros(3), 1.0).to_event(1))
+        with pyro.plate("outer", 4, dim=-2):
+            pyro.sample("v", dist.Dirichlet(y.new_ones(3)))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(loc, scale), obs=y)
+
+
+def jacobian(guide, trace):
+    """Return the log of the change of volume from unconstrained coordinates to the values in a trace."""
+    total = 0.0
+    for name, site in guide.prototype_trace.iter_stochastic_nodes():
+        transform, value = biject_to(site["fn"].support), trace.nodes[name]["value"]
+        u = transform.inv(value)
+        total = total + transform.log_abs_det_jacobian(u, transform(u)).sum()
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_density_of_a_draw_is_that_of_its_coordinates_less_the_change_of_volume(dtype):
+    y = Y.to(dtype)
+    guide = AutoFlow(supports, y, transform=SMALL)
+    trace = poutine.trace(guide).get_trace(y)
+    latent = next(site["value"] for name, site in trace.nodes.items() if name.endswith("_latent"))
+    assert latent.dtype == dtype
+    assert latent.shape == (34,)
+    expected = guide.get_posterior().log_prob(latent) - jacobian(guide, trace)
+    torch.testing.assert_close(trace.log_prob_sum(), expected, rtol=1e-4, atol=1e-3)
+    assert all(trace.nodes[name]["value"].dtype == dtype for name in ("v", "factor", "cuts"))
+
+
+def test_the_methods_of_an_autoguide():
+    guide = AutoFlow(supports, Y, transform=SMALL)
+    shapes = {name: site["value"].shape for name, site in guide.prototype_trace.iter_stochastic_nodes()}
+    for found, number in ((guide.sample_posterior(3, Y), 3), (guide.quantiles([0.1, 0.9], Y), 2)):
+        assert {name: x.shape for name, x in found.items()} == {name: (number, *shape) for name, shape in shapes.items()}
+    median = guide.median(Y)
+    assert {name: x.shape for name, x in median.items()} == shapes
+    assert bool((median["cuts"].diff() > 0).all())
+    assert Predictive(supports, guide=guide, num_samples=4, parallel=True)(Y)["v"].shape == (4, 4, 2, 3)
+    torch.testing.assert_close(guide.sample_posterior(5, Y)["share"].sum(-1), torch.ones(5))
+
+
+@pytest.mark.parametrize("make", [lambda: AutoFlow(supports, Y, transform=SMALL), lambda: AmortizedGuide(rows_of, GROUPS)])
+def test_copies_have_names_and_parameters_of_their_own(make):
+    guide = make()
+    data = GROUPS if isinstance(guide, AmortizedGuide) else Y
+    model = guide.model
+    copies = [copy.deepcopy(guide), pickle.loads(pickle.dumps(guide)), make()]
+    assert guide.model is model is copies[0].model
+    copies[2].load_state_dict(guide.state_dict())
+    draws = []
+    for each in (guide, *copies):
+        pyro.set_rng_seed(0)
+        draws.append(each(data))
+    for other in draws[1:]:
+        assert all(torch.equal(x, other[name]) for name, x in draws[0].items())
+    before = [p.clone() for p in guide.parameters()]
+    SVI(model, copies[0], Adam({"lr": 0.1}), Trace_ELBO()).step(data)
+    assert all(map(torch.equal, before, guide.parameters()))
+    assert not all(map(torch.equal, before, copies[0].parameters()))
+    assert len({pyro_name(each) for each in (guide, *copies)}) == 4
+
+
+def test_neural_transport_by_pyro():
+    guide = AutoFlow(supports, Y, transform=SMALL)
+    neutra = NeuTraReparam(guide)
+    trace = poutine.trace(poutine.reparam(supports, config=lambda site: neutra)).get_trace(Y)
+    z = next(site["value"] for name, site in trace.nodes.items() if name.endswith("_shared_latent"))
+    transform = guide.get_transform()
+    u = transform(z)
+    density = LogDensity(supports, (Y,))
+    assert density.names == list(guide._unconstrained_shapes)  # so that the coordinates are the same
+    expected = density.value(u) + transform.log_abs_det_jacobian(z, u)
+    torch.testing.assert_close(trace.log_prob_sum(), expected, rtol=1e-4, atol=1e-2)
+    base = guide.get_base_dist()
+    log_q = base.log_prob(z) - transform.log_abs_det_jacobian(z, u)
+    torch.testing.assert_close(guide.get_posterior().log_prob(u), log_q, rtol=1e-4, atol=1e-3)
+
+
+def mixture(y):
+    loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+    with pyro.plate("rows", len(y)):
+        kind = pyro.sample("kind", dist.Bernoulli(0.5))
+        pyro.sample("y", dist.Normal(loc + kind, 1.0), obs=y)
+
+
+def test_enumerated_variables_are_left_out_and_others_refused():
+    with pytest.raises(ValueError, match=r"'kind' is discrete.*config_enumerate.*TraceEnum_ELBO"):
+        AutoFlow(mixture, Y)
+    guide = AutoFlow(config_enumerate(mixture), Y)
+    assert set(guide(Y)) == {"loc"}
+    SVI(config_enumerate(mixture), guide, Adam({"lr": 0.01}), TraceEnum_ELBO(max_plate_nesting=1)).step(Y)
+
+
+def nested_uniform():
+    top = pyro.sample("top", dist.LogNormal(0.0, 1.0))
+    pyro.sample("part", dist.Uniform(0.0, top))
+
+
+def of_varying_shape():
+    top = pyro.sample("top", dist.LogNormal(0.0, 0.1))
+    pyro.sample("part", dist.Normal(torch.zeros(2 if top.log() > 0.15 else 1), 1.0).to_event(1))
+
+
+def covariance():
+    pyro.sample("covariance", dist.Wishart(torch.tensor(5.0), torch.eye(2)))
+
+
+@pytest.mark.filterwarnings("ignore:Singular sample detected")
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nested_uniform, "support of 'part' depends on other variables"),
+        (of_varying_shape, r"same latent variables in every run, but 'part', of shape \(1,\), has the shape \(2,\)"),
+        (covariance, "no such map for 'covariance'.*LKJCholesky"),
+    ],
+)
+def test_what_has_no_one_map_from_the_reals_is_refused_by_name(model, message):
+    with pytest.raises(ValueError, match=message):
+        AutoFlow(model)
+
+
+# Rows.
+
+PRIOR, SPREAD, NOISE = 2.0, 0.7, 1.0
+GROUPS = 1.3 + 1.2 * torch.randn(200, generator=torch.Generator().manual_seed(0))
+
+
+def rows_of(y, batch=None):
+    """A model of two levels whose posterior is normal."""
+    mean = pyro.sample("mean", dist.Normal(y.new_zeros(()), PRIOR))
+    with pyro.plate("groups", len(y), subsample_size=batch) as rows:
+        z = pyro.sample("z", dist.Normal(mean, SPREAD))
+        pyro.sample("y", dist.Normal(z, NOISE), obs=y[rows])
+
+
+def exact(y):
+    """Return mean and deviation of the posterior of "mean" and of each "z", and the log evidence, in closed form."""
+    y = y.double()
+    total = SPREAD**2 + NOISE**2
+    variance = 1 / (PRIOR**-2 + len(y) / total)
+    mean, share, variance = variance * y.sum() / total, SPREAD**2 / total, torch.tensor(variance, dtype=y.dtype)
+    covariance = torch.eye(len(y), dtype=y.dtype) * total + PRIOR**2
+    evidence = torch.distributions.MultivariateNormal(torch.zeros_like(y), covariance).log_prob(y)
+    deviation = (SPREAD**2 * NOISE**2 / total + (1 - share) ** 2 * variance) ** 0.5
+    return mean, variance**0.5, share * y + (1 - share) * mean, deviation, float(evidence)
+
+
+def exact_guide(y, batch=None):
+    """Return a guide whose parameters are set so that it is the posterior: all of it is normal, and linear in the data."""
+    guide = AmortizedGuide(rows_of, y, batch, encoder=nn.Identity(), transform=AFFINE, local_transform=AFFINE)
+    mean, deviation, _, _, _ = exact(y)
+    share = SPREAD**2 / (SPREAD**2 + NOISE**2)
+    with torch.no_grad():
+        for p in guide.parameters():
+            p.zero_()
+        shared, local = guide.block_0, guide.block_1
+        shared.loc.fill_(mean)
+        shared.log_scale.fill_(deviation.log())
+        local.head.linear.weight[0] = torch.stack([share * local.features.scale[0], (1 - share) * deviation])
+        log_scale = torch.tensor(SPREAD * NOISE / (SPREAD**2 + NOISE**2) ** 0.5).log()
+        local.head_bias.copy_(
+            torch.stack([share * local.features.loc[0] + (1 - share) * mean, 10 * torch.atanh(log_scale / 10)])
+        )
+    return guide
+
+
+def log_weight(model, guide, *args):
+    trace = poutine.trace(guide).get_trace(*args)
+    return poutine.trace(poutine.replay(model, trace=trace)).get_trace(*args).log_prob_sum() - trace.log_prob_sum()
+
+
+def test_of_a_linear_model_the_guide_can_be_the_posterior():
+    """Each draw has the evidence as its weight, and draws have the exact means and deviations."""
+    y = GROUPS.double()
+    guide, (mean, _, z, deviation, evidence) = exact_guide(y), exact(y)
+    for _ in range(3):
+        assert log_weight(rows_of, guide, y).item() == pytest.approx(evidence, abs=1e-4)
+    draws = guide.sample_posterior(2000, y)
+    assert draws["z"].shape == (2000, 200)
+    error = deviation / 2000**0.5
+    assert ((draws["z"].mean(0) - z) / error).abs().max() < 6  # false alarm: 200 * 2e-9
+    assert (draws["z"].std(0) / deviation - 1).abs().max() < 6 / 4000**0.5
+    assert abs(guide.median(y)["mean"] - mean) < 0.05
+    assert guide.local_pareto_k(y, num_samples=200)["groups"].max() < 0.7
+
+
+def test_a_subsampled_plate_has_rows_of_its_own():
+    """Each row has its posterior in any order and among any others, and the mean of log weights is the log evidence."""
+    y = GROUPS.double()
+    guide = exact_guide(y, 50)
+    shared = next(name for name in poutine.trace(guide).get_trace(y, 50).nodes if name.endswith("_shared_0"))
+
+    def density(rows):
+        with fixed_rows({"groups": rows}):
+            given = poutine.condition(guide, {shared: torch.ones(1, dtype=y.dtype)})
+            trace = poutine.trace(given).get_trace(y, 50)
+        site = next(site for name, site in trace.nodes.items() if name.endswith("_groups_1"))
+        return site["fn"].log_prob(torch.ones(50, 1, dtype=y.dtype))
+
+    rows = torch.arange(60, 110)
+    torch.testing.assert_close(density(rows).flip(0), density(rows.flip(0)))
+    torch.testing.assert_close(density(rows)[20:], density(rows + 20)[:-20])
+    assert not torch.allclose(density(rows), density(rows + 20))
+    weights = torch.stack([log_weight(rows_of, guide, y, 50) for _ in range(100)])
+    assert abs(weights.mean() - exact(y)[-1]) < 6 * weights.std() / 10  # false alarm: 2e-9
+    k = guide.local_pareto_k(y, 50, num_samples=100)["groups"]
+    assert k.shape == (200,)
+    assert not k.isnan().any()
+
+
+def test_rows_in_another_order_have_their_posteriors_in_that_order():
+    y, order = GROUPS[:20].double(), torch.randperm(20)
+    guide = AmortizedGuide(rows_of, y)
+    with torch.no_grad():
+        for p in guide.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    draws, swapped = (guide.sample_posterior(2000, x)["z"] for x in (y, y[order]))
+    error = (draws.var(0)[order] / 2000 + swapped.var(0) / 2000).sqrt()
+    assert ((draws.mean(0)[order] - swapped.mean(0)) / error).abs().max() < 6  # false alarm: 20 * 2e-9
+    assert draws.mean(0).std() > 10 * error.max()  # and they differ
+
+
+@pytest.mark.parametrize("batch", [pytest.param(None, marks=pytest.mark.slow), 50])
+def test_a_compiled_step_is_the_step(batch):
+    losses = []
+    for svi, options in ((SVI, {}), (CompiledSVI, {"mode": Captured(), "audit": False})):
+        pyro.set_rng_seed(1)
+        guide = AmortizedGuide(rows_of, GROUPS, batch, encoder=nn.Identity(), transform=AFFINE, local_transform=AFFINE)
+        elbo = Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1)
+        inference = svi(rows_of, guide, Adam({"lr": 0.01}), elbo, **options)
+        losses.append([float(inference.step(GROUPS, batch)) for _ in range(5)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [None, 50])
+def test_training_with_and_without_subsampling_finds_the_posterior(batch):
+    pyro.set_rng_seed(1)
+    guide = AmortizedGuide(rows_of, GROUPS, batch, encoder=nn.Identity(), transform=AFFINE, local_transform=AFFINE)
+    elbo = Trace_ELBO(num_particles=16, vectorize_particles=True, max_plate_nesting=1)
+    svi = SVI(rows_of, guide, ClippedAdam({"lr": 0.03, "lrd": 0.996}), elbo)
+    for _ in range(1000):
+        svi.step(GROUPS, batch)
+    mean, deviation, z, spread, evidence = exact(GROUPS)
+    whole = AmortizedGuide(rows_of, GROUPS, encoder=nn.Identity(), transform=AFFINE, local_transform=AFFINE)
+    whole.load_state_dict(guide.state_dict())
+    draws = whole.sample_posterior(4000, GROUPS)
+    assert abs(draws["mean"].mean() - mean) < 0.3 * deviation
+    assert abs(draws["mean"].std() / deviation - 1) < 0.25
+    assert ((draws["z"].mean(0) - z) / spread).abs().max() < 0.15
+    assert (draws["z"].std(0) / spread - 1).abs().max() < 0.1
+    weights = torch.stack([log_weight(rows_of, whole, GROUPS) for _ in range(400)])
+    assert weights.mean() == pytest.approx(evidence, abs=0.3 + 6 * weights.std().item() / 20)
+
+
+def given_rows(y, rows):
+    with pyro.plate("groups", 200, subsample=rows) as chosen:
+        z = pyro.sample("z", dist.Normal(0.0, SPREAD))
+        pyro.sample("y", dist.Normal(z, NOISE), obs=y[chosen])
+    return chosen
+
+
+def minibatch(y):
+    with pyro.plate("groups", 200, subsample_size=len(y)):
+        z = pyro.sample("z", dist.Normal(0.0, SPREAD))
+        pyro.sample("y", dist.Normal(z, NOISE), obs=y)
+
+
+def test_rows_that_the_model_is_given_are_those_of_the_guide():
+    rows = torch.tensor([7, 3, 150])
+    guide = AmortizedGuide(given_rows, GROUPS, torch.arange(10), encoder=nn.Identity())
+    trace = poutine.trace(guide).get_trace(GROUPS, rows)
+    assert trace.nodes["groups"]["value"] is rows
+    assert trace.nodes["z"]["scale"] == pytest.approx(200 / 3)
+    guide = AmortizedGuide(minibatch, GROUPS[:10])
+    trace = poutine.trace(guide).get_trace(GROUPS[:20])
+    assert trace.nodes["z"]["fn"].batch_shape == (20,)
+    assert trace.nodes["z"]["scale"] == pytest.approx(10)
+    with pytest.raises(ValueError, match="had 200 rows when this guide was built, but the features have 201"):
+        guide(torch.zeros(201))
+
+
+def pupils(y, x, seen=None):
+    """A model with a plate in a plate, a latent variable at each level, and a plate of columns."""
+    with pyro.plate("columns", 3, dim=-1):
+        weights = pyro.sample("weights", dist.Normal(0.0, 1.0))
+    with pyro.plate("schools", len(x), dim=-2):
+        level = pyro.sample("level", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        spread = pyro.sample("spread", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("pupils", y.shape[1], dim=-1):
+            ability = pyro.sample("ability", dist.Normal(level[..., 0] + weights.sum(-1, keepdim=True), spread))
+            pyro.sample("y", dist.Normal(ability, 1.0), obs=y)
+        with pyro.plate("tests", 4, dim=-3):
+            pyro.sample("marks", dist.Dirichlet(torch.ones(3)))
+
+
+def test_plates_in_plates_have_a_distribution_for_each_level():
+    y, x = torch.randn(6, 5), torch.randn(6, 2)
+    guide = AmortizedGuide(pupils, y, x)
+    assert guide.plates_with_data == ["schools", "schools/pupils"]
+    trace = poutine.trace(guide).get_trace(y, x)
+    model = poutine.trace(poutine.replay(pupils, trace=trace)).get_trace(y, x)
+    latents = [name for name, _ in guide.prototype_trace.iter_stochastic_nodes()]
+    assert latents == ["weights", "level", "spread", "ability", "marks"]
+    for name in latents:
+        assert trace.nodes[name]["value"].shape == model.nodes[name]["fn"].shape()
+    auxiliary = [site for site in trace.nodes.values() if site.get("infer", {}).get("is_auxiliary")]
+    log_q = sum(site["fn"].log_prob(site["value"]).sum() for site in auxiliary)
+    torch.testing.assert_close(trace.log_prob_sum(), log_q - jacobian(guide, trace), rtol=1e-4, atol=1e-3)
+    assert Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=3).loss(pupils, guide, y, x) > 0
+    k = guide.local_pareto_k(y, x, num_samples=50)
+    assert {name: values.shape for name, values in k.items()} == {"schools": (6,), "schools/pupils": (6, 5)}
+    assert guide.sample_posterior(7, y, x)["marks"].shape == (7, 4, 6, 1, 3)
+    flat = torch.arange(12.0).expand(6, 1, 12)
+    place = next(site for layout in guide._layouts for site in layout.sites if site.name == "marks")
+    marks = place.transform.inv(place.delta(flat[..., :8]).v)
+    torch.testing.assert_close(marks[2, 4, 0], torch.tensor([4.0, 5.0]), rtol=1e-3, atol=1e-3)
+
+
+def partly_seen(y, seen):
+    with pyro.plate("rows", len(y), subsample_size=8 if len(y) == 30 else None) as rows:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y[rows], obs_mask=seen[rows])
+
+
+def masked(y, seen):
+    with pyro.plate("rows", len(y)), poutine.mask(mask=seen):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y.nan_to_num())
+
+
+@pytest.mark.parametrize("number", [12, 30])
+def test_missing_values_are_sampled_where_they_are_missing(number):
+    y, seen = torch.randn(number), torch.arange(number) % 3 > 0
+    guide = AmortizedGuide(partly_seen, y, seen)
+    trace = poutine.trace(guide).get_trace(y, seen)
+    trace.compute_log_prob()
+    rows = trace.nodes["rows"]["value"] if number == 30 else torch.arange(number)
+    first, second = (next(site for name, site in trace.nodes.items() if name.endswith(f"_rows_{i}")) for i in (0, 1))
+    assert bool((first["log_prob"] != 0).all())
+    assert torch.equal(second["log_prob"] != 0, ~seen[rows])
+
+
+def test_rows_that_a_mask_excludes_have_no_part_in_the_bound_and_missing_data_are_marked():
+    y, seen = torch.randn(12), torch.arange(12) % 3 > 0
+    y[~seen] = torch.nan
+    guide = AmortizedGuide(masked, y, seen)
+    trace = poutine.trace(guide).get_trace(y, seen)
+    trace.compute_log_prob()
+    auxiliary = next(site for site in trace.nodes.values() if site.get("infer", {}).get("is_auxiliary"))
+    assert torch.equal(auxiliary["log_prob"] != 0, seen)
+    assert guide.block_0.features.out_features == 3  # the value, its indicator, the mask
+    loss = Trace_ELBO().differentiable_loss(masked, guide, y, seen)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in guide.parameters() if p.grad is not None)
+
+
+def closure(batch=None):
+    with pyro.plate("rows", 20, subsample_size=batch) as rows:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=GROUPS[rows])
+
+
+def test_data_may_be_no_argument_or_features_of_ones_own():
+    guide = AmortizedGuide(closure, None)
+    assert guide(None)["z"].shape == (20,)
+    with pytest.raises(ValueError, match=r"5 of 20 rows of plate 'rows', in which 'z' lies.*features="):
+        AmortizedGuide(closure, 5)
+    guide = AmortizedGuide(closure, 5, features=GROUPS[:20])
+    assert guide(5)["z"].shape == (5,)
+    guide = AmortizedGuide(closure, 5, features={"rows": lambda batch: GROUPS[:20, None]})
+    assert guide(5)["z"].shape == (5,)
+    with pytest.raises(ValueError, match=r"features of plate 'rows' must be a tensor \(20 or 5, ...\), but found \(7,\)"):
+        AmortizedGuide(closure, 5, features=GROUPS[:7])
+
+
+def other_mask(y):
+    with pyro.plate("rows", len(y)), poutine.mask(mask=y > 0):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def no_rows(y):
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+
+def unknown_rows(y, n=10):
+    with pyro.plate("rows", 50, subsample=torch.arange(n)) as rows:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y[rows])
+
+
+def in_a_loop(y):
+    for i in pyro.plate("rows", 2):
+        z = pyro.sample(f"z_{i}", dist.Normal(0.0, 1.0))
+        pyro.sample(f"y_{i}", dist.Normal(z, 1.0), obs=y[i])
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (other_mask, "latent variable 'z' is masked, but not by an argument"),
+        (no_rows, "no argument of the model has one row for each row.*AutoFlow"),
+        (unknown_rows, "'rows' is given its rows.*no argument of the model"),
+        (in_a_loop, "plate 'rows' around 'z_0' is sequential"),
+        (mixture, "'kind' is discrete"),
+    ],
+)
+def test_what_an_amortised_guide_does_not_hold_is_refused_by_name(model, message):
+    with pytest.raises(ValueError, match=message):
+        AmortizedGuide(model, GROUPS[:50])
