@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ["to_arviz"]
 
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -259,3 +260,45 @@ def chain_diagnostics(draws: Mapping[str, Tensor]) -> dict[str, dict[str, float]
         }
         for i, name in enumerate(draws)
     }
+
+
+def log_likelihood_of_data(data: Any) -> dict[str, Tensor]:
+    """Return the log densities of the observed variables of ArviZ data, (chain, draw, rows...) by name.
+
+    Args:
+        data: `InferenceData` or `DataTree`.
+    """
+    variables = data["log_likelihood"].data_vars if "log_likelihood" in data else {}
+    return {str(name): torch.as_tensor(np.asarray(x.values)) for name, x in variables.items()}
+
+
+def elpd_data(data: Any, name: str, *, elpd: Tensor, pareto_k: Tensor, p_loo: float, max_pareto_k: float) -> Any:
+    """Return leave-one-out densities of rows as ArviZ's `ELPDData`.
+
+    Args:
+        data: `InferenceData` or `DataTree` with the groups ``posterior`` and ``log_likelihood``.
+        name: name of the observed variable.
+        elpd: log predictive density of each row, in nats, (rows...).
+        pareto_k: k-hat of each row, (rows...).
+        p_loo: effective number of parameters.
+        max_pareto_k: largest k-hat that is trusted.
+    """
+    import arviz as az
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of values that are replaced
+        found = az.loo(data, pointwise=True, var_name=name)
+    is_old = hasattr(found, "loo_i")
+    rows = found.loo_i if is_old else found.elpd_i
+    total, std_error = float(elpd.sum()), float(elpd.std() * elpd.numel() ** 0.5)
+    values = {
+        "elpd_loo" if is_old else "elpd": total,
+        "p_loo" if is_old else "p": p_loo,
+        "loo_i" if is_old else "elpd_i": rows.copy(data=elpd.numpy()),
+        "se": std_error,
+        "pareto_k": found.pareto_k.copy(data=pareto_k.numpy()),
+        "warning": bool((pareto_k > max_pareto_k).any()),
+    }
+    for key, value in values.items():
+        setattr(found, key, value)
+    return found

@@ -12,6 +12,7 @@ from pyro_genmodels.posteriors.embeddings import ConvolutionalEmbedding, DenseEm
 from pyro_genmodels.posteriors.fits import DrawnPosterior, GuidePosterior, Posterior
 from pyro_genmodels.posteriors.importance_weighted import ImportanceWeighted
 from pyro_genmodels.posteriors.laplace import Laplace
+from pyro_genmodels.posteriors.leave_one_out import LeaveOneOut, reloo
 from pyro_genmodels.posteriors.markov_chains import NoUTurn
 from pyro_genmodels.posteriors.method import Method
 from pyro_genmodels.posteriors.neutra import NeuTra
@@ -37,6 +38,7 @@ __all__ = [
     "GuidePosterior",
     "ImportanceWeighted",
     "Laplace",
+    "LeaveOneOut",
     "LowRank",
     "MeanField",
     "Method",
@@ -54,5 +56,6 @@ __all__ = [
     "expected_coverage",
     "posterior",
     "psis",
+    "reloo",
     "simulation_based_calibration",
 ]

@@ -1,0 +1,317 @@
+r"""Leave-one-out cross-validation of a posterior: how well each row of the data is predicted from all others.
+
+.. math:: \mathrm{elpd} = \sum_n \log p(y_n \mid y_{-n}), \qquad
+    p(y_n \mid y_{-n}) \approx \frac{\sum_s w_{sn}\, p(y_n \mid z_s)}{\sum_s w_{sn}}, \qquad
+    w_{sn} = \frac{p(y, z_s)}{q(z_s)} \frac{1}{p(y_n \mid z_s)} ,
+
+with Pareto-smoothed weights. For draws of the posterior itself the first factor is 1. k-hat of the weights of a row says if
+they can be trusted; where it is too large, the row is left out in earnest, and the posterior of the others is fitted anew.
+
+Vehtari, Gelman and Gabry, *Practical Bayesian Model Evaluation* (arXiv 1507.04544); Magnusson et al. for approximations
+(arXiv 1904.10679).
+"""
+
+from __future__ import annotations
+
+__all__ = ["LeaveOneOut", "reloo"]
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import log10
+from typing import Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyro_genmodels._pyro import handlers, traces
+from pyro_genmodels.inference_data import to_arviz
+from pyro_genmodels.inference_data.export import draws_of_data, elpd_data, log_likelihood_of_data
+from pyro_genmodels.inference_data.sources import DrawSource, source_of
+from pyro_genmodels.posteriors.fits import DrawnPosterior
+from pyro_genmodels.posteriors.method import Method
+from pyro_genmodels.posteriors.parallel import run_all, seeded, spawn_seeds
+from pyro_genmodels.posteriors.problem import Problem
+from pyro_genmodels.utils.errors import check_positive_int, listed, type_with_article, warn_caller
+from pyro_genmodels.utils.keywords import joined_keywords, runs_models
+from pyro_genmodels.utils.pareto import MAX_PARETO_K, smooth_log_weights
+from pyro_genmodels.utils.rng import forked_rng
+
+BATCH_SIZE = 1000
+"""Largest number of draws whose densities are computed in one run."""
+
+
+@dataclass(frozen=True, repr=False)
+class LeaveOneOut:
+    """Log predictive density of each row, given all others.
+
+    Attributes:
+        pointwise: log p(y_n | y_-n) in nats, (rows...), with the shape of the data's plates.
+        mc_error: Monte Carlo standard error of each, (rows...), for independent draws.
+        pareto_k: k-hat of the weights of each row, (rows...). For a refitted row it is that of the refit, and NaN for chains.
+        refitted: True for rows that were left out in earnest, (rows...).
+        p_loo: effective number of parameters: log density of the data in the posterior, minus that of rows left out.
+        num_draws: number of draws of the posterior.
+        max_pareto_k: largest k-hat that is trusted.
+        data: draws and densities as ArviZ has them.
+        name: name of the observed site.
+    """
+
+    pointwise: Tensor
+    mc_error: Tensor
+    pareto_k: Tensor
+    refitted: Tensor
+    p_loo: float
+    num_draws: int
+    max_pareto_k: float
+    data: Any = field(compare=False)
+    name: str
+
+    @property
+    def elpd(self) -> float:
+        """Sum over rows, in nats: larger is better."""
+        return float(self.pointwise.sum())
+
+    @property
+    def std_error(self) -> float:
+        """Standard error of `elpd` as an estimate for other data of as many rows."""
+        return float(self.pointwise.std() * self.pointwise.numel() ** 0.5)
+
+    @property
+    def is_reliable(self) -> bool:
+        """True if no k-hat is too large."""
+        return not bool((self.pareto_k > self.max_pareto_k).any())
+
+    def to_arviz(self) -> Any:
+        """Return it as ArviZ's `ELPDData`, as `az.compare` takes it. As in ArviZ's own `reloo`, k-hat of refitted rows is 0."""
+        k = torch.where(self.refitted, 0.0, self.pareto_k)
+        return elpd_data(
+            self.data, self.name, elpd=self.pointwise, pareto_k=k, p_loo=self.p_loo, max_pareto_k=self.max_pareto_k
+        )
+
+    def __repr__(self) -> str:
+        refits = f"{int(self.refitted.sum())} of {self.refitted.numel()} rows refitted"
+        return f"<elpd {self.elpd:.1f} ± {self.std_error:.1f}, p_loo {self.p_loo:.1f}, {refits}>"
+
+
+@runs_models()
+def reloo(
+    fit: Any,
+    *args: Any,
+    method: Method | None = None,
+    var_name: str | None = None,
+    max_pareto_k: float | None = None,
+    num_samples: int = 2000,
+    n_jobs: int = 1,
+    seed: int | None = None,
+    progress: bool = True,
+    model_kwargs: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> LeaveOneOut:
+    """Return the leave-one-out predictive density of a fit, with refits where its weights cannot be trusted.
+
+    Args:
+        fit: what `posterior` returned, or any fit that `to_arviz` takes.
+        args: positional arguments of the model; a fit by `posterior` and an `MCMC` run remember theirs.
+        method: the method of refits; by default the fit's own.
+        var_name: name of the observed site, if there are several.
+        max_pareto_k: largest k-hat without a refit; by default min(1 - 1 / log10(draws), 0.7), as in ArviZ. ``inf`` for none.
+        num_samples: number of draws of a guide.
+        n_jobs: number of processes for refits; the extra ``parallel`` runs more than one, by joblib.
+        seed: seed of refits; None takes one from torch's random numbers.
+        progress: True for a progress bar.
+        model_kwargs: keyword arguments of the model.
+        kwargs: keyword arguments of the model, with any other name.
+
+    Raises:
+        TypeError: if a refit is due, and there is no method.
+        ValueError: if there is no observed site of that name, or rows of the data are no batch dimensions of it.
+        RuntimeError: if a refit fails.
+
+    Warns:
+        RuntimeWarning: if weights of refits cannot be trusted either.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_genmodels.posteriors import Laplace, posterior
+        >>> def model(y):
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+        >>> y = torch.cat([torch.linspace(-1, 1, 30), torch.tensor([12.0])])
+        >>> fit = posterior(model, y, method=Laplace(), progress=False)
+        >>> found = reloo(fit, num_samples=500, seed=0, progress=False)
+        >>> found.refitted.nonzero()  # the last row is an outlier
+        tensor([[30]])
+    """
+    kwargs = joined_keywords(kwargs, model_kwargs)
+    check_positive_int("reloo", least=100, num_samples=num_samples)
+    has_guide = hasattr(fit, "psis") or not (hasattr(fit, "get_samples") or isinstance(fit, Mapping))
+    number = num_samples if has_guide else None
+    source = source_of(fit, args, kwargs, number, None)
+    if source.model is None:
+        raise ValueError("reloo wants a fit with a model, but these are draws only.")
+    groups = ("posterior", "log_likelihood", "sample_stats")
+    options: Any = {"num_samples": number, "batch_size": BATCH_SIZE, "progress": False, "model_kwargs": kwargs}
+    data = to_arviz(fit, *args, groups=groups, **options)
+    name, densities = _densities(data, var_name)
+    rows, log_p = densities.shape[2:], densities.flatten(0, 1).flatten(1)  # (draws, N)
+    stats = draws_of_data(data)[1]
+    log_weights = stats["log_weight"].double().reshape(-1, 1) if "log_weight" in stats else torch.zeros(len(log_p), 1).double()
+    smoothed, k = smooth_log_weights(log_weights - log_p)
+    values, errors = _log_mean(smoothed, log_p)
+    log_density, _ = _log_mean(smooth_log_weights(log_weights)[0], log_p)
+    limit = min(1 - 1 / log10(len(log_p)), MAX_PARETO_K) if max_pareto_k is None else max_pareto_k
+    bad = (k > limit).nonzero()[:, 0].tolist()
+    if bad:
+        method = getattr(fit, "method", None) if method is None else method
+        if not isinstance(method, Method):
+            raise TypeError(
+                f"{len(bad)} of {len(k)} rows have a k-hat above {limit:.2f} and are to be refitted: give method=, such as "
+                f"NoUTurn(), since the fit has none, but {type_with_article(method)}. Or give max_pareto_k=float('inf')."
+            )
+        task = _Refit(RowLeftOut(source.model, source.args, source.kwargs, name), source, method, num_samples)
+        refits = _refits(task, bad, seed, n_jobs=n_jobs, progress=progress)
+        values[bad], errors[bad], k[bad] = torch.tensor(refits, dtype=torch.float64).T
+        if unsafe := int((k[bad] > limit).sum()):
+            warn_caller(f"Weights of {unsafe} of {len(bad)} refits have a k-hat above {limit:.2f} too: give method=NoUTurn().")
+    refitted = torch.zeros(len(k), dtype=torch.bool)
+    refitted[bad] = True
+    values, errors, k, refitted = (x.reshape(rows) for x in (values, errors, k, refitted))
+    p_loo = float(log_density.sum() - values.sum())
+    return LeaveOneOut(values, errors, k, refitted, p_loo, len(log_p), limit, data, name)
+
+
+def _log_mean(log_weights: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log of the weighted mean density of each row, (N,), in nats, and its standard error.
+
+    Args:
+        log_weights: log weights of each draw, (draws, N) or (draws, 1), which need not be normalised.
+        log_p: log densities, (draws, N).
+    """
+    log_weights = log_weights.log_softmax(0)
+    value = (log_weights + log_p).logsumexp(0)
+    return value, (log_weights.exp() * torch.expm1(log_p - value)).square().sum(0).sqrt()
+
+
+def _refits(
+    task: _Refit, rows: list[int], seed: int | None, *, n_jobs: int, progress: bool
+) -> list[tuple[float, float, float]]:
+    """Return what `_Refit` finds for each row.
+
+    Raises:
+        RuntimeError: if a refit fails.
+    """
+    seeds = spawn_seeds(seed, len(rows))
+    task.rows.update(zip(seeds, rows, strict=True))
+    outcomes = run_all(task, seeds, n_jobs=n_jobs, progress=progress, description="reloo")
+    if failed := [outcome.error for outcome in outcomes if outcome.error is not None]:
+        raise RuntimeError(f"{len(failed)} of {len(rows)} refits failed, the first with {failed[0]}")
+    if warned := [outcome.warnings for outcome in outcomes if outcome.warnings]:
+        warn_caller(f"{len(warned)} of {len(rows)} fits warned, the first: {warned[0][0]}")
+    return [outcome.value for outcome in outcomes]
+
+
+def _densities(data: Any, name: str | None) -> tuple[str, Tensor]:
+    """Return the name of the observed site, and its log densities, (chain, draw, rows...) in float64.
+
+    Raises:
+        ValueError: if there are several or none, or none of that name.
+    """
+    found = log_likelihood_of_data(data)
+    if name is None and len(found) == 1:
+        name = next(iter(found))
+    if name not in found:
+        wanted = "one observed site: give var_name=" if name is None else f"the observed site {name!r}"
+        raise ValueError(f"reloo wants {wanted}, but found {listed(found)}.")
+    return name, found[name].double()
+
+
+class RowLeftOut(Messenger):
+    """A model without one row of its data, which is masked.
+
+    Args:
+        model: function with Pyro statements.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        name: name of the observed site.
+
+    Attributes:
+        mask: False for the row that is left out, (batch shape of the site). It may be changed in place.
+    """
+
+    def __init__(self, model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any], name: str) -> None:
+        super().__init__()
+        self.model, self.name = model, name
+        with forked_rng(), handlers.side_effect_free(model):
+            site: Any = traces.trace_of(model, args, kwargs).nodes[name]
+        self.mask = torch.ones(site["fn"].batch_shape, dtype=torch.bool, device=site["value"].device)
+
+    def leave_out(self, row: int) -> None:
+        """Leave out the row with this number, and no other.
+
+        Args:
+            row: number of the row among all in the batch shape.
+        """
+        self.mask.fill_(True)
+        self.mask.view(-1)[row] = False
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] == self.name:
+            msg["mask"] = self.mask if msg["mask"] is None else msg["mask"] & self.mask
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        with self:
+            return self.model(*args, **kwargs)
+
+
+class _Refit:
+    """Refits without rows. All in a process share one captured log density.
+
+    Args:
+        model: model without a row.
+        source: the fit, with the model and its arguments.
+        method: the method.
+        num_samples: number of draws of a guide.
+
+    Attributes:
+        rows: number of the row that is left out, for each seed.
+    """
+
+    def __init__(self, model: RowLeftOut, source: DrawSource, method: Method, num_samples: int) -> None:
+        self.model, self.method, self.num_samples = model, method, num_samples
+        self.args, self.kwargs = source.args, source.kwargs
+        self.rows: dict[int, int] = {}
+        self._problem: Problem | None = None
+
+    def __call__(self, seed: int) -> tuple[float, float, float]:
+        """Return the log predictive density of a row, in nats, its standard error, and k-hat of the weights of the refit.
+
+        Raises:
+            ValueError: if the site has not as many densities as it has rows.
+        """
+        row = self.rows[seed]
+        self.model.leave_out(row)
+        if self._problem is None:
+            with forked_rng():
+                self._problem = Problem(self.model, self.args, self.kwargs, progress=False)
+                self._problem.density  # noqa: B018 - runs the model, which draws random numbers
+        density = self._problem.density
+        with seeded(seed):
+            fit: Any = self.method.fit(self._problem)
+            if hasattr(fit, "psis"):
+                weighted = fit.psis(self.num_samples)
+                draws, log_weights, k = weighted.draws, weighted.log_weights.cpu(), weighted.pareto_k
+            else:
+                draws, k = fit.get_samples(), float(getattr(fit, "pareto_k", torch.nan))
+                log_weights = torch.zeros(len(next(iter(draws.values()))), dtype=torch.float64)
+            whole = Problem(self.model.model, self.args, self.kwargs, progress=False, coordinates=density)
+            known = DrawnPosterior(whole, self.method, density.unconstrain(draws)[None])
+            data = to_arviz(known, groups=("log_likelihood",), batch_size=BATCH_SIZE, progress=False)
+        log_p = log_likelihood_of_data(data)[self.model.name].double().flatten(0, 1).flatten(1)
+        if log_p.shape[1] != self.model.mask.numel():
+            shape = tuple(self.model.mask.shape)
+            raise ValueError(f"{self.model.name!r} has {log_p.shape[1]} densities, but the batch shape {shape}.")
+        value, error = _log_mean(log_weights[:, None], log_p[:, [row]])
+        return float(value), float(error), k

@@ -1,0 +1,156 @@
+"""`reloo` on a conjugate regression with an outlier, whose leave-one-out densities are known in closed form."""
+
+from functools import cache
+
+import arviz as az
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_genmodels import to_arviz
+from pyro_genmodels.infer.compiled.modes import Captured
+from pyro_genmodels.posteriors import FullRank, GuidePosterior, Laplace, NoUTurn, posterior, reloo
+from pyro_genmodels.posteriors.approximations import FullRankGaussian
+from pyro_genmodels.posteriors.problem import Problem
+
+X = torch.linspace(-1, 1, 15)[:, None] ** torch.arange(2)
+Y = torch.tensor([0.1, -0.2, 0.3, 0.2, 0.0, 0.4, 0.3, 0.1, 0.5, 0.6, 0.2, 0.7, 0.9, 0.6, 5.0])
+NOISE, PRIOR = 0.7, 2.0
+
+
+def regression(x, y):
+    weights = pyro.sample("weights", dist.Normal(torch.zeros(2), PRIOR).to_event(1))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Normal(x @ weights, NOISE), obs=y)
+
+
+def moments(x, y):
+    """Return the mean and the covariance of the posterior, in float64."""
+    x, y = x.double(), y.double()
+    covariance = (x.T @ x / NOISE**2 + torch.eye(2).double() / PRIOR**2).inverse()
+    return covariance @ x.T @ y / NOISE**2, covariance
+
+
+def exact():
+    """Return the log predictive density of each row given the others, in closed form."""
+    found = []
+    for i in range(len(Y)):
+        others = [j for j in range(len(Y)) if j != i]
+        mean, covariance = moments(X[others], Y[others])
+        x = X[i].double()
+        found.append(torch.distributions.Normal(x @ mean, (x @ covariance @ x + NOISE**2).sqrt()).log_prob(Y[i].double()))
+    return torch.stack(found)
+
+
+def amortised(width):
+    """Return a posterior of this conjugate model as its closed form gives it for any data, with an error of its width."""
+    mean, covariance = moments(X, Y)
+    scale_tril = width * torch.linalg.cholesky(covariance).float()
+    return GuidePosterior(Problem(regression, (X, Y), progress=False), Laplace(), FullRankGaussian(mean.float(), scale_tril))
+
+
+FITS = {
+    "NoUTurn": lambda: posterior(regression, X, Y, method=NoUTurn(num_chains=2, mode=Captured()), progress=False),
+    "Laplace": lambda: posterior(regression, X, Y, method=Laplace(), progress=False),
+    "FullRank": lambda: posterior(regression, X, Y, method=FullRank(num_steps=200, step_size=0.01), progress=False),
+    "amortised": lambda: amortised(1.0),
+    "too wide": lambda: amortised(1.4),
+}
+
+
+@cache
+def fitted(name):
+    pyro.set_rng_seed(1)
+    return FITS[name]()
+
+
+def slow(name):
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [*map(slow, ["NoUTurn", "FullRank", "amortised", "too wide"]), "Laplace"])
+def test_every_kind_of_posterior_has_the_closed_form(name):
+    """Within 6 standard errors, and 0.02 nats for the bias of smoothed weights; chains are worth two thirds of their draws."""
+    fit = fitted(name)
+    options = {} if name == "NoUTurn" else {"num_samples": 1000}
+    found = reloo(fit, method=Laplace(), seed=0, progress=False, **options)
+    error = (found.pointwise - exact()).abs()
+    assert (error < 6 * 1.3 * found.mc_error + 0.02).all()
+    assert found.mc_error.max() < 0.5
+    assert found.refitted[-1]
+    assert found.refitted.sum() < 4
+    assert found.is_reliable
+    chance = 6 * 1.3 * float(found.mc_error.square().sum().sqrt()) + 0.1
+    assert found.elpd == pytest.approx(float(exact().sum()), abs=chance)
+
+
+def test_without_refits_the_outlier_is_wrong_and_told():
+    found = reloo(fitted("Laplace"), num_samples=1000, max_pareto_k=float("inf"), progress=False)
+    assert not found.refitted.any()
+    k = found.pareto_k
+    assert k.argmax() == len(Y) - 1
+    assert k[-1] > 0.7
+    assert abs(found.pointwise - exact()).argmax() == len(Y) - 1
+
+
+@pytest.mark.filterwarnings("ignore:The inplace keyword")  # az.compare under pandas 3.1
+def test_arviz_takes_the_result_and_agrees_without_refits():
+    """ArviZ's own estimate from draws of equal weight differs by its smoothing only."""
+    fit = fitted("Laplace")
+    chains = {"weights": fit.get_samples(1000)["weights"][None]}
+
+    class Drawn:
+        model, args, kwargs, stats = staticmethod(regression), (X, Y), {}, {}
+
+        def get_samples(self, group_by_chain=False):
+            return chains
+
+    drawn = Drawn()
+    kept = {"max_pareto_k": float("inf"), "progress": False}
+    data = to_arviz(drawn, groups=("posterior", "log_likelihood"), progress=False)
+    with pytest.warns(UserWarning, match="Pareto"):
+        theirs = az.loo(data, pointwise=True)
+    ours = reloo(drawn, **kept)
+    rows = theirs.loo_i if hasattr(theirs, "loo_i") else theirs.elpd_i
+    torch.testing.assert_close(ours.pointwise[:-1], torch.as_tensor(rows.values)[:-1], atol=0.02, rtol=0)
+    found = reloo(fit, num_samples=1000, seed=0, progress=False)
+    refitted = found.to_arviz()
+    total = refitted.elpd_loo if hasattr(refitted, "elpd_loo") else refitted.elpd
+    assert total == pytest.approx(found.elpd)
+    assert not refitted.warning
+    table = az.compare({"refitted": refitted, "plain": ours.to_arviz()})
+    assert set(table.index) == {"refitted", "plain"}
+
+
+@pytest.mark.slow
+def test_refits_do_not_depend_on_the_number_of_processes():
+    fit = fitted("Laplace")
+    options = {"max_pareto_k": 0.3, "seed": 0, "progress": False}
+    torch.manual_seed(0)
+    first = reloo(fit, **options)
+    torch.manual_seed(0)
+    second = reloo(fit, n_jobs=2, **options)
+    assert first.refitted.sum() > 1
+    torch.testing.assert_close(first.pointwise, second.pointwise, rtol=0, atol=0)
+
+
+def test_wrong_calls_are_refused():
+    fit = amortised(1.0)
+    fit.method = None
+    with pytest.raises(TypeError, match=r"1 of 15 rows have a k-hat above 0\.\d+ and are to be refitted: give method="):
+        reloo(fit, num_samples=500, progress=False)
+    with pytest.raises(ValueError, match="the observed site 'z', but found y"):
+        reloo(fit, num_samples=100, var_name="z", progress=False)
+    with pytest.raises(ValueError, match="num_samples of 100 or more"):
+        reloo(fit, num_samples=10)
+    with pytest.raises(ValueError, match="these are draws only"):
+        reloo({"weights": torch.zeros(1, 100, 2)})
+
+    def two(y):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        pyro.sample("a", dist.Normal(loc, 1.0), obs=y)
+        pyro.sample("b", dist.Normal(loc, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match="one observed site: give var_name=, but found a, b"):
+        reloo(posterior(two, torch.tensor(0.0), method=Laplace(), progress=False), progress=False)
