@@ -32,6 +32,9 @@ _homes = {
     "inference_data": [
         "to_arviz",
     ],
+    "posteriors": [
+        "AmortizedPosterior", "AutoFlow", "compare_posteriors", "diagnose_posterior", "posterior",
+    ],
     "training": [
         "train",
     ],
@@ -39,7 +42,7 @@ _homes = {
 _home = {name: module for module, names in _homes.items() for name in names}
 _modules = (
     "datasets", "distributions", "divergences", "dynamics", "evaluation", "families", "infer", "inference_data", "optim",
-    "samplers", "testing", "training",
+    "posteriors", "samplers", "testing", "training",
 )  # fmt: skip
 
 __version__ = "0.2.0.dev0"
