@@ -259,7 +259,11 @@ class AmortizedPosterior:
                 "given(...) of the posterior before refine."
             )
         problem = Problem(
-            self.simulator.given(values), self.simulator.args, self.simulator.kwargs, coordinates=self.simulator.coordinates
+            self.simulator.given(values),
+            self.simulator.args,
+            self.simulator.kwargs,
+            coordinates=self.simulator.coordinates,
+            has_density=self.simulator.has_density,
         )
         return GuidePosterior(problem, self, self._at(values))
 

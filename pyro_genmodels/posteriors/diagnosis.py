@@ -177,11 +177,13 @@ def _draws(
     fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int
 ) -> tuple[dict[str, Tensor], Psis | None, Mapping[str, Tensor]]:
     """Return draws, (chain, draw, ...) by name, their weights where the fit has a density, and statistics of chains."""
-    if hasattr(fit, "psis"):
+    problem = getattr(fit, "problem", None)
+    if hasattr(fit, "psis") and (problem is None or problem.has_density):
         weighted = fit.psis(num_samples)
         return {name: x[None] for name, x in weighted.draws.items()}, weighted, {}
-    if hasattr(fit, "problem"):
-        return fit.get_samples(group_by_chain=True), None, fit.stats
+    if problem is not None:
+        number = num_samples if hasattr(fit, "psis") else None
+        return fit.get_samples(number, group_by_chain=True), None, getattr(fit, "stats", {})
     if hasattr(fit, "posterior") and not callable(fit.posterior):  # ArviZ data
         data = fit
     else:

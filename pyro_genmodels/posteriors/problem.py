@@ -21,6 +21,7 @@ class Problem:
         args: its positional arguments.
         kwargs: its keyword arguments.
         progress: True for progress bars.
+        has_density: False if something that is observed is computed by a simulator, so that there is no density.
 
     Args:
         model: function with Pyro statements.
@@ -29,6 +30,7 @@ class Problem:
         progress: True for progress bars.
         coordinates: unconstrained coordinates of its latent variables, if they are known; then a density is built only when it
             is asked for, and the model need not have one.
+        has_density: False if it has none.
     """
 
     def __init__(
@@ -39,9 +41,10 @@ class Problem:
         *,
         progress: bool = True,
         coordinates: Coordinates | None = None,
+        has_density: bool = True,
     ) -> None:
         self.model, self.args, self.kwargs, self.progress = model, tuple(args), dict(kwargs or {}), progress
-        self._coordinates = coordinates
+        self._coordinates, self.has_density = coordinates, has_density
 
     @property
     def coordinates(self) -> Coordinates:

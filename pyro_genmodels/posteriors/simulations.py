@@ -100,6 +100,7 @@ class SimulatedModel:
         observed: names of the observed sites.
         shapes: shape of one value of each observed and latent site, by name.
         latents: names of all latent variables, the discrete ones too.
+        has_density: True if no observed site is computed by a simulator.
         coordinates: maps between unconstrained coordinates and the continuous latent variables.
 
     Raises:
@@ -118,6 +119,7 @@ class SimulatedModel:
         self.latents = [name for name in traces.latents(first) if name not in self.observed]
         sites: dict[str, Any] = {name: first.nodes[name] for name in (*self.latents, *self.observed)}
         self.shapes = {name: site["value"].shape for name, site in sites.items()}
+        self.has_density = not any(isinstance(sites[name]["fn"], Simulated) for name in self.observed)
         self._event_dims = {name: site["fn"].event_dim for name, site in sites.items()}
         continuous = [name for name in self.latents if not sites[name]["fn"].support.is_discrete]
         if not continuous:

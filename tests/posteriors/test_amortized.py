@@ -10,8 +10,14 @@ from pyro.infer import Predictive
 
 from pyro_genmodels import MAF, Autoregressive, Diffusion, Flow, ODEFlow, to_arviz
 from pyro_genmodels.families import DenseField
-from pyro_genmodels.posteriors.amortized import AmortizedPosterior
-from pyro_genmodels.posteriors.embeddings import ConvolutionalEmbedding, DenseEmbedding, SetEmbedding
+from pyro_genmodels.posteriors import (
+    AmortizedPosterior,
+    ConvolutionalEmbedding,
+    DenseEmbedding,
+    SetEmbedding,
+    diagnose_posterior,
+    simulation_based_calibration,
+)
 from pyro_genmodels.posteriors.simulations import SimulatedModel
 
 NOISE = 0.5
@@ -61,6 +67,16 @@ def test_coverage_is_nominal_at_every_level():
         assert (inside - level).abs().max() < 4.5 * (level * (1 - level) / 1000) ** 0.5 + 0.03
 
 
+def test_calibration_takes_all_simulations_in_one_batch():
+    """Ranks of 200 simulations among 50 draws have the mean of uniform ones within 6 deviations and 0.1."""
+    calibration = simulation_based_calibration(
+        conjugate, method=trained(), observed=["x"], num_simulations=200, num_draws=50, seed=1, progress=False
+    )
+    ranks = calibration.ranks["loc"].double() / 50
+    assert ranks.shape == (200, 2)
+    assert (ranks.mean(0) - 0.5).abs().max() < 6 * (200 * 12) ** -0.5 + 0.1
+
+
 def test_a_fit_is_one_like_any_other():
     x = torch.tensor([1.0, -1.0])
     fit = trained().given(x=x)
@@ -90,6 +106,28 @@ def test_fits_and_refined_posteriors_are_snapshots():
     assert near.given().get_samples(3)["loc"].shape == (3, 2)
     with pytest.raises(ValueError, match="refined for one observation"):
         near.given(x=torch.zeros(2))
+
+
+@pytest.mark.slow
+def test_a_refined_posterior_of_a_rare_observation_is_nearer_to_the_closed_form():
+    """At two deviations out in both coordinates: its KL divergence from the exact posterior falls, to less than 0.1 nats.
+
+    Three other seeds have given 0.01 to 0.07 nats.
+    """
+    pyro.set_rng_seed(9)
+    x = torch.tensor([2.2, -2.2])
+    amortized = AmortizedPosterior(conjugate, observed=["x"], family=SMALL)
+    amortized.train(300, batch_size=50, step_size=3e-3, max_epochs=60, progress=False)
+    near = amortized.refine(
+        x=x, num_rounds=2, num_simulations=2000, batch_size=50, step_size=3e-3, max_epochs=60, progress=False
+    )
+    truth = torch.distributions.Independent(torch.distributions.Normal(*exact(x)), 1)
+    z = truth.sample((4000,))
+    before, after = (
+        (truth.log_prob(z) - fit.approximation().log_prob(z)).mean() for fit in (amortized.given(x=x), near.given())
+    )
+    assert after < before
+    assert after < 0.1
 
 
 def test_truncated_proposals_are_the_prior_inside_of_a_region():
@@ -126,6 +164,7 @@ def test_simulations_that_fail_or_are_nan_are_counted_and_left_out():
     assert fit.get_samples(10)["share"].shape == (10,)
     with pytest.raises(NotImplementedError, match="'x' is computed by a simulator"):
         fit.psis()
+    assert diagnose_posterior(fit, num_samples=400).table["mean"]["share"] == pytest.approx(0.5, abs=0.4)
     with pytest.raises(ValueError, match="All 5 simulations failed: 5 with RuntimeError: no"):
         AmortizedPosterior(_failing(), observed=["x"]).simulate(5, progress=False)
 
