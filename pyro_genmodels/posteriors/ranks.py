@@ -179,11 +179,12 @@ class Calibration:
         """
         import xarray as xr
 
-        variables = {}
+        variables, coords = {}, {"chain": np.zeros(1, int), "draw": np.arange(self.num_simulations)}
         for name, x in self.pit.items():
-            dims = ("chain", "draw", *(f"{name}_dim_{i}" for i in range(x.dim() - 1)))
-            variables[name] = (dims, x[None].numpy())
-        return xr.Dataset(variables, coords={"chain": [0], "draw": np.arange(self.num_simulations)})
+            sizes = {f"{name}_dim_{i}": np.arange(size) for i, size in enumerate(x.shape[1:])}
+            variables[name] = (("chain", "draw", *sizes), x[None].numpy())
+            coords |= sizes
+        return xr.Dataset(variables, coords=coords)
 
     def plot(self, names: Sequence[str] | None = None) -> Figure:
         """Plot the empirical distribution function of the ranks minus the uniform one, with its simultaneous 95 % band.
