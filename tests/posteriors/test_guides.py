@@ -275,23 +275,44 @@ def test_a_compiled_step_is_the_step(batch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [None, 50])
-def test_training_with_and_without_subsampling_finds_the_posterior(batch):
+def test_training_with_and_without_subsampling_comes_near_the_posterior(batch):
+    """Of 300 steps: within 1.5 nats of the evidence, and with rows as in the exact posterior."""
     pyro.set_rng_seed(1)
     guide = AmortizedGuide(rows_of, GROUPS, batch, encoder=nn.Identity(), transform=AFFINE, local_transform=AFFINE)
-    elbo = Trace_ELBO(num_particles=16, vectorize_particles=True, max_plate_nesting=1)
-    svi = SVI(rows_of, guide, ClippedAdam({"lr": 0.03, "lrd": 0.996}), elbo)
-    for _ in range(1000):
+    elbo = Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
+    svi = SVI(rows_of, guide, ClippedAdam({"lr": 0.03, "lrd": 0.985}), elbo)
+    for _ in range(300):
         svi.step(GROUPS, batch)
     mean, deviation, z, spread, evidence = exact(GROUPS)
     whole = AmortizedGuide(rows_of, GROUPS, encoder=nn.Identity(), transform=AFFINE, local_transform=AFFINE)
     whole.load_state_dict(guide.state_dict())
     draws = whole.sample_posterior(4000, GROUPS)
-    assert abs(draws["mean"].mean() - mean) < 0.3 * deviation
-    assert abs(draws["mean"].std() / deviation - 1) < 0.25
-    assert ((draws["z"].mean(0) - z) / spread).abs().max() < 0.15
-    assert (draws["z"].std(0) / spread - 1).abs().max() < 0.1
-    weights = torch.stack([log_weight(rows_of, whole, GROUPS) for _ in range(400)])
-    assert weights.mean() == pytest.approx(evidence, abs=0.3 + 6 * weights.std().item() / 20)
+    assert abs(draws["mean"].mean() - mean) < deviation
+    assert ((draws["z"].mean(0) - z) / spread).abs().max() < 0.25
+    assert (draws["z"].std(0) / spread - 1).abs().max() < 0.15
+    with torch.no_grad():
+        weights = torch.stack([log_weight(rows_of, whole, GROUPS) for _ in range(200)])
+    error = 6 * weights.std() / 200**0.5
+    assert evidence - 1.5 - error < weights.mean() < evidence + error
+
+
+@pytest.mark.slow
+def test_the_mean_gradient_with_subsampling_is_that_of_all_rows():
+    """At a guide that is not the posterior. The false-alarm rate is 7 * 2e-9."""
+    guides = [AmortizedGuide(rows_of, GROUPS, batch, transform=AFFINE, local_transform=AFFINE) for batch in (None, 50)]
+    guides[1].load_state_dict(guides[0].state_dict())
+    means, variances = [], []
+    for guide, batch in zip(guides, (None, 50), strict=True):
+        local, number, gradients = guide.block_1, 150, []
+        parameters = [guide.block_0.loc, guide.block_0.log_scale, local.loc, local.log_scale, local.head_bias]
+        for _ in range(number):
+            loss = Trace_ELBO(max_plate_nesting=1).differentiable_loss(rows_of, guide, GROUPS, batch)
+            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
+        means.append(torch.stack(gradients).mean(0))
+        variances.append(torch.stack(gradients).var(0) / number)
+    error = sum(variances).sqrt()
+    assert ((means[0] - means[1]) / error).abs().max() < 6
+    assert (means[0] / error).abs().max() > 6  # it could fail
 
 
 def given_rows(y, rows):
