@@ -33,6 +33,8 @@ from pyro_genmodels.posteriors.problem import Problem
 from pyro_genmodels.posteriors.weighted import psis
 from pyro_genmodels.utils.errors import check_positive_int, warn_caller
 
+MAX_TRIES = 5
+"""Largest number of starts of each path."""
 HISTORY = 6
 """Number of steps of the optimiser that an inverse Hessian is estimated from."""
 
@@ -114,10 +116,10 @@ class Pathfinder(Method):
 
     def fit(self, problem: Problem) -> Posterior:
         density = problem.density
-        paths = [self.best(problem.batched, start) for start in density.initial_points(self.num_paths)]
+        paths = self.normals(problem.batched)
         drawn = [normal.sample(self.num_samples) for normal in paths]
         z = torch.cat([z for z, _ in drawn]).to(density.dtype)
-        log_q = torch.stack([normal.log_prob(z.double()) for normal in paths]).logsumexp(0) - log(self.num_paths)
+        log_q = torch.stack([normal.log_prob(z.double()) for normal in paths]).logsumexp(0) - log(len(paths))
         log_p, _ = problem.batched(z)
         weighted = psis({"z": z}, log_p, log_q)
         if not weighted.is_reliable:
@@ -137,15 +139,37 @@ class Pathfinder(Method):
         fit.num_gradients = problem.batched.num_gradients
         return fit
 
-    def best(self, density: BatchedDensity, start: Tensor) -> QuasiNewtonNormal:
+    def normals(self, density: BatchedDensity) -> list[QuasiNewtonNormal]:
+        """Return the best normal distribution of each path. Paths without one are replaced, while a few more are tried.
+
+        Args:
+            density: log density.
+
+        Raises:
+            ValueError: if no path has one.
+        """
+        found: list[QuasiNewtonNormal] = []
+        for _ in range(MAX_TRIES):
+            starts = density.density.initial_points(self.num_paths - len(found))
+            found += [normal for start in starts if (normal := self.best(density, start)) is not None]
+            if len(found) == self.num_paths:
+                break
+        if not found:
+            raise ValueError(
+                "Pathfinder found no normal approximation with a finite evidence bound along its paths. The log density is not "
+                "finite around the points that they passed: constrain the variables, or reparametrise the model."
+            )
+        return found
+
+    def best(self, density: BatchedDensity, start: Tensor) -> QuasiNewtonNormal | None:
         """Return the normal distribution with the largest evidence lower bound along the path from a point.
 
         Args:
             density: log density.
             start: first point, (dim,).
 
-        Raises:
-            ValueError: if no normal distribution along the path has a finite bound.
+        Returns:
+            The distribution, or None if none along the path has a finite bound, as where the optimiser makes no step.
         """
         path = climb(density, start, self.max_steps)
         best, best_elbo = None, -torch.inf
@@ -155,11 +179,6 @@ class Pathfinder(Method):
             elbo = float((log_p.double() - log_q).mean())
             if elbo > best_elbo:
                 best, best_elbo = normal, elbo
-        if best is None:
-            raise ValueError(
-                "Pathfinder found no normal approximation with a finite evidence bound along its path. The log density is not "
-                "finite around the points that it passed: constrain the variables, or reparametrise the model."
-            )
         return best
 
 
@@ -174,7 +193,7 @@ def find_start(density: BatchedDensity, num_paths: int = 4) -> QuasiNewtonNormal
         ValueError: if there is none.
     """
     method = Pathfinder(num_paths=num_paths, num_elbo_samples=64)
-    found = [method.best(density, start) for start in density.density.initial_points(num_paths)]
+    found = method.normals(density)
     elbos = []
     for normal in found:
         z, log_q = normal.sample(256)

@@ -17,8 +17,10 @@ from pyro_genmodels.posteriors import (
     MeanField,
     NeuTra,
     NoUTurn,
+    Pathfinder,
     Restarts,
     diagnose_posterior,
+    pathfinder,
     posterior,
 )
 from pyro_genmodels.posteriors.approximations import Whitened
@@ -73,6 +75,28 @@ def test_weighted_draws_of_a_mean_field_are_not_too_narrow():
     assert fit.pareto_k < 0.7
     assert (theirs < 0.7).any()
     assert (ours > 0.8).all()
+
+
+def test_a_path_without_a_step_is_replaced(monkeypatch):
+    """Where a density is so steep that the optimiser makes no step, its path has no normal approximation."""
+    pyro.set_rng_seed(7)
+    climb, starts = pathfinder.climb, []
+
+    def stuck_at_first(density, start, max_steps):
+        starts.append(start)
+        return (
+            pathfinder.Path(start[None].double(), start[None].double())
+            if len(starts) == 1
+            else climb(density, start, max_steps)
+        )
+
+    monkeypatch.setattr(pathfinder, "climb", stuck_at_first)
+    fit = posterior(regression, X, Y, method=Pathfinder(num_paths=2), progress=False)
+    assert len(starts) == 3
+    assert fit.pareto_k < 0.7
+    monkeypatch.setattr(pathfinder, "climb", lambda density, start, max_steps: pathfinder.Path(start[None], start[None]))
+    with pytest.raises(ValueError, match="no normal approximation with a finite evidence bound along its paths"):
+        posterior(regression, X, Y, method=Pathfinder(num_paths=2), progress=False)
 
 
 def test_restarts_that_disagree_are_told():
