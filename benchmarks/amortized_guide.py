@@ -3,8 +3,8 @@
     python -m benchmarks.amortized_guide --seconds 20
 
 Counts of each group are Poisson, so that the posterior of its level is not normal, and depends on the shared mean and spread.
-Printed for each guide: steps, the evidence lower bound in nats with its standard error, by fresh draws and of all rows where the
-guide has latent variables for all, and of rows the median k-hat and the share above 0.7.
+Printed for each guide: steps, the evidence lower bound in nats with its standard error, by fresh draws and of all rows where
+the guide has latent variables for all, and of rows the median k-hat and the share above 0.7.
 """
 
 from __future__ import annotations
