@@ -24,8 +24,8 @@ from pyro_genmodels.posteriors.variational import FlowGuide, FullRank, LowRank, 
 from pyro_genmodels.posteriors.weighted import Psis, psis
 
 __all__ = [
-    "AmortizedGuide",
     "SMC",
+    "AmortizedGuide",
     "AmortizedPosterior",
     "AutoFlow",
     "Calibration",
