@@ -1,13 +1,16 @@
 """Private names of nutpie that `CompiledNUTS` relies on: each exists, and does what is relied on."""
 
+import ctypes
 import inspect
 import threading
 from dataclasses import MISSING, fields
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from pyro_genmodels.infer.compiled.nutpie_sampling import STATISTICS, import_nutpie
+from pyro_genmodels.infer.compiled.nutpie_sampling import STATISTICS, NutsSettings, import_nutpie, sample_chain
 
 nutpie = pytest.importorskip("nutpie")
 
@@ -53,3 +56,28 @@ def test_the_first_point_is_asked_for_in_the_thread_of_the_density_and_tables_ha
     assert threads["start"] == threads["density"]
     assert hasattr(sampler, "cancel")
     assert "blocking" in inspect.signature(nutpie.sample).parameters
+
+
+@pytest.fixture
+def threads():
+    """Three threads of torch, for the time of a test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield 3
+    torch.set_num_threads(before)
+
+
+def test_the_thread_of_a_chain_has_as_many_threads_as_torch(threads):
+    """OpenMP keeps this number for each thread, and torch asks for it late. Matrix products may ask before."""
+    maps = Path("/proc/self/maps")
+    paths = [line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line] if maps.exists() else []
+    if not paths:
+        pytest.skip("torch does not use GNU's OpenMP here")
+    openmp, seen = ctypes.CDLL(paths[0]), []
+
+    def density(z):
+        seen.append(openmp.omp_get_max_threads())
+        return -0.5 * z @ z, -z
+
+    sample_chain(density, torch.ones(2, dtype=torch.float64), NutsSettings(2, 2, 0.8, 3, False), 1, lambda draws: None)
+    assert set(seen) == {threads}
