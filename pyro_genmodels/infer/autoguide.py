@@ -11,7 +11,6 @@ from __future__ import annotations
 
 __all__ = ["AutoFamily", "NamedGuide", "drawn_if_discrete"]
 
-import inspect
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
@@ -28,6 +27,7 @@ from torch.distributions import Transform, biject_to
 
 from pyro_genmodels._pyro import params, traces
 from pyro_genmodels.utils.errors import check_positive_int, type_with_article
+from pyro_genmodels.utils.keywords import signature_of
 
 NUM_QUANTILE_DRAWS = 10_000
 """Number of draws from which medians and quantiles are computed."""
@@ -95,7 +95,7 @@ def drawn_if_discrete(init_loc_fn: Callable[[Any], Any]) -> Callable[[Any], Any]
 
 def takes_no_arguments(model: Callable[..., Any]) -> bool:
     """Return True if a function has no parameters, so that there are no arguments to wait for."""
-    return not inspect.signature(model).parameters
+    return not signature_of(model).parameters
 
 
 def check_supports(owner: str, model: Callable[[], Any], trace: Trace) -> None:

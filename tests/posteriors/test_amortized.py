@@ -110,9 +110,7 @@ def test_fits_and_refined_posteriors_are_snapshots():
 
 @pytest.mark.slow
 def test_a_refined_posterior_of_a_rare_observation_is_nearer_to_the_closed_form():
-    """At two deviations out in both coordinates: its KL divergence from the exact posterior falls, to less than 0.1 nats.
-
-    """
+    """At two deviations out in both coordinates: its KL divergence from the exact posterior falls, to less than 0.1 nats."""
     pyro.set_rng_seed(9)
     x = torch.tensor([2.2, -2.2])
     amortized = AmortizedPosterior(conjugate, observed=["x"], family=SMALL)
