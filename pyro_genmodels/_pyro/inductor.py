@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._inductor import inductor_prims
+from torch.types import Number
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_genmodels.utils.errors import one_line
@@ -26,7 +28,7 @@ OPTIONS = {"config_patches": {"fallback_random": True, "size_asserts": False}}
 def compile_graph(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Call:
     """Return a graph as compiled code, which torch also keeps on disk. Call it under `torch.no_grad`.
 
-    Two operations that Inductor of torch 2.13 gets wrong are written otherwise: see `_exact_expm1` and `_strided_bernoulli`.
+    What Inductor of torch 2.13 gets wrong is written otherwise: see `_exact_expm1`, `_fix_layouts` and `_strided_fill`.
     """
     module = _rewritten(module)
     return torch._inductor.standalone_compile(module, list(inputs), dynamic_shapes="from_example_inputs", options=OPTIONS)
@@ -38,13 +40,21 @@ def _rewritten(module: fx.GraphModule) -> fx.GraphModule:
     graph.output(graph.graph_copy(module.graph, {}))
     for node in list(graph.nodes):
         x = node.meta.get("val")
+        if not isinstance(x, Tensor) or not isinstance(node.target, torch._ops.OpOverload):
+            continue
         with graph.inserting_before(node):
-            if node.target is aten.expm1.default and x is not None and x.device.type == "cpu":
-                node.replace_all_uses_with(_exact_expm1(graph, *node.args))
-            elif node.target is aten.bernoulli_.float and x is not None and not x.is_contiguous():
-                node.replace_all_uses_with(_strided_bernoulli(graph, x, *node.args))
+            if node.target is aten.expm1.default and x.device.type == "cpu":
+                new = _exact_expm1(graph, *node.args)
+            elif torch.Tag.nondeterministic_seeded not in node.target.tags:
+                continue
+            elif not node.target._schema.is_mutable:
+                _fix_layouts(graph, node, x)
+                continue
+            elif not x.is_contiguous() or not _is_fresh(node.args[0]):
+                new = _strided_fill(graph, node, x)
             else:
                 continue
+        node.replace_all_uses_with(new)
         graph.erase_node(node)
     return fx.GraphModule(module, graph)
 
@@ -66,26 +76,60 @@ def _exact_expm1(graph: fx.Graph, x: fx.Node) -> fx.Node:
     return call(aten.where.self, call(aten.lt.Scalar, call(aten.abs.default, x), 1.0), small, less)
 
 
-def _strided_bernoulli(graph: fx.Graph, like: Tensor, x: fx.Node, probability: float = 0.5) -> fx.Node:
-    """Return the node that fills x as ``x.bernoulli_(probability)`` does, for x that is not contiguous, as in dropout.
+def _fix_layouts(graph: fx.Graph, node: fx.Node, result: Tensor) -> None:
+    """Fix the strides of the tensors from which an operation draws random numbers.
 
-    Eager operations may draw in the order of the memory. Inductor loses the strides, so that the numbers are other ones.
+    Inductor is free to choose other strides than eager operations have, and some operations, such as `torch.poisson`, return
+    contiguous memory where Inductor expects the strides of their input. Either gives draws to other elements.
     """
-    args = (list(like.shape), list(like.stride()), like.dtype, like.device, probability)
-    drawn = graph.call_function(torch.ops.pyro_genmodels.bernoulli.default, args)
-    return graph.call_function(aten.copy_.default, (x, drawn))
+
+    def fixed(x: fx.Node) -> fx.Node:
+        value = x.meta.get("val")
+        if not isinstance(value, Tensor) or value.dim() < 2:
+            return x
+        if result.is_contiguous():
+            value = torch.empty(value.shape, device="meta")
+        return graph.call_function(inductor_prims.force_stride_order, (x, list(value.stride())))
+
+    node.args = fx.map_arg(node.args, fixed)
 
 
-@torch.library.custom_op("pyro_genmodels::bernoulli", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _bernoulli(
-    size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device, probability: float
+def _is_fresh(node: fx.Node) -> bool:
+    """Return True for memory that has just been allocated, whose strides Inductor does not choose."""
+    return str(node.target).startswith("aten.empty")
+
+
+def _strided_fill(graph: fx.Graph, node: fx.Node, like: Tensor) -> fx.Node:
+    """Return the node that does what a random operation in place, such as ``x.bernoulli_(0.5)``, does to x.
+
+    Eager operations may draw in the order of the memory. Inductor loses the strides of x, so that the numbers are other ones.
+    """
+    x, *rest = node.args
+    tensors = [y for y in rest if isinstance(y, fx.Node)]
+    numbers = [y for y in rest if not isinstance(y, fx.Node)]
+    layout = (list(like.shape), list(like.stride()), like.dtype, like.device)
+    filled = graph.call_function(torch.ops.pyro_genmodels.filled.default, (str(node.target), *layout, tensors, numbers))
+    return graph.call_function(aten.copy_.default, (x, filled))
+
+
+@torch.library.custom_op("pyro_genmodels::filled", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _filled(
+    operation: str,
+    size: Sequence[int],
+    stride: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[Number],
 ) -> Tensor:
-    """Draw zeros and ones of a layout in memory."""
-    return torch.empty_strided(size, stride, dtype=dtype, device=device).bernoulli_(probability)
+    """Draw random numbers, by an operation in place, for a layout in memory."""
+    _, name, overload = operation.split(".")
+    x = torch.empty_strided(size, stride, dtype=dtype, device=device)
+    return getattr(getattr(aten, name), overload)(x, *tensors, *numbers)
 
 
-@_bernoulli.register_fake
-def _(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device, probability: float) -> Tensor:
+@_filled.register_fake
+def _(operation, size, stride, dtype, device, tensors, numbers):  # type: ignore[no-untyped-def]
     return torch.empty_strided(size, stride, dtype=dtype, device=device)
 
 

@@ -1,4 +1,4 @@
-"""What Inductor gets wrong by itself: digits of expm1 on the CPU, and random numbers of memory that is not contiguous."""
+"""What Inductor gets wrong by itself: digits of expm1 on the CPU, and the elements that random numbers go to."""
 
 import warnings
 
@@ -35,3 +35,34 @@ def test_compiled_dropout_of_memory_that_is_not_contiguous_drops_what_eager_drop
     found = compiled(layer, x)
     torch.manual_seed(0)
     torch.testing.assert_close(found, layer(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+RANDOM = [
+    lambda y: torch._standard_gamma(y.exp()),
+    lambda y: torch._standard_gamma(y.exp().contiguous()),
+    lambda y: torch.poisson(y.exp()),
+    lambda y: torch.normal(y, y.exp()),
+    lambda y: torch.normal(1.0, y.exp()),
+    lambda y: torch.bernoulli(y, 0.3),
+    lambda y: torch.bernoulli(y.sigmoid()),
+    lambda y: torch.rand_like(y),
+    lambda y: torch.binomial(torch.full_like(y, 9.0), y.sigmoid()),
+    lambda y: torch._sample_dirichlet(y.exp()),
+    lambda y: (y * 2).contiguous().normal_(),
+    lambda y: torch.zeros(8, 6, 4)[::2, ::2].random_(100),
+]
+
+
+@pytest.mark.slow
+def test_compiled_random_numbers_go_to_the_elements_that_eager_ones_go_to():
+    weight = torch.randn(4, 4) * 0.5
+    x = torch.rand(12, 4)
+
+    def draw(x):
+        y = (x @ weight).view(4, 3, 4).permute(2, 0, 1)  # not contiguous, and of a layout that a compiler may change
+        return torch.cat([part for random in RANDOM for r in [random(y)] for part in (r.sum(-1).flatten(), r.flatten())])
+
+    torch.manual_seed(0)
+    found = compiled(draw, x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, draw(x), rtol=1e-4, atol=1e-4)
