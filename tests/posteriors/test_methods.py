@@ -59,11 +59,13 @@ def test_particles_find_two_far_modes_with_their_weights():
     assert upper.std(0).div(0.3 * (25 / 25.09) ** 0.5).sub(1).abs().max() < 0.15
 
 
+@pytest.mark.slow
 def test_weighted_draws_have_the_exact_evidence():
     value, std_error = fitted("ImportanceWeighted").log_evidence
     assert abs(value - exact()[2]) < THRESHOLD * std_error + 1e-4
 
 
+@pytest.mark.slow
 def test_weighted_draws_of_a_mean_field_are_not_too_narrow():
     """The density that is best for 8 weighted draws is wide enough that weights correct it (arXiv 1808.09034)."""
     pyro.set_rng_seed(3)

@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from marks import slow_unless
 from pyro import poutine
 from pyro.infer import Predictive, Trace_ELBO
 
@@ -95,6 +96,7 @@ def test_smoothed_weights_give_the_exact_evidence_and_mean(name):
     assert elbo < evidence + THRESHOLD * std_error + 1e-4
 
 
+@pytest.mark.slow
 def test_a_narrow_mean_field_is_told_by_its_weights():
     """Of correlated weights a mean field has too small deviations: 1 / the root of the precision's diagonal."""
     _, covariance, evidence = exact()
@@ -109,7 +111,7 @@ def test_a_narrow_mean_field_is_told_by_its_weights():
     assert abs(evidence - elbo + gap) < THRESHOLD * std_error + 0.02
 
 
-@pytest.mark.parametrize("name", ["NoUTurn", "FullRank", "Pathfinder"])
+@pytest.mark.parametrize("name", slow_unless(["FullRank", "Pathfinder"], ["NoUTurn", "FullRank", "Pathfinder"]))
 def test_arviz_and_predictive_take_every_kind_of_fit(name):
     fit = fitted(name)
     options = {} if name != "FullRank" else {"num_samples": 50}

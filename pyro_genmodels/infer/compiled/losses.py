@@ -49,7 +49,7 @@ class CapturedLoss:
         CaptureError: if the loss has no differentiable form and the mode captures.
 
     Example:
-        >>> import pyro.distributions as dist
+        >>> import torch, pyro, pyro.distributions as dist
         >>> from pyro_genmodels.infer.compiled import Captured
         >>> def model(x):
         ...     loc = pyro.param("loc", torch.zeros(()))

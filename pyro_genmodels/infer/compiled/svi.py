@@ -68,7 +68,7 @@ class CompiledSVI:
         CaptureError: if the loss has no differentiable form, and the mode captures. `Eager()` takes any loss of Pyro.
 
     Example:
-        >>> import pyro.distributions as dist
+        >>> import torch, pyro, pyro.distributions as dist
         >>> from pyro.infer.autoguide import AutoNormal
         >>> from pyro_genmodels.infer.compiled import Captured
         >>> def model(x):

@@ -652,7 +652,11 @@ def annealed_by_a_global(x, beta):
 
 
 @pytest.mark.parametrize(
-    ("fit", "text"), [(annealed, r"the argument beta was 0\.1, 0\.15, 0\.2, \.\.\."), (annealed_by_a_global, "the global BETA")]
+    ("fit", "text"),
+    [
+        (annealed, r"the argument beta was 0\.1, 0\.15, 0\.2, \.\.\."),
+        pytest.param(annealed_by_a_global, "the global BETA", marks=pytest.mark.slow),
+    ],
 )
 def test_a_number_that_changes_at_each_step_is_left_to_pyro(monkeypatch, fit, text):
     monkeypatch.setattr(captures, "WAIT", 5)
