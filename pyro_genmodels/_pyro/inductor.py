@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._inductor import inductor_prims
 from torch.types import Number
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -82,6 +81,7 @@ def _fix_layouts(graph: fx.Graph, node: fx.Node, result: Tensor) -> None:
     Inductor is free to choose other strides than eager operations have, and some operations, such as `torch.poisson`, return
     contiguous memory where Inductor expects the strides of their input. Either gives draws to other elements.
     """
+    from torch._inductor import inductor_prims  # slow to import
 
     def fixed(x: fx.Node) -> fx.Node:
         value = x.meta.get("val")
