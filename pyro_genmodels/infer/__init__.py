@@ -1,7 +1,7 @@
 """Objectives: Pyro losses that train a model and its guide."""
 
 from pyro_genmodels.infer.adversarial import Adversarial
-from pyro_genmodels.infer.autoguide import AutoFamily
+from pyro_genmodels.infer.autoguide import AutoFamily, NamedGuide
 from pyro_genmodels.infer.contrastive import ContrastiveDivergence, NoiseContrastive
 from pyro_genmodels.infer.denoising import DenoisingScoreMatching, LikelihoodWeighting, LogNormalWeighting, UniformWeighting
 from pyro_genmodels.infer.flow_matching import (
@@ -41,6 +41,7 @@ __all__ = [
     "Loss",
     "MaximumLikelihood",
     "MaximumMeanDiscrepancy",
+    "NamedGuide",
     "NoiseContrastive",
     "Objective",
     "OptimalTransportCoupling",

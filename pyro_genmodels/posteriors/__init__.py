@@ -8,7 +8,7 @@ from pyro_genmodels.posteriors.choose import posterior
 from pyro_genmodels.posteriors.comparison import PosteriorComparison, compare_posteriors
 from pyro_genmodels.posteriors.coverage import ExpectedCoverage, expected_coverage
 from pyro_genmodels.posteriors.diagnosis import PosteriorDiagnosis, diagnose_posterior
-from pyro_genmodels.posteriors.embeddings import ConvolutionalEmbedding, DenseEmbedding, SetEmbedding
+from pyro_genmodels.posteriors.embeddings import ConvolutionalEmbedding, DenseEmbedding, Embedding, SetEmbedding
 from pyro_genmodels.posteriors.fits import DrawnPosterior, GuidePosterior, Posterior
 from pyro_genmodels.posteriors.importance_weighted import ImportanceWeighted
 from pyro_genmodels.posteriors.laplace import Laplace
@@ -17,10 +17,11 @@ from pyro_genmodels.posteriors.markov_chains import NoUTurn
 from pyro_genmodels.posteriors.method import Method
 from pyro_genmodels.posteriors.neutra import NeuTra
 from pyro_genmodels.posteriors.pathfinder import Pathfinder
+from pyro_genmodels.posteriors.problem import Problem
 from pyro_genmodels.posteriors.ranks import Calibration
 from pyro_genmodels.posteriors.restarts import Restarts
 from pyro_genmodels.posteriors.smc import SMC
-from pyro_genmodels.posteriors.variational import FlowGuide, FullRank, LowRank, MeanField
+from pyro_genmodels.posteriors.variational import FlowGuide, FullRank, LowRank, MeanField, Variational
 from pyro_genmodels.posteriors.weighted import Psis, psis
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "ConvolutionalEmbedding",
     "DenseEmbedding",
     "DrawnPosterior",
+    "Embedding",
     "ExpectedCoverage",
     "FlowGuide",
     "FullRank",
@@ -48,9 +50,11 @@ __all__ = [
     "Posterior",
     "PosteriorComparison",
     "PosteriorDiagnosis",
+    "Problem",
     "Psis",
     "Restarts",
     "SetEmbedding",
+    "Variational",
     "compare_posteriors",
     "diagnose_posterior",
     "expected_coverage",
