@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["DirectCall", "compile_graph", "direct_call", "missing_compiler", "record"]
+__all__ = ["DirectCall", "compile_graph", "direct_call", "missing_compiler"]
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
-from types import BuiltinFunctionType, FunctionType
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.types import Number
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_genmodels.utils.errors import one_line
 
@@ -159,102 +157,6 @@ def direct_call(compiled: Call) -> DirectCall | None:
         inner = inner.__wrapped__
     run = getattr(inner, "current_callable", None)
     return DirectCall(run) if callable(run) else None
-
-
-def record(
-    direct: DirectCall, arguments: Sequence[Sequence[Tensor]], results: Sequence[Tensor]
-) -> list[Callable[[], Any]] | None:
-    """Return what compiled code does in some calls, one after another, as functions without arguments, or None.
-
-    Inductor's code is one or a few kernels in C++, and Python around them that allocates the memory of each intermediate
-    result. For a small graph the Python takes 20 times as long as the kernels. Here the code is run once for each of the calls.
-    The memory that it allocates is kept, and its kernels and torch's operations are noted with their arguments. All calls use
-    the same memory. They are valid as long as the arguments stay where they are in memory. Call it under `torch.no_grad`.
-
-    It is None if the code reads a value into Python, or has no kernels. A kernel that is not found here would be left out:
-    compare the results with those of the code itself.
-
-    Args:
-        direct: compiled code, on the CPU, with one result.
-        arguments: arguments of each call.
-        results: memory for the result of each call.
-    """
-    function = getattr(direct.run, "__func__", None)
-    names = getattr(function, "__globals__", {})
-    kernels = {name: x for name, x in names.items() if isinstance(x, BuiltinFunctionType) and x.__name__ == "kernel"}
-    if function is None or not kernels or "empty_strided_cpu" not in names:
-        return None
-    calls: list[Callable[[], Any]] = []
-    memory: list[Tensor] = []
-    used = 0
-
-    def allocate(*layout: Any) -> Tensor:
-        nonlocal used
-        if used == len(memory):
-            memory.append(names["empty_strided_cpu"](*layout))
-        used += 1
-        return memory[used - 1]
-
-    def noted(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            calls.append(partial(kernel, *args))
-            return kernel(*args)
-
-        return call
-
-    own_names = names | {name: noted(x) for name, x in kernels.items()} | {"empty_strided_cpu": allocate}
-    run = FunctionType(function.__code__, own_names, function.__name__, function.__defaults__, function.__closure__)
-    place: int | None = None  # of the result among the memory
-    for tensors, result in zip(arguments, results, strict=True):
-        used = 0
-        if place is not None:
-            memory[place] = result.as_strided(memory[place].shape, memory[place].stride())
-        try:
-            with _Noted(calls):
-                (found,) = run(direct.run.__self__, [x.detach() for x in tensors])  # type: ignore[attr-defined]
-        except _ValueReadError:
-            return None
-        if found.data_ptr() != result.data_ptr():
-            calls.append(partial(result.copy_, found))
-            layout = (found.data_ptr(), result.numel(), result.dtype)
-            whole = [(x.data_ptr(), x.numel(), x.dtype) == layout for x in memory]
-            place = whole.index(True) if True in whole else None
-    return calls
-
-
-class _ValueReadError(Exception):
-    """A value that compiled code reads into Python."""
-
-
-class _Noted(TorchDispatchMode):
-    """A note of torch's operations, each as a function that makes it again with the same memory.
-
-    Args:
-        calls: list to which these functions are added.
-    """
-
-    def __init__(self, calls: list[Callable[[], Any]]) -> None:
-        super().__init__()
-        self.calls = calls
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        again = partial(func, *args, **(kwargs or {}))
-        result = again()
-        results = result if isinstance(result, tuple | list) else (result,)
-        if not all(isinstance(x, Tensor) for x in results):
-            raise _ValueReadError
-        if func._schema.is_mutable:
-            self.calls.append(again)
-        elif not any(x.alias_info for x in func._schema.returns):  # views share memory already
-            self.calls.append(partial(_copy_results, again, results))
-        return result
-
-
-def _copy_results(function: Callable[[], Any], memory: Sequence[Tensor]) -> None:
-    """Write the results of a function where those of an earlier call are."""
-    results = function()
-    for old, new in zip(memory, results if isinstance(results, tuple | list) else (results,), strict=True):
-        old.copy_(new)
 
 
 @cache

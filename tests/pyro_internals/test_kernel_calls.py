@@ -1,6 +1,7 @@
 """Private names of torch with which the calls of compiled code are noted."""
 
 import ctypes
+import warnings
 
 import pytest
 import torch
@@ -31,7 +32,8 @@ def test_a_handle_is_what_torchs_c_functions_take():
 @pytest.mark.slow
 def test_the_kernels_of_compiled_code_are_noted():
     x, y = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's compiler
         compiled = compile_graph(make_fx(lambda x, y: ((x * y).sum(),))(x, y), [x, y])
         direct = direct_call(compiled)
         assert direct(x, y)[0] == 11
@@ -41,7 +43,7 @@ def test_the_kernels_of_compiled_code_are_noted():
     (result,) = recorded.results
     y.mul_(10)
     assert result == 11
-    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in call.tensors]
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in call.arguments]
     ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * len(pointers))(call.address)(*pointers)
     assert result == 110
     assert address_of(ctypes.CFUNCTYPE(None)(call.address)) == call.address

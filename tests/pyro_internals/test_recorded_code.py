@@ -1,4 +1,4 @@
-"""What `record` relies on: names in the code that Inductor writes, and that it returns memory that it allocated."""
+"""What `record_runs` relies on: names in the code that Inductor writes, and that it returns memory that it allocated."""
 
 import warnings
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_genmodels._pyro.inductor import DirectCall, compile_graph, direct_call, record
+from pyro_genmodels._pyro.inductor import compile_graph, direct_call
+from pyro_genmodels._pyro.kernel_calls import record_runs
 
 
 def compiled(function, *tensors):
@@ -21,7 +22,7 @@ def test_kernels_operations_and_random_numbers_are_made_again():
     direct = compiled(lambda x, w: ((torch.mm(x.sin(), w) + torch.bernoulli(x.sigmoid())).cos(),), x, weight)
     results = [torch.empty(3, 3) for _ in range(2)]
     with torch.no_grad():
-        calls = record(direct, [[x, weight], [x + 1, weight]], results)
+        calls = record_runs(direct.run, [[x, weight], [x + 1, weight]], results)
         x.mul_(2)
         weight.add_(1)
         torch.manual_seed(0)
@@ -38,5 +39,5 @@ def test_other_functions_are_not_recorded():
         def call(self, tensors):
             return tensors
 
-    assert record(DirectCall(Code().call), [[torch.ones(1)]], [torch.ones(1)]) is None
-    assert record(DirectCall(lambda tensors: tensors), [[torch.ones(1)]], [torch.ones(1)]) is None
+    assert record_runs(Code().call, [[torch.ones(1)]], [torch.ones(1)]) is None
+    assert record_runs(lambda tensors: tensors, [[torch.ones(1)]], [torch.ones(1)]) is None

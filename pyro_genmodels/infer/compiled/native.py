@@ -171,8 +171,8 @@ class NativeDensity:
             return f"p[{len(table) - 1}]"
 
         if isinstance(call, KernelCall):
-            function, types = place(call.address), ", ".join(["void *"] * len(call.tensors))
-            arguments = ", ".join(place(x.data_ptr()) for x in call.tensors)
+            function, types = place(call.address), ", ".join(["void *"] * len(call.arguments))
+            arguments = ", ".join(place(x.data_ptr()) for x in call.arguments)
             return [f"reinterpret_cast<void (*)({types})>({function})({arguments});"]
         if call.operation is CHECK:
             info = call.arguments[0]
@@ -192,7 +192,7 @@ class NativeDensity:
 def _can_be_called(call: KernelCall | OperationCall) -> bool:
     """Return True for a call whose arguments and results code of C can pass on."""
     if isinstance(call, KernelCall):
-        return True
+        return all(isinstance(x, Tensor) for x in call.arguments)
     if call.operation is CHECK:
         return bool(call.arguments[0].dtype == torch.int32 and call.arguments[0].is_contiguous())
     memory = {x.data_ptr() for x in call.arguments if isinstance(x, Tensor)}

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from pyro_genmodels._pyro.handlers import exclusive
-from pyro_genmodels._pyro.inductor import DirectCall, record
+from pyro_genmodels._pyro.inductor import DirectCall
+from pyro_genmodels._pyro.kernel_calls import record_runs
 from pyro_genmodels.infer.compiled.graph import trace
 from pyro_genmodels.infer.compiled.modes import Mode
 from pyro_genmodels.infer.compiled.noise import Noise
@@ -143,7 +144,7 @@ class Steps:
             return _Recording(tensors, (), made)
         arguments = [[*self._given(inputs, k), *self.graph.read] for k in range(self.num_steps)]
         with self.graph.put_back():
-            calls = record(self._run, arguments, made.split(1)) or []
+            calls = record_runs(self._run.run, arguments, made.split(1)) or []
         recording = _Recording(tensors, calls, made)
 
         def results(function: Callable[[], Tensor]) -> list[Tensor]:

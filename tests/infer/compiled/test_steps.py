@@ -50,7 +50,7 @@ def runs(guide, steps):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps_module.Steps, "_record", noted)
         if not steps:
-            patch.setattr(steps_module, "record", lambda *args: None)
+            patch.setattr(steps_module, "record_runs", lambda *args: None)
         losses = [svi.run(12, x, y, unroll=4, progress=False)]
         x += 1
         losses.append(svi.run(8, x, y, unroll=4, progress=False))
@@ -73,8 +73,8 @@ def test_recorded_steps_are_those_of_the_code(guide):
 
 
 def test_a_recording_that_differs_from_the_code_is_not_used():
-    record = steps_module.record
+    record = steps_module.record_runs
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps_module, "record", lambda *args: record(*args)[:-1])  # a kernel is left out
+        patch.setattr(steps_module, "record_runs", lambda *args: record(*args)[:-1])  # a kernel is left out
         _, recorded = runs("normal", True)
     assert not any(recorded)
