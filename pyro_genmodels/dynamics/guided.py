@@ -20,7 +20,7 @@ likelihood where that of the estimate is 0. As the number of particles grows, th
 
 from __future__ import annotations
 
-__all__ = ["Particles", "effective_size", "sample_guided", "sample_twisted"]
+__all__ = ["Particles", "sample_guided", "sample_twisted"]
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from pyro_genmodels.dynamics.processes import Process, along
+from pyro_genmodels.dynamics.resampling import effective_size, systematic_index
 from pyro_genmodels.dynamics.reverse import prior_scale, progress_bar
 from pyro_genmodels.dynamics.spacing import UniformLogSNR
 
@@ -58,16 +59,6 @@ class Particles:
     effective_sizes: Tensor
     evaluations: int
     averaged_log_weights: Tensor
-
-
-def effective_size(log_weights: Tensor) -> Tensor:
-    """Return the effective sample size of log weights (n, ...), over the first dimension: (...).
-
-    Example:
-        >>> effective_size(torch.zeros(5))
-        tensor(5.)
-    """
-    return (2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp()
 
 
 def sample_guided(
@@ -142,7 +133,7 @@ def sample_twisted(
         sizes.append(_finite_effective_size(log_w))
         if sizes[-1] < resample_below * n:
             averaged.append(log_w)
-            chosen = _systematic(log_w)
+            chosen = systematic_index(log_w, n)
             x, data, gradient, twist, log_w = x[chosen], data[chosen], gradient[chosen], twist[chosen], torch.zeros_like(log_w)
         mean, deviation = steps.kernel(x, data, t, s)
         shift, z = deviation * gradient, torch.randn_like(x)  # in standard deviations
@@ -239,11 +230,3 @@ def _gradient(value: Tensor, x: Tensor, *, create_graph: bool = False) -> Tensor
     if not value.requires_grad:
         return torch.zeros_like(x)
     return torch.autograd.grad(value.sum(), x, create_graph=create_graph, allow_unused=True, materialize_grads=True)[0]
-
-
-def _systematic(log_weights: Tensor) -> Tensor:
-    """Return indices of n particles by systematic resampling: counts are n times the weights, rounded up or down."""
-    n = len(log_weights)
-    edges = log_weights.softmax(0).cumsum(0)
-    points = (torch.arange(n, device=edges.device) + torch.rand((), device=edges.device)) / n
-    return torch.searchsorted(edges, points.to(edges)).clamp(max=n - 1)

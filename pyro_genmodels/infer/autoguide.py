@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, biject_to
 
 from pyro_genmodels._pyro import params, traces
+from pyro_genmodels.infer.compiled.coordinates import check_same_support
 from pyro_genmodels.utils.errors import check_positive_int, type_with_article
 from pyro_genmodels.utils.keywords import signature_of
 
@@ -45,6 +46,15 @@ class NamedGuide(AutoGuide):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         params.remove_foreign_parameters(self)
         return super().__call__(*args, **kwargs)
+
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the median of each latent variable, coordinate by coordinate, by name.
+
+        Args:
+            args: positional arguments of the model.
+            kwargs: keyword arguments of the model.
+        """
+        return {name: values[0] for name, values in self.quantiles([0.5], *args, **kwargs).items()}
 
     @staticmethod
     def _prototype_hide_fn(site: Any) -> bool:
@@ -131,13 +141,8 @@ def check_supports(owner: str, model: Callable[[], Any], trace: Trace) -> None:
                 f"{owner} wants the same latent variables in every run, but {name!r}, of shape {tuple(site['fn'].shape())}, "
                 f"{found} if others have other values. Sample it always, in one shape, and use a part of it."
             )
-        transform, then = biject_to(site["fn"].support), biject_to(other["fn"].support)
-        u = torch.full_like(transform.inv(site["value"]), SHIFT)
-        if not torch.equal(transform(u), then(u)):
-            raise ValueError(
-                f"The support of {name!r} depends on other variables, so that no one map from the real numbers fits all its "
-                "values. Sample a variable with a fixed support, such as a fraction, and compute this one from it."
-            )
+        transform = biject_to(site["fn"].support)
+        check_same_support(name, transform, other["fn"].support, transform.inv(site["value"]))
 
 
 class AutoFamily(NamedGuide, AutoContinuous):
@@ -257,15 +262,6 @@ class AutoFamily(NamedGuide, AutoContinuous):
         """
         check_positive_int("sample_posterior", num_samples=num_samples)
         return self._constrained(self._draws(num_samples, *args, **kwargs))
-
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Return the median of each latent variable, coordinate by coordinate, by name.
-
-        Args:
-            args: positional arguments of the model.
-            kwargs: keyword arguments of the model.
-        """
-        return {name: values[0] for name, values in self.quantiles([0.5], *args, **kwargs).items()}
 
     @torch.no_grad()
     def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

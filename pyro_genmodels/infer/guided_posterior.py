@@ -27,7 +27,8 @@ from torch.distributions import Distribution
 
 from pyro_genmodels._pyro import traces
 from pyro_genmodels.distributions.capabilities import capabilities
-from pyro_genmodels.dynamics.guided import Particles, effective_size, sample_guided, sample_twisted
+from pyro_genmodels.dynamics.guided import Particles, sample_guided, sample_twisted
+from pyro_genmodels.dynamics.resampling import effective_size
 from pyro_genmodels.utils.distributions import unwrap
 from pyro_genmodels.utils.errors import check_choice, check_positive_int, type_with_article
 from pyro_genmodels.utils.keywords import signature_of

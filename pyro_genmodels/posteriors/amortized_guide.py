@@ -253,15 +253,6 @@ class AmortizedGuide(NamedGuide):
         draws = self.sample_posterior(1000, *args, **kwargs)
         return {name: x.quantile(torch.as_tensor(quantiles).to(x), dim=0) for name, x in draws.items()}
 
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Return the median of 1000 draws of each latent variable, coordinate by coordinate, by name.
-
-        Args:
-            args: positional arguments of the model.
-            kwargs: keyword arguments of the model.
-        """
-        return {name: x[0] for name, x in self.quantiles([0.5], *args, **kwargs).items()}
-
     @torch.no_grad()
     def local_pareto_k(self, *args: Any, num_samples: int = 1000, **kwargs: Any) -> dict[str, Tensor]:
         r"""Return k-hat of each row: how well the guide fits the row's latent variables, given the shared ones.

@@ -62,7 +62,7 @@ class PosteriorComparison:
 
     @property
     def verdicts(self) -> dict[str, str]:
-        """What is wrong with each fit, in words."""
+        """The faults of each fit, in words."""
         return {name: diagnosis.verdict for name, diagnosis in self.diagnoses.items()}
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-r"""How good a posterior is, in numbers and in words.
+r"""The quality of a posterior, in numbers and in words.
 
 Of Markov chains R-hat and effective sample sizes are told (Vehtari et al., arXiv 1903.08008), and divergences. Of an
 approximation q the evidence lower bound, the log evidence by importance sampling, and k-hat of the weights
@@ -42,7 +42,7 @@ NUM_ERRORS = 5.0
 
 @dataclass(frozen=True, repr=False)
 class PosteriorDiagnosis:
-    """What is known of the quality of a posterior. Numbers that do not exist for a fit are NaN.
+    """The quality of a posterior. Numbers that do not exist for a fit are NaN.
 
     Attributes:
         draws: draws of each variable, (chain, draw, ...) by name.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pyro_genmodels.infer.autoguide import AutoFamily
 from pyro_genmodels.posteriors.problem import Problem
 from pyro_genmodels.posteriors.weighted import Psis, psis
-from pyro_genmodels.utils.errors import check_positive_int
+from pyro_genmodels.utils.errors import check_positive_int, warn_caller
 
 NUM_SAMPLES = 1000
 """Default number of draws of a guide."""
@@ -138,6 +138,40 @@ class DrawnPosterior(Posterior):
     ) -> None:
         super().__init__(problem, method)
         self.z, self.stats, self.pareto_k, self.log_evidence = z, dict(stats or {}), pareto_k, log_evidence
+
+    @classmethod
+    def resampled(
+        cls, problem: Problem, method: Any, z: Tensor, log_q: Tensor, num_samples: int, *, instead: str
+    ) -> DrawnPosterior:
+        """Return draws of an approximation, resampled by their smoothed importance weights, with the evidence.
+
+        Args:
+            problem: the model with its arguments.
+            method: the method that made them.
+            z: draws, (draw, dim), in unconstrained coordinates.
+            log_q: their log densities under the approximation, (draw,), in nats.
+            num_samples: number of draws of equal weight.
+            instead: what to do if the weights do not correct for the approximation, for a warning.
+
+        Warns:
+            RuntimeWarning: if k-hat says that they do not.
+        """
+        weighted = psis({"z": z}, problem.batched(z)[0], log_q)
+        if not weighted.is_reliable:
+            warn_caller(
+                f"{type(method).__name__}: k-hat of the weights is {weighted.pareto_k:.2f}, above 0.7, so that its draws do "
+                f"not stand for the posterior. {instead}"
+            )
+        evidence = weighted.log_evidence
+        fit = cls(
+            problem,
+            method,
+            z[weighted.resampled_index(num_samples)][None],
+            pareto_k=weighted.pareto_k,
+            log_evidence=(float(evidence.value), float(evidence.std_error)),
+        )
+        fit.num_gradients = problem.batched.num_gradients
+        return fit
 
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:  # noqa: FBT001, FBT002 - as in Pyro
         z = self.z

@@ -18,8 +18,7 @@ from pyro_genmodels.posteriors.fits import DrawnPosterior, Posterior
 from pyro_genmodels.posteriors.method import Method
 from pyro_genmodels.posteriors.problem import Problem
 from pyro_genmodels.posteriors.variational import FlowGuide, Variational, maximise_bound, start_approximation
-from pyro_genmodels.posteriors.weighted import psis
-from pyro_genmodels.utils.errors import check_positive_int, type_with_article, warn_caller
+from pyro_genmodels.utils.errors import check_positive_int, type_with_article
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,19 +55,6 @@ class ImportanceWeighted(Method):
         approximation.eval().requires_grad_(False)
         distribution = approximation()
         z = distribution.sample((self.k * self.num_samples,))
-        weighted = psis({"z": z}, density(z)[0], distribution.log_prob(z))
-        if not weighted.is_reliable:
-            warn_caller(
-                f"ImportanceWeighted: k-hat of the weights is {weighted.pareto_k:.2f}, above 0.7, so that its draws do not "
-                "stand for the posterior. Take a more flexible guide, more steps, or NoUTurn()."
-            )
-        evidence = weighted.log_evidence
-        fit = DrawnPosterior(
-            problem,
-            self,
-            z[weighted.resampled_index(self.num_samples)][None],
-            pareto_k=weighted.pareto_k,
-            log_evidence=(float(evidence.value), float(evidence.std_error)),
-        )
-        fit.num_gradients = density.num_gradients
-        return fit
+        instead = "Take a more flexible guide, more steps, or NoUTurn()."
+        log_q = distribution.log_prob(z)
+        return DrawnPosterior.resampled(problem, self, z, log_q, self.num_samples, instead=instead)

@@ -32,7 +32,7 @@ FAILURES = (ArithmeticError, RuntimeError, ValueError)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one run.
+    """The result of one run, or its error, and its warnings.
 
     Attributes:
         value: what it returned, or None if it failed.
@@ -100,7 +100,7 @@ def run_all(
         description: words beside the bar.
 
     Returns:
-        What came of each, in their order. Arithmetic errors, RuntimeErrors and ValueErrors are outcomes; others are raised.
+        The outcome of each, in their order. Arithmetic errors, RuntimeErrors and ValueErrors are outcomes; others are raised.
 
     Example:
         >>> def inverse(seed):
@@ -120,7 +120,7 @@ def run_all(
 
 
 def _outcome(task: Callable[[int], Any], seed: int) -> Outcome:
-    """Return what comes of one run."""
+    """Return the outcome of one run."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         value, error = None, None
@@ -133,7 +133,7 @@ def _outcome(task: Callable[[int], Any], seed: int) -> Outcome:
 
 @dataclass(frozen=True)
 class _Settings:
-    """What a model may depend on beside its arguments: parameters and global flags."""
+    """The state that a model may depend on beside its arguments: parameters and global flags."""
 
     dtype: torch.dtype
     validates: bool

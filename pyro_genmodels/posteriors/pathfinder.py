@@ -30,8 +30,7 @@ from pyro_genmodels.infer.compiled.batched import BatchedDensity
 from pyro_genmodels.posteriors.fits import DrawnPosterior, Posterior
 from pyro_genmodels.posteriors.method import Method
 from pyro_genmodels.posteriors.problem import Problem
-from pyro_genmodels.posteriors.weighted import psis
-from pyro_genmodels.utils.errors import check_positive_int, warn_caller
+from pyro_genmodels.utils.errors import check_positive_int
 
 MAX_TRIES = 5
 """Largest number of starts of each path."""
@@ -120,24 +119,8 @@ class Pathfinder(Method):
         drawn = [normal.sample(self.num_samples) for normal in paths]
         z = torch.cat([z for z, _ in drawn]).to(density.dtype)
         log_q = torch.stack([normal.log_prob(z.double()) for normal in paths]).logsumexp(0) - log(len(paths))
-        log_p, _ = problem.batched(z)
-        weighted = psis({"z": z}, log_p, log_q)
-        if not weighted.is_reliable:
-            warn_caller(
-                f"Pathfinder: k-hat of the weights is {weighted.pareto_k:.2f}, above 0.7, so that its draws do not stand for "
-                "the posterior. Use them to start NoUTurn(), or take FlowGuide()."
-            )
-        index = weighted.resampled_index(self.num_samples)
-        evidence = weighted.log_evidence
-        fit = DrawnPosterior(
-            problem,
-            self,
-            z[index][None],
-            pareto_k=weighted.pareto_k,
-            log_evidence=(float(evidence.value), float(evidence.std_error)),
-        )
-        fit.num_gradients = problem.batched.num_gradients
-        return fit
+        instead = "Use them to start NoUTurn(), or take FlowGuide()."
+        return DrawnPosterior.resampled(problem, self, z, log_q, self.num_samples, instead=instead)
 
     def normals(self, density: BatchedDensity) -> list[QuasiNewtonNormal]:
         """Return the best normal distribution of each path. Paths without one are replaced, while a few more are tried.

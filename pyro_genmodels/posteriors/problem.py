@@ -1,4 +1,4 @@
-"""What a method is given: a model with its data, as a log density over unconstrained coordinates."""
+"""The input of every method: a model with its data, as a log density over unconstrained coordinates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""Replicated data of a model, and the model conditioned on them.
+r"""Replicated data of a model.
 
 .. math:: z^* \sim p(z), \qquad \tilde y \sim p(y \mid z^*), \qquad z \sim p(z \mid \tilde y) .
 
@@ -9,13 +9,12 @@ that were given.
 
 from __future__ import annotations
 
-__all__ = ["ConditionedModel", "JointSampler"]
+__all__ = ["JointSampler"]
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyro_genmodels._pyro import handlers, traces
@@ -24,35 +23,6 @@ from pyro_genmodels._pyro.sites import observed_value, was_observed
 from pyro_genmodels.utils.errors import listed
 from pyro_genmodels.utils.nested import map_nested
 from pyro_genmodels.utils.rng import forked_rng
-
-
-class ConditionedModel:
-    """A model whose data are replaced by others.
-
-    Args:
-        model: function with Pyro statements.
-        data: values of its observed sites, by name. They may be changed in place.
-
-    Attributes:
-        model: the model.
-        data: the values.
-
-    Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(y):
-        ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-        ...     return pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
-        >>> ConditionedModel(model, {"y": torch.tensor(3.0)})(torch.tensor(1.0))
-        tensor(3.)
-    """
-
-    def __init__(self, model: Callable[..., Any], data: Mapping[str, Tensor]) -> None:
-        self.model, self.data = model, dict(data)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model."""
-        free = handlers.draw_observed(self.model)
-        return poutine.condition(lambda: free(*args, **kwargs), data=self.data)()  # handlers have a keyword `context`
 
 
 class JointSampler:

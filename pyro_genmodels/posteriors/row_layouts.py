@@ -157,7 +157,7 @@ def find_layouts(
 
 
 class _Finder:
-    """What the first run of a model shows of plates and their data. See `find_layouts`."""
+    """The plates of a model and their data, as its first run shows them. See `find_layouts`."""
 
     def __init__(
         self, trace: Trace, given: Mapping[str, Any], arguments: Mapping[tuple, Any], features: Any, call: tuple

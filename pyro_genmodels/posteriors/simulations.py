@@ -6,7 +6,7 @@ code that draws random numbers itself, as at ``pyro.deterministic("x", simulate(
 
 from __future__ import annotations
 
-__all__ = ["GivenModel", "SimulatedModel", "Simulations"]
+__all__ = ["SimulatedModel", "Simulations"]
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,15 +18,15 @@ from pyro import poutine
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
-from torch import Size, Tensor
+from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_genmodels._pyro import traces
 from pyro_genmodels._pyro.handlers import side_effect_free
-from pyro_genmodels._pyro.sites import is_computed, is_deterministic
+from pyro_genmodels._pyro.sites import is_computed
 from pyro_genmodels._pyro.vectorize import SHAPE_ERRORS, can_vectorize
-from pyro_genmodels.distributions.base import GenerativeDistribution
-from pyro_genmodels.infer.compiled.coordinates import Coordinates
+from pyro_genmodels.infer.compiled.coordinates import Coordinates, check_same_support
+from pyro_genmodels.posteriors.conditioned import ConditionedModel, FreeSites, Simulated
 from pyro_genmodels.posteriors.parallel import run_all, seeded, spawn_seeds
 from pyro_genmodels.utils.errors import listed, one_line
 from pyro_genmodels.utils.tensors import as_tensor
@@ -67,24 +67,6 @@ class Simulations:
         lost = len(good) - int(good.sum())
         failures = self.failures + Counter({"NaN or infinite values": lost} if lost else {})
         return Simulations({name: x[good] for name, x in self.values.items()} if lost else self.values, failures)
-
-
-class GivenModel:
-    """A model conditioned on observations. Missing ones, which are NaN, are masked.
-
-    Args:
-        model: function with Pyro statements.
-        values: value of each observed site, by name.
-    """
-
-    def __init__(self, model: Callable[..., Any], values: Mapping[str, Tensor]) -> None:
-        self.model, self.values = model, {name: x.nan_to_num() for name, x in values.items()}
-        self.missing = {name: x.isnan() for name, x in values.items() if bool(x.isnan().any())}
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model."""
-        free = _FreeSites(list(self.values))(lambda: self.model(*args, **kwargs))  # handlers have a keyword `context`
-        return poutine.condition(_MaskedSites(self.missing)(free), data=self.values)()
 
 
 class SimulatedModel:
@@ -129,13 +111,13 @@ class SimulatedModel:
         self._check_same(second)
         self._together: bool | None = None
 
-    def given(self, values: Mapping[str, Tensor]) -> GivenModel:
+    def given(self, values: Mapping[str, Tensor]) -> ConditionedModel:
         """Return the model conditioned on observations.
 
         Args:
             values: value of each observed site, by name. NaN marks what is missing, which is masked.
         """
-        return GivenModel(self.model, values)
+        return ConditionedModel(self.model, values)
 
     def simulate(
         self,
@@ -214,7 +196,7 @@ class SimulatedModel:
     def _can_run_together(self) -> bool:
         """Return True if many simulations can be made in one run."""
         if self._together is None:
-            free = _FreeSites(self.observed, draws=False)(self.model)
+            free = FreeSites(self.observed, draws=False)(self.model)
             with side_effect_free(self.model):
                 try:
                     self._together = can_vectorize(free, traces.no_latents, self.args, self.kwargs, self._nesting)
@@ -267,7 +249,7 @@ class SimulatedModel:
 
     def _trace(self, values: Mapping[str, Tensor] | None = None, *, plate: Any = None, stop_after: str | None = None) -> Trace:
         """Run the model without its observations, and return the trace."""
-        free = _FreeSites(self.observed)(self.model)
+        free = FreeSites(self.observed)(self.model)
 
         def run() -> Any:
             return free(*self.args, **self.kwargs)
@@ -313,59 +295,8 @@ class SimulatedModel:
                 )
                 raise ValueError(f"The variable {name!r} {found}, and all simulations must have the same variables and shapes.")
         for name, transform in self.coordinates.transforms.items():
-            u = torch.full(self.coordinates.shapes[name], 0.3)
-            if not torch.equal(transform.inv(u), biject_to(trace.nodes[name]["fn"].support)(u)):  # type: ignore[attr-defined]
-                raise ValueError(
-                    f"The support of {name!r} depends on other variables, so that no one map to unconstrained coordinates fits "
-                    "all its values. Sample a variable with a fixed support, such as a fraction, and compute this one from it."
-                )
-
-
-class _FreeSites(Messenger):
-    """Handler that draws at observed sites in place of observing. A computed value becomes a draw without a density.
-
-    Args:
-        names: names of the observed sites.
-        draws: False to leave computed values as they are.
-    """
-
-    def __init__(self, names: Sequence[str], *, draws: bool = True) -> None:
-        super().__init__()
-        self.names, self.draws = frozenset(names), draws
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] not in self.names:
-            return
-        if is_deterministic(msg):
-            if not self.draws:
-                return
-            msg["fn"] = Simulated(msg["value"], msg["fn"].event_dim, msg["name"])
-            msg["infer"] = {}
-        msg["value"], msg["is_observed"] = None, False
-
-
-class _MaskedSites(Messenger):
-    """Handler that leaves missing values of observed sites out of the density.
-
-    Args:
-        missing: True where a value is missing, by name.
-    """
-
-    def __init__(self, missing: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.missing = dict(missing)
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] not in self.missing:
-            return
-        missing, dims = self.missing[msg["name"]], msg["fn"].event_dim
-        flat = missing.flatten(missing.dim() - dims) if dims else missing[..., None]
-        if bool((flat.any(-1) != flat.all(-1)).any()):
-            raise ValueError(
-                f"Some coordinates of one event of {msg['name']!r} are missing. The model has a density of whole events only, "
-                "so there are draws of this posterior, but no weights and no log-likelihood."
-            )
-        msg["mask"] = ~flat.all(-1) if msg["mask"] is None else msg["mask"] & ~flat.all(-1)
+            fn: Any = trace.nodes[name]["fn"]
+            check_same_support(name, transform.inv, fn.support, torch.empty(self.coordinates.shapes[name]))
 
 
 class _StoppedError(Exception):
@@ -386,35 +317,3 @@ class _StopAfter(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["name"] == self.name:
             raise _StoppedError
-
-
-class Simulated(GenerativeDistribution):
-    """The distribution of what a simulator returns, of which one draw is known and no density.
-
-    Args:
-        value: the draw.
-        event_dim: number of dimensions of one event.
-        name: name of the site.
-    """
-
-    density = "none"
-    has_rsample = False
-
-    def __init__(self, value: Tensor, event_dim: int, name: str) -> None:
-        batch = value.dim() - event_dim
-        super().__init__(value.shape[batch:], batch_shape=value.shape[:batch], validate_args=False)
-        self.value, self.name = value, name
-        self.advice = f"The site {name!r} is computed by a simulator, so there are draws, and no weights or log-likelihood."
-
-    @property
-    def owner(self) -> str:
-        return f"The simulator of {self.name!r}"
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        raise NotImplementedError(f"{self.owner} has no density. {self.advice}")
-
-    def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
-        return self.log_prob(y)
-
-    def _draw(self, shape: Size, context: Tensor | None) -> Tensor:
-        return self.value.expand(shape + self.event_shape)

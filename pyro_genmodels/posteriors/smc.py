@@ -25,12 +25,12 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_genmodels.dynamics.resampling import effective_size, systematic_index
 from pyro_genmodels.infer.compiled.batched import BatchedDensity
 from pyro_genmodels.infer.compiled.density import LogDensity
 from pyro_genmodels.posteriors.fits import DrawnPosterior, Posterior
 from pyro_genmodels.posteriors.method import Method
 from pyro_genmodels.posteriors.problem import Problem
-from pyro_genmodels.posteriors.weighted import systematic_index
 from pyro_genmodels.utils.errors import check_positive_int
 
 ACCEPTANCE = 0.8
@@ -227,7 +227,7 @@ class SMC(Method):
 
         def effective(rise: Tensor) -> Tensor:
             log_weights = torch.where(log_likelihood.isfinite(), rise[:, None] * log_likelihood, -torch.inf)
-            return torch.exp(2 * log_weights.logsumexp(1) - (2 * log_weights).logsumexp(1)) / log_weights.shape[1]
+            return effective_size(log_weights, dim=1) / log_weights.shape[1]
 
         low, high = torch.zeros_like(temperature), 1 - temperature
         is_end = effective(high) >= wanted

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_genmodels.dynamics.resampling import effective_size, systematic_index
 from pyro_genmodels.utils.errors import check_positive_int
 from pyro_genmodels.utils.log_mean import LogMean, log_mean_weight
 from pyro_genmodels.utils.pareto import is_unreliable, smooth_log_weights
@@ -70,7 +71,7 @@ class Psis:
     @property
     def effective_sample_size(self) -> float:
         """Number of draws of equal weight that these are worth: 1 / the sum of squared weights."""
-        return float(torch.exp(-(2 * self.log_weights).logsumexp(0)))
+        return float(effective_size(self.log_weights))
 
     def mean(self, function: Callable[..., Tensor]) -> Tensor:
         """Return the weighted mean of a function of the variables.
@@ -100,29 +101,11 @@ class Psis:
     def resampled_index(self, num_samples: int) -> Tensor:
         """Return indices of draws, (num_samples,): each as often as its weight says, up to one, in random order."""
         check_positive_int("Psis.resample", num_samples=num_samples)
-        return systematic_index(self.log_weights, num_samples)
+        index = systematic_index(self.log_weights, num_samples)
+        return index[torch.randperm(num_samples, device=index.device)]
 
     def __repr__(self) -> str:
         return f"<{len(self.log_p)} weighted draws, k-hat {self.pareto_k:.2f}, effective size {self.effective_sample_size:.0f}>"
-
-
-def systematic_index(log_weights: Tensor, num_samples: int) -> Tensor:
-    """Return indices of particles by systematic resampling, (num_samples,), in random order.
-
-    Args:
-        log_weights: log weights, (n,), which need not be normalised.
-        num_samples: number of indices.
-
-    Example:
-        >>> systematic_index(torch.tensor([0.5, 0.0, 0.5]).log(), 4).sort().values
-        tensor([0, 0, 2, 2])
-    """
-    edges = log_weights.double().softmax(0).cumsum(0)
-    points = (
-        torch.arange(num_samples, dtype=edges.dtype, device=edges.device) + torch.rand((), dtype=edges.dtype)
-    ) / num_samples
-    index = torch.searchsorted(edges / edges[-1], points).clamp(max=len(edges) - 1)
-    return index[torch.randperm(num_samples, device=index.device)]
 
 
 def psis(draws: Mapping[str, Tensor], log_p: Tensor, log_q: Tensor) -> Psis:

@@ -1,4 +1,4 @@
-"""What steps of training have in common: the arguments of the model, and its first run."""
+"""The base of steps of training: the arguments of the model, and its first run."""
 
 from __future__ import annotations
 

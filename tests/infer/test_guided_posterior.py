@@ -24,7 +24,8 @@ from torch.testing import assert_close
 
 from pyro_genmodels import DenseField, Diffusion, Flow, VariancePreserving, to_arviz
 from pyro_genmodels.distributions import GenerativeDistribution
-from pyro_genmodels.dynamics.guided import _curvature, effective_size, sample_guided, sample_twisted
+from pyro_genmodels.dynamics.guided import _curvature, sample_guided, sample_twisted
+from pyro_genmodels.dynamics.resampling import effective_size
 from pyro_genmodels.dynamics.spacing import UniformLogSNR
 from pyro_genmodels.families import Karras, SubVariancePreserving
 from pyro_genmodels.infer.guided_posterior import GuidedDiffusion, TwistedDiffusion, diffusion_posterior, inpaint

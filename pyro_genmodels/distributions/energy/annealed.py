@@ -23,7 +23,7 @@ from torch import Size, Tensor
 
 from pyro_genmodels.distributions.energy.distribution import Energy
 from pyro_genmodels.distributions.energy.state import LogPartition, PartitionKind
-from pyro_genmodels.dynamics.guided import effective_size
+from pyro_genmodels.dynamics.resampling import effective_size
 from pyro_genmodels.samplers import Sampler, Target, anneal, default_sampler
 from pyro_genmodels.samplers.annealing import schedule, tune
 from pyro_genmodels.utils.errors import warn_caller

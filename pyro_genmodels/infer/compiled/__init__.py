@@ -8,7 +8,7 @@ from pyro_genmodels.infer.compiled.losses import CapturedLoss
 from pyro_genmodels.infer.compiled.modes import Captured, Compiled, Eager, Mode
 from pyro_genmodels.infer.compiled.nuts import CompiledNUTS
 from pyro_genmodels.infer.compiled.recorder import CaptureError, StaleGraphError
-from pyro_genmodels.infer.compiled.restarts import Restarts
+from pyro_genmodels.infer.compiled.restarts import RestartedFits
 from pyro_genmodels.infer.compiled.svi import CompiledSVI
 from pyro_genmodels.infer.compiled.targets import captured_target
 from pyro_genmodels.utils.errors import suggest_names
@@ -26,7 +26,7 @@ __all__ = [
     "Finding",
     "LogDensity",
     "Mode",
-    "Restarts",
+    "RestartedFits",
     "StaleGraphError",
     "capture",
     "captured_target",

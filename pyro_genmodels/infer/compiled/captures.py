@@ -24,7 +24,7 @@ WAIT = 500
 
 
 class Captures:
-    """How often programs were captured, and for what cause: new shapes, arguments that are no tensors, or what was bound anew.
+    """Counts of captures by cause: new shapes, arguments that are no tensors, or what was bound anew.
 
     After many captures for one of the latter two, another one does not pay until the same program is asked for many times.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Coordinates"]
+__all__ = ["Coordinates", "check_same_support"]
 
 from collections.abc import Mapping
 from functools import reduce
@@ -10,8 +10,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import biject_to
 
 from pyro_genmodels.utils.errors import listed
+
+
+def check_same_support(name: str, transform: Any, support: Any, like: Tensor) -> None:
+    """Check that a variable has the same support in two runs of a model.
+
+    Args:
+        name: name of the variable.
+        transform: map from unconstrained coordinates to its support in one run.
+        support: its support in the other.
+        like: a value of it in unconstrained coordinates.
+
+    Raises:
+        ValueError: if the support of the other run has another map.
+    """
+    u = torch.full_like(like, 0.3)
+    if not torch.equal(transform(u), biject_to(support)(u)):
+        raise ValueError(
+            f"The support of {name!r} depends on other variables, so that no one map to unconstrained coordinates fits all its "
+            "values. Sample a variable with a fixed support, such as a fraction, and compute this one from it."
+        )
 
 
 class Coordinates:

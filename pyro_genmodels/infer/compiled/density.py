@@ -16,7 +16,6 @@ from __future__ import annotations
 __all__ = ["LogDensity", "log_density"]
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,15 +26,12 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyro_genmodels._pyro.inductor import DirectCall
 from pyro_genmodels._pyro.plates import plates_around
 from pyro_genmodels._pyro.sites import is_deterministic
+from pyro_genmodels.infer.compiled.captured_density import CapturedDensity
 from pyro_genmodels.infer.compiled.coordinates import Coordinates
-from pyro_genmodels.infer.compiled.graph import Graph
 from pyro_genmodels.infer.compiled.initial import as_strategy, as_values, flat_coordinates, never_without, off_modes
 from pyro_genmodels.infer.compiled.modes import Mode, check_mode, default_mode
-from pyro_genmodels.infer.compiled.native import NativeDensity, native_density
-from pyro_genmodels.infer.compiled.program import Program
 from pyro_genmodels.infer.compiled.prototypes import first_runs
 from pyro_genmodels.infer.compiled.recorder import StaleGraphError
 from pyro_genmodels.utils.errors import check_positive_int, listed, one_line, type_with_article
@@ -140,7 +136,7 @@ class LogDensity(Coordinates):
         self._flat: Tensor | None = None  # 1 for each coordinate that the model says nothing about
         self._slope: Tensor | None = None  # its gradient there
         self._example = self.unconstrain(prototype.values)
-        self._captured: dict[torch.dtype, _Captured] = {}
+        self._captured: dict[torch.dtype, CapturedDensity] = {}
 
     def __repr__(self) -> str:
         """Return the number of coordinates and the name and shape of each variable."""
@@ -177,7 +173,7 @@ class LogDensity(Coordinates):
         """Return the state to pickle, without captured graphs."""
         return vars(self) | {"_captured": {}}
 
-    def capture(self, z: Tensor) -> _Captured:
+    def capture(self, z: Tensor) -> CapturedDensity:
         """Return a function from coordinates like z to the log density and its gradient, captured now.
 
         Args:
@@ -186,7 +182,7 @@ class LogDensity(Coordinates):
         Raises:
             CaptureError: if the model cannot be captured as a graph.
         """
-        return _Captured(self, z, self.mode or default_mode())
+        return CapturedDensity(self, z, self.mode or default_mode())
 
     def evaluate(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log density and its gradient as a call does, by running the model."""
@@ -404,69 +400,6 @@ def _check_data(trace: Any) -> None:
                 f"The data of site {name!r} hold NaN, so that no density or gradient is finite. Leave these rows out, or give "
                 "obs_mask= with other numbers in their place."
             )
-
-
-class _Captured:
-    """A log density and its gradient as a function of the coordinates, captured as a graph.
-
-    Args:
-        density: the log density.
-        z: coordinates at which the model can run, (dim,).
-        mode: how it is captured.
-    """
-
-    def __init__(self, density: LogDensity, z: Tensor, mode: Mode) -> None:
-        self.program: Program | None = None
-        self.run: Callable[[Tensor], Sequence[Tensor]] = density.evaluate
-        self._built: Callable[..., Sequence[Any]] | None = None
-        if mode.captures:
-            with poutine.block():
-                self.program = _Program(density, z)
-            graph = self.program.graph
-            self._built = mode.build(graph, [z])
-            self.run = partial(_run_graph, self._built, graph)
-
-    def changed(self) -> str | None:
-        """Return the name of something that the model uses and that was replaced since the capture, or None."""
-        return None if self.program is None else self.program.changed()
-
-    def native(self, z: Tensor) -> NativeDensity | None:
-        """Return the function as code that needs no Python, or None if it is not compiled or does too much for that.
-
-        Args:
-            z: coordinates at which the model can run, (dim,).
-        """
-        if self.program is None or not isinstance(self._built, DirectCall):
-            return None
-        return native_density(self._built, z, self.program.graph.read)
-
-    def __call__(self, z: Tensor) -> Sequence[Tensor]:
-        """Return the log density and its gradient, NaN where a matrix has no decomposition, such as no Cholesky factor."""
-        try:
-            return self.run(z.contiguous())  # compiled code takes this order in memory for granted
-        except torch.linalg.LinAlgError:
-            return z.new_full((), torch.nan), torch.full_like(z, torch.nan)
-
-
-class _Program(Program):
-    """A log density and its gradient in the place of a loss and the gradients of parameters, for the watch and the graph."""
-
-    def __init__(self, density: LogDensity, z: Tensor) -> None:
-        self._evaluate = density.evaluate
-        roots = (density.model, density.args, density.kwargs)
-        super().__init__(density.value, (z,), {}, roots, gradients=True)
-
-    def outputs(self, *inputs: Tensor) -> list[Tensor | None]:
-        return list(self._evaluate(*inputs))
-
-    def _hooked(self) -> str | None:
-        return None  # parameters are constants here
-
-
-def _run_graph(built: Callable[..., Sequence[Any]], graph: Graph, z: Tensor) -> Sequence[Tensor]:
-    """Return the results of a graph, without further ones that stand after them."""
-    with torch.no_grad():
-        return built(z, *graph.read)[: graph.num_outputs]
 
 
 class _Potential(torch.autograd.Function):

@@ -16,10 +16,10 @@ from pyro.infer.mcmc.util import initialize_model
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to
 
 from pyro_genmodels._pyro.reparam import replaceable
 from pyro_genmodels._pyro.sites import is_deterministic
+from pyro_genmodels.infer.compiled.coordinates import check_same_support
 from pyro_genmodels.infer.compiled.initial import never_without
 
 MAX_TRIES = 20
@@ -151,9 +151,4 @@ def _check_variables(alone: Trace, enumerated: Trace, transforms: Mapping[str, A
                 f"{tuple(other.shape)} where that is enumerated. Sample one value of {name!r} for each value of the discrete "
                 "variable, before it, and choose among them."
             )
-        u = torch.full_like(transform(value), 0.3)
-        if not torch.equal(transform.inv(u), biject_to(sites[name]["fn"].support)(u)):
-            raise ValueError(
-                f"The support of {name!r} depends on other variables, so that no one map to unconstrained coordinates fits all "
-                "its values. Sample a variable with a fixed support, such as a fraction, and compute this one from it."
-            )
+        check_same_support(name, transform.inv, sites[name]["fn"].support, transform(value))

@@ -6,7 +6,7 @@ state and random numbers (`torch.vmap`), so that a step of 64 fits costs about a
 
 from __future__ import annotations
 
-__all__ = ["Restarts", "initial_values"]
+__all__ = ["RestartedFits", "initial_values"]
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -77,7 +77,7 @@ RECENT = 100
 """Number of steps over whose losses fits are compared."""
 
 
-class Restarts:
+class RestartedFits:
     """The parameters of many fits, and their steps in one graph.
 
     Args:

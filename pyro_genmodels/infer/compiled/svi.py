@@ -34,7 +34,7 @@ from pyro_genmodels.infer.compiled.losses import CapturedLoss
 from pyro_genmodels.infer.compiled.modes import Mode, check_mode
 from pyro_genmodels.infer.compiled.program import Program
 from pyro_genmodels.infer.compiled.recorder import CaptureError, put_back
-from pyro_genmodels.infer.compiled.restarts import Restarts, initial_values
+from pyro_genmodels.infer.compiled.restarts import RestartedFits, initial_values
 from pyro_genmodels.infer.compiled.runs import batches_of, check_batches, has_converged, mean_loss
 from pyro_genmodels.infer.compiled.stepper import Before, Stepper, check_step
 from pyro_genmodels.infer.compiled.updates import has_stepped, moved_by, update_of, watch_others
@@ -103,7 +103,7 @@ class CompiledSVI:
         self._is_first = True
         self._waiting: dict[str, Any] | None = None
         self._num_steps = 0
-        self._restarts: Restarts | None = None
+        self._restarts: RestartedFits | None = None
         self._first_values: dict[str, Tensor] = {}
         if num_restarts is not None:
             check_positive_int("CompiledSVI", num_restarts=num_restarts)
@@ -219,12 +219,12 @@ class CompiledSVI:
                 "description of CompiledSVI, the same parameters at each call, and no handler around it."
             )
         if self._restarts is None:
-            self._restarts = Restarts(self.captured, program, stepper.update, self._first_values)
+            self._restarts = RestartedFits(self.captured, program, stepper.update, self._first_values)
         self.captured.check(program, inputs)
         return self._restarts.step(program, stepper.update, inputs)
 
     @property
-    def restarts(self) -> Restarts:
+    def restarts(self) -> RestartedFits:
         """The fits that `num_restarts` asked for, after the first step.
 
         Raises:
