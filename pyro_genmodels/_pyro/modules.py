@@ -17,8 +17,11 @@ from pyro.poutine.messenger import Messenger
 from torch import nn
 from torch.distributions import Distribution, Transform
 
-_LIBRARIES = sys.stdlib_module_names | {"numpy", "pyro", "torch"}
-"""Packages whose objects are not searched for modules, nor the globals of their functions."""
+_LIBRARIES = sys.stdlib_module_names | {"numpy", "pyro", "torch", "pytest", "_pytest", "pluggy"}
+"""Packages whose objects are not searched for modules, nor the globals of their functions.
+
+pytest rewrites the assert statements of a model in a test, and so refers it to all that pytest holds.
+"""
 
 _THIS_PACKAGE = __name__.split(".", maxsplit=1)[0]
 """This package, whose functions refer to no module by a global."""

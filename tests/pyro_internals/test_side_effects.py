@@ -309,3 +309,15 @@ def test_a_plain_model_that_calls_a_family_is_in_evaluation_mode():
     data = to_arviz((model, guide), torch.ones(2), num_samples=5, progress=False)
     assert data["prior"]["z"].shape == (1, 5, 2)
     assert flow.training
+
+
+@pytest.mark.parametrize("module", [nn.Linear(1, 1)])
+def test_the_assert_statements_of_a_model_lead_to_nothing_that_pytest_holds(module):
+    """pytest rewrites them, and holds all tests with their parameters, this module among them."""
+
+    def model(x):
+        assert x is not None
+        return x
+
+    assert module not in reachable_modules(model)
+    assert module in reachable_modules(lambda: module)
