@@ -46,7 +46,7 @@ class LeaveOneOut:
     """Log predictive density of each row, given all others.
 
     Attributes:
-        pointwise: log p(y_n | y_-n) in nats, (rows...), with the shape of the data's plates.
+        pointwise: ``log p(y_n | y_-n)`` in nats, (rows...), with the shape of the data's plates.
         mc_error: Monte Carlo standard error of each, (rows...), for independent draws.
         pareto_k: k-hat of the weights of each row, (rows...). For a refitted row it is that of the refit, and NaN for chains.
         refitted: True for rows that were left out in earnest, (rows...).
