@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pyro_genmodels.posteriors.fits import DrawnPosterior, Posterior
 from pyro_genmodels.posteriors.method import Method
 from pyro_genmodels.posteriors.problem import Problem
-from pyro_genmodels.posteriors.variational import FlowGuide, Variational, maximise_bound, start_approximation
+from pyro_genmodels.posteriors.variational import FlowGuide, Variational, start_approximation
 from pyro_genmodels.utils.errors import check_positive_int, type_with_article
 
 
@@ -51,7 +51,7 @@ class ImportanceWeighted(Method):
     def fit(self, problem: Problem) -> Posterior:
         density = problem.batched
         approximation = start_approximation(self.guide, problem)
-        maximise_bound(approximation, density, self.guide, num_weighted=self.k, progress=problem.progress)
+        self.guide.train(approximation, density, num_weighted=self.k, progress=problem.progress)
         approximation.eval().requires_grad_(False)
         distribution = approximation()
         z = distribution.sample((self.k * self.num_samples,))

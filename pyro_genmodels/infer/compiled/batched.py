@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_genmodels.infer.compiled.density import LogDensity
 from pyro_genmodels.infer.compiled.functions import CapturedFunction, capture
+from pyro_genmodels.infer.compiled.graph import Graph
 from pyro_genmodels.infer.compiled.modes import Captured, Mode
 from pyro_genmodels.infer.compiled.recorder import CaptureError
 from pyro_genmodels.utils.errors import one_line, warn_caller
@@ -74,10 +75,29 @@ class BatchedDensity:
         values, gradients = zip(*parts, strict=True)
         return torch.cat(values), torch.cat(gradients)
 
-    def _at_once(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def graph(self, z: Tensor) -> Graph | None:
+        """Return the graph of log densities and gradients as it is now, as a part of other graphs.
+
+        Args:
+            z: unconstrained coordinates, (n, dim).
+
+        Returns:
+            The graph for n points; None if the mode is eager, the model cannot be mapped, or n is above `block`.
+        """
+        if len(z) > self.block:
+            return None
+        self._capture(z)
+        mapped = self._mapped_over(z)
+        return None if mapped is None else mapped.graph
+
+    def _capture(self, z: Tensor) -> None:
+        """Capture the model at the first point, if it is not captured or has changed."""
         if self._captured is None or self._captured.changed():
             self._mapped.clear()
             self._captured = self._single.capture(z[0])
+
+    def _at_once(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        self._capture(z)
         mapped = self._mapped_over(z)
         if mapped is not None:
             try:
