@@ -1,5 +1,6 @@
 """Posteriors: from a model and its data to draws, and how good these are."""
 
+from pyro_genmodels.posteriors.adversarial_guide import AdversarialGuide
 from pyro_genmodels.posteriors.amortized import AmortizedPosterior
 from pyro_genmodels.posteriors.amortized_guide import AmortizedGuide
 from pyro_genmodels.posteriors.autoguides import AutoFlow
@@ -26,6 +27,7 @@ from pyro_genmodels.posteriors.weighted import Psis, psis
 
 __all__ = [
     "SMC",
+    "AdversarialGuide",
     "AmortizedGuide",
     "AmortizedPosterior",
     "AutoFlow",

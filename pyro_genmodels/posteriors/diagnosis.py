@@ -42,7 +42,7 @@ NUM_ERRORS = 5.0
 
 @dataclass(frozen=True, repr=False)
 class PosteriorDiagnosis:
-    """The quality of a posterior. Numbers that do not exist for a fit are NaN.
+    """The quality of a posterior. Numbers that do not exist for a fit, or are estimates by a critic, are NaN.
 
     Attributes:
         draws: draws of each variable, (chain, draw, ...) by name.
@@ -132,6 +132,7 @@ def diagnose(
     draws, weighted, stats = _draws(fit, args, kwargs, num_samples)
     k = weighted.pareto_k if weighted is not None else float(getattr(fit, "pareto_k", nan))
     is_chain = weighted is None and isnan(k)
+    is_estimate = weighted is not None and weighted.is_estimate
     columns = scalars(draws)
     table = pd.DataFrame(
         {
@@ -144,18 +145,19 @@ def diagnose(
     if truth is not None:
         table = table.join(_errors(columns, scalars(truth), num_effective=_effective(table, columns)))
     divergences = float(stats["diverging"].sum()) if "diverging" in stats else nan
-    evidence = weighted.log_evidence if weighted is not None else None
+    exact = None if is_estimate else weighted
+    evidence = exact.log_evidence if exact is not None else None
     found = getattr(fit, "log_evidence", None)
     return PosteriorDiagnosis(
         draws,
         table,
-        elbo=weighted.elbo if weighted is not None else (nan, nan),
+        elbo=exact.elbo if exact is not None else (nan, nan),
         log_evidence=(float(evidence.value), float(evidence.std_error)) if evidence else (found or (nan, nan)),
-        pareto_k=k,
+        pareto_k=nan if is_estimate else k,
         num_divergences=divergences,
         seconds=getattr(fit, "seconds", nan),
         num_gradients=getattr(fit, "num_gradients", nan),
-        faults=_faults(table, k, divergences, num_chains=len(next(iter(draws.values())))),
+        faults=_faults(table, k, divergences, num_chains=len(next(iter(draws.values()))), is_estimate=is_estimate),
     )
 
 
@@ -236,7 +238,9 @@ def _errors(columns: Mapping[str, Tensor], truth: Mapping[str, Tensor], num_effe
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def _faults(table: pd.DataFrame, pareto_k: float, divergences: float, num_chains: int) -> list[str]:
+def _faults(
+    table: pd.DataFrame, pareto_k: float, divergences: float, num_chains: int, *, is_estimate: bool = False
+) -> list[str]:
     """Return what is wrong, in words, the worst first."""
     faults = []
     if "r_hat" in table:
@@ -253,6 +257,7 @@ def _faults(table: pd.DataFrame, pareto_k: float, divergences: float, num_chains
     narrow = _beyond(table, "sd_error", "sd_z", MAX_DEVIATION_ERROR)
     if pareto_k > MAX_PARETO_K:
         reason = "and weights cannot correct it" if not isfinite(pareto_k) else f"k-hat {pareto_k:.2f}"
+        reason += " by a critic's estimate of its density" if is_estimate else ""
         told = _narrow_words(table, narrow)
         faults.append(f"{told}: {reason}" if told else f"unlike the posterior: {reason}")
     elif told := _narrow_words(table, narrow):

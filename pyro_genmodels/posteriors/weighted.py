@@ -31,11 +31,13 @@ class Psis:
         draws: draws of each variable, (draw, ...) by name.
         log_p: log joint density of each draw and the data, (draw,), in nats.
         log_q: log density of each draw under the guide, (draw,), in nats.
+        is_estimate: True if log_q is an estimate, as a critic's is; then all that follows from the weights is one too.
     """
 
     draws: Mapping[str, Tensor]
     log_p: Tensor
     log_q: Tensor
+    is_estimate: bool = False
 
     @property
     def raw_log_weights(self) -> Tensor:
@@ -105,16 +107,19 @@ class Psis:
         return index[torch.randperm(num_samples, device=index.device)]
 
     def __repr__(self) -> str:
-        return f"<{len(self.log_p)} weighted draws, k-hat {self.pareto_k:.2f}, effective size {self.effective_sample_size:.0f}>"
+        by = ", by an estimated density" if self.is_estimate else ""
+        size = f"effective size {self.effective_sample_size:.0f}"
+        return f"<{len(self.log_p)} weighted draws, k-hat {self.pareto_k:.2f}, {size}{by}>"
 
 
-def psis(draws: Mapping[str, Tensor], log_p: Tensor, log_q: Tensor) -> Psis:
+def psis(draws: Mapping[str, Tensor], log_p: Tensor, log_q: Tensor, *, is_estimate: bool = False) -> Psis:
     """Return draws with Pareto-smoothed importance weights.
 
     Args:
         draws: draws of each variable, (draw, ...) by name.
         log_p: log joint density of each draw and the data, (draw,), in nats.
         log_q: log density of each draw under the distribution that made it, (draw,), in nats, in the same coordinates.
+        is_estimate: True if log_q is an estimate.
 
     Raises:
         ValueError: if the numbers of draws differ, or log_q is NaN somewhere.
@@ -131,4 +136,4 @@ def psis(draws: Mapping[str, Tensor], log_p: Tensor, log_q: Tensor) -> Psis:
         raise ValueError(f"psis wants log_p and log_q as (draw,), and as many draws of each variable, but found {sizes}.")
     if nans := int(log_q.isnan().sum()):
         raise ValueError(f"psis wants the log density of each draw under its guide, but log_q is NaN for {nans} draws.")
-    return Psis(draws, log_p, log_q)
+    return Psis(draws, log_p, log_q, is_estimate)

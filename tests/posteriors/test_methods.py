@@ -1,15 +1,19 @@
 """Methods made of other methods, and sequential Monte Carlo, against evidence and weights of modes in closed form."""
 
+from math import isnan
+from types import SimpleNamespace
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from test_posterior import THRESHOLD, X, Y, exact, fitted, regression
 
-from pyro_genmodels import Flow, RealNVP
+from pyro_genmodels import Flow, RealNVP, to_arviz
 from pyro_genmodels.infer.compiled.modes import Captured
 from pyro_genmodels.posteriors import (
     SMC,
+    AdversarialGuide,
     FlowGuide,
     FullRank,
     ImportanceWeighted,
@@ -22,6 +26,7 @@ from pyro_genmodels.posteriors import (
     diagnose_posterior,
     pathfinder,
     posterior,
+    psis,
 )
 from pyro_genmodels.posteriors.approximations import Whitened
 from pyro_genmodels.posteriors.autoguides import default_transform
@@ -145,6 +150,8 @@ def test_wrong_options_are_refused():
         NeuTra(FullRank())
     with pytest.raises(TypeError, match="Restarts wants a method"):
         Restarts(MeanField)
+    with pytest.raises(ValueError, match="AdversarialGuide wants a positive step_size, but found 0"):
+        AdversarialGuide(step_size=0)
     with pytest.raises(ValueError, match="min_effective between 0 and 1, but found 1"):
         SMC(min_effective=1)
     with pytest.raises(ValueError, match="at least 2 particles"):
@@ -165,3 +172,60 @@ def test_particles_want_a_prior_with_draws_and_a_likelihood():
 
     with pytest.raises(ValueError, match="a likelihood of zero"):
         posterior(nowhere, method=SMC(num_particles=10), progress=False)
+
+
+def test_a_guide_without_a_density_has_mean_and_deviations_of_the_exact_posterior():
+    """Within 0.1 deviations and 10 %, as other methods. The bound is an estimate, and is left out of the diagnosis."""
+    pyro.set_rng_seed(8)
+    fit = posterior(regression, X, Y, method=AdversarialGuide(num_steps=60, num_draws=128), progress=False)
+    mean, covariance, evidence = exact()
+    draws, deviation = fit.get_samples(4000)["weights"].double(), covariance.diagonal().sqrt()
+    assert ((draws.mean(0) - mean) / deviation).abs().max() < 0.1
+    assert (draws.std(0) / deviation - 1).abs().max() < 0.1
+    weighted = fit.psis(2000)
+    assert weighted.is_estimate
+    assert weighted.elbo[0] == pytest.approx(evidence, abs=0.1)
+    reference = torch.distributions.MultivariateNormal(mean, covariance).sample((1, 4000))
+    diagnosis = diagnose_posterior(fit, reference={"weights": reference})
+    assert torch.tensor([diagnosis.elbo, diagnosis.log_evidence, (diagnosis.pareto_k, torch.nan)]).isnan().all()
+    assert diagnosis.verdict == "no fault found"
+    with pytest.warns(UserWarning, match=r"sample_stats\.log_q.*has no density"):
+        data = to_arviz(fit, num_samples=50, progress=False)
+    assert set(data.sample_stats.data_vars) == {"log_p"}
+
+
+def bent():
+    """A standard normal variable and one around its square: the second has mean 1 and variance 2 + 0.3^2."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x.square(), 0.3))
+
+
+@pytest.mark.slow
+def test_a_guide_without_a_density_bends_where_independent_normals_do_not():
+    """Within 0.2 deviations and 20 %, and by the density of each draw within 0.1 nats of the evidence, 0."""
+    pyro.set_rng_seed(9)
+    fit = posterior(bent, method=AdversarialGuide(), progress=False)
+    narrow = posterior(bent, method=MeanField(num_steps=300, step_size=0.03), progress=False)
+    draws, others = (f.get_samples(4000) for f in (fit, narrow))
+    deviation = (2 + 0.3**2) ** 0.5
+    assert abs(draws["x"].mean()) < 0.2
+    assert abs(draws["x"].std() - 1) < 0.2
+    assert abs(draws["y"].mean() - 1) < 0.2 * deviation
+    assert abs(draws["y"].std() / deviation - 1) < 0.2
+    assert abs((draws["y"] - draws["x"].square()).std() / 0.3 - 1) < 0.1
+    assert fit.psis(4000).elbo[0] == pytest.approx(0.0, abs=0.1)
+    assert others["y"].std() < 0.5 * deviation
+    assert narrow.psis(4000).elbo[0] < -0.5
+
+
+def test_a_large_k_hat_by_a_critic_is_told_as_an_estimate():
+    """The tail index of weights of a normal guide of deviation 0.3 for a standard normal variable is 1 - 0.3^2."""
+    guide, posterior = dist.Normal(0.0, 0.3), dist.Normal(0.0, 1.0)
+    z = guide.icdf(torch.linspace(0.0005, 0.9995, 1000))
+    for is_estimate in (True, False):
+        weighted = psis({"z": z}, posterior.log_prob(z), guide.log_prob(z), is_estimate=is_estimate)
+        diagnosis = diagnose_posterior(SimpleNamespace(psis=lambda num_samples, found=weighted: found))
+        assert ("by a critic's estimate of its density" in diagnosis.verdict) == is_estimate
+        assert "unlike the posterior: k-hat" in diagnosis.verdict
+        assert isnan(diagnosis.pareto_k) == is_estimate
+        assert ("by an estimated density" in repr(weighted)) == is_estimate
