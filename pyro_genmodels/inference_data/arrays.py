@@ -137,6 +137,11 @@ class GroupArrays:
         for name, values in stats.items() if self.wants("sample_stats") else ():
             self._add("sample_stats", name, values.astype(float) if values.dtype.kind == "f" else values, ["draw"])
 
+    def put_chain_stat(self, name: str, values: np.ndarray, plates: Sequence[str] = ()) -> None:
+        """Put a statistic of each chain, (chain, plates...)."""
+        if self.wants("sample_stats"):
+            self._add("sample_stats", name, values.astype(float), ["chain", *plates])
+
     def put_constant(self, name: str, array: np.ndarray, plates: list[str]) -> None:
         """Put a constant, whose first dimensions are these plates."""
         self._add("constant_data", name, array, plates + self._event_names(name, array.ndim - len(plates)))

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from pyro_genmodels import __version__
 from pyro_genmodels._pyro import handlers, params, traces
-from pyro_genmodels.inference_data.groups import GROUPS, CollectOptions, Groups, collect, concatenate_chains
+from pyro_genmodels.inference_data.groups import GROUPS, PARETO_K, CollectOptions, Groups, collect, concatenate_chains
 from pyro_genmodels.inference_data.names import check_dims, check_names, xarray_name
 from pyro_genmodels.inference_data.sources import check_separate_parameters, source_of
 from pyro_genmodels.utils.errors import check_positive_int, warn_caller
 from pyro_genmodels.utils.keywords import check_model_keywords, given_options, joined_keywords, runs_models
-from pyro_genmodels.utils.pareto import pareto_k
+from pyro_genmodels.utils.pareto import pareto_k, smooth_log_weights
 from pyro_genmodels.utils.tensors import noting_frames
 
 if TYPE_CHECKING:
@@ -78,7 +78,10 @@ def to_arviz(
     - ``log_prior``: log density of each latent variable, in nats;
     - ``sample_stats``: for each draw ``log_p``, the joint density of latent variables and data, and (unless the guide is a
       point mass at a continuous variable) ``log_q`` and ``log_weight`` = log_p - log_q, in nats, with the attribute
-      ``pareto_k``, k-hat of all weights: above 0.7 they do not correct for the guide. For MCMC also ``diverging``, and if its
+      ``pareto_k``, k-hat of all weights: above 0.7 they do not correct for the guide. ``smoothed_log_weight`` is the
+      log of the weight after Pareto smoothing; over all draws the weights sum to 1. An `AmortizedGuide` has k-hat of the latent
+      variables of each row too, such as ``pareto_k_groups`` for a plate called "groups", (chain, rows). Draws that were
+      resampled by weights, as those of `Pathfinder`, have their ``pareto_k``, (chain). For MCMC also ``diverging``, and if its
       kernel is in `record_statistics` of `pyro_genmodels.inference_data`, as in ``MCMC(record_statistics(NUTS(model)), ...)``,
       ``energy`` (for `az.plot_energy` and `az.bfmi`), ``lp``, ``acceptance_rate``, ``step_size`` and ``tree_depth``;
     - ``observed_data``;
@@ -156,6 +159,7 @@ def to_arviz(
         left_out = "; ".join(f"{name} ({why})" for name, why in reports.items())
         warn_caller(f"to_arviz leaves out: {left_out}.", UserWarning)
     joined = concatenate_chains(parts)
+    _add_smoothed_weights(joined)
     if joined.no_loo and "log_likelihood" in options.named:
         warn_caller(f"to_arviz: log_likelihood is not for {joined.no_loo}.", UserWarning)
     return _inference_data(joined, coords or {})
@@ -216,6 +220,15 @@ def _attributes(group: str, name: str, array: np.ndarray, kinds: Mapping[str, st
     return {}
 
 
+def _add_smoothed_weights(groups: Groups) -> None:
+    """Add the log weights of all draws after smoothing, normalised, unless the sum of the weights is zero, infinite or NaN."""
+    stats = groups.variables.get("sample_stats", {})
+    array, dims = stats.get("log_weight", (np.array(np.nan), []))
+    if np.isfinite(array.max()):
+        smoothed = smooth_log_weights(torch.as_tensor(array).flatten())[0].log_softmax(0)
+        stats["smoothed_log_weight"] = smoothed.reshape(array.shape).numpy(), dims
+
+
 def _left_out(groups: Groups, group: str) -> str:
     """Return what a group does not have that functions of ArviZ ask for, and why."""
     if group == "sample_stats":
@@ -236,7 +249,23 @@ def draws_of_data(data: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """
     variables = {str(name): torch.as_tensor(np.asarray(x.values)) for name, x in data["posterior"].data_vars.items()}
     stats = data["sample_stats"].data_vars if "sample_stats" in data else {}
-    return variables, {str(name): torch.as_tensor(np.asarray(x.values)) for name, x in stats.items() if x.ndim == 2}
+    return variables, {
+        str(name): torch.as_tensor(np.asarray(x.values)) for name, x in stats.items() if x.dims == ("chain", "draw")
+    }
+
+
+def pareto_k_of_data(data: Any) -> dict[str, Tensor]:
+    """Return k-hat of all draws, (), by the name "", and of each row's, (rows...), by that of its plate; the largest of chains.
+
+    Args:
+        data: `InferenceData` or `DataTree`.
+    """
+    stats = data["sample_stats"].data_vars if "sample_stats" in data else {}
+    return {
+        str(name).removeprefix(PARETO_K).removeprefix("_"): torch.as_tensor(np.asarray(x.values)).amax(0)
+        for name, x in stats.items()
+        if f"{name}_".startswith(f"{PARETO_K}_") and x.dims[:1] == ("chain",)
+    }
 
 
 def chain_diagnostics(draws: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:

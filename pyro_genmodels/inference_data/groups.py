@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["GROUPS", "CollectOptions", "Groups", "collect", "concatenate_chains"]
+__all__ = ["GROUPS", "PARETO_K", "CollectOptions", "Groups", "collect", "concatenate_chains"]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +31,9 @@ GROUPS = (
 
 CANNOT_SAMPLE = (ArithmeticError, RuntimeError, ValueError)
 """Errors of a model that meets values which it, or one of its distributions, cannot take, such as a draw from a wide prior."""
+
+PARETO_K = "pareto_k"
+"""Name of the statistic that is k-hat of all draws. For the latent variables of rows the names of the plates follow it."""
 
 PROGRESS_DELAY = 2
 """Seconds after which a progress bar is shown."""
@@ -248,8 +251,29 @@ class _Posterior:
         if {"log_p", "log_q"} <= set(stats):
             stats.setdefault("log_weight", stats["log_p"] - stats["log_q"])
         self.arrays.put_stats(stats)
+        if not np.isnan(self.source.pareto_k) and "log_weight" not in stats:  # of weighted draws it is an attribute
+            self.arrays.put_chain_stat(PARETO_K, np.full(self.source.num_chains, self.source.pareto_k))
+        self._put_local_pareto_k()
         why = "it is computed from latent variables, so that it differs from draw to draw"
         self.reports |= {f"observed_data[{name!r}]": why for name in self.arrays.drop_varying()}
+
+    def _put_local_pareto_k(self) -> None:
+        """Put k-hat of the latent variables of each row, if the guide knows it."""
+        source, rows = self.source, self.replay.layout.rows
+        guide: Any = poutine.unwrap(source.guide)
+        if not (self.arrays.wants("sample_stats") and hasattr(guide, "row_pareto_k") and guide.model is not None):
+            return
+        try:
+            found = guide.row_pareto_k(source.args, source.kwargs, source.num_samples)
+        except ValueError as error:
+            self.reports["sample_stats.pareto_k of rows"] = one_line(error)
+            return
+        for name, plates in guide.plates_with_data.items():
+            if found[name].shape == tuple(len(rows.coords[plate]) for plate in plates):
+                self.arrays.put_chain_stat(f"{PARETO_K}_{name}", to_numpy(found[name])[None], plates)
+            else:
+                why = f"the guide is given data of {found[name].numel()} rows, fewer than the plate has"
+                self.reports[f"sample_stats.{PARETO_K}_{name}"] = why
 
     def _report(self) -> None:
         layout = self.replay.layout

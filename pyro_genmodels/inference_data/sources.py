@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["DrawSource", "check_separate_parameters", "source_of"]
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +48,7 @@ class DrawSource:
         stats: statistics of each draw, (draws,).
         is_family_prior: True for a family called without data.
         note: statistics of each draw that cannot be had, and why.
+        pareto_k: k-hat of the weights that the draws were resampled with; NaN if there were none.
     """
 
     model: Any
@@ -59,6 +61,7 @@ class DrawSource:
     stats: Mapping[str, np.ndarray] = field(default_factory=dict)
     is_family_prior: bool = False
     note: str = ""
+    pareto_k: float = math.nan
 
 
 def source_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int | None, model: Any) -> DrawSource:
@@ -101,6 +104,7 @@ def source_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int
         has_all_continuous=found.has_all_continuous,
         stats=found.stats,
         note=found.note,
+        pareto_k=found.pareto_k,
     )
 
 
@@ -116,6 +120,7 @@ class _FoundDraws:
         stats: statistics of each draw, (draws,).
         note: statistics that cannot be had, and why.
         has_all_continuous: True if there are draws of all continuous latent variables.
+        pareto_k: k-hat of the weights that the draws were resampled with; NaN if there were none.
     """
 
     draws: Mapping[str, Tensor]
@@ -125,6 +130,7 @@ class _FoundDraws:
     stats: Mapping[str, np.ndarray] = field(default_factory=dict)
     note: str = ""
     has_all_continuous: bool = False
+    pareto_k: float = math.nan
 
 
 def _draws_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], model: Any) -> _FoundDraws | None:
@@ -146,7 +152,9 @@ def _draws_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], model: Any) -> _
         if own is not None and not (args or kwargs):
             args, kwargs = fit.args, fit.kwargs
         draws = fit.get_samples(group_by_chain=True)
-        return _FoundDraws(draws, _one_model(fit, own, model), args, kwargs, stats, has_all_continuous=own is not None)
+        k = float(getattr(fit, "pareto_k", math.nan))
+        has_model = own is not None
+        return _FoundDraws(draws, _one_model(fit, own, model), args, kwargs, stats, has_all_continuous=has_model, pareto_k=k)
     if isinstance(fit, Importance):
         return _importance_draws(fit, args, kwargs, model)
     if isinstance(fit, WeighedPredictiveResults):

@@ -38,6 +38,7 @@ from pyro_genmodels.posteriors.row_data import rows_of
 from pyro_genmodels.posteriors.row_distributions import RowDistribution
 from pyro_genmodels.posteriors.row_layouts import Layout, find_layouts, label
 from pyro_genmodels.utils.errors import check_positive_int, listed
+from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, runs_models
 from pyro_genmodels.utils.nested import leaves
 from pyro_genmodels.utils.pareto import pareto_k
 
@@ -55,8 +56,9 @@ class AmortizedGuide(NamedGuide):
     the tensors among the arguments of the model, at any depth, whose first dimension is the number of rows of the plate, or of
     those that it chooses; in nested plates the first dimensions, in the order of the plates. The features of a row are its
     values in all of them, side by side, standardised by mean and deviation over the rows that the guide is built with. A
-    missing value, NaN, becomes 0, with an indicator. If there are no such arguments, the observed values of the first run are
-    taken, in plates that do not subsample. All other latent variables are shared, and have one joint distribution.
+    missing value, NaN, becomes 0, with an indicator if its column had missing values when the guide was built. If there are no
+    such arguments, the observed values of the first run are taken, in plates that do not subsample. All other latent variables
+    are shared, and have one joint distribution.
 
     Variables of one plate have one conditional distribution; those of an inner plate are conditioned on those of the outer one
     too. Rows that a mask excludes, such as ``obs_mask``, which must be an argument of the model, are excluded in the guide too.
@@ -74,14 +76,18 @@ class AmortizedGuide(NamedGuide):
             A location and a scale follow them, from a linear map plus a network.
         init_loc_fn: strategy of Pyro's for the values at which the guide starts.
         init_scale: deviation of the unconstrained variables at the start.
-        kwargs: keyword arguments of the model.
+        model_kwargs: keyword arguments of the model, also those with the name of an option above, such as ``features``.
+        kwargs: keyword arguments of the model, with any other name.
 
     Attributes:
-        plates_with_data: names of the plates whose variables are local; nested ones with a slash, as in "schools/pupils".
+        plates_with_data: names of the plates whose variables are local, the outermost first, by these names with slashes
+            between, as in ``{"schools": ["schools"], "schools/pupils": ["schools", "pupils"]}``.
 
     Raises:
-        ValueError: when it is built, if no latent variable is local; naming a plate that subsamples without known data; naming
-            a variable that is masked by what is no argument; or as `AutoFamily`.
+        TypeError: if neither the guide nor the model knows a keyword.
+        ValueError: if a keyword can be meant for the guide or for the model; when it is built, if no latent variable is local;
+            naming a plate that subsamples without known data; naming a variable that is masked by what is no argument; or as
+            `AutoFamily`.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -97,6 +103,7 @@ class AmortizedGuide(NamedGuide):
         torch.Size([60])
     """
 
+    @runs_models()
     def __init__(
         self,
         model: Callable[..., Any],
@@ -107,9 +114,12 @@ class AmortizedGuide(NamedGuide):
         local_transform: Any = None,
         init_loc_fn: Callable[[Any], Any] = init_to_median,
         init_scale: float = 0.1,
+        model_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model)
+        kwargs = joined_keywords(kwargs, model_kwargs)
+        check_model_keywords(model, None, args, kwargs)
         if not 0 < init_scale < float("inf"):
             raise ValueError(f"AmortizedGuide wants a positive init_scale, but found {init_scale!r}.")
         self.init_loc_fn, self.init_scale = init_loc_fn, init_scale
@@ -121,9 +131,9 @@ class AmortizedGuide(NamedGuide):
             self._setup_prototype(*args, **kwargs)
 
     @property
-    def plates_with_data(self) -> list[str]:
-        """Names of the plates whose variables are local."""
-        return [label(layout.plates) for layout in self._layouts if layout.plates]
+    def plates_with_data(self) -> dict[str, list[str]]:
+        """Names of the plates whose variables are local, by these names with slashes between."""
+        return {label(layout.plates): [plate.name for plate in layout.plates] for layout in self._layouts if layout.plates}
 
     # Building.
 
@@ -253,8 +263,10 @@ class AmortizedGuide(NamedGuide):
         draws = self.sample_posterior(1000, *args, **kwargs)
         return {name: x.quantile(torch.as_tensor(quantiles).to(x), dim=0) for name, x in draws.items()}
 
-    @torch.no_grad()
-    def local_pareto_k(self, *args: Any, num_samples: int = 1000, **kwargs: Any) -> dict[str, Tensor]:
+    @runs_models()
+    def local_pareto_k(
+        self, *args: Any, num_samples: int = 1000, model_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
         r"""Return k-hat of each row: how well the guide fits the row's latent variables, given the shared ones.
 
         It is that of the weights :math:`p(x_i, l_i \mid g) / q(l_i \mid g, x_i)` with g and l from the guide. Variables
@@ -264,15 +276,32 @@ class AmortizedGuide(NamedGuide):
         Args:
             args: positional arguments of the model.
             num_samples: number of draws.
-            kwargs: keyword arguments of the model.
+            model_kwargs: keyword arguments of the model, also one called ``num_samples``.
+            kwargs: keyword arguments of the model, with any other name.
 
         Returns:
-            k-hat, (rows...), by the names in `plates_with_data`.
+            k-hat, (rows...), by the keys of `plates_with_data`; NaN for rows that a mask excludes.
 
         Raises:
             ValueError: if the model has latent variables that the guide lacks, such as enumerated ones.
         """
         check_positive_int("local_pareto_k", num_samples=num_samples)
+        kwargs = joined_keywords(kwargs, model_kwargs)
+        check_model_keywords(self.model, None, args, kwargs)
+        return self.row_pareto_k(args, kwargs, num_samples)
+
+    @torch.no_grad()
+    def row_pareto_k(self, args: tuple, kwargs: Mapping[str, Any], num_samples: int) -> dict[str, Tensor]:
+        """Return k-hat of each row as `local_pareto_k` does, for `to_arviz`.
+
+        Args:
+            args: positional arguments of the model.
+            kwargs: keyword arguments of the model.
+            num_samples: number of draws.
+
+        Raises:
+            ValueError: as `local_pareto_k`.
+        """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         nesting = traces.max_plate_nesting(self.model, self, args, kwargs)
@@ -285,7 +314,7 @@ class AmortizedGuide(NamedGuide):
                     together = can_vectorize(self.model, self, args, kwargs, nesting)
                 log_weights = self._log_weights(args, kwargs, num_samples, nesting, together=together)
             for name, plates in local.items():
-                k = pareto_k(log_weights[name])
+                k = pareto_k(log_weights[name]).masked_fill((log_weights[name] == 0).all(0), torch.nan)
                 rows = [indices.get(plate.name, torch.arange(n)) for plate, n in zip(plates, k.shape, strict=True)]
                 sizes = [p.full_size if p.name in indices else n for p, n in zip(plates, k.shape, strict=True)]
                 found.setdefault(name, k.new_full(sizes, torch.nan))[torch.meshgrid(*rows, indexing="ij")] = k

@@ -13,17 +13,19 @@ __all__ = ["PosteriorDiagnosis", "diagnose_posterior"]
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite, isnan, nan
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pyro_genmodels.inference_data import to_arviz
-from pyro_genmodels.inference_data.export import chain_diagnostics, draws_of_data
+from pyro_genmodels.inference_data.export import chain_diagnostics, draws_of_data, pareto_k_of_data
 from pyro_genmodels.posteriors.weighted import Psis, psis
 from pyro_genmodels.utils.errors import check_positive_int
 from pyro_genmodels.utils.keywords import joined_keywords, runs_models
-from pyro_genmodels.utils.pareto import MAX_PARETO_K
+from pyro_genmodels.utils.pareto import MAX_PARETO_K, count_unreliable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,6 +53,7 @@ class PosteriorDiagnosis:
         elbo: evidence lower bound, mean of log p(y, z) - log q(z), in nats, and its standard error.
         log_evidence: log evidence by importance sampling or by the method itself, in nats, and its standard error.
         pareto_k: k-hat of the importance weights: below 0.7 they correct for the guide.
+        local_pareto_k: k-hat of the latent variables of each row, (rows...) by the names of the plates, of an `AmortizedGuide`.
         num_divergences: number of draws of chains whose trajectories diverged.
         seconds: seconds that the fit took.
         num_gradients: gradients of the log density that it took.
@@ -62,6 +65,7 @@ class PosteriorDiagnosis:
     elbo: tuple[float, float] = (nan, nan)
     log_evidence: tuple[float, float] = (nan, nan)
     pareto_k: float = nan
+    local_pareto_k: Mapping[str, Tensor] = field(default_factory=dict)
     num_divergences: float = nan
     seconds: float = nan
     num_gradients: float = nan
@@ -111,7 +115,7 @@ def diagnose_posterior(
     """
     check_positive_int("diagnose_posterior", num_samples=num_samples)
     kwargs = joined_keywords(kwargs, model_kwargs)
-    truth = None if reference is None else _draws(reference, args, kwargs, num_samples)[0]
+    truth = None if reference is None else _draws(reference, args, kwargs, num_samples).draws
     return diagnose(fit, args, kwargs, num_samples, truth)
 
 
@@ -129,8 +133,9 @@ def diagnose(
     """
     import pandas as pd
 
-    draws, weighted, stats = _draws(fit, args, kwargs, num_samples)
-    k = weighted.pareto_k if weighted is not None else float(getattr(fit, "pareto_k", nan))
+    drawn = _draws(fit, args, kwargs, num_samples)
+    draws, weighted, stats = drawn.draws, drawn.weighted, drawn.stats
+    k = weighted.pareto_k if weighted is not None else drawn.pareto_k
     is_chain = weighted is None and isnan(k)
     is_estimate = weighted is not None and weighted.is_estimate
     columns = scalars(draws)
@@ -154,10 +159,11 @@ def diagnose(
         elbo=exact.elbo if exact is not None else (nan, nan),
         log_evidence=(float(evidence.value), float(evidence.std_error)) if evidence else (found or (nan, nan)),
         pareto_k=nan if is_estimate else k,
+        local_pareto_k=drawn.local_pareto_k,
         num_divergences=divergences,
         seconds=getattr(fit, "seconds", nan),
         num_gradients=getattr(fit, "num_gradients", nan),
-        faults=_faults(table, k, divergences, num_chains=len(next(iter(draws.values()))), is_estimate=is_estimate),
+        faults=[*_faults(table, k, divergences, len(next(iter(draws.values()))), is_estimate), *_rows_faults(drawn)],
     )
 
 
@@ -175,17 +181,34 @@ def scalars(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _draws(
-    fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int
-) -> tuple[dict[str, Tensor], Psis | None, Mapping[str, Tensor]]:
-    """Return draws, (chain, draw, ...) by name, their weights where the fit has a density, and statistics of chains."""
+class _Drawn(NamedTuple):
+    """Draws of a fit, and what it knows about them.
+
+    Attributes:
+        draws: draws, (chain, draw, ...) by name.
+        weighted: their weights, where the fit has a density.
+        stats: statistics of draws of chains, (chain, draw) by name.
+        pareto_k: k-hat of the weights that they were resampled with.
+        local_pareto_k: k-hat of the latent variables of each row, (rows...) by the names of the plates.
+    """
+
+    draws: dict[str, Tensor]
+    weighted: Psis | None
+    stats: Mapping[str, Tensor]
+    pareto_k: float = nan
+    local_pareto_k: Mapping[str, Tensor] = MappingProxyType({})
+
+
+def _draws(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int) -> _Drawn:
+    """Return draws of a fit, and what it knows about them."""
     problem = getattr(fit, "problem", None)
     if hasattr(fit, "psis") and (problem is None or problem.has_density):
         weighted = fit.psis(num_samples)
-        return {name: x[None] for name, x in weighted.draws.items()}, weighted, {}
+        return _Drawn({name: x[None] for name, x in weighted.draws.items()}, weighted, {})
     if problem is not None:
         number = num_samples if hasattr(fit, "psis") else None
-        return fit.get_samples(number, group_by_chain=True), None, getattr(fit, "stats", {})
+        k = float(getattr(fit, "pareto_k", nan))
+        return _Drawn(fit.get_samples(number, group_by_chain=True), None, getattr(fit, "stats", {}), k)
     if hasattr(fit, "posterior") and not callable(fit.posterior):  # ArviZ data
         data = fit
     else:
@@ -196,10 +219,12 @@ def _draws(
         wanted = num_samples if has_guide else None
         data = to_arviz(fit, *args, num_samples=wanted, groups=groups, progress=False, model_kwargs=kwargs)
     draws, stats = draws_of_data(data)
+    local = pareto_k_of_data(data)
+    k = float(local.pop("", nan))
     if not {"log_p", "log_q"} <= stats.keys():
-        return draws, None, stats
+        return _Drawn(draws, None, stats, k, local)
     flat = {name: x.flatten(0, 1) for name, x in draws.items()}
-    return draws, psis(flat, stats["log_p"].flatten(), stats["log_q"].flatten()), stats
+    return _Drawn(draws, psis(flat, stats["log_p"].flatten(), stats["log_q"].flatten()), stats, k, local)
 
 
 def _effective(table: pd.DataFrame, columns: Mapping[str, Tensor]) -> Mapping[str, float]:
@@ -239,7 +264,11 @@ def _errors(columns: Mapping[str, Tensor], truth: Mapping[str, Tensor], num_effe
 
 
 def _faults(
-    table: pd.DataFrame, pareto_k: float, divergences: float, num_chains: int, *, is_estimate: bool = False
+    table: pd.DataFrame,
+    pareto_k: float,
+    divergences: float,
+    num_chains: int,
+    is_estimate: bool,  # noqa: FBT001
 ) -> list[str]:
     """Return what is wrong, in words, the worst first."""
     faults = []
@@ -264,6 +293,20 @@ def _faults(
         faults.append(told)
     if off is not None:
         faults.append(f"off in {off}: its mean by {table['mean_error'][off]:+.2f} deviations")
+    return faults
+
+
+def _rows_faults(drawn: _Drawn) -> list[str]:
+    """Return in words how many rows of each plate have weights that cannot correct for the guide, and which is the worst."""
+    faults = []
+    for name, k in drawn.local_pareto_k.items():
+        if number := count_unreliable(k):
+            known = k.nan_to_num(nan=-torch.inf)
+            worst = ", ".join(str(int(i)) for i in np.unravel_index(int(known.argmax()), k.shape))
+            faults.append(
+                f"k-hat above {MAX_PARETO_K} for {number} of the {k.numel()} rows of {name!r}, the largest, {known.max():.2f}, "
+                f"for row {worst}"
+            )
     return faults
 
 

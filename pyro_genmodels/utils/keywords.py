@@ -33,7 +33,7 @@ class _Call(NamedTuple):
     """A running call of a function under `runs_models`.
 
     Attributes:
-        owner: name of the function.
+        owner: name of the function or class.
         options: names of its options.
         given: names of the options that the call gives.
     """
@@ -48,7 +48,7 @@ _running: ContextVar[_Call] = ContextVar("running")
 
 
 def runs_models(*forwards_to: Callable[..., Any]) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorate a function that runs a model of the user's.
+    """Decorate a function, or the constructor of a class, that runs a model of the user's.
 
     The other functions of this module then know its name, its options and which of them a call gives.
 
@@ -58,10 +58,11 @@ def runs_models(*forwards_to: Callable[..., Any]) -> Callable[[Callable[P, T]], 
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         options = frozenset().union(*map(option_names, (function, *forwards_to)))
+        owner = function.__qualname__.split(".")[-2] if function.__name__ == "__init__" else function.__name__
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> T:
-            token = _running.set(_Call(function.__name__, options, frozenset(options & kwargs.keys())))
+            token = _running.set(_Call(owner, options, frozenset(options & kwargs.keys())))
             try:
                 return function(*args, **kwargs)
             finally:

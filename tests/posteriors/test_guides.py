@@ -15,12 +15,13 @@ from pyro.optim import Adam, ClippedAdam
 from torch import nn
 from torch.distributions import biject_to
 
-from pyro_genmodels import MAF, CompiledSVI, RealNVP
+from pyro_genmodels import MAF, CompiledSVI, RealNVP, to_arviz
 from pyro_genmodels._pyro.params import pyro_name
 from pyro_genmodels._pyro.subsampling import fixed_rows
 from pyro_genmodels.infer.compiled.density import LogDensity
 from pyro_genmodels.infer.compiled.modes import Captured
-from pyro_genmodels.posteriors import AmortizedGuide, AutoFlow
+from pyro_genmodels.posteriors import AmortizedGuide, AutoFlow, diagnose_posterior
+from pyro_genmodels.utils.pareto import smooth_log_weights
 
 AFFINE = MAF(transforms=1, hidden=())
 SMALL = RealNVP(transforms=2, hidden=(8,))
@@ -249,6 +250,74 @@ def test_a_subsampled_plate_has_rows_of_its_own():
     assert not k.isnan().any()
 
 
+def narrowed(guide):
+    """Return a guide whose local variables have 0.1 times their deviation: the tail index of their weights is 1 - 0.1^2."""
+    bias = guide.block_1.head_bias
+    with torch.no_grad():
+        bias[1] = 10 * torch.atanh(torch.tanh(bias[1] / 10) + torch.tensor(0.1).log() / 10)
+    return guide
+
+
+@pytest.mark.parametrize("batch", [None, 50])
+def test_each_row_has_its_k_hat_in_arviz_and_in_words(batch):
+    y = GROUPS.double()
+    exact, narrow = exact_guide(y, batch), narrowed(exact_guide(y, batch))
+    data = [
+        to_arviz((rows_of, guide), y, batch, num_samples=200, groups=["posterior", "sample_stats"], progress=False)
+        for guide in (exact, narrow)
+    ]
+    good, bad = (each.sample_stats["pareto_k_groups"] for each in data)
+    assert good.dims == bad.dims == ("chain", "groups")
+    assert good.shape == (1, 200)
+    assert float(good.max()) < 0.7
+    assert 0.7 < float(bad.mean()) < 1.1  # the tails of 200 draws have 40, so that k-hat is rough, and drawn to 0.5
+    assert diagnose_posterior(data[0]).local_pareto_k["groups"].shape == (200,)
+    assert "rows" not in diagnose_posterior(data[0]).verdict
+    number, worst = int((bad > 0.7).sum()), int(bad.to_numpy().argmax())
+    told = f"k-hat above 0.7 for {number} of the 200 rows of 'groups', the largest, {float(bad.max()):.2f}, for row {worst}"
+    assert told in diagnose_posterior(data[1]).verdict
+    assert number > 100
+
+
+def test_two_levels_have_k_hat_in_arviz_and_an_arviz_of_chains_joins_them():
+    y, x = torch.randn(6, 5), torch.randn(6, 2)
+    fits = [(pupils, AmortizedGuide(pupils, y, x)) for _ in range(2)]
+    data = to_arviz(fits, y, x, num_samples=30, groups=["posterior", "sample_stats"], progress=False)
+    stats = data.sample_stats
+    assert stats["pareto_k_schools"].shape == (2, 6)
+    assert stats["pareto_k_schools.pupils"].dims == ("chain", "schools", "pupils")
+    found = diagnose_posterior(data).local_pareto_k
+    assert {name: k.shape for name, k in found.items()} == {"schools": (6,), "schools.pupils": (6, 5)}
+    weights = torch.as_tensor(stats["smoothed_log_weight"].to_numpy())
+    expected, k = smooth_log_weights(torch.as_tensor(stats["log_weight"].to_numpy()).flatten())
+    torch.testing.assert_close(weights.flatten(), expected.log_softmax(0))
+    assert stats["log_weight"].attrs["pareto_k"] == pytest.approx(float(k))
+
+
+def with_options(y, features, encoder=1.0, num_samples=2):
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Normal(encoder * features.mean(-1), 1.0))
+        pyro.sample("y", dist.Normal(z, num_samples), obs=y)
+
+
+def test_keywords_of_the_model_and_of_the_guide_are_kept_apart():
+    y, x = torch.randn(5), torch.randn(5, 3)
+    with pytest.raises(ValueError, match=r"features= is a keyword of AmortizedGuide and of the model.*model_kwargs"):
+        AmortizedGuide(with_options, y, features=x)
+    with pytest.raises(ValueError, match="encoder= is a keyword of AmortizedGuide and of the model"):
+        AmortizedGuide(with_options, y, x, encoder=None)
+    with pytest.raises(TypeError, match=r"AmortizedGuide and the model know no keyword featurs\. Did you mean features"):
+        AmortizedGuide(with_options, y, featurs=x)
+    guide = AmortizedGuide(with_options, y, model_kwargs={"features": x, "encoder": 2.0})
+    assert guide.block_0.features.out_features == 4  # y and three features
+    assert guide(y, features=x, encoder=2.0)["z"].shape == (5,)
+    with pytest.raises(ValueError, match="num_samples= is a keyword of local_pareto_k and of the model"):
+        guide.local_pareto_k(y, x, num_samples=30)
+    assert guide.local_pareto_k(y, x, num_samples=30, model_kwargs={"num_samples": 3})["rows"].shape == (5,)
+    data = to_arviz((with_options, guide), y, groups=["sample_stats"], progress=False, model_kwargs={"features": x})
+    assert data.sample_stats["pareto_k_rows"].shape == (1, 5)
+
+
 def test_rows_in_another_order_have_their_posteriors_in_that_order():
     y, order = GROUPS[:20].double(), torch.randperm(20)
     guide = AmortizedGuide(rows_of, y)
@@ -359,7 +428,7 @@ def pupils(y, x, seen=None):
 def test_plates_in_plates_have_a_distribution_for_each_level():
     y, x = torch.randn(6, 5), torch.randn(6, 2)
     guide = AmortizedGuide(pupils, y, x)
-    assert guide.plates_with_data == ["schools", "schools/pupils"]
+    assert guide.plates_with_data == {"schools": ["schools"], "schools/pupils": ["schools", "pupils"]}
     trace = poutine.trace(guide).get_trace(y, x)
     model = poutine.trace(poutine.replay(pupils, trace=trace)).get_trace(y, x)
     latents = [name for name, _ in guide.prototype_trace.iter_stochastic_nodes()]
@@ -415,6 +484,50 @@ def test_rows_that_a_mask_excludes_have_no_part_in_the_bound_and_missing_data_ar
     loss = Trace_ELBO().differentiable_loss(masked, guide, y, seen)
     loss.backward()
     assert all(p.grad.isfinite().all() for p in guide.parameters() if p.grad is not None)
+    assert torch.equal(guide.local_pareto_k(y, seen, num_samples=50)["rows"].isnan(), ~seen)
+
+
+def masked_pupils(y, seen):
+    """A model with a mask in the inner plate, and data that are missing there."""
+    with pyro.plate("schools", len(y), dim=-2):
+        level = pyro.sample("level", dist.Normal(0.0, 1.0))
+        with pyro.plate("pupils", y.shape[1], dim=-1), poutine.mask(mask=seen):
+            ability = pyro.sample("ability", dist.Normal(level, 1.0))
+            pyro.sample("y", dist.Normal(ability, 1.0), obs=y.nan_to_num())
+
+
+def test_a_mask_in_an_inner_plate_excludes_pupils():
+    """All data of one school are missing: its level has a density and k-hat all the same."""
+    y, seen = torch.randn(6, 5), torch.arange(30).reshape(6, 5) % 4 > 0
+    seen[2] = False
+    y[~seen] = torch.nan
+    guide = AmortizedGuide(masked_pupils, y, seen)
+    assert guide.plates_with_data == {"schools": ["schools"], "schools/pupils": ["schools", "pupils"]}
+    trace = poutine.trace(guide).get_trace(y, seen)
+    trace.compute_log_prob()
+    inner = next(site for name, site in trace.nodes.items() if name.endswith("_schools/pupils_1"))
+    assert torch.equal(inner["log_prob"] != 0, seen)
+    loss = Trace_ELBO(max_plate_nesting=2).differentiable_loss(masked_pupils, guide, y, seen)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in guide.parameters() if p.grad is not None)
+    k = guide.local_pareto_k(y, seen, num_samples=50)
+    assert not k["schools"].isnan().any()
+    assert torch.equal(k["schools/pupils"].isnan(), ~seen)
+
+
+def test_missing_data_that_the_model_does_not_replace_are_refused_by_name():
+    y, seen = torch.randn(12), torch.arange(12) % 3 > 0
+    y[~seen] = torch.nan
+    guide = AmortizedGuide(partly_seen, y, seen)
+    with pytest.raises(ValueError, match=r"log_prob at site 'y_observed'[\s\S]*invalid values"):
+        Trace_ELBO().loss(partly_seen, guide, y, seen)
+
+
+def test_k_hat_of_rows_that_the_guide_is_not_given_is_told():
+    guide = AmortizedGuide(minibatch, GROUPS[:10])
+    with pytest.warns(UserWarning, match=r"sample_stats\.pareto_k_groups \(the guide is given data of 10 rows"):
+        data = to_arviz((minibatch, guide), GROUPS[:10], num_samples=30, groups=["sample_stats"], progress=False)
+    assert "pareto_k_groups" not in data.sample_stats
 
 
 def closure(batch=None):

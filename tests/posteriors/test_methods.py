@@ -218,6 +218,13 @@ def test_a_guide_without_a_density_bends_where_independent_normals_do_not():
     assert narrow.psis(4000).elbo[0] < -0.5
 
 
+def test_resampled_draws_keep_the_k_hat_of_their_weights_in_arviz():
+    fit = fitted("Pathfinder")
+    data = to_arviz(fit, groups=["posterior", "sample_stats"], progress=False)
+    assert data.sample_stats["pareto_k"].values.tolist() == [fit.pareto_k]
+    assert diagnose_posterior(data).pareto_k == diagnose_posterior(fit).pareto_k == fit.pareto_k
+
+
 def test_a_large_k_hat_by_a_critic_is_told_as_an_estimate():
     """The tail index of weights of a normal guide of deviation 0.3 for a standard normal variable is 1 - 0.3^2."""
     guide, posterior = dist.Normal(0.0, 0.3), dist.Normal(0.0, 1.0)
