@@ -29,6 +29,19 @@ class ImportanceWeighted(Method):
         guide: the approximation and how it is trained, such as ``FullRank()``.
         k: number of draws that are weighted against each other; it divides the guide's ``num_draws``.
         num_samples: number of draws that are returned, resampled from k times as many.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from pyro_genmodels.posteriors import MeanField, posterior
+        >>> def model(y):
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+        >>> y = torch.tensor([1.0, 2.0, 3.0])
+        >>> method = ImportanceWeighted(MeanField(num_steps=20, step_size=0.03), k=4, num_samples=200)
+        >>> fit = posterior(model, y, method=method, progress=False)
+        >>> fit.get_samples()["loc"].shape, fit.pareto_k < 0.7  # the weights correct for the guide
+        (torch.Size([200]), True)
     """
 
     guide: Variational = field(default_factory=FlowGuide)

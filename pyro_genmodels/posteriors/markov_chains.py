@@ -30,6 +30,20 @@ class NoUTurn(Method):
         low_rank: True for a mass matrix that also adapts to some correlations.
         init: initial values: a strategy of Pyro's, values by name, or a fit, such as one by `Pathfinder`.
         mode: how the model is captured; None chooses.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from pyro_genmodels.posteriors import posterior
+        >>> def model(y):
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+        >>> y = torch.tensor([1.0, 2.0, 3.0])
+        >>> from pyro_genmodels.infer.compiled import Captured
+        >>> method = NoUTurn(num_chains=2, num_warmup=100, num_samples=100, mode=Captured())
+        >>> fit = posterior(model, y, method=method, progress=False)
+        >>> fit.get_samples(group_by_chain=True)["loc"].shape, "diverging" in fit.stats
+        (torch.Size([2, 100]), True)
     """
 
     num_chains: int = 4

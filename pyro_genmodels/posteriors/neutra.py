@@ -35,6 +35,22 @@ class NeuTra(Method):
     Attributes:
         guide: the flow and how it is trained.
         chains: the chains.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from pyro_genmodels.posteriors import FlowGuide, NoUTurn, posterior
+        >>> def model(y):
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+        >>> y = torch.tensor([1.0, 2.0, 3.0])
+        >>> from pyro_genmodels import MAF
+        >>> from pyro_genmodels.infer.compiled import Captured
+        >>> guide = FlowGuide(MAF(transforms=1, hidden=()), num_steps=20, step_size=0.01)
+        >>> chains = NoUTurn(num_chains=2, num_warmup=50, num_samples=50, mode=Captured())
+        >>> fit = posterior(model, y, method=NeuTra(guide, chains), progress=False)
+        >>> fit.get_samples(group_by_chain=True)["loc"].shape
+        torch.Size([2, 50])
     """
 
     guide: FlowGuide = field(default_factory=FlowGuide)

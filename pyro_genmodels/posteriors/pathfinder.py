@@ -103,6 +103,18 @@ class Pathfinder(Method):
         num_samples: number of draws that are returned.
         max_steps: largest number of steps of the optimiser.
         num_elbo_samples: number of draws for each evidence bound along a path.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from pyro_genmodels.posteriors import posterior
+        >>> def model(y):
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+        >>> y = torch.tensor([1.0, 2.0, 3.0])
+        >>> fit = posterior(model, y, method=Pathfinder(num_paths=2, num_samples=500), progress=False)
+        >>> fit.get_samples()["loc"].shape, fit.pareto_k < 0.7
+        (torch.Size([500]), True)
     """
 
     num_paths: int = 8

@@ -31,6 +31,14 @@ class Problem:
         coordinates: unconstrained coordinates of its latent variables, if they are known; then a density is built only when it
             is asked for, and the model need not have one.
         has_density: False if it has none.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> problem = Problem(lambda: pyro.sample("scale", dist.LogNormal(0.0, 1.0)))
+        >>> problem.coordinates.names, problem.density.dim
+        (['scale'], 1)
+        >>> problem.batched(torch.zeros(2, 1))[0]  # log densities of two points
+        tensor([-0.9189, -0.9189])
     """
 
     def __init__(

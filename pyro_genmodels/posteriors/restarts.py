@@ -23,6 +23,18 @@ class Restarts(Method):
         method: the method, which starts from random points, such as ``MeanField()``.
         n: number of fits.
         num_samples: number of draws of each.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from pyro_genmodels.posteriors import Laplace, posterior
+        >>> def model(y):
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+        >>> y = torch.tensor([1.0, 2.0, 3.0])
+        >>> fit = posterior(model, y, method=Restarts(Laplace(num_starts=1), n=3, num_samples=200), progress=False)
+        >>> fit.get_samples(group_by_chain=True)["loc"].shape  # each fit is a chain
+        torch.Size([3, 200])
     """
 
     method: Method = field(default_factory=MeanField)

@@ -103,6 +103,18 @@ class SMC(Method):
         num_final_moves: number of moves of each particle at the end.
         num_leapfrog: number of gradients of each move.
         min_effective: effective sample size of the weights at each temperature, as a share of the particles.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from pyro_genmodels.posteriors import posterior
+        >>> def model():  # two modes, at 2 and -2
+        ...     z = pyro.sample("z", dist.Normal(0.0, 3.0))
+        ...     pyro.sample("y", dist.Normal(z.abs(), 0.5), obs=torch.tensor(2.0))
+        >>> fit = posterior(model, method=SMC(num_islands=4, num_particles=100), progress=False)
+        >>> share = (fit.get_samples()["z"] > 0).float().mean()
+        >>> bool(abs(share - 0.5) < 0.2), fit.get_samples(group_by_chain=True)["z"].shape  # islands are chains
+        (True, torch.Size([4, 100]))
+        >>> value, std_error = fit.log_evidence
     """
 
     num_islands: int = 8

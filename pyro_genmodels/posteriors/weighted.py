@@ -32,6 +32,15 @@ class Psis:
         log_p: log joint density of each draw and the data, (draw,), in nats.
         log_q: log density of each draw under the guide, (draw,), in nats.
         is_estimate: True if log_q is an estimate, as a critic's is; then all that follows from the weights is one too.
+
+    Example:
+        >>> q = torch.distributions.Normal(torch.tensor(0.0), 1.2)
+        >>> z = q.icdf(torch.linspace(0.0005, 0.9995, 1000))
+        >>> weighted = psis({"z": z}, torch.distributions.Normal(torch.tensor(0.3), 1.0).log_prob(z), q.log_prob(z))
+        >>> weighted.resample(200)["z"].shape
+        torch.Size([200])
+        >>> weighted
+        <1000 weighted draws, k-hat -1.57, effective size 908>
     """
 
     draws: Mapping[str, Tensor]
