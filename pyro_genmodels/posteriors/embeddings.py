@@ -60,6 +60,11 @@ class DenseEmbedding(Embedding):
         hidden: widths of its hidden layers.
         missing: largest share of the numbers that are made missing in training, chosen anew at each step: 0 if none will be
             missing later.
+
+    Example:
+        >>> network = DenseEmbedding(out_features=8).build(torch.Size([5]))
+        >>> network(torch.randn(3, 5)).shape
+        torch.Size([3, 8])
     """
 
     out_features: int = 32
@@ -90,6 +95,11 @@ class ConvolutionalEmbedding(Embedding):
         out_features: length of its output.
         channels: number of channels of its layers, each of which halves the length.
         kernel: length of a kernel.
+
+    Example:
+        >>> network = ConvolutionalEmbedding(out_features=8).build(torch.Size([100, 2]))  # a series of two channels
+        >>> network(torch.randn(3, 100, 2)).shape
+        torch.Size([3, 8])
     """
 
     out_features: int = 32
@@ -117,6 +127,13 @@ class SetEmbedding(Embedding):
         hidden: widths of the hidden layers, before and after the mean over the rows.
         min_rows: smallest number of rows: in training some of the rows are left out, so that later there may be any number from
             this one to that of the simulations. None if there are always as many.
+
+    Example:
+        >>> network, x = SetEmbedding(out_features=8).build(torch.Size([20, 2])), torch.randn(3, 20, 2)
+        >>> network(x).shape
+        torch.Size([3, 8])
+        >>> torch.allclose(network(x), network(x.flip(1)), atol=1e-5)  # rows in any order
+        True
     """
 
     out_features: int = 32

@@ -68,6 +68,20 @@ class GuidePosterior(Posterior):
     Attributes:
         approximation: the module.
         losses: the losses.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_genmodels.posteriors import Laplace, posterior
+        >>> def model(y):
+        ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+        >>> y = torch.tensor([0.5, -1.0, 2.0])
+        >>> fit = posterior(model, y, method=Laplace(num_starts=1), progress=False)
+        >>> fit.get_samples(200)["scale"].shape, fit.psis(200).is_reliable
+        (torch.Size([200]), True)
+        >>> fit.guide(y)["scale"] > 0  # a guide of Pyro
+        tensor(True)
     """
 
     def __init__(self, problem: Problem, method: Any, approximation: nn.Module, losses: Tensor | None = None) -> None:
@@ -124,6 +138,15 @@ class DrawnPosterior(Posterior):
         stats: the statistics.
         pareto_k: k-hat.
         log_evidence: the estimate.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> problem = Problem(lambda: pyro.sample("scale", dist.LogNormal(0.0, 1.0)))
+        >>> fit = DrawnPosterior(problem, "draws of my own", torch.zeros(2, 50, 1))
+        >>> fit.get_samples()["scale"].shape, fit.get_samples(group_by_chain=True)["scale"].shape
+        (torch.Size([100]), torch.Size([2, 50]))
+        >>> fit.get_samples(1)["scale"]  # in its support
+        tensor([1.])
     """
 
     def __init__(
