@@ -1,8 +1,10 @@
 """Methods against reference posteriors of posteriordb: python benchmarks/posteriordb.py --data-dir DIR
 
 Each target is written once in Pyro, in float64. For each method the largest error of a mean in standard deviations of the
-reference, the largest error of a standard deviation in per cent, k-hat of the importance weights, seconds with everything, and
+reference, the largest error of a standard deviation in per cent, a classifier two-sample test against the reference (C2ST), the
+smallest effective sample size of chains, k-hat of the importance weights, seconds of processor time with everything, and
 gradients of the log density are told. Reference draws are 10,000, so that errors of means below 0.02 cannot be told from none.
+Each row is added to a file as soon as it is known, with the method, seed and commit; --report prints the rows of that file.
 The data are not part of the package: see --data-dir, a folder of NAME.data.json.zip and NAME-MODEL.draws.json.zip.
 """
 
@@ -10,6 +12,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +29,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 from pyro_genmodels.evaluation import c2st
+from pyro_genmodels.inference_data.export import chain_diagnostics
 from pyro_genmodels.posteriors import (
     SMC,
     FlowGuide,
@@ -40,20 +45,22 @@ from pyro_genmodels.posteriors import (
 )
 
 Data = dict[str, Any]
-METHODS: dict[str, Callable[[], Any]] = {
-    "nuts": lambda: NoUTurn(num_samples=4000),
-    "mean_field": MeanField,
-    "full_rank": FullRank,
-    "low_rank": LowRank,
-    "flow": FlowGuide,
-    "weighted_flow": ImportanceWeighted,
-    "neutra": NeuTra,
-    "pathfinder": Pathfinder,
-    "laplace": Laplace,
-    "smc": SMC,
-}
 NUM_SAMPLES = 10_000
-"""Number of draws of a guide."""
+"""Number of draws of a method without chains."""
+METHODS: dict[str, Callable[[int], Any]] = {
+    "nuts": lambda n: NoUTurn(num_samples=n),
+    "mean_field": lambda _: MeanField(),
+    "full_rank": lambda _: FullRank(),
+    "low_rank": lambda _: LowRank(),
+    "flow": lambda _: FlowGuide(),
+    "weighted_flow": lambda _: ImportanceWeighted(num_samples=NUM_SAMPLES),
+    "neutra": lambda n: NeuTra(chains=NoUTurn(num_samples=n)),
+    "pathfinder": lambda _: Pathfinder(num_samples=NUM_SAMPLES),
+    "laplace": lambda _: Laplace(),
+    "smc": lambda _: SMC(),
+}
+"""Methods by name, as functions of the number of draws of a chain."""
+COLUMNS = ["target", "method", "mean error", "of", "sd error, %", "c2st", "ess", "k-hat", "cpu seconds", "gradients", "remark"]
 
 
 @dataclass(frozen=True)
@@ -279,7 +286,13 @@ def read(path: Path) -> Any:
         return json.loads(archive.read(archive.namelist()[0]))
 
 
-def measure(target: Target, method: Any, data_dir: Path, *, with_c2st: bool, seed: int) -> dict[str, Any]:
+def processor_seconds() -> float:
+    """Return the processor time of this process and of those that it started, such as compilers."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def measure(target: Target, method: Any, data_dir: Path, *, c2st_draws: int, seed: int) -> dict[str, Any]:
     """Return the figures of a method on a target."""
     data = {
         name: torch.as_tensor(x, dtype=torch.float64) for name, x in read(data_dir / f"{target.data}.data.json.zip").items()
@@ -287,9 +300,11 @@ def measure(target: Target, method: Any, data_dir: Path, *, with_c2st: bool, see
     chains = read(data_dir / f"{target.draws}.draws.json.zip")
     reference = {name: torch.tensor([chain[name] for chain in chains], dtype=torch.float64).flatten() for name in chains[0]}
     pyro.set_rng_seed(seed)
+    start = processor_seconds()
     fit = posterior(target.model, data, method=method, progress=False)
-    chains_or_particles = hasattr(fit, "z")
-    found = target.scalars(fit.get_samples(None if chains_or_particles else NUM_SAMPLES))
+    seconds = processor_seconds() - start
+    drawn = hasattr(fit, "z")
+    found = target.scalars(fit.get_samples(None if drawn else NUM_SAMPLES))
     if missing := set(reference) - set(found):
         raise ValueError(f"{target.draws} has {sorted(missing)}, but the model does not.")
     means = {name: float((found[name].mean() - x.mean()) / x.std()) for name, x in reference.items()}
@@ -299,45 +314,66 @@ def measure(target: Target, method: Any, data_dir: Path, *, with_c2st: bool, see
         "mean error": abs(means[worst]),
         "of": worst,
         "sd error, %": 100 * max(map(abs, deviations.values())),
-        "k-hat": fit.pareto_k if chains_or_particles else fit.psis(NUM_SAMPLES).pareto_k,
+        "k-hat": fit.pareto_k if drawn else fit.psis(NUM_SAMPLES).pareto_k,
         "seconds": fit.seconds,
+        "cpu seconds": seconds,
         "gradients": fit.num_gradients,
     }
-    if with_c2st:
-        names = list(reference)
-        a, b = (torch.stack([draws[name] for name in names], 1) for draws in (found, reference))
-        n = min(len(a), len(b))
+    if getattr(fit, "stats", None):
+        by_chain = {name: found[name].reshape(len(fit.z), -1) for name in reference}
+        row["ess"] = min(figures["ess_bulk"] for figures in chain_diagnostics(by_chain).values())
+    if c2st_draws:
+        a, b = (torch.stack([draws[name] for name in reference], 1) for draws in (reference, found))
+        n = min(len(a), len(b), c2st_draws)
         row["c2st"] = float(c2st(a[torch.randperm(len(a))[:n]], b[torch.randperm(len(b))[:n]]).value)
     return row
 
 
+def report(file: Path) -> None:
+    """Print the last row of each target and method of a file, as a table in Markdown."""
+    rows = pd.read_json(file, lines=True).drop_duplicates(["target", "method"], keep="last")
+    targets, methods = list(TARGETS), list(METHODS)
+    order = rows["method"].map(methods.index) + len(methods) * rows["target"].map(targets.index)
+    rows = rows.iloc[order.argsort()].reindex(columns=[*COLUMNS, "settings", "commit", "seed"])
+    rows["gradients"] = rows["gradients"].astype("Int64")
+    shown = rows[COLUMNS].astype(object).where(rows[COLUMNS].notna(), None)
+    print(shown.to_markdown(index=False, floatfmt=".3g", intfmt=",", missingval=""))
+    for (method, settings, seed), group in rows.groupby(["method", "settings", "seed"], sort=False):
+        commits = ", ".join(group["commit"].unique())
+        print(f"- {method}: `{settings}`, seed {seed}, {commits}: {', '.join(group['target'])}")
+
+
 def main(
-    data_dir: Annotated[Path, typer.Option(help="folder of data and reference draws")],
+    data_dir: Annotated[Path, typer.Option(help="folder of data and reference draws")] = Path(),
     only: Annotated[str, typer.Option(help="names of targets, by commas")] = ",".join(TARGETS),
     methods: Annotated[str, typer.Option(help="names of methods, by commas")] = "nuts,mean_field,full_rank,flow,pathfinder",
-    with_c2st: Annotated[bool, typer.Option(help="classifier two-sample tests, which are slow")] = False,  # noqa: FBT002 - a flag
+    draws: Annotated[int, typer.Option(help="draws of each of the four chains of NUTS and NeuTra")] = 4000,
+    c2st_draws: Annotated[int, typer.Option(help="draws a side of classifier two-sample tests; 0 for none")] = 0,
     seed: Annotated[int, typer.Option(help="seed of each fit")] = 0,
+    out: Annotated[Path, typer.Option(help="folder for the rows")] = Path("out/posteriordb"),
+    as_report: Annotated[bool, typer.Option("--report", help="print the rows of earlier runs")] = False,  # noqa: FBT002 - a flag
 ) -> None:
     """Print a row for each target and method."""
+    file = out / "rows.jsonl"
+    if as_report:
+        report(file)
+        return
     torch.set_default_dtype(torch.float64)
-    rows = []
+    out.mkdir(parents=True, exist_ok=True)
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=True)
     for target in only.split(","):
         for name in methods.split(","):
-            row = {"target": target, "method": name}
+            method = METHODS[name](draws)
+            row = {"target": target, "method": name, "settings": repr(method), "seed": seed, "commit": commit.stdout.strip()}
             try:
-                row |= measure(TARGETS[target], METHODS[name](), data_dir, with_c2st=with_c2st, seed=seed)
+                row |= measure(TARGETS[target], method, data_dir, c2st_draws=c2st_draws, seed=seed)
             except ValueError as error:  # the method cannot: told, not hidden
-                row["of"] = str(error)[:60]
-            rows.append(row)
-            print(pd.DataFrame([row]).to_string(index=False, float_format="%.3g", header=len(rows) == 1), flush=True)
-    print(pd.DataFrame(rows).to_markdown(index=False, floatfmt=".3g") if _has_tabulate() else "")
-
-
-def _has_tabulate() -> bool:
-    """Return True if tables can be printed in Markdown."""
-    from importlib.util import find_spec
-
-    return find_spec("tabulate") is not None
+                row["remark"] = str(error)[:80]
+            row = {key: None if isinstance(x, float) and math.isnan(x) else x for key, x in row.items()}
+            with file.open("a") as opened:
+                opened.write(json.dumps(row) + "\n")
+            print(" ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()), flush=True)
 
 
 if __name__ == "__main__":
