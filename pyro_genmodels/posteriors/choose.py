@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from pyro_genmodels.infer.compiled.recorder import WAY_OUT, CaptureError
 from pyro_genmodels.posteriors.fits import Posterior
 from pyro_genmodels.posteriors.markov_chains import NoUTurn
 from pyro_genmodels.posteriors.method import Method
@@ -21,6 +22,11 @@ from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords,
 
 MAX_CHAIN_COORDINATES = 1000
 """Largest number of unconstrained coordinates for which chains are chosen."""
+INSTEAD = (
+    "The methods of posterior() want one graph: write torch.where(condition, a, b) in place of a branch, or run Pyro's MCMC, "
+    "which diagnose_posterior and compare_posteriors take too."
+)
+"""Advice at the end of errors of models that cannot be captured."""
 
 
 @runs_models()
@@ -50,6 +56,7 @@ def posterior(
     Raises:
         TypeError: if the method is none.
         ValueError: as `log_density` does, for instance naming a plate that subsamples; or as the method does.
+        CaptureError: if the model reads values of latent variables, as by ``if z > 0``.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -72,11 +79,14 @@ def posterior(
     check_model_keywords(model, None, args, kwargs)
     start = time.perf_counter()
     problem = Problem(model, args, kwargs, progress=progress)
-    if method is None:
-        method, reason = default_method(problem.density.dim)
-        if progress:
-            tqdm.write(f"posterior: {method}, because {reason}.")
-    fit = method.fit(problem)
+    try:
+        if method is None:
+            method, reason = default_method(problem.density.dim)
+            if progress:
+                tqdm.write(f"posterior: {method}, because {reason}.")
+        fit = method.fit(problem)
+    except CaptureError as error:
+        raise CaptureError(f"{str(error).removesuffix(WAY_OUT)}{INSTEAD}") from error
     fit.seconds = time.perf_counter() - start
     return fit
 

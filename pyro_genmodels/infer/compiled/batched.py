@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_genmodels.infer.compiled.density import LogDensity
 from pyro_genmodels.infer.compiled.functions import CapturedFunction, capture
 from pyro_genmodels.infer.compiled.graph import Graph
+from pyro_genmodels.infer.compiled.mapped import mappable
 from pyro_genmodels.infer.compiled.modes import Captured, Mode
 from pyro_genmodels.infer.compiled.recorder import CaptureError
 from pyro_genmodels.utils.errors import one_line, warn_caller
@@ -117,13 +118,8 @@ class BatchedDensity:
         if key not in self._mapped:
             if len(self._mapped) >= MAX_GRAPHS:
                 self._mapped.pop(next(iter(self._mapped)))
-            graph = self._captured.program.graph
-
-            def one(point: Tensor) -> tuple[Any, ...]:
-                return tuple(graph.module(point, *graph.read)[: graph.num_outputs])
-
             try:
-                self._mapped[key] = capture(torch.vmap(one), z, mode=self.mode)
+                self._mapped[key] = capture(torch.vmap(mappable(self._captured.program.graph, z[0])), z, mode=self.mode)
             except (RuntimeError, CaptureError) as error:
                 if isinstance(error, torch.linalg.LinAlgError):  # no decomposition at these points
                     return None

@@ -36,6 +36,7 @@ class CapturedDensity:
             with poutine.block():
                 self.program = _Program(density, z)
             graph = self.program.graph
+            _check_no_random_numbers(graph)
             self._built = mode.build(graph, [z])
             self.run = partial(_run_graph, self._built, graph)
 
@@ -80,3 +81,17 @@ def _run_graph(built: Callable[..., Sequence[Any]], graph: Graph, z: Tensor) -> 
     """Return the results of a graph, without further ones that stand after them."""
     with torch.no_grad():
         return built(z, *graph.read)[: graph.num_outputs]
+
+
+def _check_no_random_numbers(graph: Graph) -> None:
+    """Check that a log density draws no random numbers.
+
+    Raises:
+        ValueError: naming the operation that draws them.
+    """
+    if names := graph.random_operations():
+        raise ValueError(
+            f"The model computes with random numbers that are not those of a sample site (by {names[0]}), such as data drawn "
+            "inside of it or dropout, so that its log density is another one at each run. Draw them once, before the model "
+            "runs, or by pyro.sample; or call eval() of a network."
+        )

@@ -219,7 +219,7 @@ class LogDensity(Coordinates):
                 if difference > tolerance or bool(difference.isnan()):
                     raise StaleGraphError(
                         f"The {name} of the captured log density differs from the model's by {difference:.2g}, relative to its "
-                        "size. The model draws random numbers, or uses what changes from run to run, such as a counter, or a "
+                        "size. The model uses what changes from run to run, such as random numbers of Python, a counter, or a "
                         "number of Python that was changed since the capture."
                     )
 

@@ -73,6 +73,14 @@ class Graph:
         """Dtypes of the results of its operations."""
         return {dtype for node in self.module.graph.nodes if (dtype := _dtype(node)) is not None}
 
+    def random_operations(self) -> list[str]:
+        """Return the names of operations that draw random numbers from which other results are computed."""
+        return [
+            str(node.target)
+            for node in self.module.graph.nodes
+            if _is_random(node) and any(u.op != "output" for u in node.users)
+        ]
+
     def changed(self) -> str | None:
         """Return a text about a tensor whose values were read during the capture and have changed since, or None."""
         for fixed in self.fixed:

@@ -462,13 +462,26 @@ def test_garbage_of_the_parent_is_not_collected_in_a_process():
         gc.enable()
 
 
+def counting_model():
+    runs = []
+
+    def model():
+        runs.append(None)
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(float(len(runs))))
+
+    return model
+
+
 def test_random_numbers_in_the_model_are_found_out():
     def model():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(z, 1.0), obs=torch.randn(()))
 
-    with pytest.raises(StaleGraphError, match="draws random numbers"):
+    with pytest.raises(ValueError, match="random numbers that are not those of a sample site"):
         sampled(model)
+    with pytest.raises(StaleGraphError, match="changes from run to run"):
+        sampled(counting_model())
 
 
 def test_a_program_that_cannot_be_captured_says_so():
