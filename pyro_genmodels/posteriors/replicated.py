@@ -61,7 +61,7 @@ class JointSampler:
         sites = {name: site for name, site in traces.sample_sites(trace).items() if not site["is_observed"]}
         data = self._data_names(trace)
         latents = {name: site["value"].detach() for name, site in sites.items() if name not in data}
-        return latents, {name: sites[name]["value"].detach() for name in data}
+        return latents, {name: trace.nodes[name]["value"].detach() for name in data}  # computed by a simulator, maybe
 
     def _data_names(self, trace: Any) -> list[str]:
         """Return the names of the sites that hold data.

@@ -133,11 +133,13 @@ class SimulatedModel:
         Args:
             number: how many.
             latents: values of all latent variables, (number, ...) by name; None draws them from their prior.
-            parallel: True to make many in one run, which the model must allow; None finds out if it does.
+            parallel: True to make many in one run, which the model must allow. None does as the last choice did, and finds out
+                if there was none.
             n_jobs: number of processes.
             progress: True for a progress bar.
         """
-        together = self._can_run_together() if parallel is None else parallel
+        self._together = self._together if parallel is None else parallel
+        together = self._can_run_together()
         size = BLOCK_TOGETHER if together else BLOCK
         starts = range(0, number, size)
         seeds = spawn_seeds(None, len(starts))
@@ -256,12 +258,11 @@ class SimulatedModel:
 
         bound = run if values is None else poutine.condition(run, data=dict(values))
         bound = bound if plate is None else plate(bound)
+        if stop_after is not None:  # inside of the trace, which has recorded the variable by then
+            bound = _StopAfter(stop_after)(bound)
         traced = poutine.trace(bound)
-        if stop_after is None:
-            return traced.get_trace()
         try:
-            with _StopAfter(stop_after):
-                return traced.get_trace()
+            return traced.get_trace()
         except _StoppedError:
             return traced.trace
 

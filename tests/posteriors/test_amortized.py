@@ -166,6 +166,28 @@ def test_simulations_that_fail_or_are_nan_are_counted_and_left_out():
         AmortizedPosterior(_failing(), observed=["x"]).simulate(5, progress=False)
 
 
+def test_a_simulator_with_its_own_random_numbers_is_refined_and_calibrated():
+    """One that runs alone draws its latent variables without the simulation; `parallel=True` is remembered."""
+    runs = []
+
+    def simulator():
+        share = pyro.sample("share", dist.Uniform(0.0, 1.0))
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 0.1))
+        runs.append(share.shape)
+        pyro.deterministic("x", share[..., None] + scale[..., None] * torch.randn(*share.shape, 3), event_dim=1)
+
+    pyro.set_rng_seed(4)
+    amortized = AmortizedPosterior(simulator, observed=["x"], family=SMALL)
+    assert {name: x.shape for name, x in amortized.simulator.draw_latents(3).items()} == {"share": (3,), "scale": (3,)}
+    runs.clear()
+    amortized.train(200, max_epochs=1, parallel=True, progress=False)
+    amortized.refine(x=torch.zeros(3), num_rounds=1, num_simulations=20, max_epochs=1, progress=False)
+    assert () not in runs
+    found = simulation_based_calibration(simulator, method=amortized, num_simulations=20, observed=["x"], progress=False)
+    assert found.num_simulations == 20
+    assert set(found.ranks) == {"share", "scale"}
+
+
 def _failing():
     """Return a simulator that fails after the two runs by which its variables are found."""
     runs = []
