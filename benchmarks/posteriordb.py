@@ -286,6 +286,12 @@ def read(path: Path) -> Any:
         return json.loads(archive.read(archive.namelist()[0]))
 
 
+def commit_of_this_file() -> str:
+    """Return the commit that is checked out, with "-dirty" if files differ from it."""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def processor_seconds() -> float:
     """Return the processor time of this process and of those that it started, such as compilers."""
     times = os.times()
@@ -360,12 +366,11 @@ def main(
         return
     torch.set_default_dtype(torch.float64)
     out.mkdir(parents=True, exist_ok=True)
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=True)
+    commit = commit_of_this_file()
     for target in only.split(","):
         for name in methods.split(","):
             method = METHODS[name](draws)
-            row = {"target": target, "method": name, "settings": repr(method), "seed": seed, "commit": commit.stdout.strip()}
+            row = {"target": target, "method": name, "settings": repr(method), "seed": seed, "commit": commit}
             try:
                 row |= measure(TARGETS[target], method, data_dir, c2st_draws=c2st_draws, seed=seed)
             except ValueError as error:  # the method cannot: told, not hidden

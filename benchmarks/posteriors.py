@@ -1,6 +1,6 @@
 """Figures of posteriors: python benchmarks/posteriors.py posteriordb ..., or simulators ...
 
-``posteriordb`` compares methods with reference posteriors, ``simulators`` amortised posteriors with published values. Each takes
+``posteriordb`` compares methods with reference posteriors, ``simulators`` amortised posteriors with published values. Both take
 --help.
 """
 

@@ -9,7 +9,6 @@ estimation stand beside. The data are not part of the package: see --data-dir.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from functools import partial
 from math import pi
@@ -23,6 +22,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 import typer
+from posteriordb import commit_of_this_file, processor_seconds
 from torch import Tensor
 
 from pyro_genmodels import Diffusion, ODEFlow
@@ -98,32 +98,33 @@ def main(
         typer.echo(f"skipped: the folder {root or 'sbibm'} does not exist; set --data-dir or PYRO_GENMODELS_DATA", err=True)
         raise typer.Exit
     torch.set_num_threads(1)
+    commit = commit_of_this_file()
     typer.echo(
-        "| task | simulations | family | C2ST | se | published | observations | seconds |\n|---|---|---|---|---|---|---|---|"
+        "| task | simulations | family | C2ST | se | published | observations | CPU s |\n|---|---|---|---|---|---|---|---|"
     )
     for name in task or TASKS:
         for number in simulations or (1000, 10_000):
             pyro.set_rng_seed(seed)
-            start = time.perf_counter()
+            start = processor_seconds()
             amortized = AmortizedPosterior(TASKS[name], observed=["x"], family=FAMILIES[family])
             first = number // (rounds + 1)
             train = partial(amortized.simulate(first, parallel=True, progress=False).train, progress=False)
             train(first)
-            seconds, values = time.perf_counter() - start, []
+            seconds, values = processor_seconds() - start, []
             for i in range(1, observations + 1):
                 folder = root / name / f"num_observation_{i}"
                 x = table(folder, "observation.csv")[0]
-                start, fitted = time.perf_counter(), amortized
+                start, fitted = processor_seconds(), amortized
                 if rounds:
                     fitted = amortized.refine(x=x, num_rounds=rounds, num_simulations=first, progress=False)
                 draws = fitted.given(x=x).get_samples(10_000)["theta"]
-                seconds += time.perf_counter() - start
+                seconds += processor_seconds() - start
                 reference = table(folder, "reference_posterior_samples.csv.bz2")
                 values.append(c2st(reference, draws).value)
                 row = {"task": name, "simulations": number, "family": family, "rounds": rounds, "observation": i, "seed": seed}
                 out.mkdir(parents=True, exist_ok=True)
                 with (out / "rows.jsonl").open("a") as file:
-                    file.write(json.dumps(row | {"c2st": values[-1], "seconds": seconds}) + "\n")
+                    file.write(json.dumps(row | {"c2st": values[-1], "cpu seconds": seconds, "commit": commit}) + "\n")
             error = f"{stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
             published = PUBLISHED[name].get(number, ("", ""))[bool(rounds)]
             typer.echo(
