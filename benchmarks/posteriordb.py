@@ -47,19 +47,19 @@ from pyro_genmodels.posteriors import (
 Data = dict[str, Any]
 NUM_SAMPLES = 10_000
 """Number of draws of a method without chains."""
-METHODS: dict[str, Callable[[int], Any]] = {
-    "nuts": lambda n: NoUTurn(num_samples=n),
+METHODS: dict[str, Callable[[NoUTurn], Any]] = {
+    "nuts": lambda chains: chains,
     "mean_field": lambda _: MeanField(),
     "full_rank": lambda _: FullRank(),
     "low_rank": lambda _: LowRank(),
     "flow": lambda _: FlowGuide(),
     "weighted_flow": lambda _: ImportanceWeighted(num_samples=NUM_SAMPLES),
-    "neutra": lambda n: NeuTra(chains=NoUTurn(num_samples=n)),
+    "neutra": lambda chains: NeuTra(chains=chains),
     "pathfinder": lambda _: Pathfinder(num_samples=NUM_SAMPLES),
     "laplace": lambda _: Laplace(),
     "smc": lambda _: SMC(),
 }
-"""Methods by name, as functions of the number of draws of a chain."""
+"""Methods by name, as functions of Markov chains."""
 COLUMNS = ["target", "method", "mean error", "of", "sd error, %", "c2st", "ess", "k-hat", "cpu seconds", "gradients", "remark"]
 
 
@@ -355,6 +355,7 @@ def main(
     methods: Annotated[str, typer.Option(help="names of methods, by commas")] = "nuts,mean_field,full_rank,flow,pathfinder",
     draws: Annotated[int, typer.Option(help="draws of each of the four chains of NUTS and NeuTra")] = 4000,
     c2st_draws: Annotated[int, typer.Option(help="draws a side of classifier two-sample tests; 0 for none")] = 0,
+    accept: Annotated[float, typer.Option(help="acceptance probability that these chains adapt to")] = 0.8,
     seed: Annotated[int, typer.Option(help="seed of each fit")] = 0,
     out: Annotated[Path, typer.Option(help="folder for the rows")] = Path("out/posteriordb"),
     as_report: Annotated[bool, typer.Option("--report", help="print the rows of earlier runs")] = False,  # noqa: FBT002 - a flag
@@ -369,7 +370,7 @@ def main(
     commit = commit_of_this_file()
     for target in only.split(","):
         for name in methods.split(","):
-            method = METHODS[name](draws)
+            method = METHODS[name](NoUTurn(num_samples=draws, target_accept_prob=accept))
             row = {"target": target, "method": name, "settings": repr(method), "seed": seed, "commit": commit}
             try:
                 row |= measure(TARGETS[target], method, data_dir, c2st_draws=c2st_draws, seed=seed)
