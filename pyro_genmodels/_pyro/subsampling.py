@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "GivenRows",
     "RowBlock",
+    "SameRows",
     "SubsampledPlate",
     "fixed_rows",
     "plates_with_subsample_size",
@@ -83,6 +84,22 @@ def row_blocks(size: int, count: int, device: Any = "cpu") -> Iterator[RowBlock]
 def fixed_rows(indices: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
     """Return a context in which plates take these rows, {name of the plate: indices}, instead of choosing them."""
     return ReplayMessenger(trace=traces.holding(indices))
+
+
+class SameRows(Messenger):
+    """Handler of several runs, in which a plate that chooses rows at random takes those of the first run again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rows: dict[str, Any] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["name"] in self._rows and msg["value"] is None:
+            msg["value"] = self._rows[msg["name"]]
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            self._rows.setdefault(msg["name"], msg["value"])
 
 
 class GivenRows(Messenger):

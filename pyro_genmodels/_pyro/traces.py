@@ -283,6 +283,8 @@ def log_prob(trace: Trace, dims: tuple[int, ...], *, scaled: bool) -> Tensor:
 
 def sum_to_dims(log_p: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Return log_p, (batch...), summed over all batch dimensions but these, which are negative and ascending."""
+    if not dims:
+        return log_p.sum()
     log_p = log_p.reshape((1,) * (-min(dims) - log_p.dim()) + log_p.shape)
     others = [d for d in range(-log_p.dim(), 0) if d not in dims]
     return log_p.sum(others) if others else log_p

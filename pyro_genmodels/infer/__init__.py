@@ -13,6 +13,7 @@ from pyro_genmodels.infer.flow_matching import (
     TrigonometricInterpolant,
 )
 from pyro_genmodels.infer.guided_posterior import GuidedDiffusion, TwistedDiffusion, WeightedDraws, diffusion_posterior, inpaint
+from pyro_genmodels.infer.importance_weighted_bound import ImportanceWeightedELBO
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
 from pyro_genmodels.infer.objective import Loss, Objective
 from pyro_genmodels.infer.sample_losses import (
@@ -34,6 +35,7 @@ __all__ = [
     "GaussianTargetCoupling",
     "GuidedDiffusion",
     "ImplicitScoreMatching",
+    "ImportanceWeightedELBO",
     "IndependentCoupling",
     "LikelihoodWeighting",
     "LinearInterpolant",
