@@ -43,6 +43,13 @@ class ExpectedCoverage:
         values: share of simulations whose truth lies in the region of each level, (levels,).
         lower: lower end of the pointwise 95 % band by the bootstrap, (levels,).
         upper: its upper end.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> x = torch.randn(500, 1) + (truths := torch.randn(500, 1))  # data of unit noise
+        >>> coverage = expected_coverage(x[:, None] / 2 + 0.5**0.5 * torch.randn(500, 100, 1), truths)
+        >>> bool((coverage.values - coverage.levels).abs().max() < 0.1)  # nominal at each level
+        True
     """
 
     ranks: Tensor

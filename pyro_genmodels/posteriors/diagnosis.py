@@ -58,6 +58,14 @@ class PosteriorDiagnosis:
         seconds: seconds that the fit took.
         num_gradients: gradients of the log density that it took.
         faults: what is wrong, in words.
+
+    Example:
+        >>> reference, narrow = {"z": torch.randn(4, 1000)}, {"z": 0.5 * torch.randn(4, 1000)}
+        >>> diagnosis = diagnose_posterior(narrow, reference=reference)
+        >>> diagnosis.faults  # doctest: +ELLIPSIS
+        ['too narrow in z (deviation -...%)']
+        >>> list(diagnosis.table)
+        ['mean', 'sd', 'r_hat', 'ess_bulk', 'ess_tail', 'mean_error', 'sd_error', 'mean_z', 'sd_z']
     """
 
     draws: Mapping[str, Tensor]

@@ -57,6 +57,16 @@ class Calibration:
         draws: draws of the posteriors, (simulations, draws, ...) by name.
         failures: errors of the simulations and fits that failed and are left out.
         method: the method that was asked.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> y = torch.randn(500) + (z := torch.randn(500))  # data of unit noise
+        >>> for scale in (0.5**0.5, 0.4):  # the deviation of the posterior, and a smaller one
+        ...     draws = y[:, None] / 2 + scale * torch.randn(500, 100)
+        ...     found = Calibration({"z": (draws < z[:, None]).sum(1)}, 100, {"z": z}, {"z": draws})
+        ...     print(bool(found.p_values["z"] > 1e-3))
+        True
+        False
     """
 
     ranks: Mapping[str, Tensor]
