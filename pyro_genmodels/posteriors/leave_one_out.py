@@ -5,10 +5,11 @@ r"""Leave-one-out cross-validation of a posterior: how well each row of the data
     w_{sn} = \frac{p(y, z_s)}{q(z_s)} \frac{1}{p(y_n \mid z_s)} ,
 
 with Pareto-smoothed weights. For draws of the posterior itself the first factor is 1. k-hat of the weights of a row says if
-they can be trusted; where it is too large, the row is left out in earnest, and the posterior of the others is fitted anew.
+they can be trusted. Where it is too large, the draws may be moved by an affine map (`moment_matching`), which needs no fit;
+else the row is left out in earnest, and the posterior of the others is fitted anew.
 
 Vehtari, Gelman and Gabry, *Practical Bayesian Model Evaluation* (arXiv 1507.04544); Magnusson et al. for approximations
-(arXiv 1904.10679).
+(arXiv 1904.10679); Paananen et al. for moment matching (arXiv 1906.08850).
 """
 
 from __future__ import annotations
@@ -17,19 +18,24 @@ __all__ = ["LeaveOneOut", "reloo"]
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from math import log10
 from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyro_genmodels._pyro import handlers, traces
+from pyro_genmodels.infer.compiled.coordinates import Coordinates
 from pyro_genmodels.inference_data import to_arviz
 from pyro_genmodels.inference_data.export import draws_of_data, elpd_data, log_likelihood_of_data
+from pyro_genmodels.inference_data.names import xarray_name
 from pyro_genmodels.inference_data.sources import DrawSource, source_of
 from pyro_genmodels.posteriors.fits import DrawnPosterior
 from pyro_genmodels.posteriors.method import Method
+from pyro_genmodels.posteriors.moment_matching import match_moments
 from pyro_genmodels.posteriors.parallel import run_all, seeded, spawn_seeds
 from pyro_genmodels.posteriors.problem import Problem
 from pyro_genmodels.utils.errors import check_positive_int, listed, type_with_article, warn_caller
@@ -39,6 +45,8 @@ from pyro_genmodels.utils.rng import forked_rng
 
 BATCH_SIZE = 1000
 """Largest number of draws whose densities are computed in one run."""
+PROGRESS_DELAY = 2.0
+"""Seconds before a progress bar of moment matching is shown."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -49,6 +57,7 @@ class LeaveOneOut:
         pointwise: ``log p(y_n | y_-n)`` in nats, (rows...), with the shape of the data's plates.
         mc_error: Monte Carlo standard error of each, (rows...), for independent draws.
         pareto_k: k-hat of the weights of each row, (rows...). For a refitted row it is that of the refit, and NaN for chains.
+        matched: True for rows whose draws were moved by moment matching, (rows...).
         refitted: True for rows that were left out in earnest, (rows...).
         p_loo: effective number of parameters: log density of the data in the posterior, minus that of rows left out.
         num_draws: number of draws of the posterior.
@@ -60,6 +69,7 @@ class LeaveOneOut:
     pointwise: Tensor
     mc_error: Tensor
     pareto_k: Tensor
+    matched: Tensor
     refitted: Tensor
     p_loo: float
     num_draws: int
@@ -90,8 +100,9 @@ class LeaveOneOut:
         )
 
     def __repr__(self) -> str:
+        matched = f"{int(self.matched.sum())} moment-matched, " if self.matched.any() else ""
         refits = f"{int(self.refitted.sum())} of {self.refitted.numel()} rows refitted"
-        return f"<elpd {self.elpd:.1f} ± {self.std_error:.1f}, p_loo {self.p_loo:.1f}, {refits}>"
+        return f"<elpd {self.elpd:.1f} ± {self.std_error:.1f}, p_loo {self.p_loo:.1f}, {matched}{refits}>"
 
 
 @runs_models()
@@ -101,6 +112,7 @@ def reloo(
     method: Method | None = None,
     var_name: str | None = None,
     max_pareto_k: float | None = None,
+    moment_matching: bool = False,
     num_samples: int = 2000,
     n_jobs: int = 1,
     seed: int | None = None,
@@ -116,6 +128,8 @@ def reloo(
         method: the method of refits; by default the fit's own.
         var_name: name of the observed site, if there are several.
         max_pareto_k: largest k-hat without a refit; by default min(1 - 1 / log10(draws), 0.7), as in ArviZ. ``inf`` for none.
+        moment_matching: True to move the draws by affine maps first where k-hat is too large, in unconstrained coordinates,
+            which takes some thousand densities for each row. Only rows whose k-hat stays too large are refitted.
         num_samples: number of draws of a guide.
         n_jobs: number of processes for refits; the extra ``parallel`` runs more than one, by joblib.
         seed: seed of refits; None takes one from torch's random numbers.
@@ -143,6 +157,9 @@ def reloo(
         >>> found = reloo(fit, num_samples=500, seed=0, progress=False)
         >>> found.refitted.nonzero()  # the last row is an outlier
         tensor([[14]])
+        >>> matched = reloo(fit, moment_matching=True, num_samples=500, progress=False)  # without a refit
+        >>> matched.refitted.any(), (matched.pointwise[14] - found.pointwise[14]).abs() < 1.0
+        (tensor(False), tensor(True))
     """
     kwargs = joined_keywords(kwargs, model_kwargs)
     check_positive_int("reloo", least=100, num_samples=num_samples)
@@ -156,30 +173,39 @@ def reloo(
     data = to_arviz(fit, *args, groups=groups, **options)
     name, densities = _densities(data, var_name)
     rows, log_p = densities.shape[2:], densities.flatten(0, 1).flatten(1)  # (draws, N)
-    stats = draws_of_data(data)[1]
+    draws, stats = draws_of_data(data)
     log_weights = stats["log_weight"].double().reshape(-1, 1) if "log_weight" in stats else torch.zeros(len(log_p), 1).double()
     smoothed, k = smooth_log_weights(log_weights - log_p)
     values, errors = _log_mean(smoothed, log_p)
     log_density, _ = _log_mean(smooth_log_weights(log_weights)[0], log_p)
     limit = min(1 - 1 / log10(len(log_p)), MAX_PARETO_K) if max_pareto_k is None else max_pareto_k
     bad = (k > limit).nonzero()[:, 0].tolist()
-    if bad:
+    left_out = RowLeftOut(source.model, source.args, source.kwargs, name) if bad else None
+    matched = torch.zeros(len(k), dtype=torch.bool)
+    if left_out is not None and moment_matching:
+        matching = _MomentMatching(left_out, source, draws, smooth_log_weights(log_weights[:, 0])[0], limit)
+        for row in tqdm(bad, desc="moment matching", unit="row", disable=not progress, delay=PROGRESS_DELAY):
+            if (match := matching(row)) is not None:
+                values[row], errors[row], k[row] = torch.tensor(match, dtype=torch.float64)
+                matched[row] = True
+        bad = [row for row in bad if not matched[row]]
+    if left_out is not None and bad:
         method = getattr(fit, "method", None) if method is None else method
         if not isinstance(method, Method):
             raise TypeError(
                 f"{len(bad)} of {len(k)} rows have a k-hat above {limit:.2f} and are to be refitted: give method=, such as "
                 f"NoUTurn(), since the fit has none, but {type_with_article(method)}. Or give max_pareto_k=float('inf')."
             )
-        task = _Refit(RowLeftOut(source.model, source.args, source.kwargs, name), source, method, num_samples)
+        task = _Refit(left_out, source, method, num_samples)
         refits = _refits(task, bad, seed, n_jobs=n_jobs, progress=progress)
         values[bad], errors[bad], k[bad] = torch.tensor(refits, dtype=torch.float64).T
         if unsafe := int((k[bad] > limit).sum()):
             warn_caller(f"Weights of {unsafe} of {len(bad)} refits have a k-hat above {limit:.2f} too: give method=NoUTurn().")
     refitted = torch.zeros(len(k), dtype=torch.bool)
     refitted[bad] = True
-    values, errors, k, refitted = (x.reshape(rows) for x in (values, errors, k, refitted))
+    values, errors, k, matched, refitted = (x.reshape(rows) for x in (values, errors, k, matched, refitted))
     p_loo = float(log_density.sum() - values.sum())
-    return LeaveOneOut(values, errors, k, refitted, p_loo, len(log_p), limit, data, name)
+    return LeaveOneOut(values, errors, k, matched, refitted, p_loo, len(log_p), limit, data, name)
 
 
 def _log_mean(log_weights: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,8 +279,33 @@ class RowLeftOut(Messenger):
         Args:
             row: number of the row among all in the batch shape.
         """
-        self.mask.fill_(True)
+        self.keep_all()
         self.mask.view(-1)[row] = False
+
+    def keep_all(self) -> None:
+        """Leave out no row."""
+        self.mask.fill_(True)
+
+    def densities(self, coordinates: Coordinates, z: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+        """Return the log density of each row of the site at points, (n, rows), also of the one that is left out.
+
+        Args:
+            coordinates: unconstrained coordinates of the latent variables.
+            z: the points, (n, dim).
+            args: positional arguments of the model.
+            kwargs: its keyword arguments.
+
+        Raises:
+            ValueError: if the site has not as many densities as it has rows.
+        """
+        whole = Problem(self.model, args, kwargs, progress=False, coordinates=coordinates)
+        known = DrawnPosterior(whole, None, z[None])
+        data = to_arviz(known, groups=("log_likelihood",), batch_size=BATCH_SIZE, progress=False)
+        log_p = log_likelihood_of_data(data)[xarray_name(self.name)].double().flatten(0, 1).flatten(1)
+        if log_p.shape[1] != self.mask.numel():
+            shape = tuple(self.mask.shape)
+            raise ValueError(f"{self.name!r} has {log_p.shape[1]} densities, but the batch shape {shape}.")
+        return log_p
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] == self.name:
@@ -264,6 +315,54 @@ class RowLeftOut(Messenger):
         """Run the model."""
         with self:
             return self.model(*args, **kwargs)
+
+
+class _MomentMatching:
+    """Moment matching of one row after another, with one captured log density.
+
+    Args:
+        model: model without a row.
+        source: the fit, with the model and its arguments.
+        draws: draws of the latent variables, (chain, draw, ...) by name in ArviZ.
+        log_weights: log weights with which they stand for the posterior, (draws,).
+        max_pareto_k: largest k-hat that is trusted.
+
+    Raises:
+        ValueError: if there are no draws of a continuous latent variable; or as `log_density` does.
+    """
+
+    def __init__(
+        self, model: RowLeftOut, source: DrawSource, draws: Mapping[str, Tensor], log_weights: Tensor, max_pareto_k: float
+    ) -> None:
+        self.model, self.args, self.kwargs = model, source.args, source.kwargs
+        self.log_weights, self.max_pareto_k = log_weights, max_pareto_k
+        with forked_rng():
+            self._problem = Problem(model, self.args, self.kwargs, progress=False)
+            names = self._problem.density.names
+        if missing := [name for name in names if xarray_name(name) not in draws]:
+            raise ValueError(f"Moment matching wants draws of {listed(names)}, but the fit has none of {listed(missing)}.")
+        flat = {name: draws[xarray_name(name)].flatten(0, 1) for name in names}
+        self.z = self._problem.density.unconstrain(flat).double()
+
+    def __call__(self, row: int) -> tuple[float, float, float] | None:
+        """Return the log predictive density of a row, in nats, its standard error, and k-hat; None if no map is found."""
+        self.model.keep_all()
+        found = match_moments(self.z, self.log_weights, self._whole, partial(self._without, row), self.max_pareto_k)
+        if found is None:
+            return None
+        log_p = self.model.densities(self._problem.density, found.z, self.args, self.kwargs)[:, [row]]
+        value, error = _log_mean(found.log_weights[:, None], log_p)
+        return float(value), float(error), found.pareto_k
+
+    def _whole(self, z: Tensor) -> Tensor:
+        """Return the log density of latent variables and all rows at points, (n, dim)."""
+        self.model.keep_all()
+        return self._problem.batched(z)[0]
+
+    def _without(self, row: int, z: Tensor) -> Tensor:
+        """Return the log density without a row at points, (n, dim)."""
+        self.model.leave_out(row)
+        return self._problem.batched(z)[0]
 
 
 class _Refit:
@@ -306,12 +405,6 @@ class _Refit:
             else:
                 draws, k = fit.get_samples(), float(getattr(fit, "pareto_k", torch.nan))
                 log_weights = torch.zeros(len(next(iter(draws.values()))), dtype=torch.float64)
-            whole = Problem(self.model.model, self.args, self.kwargs, progress=False, coordinates=density)
-            known = DrawnPosterior(whole, self.method, density.unconstrain(draws)[None])
-            data = to_arviz(known, groups=("log_likelihood",), batch_size=BATCH_SIZE, progress=False)
-        log_p = log_likelihood_of_data(data)[self.model.name].double().flatten(0, 1).flatten(1)
-        if log_p.shape[1] != self.model.mask.numel():
-            shape = tuple(self.model.mask.shape)
-            raise ValueError(f"{self.model.name!r} has {log_p.shape[1]} densities, but the batch shape {shape}.")
+            log_p = self.model.densities(density, density.unconstrain(draws), self.args, self.kwargs)
         value, error = _log_mean(log_weights[:, None], log_p[:, [row]])
         return float(value), float(error), k
