@@ -9,7 +9,13 @@ from pyro_genmodels.posteriors.choose import posterior
 from pyro_genmodels.posteriors.comparison import PosteriorComparison, compare_posteriors
 from pyro_genmodels.posteriors.coverage import ExpectedCoverage, expected_coverage
 from pyro_genmodels.posteriors.diagnosis import PosteriorDiagnosis, diagnose_posterior
-from pyro_genmodels.posteriors.embeddings import ConvolutionalEmbedding, DenseEmbedding, Embedding, SetEmbedding
+from pyro_genmodels.posteriors.embeddings import (
+    ConvolutionalEmbedding,
+    DenseEmbedding,
+    Embedding,
+    SequenceEmbedding,
+    SetEmbedding,
+)
 from pyro_genmodels.posteriors.fits import DrawnPosterior, GuidePosterior, Posterior
 from pyro_genmodels.posteriors.importance_weighted import ImportanceWeighted
 from pyro_genmodels.posteriors.laplace import Laplace
@@ -55,6 +61,7 @@ __all__ = [
     "Problem",
     "Psis",
     "Restarts",
+    "SequenceEmbedding",
     "SetEmbedding",
     "Variational",
     "compare_posteriors",

@@ -6,11 +6,20 @@ For i.i.d. rows :math:`x_1, \dots, x_n` of any number n a summary that does not 
 
 Zaheer et al., *Deep Sets* (arXiv 1703.06114). Observations that are missing are NaN, and are left out of the mean; networks of
 vectors see zeros in their place, with a vector of marks.
+
+Sequences go through attention (Vaswani et al., arXiv 1706.03762), which does not look at missing rows.
 """
 
 from __future__ import annotations
 
-__all__ = ["ConvolutionalEmbedding", "DenseEmbedding", "Embedding", "ObservationEncoder", "SetEmbedding"]
+__all__ = [
+    "ConvolutionalEmbedding",
+    "DenseEmbedding",
+    "Embedding",
+    "ObservationEncoder",
+    "SequenceEmbedding",
+    "SetEmbedding",
+]
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -151,18 +160,66 @@ class SetEmbedding(Embedding):
         return _Set(shape, self)
 
     def hide(self, x: Tensor) -> Tensor:
-        if self.min_rows is None:
-            return x
-        rows = x.shape[1]
-        number = torch.randint(min(self.min_rows, rows), rows + 1, (len(x), 1), device=x.device)
-        hidden = torch.arange(rows, device=x.device) >= number  # the rows are exchangeable: the first ones are as good as any
-        return x.masked_fill(hidden.reshape(len(x), rows, *(1 for _ in x.shape[2:])), torch.nan)
+        return _without_last_rows(x, self.min_rows)  # the rows are exchangeable: the first ones are as good as any
 
     def completed(self, x: Tensor, shape: Size) -> Tensor:
-        lacking = shape[0] - len(x) if x.shape[1:] == shape[1:] and x.dim() else 0
-        if self.min_rows is None or not 0 < lacking <= shape[0] - min(self.min_rows, shape[0]):
-            return x
-        return torch.cat([x, x.new_full((lacking, *shape[1:]), torch.nan)])
+        return _with_rows(x, shape, self.min_rows)
+
+    def num_kinds(self, shape: Size) -> int:
+        return shape[1:].numel()
+
+
+@dataclass(frozen=True)
+class SequenceEmbedding(Embedding):
+    """A small transformer of sequences whose order matters: observations (rows, ...).
+
+    Attributes:
+        out_features: length of its output.
+        width: number of features of each row inside of it.
+        num_heads: number of heads of attention.
+        num_layers: number of layers.
+        min_rows: smallest number of rows: in training some of the last rows are left out, so that later there may be any number
+            from this one to that of the simulations. None if there are always as many.
+
+    Example:
+        >>> network, x = SequenceEmbedding(out_features=8).build(torch.Size([20, 2])), torch.randn(3, 20, 2)
+        >>> network(x).shape
+        torch.Size([3, 8])
+        >>> torch.allclose(network(x), network(x.flip(1)), atol=1e-5)  # the order matters
+        False
+    """
+
+    out_features: int = 32
+    width: int = 32
+    num_heads: int = 4
+    num_layers: int = 2
+    min_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        check_positive_int(
+            "SequenceEmbedding",
+            out_features=self.out_features,
+            width=self.width,
+            num_heads=self.num_heads,
+            num_layers=self.num_layers,
+        )
+        if self.min_rows is not None:
+            check_positive_int("SequenceEmbedding", min_rows=self.min_rows)
+        if self.width % (2 * self.num_heads):
+            raise ValueError(
+                f"SequenceEmbedding wants an even width that num_heads divides, but found {self.width} and {self.num_heads}."
+            )
+
+    def build(self, shape: Size) -> nn.Module:
+        if not shape:
+            raise ValueError("SequenceEmbedding wants observations of several rows, (rows, ...), but found single numbers.")
+        return _Transformer(shape, self)
+
+    def hide(self, x: Tensor) -> Tensor:
+        return _without_last_rows(x, self.min_rows)
+
+    def completed(self, x: Tensor, shape: Size) -> Tensor:
+        return _with_rows(x, shape, self.min_rows)
 
     def num_kinds(self, shape: Size) -> int:
         return shape[1:].numel()
@@ -249,6 +306,24 @@ def _dense(in_features: int, hidden: Sequence[int], out_features: int) -> nn.Seq
     return nn.Sequential(*layers, nn.Linear((in_features, *hidden)[-1], out_features))
 
 
+def _without_last_rows(x: Tensor, min_rows: int | None) -> Tensor:
+    """Return observations (n, rows, ...) of which the last rows are missing, a random number of them."""
+    if min_rows is None:
+        return x
+    rows = x.shape[1]
+    number = torch.randint(min(min_rows, rows), rows + 1, (len(x), 1), device=x.device)
+    hidden = torch.arange(rows, device=x.device) >= number
+    return x.masked_fill(hidden.reshape(len(x), rows, *(1 for _ in x.shape[2:])), torch.nan)
+
+
+def _with_rows(x: Tensor, shape: Size, min_rows: int | None) -> Tensor:
+    """Return one observation with missing rows at its end, if it may lack them."""
+    lacking = shape[0] - len(x) if x.shape[1:] == shape[1:] and x.dim() else 0
+    if min_rows is None or not 0 < lacking <= shape[0] - min(min_rows, shape[0]):
+        return x
+    return torch.cat([x, x.new_full((lacking, *shape[1:]), torch.nan)])
+
+
 class _Marked(nn.Module):
     """A network of vectors with zeros for missing numbers, and, if wanted, with marks of these."""
 
@@ -275,6 +350,35 @@ class _Set(nn.Module):
         number = present.sum(1)
         total = (self.each(rows.nan_to_num()) * present).sum(1)
         return self.all(torch.cat([total / number.clamp(min=1), number.to(total).clamp(min=1).log()], -1))
+
+
+class _Transformer(nn.Module):
+    """Attention between rows with positions, then a dense network of the mean over the rows that are there."""
+
+    positions: Tensor
+
+    def __init__(self, shape: Size, choice: SequenceEmbedding) -> None:
+        super().__init__()
+        self.first = nn.Linear(shape[1:].numel(), choice.width)
+        layers = [
+            nn.TransformerEncoderLayer(choice.width, choice.num_heads, 2 * choice.width, dropout=0.0, batch_first=True)
+            for _ in range(choice.num_layers)
+        ]
+        self.layers = nn.ModuleList(layers)
+        self.last = _dense(choice.width + 1, (choice.width,), choice.out_features)
+        angles = torch.arange(shape[0])[:, None] * 10_000.0 ** -torch.linspace(0, 1, choice.width // 2)
+        self.register_buffer("positions", torch.cat([angles.sin(), angles.cos()], -1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(2) if x.dim() > 2 else x[..., None]
+        missing = rows.isnan().any(-1)
+        empty = missing.all(-1, keepdim=True)
+        h = self.first(rows.nan_to_num()) + self.positions
+        for layer in self.layers:  # attention wants one row at least
+            h = layer(h, src_key_padding_mask=missing & ~empty)
+        number = (~missing).sum(-1, keepdim=True).to(h)
+        mean = (h * ~missing[..., None]).sum(1) / number.clamp(min=1)
+        return self.last(torch.cat([mean, number.clamp(min=1).log()], -1))
 
 
 class _Convolutions(nn.Module):

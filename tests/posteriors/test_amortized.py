@@ -14,6 +14,7 @@ from pyro_genmodels.posteriors import (
     AmortizedPosterior,
     ConvolutionalEmbedding,
     DenseEmbedding,
+    SequenceEmbedding,
     SetEmbedding,
     diagnose_posterior,
     simulation_based_calibration,
@@ -324,6 +325,58 @@ def test_embeddings():
         SetEmbedding().build(torch.Size([]))
     hidden = DenseEmbedding(missing=0.5).hide(x["b"])
     assert 0 < hidden.isnan().double().mean() < 0.5
+
+
+def test_sequences_of_varying_length_through_attention():
+    """Values and gradients are those without padding, whatever the padding; the order of rows matters."""
+    x = torch.randn(3, 10, 2)
+    network = SequenceEmbedding(4, width=16).build(x.shape[1:])
+    padded = x.clone()
+    padded[:, 6:] = torch.nan
+    for training in (True, False):  # torch computes attention in another way in evaluation mode
+        network.train(training)
+        short = SequenceEmbedding(4, width=16).build(torch.Size([6, 2])).train(training)
+        short.load_state_dict({k: v[:6] if k == "positions" else v for k, v in network.state_dict().items()})
+        torch.testing.assert_close(network(padded), short(x[:, :6]), atol=1e-5, rtol=1e-5)
+        assert network(x).shape == (3, 4)
+        assert (network(x) - network(x.flip(1))).abs().max() > 1e-3
+        assert (network(x) - network(padded)).abs().max() > 1e-3
+        assert network(torch.full_like(x, torch.nan)).isfinite().all()
+    network.train()(padded).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+    assert network.first.weight.grad.abs().max() > 0
+    choice = SequenceEmbedding(min_rows=4)
+    number = (~choice.hide(torch.zeros(500, 10)).isnan()).sum(1)
+    assert number.unique().tolist() == [4, 5, 6, 7, 8, 9, 10]  # a number is missing once in 10^32 seeds
+    assert choice.completed(torch.zeros(4), torch.Size([10])).isnan().sum() == 6
+    assert choice.completed(torch.zeros(3), torch.Size([10])).shape == (3,)
+    with pytest.raises(ValueError, match="several rows"):
+        choice.build(torch.Size([]))
+    with pytest.raises(ValueError, match="even width that num_heads divides"):
+        SequenceEmbedding(width=30)
+
+
+@pytest.mark.slow
+def test_a_missing_coordinate_has_the_posterior_of_the_closed_form():
+    """Two correlated latent variables, one observed: means within 0.3 deviations and deviations within 20 per cent."""
+    covariance = torch.tensor([[1.0, 0.8], [0.8, 1.0]])
+
+    def model():
+        loc = pyro.sample("loc", dist.MultivariateNormal(torch.zeros(2), covariance))
+        pyro.sample("x", dist.Normal(loc, NOISE).to_event(1))
+
+    pyro.set_rng_seed(10)
+    embedding = DenseEmbedding(8, hidden=(32,), missing=0.8)
+    amortized = AmortizedPosterior(model, observed=["x"], family=SMALL, embedding=embedding)
+    amortized.train(4000, max_epochs=60, step_size=3e-3, progress=False)
+    for x in (torch.tensor([1.0, torch.nan]), torch.tensor([torch.nan, -1.5]), torch.tensor([1.0, -0.5])):
+        there = ~x.isnan()
+        cross = covariance[:, there]
+        gain = cross @ torch.linalg.inv(covariance[there][:, there] + NOISE**2 * torch.eye(int(there.sum())))
+        mean, deviation = gain @ x[there], (covariance - gain @ cross.T).diagonal().sqrt()
+        draws = amortized.given(x=x).get_samples(4000)["loc"]
+        assert ((draws.mean(0) - mean) / deviation).abs().max() < 0.3
+        assert (draws.std(0) / deviation - 1).abs().max() < 0.2
 
 
 def test_missing_numbers_are_told_to_the_network():
