@@ -31,12 +31,13 @@ from pyro_genmodels.families import GAN, DenseCritic
 from pyro_genmodels.infer.adversarial import NonSaturating
 from pyro_genmodels.infer.compiled.batched import BatchedDensity
 from pyro_genmodels.posteriors.approximations import Whitened
+from pyro_genmodels.posteriors.bound import MAX_NORM, warn_of_lost_draws
 from pyro_genmodels.posteriors.fits import NUM_SAMPLES, GuidePosterior
 from pyro_genmodels.posteriors.method import Method
 from pyro_genmodels.posteriors.pathfinder import find_start
 from pyro_genmodels.posteriors.problem import Problem
 from pyro_genmodels.posteriors.weighted import Psis, psis
-from pyro_genmodels.utils.errors import check_positive_int, warn_caller
+from pyro_genmodels.utils.errors import check_positive_int
 
 BETAS = (0.5, 0.99)
 """Betas of Adam for both networks."""
@@ -48,10 +49,6 @@ FINAL_SHARE = 0.5
 """Number of steps of the critic after training, as a share of the guide's steps."""
 FINAL_FACTOR = 4
 """Factor by which there are more draws in these."""
-MAX_GRADIENT_NORM = 100.0
-"""Norm that gradients are clipped to."""
-MAX_LOST = 0.5
-"""Largest share of draws at points without a finite density that nothing is said about."""
 NUM_MOMENT_DRAWS = 10_000
 """Number of draws for the moments of the reference after training."""
 RIDGE = 1e-6
@@ -230,7 +227,7 @@ class AdversarialGuide(Method):
                     step_of_critic(z)
                 optimizer.zero_grad()
                 loss, lost = _backward(guide, estimate, density, self.num_draws)
-                nn.utils.clip_grad_norm_(generator.parameters(), MAX_GRADIENT_NORM)
+                nn.utils.clip_grad_norm_(generator.parameters(), MAX_NORM)
                 optimizer.param_groups[0]["lr"] = self.step_size * (1 + cos(pi * i / self.num_steps)) / 2
                 optimizer.step()
                 losses.append(loss)
@@ -243,10 +240,7 @@ class AdversarialGuide(Method):
                 critic_optimizer.param_groups[0]["lr"] = self.step_size * (1 + cos(pi * i / num_final)) / 2
                 step_of_critic(guide().sample((FINAL_FACTOR * self.num_draws,)))
                 bar.update()
-        if num_lost > MAX_LOST * self.num_steps * self.num_draws:
-            warn_caller(
-                f"The log density is not finite at {num_lost} of {self.num_steps * self.num_draws} draws, which were left out."
-            )
+        warn_of_lost_draws(num_lost, self.num_steps * self.num_draws)
         return torch.tensor(losses)
 
 

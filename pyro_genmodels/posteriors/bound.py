@@ -14,7 +14,7 @@ Roeder, Wu and Duvenaud (arXiv 1703.09194); Tucker et al. (arXiv 1810.04152); Ag
 
 from __future__ import annotations
 
-__all__ = ["maximise_bound"]
+__all__ = ["MAX_NORM", "maximise_bound", "warn_of_lost_draws"]
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -85,9 +85,19 @@ def maximise_bound(
             sizes = (min(bounds, key=bounds.__getitem__),)
             approximation.load_state_dict(first)
         losses, num_lost = _train(gradient, num_steps, sizes[0], bar)
-    if num_lost > MAX_LOST * num_steps * num_draws:
-        warn_caller(f"The log density is not finite at {num_lost} of {num_steps * num_draws} draws, which were left out.")
+    warn_of_lost_draws(num_lost, num_steps * num_draws)
     return losses
+
+
+def warn_of_lost_draws(num_lost: int, num_draws: int) -> None:
+    """Warn if many of the draws of a training had no finite density.
+
+    Args:
+        num_lost: number of these.
+        num_draws: number of all draws.
+    """
+    if num_lost > MAX_LOST * num_draws:
+        warn_caller(f"The log density is not finite at {num_lost} of {num_draws} draws, which were left out.")
 
 
 def _train(gradient: _BoundGradient, num_steps: int, step_size: float, bar: tqdm) -> tuple[Tensor, int]:

@@ -96,6 +96,17 @@ class MeanField(Variational):
         num_steps: see `Variational`.
         num_draws: see `Variational`.
         step_size: see `Variational`.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_genmodels.posteriors import posterior
+        >>> def model(y):
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+        >>> fit = posterior(model, torch.tensor([1.0, 2.0, 3.0]), method=MeanField(num_steps=20), progress=False)
+        >>> fit.get_samples(500)["loc"].shape
+        torch.Size([500])
     """
 
     def build(self, start: QuasiNewtonNormal, like: Tensor) -> Approximation:
@@ -110,6 +121,11 @@ class FullRank(Variational):
         num_steps: see `Variational`.
         num_draws: see `Variational`.
         step_size: see `Variational`.
+
+    Example:
+        >>> method = FullRank(num_steps=500)  # for posterior(model, *args, method=method)
+        >>> method
+        FullRank(num_steps=500)
     """
 
     def build(self, start: QuasiNewtonNormal, like: Tensor) -> Approximation:
@@ -125,6 +141,11 @@ class LowRank(Variational):
         num_steps: see `Variational`.
         num_draws: see `Variational`.
         step_size: see `Variational`.
+
+    Example:
+        >>> method = LowRank(3, num_steps=500)  # for posterior(model, *args, method=method)
+        >>> method
+        LowRank(rank=3, num_steps=500)
     """
 
     rank: int = 5
@@ -150,6 +171,18 @@ class FlowGuide(Variational):
         num_steps: see `Variational`.
         num_draws: see `Variational`.
         step_size: see `Variational`.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_genmodels.posteriors import posterior
+        >>> def model(y):
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+        >>> method = FlowGuide(num_steps=20, step_size=0.01)
+        >>> fit = posterior(model, torch.tensor([1.0, 2.0, 3.0]), method=method, progress=False)
+        >>> fit.get_samples(500)["loc"].shape
+        torch.Size([500])
     """
 
     transform: Any = None
