@@ -145,7 +145,7 @@ class LowRank(Variational):
     Example:
         >>> method = LowRank(3, num_steps=500)  # for posterior(model, *args, method=method)
         >>> method
-        LowRank(rank=3, num_steps=500)
+        LowRank(num_steps=500, rank=3)
     """
 
     rank: int = 5
