@@ -28,7 +28,8 @@ class NoUTurn(Method):
         target_accept_prob: mean acceptance probability that the step size adapts to.
         max_tree_depth: largest number of doublings of a trajectory.
         low_rank: True for a mass matrix that also adapts to some correlations.
-        init: initial values: a strategy of Pyro's, values by name, or a fit, such as one by `Pathfinder`.
+        init: initial values: a strategy of Pyro's; values by name; a fit; or a method whose fit's draws the chains start at, such
+            as ``Pathfinder()``, where chains from random points do not come to the posterior.
         mode: how the model is captured; None chooses.
 
     Example:
@@ -56,7 +57,9 @@ class NoUTurn(Method):
     mode: Mode | None = None
 
     def fit(self, problem: Problem) -> DrawnPosterior:
-        nuts = CompiledNUTS(problem.model, progress=problem.progress, **vars(self))
+        start = self.init.fit(problem) if isinstance(self.init, Method) else None
+        options = vars(self) if start is None else vars(self) | {"init": start}
+        nuts = CompiledNUTS(problem.model, progress=problem.progress, **options)
         nuts.run(*problem.args, **problem.kwargs)
         fit = DrawnPosterior(
             problem,
@@ -65,4 +68,6 @@ class NoUTurn(Method):
             {name: torch.as_tensor(values) for name, values in nuts.statistics.items()},
         )
         fit.num_gradients = int(nuts.statistics["n_steps"].sum() + nuts.warmup_statistics["n_steps"].sum())
+        if start is not None:
+            fit.num_gradients += start.num_gradients
         return fit

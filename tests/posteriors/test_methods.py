@@ -106,6 +106,21 @@ def test_a_path_without_a_step_is_replaced(monkeypatch):
         posterior(regression, X, Y, method=Pathfinder(num_paths=2), progress=False)
 
 
+def test_chains_start_at_a_fit_by_another_method():
+    """False-alarm rate of 1e-6 for independent draws: 100 of them are within five standard errors of the mean, 1e4."""
+
+    def far():
+        pyro.sample("z", dist.Normal(1e4, 1.0))
+
+    chains = {"num_chains": 2, "num_warmup": 10, "num_samples": 50, "mode": Captured()}
+    pyro.set_rng_seed(0)
+    fit = posterior(far, method=NoUTurn(init=Pathfinder(num_paths=2), **chains), progress=False)
+    assert (fit.get_samples(100)["z"] - 1e4).mean().abs() < 0.5
+    lost = posterior(far, method=NoUTurn(**chains), progress=False)
+    assert (lost.get_samples(100)["z"] - 1e4).mean().abs() > 0.5
+    assert fit.num_gradients > 100
+
+
 def test_restarts_that_disagree_are_told():
     pyro.set_rng_seed(4)
     fit = posterior(two_modes, method=Restarts(Laplace(num_starts=1), n=6, num_samples=200), progress=False)
