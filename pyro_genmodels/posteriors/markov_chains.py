@@ -28,8 +28,8 @@ class NoUTurn(Method):
         target_accept_prob: mean acceptance probability that the step size adapts to.
         max_tree_depth: largest number of doublings of a trajectory.
         low_rank: True for a mass matrix that also adapts to some correlations.
-        init: initial values: a strategy of Pyro's; values by name; a fit; or a method whose fit's draws the chains start at, such
-            as ``Pathfinder()``, where chains from random points do not come to the posterior.
+        init: initial values: a strategy of Pyro's; values by name; a fit; or a method, such as ``Pathfinder()``, at whose draws
+            the chains start, where chains from random points do not come to the posterior.
         mode: how the model is captured; None chooses.
 
     Example:
