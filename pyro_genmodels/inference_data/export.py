@@ -297,8 +297,44 @@ def log_likelihood_of_data(data: Any) -> dict[str, Tensor]:
     Args:
         data: `InferenceData` or `DataTree`.
     """
-    variables = data["log_likelihood"].data_vars if "log_likelihood" in data else {}
+    return variables_of_data(data, "log_likelihood")
+
+
+def variables_of_data(data: Any, group: str) -> dict[str, Tensor]:
+    """Return the variables of a group of ArviZ data by name; none if there is no such group.
+
+    Args:
+        data: `InferenceData` or `DataTree`.
+        group: name of the group.
+    """
+    variables = data[group].data_vars if group in data else {}
     return {str(name): torch.as_tensor(np.asarray(x.values)) for name, x in variables.items()}
+
+
+def plot_predictive(replicated: Mapping[str, Tensor], observed: Mapping[str, Tensor], num_samples: int = 50) -> Any:
+    """Plot the distribution of data over those of replicated data, by `az.plot_ppc` or, in ArviZ 1, by `az.plot_ppc_dist`.
+
+    Args:
+        replicated: replicated data, (draw, entries) by name.
+        observed: the data, (entries,) by name.
+        num_samples: number of replicated data sets.
+    """
+    import arviz as az
+    import xarray as xr
+
+    entries = {name: (f"{name}_entry", np.arange(len(y))) for name, y in observed.items()}
+    coords = dict(entries.values())
+    draws = {"chain": np.zeros(1, int), "draw": np.arange(len(next(iter(replicated.values()))))}
+    replicas = {name: (("chain", "draw", entries[name][0]), x[None].numpy()) for name, x in replicated.items()}
+    data = {name: (entries[name][0], y.numpy()) for name, y in observed.items()}
+    datasets: dict[str, Any] = {
+        "posterior_predictive": xr.Dataset(replicas, draws | coords),
+        "observed_data": xr.Dataset(data, coords),
+    }
+    plot_ppc_dist = getattr(az, "plot_ppc_dist", None)
+    if plot_ppc_dist is not None:
+        return plot_ppc_dist(xr.DataTree.from_dict(datasets), num_samples=num_samples)
+    return az.plot_ppc(az.InferenceData(**datasets), num_pp_samples=min(num_samples, len(draws["draw"])))
 
 
 def elpd_data(data: Any, name: str, *, elpd: Tensor, pareto_k: Tensor, p_loo: float, max_pareto_k: float) -> Any:

@@ -24,6 +24,7 @@ from pyro_genmodels.posteriors.markov_chains import NoUTurn
 from pyro_genmodels.posteriors.method import Method
 from pyro_genmodels.posteriors.neutra import NeuTra
 from pyro_genmodels.posteriors.pathfinder import Pathfinder
+from pyro_genmodels.posteriors.predictive_checks import PredictiveCheck, predictive_check
 from pyro_genmodels.posteriors.problem import Problem
 from pyro_genmodels.posteriors.ranks import Calibration
 from pyro_genmodels.posteriors.restarts import Restarts
@@ -58,6 +59,7 @@ __all__ = [
     "Posterior",
     "PosteriorComparison",
     "PosteriorDiagnosis",
+    "PredictiveCheck",
     "Problem",
     "Psis",
     "Restarts",
@@ -68,6 +70,7 @@ __all__ = [
     "diagnose_posterior",
     "expected_coverage",
     "posterior",
+    "predictive_check",
     "psis",
     "reloo",
     "simulation_based_calibration",
