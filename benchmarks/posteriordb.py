@@ -355,13 +355,13 @@ def measure(target: Target, method: Any, data_dir: Path, *, c2st_draws: int, see
 
 
 def report(file: Path) -> None:
-    """Print the last row of each target and method of a file, as a table in Markdown."""
-    rows = pd.read_json(file, lines=True).drop_duplicates(["target", "method"], keep="last")
+    """Print the last row of each target, method and its settings of a file, as a table in Markdown."""
+    rows = pd.read_json(file, lines=True).drop_duplicates(["target", "method", "settings"], keep="last")
     targets, methods = list(TARGETS), list(METHODS)
     order = rows["method"].map(methods.index) + len(methods) * rows["target"].map(targets.index)
-    rows = rows.iloc[order.argsort()].reindex(columns=[*COLUMNS, "settings", "commit", "seed"])
-    rows["gradients"] = rows["gradients"].astype("Int64")
-    shown = rows[COLUMNS].astype(object).where(rows[COLUMNS].notna(), None)
+    rows = rows.iloc[order.argsort(kind="stable")].reindex(columns=[*COLUMNS, "settings", "commit", "seed"])
+    rows = rows.astype({"gradients": "Int64"}).assign(ess=rows["ess"].round().astype("Int64"))
+    shown = rows[COLUMNS].dropna(axis=1, how="all").astype(object).where(rows[COLUMNS].notna(), None)
     print(shown.to_markdown(index=False, floatfmt=".3g", intfmt=",", missingval=""))
     for (method, settings, seed), group in rows.groupby(["method", "settings", "seed"], sort=False):
         commits = ", ".join(group["commit"].unique())
