@@ -71,7 +71,8 @@ test-docs: $(READY)
 test-arviz1: $(READY_ARVIZ1)
 	@echo "== tests of to_arviz under ArviZ 1.x"
 	$(BIN_ARVIZ1)/python -m pytest -q -n 2 -m "not slow and not gpu" \
-	  tests/inference_data pyro_genmodels/inference_data tests/posteriors/test_posterior_comparison.py
+	  tests/inference_data pyro_genmodels/inference_data tests/posteriors/test_posterior_comparison.py \
+	  tests/posteriors/test_calibration.py tests/posteriors/test_leave_one_out.py tests/posteriors/test_predictive_checks.py
 
 lint: $(READY)
 	@echo "== style"

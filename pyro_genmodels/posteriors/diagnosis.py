@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pyro_genmodels.inference_data import to_arviz
 from pyro_genmodels.inference_data.export import chain_diagnostics, draws_of_data, pareto_k_of_data
+from pyro_genmodels.posteriors.checked_sources import checked_source
 from pyro_genmodels.posteriors.weighted import Psis, psis
 from pyro_genmodels.utils.errors import check_positive_int
 from pyro_genmodels.utils.keywords import joined_keywords, runs_models
@@ -108,7 +109,8 @@ def diagnose_posterior(
         kwargs: keyword arguments of the model, with any other name.
 
     Raises:
-        ValueError: as `to_arviz` does, or if the reference has none of the fit's variables, or other shapes.
+        ValueError: as `to_arviz` does; if the reference has none of the fit's variables, or other shapes; if draws are not
+            finite, the guide has variables that the model lacks, or data are NaN or of a wrong shape.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -180,13 +182,29 @@ def scalars(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Args:
         draws: draws, (chain, draw, ...) by name.
+
+    Raises:
+        ValueError: naming a variable with draws that are not finite. Entries without any value are no variables of a model.
     """
     found = {}
     for name, x in draws.items():
         flat = x.detach().double().cpu().reshape(*x.shape[:2], -1)
+        _check_finite(name, flat)
         for i, index in enumerate(np.ndindex(*x.shape[2:])):
             found[f"{name}[{', '.join(map(str, index))}]" if index else name] = flat[:, :, i]
     return found
+
+
+def _check_finite(name: str, draws: Tensor) -> None:
+    """Check draws, (chain, draw, entries). Entries that are NaN in all draws are allowed, as of rows of unequal length.
+
+    Raises:
+        ValueError: naming the variable, if others are not finite.
+    """
+    bad, absent = ~draws.isfinite(), draws.isnan().flatten(0, 1).all(0)
+    if draws.numel() and (absent.all() or (bad & ~absent).any()):
+        number = int(bad.any(-1).sum())
+        raise ValueError(f"Draws of {name!r} are not finite in {number} of {bad.shape[0] * bad.shape[1]} draws.")
 
 
 class _Drawn(NamedTuple):
@@ -225,6 +243,8 @@ def _draws(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int) -
         if isinstance(fit, Mapping):  # draws without a model
             args, kwargs, groups = (), {}, ["posterior"]
         wanted = num_samples if has_guide else None
+        if has_guide:
+            checked_source(fit, args, kwargs, wanted)
         data = to_arviz(fit, *args, num_samples=wanted, groups=groups, progress=False, model_kwargs=kwargs)
     draws, stats = draws_of_data(data)
     local = pareto_k_of_data(data)

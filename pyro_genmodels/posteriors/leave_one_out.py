@@ -32,7 +32,8 @@ from pyro_genmodels.infer.compiled.coordinates import Coordinates
 from pyro_genmodels.inference_data import to_arviz
 from pyro_genmodels.inference_data.export import draws_of_data, elpd_data, log_likelihood_of_data
 from pyro_genmodels.inference_data.names import xarray_name
-from pyro_genmodels.inference_data.sources import DrawSource, source_of
+from pyro_genmodels.inference_data.sources import DrawSource
+from pyro_genmodels.posteriors.checked_sources import checked_source
 from pyro_genmodels.posteriors.fits import DrawnPosterior
 from pyro_genmodels.posteriors.method import Method
 from pyro_genmodels.posteriors.moment_matching import match_moments
@@ -139,7 +140,8 @@ def reloo(
 
     Raises:
         TypeError: if a refit is due, and there is no method.
-        ValueError: if there is no observed site of that name, or rows of the data are no batch dimensions of it.
+        ValueError: if there is no observed site of that name, or rows of the data are no batch dimensions of it; if the guide
+            has variables that the model lacks, data are NaN or of a wrong shape, or densities are not finite.
         RuntimeError: if a refit fails.
 
     Warns:
@@ -165,7 +167,7 @@ def reloo(
     check_positive_int("reloo", least=100, num_samples=num_samples)
     has_guide = hasattr(fit, "psis") or not (hasattr(fit, "get_samples") or isinstance(fit, Mapping))
     number = num_samples if has_guide else None
-    source = source_of(fit, args, kwargs, number, None)
+    source = checked_source(fit, args, kwargs, number)
     if source.model is None:
         raise ValueError("reloo wants a fit with a model, but these are draws only.")
     groups = ("posterior", "log_likelihood", "sample_stats")
@@ -175,6 +177,10 @@ def reloo(
     rows, log_p = densities.shape[2:], densities.flatten(0, 1).flatten(1)  # (draws, N)
     draws, stats = draws_of_data(data)
     log_weights = stats["log_weight"].double().reshape(-1, 1) if "log_weight" in stats else torch.zeros(len(log_p), 1).double()
+    if bad_draws := int((~log_p.isfinite()).any(1).sum()):
+        raise ValueError(f"The log density of {name!r} is not finite in {bad_draws} of {len(log_p)} draws: see its parameters.")
+    if not log_weights.max().isfinite():
+        raise ValueError("The weights of all draws are zero, infinite or NaN: the model and the guide share no region.")
     smoothed, k = smooth_log_weights(log_weights - log_p)
     values, errors = _log_mean(smoothed, log_p)
     log_density, _ = _log_mean(smooth_log_weights(log_weights)[0], log_p)

@@ -31,7 +31,8 @@ from pyro_genmodels._pyro import handlers, sites, traces
 from pyro_genmodels.inference_data import to_arviz
 from pyro_genmodels.inference_data.export import chain_diagnostics, plot_predictive, variables_of_data
 from pyro_genmodels.inference_data.names import xarray_name
-from pyro_genmodels.inference_data.sources import DrawSource, source_of
+from pyro_genmodels.inference_data.sources import DrawSource
+from pyro_genmodels.posteriors.checked_sources import checked_source
 from pyro_genmodels.posteriors.uniformity import adjusted_p_values
 from pyro_genmodels.utils.errors import check_positive_int, listed, type_with_article
 from pyro_genmodels.utils.keywords import joined_keywords, runs_models
@@ -211,7 +212,8 @@ def predictive_check(
     Raises:
         TypeError: if statistics are no dictionary of functions.
         ValueError: if there is no model, the model observes nothing, its data differ from draw to draw or cannot be sampled,
-            or a statistic is not one finite number.
+            or a statistic is not one finite number; if the guide has variables that the model lacks, or data are NaN or of a
+            wrong shape.
 
     Warns:
         UserWarning: naming sites without a density, which have no leave-one-out values.
@@ -236,7 +238,7 @@ def predictive_check(
         raise TypeError(f"predictive_check wants statistics as functions by name, but found {type_with_article(functions)}.")
     has_guide = hasattr(fit, "psis") or not (hasattr(fit, "get_samples") or isinstance(fit, Mapping))
     number = num_samples if has_guide else None
-    source = source_of(fit, args, kwargs, number, None)
+    source = checked_source(fit, args, kwargs, number)
     if source.model is None:
         raise ValueError("predictive_check wants a fit with a model, but these are draws only.")
     groups = ("posterior", "posterior_predictive", "log_likelihood", "observed_data")

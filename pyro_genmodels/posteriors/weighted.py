@@ -51,7 +51,7 @@ class Psis:
     @property
     def raw_log_weights(self) -> Tensor:
         """Log weights as they are, (draw,), in nats. Draws of zero density have -inf."""
-        return (self.log_p - self.log_q).double().nan_to_num(nan=-torch.inf)
+        return (self.log_p - self.log_q).double().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
     @property
     def log_weights(self) -> Tensor:

@@ -12,7 +12,15 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_genmodels import to_arviz
-from pyro_genmodels.posteriors import Laplace, compare_posteriors, diagnose_posterior, posterior
+from pyro_genmodels.posteriors import (
+    Laplace,
+    compare_posteriors,
+    diagnose_posterior,
+    posterior,
+    predictive_check,
+    psis,
+    reloo,
+)
 
 Y = torch.tensor([1.0, 2.0, 3.0, 2.5])
 EVIDENCE = float(dist.MultivariateNormal(torch.zeros(4), torch.eye(4) + 100.0).log_prob(Y))
@@ -114,3 +122,71 @@ def test_what_cannot_be_compared_is_refused():
         compare_posteriors({"a": Guide()}, Y, reference="b")
     with pytest.raises(ValueError, match="The reference has no draws of loc, but of z"):
         diagnose_posterior(Guide(), Y, reference={"z": torch.randn(2, 100)})
+
+
+def guide_of_others(y):
+    pyro.sample("loc", dist.Normal(0.0, 1.0))
+    pyro.sample("other", dist.Normal(0.0, 1.0))
+
+
+def plate_of_four(y):
+    loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+    with pyro.plate("rows", 4):
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+
+JUDGES = {
+    "diagnose_posterior": diagnose_posterior,
+    "compare_posteriors": lambda fit, y, **options: compare_posteriors({"fit": fit}, y, **options),
+    "reloo": lambda fit, y, **options: reloo(fit, y, progress=False, **options),
+    "predictive_check": lambda fit, y, **options: predictive_check(fit, y, progress=False, **options),
+}
+
+
+@pytest.mark.parametrize("judge", JUDGES)
+@pytest.mark.parametrize(
+    ("fit", "y", "message"),
+    [
+        ((model, guide_of_others), Y, "The guide samples other, which the model lacks: it has loc"),
+        ((plate_of_four, Guide().guide), Y[:3], r"data of site 'y' have the shape \(3,\), but its distribution has \(4,\)"),
+        (Guide(), torch.tensor([1.0, torch.nan]), "data of site 'y' hold NaN"),
+    ],
+    ids=["names", "shape", "NaN"],
+)
+def test_fits_that_do_not_go_with_their_model_are_refused(judge, fit, y, message):
+    with pytest.raises(ValueError, match=message):
+        JUDGES[judge](fit, y, num_samples=100)
+
+
+def test_auxiliary_variables_of_a_guide_are_allowed():
+    def guide(y):
+        noise = pyro.sample("noise", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+        pyro.sample("loc", dist.Delta(Guide().loc + Guide().scale * noise, log_density=-torch.tensor(Guide().scale).log()))
+
+    assert diagnose_posterior((model, guide), Y).verdict == "no fault found"
+
+
+def test_draws_that_are_not_finite_are_refused():
+    bad = torch.randn(2, 100)
+    bad[1, 7] = torch.inf
+    with pytest.raises(ValueError, match="Draws of 'loc' are not finite in 1 of 200 draws"):
+        diagnose_posterior({"loc": bad})
+    with pytest.raises(ValueError, match="Draws of 'loc' are not finite in 200 of 200 draws"):
+        diagnose_posterior(Guide(), Y, reference={"loc": bad * torch.nan})
+    ragged = {"z": torch.where(torch.tensor([True, False]), torch.randn(2, 400, 2), torch.nan)}
+    assert list(diagnose_posterior(ragged).table.index) == ["z[0]", "z[1]"]
+
+
+def test_densities_that_are_zero_everywhere_are_no_good_fit():
+    def impossible(y):
+        model(y)
+        pyro.factor("never", torch.tensor(-torch.inf))
+
+    class Never(Guide):
+        model = staticmethod(impossible)
+
+    assert diagnose_posterior(Never(), Y).verdict == "unlike the posterior: and weights cannot correct it"
+    with pytest.raises(ValueError, match="The weights of all draws are zero"):
+        reloo(Never(), Y, num_samples=100)
+    weighted = psis({"z": torch.zeros(100)}, torch.full((100,), -torch.inf), torch.zeros(100))
+    assert weighted.pareto_k == float("inf")
