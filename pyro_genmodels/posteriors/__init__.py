@@ -29,6 +29,7 @@ from pyro_genmodels.posteriors.problem import Problem
 from pyro_genmodels.posteriors.ranks import Calibration
 from pyro_genmodels.posteriors.restarts import Restarts
 from pyro_genmodels.posteriors.smc import SMC
+from pyro_genmodels.posteriors.surrogates import AmortizedLikelihood, AmortizedRatio
 from pyro_genmodels.posteriors.variational import FlowGuide, FullRank, LowRank, MeanField, Variational
 from pyro_genmodels.posteriors.weighted import Psis, psis
 
@@ -36,7 +37,9 @@ __all__ = [
     "SMC",
     "AdversarialGuide",
     "AmortizedGuide",
+    "AmortizedLikelihood",
     "AmortizedPosterior",
+    "AmortizedRatio",
     "AutoFlow",
     "Calibration",
     "ConvolutionalEmbedding",

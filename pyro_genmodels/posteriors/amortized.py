@@ -16,7 +16,6 @@ from __future__ import annotations
 __all__ = ["AmortizedPosterior"]
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy, deepcopy
 from typing import Any
@@ -30,15 +29,13 @@ from pyro_genmodels.families import NSF, Flow
 from pyro_genmodels.infer.objective import Loss
 from pyro_genmodels.posteriors.approximations import Approximation
 from pyro_genmodels.posteriors.conditional import Training, default_objective, train_conditional
-from pyro_genmodels.posteriors.embeddings import Embedding, ObservationEncoder
+from pyro_genmodels.posteriors.embeddings import Embedding, ObservationEncoder, embeddings_by_name
 from pyro_genmodels.posteriors.fits import NUM_SAMPLES, GuidePosterior
 from pyro_genmodels.posteriors.problem import Problem
-from pyro_genmodels.posteriors.simulations import SimulatedModel, Simulations
-from pyro_genmodels.utils.errors import check_positive_int, listed, type_with_article, warn_caller
+from pyro_genmodels.posteriors.simulation_trained import SimulationTrained, report_failures
+from pyro_genmodels.utils.errors import check_positive_int, listed, type_with_article
 from pyro_genmodels.utils.tensors import as_tensor
 
-MIN_SIMULATIONS = 20
-"""Smallest number of simulations to train on."""
 TRUNCATED_MASS = 1e-4
 """Mass of the posterior outside of the region that the prior is restricted to (arXiv 2210.04815)."""
 NUM_THRESHOLD_DRAWS = 10_000
@@ -56,7 +53,7 @@ def default_flow(event_shape: Sequence[int], *, context: nn.Module) -> Flow:
     return Flow(event_shape, context=context, transform=NSF(transforms=5, hidden=(64, 64)))
 
 
-class AmortizedPosterior:
+class AmortizedPosterior(SimulationTrained):
     """The posterior of a model's latent variables given any observation, learned from simulations.
 
     Args:
@@ -109,123 +106,25 @@ class AmortizedPosterior:
         simulations: Mapping[str, Any] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        if isinstance(observed, str) or not observed:
-            raise TypeError(f'AmortizedPosterior wants observed as names, such as observed=["x"], but found {observed!r}.')
         if isinstance(family, nn.Module) or not callable(family):
             raise TypeError(
                 f"AmortizedPosterior builds the family itself: pass a class or a function, such as family=Flow, but found "
                 f"{type_with_article(family)}."
             )
-        self.simulator = SimulatedModel(model, args, model_kwargs or {}, observed)
+        super().__init__(model, args, model_kwargs or {}, observed, simulations)
         self._build, self.objective = family, objective
-        self._embeddings = _embeddings(embedding, self.simulator)
+        self._embeddings = embeddings_by_name(embedding, self.simulator.observed)
         self.family: nn.Module | None = None
         self.encoder: ObservationEncoder | None = None
-        self.history: list[float] = []
-        self.seconds = 0.0
         self._focus: dict[str, Tensor] | None = None
-        self._made = Simulations({}, Counter()) if simulations is None else self.simulator.from_table(simulations)
-        _report(self._made)
-
-    @property
-    def simulations(self) -> dict[str, Tensor]:
-        return {name: self._made.values[name] for name in self._names} if len(self._made) else {}
-
-    @property
-    def failures(self) -> Counter[str]:
-        return self._made.failures
-
-    @property
-    def _names(self) -> list[str]:
-        return [*self.simulator.coordinates.names, *self.simulator.observed]
 
     def __repr__(self) -> str:
         names = f"{', '.join(self.simulator.coordinates.names)} given {', '.join(self.simulator.observed)}"
         return f"<AmortizedPosterior of {names}: {len(self._made)} simulations, {'not ' if self.family is None else ''}trained>"
 
-    def simulate(
-        self, num_simulations: int, *, parallel: bool | None = None, n_jobs: int = 1, progress: bool = True
-    ) -> AmortizedPosterior:
-        """Add simulations, and return self. Those that fail or return NaN are left out and counted.
-
-        The random numbers follow from Pyro's seed, and do not depend on the number of processes.
-
-        Args:
-            num_simulations: how many.
-            parallel: True to make many in one run, in a plate, which the model must allow. None finds out if it does.
-            n_jobs: number of processes, as joblib takes it; useful for a simulator that is slow.
-            progress: True for a progress bar.
-
-        Warns:
-            RuntimeWarning: if simulations were left out.
-
-        Raises:
-            ValueError: if all of them failed.
-        """
-        check_positive_int("AmortizedPosterior", num_simulations=num_simulations)
-        made = self.simulator.simulate(num_simulations, parallel=parallel, n_jobs=n_jobs, progress=progress)
-        _report(made, num_simulations)
-        self._add(made)
-        return self
-
-    def _add(self, made: Simulations) -> None:
-        made = Simulations({name: made.values[name] for name in self._names}, made.failures)
-        self._made = Simulations.joined([self._made, made])
-
-    def train(
-        self,
-        num_simulations: int = 10_000,
-        *,
-        max_epochs: int = 1000,
-        batch_size: int = 100,
-        step_size: float = 1e-3,
-        patience: int = 20,
-        parallel: bool | None = None,
-        n_jobs: int = 1,
-        progress: bool = True,
-    ) -> AmortizedPosterior:
-        """Train on simulations until the loss of held-out ones stops to fall, and return self.
-
-        A second call goes on from the parameters of the first. Fits that were made before do not change.
-
-        Args:
-            num_simulations: number of simulations to train on. Those that are there are used, also if there are more, and only
-                the missing ones are made.
-            max_epochs: largest number of passes through the simulations.
-            batch_size: number of simulations per step.
-            step_size: step size of Adam.
-            patience: number of epochs without a smaller loss of held-out simulations after which training stops.
-            parallel: see `simulate`.
-            n_jobs: see `simulate`.
-            progress: True for progress bars.
-
-        Raises:
-            ValueError: if all simulations failed, or fewer than 20 are there.
-        """
-        check_positive_int(
-            "AmortizedPosterior.train",
-            num_simulations=num_simulations,
-            max_epochs=max_epochs,
-            batch_size=batch_size,
-            patience=patience,
-        )
-        if not 0 < step_size < float("inf"):
-            raise ValueError(f"AmortizedPosterior.train wants a positive step_size, but found {step_size!r}.")
-        start = time.perf_counter()
-        if (lacking := num_simulations - len(self._made)) > 0:
-            self.simulate(lacking, parallel=parallel, n_jobs=n_jobs, progress=progress)
-        if len(self._made) < MIN_SIMULATIONS:
-            raise ValueError(f"Training wants {MIN_SIMULATIONS} simulations or more, but there are {len(self._made)}.")
-        self._fit(Training(max_epochs, batch_size, step_size, patience, progress))
-        self.seconds += time.perf_counter() - start
-        return self
-
     def _fit(self, options: Training) -> None:
         """Train the family on the simulations."""
-        values = self._made.values
-        z = self.simulator.coordinates.unconstrain(values).to(torch.get_default_dtype())
-        finite = z.isfinite().all(1)  # a value that was rounded to the end of its support has no coordinates
-        observations = {name: values[name][finite] for name in self.simulator.observed}
+        z, observations = self._pairs()
         if self.family is None:
             shapes = {name: self.simulator.shapes[name] for name in self.simulator.observed}
             self.encoder = ObservationEncoder(shapes, self._embeddings, observations)
@@ -235,7 +134,7 @@ class AmortizedPosterior:
         encoder: Any = family.context
         context = encoder.flatten(observations)
         objective = default_objective(family(context[:1])) if self.objective is None else self.objective
-        self.history = train_conditional(family, objective, z[finite], context, options)
+        self.history = train_conditional(family, objective, z, context, options)
         self.family, self.encoder = family.eval().requires_grad_(False), encoder
 
     def given(self, **observations: Any) -> GuidePosterior:
@@ -279,6 +178,11 @@ class AmortizedPosterior:
             ValueError: as `given`.
         """
         check_positive_int("samples_given", num_samples=num_samples)
+        if self._focus is not None:
+            raise ValueError(
+                "This posterior was refined for one observation, and holds near it only. Call given() without arguments, or "
+                "samples_given(...) of the posterior before refine."
+            )
         values = self._checked(observations, batch=True)
         z = self._trained_family()(self._encoder().flatten(values)).sample((num_samples,))
         return self.simulator.coordinates.constrain(z)
@@ -325,7 +229,7 @@ class AmortizedPosterior:
         for _ in range(num_rounds):
             latents = refined._truncated_prior(values, num_simulations, progress=progress)
             made = refined.simulator.simulate(num_simulations, latents, n_jobs=n_jobs, progress=progress)
-            _report(made, num_simulations)
+            report_failures(made, num_simulations)
             refined._add(made)
             refined._fit(options)
         refined.seconds += time.perf_counter() - start
@@ -417,39 +321,3 @@ class _Given(Approximation):
 
     def forward(self) -> dist.TorchDistribution:
         return self.family(self.observed)
-
-
-def _embeddings(embedding: Any, simulator: SimulatedModel) -> dict[str, Embedding | nn.Module]:
-    """Return the embedding of each observed site, by name, after checking them."""
-    names = simulator.observed
-    if embedding is None:
-        return {}
-    if not isinstance(embedding, Mapping):
-        if len(names) > 1:
-            raise ValueError(
-                f"There are {len(names)} observed sites: give embedding= as a dictionary by name, of some of {listed(names)}."
-            )
-        embedding = {names[0]: embedding}
-    for name, choice in embedding.items():
-        if name not in names:
-            raise ValueError(f"embedding= has {name!r}, which is not among the observed sites {listed(names)}.")
-        if not isinstance(choice, (Embedding, nn.Module)):
-            raise TypeError(
-                f"embedding= wants a choice such as SetEmbedding() or a module, but found {type_with_article(choice)}."
-            )
-    return dict(embedding)
-
-
-def _report(made: Simulations, number: int | None = None) -> None:
-    """Warn of simulations that were left out.
-
-    Raises:
-        ValueError: if all were.
-    """
-    if not made.failures:
-        return
-    lost = made.failures.total()
-    reasons = ", ".join(f"{count} with {reason}" for reason, count in made.failures.most_common(3))
-    if not len(made):
-        raise ValueError(f"All {lost} simulations failed: {reasons}.")
-    warn_caller(f"{lost} of {number or lost + len(made)} simulations were left out: {reasons}.")

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 __all__ = ["Training", "default_objective", "train_conditional"]
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -56,12 +57,14 @@ def default_objective(distribution: Any) -> Loss:
     return FlowMatching() if found.has_velocity else MaximumLikelihood()
 
 
-def train_conditional(family: Any, objective: Loss, z: Tensor, context: Tensor, options: Training) -> list[float]:
+def train_conditional(
+    family: Any, objective: Callable[[Any], Any], z: Tensor, context: Tensor, options: Training
+) -> list[float]:
     """Train a family in place, and return the loss of held-out rows after each epoch, per row.
 
     Args:
         family: family with an `ObservationEncoder` as its context.
-        objective: loss.
+        objective: loss: given the family, it returns a function of rows of z and context, whose value is a sum over rows.
         z: unconstrained coordinates, (n, dim).
         context: observations, (n, numbers).
         options: options.
@@ -69,9 +72,7 @@ def train_conditional(family: Any, objective: Loss, z: Tensor, context: Tensor, 
     Raises:
         ValueError: if the loss is not finite after any epoch.
     """
-    order = torch.randperm(len(z))
-    held = order[: max(1, int(HELD_OUT * len(z)))]
-    rest = order[len(held) :]
+    held, rest = _parts(len(z))
     family.train().prepare(z[rest], context[rest])
     loss = objective(family)
     parameters = [p for p in family.parameters() if p.requires_grad]
@@ -111,6 +112,16 @@ def train_conditional(family: Any, objective: Loss, z: Tensor, context: Tensor, 
         for p, x in zip(parameters, kept, strict=True):
             p.copy_(x)
     return history
+
+
+def _parts(number: int) -> tuple[Tensor, Tensor]:
+    """Return indices of rows that are held out and of the others, which are the same for each row if rows are added later.
+
+    Training that goes on after more rows were made would otherwise hold out rows that it has been trained on. Their loss is too
+    small, so that no later one falls below it, and training stops at once.
+    """
+    held = torch.from_numpy(np.random.default_rng(0).random(number) < HELD_OUT)
+    return held.nonzero()[:, 0], (~held).nonzero()[:, 0]
 
 
 @torch.no_grad()

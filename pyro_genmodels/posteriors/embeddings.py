@@ -19,17 +19,20 @@ __all__ = [
     "ObservationEncoder",
     "SequenceEmbedding",
     "SetEmbedding",
+    "dense",
+    "embeddings_by_name",
 ]
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_genmodels.utils.errors import check_positive_int
+from pyro_genmodels.utils.errors import check_positive_int, listed, type_with_article
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class DenseEmbedding(Embedding):
 
     def build(self, shape: Size) -> nn.Module:
         size = shape.numel() * (2 if self.missing else 1)
-        return _Marked(_dense(size, self.hidden, self.out_features), marks=bool(self.missing))
+        return _Marked(dense(size, self.hidden, self.out_features), marks=bool(self.missing))
 
     def hide(self, x: Tensor) -> Tensor:
         if not self.missing:
@@ -298,7 +301,27 @@ class ObservationEncoder(nn.Module):
         return {name: part.reshape(-1, *shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
 
-def _dense(in_features: int, hidden: Sequence[int], out_features: int) -> nn.Sequential:
+def embeddings_by_name(embedding: Any, names: Sequence[str]) -> dict[str, Embedding | nn.Module]:
+    """Return the embedding of each observed site, by name, after checking them."""
+    if embedding is None:
+        return {}
+    if not isinstance(embedding, Mapping):
+        if len(names) > 1:
+            raise ValueError(
+                f"There are {len(names)} observed sites: give embedding= as a dictionary by name, of some of {listed(names)}."
+            )
+        embedding = {names[0]: embedding}
+    for name, choice in embedding.items():
+        if name not in names:
+            raise ValueError(f"embedding= has {name!r}, which is not among the observed sites {listed(names)}.")
+        if not isinstance(choice, (Embedding, nn.Module)):
+            raise TypeError(
+                f"embedding= wants a choice such as SetEmbedding() or a module, but found {type_with_article(choice)}."
+            )
+    return dict(embedding)
+
+
+def dense(in_features: int, hidden: Sequence[int], out_features: int) -> nn.Sequential:
     """Return a dense network."""
     layers: list[nn.Module] = []
     for before, after in pairwise((in_features, *hidden)):
@@ -341,8 +364,8 @@ class _Set(nn.Module):
 
     def __init__(self, shape: Size, choice: SetEmbedding) -> None:
         super().__init__()
-        self.each = _dense(shape[1:].numel(), choice.hidden, choice.out_features)
-        self.all = _dense(choice.out_features + 1, choice.hidden, choice.out_features)
+        self.each = dense(shape[1:].numel(), choice.hidden, choice.out_features)
+        self.all = dense(choice.out_features + 1, choice.hidden, choice.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(2) if x.dim() > 2 else x[..., None]
@@ -365,7 +388,7 @@ class _Transformer(nn.Module):
             for _ in range(choice.num_layers)
         ]
         self.layers = nn.ModuleList(layers)
-        self.last = _dense(choice.width + 1, (choice.width,), choice.out_features)
+        self.last = dense(choice.width + 1, (choice.width,), choice.out_features)
         angles = torch.arange(shape[0])[:, None] * 10_000.0 ** -torch.linspace(0, 1, choice.width // 2)
         self.register_buffer("positions", torch.cat([angles.sin(), angles.cos()], -1))
 

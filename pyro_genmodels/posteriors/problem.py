@@ -64,8 +64,14 @@ class Problem:
         """Log density of all continuous latent variables, the discrete ones summed out.
 
         Raises:
+            NotImplementedError: if something that is observed is computed by a simulator.
             ValueError: as `log_density` does, or if there is no continuous latent variable.
         """
+        if not self.has_density:
+            raise NotImplementedError(
+                "What is observed is computed by a simulator, so there are draws of this posterior, and no weights or "
+                "log-likelihood."
+            )
         density = LogDensity(self.model, self.args, self.kwargs)
         if not density.dim:
             raise ValueError("The model has no continuous latent variable, so there is no posterior to approximate.")

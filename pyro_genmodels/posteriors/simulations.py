@@ -165,6 +165,11 @@ class SimulatedModel:
             runs = [self._trace(stop_after=self.latents[-1]) for _ in range(number)]
         return {name: torch.stack([run.nodes[name]["value"] for run in runs]) for name in self.latents}
 
+    def run_latents(self) -> dict[str, Tensor]:
+        """Run the model up to its last latent variable, and return all continuous ones, (...) by name."""
+        run = self._trace(stop_after=self.latents[-1])
+        return {name: run.nodes[name]["value"] for name in self.coordinates.names}
+
     def from_table(self, table: Mapping[str, Any]) -> Simulations:
         """Return simulations that were made elsewhere.
 

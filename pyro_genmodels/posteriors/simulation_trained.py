@@ -1,0 +1,169 @@
+"""Training on simulations of a model: the part that amortised posteriors, likelihoods and ratios share."""
+
+from __future__ import annotations
+
+__all__ = ["SimulationTrained", "report_failures"]
+
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from pyro_genmodels.posteriors.conditional import Training
+from pyro_genmodels.posteriors.simulations import SimulatedModel, Simulations
+from pyro_genmodels.utils.errors import check_positive_int, warn_caller
+
+MIN_SIMULATIONS = 20
+"""Smallest number of simulations to train on."""
+
+
+class SimulationTrained(ABC):
+    """Base class of what is trained on simulations of a model.
+
+    Args:
+        model: function with Pyro statements.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        observed: names of the sites that are observed.
+        simulations: simulations that were made before, (simulation, ...) by name; None if there are none.
+
+    Attributes:
+        simulator: the model, as a simulator.
+        simulations: all simulations so far, (simulation, ...) by name.
+        failures: number of simulations that were left out, by the reason.
+        history: loss of held-out simulations after each epoch of the last training.
+        seconds: seconds of simulation and training.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        observed: Sequence[str],
+        simulations: Mapping[str, Any] | None,
+    ) -> None:
+        if isinstance(observed, str) or not observed:
+            raise TypeError(f'{type(self).__name__} wants observed as names, such as observed=["x"], but found {observed!r}.')
+        self.simulator = SimulatedModel(model, args, kwargs, observed)
+        self.history: list[float] = []
+        self.seconds = 0.0
+        self._made = Simulations({}, Counter()) if simulations is None else self.simulator.from_table(simulations)
+        report_failures(self._made)
+
+    @property
+    def simulations(self) -> dict[str, Tensor]:
+        return {name: self._made.values[name] for name in self._names} if len(self._made) else {}
+
+    @property
+    def failures(self) -> Counter[str]:
+        return self._made.failures
+
+    @property
+    def _names(self) -> list[str]:
+        return [*self.simulator.coordinates.names, *self.simulator.observed]
+
+    @abstractmethod
+    def _fit(self, options: Training) -> None:
+        """Train on the simulations."""
+
+    def _pairs(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return unconstrained coordinates, (simulation, dim), and the observations that belong to them, by name."""
+        values = self._made.values
+        z = self.simulator.coordinates.unconstrain(values).to(torch.get_default_dtype())
+        finite = z.isfinite().all(1)  # a value that was rounded to the end of its support has no coordinates
+        return z[finite], {name: values[name][finite] for name in self.simulator.observed}
+
+    def simulate(self, num_simulations: int, *, parallel: bool | None = None, n_jobs: int = 1, progress: bool = True) -> Self:
+        """Add simulations, and return self. Those that fail or return NaN are left out and counted.
+
+        The random numbers follow from Pyro's seed, and do not depend on the number of processes.
+
+        Args:
+            num_simulations: how many.
+            parallel: True to make many in one run, in a plate, which the model must allow. None finds out if it does.
+            n_jobs: number of processes, as joblib takes it; useful for a simulator that is slow.
+            progress: True for a progress bar.
+
+        Warns:
+            RuntimeWarning: if simulations were left out.
+
+        Raises:
+            ValueError: if all of them failed.
+        """
+        check_positive_int("simulate", num_simulations=num_simulations)
+        made = self.simulator.simulate(num_simulations, parallel=parallel, n_jobs=n_jobs, progress=progress)
+        report_failures(made, num_simulations)
+        self._add(made)
+        return self
+
+    def _add(self, made: Simulations) -> None:
+        made = Simulations({name: made.values[name] for name in self._names}, made.failures)
+        self._made = Simulations.joined([self._made, made])
+
+    def train(
+        self,
+        num_simulations: int = 10_000,
+        *,
+        max_epochs: int = 1000,
+        batch_size: int = 100,
+        step_size: float = 1e-3,
+        patience: int = 20,
+        parallel: bool | None = None,
+        n_jobs: int = 1,
+        progress: bool = True,
+    ) -> Self:
+        """Train on simulations until the loss of held-out ones stops to fall, and return self.
+
+        A second call goes on from the parameters of the first. Fits that were made before do not change.
+
+        Args:
+            num_simulations: number of simulations to train on. Those that are there are used, also if there are more, and only
+                the missing ones are made.
+            max_epochs: largest number of passes through the simulations.
+            batch_size: number of simulations per step.
+            step_size: step size of Adam.
+            patience: number of epochs without a smaller loss of held-out simulations after which training stops.
+            parallel: see `simulate`.
+            n_jobs: see `simulate`.
+            progress: True for progress bars.
+
+        Raises:
+            ValueError: if all simulations failed, or fewer than 20 are there.
+        """
+        check_positive_int(
+            "train",
+            num_simulations=num_simulations,
+            max_epochs=max_epochs,
+            batch_size=batch_size,
+            patience=patience,
+        )
+        if not 0 < step_size < float("inf"):
+            raise ValueError(f"train wants a positive step_size, but found {step_size!r}.")
+        start = time.perf_counter()
+        if (lacking := num_simulations - len(self._made)) > 0:
+            self.simulate(lacking, parallel=parallel, n_jobs=n_jobs, progress=progress)
+        if len(self._made) < MIN_SIMULATIONS:
+            raise ValueError(f"Training wants {MIN_SIMULATIONS} simulations or more, but there are {len(self._made)}.")
+        self._fit(Training(max_epochs, batch_size, step_size, patience, progress))
+        self.seconds += time.perf_counter() - start
+        return self
+
+
+def report_failures(made: Simulations, number: int | None = None) -> None:
+    """Warn of simulations that were left out.
+
+    Raises:
+        ValueError: if all were.
+    """
+    if not made.failures:
+        return
+    lost = made.failures.total()
+    reasons = ", ".join(f"{count} with {reason}" for reason, count in made.failures.most_common(3))
+    if not len(made):
+        raise ValueError(f"All {lost} simulations failed: {reasons}.")
+    warn_caller(f"{lost} of {number or lost + len(made)} simulations were left out: {reasons}.")

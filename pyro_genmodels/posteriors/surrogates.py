@@ -1,0 +1,361 @@
+r"""Learned likelihoods and likelihood ratios of simulators, from which Markov chains draw the posterior.
+
+The posterior is the prior times the likelihood, of which a constant factor does not matter:
+
+.. math:: p(z \mid x_1, \dots, x_n) \propto p(z) \prod_i p(x_i \mid z) \propto p(z) \prod_i \frac{p(x_i \mid z)}{p(x_i)}.
+
+A conditional density learns the likelihood: Papamakarios et al., *Sequential Neural Likelihood* (arXiv 1805.07226). A
+classifier learns the ratio, the log odds that x was simulated from z, and not from another draw of the prior: Hermans et al.,
+*Likelihood-free MCMC with Amortized Approximate Ratio Estimators* (arXiv 1903.04057). Here it chooses from K draws of the
+prior, or says that x comes from none: NRE-C of Miller et al., *Contrastive Neural Ratio Estimation* (arXiv 2210.06170), with
+the loss
+
+.. math:: -\frac{1}{1+\gamma} \log \frac{K}{K + \gamma \sum_{k=1}^{K} r(z_k', x)}
+          -\frac{\gamma}{1+\gamma} \log \frac{\gamma\, r(z, x)}{K + \gamma\, r(z, x) + \gamma \sum_{k=1}^{K-1} r(z_k', x)} ,
+
+where z belongs to x and the z' do not. For K = 1 and :math:`\gamma = 1` this is the classifier of two classes.
+"""
+
+from __future__ import annotations
+
+__all__ = ["AmortizedLikelihood", "AmortizedRatio"]
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_genmodels.infer.compiled.modes import Captured
+from pyro_genmodels.infer.objective import Loss
+from pyro_genmodels.posteriors.amortized import default_flow
+from pyro_genmodels.posteriors.choose import posterior
+from pyro_genmodels.posteriors.conditional import Training, default_objective, train_conditional
+from pyro_genmodels.posteriors.embeddings import Embedding, ObservationEncoder, dense, embeddings_by_name
+from pyro_genmodels.posteriors.fits import NUM_SAMPLES, Posterior
+from pyro_genmodels.posteriors.markov_chains import NoUTurn
+from pyro_genmodels.posteriors.method import Method
+from pyro_genmodels.posteriors.simulation_trained import SimulationTrained
+from pyro_genmodels.utils.errors import check_positive_int, listed, type_with_article
+from pyro_genmodels.utils.tensors import as_tensor
+
+
+class _Surrogate(SimulationTrained):
+    """Base class of a learned function of latent variables and observations that takes the place of the likelihood."""
+
+    _trained: nn.Module | None = None
+
+    def __repr__(self) -> str:
+        """Return the names, the number of simulations, and if it has been trained."""
+        names = f"{', '.join(self.simulator.observed)} given {', '.join(self.simulator.coordinates.names)}"
+        state = f"{len(self._made)} simulations, {'not ' if self._trained is None else ''}trained"
+        return f"<{type(self).__name__} of {names}: {state}>"
+
+    def given(self, *, method: Method | None = None, progress: bool = True, **observations: Any) -> Posterior:
+        """Return the posterior given observations: a fit, by Markov chains if no other method is named.
+
+        Args:
+            method: how the posterior is drawn from the prior and what was learned; None is `NoUTurn`.
+            progress: True for progress bars.
+            observations: value of each observed site, by name, in the shape of the simulations; or several independent ones of
+                the same latent variables, (observation, ...).
+
+        Raises:
+            ValueError: if nothing has been trained, a name or shape is wrong, or an observation is not finite.
+        """
+        if self._trained is None:
+            raise ValueError(f"This {type(self).__name__} has not been trained: call its train(num_simulations=...) first.")
+        model = _SurrogateModel(self, self._trained, self._checked(observations))
+        method = NoUTurn(mode=Captured()) if method is None else method
+        return posterior(model, method=method, progress=progress)
+
+    def samples_given(
+        self, num_samples: int = NUM_SAMPLES, *, method: Method | None = None, **observations: Any
+    ) -> dict[str, Tensor]:
+        """Return draws given each of many observations, one fit after another, (draw, observation, ...) by name.
+
+        Args:
+            num_samples: number of draws for each.
+            method: see `given`.
+            observations: values of each observed site, (observation, ...) by name.
+
+        Raises:
+            ValueError: as `given`.
+        """
+        check_positive_int("samples_given", num_samples=num_samples)
+        rows = self._checked(observations)
+        draws = []
+        for i in range(len(next(iter(rows.values())))):
+            fit = self.given(method=method, progress=False, **{name: x[i] for name, x in rows.items()})
+            draws.append(fit.get_samples(num_samples))
+        return {name: torch.stack([part[name] for part in draws], 1) for name in self.simulator.coordinates.names}
+
+    @abstractmethod
+    def _observe(self, trained: Any, z: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Make the statements of Pyro by which coordinates z, (..., dim), explain observations, (n, ...) by name."""
+
+    def _checked(self, observations: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return observations as tensors, (observation, ...) by name."""
+        wanted = {name: tuple(self.simulator.shapes[name]) for name in self.simulator.observed}
+        if set(observations) != set(wanted):
+            raise ValueError(f"The observations {listed(wanted)} are wanted by name, but found {listed(observations)}.")
+        found = {}
+        for name, shape in wanted.items():
+            x = as_tensor(observations[name], f"given({name}=)", floats=torch.get_default_dtype())
+            rows = x[None] if x.dim() == len(shape) else x
+            if rows.shape[1:] != shape or rows.dim() != len(shape) + 1 or not len(rows):
+                raise ValueError(
+                    f"{name!r} is wanted in the shape of the simulations, {shape}, or (observation, ...) of it, but found "
+                    f"{tuple(x.shape)}."
+                )
+            if not bool(rows.isfinite().all()):
+                raise ValueError(
+                    f"{name!r} has NaN or infinite values. A likelihood of what is there only is not learned: use "
+                    "AmortizedPosterior with embedding=DenseEmbedding(missing=...)."
+                )
+            found[name] = rows
+        if len(set((numbers := {name: len(x) for name, x in found.items()}).values())) > 1:
+            raise ValueError(f"As many observations of each site are wanted, but found {numbers}.")
+        return found
+
+
+class AmortizedLikelihood(_Surrogate):
+    """The likelihood of a simulator, a conditional density of its observations that is learned from simulations.
+
+    It takes any number of independent observations of the same latent variables: their log densities are added. Observations
+    are real numbers; counts and categories want a family for these, such as `Autoregressive` with its conditionals.
+
+    Args:
+        model: function with Pyro statements, as for `AmortizedPosterior`. Discrete latent variables are averaged over.
+        args: positional arguments of the model.
+        observed: names of the sites that are observed.
+        family: function of an event shape and a keyword ``context``, a module, that returns a family with a density.
+        objective: loss that trains the family; None chooses by the family.
+        simulations: simulations that were made before, (simulation, ...) by name.
+        model_kwargs: keyword arguments of the model.
+
+    Attributes:
+        simulations: all simulations so far, (simulation, ...) by name.
+        failures: number of simulations that were left out, by the reason.
+        history: loss of held-out simulations after each epoch of the last training.
+        family: the trained family over the numbers of one observation, None before.
+
+    Raises:
+        TypeError: if an option is of the wrong type.
+        ValueError: as `AmortizedPosterior`.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_genmodels.posteriors import MeanField
+        >>> def model():
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("x", dist.Normal(loc, 0.5))
+        >>> learned = AmortizedLikelihood(model, observed=["x"])
+        >>> _ = learned.train(num_simulations=200, max_epochs=2, progress=False)
+        >>> fit = learned.given(x=[0.7, 0.4], method=MeanField(num_steps=2), progress=False)  # two observations
+        >>> fit.get_samples(500)["loc"].shape
+        torch.Size([500])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *args: Any,
+        observed: Sequence[str],
+        family: Callable[..., nn.Module] = default_flow,
+        objective: Loss | None = None,
+        simulations: Mapping[str, Any] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        if isinstance(family, nn.Module) or not callable(family):
+            raise TypeError(
+                f"AmortizedLikelihood builds the family itself: pass a class or a function, such as family=Flow, but found "
+                f"{type_with_article(family)}."
+            )
+        super().__init__(model, args, model_kwargs or {}, observed, simulations)
+        self._build, self.objective = family, objective
+
+    @property
+    def family(self) -> nn.Module | None:
+        return self._trained
+
+    def _fit(self, options: Training) -> None:
+        z, observations = self._pairs()
+        x = _flat(observations).to(torch.get_default_dtype())
+        family: Any
+        if self._trained is None:
+            encoder = ObservationEncoder({"z": z.shape[1:]}, {}, {"z": z})
+            family = self._build((x.shape[1],), context=encoder)
+        else:
+            family = deepcopy(self._trained).requires_grad_(True)
+        objective = default_objective(family(z[:1])) if self.objective is None else self.objective
+        self.history = train_conditional(family, objective, x, z, options)
+        self._trained = family.eval().requires_grad_(False)
+
+    def _observe(self, trained: Any, z: Tensor, values: Mapping[str, Tensor]) -> None:
+        x, name = _flat(values).to(torch.get_default_dtype()), "_".join(self.simulator.observed)
+        if len(x) == 1:
+            pyro.sample(name, trained(z), obs=x[0])
+            return
+        with pyro.plate(f"{name}_rows", len(x)):
+            pyro.sample(name, trained(z[..., None, :].expand(*z.shape[:-1], len(x), z.shape[-1])), obs=x)
+
+
+class AmortizedRatio(_Surrogate):
+    """The ratio of likelihood to evidence of a simulator, by a classifier that is trained on simulations.
+
+    It takes any number of independent observations of the same latent variables: their log ratios are added.
+
+    Args:
+        model: function with Pyro statements, as for `AmortizedPosterior`. Discrete latent variables are averaged over.
+        args: positional arguments of the model.
+        observed: names of the sites that are observed.
+        embedding: network that summarises the observations, as for `AmortizedPosterior`.
+        hidden: widths of the hidden layers of the classifier.
+        num_contrastive: number K of other draws that the classifier chooses from.
+        gamma: odds that an observation comes from one of the draws it is shown with.
+        simulations: simulations that were made before, (simulation, ...) by name.
+        model_kwargs: keyword arguments of the model.
+
+    Attributes:
+        simulations: all simulations so far, (simulation, ...) by name.
+        failures: number of simulations that were left out, by the reason.
+        history: loss of held-out simulations after each epoch of the last training.
+        critic: the trained classifier, from coordinates (..., dim) and vectors of observations (..., numbers) to log ratios in
+            nats, (...); None before.
+
+    Raises:
+        TypeError: if an option is of the wrong type.
+        ValueError: as `AmortizedPosterior`, or if gamma is not positive.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_genmodels.posteriors import MeanField
+        >>> def model():
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("x", dist.Normal(loc, 0.5))
+        >>> learned = AmortizedRatio(model, observed=["x"])
+        >>> _ = learned.train(num_simulations=200, max_epochs=2, progress=False)
+        >>> fit = learned.given(x=0.7, method=MeanField(num_steps=2), progress=False)
+        >>> fit.get_samples(500)["loc"].shape
+        torch.Size([500])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *args: Any,
+        observed: Sequence[str],
+        embedding: Embedding | nn.Module | Mapping[str, Embedding | nn.Module] | None = None,
+        hidden: Sequence[int] = (64, 64, 64),
+        num_contrastive: int = 5,
+        gamma: float = 1.0,
+        simulations: Mapping[str, Any] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        check_positive_int("AmortizedRatio", num_contrastive=num_contrastive)
+        if not 0 < gamma < float("inf"):
+            raise ValueError(f"AmortizedRatio wants a positive gamma, but found {gamma!r}.")
+        super().__init__(model, args, model_kwargs or {}, observed, simulations)
+        self._embeddings, self._hidden = embeddings_by_name(embedding, self.simulator.observed), tuple(hidden)
+        self._loss = _Contrastive(num_contrastive, gamma)
+
+    @property
+    def critic(self) -> nn.Module | None:
+        return self._trained
+
+    def _fit(self, options: Training) -> None:
+        z, observations = self._pairs()
+        if self._trained is None:
+            shapes = {name: self.simulator.shapes[name] for name in self.simulator.observed}
+            critic: Any = _Critic(z, ObservationEncoder(shapes, self._embeddings, observations), self._hidden)
+        else:
+            critic = deepcopy(self._trained).requires_grad_(True)
+        self.history = train_conditional(critic, self._loss, z, _flat(observations), options)
+        self._trained = critic.eval().requires_grad_(False)
+
+    def _observe(self, trained: Any, z: Tensor, values: Mapping[str, Tensor]) -> None:
+        x = _flat(values)
+        rows = z[..., None, :].expand(*z.shape[:-1], len(x), z.shape[-1])
+        pyro.factor("log_ratio", trained(rows, x.expand(*rows.shape[:-1], -1)).sum(-1))
+
+
+class _SurrogateModel:
+    """The prior of a simulator with a learned function in place of its likelihood, as a model.
+
+    Args:
+        surrogate: what makes the statements about the observations.
+        trained: the learned function.
+        values: observations, (n, ...) by name.
+    """
+
+    def __init__(self, surrogate: _Surrogate, trained: nn.Module, values: Mapping[str, Tensor]) -> None:
+        self.surrogate, self.trained, self.values = surrogate, trained, values
+
+    def __call__(self) -> None:
+        simulator = self.surrogate.simulator
+        z = simulator.coordinates.unconstrain(poutine.block(simulator.run_latents, hide=simulator.observed)())
+        self.surrogate._observe(self.trained, z.to(torch.get_default_dtype()), self.values)
+
+
+class _Critic(nn.Module):
+    """A dense network of standardised coordinates and embedded observations, to one number.
+
+    Args:
+        z: coordinates, (n, dim), whose mean and deviation standardise all others.
+        context: encoder of observations.
+        hidden: widths of the hidden layers.
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, z: Tensor, context: ObservationEncoder, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.context, self.network = context, dense(z.shape[1] + context.out_features, hidden, 1)
+        deviation = z.std(0, correction=0)
+        self.register_buffer("loc", z.mean(0))
+        self.register_buffer("scale", torch.where(deviation > 0, deviation, 1.0))
+
+    def prepare(self, z: Tensor, context: Tensor) -> None:
+        """Leave the standardisation as it is, which was made at the start."""
+
+    def forward(self, z: Tensor, context: Tensor) -> Tensor:
+        return self.network(torch.cat([(z - self.loc) / self.scale, self.context(context)], -1))[..., 0]
+
+
+class _Contrastive:
+    """The loss of NRE-C, as an objective: it is given a critic, and returns a function of pairs.
+
+    Args:
+        num_contrastive: number K of draws to choose from.
+        gamma: odds that an observation comes from one of them.
+    """
+
+    def __init__(self, num_contrastive: int, gamma: float) -> None:
+        self.num_contrastive, self.gamma = num_contrastive, gamma
+
+    def __call__(self, critic: _Critic) -> Callable[[Tensor, Tensor], Tensor]:
+        def loss(z: Tensor, context: Tensor) -> Tensor:
+            number = min(self.num_contrastive, len(z) - 1)
+            together = critic(z, context)
+            if not number:  # one pair has no others
+                return 0 * together.sum()
+            shifts = torch.randperm(len(z) - 1)[:number] + 1
+            index = (torch.arange(len(z)) + shifts[:, None]) % len(z)
+            apart = critic(z[index], context.expand(number, *context.shape))
+            rest = torch.full_like(together, number / self.gamma).log()
+            none = torch.cat([rest[None], apart]).logsumexp(0) - rest
+            one = torch.cat([rest[None], together[None], apart[1:]]).logsumexp(0) - together
+            return ((none + self.gamma * one) / (1 + self.gamma)).sum()
+
+        return loss
+
+
+def _flat(observations: Mapping[str, Tensor]) -> Tensor:
+    """Return observations, (n, ...) by name, as vectors, (n, numbers)."""
+    return torch.cat([x.reshape(len(x), -1).to(torch.get_default_dtype()) for x in observations.values()], -1)

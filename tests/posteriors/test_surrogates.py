@@ -1,0 +1,162 @@
+"""Learned likelihoods and ratios of linear Gaussian simulators, against the posterior in closed form."""
+
+from functools import cache, partial
+from types import SimpleNamespace
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.distributions import Normal
+
+from pyro_genmodels import MAF, Flow, to_arviz
+from pyro_genmodels.infer.compiled.modes import Captured
+from pyro_genmodels.posteriors import (
+    AmortizedLikelihood,
+    AmortizedRatio,
+    NoUTurn,
+    diagnose_posterior,
+    simulation_based_calibration,
+)
+from pyro_genmodels.posteriors.surrogates import _Contrastive
+
+NOISE = 0.5
+SMALL = partial(Flow, transform=MAF(transforms=1, hidden=(32,)))
+CHAINS = NoUTurn(num_chains=2, num_warmup=200, num_samples=500, mode=Captured())
+X = torch.tensor([[1.0, -1.5], [0.3, -0.2], [0.9, -1.1]])
+
+
+def conjugate():
+    """A normal mean with a standard normal prior and two coordinates that a simulator returns."""
+    loc = pyro.sample("loc", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.deterministic("x", loc + NOISE * torch.randn_like(loc), event_dim=1)
+
+
+def exact(x):
+    """Return the mean and the deviation of the posterior of `conjugate`, given independent rows x."""
+    precision = 1 + len(x) / NOISE**2
+    return x.sum(0) / NOISE**2 / precision, precision**-0.5
+
+
+@cache
+def trained(kind):
+    """Return a learned likelihood or ratio of `conjugate`, trained once."""
+    pyro.set_rng_seed(0)
+    if kind == "likelihood":
+        learned = AmortizedLikelihood(conjugate, observed=["x"], family=SMALL)
+        return learned.train(2000, step_size=5e-3, max_epochs=30, progress=False)
+    learned = AmortizedRatio(conjugate, observed=["x"], hidden=(64, 64))
+    return learned.train(5000, step_size=3e-3, max_epochs=30, progress=False)
+
+
+def errors(fit, x):
+    """Return the errors of the means in deviations and of the deviations as shares."""
+    draws, (mean, deviation) = fit.get_samples()["loc"], exact(x)
+    return ((draws.mean(0) - mean) / deviation).abs().max(), (draws.std(0) / deviation - 1).abs().max()
+
+
+@pytest.mark.parametrize("kind", ["likelihood", "ratio"])
+def test_means_and_deviations_are_those_of_the_closed_form(kind):
+    """Within 0.3 deviations and 20 per cent; 400 effective draws of the exact posterior miss it once in 10^5 seeds or less."""
+    pyro.set_rng_seed(1)
+    fit = trained(kind).given(x=X[0], method=CHAINS, progress=False)
+    mean, deviation = errors(fit, X[:1])
+    assert mean < 0.3
+    assert deviation < 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["likelihood", "ratio"])
+def test_independent_observations_are_added(kind):
+    """Three rows have the deviation (1 + 3 / noise^2)^-1/2: within 0.5 deviations and 20 per cent."""
+    pyro.set_rng_seed(2)
+    fit = trained(kind).given(x=X, method=CHAINS, progress=False)
+    mean, deviation = errors(fit, X)
+    assert mean < 0.5
+    assert deviation < 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["likelihood", "ratio"])
+def test_a_fit_is_one_like_any_other(kind):
+    pyro.set_rng_seed(3)
+    fit = trained(kind).given(x=X[0], method=CHAINS, progress=False)
+    if kind == "ratio":
+        with pytest.warns(UserWarning, match="pyro.factor 'log_ratio', which has no rows"):
+            data = to_arviz(fit, progress=False)
+    else:
+        data = to_arviz(fit, progress=False)
+        assert data.log_likelihood["x"].shape[:2] == (2, 500)
+        assert torch.tensor(data.observed_data["x"].values).equal(X[0])
+    assert data.posterior["loc"].shape == (2, 500, 2)
+    assert "diverging" in data.sample_stats
+    assert diagnose_posterior(fit, progress=False).table["ess_bulk"].min() > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["likelihood", "ratio"])
+def test_calibration_fits_one_simulation_after_another(kind):
+    """Ranks of 20 simulations have the mean of uniform ones within 5 deviations."""
+    pyro.set_rng_seed(5)
+    learned = trained(kind)
+    chain = NoUTurn(num_chains=1, num_warmup=100, num_samples=100, mode=Captured())
+    assert learned.samples_given(7, method=chain, x=X)["loc"].shape == (7, 3, 2)
+    by_chains = SimpleNamespace(samples_given=partial(learned.samples_given, method=chain))
+    found = simulation_based_calibration(
+        conjugate, method=by_chains, observed=["x"], num_simulations=20, num_draws=19, seed=1, progress=False
+    )
+    ranks = found.ranks["loc"].double() / 19
+    assert (ranks.mean(0) - 0.5).abs().max() < 5 * (20 * 12) ** -0.5
+
+
+@pytest.mark.slow
+def test_a_log_ratio_is_that_of_the_densities():
+    """log p(x | z) - log p(x) within 0.25 nats on average over pairs: its evidence is normalised, as NRE-C promises."""
+    pyro.set_rng_seed(4)
+    pairs = AmortizedRatio(conjugate, observed=["x"]).simulate(2000, progress=False).simulations
+    z, x = pairs["loc"], pairs["x"]
+    true = (Normal(z, NOISE).log_prob(x) - Normal(0.0, (1 + NOISE**2) ** 0.5).log_prob(x)).sum(1)
+    assert (trained("ratio").critic(z, x) - true).abs().mean() < 0.25
+
+
+def test_the_loss_of_two_classes_is_their_cross_entropy():
+    """For K = 1 and gamma = 1 it is half of softplus(-f) of pairs and half of softplus(f) of others, here of all shifts."""
+    z, x = torch.randn(2, 1), torch.randn(2, 1)  # two pairs: there is one shift
+    found = _Contrastive(1, 1.0)(lambda z, x: (z * x).sum(-1))(z, x)
+    together, apart = (z * x)[:, 0], (z.flip(0) * x)[:, 0]
+    wanted = (torch.nn.functional.softplus(-together) + torch.nn.functional.softplus(apart)).sum() / 2
+    torch.testing.assert_close(found, wanted)
+    assert _Contrastive(3, 1.0)(lambda z, x: (z * x).sum(-1))(z[:1], x[:1]) == 0
+
+
+def test_latent_variables_end_before_the_simulator():
+    """The density needs no run of the simulator, and observations between latent variables do not count twice."""
+    runs = []
+
+    def model():
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        runs.append("prior")
+        x = scale + torch.randn(3)
+        runs.append("simulator")
+        pyro.deterministic("x", x, event_dim=1)
+
+    learned = AmortizedLikelihood(model, observed=["x"], family=SMALL)
+    learned.train(30, max_epochs=1, progress=False)
+    runs.clear()
+    fit = learned.given(x=torch.zeros(3), method=NoUTurn(1, 5, 5, mode=Captured()), progress=False)
+    assert fit.get_samples()["scale"].shape == (5,)
+    assert "simulator" not in runs
+
+
+def test_wrong_names_shapes_and_kinds_are_refused():
+    for error, message, call in [
+        (TypeError, r"such as observed=\[", lambda: AmortizedRatio(conjugate, observed="x")),
+        (TypeError, "such as family=Flow", lambda: AmortizedLikelihood(conjugate, observed=["x"], family=Flow((2,)))),
+        (ValueError, "positive gamma", lambda: AmortizedRatio(conjugate, observed=["x"], gamma=0.0)),
+        (ValueError, "has not been trained", lambda: AmortizedRatio(conjugate, observed=["x"]).given(x=X[0])),
+        (ValueError, "wanted by name, but found y", lambda: trained("likelihood").given(y=X[0])),
+        (ValueError, r"\(2,\), or \(observation", lambda: trained("likelihood").given(x=torch.zeros(3))),
+        (ValueError, "NaN or infinite", lambda: trained("likelihood").given(x=[0.0, torch.nan])),
+    ]:
+        with pytest.raises(error, match=message):
+            call()
