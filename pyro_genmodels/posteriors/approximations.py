@@ -8,8 +8,8 @@ from abc import abstractmethod
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions.transforms import LowerCholeskyAffine
 from torch import Tensor, nn
+from torch.distributions import Transform, constraints
 
 
 class Approximation(nn.Module):
@@ -92,6 +92,33 @@ class LowRankGaussian(Approximation):
         return dist.LowRankMultivariateNormal(self.loc, factor, scale.square(), validate_args=False)
 
 
+class _LinearMap(Transform):
+    """A lower triangular linear map with a constant term: matrix products over all points at once.
+
+    Args:
+        loc: constant term, (dim,).
+        scale_tril: lower triangular matrix with a positive diagonal, (dim, dim).
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, loc: Tensor, scale_tril: Tensor) -> None:
+        super().__init__()
+        self.loc, self.scale_tril = loc, scale_tril
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.loc + x @ self.scale_tril.mT
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        rows = (y - self.loc).reshape(-1, y.shape[-1])
+        return torch.linalg.solve_triangular(self.scale_tril.mT, rows, upper=True, left=False).reshape(y.shape)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.scale_tril.diagonal().log().sum().expand(x.shape[:-1])
+
+
 class Whitened(Approximation):
     """A family's distribution after a linear map, so that the family starts near the posterior.
 
@@ -111,9 +138,7 @@ class Whitened(Approximation):
         self.register_buffer("scale_tril", scale_tril.clone())
 
     def forward(self) -> dist.TorchDistribution:
-        return dist.TransformedDistribution(
-            self.family(), [LowerCholeskyAffine(self.loc, self.scale_tril)], validate_args=False
-        )
+        return dist.TransformedDistribution(self.family(), [_LinearMap(self.loc, self.scale_tril)], validate_args=False)
 
     def transport(self, e: Tensor) -> tuple[Tensor, Tensor]:
         """Return where a point of the flow's base is mapped to, (..., dim), and the log of the map's determinant, (...).

@@ -4,12 +4,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions.transforms import LowerCholeskyAffine
 from torch.testing import assert_close
 
 from pyro_genmodels import RealNVP
 from pyro_genmodels.infer.compiled import Eager
 from pyro_genmodels.infer.compiled.batched import BatchedDensity
 from pyro_genmodels.posteriors import FlowGuide, FullRank, LowRank, MeanField
+from pyro_genmodels.posteriors.approximations import _LinearMap
 from pyro_genmodels.posteriors.bound import _BoundGradient
 from pyro_genmodels.posteriors.pathfinder import QuasiNewtonNormal
 from pyro_genmodels.posteriors.problem import Problem
@@ -102,3 +104,15 @@ def test_draws_without_a_density_are_left_out_and_counted(loc, lost):
         assert p.grad.isfinite().all()
         assert p.grad.any() == (found < 1000)
     assert problem.batched.num_gradients == 1000
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3)])
+def test_the_linear_map_of_a_flow_is_that_of_pyro(shape):
+    loc, tril = torch.randn(3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64).tril()
+    tril.diagonal().abs_().add_(0.5)
+    ours, theirs = _LinearMap(loc, tril), LowerCholeskyAffine(loc, tril)
+    x = torch.randn(*shape, 3, dtype=torch.float64)
+    y = ours(x)
+    assert_close(y, theirs(x))
+    assert_close(ours.inv(y), x)
+    assert_close(ours.log_abs_det_jacobian(x, y), theirs.log_abs_det_jacobian(x, y).expand(shape))
