@@ -149,16 +149,20 @@ class AmortizedLikelihood(_Surrogate):
         ValueError: as `AmortizedPosterior`.
 
     Example:
-        >>> import pyro.distributions as dist
-        >>> from pyro_genmodels.posteriors import MeanField
+        >>> import pyro, pyro.distributions as dist
+        >>> from functools import partial
+        >>> from pyro_genmodels import MAF, Flow
+        >>> from pyro_genmodels.infer.compiled import Captured
+        >>> from pyro_genmodels.posteriors import NoUTurn
         >>> def model():
         ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
         ...     pyro.sample("x", dist.Normal(loc, 0.5))
-        >>> learned = AmortizedLikelihood(model, observed=["x"])
+        >>> learned = AmortizedLikelihood(model, observed=["x"], family=partial(Flow, transform=MAF(transforms=1)))
         >>> _ = learned.train(num_simulations=200, max_epochs=2, progress=False)
-        >>> fit = learned.given(x=[0.7, 0.4], method=MeanField(num_steps=2), progress=False)  # two observations
-        >>> fit.get_samples(500)["loc"].shape
-        torch.Size([500])
+        >>> chain = NoUTurn(num_chains=1, num_warmup=20, num_samples=20, mode=Captured())
+        >>> fit = learned.given(x=[0.7, 0.4], method=chain, progress=False)  # two observations
+        >>> fit.get_samples()["loc"].shape
+        torch.Size([20])
     """
 
     def __init__(
@@ -233,16 +237,17 @@ class AmortizedRatio(_Surrogate):
         ValueError: as `AmortizedPosterior`, or if gamma is not positive.
 
     Example:
-        >>> import pyro.distributions as dist
-        >>> from pyro_genmodels.posteriors import MeanField
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_genmodels.infer.compiled import Captured
+        >>> from pyro_genmodels.posteriors import NoUTurn
         >>> def model():
         ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
         ...     pyro.sample("x", dist.Normal(loc, 0.5))
         >>> learned = AmortizedRatio(model, observed=["x"])
         >>> _ = learned.train(num_simulations=200, max_epochs=2, progress=False)
-        >>> fit = learned.given(x=0.7, method=MeanField(num_steps=2), progress=False)
-        >>> fit.get_samples(500)["loc"].shape
-        torch.Size([500])
+        >>> chain = NoUTurn(num_chains=1, num_warmup=20, num_samples=20, mode=Captured())
+        >>> learned.given(x=0.7, method=chain, progress=False).get_samples()["loc"].shape
+        torch.Size([20])
     """
 
     def __init__(
