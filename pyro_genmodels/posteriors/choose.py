@@ -16,12 +16,14 @@ from pyro_genmodels.posteriors.fits import Posterior
 from pyro_genmodels.posteriors.markov_chains import NoUTurn
 from pyro_genmodels.posteriors.method import Method
 from pyro_genmodels.posteriors.problem import Problem
-from pyro_genmodels.posteriors.variational import FlowGuide
+from pyro_genmodels.posteriors.variational import FlowGuide, LowRank
 from pyro_genmodels.utils.errors import type_with_article
 from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, runs_models
 
-MAX_CHAIN_COORDINATES = 1000
+MAX_CHAIN_COORDINATES = 10_000
 """Largest number of unconstrained coordinates for which chains are chosen."""
+MAX_FLOW_COORDINATES = 1000
+"""Largest number for which a flow is, whose start is a dense matrix and whose training takes thousands of steps."""
 INSTEAD = (
     "The methods of posterior() want one graph: write torch.where(condition, a, b) in place of a branch, or run Pyro's MCMC, "
     "which diagnose_posterior and compare_posteriors take too."
@@ -47,8 +49,8 @@ def posterior(
         model: function with Pyro statements, in which the data are observed.
         args: positional arguments of the model.
         method: the way to the posterior, such as ``NoUTurn()``, ``FlowGuide()``, ``MeanField()`` or ``Pathfinder()``. By
-            default ``NoUTurn()`` for up to 1000 coordinates if the extra ``nuts`` is installed, and ``FlowGuide()`` otherwise;
-            it is named above the progress bar.
+            default ``NoUTurn()`` for up to 10,000 coordinates if the extra ``nuts`` is installed; otherwise ``FlowGuide()`` for
+            up to 1000 and ``LowRank()`` for more. It is named above the progress bar.
         progress: True for progress bars.
         model_kwargs: keyword arguments of the model, also one called ``method``.
         kwargs: keyword arguments of the model.
@@ -93,8 +95,11 @@ def posterior(
 
 def default_method(dim: int) -> tuple[Method, str]:
     """Return the method for a number of coordinates, and why it is chosen."""
-    if find_spec("nutpie") is None:
+    has_chains = find_spec("nutpie") is not None
+    if has_chains and dim <= MAX_CHAIN_COORDINATES:
+        return NoUTurn(), f"all of its {dim} coordinates are continuous"
+    if has_chains:
+        return LowRank(), f"chains over {dim} coordinates are slow"
+    if dim <= MAX_FLOW_COORDINATES:
         return FlowGuide(), "the extra 'nuts' is not installed"
-    if dim > MAX_CHAIN_COORDINATES:
-        return FlowGuide(), f"chains over {dim} coordinates are slow"
-    return NoUTurn(), f"all of its {dim} coordinates are continuous"
+    return LowRank(), f"the extra 'nuts' is not installed, and a flow over {dim} coordinates is slow"

@@ -25,6 +25,7 @@ from pyro_genmodels.posteriors import (
     NoUTurn,
     Pathfinder,
     Restarts,
+    choose,
     posterior,
 )
 
@@ -204,3 +205,14 @@ def test_what_is_no_method_is_refused():
 def test_an_option_with_its_default_is_not_shown():
     assert repr(LowRank(rank=3)) == "LowRank(rank=3)"
     assert repr(NoUTurn()) == "NoUTurn()"
+
+
+@pytest.mark.parametrize(
+    ("has_chains", "dim", "expected"),
+    [(True, 10_000, NoUTurn), (True, 10_001, LowRank), (False, 1000, FlowGuide), (False, 1001, LowRank)],
+)
+def test_the_default_method_follows_from_the_number_of_coordinates(has_chains, dim, expected, monkeypatch):
+    monkeypatch.setattr(choose, "find_spec", lambda name: has_chains or None)
+    method, reason = choose.default_method(dim)
+    assert type(method) is expected
+    assert str(dim) in reason or not has_chains
