@@ -106,8 +106,8 @@ plt.show()
 
 # %% [markdown]
 # Errors of means are in deviations, those of deviations in per cent, each the larger of both variables. NUTS ran for each data
-# set; the amortised posterior was trained once. It is a little too wide. Since this model has a density, its draws have
-# weights, which correct this: $\hat k$ is below 0.7. It is even negative, as of weights that have an upper bound.
+# set; the amortised posterior was trained once. It is too wide and a little off. Since this model has a density, its
+# draws have weights, which correct this: $\hat k$ is below 0.7. It is even negative, as of weights that have an upper bound.
 
 # %%
 weighted = amortized.given(times=times).psis(200 if SMOKE else 4000)
