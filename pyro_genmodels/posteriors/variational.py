@@ -179,7 +179,8 @@ class FlowGuide(Variational):
         ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
         ...     with pyro.plate("data", len(y)):
         ...         pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
-        >>> method = FlowGuide(num_steps=20, step_size=0.01)
+        >>> from pyro_genmodels import RealNVP
+        >>> method = FlowGuide(transform=RealNVP(transforms=2), num_steps=20, step_size=0.01)
         >>> fit = posterior(model, torch.tensor([1.0, 2.0, 3.0]), method=method, progress=False)
         >>> fit.get_samples(500)["loc"].shape
         torch.Size([500])

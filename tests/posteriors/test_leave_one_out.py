@@ -86,7 +86,7 @@ def left_out(name, **options):
 
 
 @pytest.mark.parametrize("name", [*map(slow, ["NoUTurn", "FullRank", "amortised", "too wide"]), "Laplace"])
-@pytest.mark.parametrize("moment_matching", [False, True], ids=["refitted", "matched"])
+@pytest.mark.parametrize("moment_matching", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["refitted", "matched"])
 def test_every_kind_of_posterior_has_the_closed_form(name, moment_matching):
     """T29. Within 6 standard errors, and 0.02 nats for the bias of smoothed weights; chains are worth 2/3 of their draws."""
     found = left_out(name, moment_matching=moment_matching)

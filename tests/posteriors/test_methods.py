@@ -48,6 +48,7 @@ def test_particles_have_the_exact_evidence():
     assert abs(value - exact()[2]) < NUM_ISLAND_ERRORS * std_error
 
 
+@pytest.mark.slow
 def test_particles_find_two_far_modes_with_their_weights():
     """Each factor is a normal density of a point at 6 or -6, so the evidence is the density of N(0, 25.09) there, twice."""
     pyro.set_rng_seed(2)

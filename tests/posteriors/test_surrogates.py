@@ -55,7 +55,7 @@ def errors(fit, x):
     return ((draws.mean(0) - mean) / deviation).abs().max(), (draws.std(0) / deviation - 1).abs().max()
 
 
-@pytest.mark.parametrize("kind", ["likelihood", "ratio"])
+@pytest.mark.parametrize("kind", ["likelihood", pytest.param("ratio", marks=pytest.mark.slow)])
 def test_means_and_deviations_are_those_of_the_closed_form(kind):
     """Within 0.3 deviations and 20 per cent; 400 effective draws of the exact posterior miss it once in 10^5 seeds or less."""
     pyro.set_rng_seed(1)
