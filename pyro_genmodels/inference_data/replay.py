@@ -340,6 +340,9 @@ class ReplayBlock:
         Args:
             site: site of the model or the guide, whose "unscaled_log_prob" is used or set.
             scaled: True to count scales, except those of plates that are run block by block.
+
+        Raises:
+            ValueError: naming the site, if its value is outside the support or has a wrong shape.
         """
         layout = self.replay.layout
         scale = site["scale"] if scaled else 1.0
@@ -347,7 +350,10 @@ class ReplayBlock:
             if scaled and frame.name in self.rows:
                 scale = scale * (frame.size / layout.rows.sizes[frame.name])
         if "unscaled_log_prob" not in site:
-            site["unscaled_log_prob"] = site["fn"].log_prob(site["value"])
+            try:
+                site["unscaled_log_prob"] = site["fn"].log_prob(site["value"])
+            except ValueError as error:
+                raise ValueError(f"The log density of {site['name']!r} cannot be computed: {error}") from error
         log_p = scale_and_mask(site["unscaled_log_prob"], scale, site["mask"])
         if not layout.extra_event_dims.get(site["name"], 0):
             log_p = self._summed_outside_plates(log_p, site)

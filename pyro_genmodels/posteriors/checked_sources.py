@@ -1,4 +1,4 @@
-"""Sources of draws whose guide and data go with the model, or an error that names the site."""
+"""Sources of draws whose guide, draws and data go with the model, or an error that names the site."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_genmodels._pyro import handlers, params, sites, traces
 from pyro_genmodels.inference_data.sources import DrawSource, source_of
@@ -16,7 +17,9 @@ from pyro_genmodels.utils.errors import listed
 from pyro_genmodels.utils.rng import forked_rng
 
 
-def checked_source(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int | None) -> DrawSource:
+def checked_source(
+    fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int | None, *, needs_all: bool = False
+) -> DrawSource:
     """Return the source of draws that a fit is, after a run of its model and guide.
 
     Args:
@@ -24,10 +27,12 @@ def checked_source(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples
         args: positional arguments of the model.
         kwargs: keyword arguments of the model.
         num_samples: number of draws to make, or None.
+        needs_all: True if there have to be draws of all continuous latent variables.
 
     Raises:
-        ValueError: naming variables of the guide that the model lacks, or an observed site whose data are NaN or have a shape
-            that does not go with its distribution; or as `source_of` does.
+        ValueError: naming variables of the guide that the model lacks, a latent variable whose draws are missing, not finite,
+            outside its support or of a wrong shape, or an observed site whose data are NaN or have a shape that does not go
+            with its distribution; or as `source_of` does.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -51,6 +56,12 @@ def checked_source(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples
             _check_names(model_trace, guide_trace)
     for name in traces.observed(model_trace):
         _check_data(name, model_trace.nodes[name])
+    if isinstance(source.guide, Mapping):
+        if needs_all:
+            _check_all_drawn(model_trace, source.guide)
+        for name in traces.latents(model_trace):
+            if name in source.guide:
+                _check_draws(name, model_trace.nodes[name], source.guide[name])
     return source
 
 
@@ -91,3 +102,56 @@ def _check_data(name: str, site: Any) -> None:
         raise ValueError(
             f"The data of site {name!r} hold NaN. Leave these rows out, or give obs_mask= with other numbers in their place."
         )
+
+
+def _check_all_drawn(model_trace: Any, draws: Mapping[str, Tensor]) -> None:
+    """Check that there are draws of all continuous latent variables. The discrete ones are summed out.
+
+    What stands for missing data, in a site with ``obs_mask=``, need not be drawn.
+
+    Raises:
+        ValueError: naming those without draws.
+    """
+    missing = []
+    for name in traces.latents(model_trace):
+        stands_for_data = name.endswith("_unobserved") and f"{name.removesuffix('_unobserved')}_observed" in model_trace.nodes
+        if name not in draws and not stands_for_data and not _support(model_trace.nodes[name]).is_discrete:
+            missing.append(name)
+    if missing:
+        raise ValueError(
+            f"The fit has no draws of {listed(missing)}, but the model has {listed(traces.latents(model_trace))}. Without them "
+            "the densities of the data are not those of its posterior."
+        )
+
+
+def _check_draws(name: str, site: Any, draws: Tensor) -> None:
+    """Check the draws of a latent variable, (draws, ...).
+
+    Raises:
+        ValueError: if they have a wrong shape, are not finite, or are outside a support that is the same for all draws.
+    """
+    wanted = site["fn"].batch_shape + site["fn"].event_shape
+    is_subsampled = any(frame.full_size != frame.size for frame in sites.plate_frames(site))
+    if not is_subsampled and draws[0].numel() != wanted.numel():
+        raise ValueError(f"Each draw of {name!r} must have the shape {tuple(wanted)}, but has {tuple(draws.shape[1:])}.")
+    if bad := int((~draws.isfinite()).reshape(len(draws), -1).any(1).sum()):
+        raise ValueError(f"Draws of {name!r} are not finite in {bad} of {len(draws)} draws.")
+    support = _support(site)
+    if not is_subsampled and _is_fixed(support):
+        outside = ~support.check(draws.reshape(len(draws), *wanted))
+        if bad := int(outside.reshape(len(draws), -1).any(1).sum()):
+            raise ValueError(f"Draws of {name!r} are outside its support, {support}, in {bad} of {len(draws)} draws.")
+
+
+def _support(site: Any) -> Any:
+    """Return the support of a site, or the real numbers if its distribution does not tell."""
+    try:
+        return site["fn"].support
+    except NotImplementedError:
+        return constraints.real
+
+
+def _is_fixed(support: Any) -> bool:
+    """Return True if a support has no bounds that may differ from draw to draw."""
+    base = getattr(support, "base_constraint", None)
+    return not any(isinstance(value, Tensor) for value in vars(support).values()) and (base is None or _is_fixed(base))

@@ -110,7 +110,8 @@ def diagnose_posterior(
 
     Raises:
         ValueError: as `to_arviz` does; if the reference has none of the fit's variables, or other shapes; if draws are not
-            finite, the guide has variables that the model lacks, or data are NaN or of a wrong shape.
+            finite, outside their support or of a wrong shape, the guide has variables that the model lacks, or data are NaN or
+            of a wrong shape.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -243,7 +244,7 @@ def _draws(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int) -
         if isinstance(fit, Mapping):  # draws without a model
             args, kwargs, groups = (), {}, ["posterior"]
         wanted = num_samples if has_guide else None
-        if has_guide:
+        if not isinstance(fit, list):  # the fits of a list, as chains, are checked by to_arviz
             checked_source(fit, args, kwargs, wanted)
         data = to_arviz(fit, *args, num_samples=wanted, groups=groups, progress=False, model_kwargs=kwargs)
     draws, stats = draws_of_data(data)

@@ -141,7 +141,8 @@ def reloo(
     Raises:
         TypeError: if a refit is due, and there is no method.
         ValueError: if there is no observed site of that name, or rows of the data are no batch dimensions of it; if the guide
-            has variables that the model lacks, data are NaN or of a wrong shape, or densities are not finite.
+            has variables that the model lacks, or draws lack a latent variable or are outside its support; if data are NaN or
+            of a wrong shape, or densities are not finite.
         RuntimeError: if a refit fails.
 
     Warns:
@@ -167,7 +168,7 @@ def reloo(
     check_positive_int("reloo", least=100, num_samples=num_samples)
     has_guide = hasattr(fit, "psis") or not (hasattr(fit, "get_samples") or isinstance(fit, Mapping))
     number = num_samples if has_guide else None
-    source = checked_source(fit, args, kwargs, number)
+    source = checked_source(fit, args, kwargs, number, needs_all=True)
     if source.model is None:
         raise ValueError("reloo wants a fit with a model, but these are draws only.")
     groups = ("posterior", "log_likelihood", "sample_stats")

@@ -137,6 +137,8 @@ class PredictiveCheck:
 
         Args:
             false_alarm_rate: probability of any fault, if p-values are uniform. Those of a true model are so or nearer to 1/2.
+                It holds for many draws: of n, chance leaves none on one side with probability 2 / (n + 1), where the estimate
+                of p is 0 or 1.
         """
         found = self.table[self.table["adjusted"] <= false_alarm_rate].sort_values("adjusted")
         return [
@@ -212,8 +214,8 @@ def predictive_check(
     Raises:
         TypeError: if statistics are no dictionary of functions.
         ValueError: if there is no model, the model observes nothing, its data differ from draw to draw or cannot be sampled,
-            or a statistic is not one finite number; if the guide has variables that the model lacks, or data are NaN or of a
-            wrong shape.
+            or a statistic is not one finite number; if the guide has variables that the model lacks, draws are outside their
+            support, or draws or data are NaN or of a wrong shape.
 
     Warns:
         UserWarning: naming sites without a density, which have no leave-one-out values.

@@ -190,3 +190,60 @@ def test_densities_that_are_zero_everywhere_are_no_good_fit():
         reloo(Never(), Y, num_samples=100)
     weighted = psis({"z": torch.zeros(100)}, torch.full((100,), -torch.inf), torch.zeros(100))
     assert weighted.pareto_k == float("inf")
+
+
+def scaled(y):
+    loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    share = pyro.sample("share", dist.Uniform(torch.zeros(2), 5.0).to_event(1))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(loc + share.sum(-1, keepdim=True), scale), obs=y)
+
+
+class Drawn:
+    """Draws, (chain, draw, ...) by name, of the model above, given the data."""
+
+    def __init__(self, **draws):
+        self.model, self.args, self.kwargs, self.stats, self.draws = scaled, (Y,), {}, {}, draws
+
+    def get_samples(self, num_samples=None, group_by_chain=False):
+        return self.draws if group_by_chain else {name: x.flatten(0, 1) for name, x in self.draws.items()}
+
+
+def scaled_draws(**changed):
+    return {"loc": torch.randn(1, 100), "scale": torch.rand(1, 100) + 0.5, "share": torch.rand(1, 100, 2)} | changed
+
+
+@pytest.mark.parametrize("judge", JUDGES)
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"loc": torch.randn(1, 100, 4)}, r"Each draw of 'loc' must have the shape \(\), but has \(4,\)"),
+        (
+            {"scale": torch.linspace(-0.5, 9.4, 100)[None]},
+            "Draws of 'scale' are outside its support, GreaterThan.*, in 6 of 100",
+        ),
+        ({"loc": torch.full((1, 100), torch.inf)}, "Draws of 'loc' are not finite in 100 of 100 draws"),
+    ],
+    ids=["shape", "support", "infinite"],
+)
+def test_draws_that_do_not_go_with_the_model_are_refused_by_name(judge, changed, message):
+    fit = Drawn(**scaled_draws(**changed))
+    options = {"progress": False} if judge in ("reloo", "predictive_check") else {}
+    function = {"diagnose_posterior": diagnose_posterior, "reloo": reloo, "predictive_check": predictive_check}.get(judge)
+    with pytest.raises(ValueError, match=message):
+        compare_posteriors({"fit": fit}) if function is None else function(fit, **options)
+
+
+def test_draws_that_lack_a_variable_have_no_leave_one_out_densities():
+    draws = scaled_draws()
+    del draws["loc"]
+    with pytest.raises(ValueError, match="no draws of loc, but the model has loc, scale, share"):
+        reloo(Drawn(**draws), max_pareto_k=float("inf"), progress=False)
+    found = reloo(Drawn(**scaled_draws()), max_pareto_k=float("inf"), progress=False)
+    assert found.pointwise.shape == Y.shape
+
+
+def test_a_value_outside_a_support_that_depends_on_others_is_named():
+    with pytest.raises(ValueError, match=r"The log density of 'share' cannot be computed: Expected value.*within the support"):
+        diagnose_posterior(Drawn(**scaled_draws(share=torch.full((1, 100, 2), 7.0))))
