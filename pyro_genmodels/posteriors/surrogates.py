@@ -280,13 +280,12 @@ class AmortizedRatio(_Surrogate):
             critic: Any = _Critic(z, ObservationEncoder(shapes, self._embeddings, observations), self._hidden)
         else:
             critic = deepcopy(self._trained).requires_grad_(True)
-        self.history = train_conditional(critic, self._loss, z, _flat(observations), options)
+        self.history = train_conditional(critic, self._loss, z, critic.context.flatten(observations), options)
         self._trained = critic.eval().requires_grad_(False)
 
     def _observe(self, trained: Any, z: Tensor, values: Mapping[str, Tensor]) -> None:
-        x = _flat(values)
-        rows = z[..., None, :].expand(*z.shape[:-1], len(x), z.shape[-1])
-        pyro.factor("log_ratio", trained(rows, x.expand(*rows.shape[:-1], -1)).sum(-1))
+        x = trained.context.flatten(values)
+        pyro.factor("log_ratio", trained(z[..., None, :], x).sum(-1))
 
 
 class _SurrogateModel:
@@ -330,7 +329,13 @@ class _Critic(nn.Module):
         """Leave the standardisation as it is, which was made at the start."""
 
     def forward(self, z: Tensor, context: Tensor) -> Tensor:
-        return self.network(torch.cat([(z - self.loc) / self.scale, self.context(context)], -1))[..., 0]
+        """Return log ratios in nats of coordinates, (..., dim), and observations, (..., numbers), whose batches are broadcast.
+
+        An observation that stands beside many coordinates is embedded once.
+        """
+        parts = (z - self.loc) / self.scale, self.context(context)
+        batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        return self.network(torch.cat([part.expand(*batch, -1) for part in parts], -1))[..., 0]
 
 
 class _Contrastive:
@@ -347,15 +352,14 @@ class _Contrastive:
     def __call__(self, critic: _Critic) -> Callable[[Tensor, Tensor], Tensor]:
         def loss(z: Tensor, context: Tensor) -> Tensor:
             number = min(self.num_contrastive, len(z) - 1)
-            together = critic(z, context)
-            if not number:  # one pair has no others
-                return 0 * together.sum()
-            shifts = torch.randperm(len(z) - 1)[:number] + 1
+            shifts = torch.cat([torch.zeros(1, dtype=torch.long), torch.randperm(max(len(z) - 1, 0))[:number] + 1])
             index = (torch.arange(len(z)) + shifts[:, None]) % len(z)
-            apart = critic(z[index], context.expand(number, *context.shape))
-            rest = torch.full_like(together, number / self.gamma).log()
-            none = torch.cat([rest[None], apart]).logsumexp(0) - rest
-            one = torch.cat([rest[None], together[None], apart[1:]]).logsumexp(0) - together
+            joint, *marginal = critic(z[index], context)
+            if not marginal:  # one pair has no others
+                return 0 * joint.sum()
+            rest = torch.full_like(joint, number / self.gamma).log()
+            none = torch.stack([rest, *marginal]).logsumexp(0) - rest
+            one = torch.stack([rest, joint, *marginal[1:]]).logsumexp(0) - joint
             return ((none + self.gamma * one) / (1 + self.gamma)).sum()
 
         return loss

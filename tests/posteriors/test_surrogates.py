@@ -14,11 +14,13 @@ from pyro_genmodels.infer.compiled.modes import Captured
 from pyro_genmodels.posteriors import (
     AmortizedLikelihood,
     AmortizedRatio,
+    DenseEmbedding,
     NoUTurn,
     diagnose_posterior,
     simulation_based_calibration,
 )
-from pyro_genmodels.posteriors.surrogates import _Contrastive
+from pyro_genmodels.posteriors.embeddings import ObservationEncoder
+from pyro_genmodels.posteriors.surrogates import _Contrastive, _Critic
 
 NOISE = 0.5
 SMALL = partial(Flow, transform=MAF(transforms=1, hidden=(32,)))
@@ -127,6 +129,33 @@ def test_the_loss_of_two_classes_is_their_cross_entropy():
     wanted = (torch.nn.functional.softplus(-together) + torch.nn.functional.softplus(apart)).sum() / 2
     torch.testing.assert_close(found, wanted)
     assert _Contrastive(3, 1.0)(lambda z, x: (z * x).sum(-1))(z[:1], x[:1]) == 0
+
+
+def test_the_loss_of_three_classes_is_that_of_the_paper():
+    """Each z is another one's contrast; of its two, one is in the second term, by the order of the shifts."""
+    gamma, z, x = 1.5, torch.randn(3, 1), torch.randn(3, 1)
+    found = _Contrastive(2, gamma)(lambda z, x: (z * x).sum(-1))(z, x)
+    ratio = (z * x.T).exp()  # of z_i and x_j
+    wanted = []
+    for shift in (1, 2):
+        joint, one = ratio.diagonal(), torch.stack([ratio[(j + shift) % 3, j] for j in range(3)])
+        none = -(2 / (2 + gamma * (ratio.sum(0) - joint))).log()
+        wanted.append(((none - gamma * (gamma * joint / (2 + gamma * (joint + one))).log()) / (1 + gamma)).sum())
+    assert min(abs(found - loss) for loss in wanted) < 1e-5
+    assert abs(wanted[0] - wanted[1]) > 1e-4
+
+
+def test_a_critic_embeds_an_observation_once_for_many_coordinates():
+    z, x = torch.randn(5, 2), torch.randn(5, 3)
+    critic = _Critic(z, ObservationEncoder({"x": torch.Size([3])}, {"x": DenseEmbedding(4)}, {"x": x}), (8,)).eval()
+    sizes = []
+    critic.context.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    many = torch.randn(7, 5, 2)
+    torch.testing.assert_close(critic(many, x), critic(many, x.expand(7, 5, 3)))
+    assert sizes == [5, 7]
+    sizes.clear()
+    _Contrastive(3, 1.0)(critic)(z, x)
+    assert sizes == [5]
 
 
 def test_latent_variables_end_before_the_simulator():
