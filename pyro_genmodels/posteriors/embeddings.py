@@ -208,7 +208,7 @@ class SequenceEmbedding(Embedding):
         )
         if self.min_rows is not None:
             check_positive_int("SequenceEmbedding", min_rows=self.min_rows)
-        if self.width % (2 * self.num_heads):
+        if self.width % 2 or self.width % self.num_heads:
             raise ValueError(
                 f"SequenceEmbedding wants an even width that num_heads divides, but found {self.width} and {self.num_heads}."
             )

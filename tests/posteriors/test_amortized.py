@@ -389,6 +389,7 @@ def test_sequences_of_varying_length_through_attention():
         choice.build(torch.Size([]))
     with pytest.raises(ValueError, match="even width that num_heads divides"):
         SequenceEmbedding(width=30)
+    assert SequenceEmbedding(width=4, num_heads=4).build(torch.Size([10]))(torch.zeros(2, 10)).shape == (2, 32)
 
 
 @pytest.mark.slow
