@@ -59,6 +59,7 @@ class ImportanceWeightedELBO(Loss):
         num_particles: number K of draws.
         gradient: "plain", "sticking_the_landing" or "doubly_reparametrised". By default the last where all draws are
             reparametrised, and otherwise "plain", which takes the score function with VIMCO's baselines for the others.
+            "sticking_the_landing" is biased for more than one draw.
         vectorize_particles: True for one run of model and guide with all draws in an outermost plate; by default for the
             models of this package's families.
         max_plate_nesting: number of dimensions that plates take. By default a run of the model finds it.
