@@ -30,6 +30,7 @@ from pyro_genmodels.infer.compiled.functions import CapturedFunction, capture
 from pyro_genmodels.infer.compiled.recorder import CaptureError
 from pyro_genmodels.posteriors.approximations import Approximation
 from pyro_genmodels.utils.errors import warn_caller
+from pyro_genmodels.utils.tensors import copied_like
 
 STEP_SIZES = (0.1, 0.03, 0.01, 0.003, 0.001)
 """Step sizes that are tried."""
@@ -161,7 +162,7 @@ class _BoundGradient:
             results = self._compute(self.density)
         bound, num_finite, *gradients = results
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = None if gradient is None else copied_like(gradient, parameter)
         return -float(bound), self.num_draws - int(num_finite)
 
     def _capture(self) -> CapturedFunction | None:

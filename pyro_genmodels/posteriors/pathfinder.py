@@ -17,6 +17,7 @@ from __future__ import annotations
 
 __all__ = ["Pathfinder", "find_start"]
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log, pi
 from typing import NamedTuple
@@ -26,14 +27,22 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
+from pyro_genmodels.dynamics.resampling import effective_size
 from pyro_genmodels.infer.compiled.batched import BatchedDensity
 from pyro_genmodels.posteriors.fits import DrawnPosterior, Posterior
 from pyro_genmodels.posteriors.method import Method
 from pyro_genmodels.posteriors.problem import Problem
 from pyro_genmodels.utils.errors import check_positive_int
+from pyro_genmodels.utils.pareto import MAX_PARETO_K, smooth_log_weights
 
+MIN_COSINE = 1e-12
+"""Smallest cosine of a step and the change of gradient that it makes, at which a curvature is learned, in any unit."""
 MAX_TRIES = 5
 """Largest number of starts of each path."""
+NUM_START_DRAWS = 1000
+"""Number of draws of each path that a start of other methods is computed from."""
+MIN_DRAWS_PER_COORDINATE = 10
+"""Effective number of draws for each coordinate from which a covariance is estimated."""
 HISTORY = 6
 """Number of steps of the optimiser that an inverse Hessian is estimated from."""
 
@@ -74,6 +83,21 @@ class QuasiNewtonNormal(NamedTuple):
         part = white @ self.basis
         solved = torch.linalg.solve_triangular(self.inner, part.T, upper=False).T
         return self.log_prob_of_noise(white + (solved - part) @ self.basis.T)
+
+    @classmethod
+    def of_draws(cls, z: Tensor, weights: Tensor) -> QuasiNewtonNormal:
+        """Return the normal distribution with the mean and covariance of weighted draws.
+
+        Args:
+            z: draws, (n, dim), in float64.
+            weights: their weights, (n,), which sum to one.
+        """
+        loc = weights @ z
+        centred = z - loc
+        covariance = centred.T @ (centred * weights[:, None])
+        root = covariance.diagonal().sqrt()
+        correlations = covariance / (root[:, None] * root)
+        return cls(loc, root, torch.eye(len(loc), dtype=z.dtype), torch.linalg.cholesky(correlations))
 
     def covariance(self) -> Tensor:
         """Return the covariance matrix, (dim, dim)."""
@@ -126,11 +150,9 @@ class Pathfinder(Method):
         check_positive_int("Pathfinder", **vars(self))
 
     def fit(self, problem: Problem) -> Posterior:
-        density = problem.density
         paths = self.normals(problem.batched)
-        drawn = [normal.sample(self.num_samples) for normal in paths]
-        z = torch.cat([z for z, _ in drawn]).to(density.dtype)
-        log_q = torch.stack([normal.log_prob(z.double()) for normal in paths]).logsumexp(0) - log(len(paths))
+        z = torch.cat([normal.sample(self.num_samples)[0] for normal in paths]).to(problem.density.dtype)
+        log_q = _mixture_log_prob(paths, z.double())
         instead = "Use them to start NoUTurn(), or take FlowGuide()."
         return DrawnPosterior.resampled(problem, self, z, log_q, self.num_samples, instead=instead)
 
@@ -178,7 +200,10 @@ class Pathfinder(Method):
 
 
 def find_start(density: BatchedDensity, num_paths: int = 4) -> QuasiNewtonNormal:
-    """Return the best normal approximation that short paths find: a start for other methods.
+    """Return a normal approximation that short paths find: a start for other methods.
+
+    It has the mean and covariance of draws of all paths, weighted by smoothed importance weights, if their k-hat is good and
+    they are worth ten draws for each coordinate. Otherwise it is the approximation with the largest evidence lower bound.
 
     Args:
         density: log density.
@@ -187,14 +212,34 @@ def find_start(density: BatchedDensity, num_paths: int = 4) -> QuasiNewtonNormal
     Raises:
         ValueError: if there is none.
     """
-    method = Pathfinder(num_paths=num_paths, num_elbo_samples=64)
-    found = method.normals(density)
+    found = Pathfinder(num_paths=num_paths, num_elbo_samples=64).normals(density)
+    z, log_p, log_q = _drawn(density, found, NUM_START_DRAWS)
+    log_weight, k = smooth_log_weights(log_p - log_q)
+    if k < MAX_PARETO_K and effective_size(log_weight) > MIN_DRAWS_PER_COORDINATE * z.shape[1]:
+        return QuasiNewtonNormal.of_draws(z, log_weight.softmax(0))
     elbos = []
     for normal in found:
-        z, log_q = normal.sample(256)
-        log_p, _ = density(z.to(density.density.dtype))
-        elbos.append(float((log_p.double() - log_q).mean()))
+        z, log_p, log_q = _drawn(density, [normal], NUM_START_DRAWS)
+        elbos.append(float((log_p - log_q).mean()))
     return found[int(np.argmax(elbos))]
+
+
+def _drawn(density: BatchedDensity, normals: Sequence[QuasiNewtonNormal], number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return draws of a mixture of normal distributions, (n, dim), with the log density and that of the mixture, (n,).
+
+    Args:
+        density: log density.
+        normals: normal distributions, with equal shares.
+        number: number of draws of each.
+    """
+    z = torch.cat([normal.sample(number)[0] for normal in normals])
+    log_p, _ = density(z.to(density.density.dtype))
+    return z, log_p.double(), _mixture_log_prob(normals, z)
+
+
+def _mixture_log_prob(normals: Sequence[QuasiNewtonNormal], z: Tensor) -> Tensor:
+    """Return the log density of a mixture with equal shares at points, (n, dim), (n,), in nats."""
+    return torch.stack([normal.log_prob(z) for normal in normals]).logsumexp(0) - log(len(normals))
 
 
 def climb(density: BatchedDensity, start: Tensor, max_steps: int) -> Path:
@@ -237,7 +282,7 @@ def normals_along(path: Path) -> list[QuasiNewtonNormal]:
     for i in range(1, len(path.points)):
         s, y = path.points[i] - path.points[i - 1], path.gradients[i - 1] - path.gradients[i]
         curvature = y @ s
-        if curvature > 1e-12 * (y @ y):
+        if curvature > MIN_COSINE * s.norm() * y.norm():
             diagonal = _next_diagonal(diagonal, s, y)
             steps, changes = [*steps, s][-HISTORY:], [*changes, y][-HISTORY:]
         if not steps:

@@ -22,6 +22,7 @@ from pyro_genmodels._pyro.capturing import has_handlers
 from pyro_genmodels._pyro.inductor import missing_compiler
 from pyro_genmodels.infer.compiled import Captured, CapturedLoss, CaptureError, Compiled, Eager, Mode, StaleGraphError
 from pyro_genmodels.utils.errors import one_line, warn_caller
+from pyro_genmodels.utils.tensors import copied_like
 
 CAPTURED_STEPS = 2_000
 """Number of coming steps from which on a captured graph saves more time than it takes, with two sizes of batches."""
@@ -153,7 +154,8 @@ class Gradients:
         loss, gradients = captured(*args, **kwargs)
         for name, gradient in gradients.items():
             if name in self.parameters:
-                self.parameters[name].grad = gradient.clone()  # two of them may be one tensor
+                parameter = self.parameters[name]
+                parameter.grad = copied_like(gradient, parameter)  # two of them may be one tensor
         value = loss.item()
         if self._chooses and len(captured.findings) == num_findings:
             self._note(start, is_captured=True)

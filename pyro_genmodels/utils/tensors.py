@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["all_finite", "as_tensor", "noting_frames"]
+__all__ = ["all_finite", "as_tensor", "copied_like", "noting_frames"]
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +26,19 @@ def all_finite(x: Tensor) -> bool:
     """
     x = x.detach()
     return bool(x.sum().isfinite()) or bool(x.isfinite().all())
+
+
+def copied_like(x: Tensor, other: Tensor) -> Tensor:
+    """Return a copy of a tensor, in the order in memory of another of its shape.
+
+    A gradient wants the order of its parameter: fused optimisers of torch go through the memory of both, side by side, and
+    take a step along another gradient if the orders differ.
+
+    Example:
+        >>> copied_like(torch.zeros(3, 2).T, torch.zeros(2, 3)).stride()
+        (3, 1)
+    """
+    return torch.empty_like(other).copy_(x)
 
 
 def as_tensor(values: Any, owner: str, *, floats: torch.dtype = torch.float64) -> Tensor:

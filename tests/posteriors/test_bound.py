@@ -116,3 +116,26 @@ def test_the_linear_map_of_a_flow_is_that_of_pyro(shape):
     assert_close(y, theirs(x))
     assert_close(ours.inv(y), x)
     assert_close(ours.log_abs_det_jacobian(x, y), theirs.log_abs_det_jacobian(x, y).expand(shape))
+
+
+def test_gradients_lie_in_memory_as_their_parameters_do(regression_problem):
+    """The fused Adam goes through the memory of both, side by side."""
+    for method in (FullRank(), FlowGuide(transform=RealNVP(transforms=2))):
+        gradient = _BoundGradient(start(method, 3), regression_problem.batched, 32, 1)
+        gradient()
+        assert all(p.grad.stride() == p.stride() for p in gradient.parameters)
+
+
+def test_training_finds_the_covariance_of_a_normal_density():
+    """At a normal density the gradient along the draws has no noise, so that Adam ends there."""
+    wanted = torch.tensor([[1.0, 0.9, 0.2], [0.9, 1.0, 0.5], [0.2, 0.5, 1.0]])
+
+    def model():
+        pyro.sample("z", dist.MultivariateNormal(torch.ones(3), wanted))
+
+    approximation = start(FullRank(), 3)
+    pyro.set_rng_seed(3)
+    FullRank(num_steps=600, step_size=0.05).train(approximation, Problem(model, progress=False).batched, progress=False)
+    found = approximation()
+    assert_close(found.covariance_matrix, wanted, rtol=0, atol=0.02)
+    assert_close(found.loc, torch.ones(3), rtol=0, atol=0.02)

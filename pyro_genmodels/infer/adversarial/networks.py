@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from pyro_genmodels.optim.adapters import Optim, make_optimizer
 from pyro_genmodels.optim.averaging import TrainedWeights
+from pyro_genmodels.utils.tensors import copied_like
 
 GENERATOR, CRITIC = "generator", "critic"
 BETAS = (0.0, 0.99)
@@ -72,7 +73,7 @@ class TrainedNetworks:
         if not (loss + norm).isfinite():
             return f"the {name}'s loss is {loss.item():g} and the norm of its gradient {norm.item():g}"
         for p, grad in zip(parameters, grads, strict=True):
-            p.grad = grad
+            p.grad = None if grad is None else copied_like(grad, p)
         self.optimisers[name].step()
         for p in parameters:
             p.grad = None

@@ -40,6 +40,7 @@ from pyro_genmodels.infer.compiled.stepper import Before, Stepper, check_step
 from pyro_genmodels.infer.compiled.updates import has_stepped, moved_by, update_of, watch_others
 from pyro_genmodels.utils.errors import check_positive_int, warn_caller
 from pyro_genmodels.utils.files import atomic_write
+from pyro_genmodels.utils.tensors import copied_like
 
 SAVE_SECONDS = 60.0
 """Seconds between two checkpoints of a run."""
@@ -453,7 +454,7 @@ class CompiledSVI:
         parameters = list(program.parameters.values())
         for p, g in zip(parameters, gradients, strict=True):
             if g is not None:  # a copy, since gradients may share memory, and clipping changes them
-                p.grad = g.clone(memory_format=torch.contiguous_format)
+                p.grad = copied_like(g, p)
         self.optim(parameters)
         zero_grads(parameters)
         return float(loss)

@@ -20,6 +20,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from pyro_genmodels.infer.compiled.audit import size_of_gradients, tolerance_of
 from pyro_genmodels.infer.compiled.recorder import StaleGraphError
 from pyro_genmodels.infer.compiled.updates import State, Update
+from pyro_genmodels.utils.tensors import copied_like
 
 ROUNDINGS = 3e3
 """Error of a gradient by rounding, in units of rounding of the largest gradient."""
@@ -71,7 +72,7 @@ def _steps_of_optimizer(update: Update, i: int, gradients: Sequence[Tensor]) -> 
     state = optimizer.state[p]
     optimizer.state = defaultdict(dict)
     for q, g in zip(copies, gradients, strict=True):
-        q.grad = g.clone()
+        q.grad = copied_like(g, q)
         optimizer.state[q] = {name: x.clone() if isinstance(x, Tensor) else x for name, x in state.items()}
         if (largest := clip.get("clip_norm")) is not None:
             clip_grad_norm_(q, largest)
