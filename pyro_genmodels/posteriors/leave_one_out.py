@@ -46,6 +46,8 @@ from pyro_genmodels.utils.rng import forked_rng
 
 BATCH_SIZE = 1000
 """Largest number of draws whose densities are computed in one run."""
+MAX_MC_ERROR = 0.5
+"""Largest Monte Carlo standard error of a row, in nats, that is trusted. Above it, few draws explain the row."""
 PROGRESS_DELAY = 2.0
 """Seconds before a progress bar of moment matching is shown."""
 
@@ -90,8 +92,8 @@ class LeaveOneOut:
 
     @property
     def is_reliable(self) -> bool:
-        """True if no k-hat is too large."""
-        return not bool((self.pareto_k > self.max_pareto_k).any())
+        """True if no k-hat is too large, and no row has a Monte Carlo error above 0.5 nats."""
+        return not bool(((self.pareto_k > self.max_pareto_k) | (self.mc_error > MAX_MC_ERROR)).any())
 
     def to_arviz(self) -> Any:
         """Return it as ArviZ's `ELPDData`, as `az.compare` takes it. As in ArviZ's own `reloo`, k-hat of refitted rows is 0."""
@@ -146,7 +148,8 @@ def reloo(
         RuntimeError: if a refit fails.
 
     Warns:
-        RuntimeWarning: if weights of refits cannot be trusted either.
+        RuntimeWarning: if weights of refits cannot be trusted either; or if a refitted row is so far from the others that few
+            draws explain it, and its density may be far too low.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -208,6 +211,11 @@ def reloo(
         values[bad], errors[bad], k[bad] = torch.tensor(refits, dtype=torch.float64).T
         if unsafe := int((k[bad] > limit).sum()):
             warn_caller(f"Weights of {unsafe} of {len(bad)} refits have a k-hat above {limit:.2f} too: give method=NoUTurn().")
+        if rough := int((errors[bad] > MAX_MC_ERROR).sum()):
+            warn_caller(
+                f"Few draws of the refits explain {rough} of {len(bad)} rows, whose Monte Carlo error is above {MAX_MC_ERROR} "
+                "nats. Their densities may be far too low: give moment_matching=True."
+            )
     refitted = torch.zeros(len(k), dtype=torch.bool)
     refitted[bad] = True
     values, errors, k, matched, refitted = (x.reshape(rows) for x in (values, errors, k, matched, refitted))

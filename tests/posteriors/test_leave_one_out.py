@@ -102,6 +102,21 @@ def test_every_kind_of_posterior_has_the_closed_form(name, moment_matching):
     assert found.elpd == pytest.approx(float(exact().sum()), abs=chance)
 
 
+@pytest.mark.slow
+def test_a_refitted_row_that_few_draws_explain_is_told():
+    """Thirty predictive standard errors away, where 500 draws of a refit hold none that explains the row."""
+    y = torch.cat([Y[:-1], torch.tensor([25.0])])
+    fit = posterior(regression, X, y, method=Laplace(num_starts=1), progress=False)
+    with pytest.warns(RuntimeWarning, match=r"Few draws of the refits explain \d of \d rows"):
+        found = reloo(fit, num_samples=500, seed=0, progress=False)
+    mean, covariance = moments(X[:-1], y[:-1])
+    x = X[-1].double()
+    right = torch.distributions.Normal(x @ mean, (x @ covariance @ x + NOISE**2).sqrt()).log_prob(y[-1].double())
+    assert found.pointwise[-1] < right - 1.0
+    assert found.mc_error[-1] > 0.5
+    assert not found.is_reliable
+
+
 def test_without_refits_the_outlier_is_wrong_and_told():
     found = left_out("Laplace", max_pareto_k=float("inf"))
     assert not found.refitted.any()
