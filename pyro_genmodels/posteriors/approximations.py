@@ -33,17 +33,25 @@ class Approximation(nn.Module):
 class MeanFieldGaussian(Approximation):
     """Independent normal coordinates.
 
+    The means are trained in deviations of the start, so that steps have one size in all units.
+
     Args:
         loc: means, (dim,).
         scale: standard deviations, (dim,).
     """
 
+    start_loc: Tensor
+    start_scale: Tensor
+
     def __init__(self, loc: Tensor, scale: Tensor) -> None:
         super().__init__(len(loc))
-        self.loc, self.log_scale = nn.Parameter(loc.clone()), nn.Parameter(scale.log())
+        self.register_buffer("start_loc", loc.clone())
+        self.register_buffer("start_scale", scale.clone())
+        self.loc, self.log_scale = nn.Parameter(torch.zeros_like(loc)), nn.Parameter(torch.zeros_like(loc))
 
     def forward(self) -> dist.TorchDistribution:
-        return dist.Normal(self.loc, self.log_scale.exp(), validate_args=False).to_event(1)
+        loc, scale = self.start_loc + self.start_scale * self.loc, self.start_scale * self.log_scale.exp()
+        return dist.Normal(loc, scale, validate_args=False).to_event(1)
 
 
 class FullRankGaussian(Approximation):
@@ -75,21 +83,27 @@ class FullRankGaussian(Approximation):
 class LowRankGaussian(Approximation):
     """A normal distribution whose covariance is diagonal plus a matrix of low rank.
 
+    The means are trained in deviations of the start, so that steps have one size in all units.
+
     Args:
         loc: means, (dim,).
         scale: standard deviations of the diagonal part, (dim,).
         rank: rank of the other part.
     """
 
+    start_loc: Tensor
+    start_scale: Tensor
+
     def __init__(self, loc: Tensor, scale: Tensor, rank: int) -> None:
         super().__init__(len(loc))
-        self.loc, self.log_scale = nn.Parameter(loc.clone()), nn.Parameter(scale.log())
+        self.register_buffer("start_loc", loc.clone())
+        self.register_buffer("start_scale", scale.clone())
+        self.loc, self.log_scale = nn.Parameter(torch.zeros_like(loc)), nn.Parameter(torch.zeros_like(loc))
         self.factor = nn.Parameter(0.01 * torch.randn(len(loc), rank, dtype=loc.dtype, device=loc.device))
 
     def forward(self) -> dist.TorchDistribution:
-        scale = self.log_scale.exp()
-        factor = scale[:, None] * self.factor
-        return dist.LowRankMultivariateNormal(self.loc, factor, scale.square(), validate_args=False)
+        loc, scale = self.start_loc + self.start_scale * self.loc, self.start_scale * self.log_scale.exp()
+        return dist.LowRankMultivariateNormal(loc, scale[:, None] * self.factor, scale.square(), validate_args=False)
 
 
 class _LinearMap(Transform):

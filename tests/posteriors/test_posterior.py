@@ -84,6 +84,31 @@ def test_every_method_has_mean_and_deviations_of_the_exact_posterior(name):
     assert (draws.std(0) / deviation - 1).abs().max() < 0.1
 
 
+SMALL = {
+    "Pathfinder": Pathfinder(num_paths=2, num_samples=4000),
+    "MeanField": MeanField(num_steps=200, step_size=0.01),
+    "LowRank": LowRank(2, num_steps=200, step_size=0.01),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_unit_of_the_latent_variables_does_not_matter(name):
+    """Means within 0.1 deviations, deviations within 10 %, of a posterior whose deviation is 3e-7, in closed form."""
+    unit = 1e-6
+
+    def model(y):
+        loc = pyro.sample("loc", dist.Normal(0.0, 10 * unit))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(loc, unit), obs=y)
+
+    pyro.set_rng_seed(1)
+    fit = posterior(model, unit * Y, method=SMALL[name], progress=False)
+    variance = 1 / (len(Y) + 1 / 100)
+    draws = fit.get_samples(4000)["loc"].double() / unit
+    assert abs(draws.mean() - variance * Y.sum()) < 0.1 * variance**0.5
+    assert abs(draws.std() / variance**0.5 - 1) < 0.1
+
+
 @pytest.mark.parametrize("name", APPROXIMATIONS)
 def test_smoothed_weights_give_the_exact_evidence_and_mean(name):
     mean, covariance, evidence = exact()
@@ -99,14 +124,18 @@ def test_smoothed_weights_give_the_exact_evidence_and_mean(name):
 
 @pytest.mark.slow
 def test_a_narrow_mean_field_is_told_by_its_weights():
-    """Of correlated weights a mean field has too small deviations: 1 / the root of the precision's diagonal."""
+    """Of correlated weights a mean field has too small deviations: 1 / the root of the precision's diagonal.
+
+    The tail index of its weights is .86 in closed form, and k-hat .74 with a deviation of .08 at 4000 draws: below .4 in one
+    of 10^5 seeds. An exact fit has one below .3.
+    """
     _, covariance, evidence = exact()
     fit = posterior(regression, X, Y, method=MeanField(num_steps=300, step_size=0.03), progress=False)
     conditional = covariance.inverse().diagonal().rsqrt()
     deviation = fit.get_samples(4000)["weights"].double().std(0)
     torch.testing.assert_close(deviation, conditional, rtol=0.1, atol=0)
     weighted = fit.psis(4000)
-    assert weighted.pareto_k > 0.7
+    assert weighted.pareto_k > 0.4
     elbo, std_error = weighted.elbo
     gap = -(covariance.logdet() - 2 * conditional.log().sum()) / 2  # KL of normals whose precisions have one diagonal
     assert abs(evidence - elbo + gap) < THRESHOLD * std_error + 0.02
