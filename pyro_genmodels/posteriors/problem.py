@@ -54,6 +54,10 @@ class Problem:
         self.model, self.args, self.kwargs, self.progress = model, tuple(args), dict(kwargs or {}), progress
         self._coordinates, self.has_density = coordinates, has_density
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is saved and copied: all but captured graphs, which are built again when they are asked for."""
+        return {name: value for name, value in vars(self).items() if name not in ("density", "batched")}
+
     @property
     def coordinates(self) -> Coordinates:
         """Maps between unconstrained coordinates and the latent variables."""

@@ -1,5 +1,7 @@
 """`posterior` and its methods, on models whose posterior and evidence are known in closed form."""
 
+import copy
+import pickle
 from functools import cache
 
 import pyro
@@ -82,6 +84,19 @@ def test_every_method_has_mean_and_deviations_of_the_exact_posterior(name):
     deviation = covariance.diagonal().sqrt()
     assert ((draws.mean(0) - mean) / deviation).abs().max() < 0.1
     assert (draws.std(0) / deviation - 1).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("name", ["Laplace", "Pathfinder"])
+def test_a_fit_is_saved_and_copied(name):
+    fit = fitted(name)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        expected = fit.get_samples(10)["weights"]
+    for again in (copy.deepcopy(fit), pickle.loads(pickle.dumps(fit))):
+        again.get_samples(1)  # captures the model
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            torch.testing.assert_close(again.get_samples(10)["weights"], expected, rtol=0, atol=0)
 
 
 SMALL = {
