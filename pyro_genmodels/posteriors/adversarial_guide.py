@@ -122,11 +122,12 @@ class DensityEstimate(nn.Module):
         """Move the moments of the reference towards those of draws.
 
         Args:
-            z: draws, (n, dim).
+            z: draws, (n, dim); those that are not finite are left out.
             decay: factor of the earlier moments, from 0 to 1.
         """
-        mean, step = z.double().mean(0), z.double().mean(0) - self.loc
-        centred = z.double() - mean
+        z = z[z.isfinite().all(1)].double()
+        mean, step = z.mean(0), z.mean(0) - self.loc
+        centred = z - mean
         covariance = centred.T @ centred / len(z) + decay * torch.outer(step, step)
         self._set_moments(torch.lerp(mean, self.loc, decay), torch.lerp(covariance, self.covariance, decay))
 

@@ -108,7 +108,6 @@ def _train(gradient: _BoundGradient, num_steps: int, step_size: float, bar: tqdm
         Minus the bound at each step, (steps,), and the number of draws without a finite density.
     """
     optimizer = torch.optim.Adam(gradient.parameters, lr=step_size, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: (1 + cos(pi * i / num_steps)) / 2)
     losses, num_lost = [], 0
     for i in range(num_steps):
         loss, lost = gradient()
@@ -116,8 +115,8 @@ def _train(gradient: _BoundGradient, num_steps: int, step_size: float, bar: tqdm
         num_lost += lost
         if lost < gradient.num_draws:
             nn.utils.clip_grad_norm_(gradient.parameters, MAX_NORM)
+            optimizer.param_groups[0]["lr"] = step_size * (1 + cos(pi * i / num_steps)) / 2
             optimizer.step()
-        schedule.step()
         bar.update()
         if i % 100 == 99:
             bar.set_postfix_str(f"ELBO {-sum(losses[-100:]) / 100:.5g}", refresh=False)

@@ -141,19 +141,26 @@ def test_smoothed_weights_give_the_exact_evidence_and_mean(name):
 def test_a_narrow_mean_field_is_told_by_its_weights():
     """Of correlated weights a mean field has too small deviations: 1 / the root of the precision's diagonal.
 
-    The tail index of its weights is .86 in closed form, and k-hat .74 with a deviation of .08 at 4000 draws: below .4 in one
-    of 10^5 seeds. An exact fit has one below .3.
+    The tail index of its weights is .86 in closed form. At 100,000 draws k-hat is .78 with a standard deviation of .054, by 24
+    seeds: below .5 in one of 10^6 seeds. An exact fit has one below .3. With half of these deviations it is .88 with .085 at
+    20,000 draws, so that .7 is two of these away: told by most seeds, and by this one.
     """
+    pyro.set_rng_seed(12)
     _, covariance, evidence = exact()
     fit = posterior(regression, X, Y, method=MeanField(num_steps=300, step_size=0.03), progress=False)
     conditional = covariance.inverse().diagonal().rsqrt()
     deviation = fit.get_samples(4000)["weights"].double().std(0)
     torch.testing.assert_close(deviation, conditional, rtol=0.1, atol=0)
-    weighted = fit.psis(4000)
-    assert weighted.pareto_k > 0.4
+    weighted = fit.psis(100_000)
+    assert weighted.pareto_k > 0.5
     elbo, std_error = weighted.elbo
     gap = -(covariance.logdet() - 2 * conditional.log().sum()) / 2  # KL of normals whose precisions have one diagonal
     assert abs(evidence - elbo + gap) < THRESHOLD * std_error + 0.02
+    with torch.no_grad():
+        fit.approximation.log_scale -= torch.tensor(2.0).log()
+    narrower = fit.psis(20_000)
+    assert narrower.pareto_k > 0.7
+    assert not narrower.is_reliable
 
 
 @pytest.mark.parametrize("name", slow_unless(["FullRank", "Pathfinder"], ["NoUTurn", "FullRank", "Pathfinder"]))

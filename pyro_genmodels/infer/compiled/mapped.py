@@ -48,7 +48,7 @@ class _Interpreter(fx.Interpreter):
 
 
 def _copied(_node: fx.Node, x: Tensor, source: Tensor, *_: Any) -> Tensor:
-    return source.to(x.dtype).expand(x.shape)
+    return source.to(x).expand(x.shape)
 
 
 def _viewed(_node: fx.Node, x: Tensor, shape: list[int]) -> Tensor:
@@ -56,7 +56,7 @@ def _viewed(_node: fx.Node, x: Tensor, shape: list[int]) -> Tensor:
 
 
 def _filled(_node: fx.Node, x: Tensor, mask: Tensor, value: Tensor) -> Tensor:
-    return torch.where(mask, value.to(x.dtype), x)
+    return torch.where(mask, value.to(x), x)
 
 
 def _put(_node: fx.Node, x: Tensor, indices: list[Tensor | None], value: Tensor, *accumulate: bool) -> Tensor | None:
