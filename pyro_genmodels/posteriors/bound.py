@@ -18,7 +18,7 @@ __all__ = ["MAX_NORM", "maximise_bound", "warn_of_lost_draws"]
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from math import cos, log, pi
+from math import cos, isfinite, log, pi
 from typing import Any
 
 import torch
@@ -38,6 +38,14 @@ TRIAL = 0.05
 """Length of a trial of a step size, as a share of the steps."""
 MAX_LOST = 0.5
 """Largest share of draws at points without a finite density that goes without a warning."""
+WARMUP = 50
+"""Number of steps in which the step size rises."""
+BLOCK = 25
+"""Number of steps after which the bound is looked at."""
+MAX_RISE = 100.0
+"""Nats by which the median step of a block may be worse than that of the best block; ten quartile ranges, if these are more."""
+QUARTILES = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+"""Quantiles of the bounds of a block."""
 MAX_NORM = 100.0
 """Norm of the gradient above which it is shortened."""
 
@@ -102,11 +110,14 @@ def warn_of_lost_draws(num_lost: int, num_draws: int) -> None:
 
 
 def _train(gradient: _BoundGradient, num_steps: int, step_size: float, bar: tqdm) -> tuple[Tensor, int]:
-    """Make steps of Adam with a step size that falls to zero.
+    """Make steps of Adam with a step size that rises at first and then falls to zero.
+
+    A flow may be thrown far away by one step. Then it goes on from the last state that was good, with smaller steps.
 
     Returns:
         Minus the bound at each step, (steps,), and the number of draws without a finite density.
     """
+    good, best, spread, since = deepcopy(gradient.approximation.state_dict()), float("inf"), 0.0, 0
     optimizer = torch.optim.Adam(gradient.parameters, lr=step_size, fused=True)
     losses, num_lost = [], 0
     for i in range(num_steps):
@@ -115,8 +126,16 @@ def _train(gradient: _BoundGradient, num_steps: int, step_size: float, bar: tqdm
         num_lost += lost
         if lost < gradient.num_draws:
             nn.utils.clip_grad_norm_(gradient.parameters, MAX_NORM)
-            optimizer.param_groups[0]["lr"] = step_size * (1 + cos(pi * i / num_steps)) / 2
+            rising = min(1.0, (i - since + 1) / WARMUP)
+            optimizer.param_groups[0]["lr"] = step_size * rising * (1 + cos(pi * i / num_steps)) / 2
             optimizer.step()
+        if (i - since) % BLOCK == BLOCK - 1:
+            low, level, high = torch.tensor(losses[-BLOCK:], dtype=torch.float64).quantile(QUARTILES).tolist()
+            if not isfinite(level) or level > best + max(MAX_RISE, 10 * spread):
+                gradient.approximation.load_state_dict(good)
+                optimizer, step_size, since = torch.optim.Adam(gradient.parameters, fused=True), step_size / 3, i + 1
+            elif level <= best:
+                good, best, spread = deepcopy(gradient.approximation.state_dict()), level, high - low
         bar.update()
         if i % 100 == 99:
             bar.set_postfix_str(f"ELBO {-sum(losses[-100:]) / 100:.5g}", refresh=False)

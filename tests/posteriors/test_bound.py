@@ -139,3 +139,14 @@ def test_training_finds_the_covariance_of_a_normal_density():
     found = approximation()
     assert_close(found.covariance_matrix, wanted, rtol=0, atol=0.02)
     assert_close(found.loc, torch.ones(3), rtol=0, atol=0.02)
+
+
+def test_a_step_too_far_is_taken_back(regression_problem):
+    """Steps of ten in the weights of a flow leave every draw without a density, or with one that is far too low."""
+    pyro.set_rng_seed(5)
+    approximation = start(FlowGuide(transform=RealNVP(transforms=2)), 3)
+    method = FlowGuide(num_steps=400, num_draws=32, step_size=10.0)
+    losses = method.train(approximation, regression_problem.batched, progress=False)
+    assert not (losses < losses[:5].max() + 100).all()  # it was thrown away, nan among them
+    assert losses[-25:].median() < losses[:5].median()
+    assert approximation().sample((100,)).isfinite().all()
