@@ -43,31 +43,15 @@ from pyro_genmodels.posteriors import (
     Pathfinder,
     posterior,
 )
-from pyro_genmodels.posteriors.fits import Posterior
-from pyro_genmodels.posteriors.method import Method
-from pyro_genmodels.posteriors.problem import Problem
 
 Data = dict[str, Any]
 NUM_SAMPLES = 10_000
 """Number of draws of a method without chains."""
 
 
-@dataclass(frozen=True, repr=False)
-class Started(Method):
-    """NUTS whose chains start at draws of Pathfinder."""
-
-    chains: NoUTurn
-
-    def fit(self, problem: Problem) -> Posterior:
-        start = Pathfinder().fit(problem)
-        fit = replace(self.chains, init=start).fit(problem)
-        fit.num_gradients += start.num_gradients
-        return fit
-
-
 METHODS: dict[str, Callable[[NoUTurn], Any]] = {
     "nuts": lambda chains: chains,
-    "started_nuts": Started,
+    "started_nuts": lambda chains: replace(chains, init=Pathfinder()),
     "mean_field": lambda _: MeanField(),
     "full_rank": lambda _: FullRank(),
     "low_rank": lambda _: LowRank(),

@@ -28,13 +28,12 @@ from tqdm.auto import tqdm
 from pyro_genmodels.families import NSF, Flow
 from pyro_genmodels.infer.objective import Loss
 from pyro_genmodels.posteriors.approximations import Approximation
-from pyro_genmodels.posteriors.conditional import Training, default_objective, train_conditional
+from pyro_genmodels.posteriors.conditional import Training, check_builder, default_objective, train_conditional
 from pyro_genmodels.posteriors.embeddings import Embedding, ObservationEncoder, embeddings_by_name
 from pyro_genmodels.posteriors.fits import NUM_SAMPLES, GuidePosterior
 from pyro_genmodels.posteriors.problem import Problem
 from pyro_genmodels.posteriors.simulation_trained import SimulationTrained, report_failures
-from pyro_genmodels.utils.errors import check_positive_int, listed, type_with_article
-from pyro_genmodels.utils.tensors import as_tensor
+from pyro_genmodels.utils.errors import check_positive_int
 
 TRUNCATED_MASS = 1e-4
 """Mass of the posterior outside of the region that the prior is restricted to (arXiv 2210.04815)."""
@@ -106,16 +105,11 @@ class AmortizedPosterior(SimulationTrained):
         simulations: Mapping[str, Any] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        if isinstance(family, nn.Module) or not callable(family):
-            raise TypeError(
-                f"AmortizedPosterior builds the family itself: pass a class or a function, such as family=Flow, but found "
-                f"{type_with_article(family)}."
-            )
+        check_builder("AmortizedPosterior", family)
         super().__init__(model, args, model_kwargs or {}, observed, simulations)
         self._build, self.objective = family, objective
         self._embeddings = embeddings_by_name(embedding, self.simulator.observed)
         self.family: nn.Module | None = None
-        self.encoder: ObservationEncoder | None = None
         self._focus: dict[str, Tensor] | None = None
 
     def __repr__(self) -> str:
@@ -127,15 +121,13 @@ class AmortizedPosterior(SimulationTrained):
         z, observations = self._pairs()
         if self.family is None:
             shapes = {name: self.simulator.shapes[name] for name in self.simulator.observed}
-            self.encoder = ObservationEncoder(shapes, self._embeddings, observations)
-            family = self._build((z.shape[1],), context=self.encoder)
+            family: Any = self._build((z.shape[1],), context=ObservationEncoder(shapes, self._embeddings, observations))
         else:
             family = deepcopy(self.family).requires_grad_(True)
-        encoder: Any = family.context
-        context = encoder.flatten(observations)
+        context = family.context.flatten(observations)
         objective = default_objective(family(context[:1])) if self.objective is None else self.objective
         self.history = train_conditional(family, objective, z, context, options)
-        self.family, self.encoder = family.eval().requires_grad_(False), encoder
+        self.family = family.eval().requires_grad_(False)
 
     def given(self, **observations: Any) -> GuidePosterior:
         """Return the posterior given observations: a fit with draws, and with weights if the model has a density.
@@ -147,6 +139,7 @@ class AmortizedPosterior(SimulationTrained):
         Raises:
             ValueError: if the posterior has not been trained, a name or shape is wrong, or an observation is not finite.
         """
+        self._trained_family()
         if not observations and self._focus is not None:
             observations = dict(self._focus)
         values = {name: x[0] for name, x in self._checked(observations, batch=False).items()}
@@ -178,13 +171,14 @@ class AmortizedPosterior(SimulationTrained):
             ValueError: as `given`.
         """
         check_positive_int("samples_given", num_samples=num_samples)
+        family = self._trained_family()
         if self._focus is not None:
             raise ValueError(
                 "This posterior was refined for one observation, and holds near it only. Call given() without arguments, or "
                 "samples_given(...) of the posterior before refine."
             )
         values = self._checked(observations, batch=True)
-        z = self._trained_family()(self._encoder().flatten(values)).sample((num_samples,))
+        z = family(family.context.flatten(values)).sample((num_samples,))
         return self.simulator.coordinates.constrain(z)
 
     def refine(
@@ -222,6 +216,7 @@ class AmortizedPosterior(SimulationTrained):
             ValueError: as `given`; or if almost no draw of the prior lies in the region.
         """
         check_positive_int("refine", num_rounds=num_rounds, num_simulations=num_simulations)
+        self._trained_family()
         values = {name: x[0] for name, x in self._checked(observations or dict(self._focus or {}), batch=False).items()}
         refined = copy(self)
         refined._focus, start = values, time.perf_counter()
@@ -258,49 +253,16 @@ class AmortizedPosterior(SimulationTrained):
                     )
         return {name: torch.cat([part[name] for part in kept])[:number] for name in self.simulator.latents}
 
-    def _checked(self, observations: Mapping[str, Any], *, batch: bool) -> dict[str, Tensor]:
-        """Return observations as tensors, (observation, ...) by name."""
-        self._trained_family()
-        wanted = {name: tuple(self.simulator.shapes[name]) for name in self.simulator.observed}
-        if set(observations) != set(wanted):
-            raise ValueError(
-                f"This posterior wants the observations {listed(wanted)} by name, but found {listed(observations)}."
-            )
-        found = {}
-        for name, shape in wanted.items():
-            x = as_tensor(observations[name], f"given({name}=)", floats=torch.get_default_dtype())
-            choice = self._embeddings.get(name)
-            if not batch:
-                x = (choice.completed(x, torch.Size(shape)) if isinstance(choice, Embedding) else x)[None]
-            if x.shape[1:] != shape or x.dim() != len(shape) + 1:
-                rows = "(observation, ...) of the shape " if batch else "in the shape of the simulations, "
-                raise ValueError(
-                    f"{name!r} is wanted {rows}{shape}, but found {tuple(x.shape if batch else x.shape[1:])}. Other numbers of "
-                    "rows need embedding=SetEmbedding(min_rows=...)."
-                )
-            takes_missing = bool(getattr(choice, "missing", 0)) or getattr(choice, "min_rows", None) is not None
-            if bool(x.isinf().any()) or (bool(x.isnan().any()) and not takes_missing):
-                raise ValueError(
-                    f"{name!r} has NaN or infinite values. Missing ones need embedding=DenseEmbedding(missing=...), by which "
-                    "training knows of them."
-                )
-            found[name] = x
-        return found
-
     def _at(self, values: Mapping[str, Tensor]) -> Approximation:
         """Return the distribution of the unconstrained coordinates given observations by name."""
-        context = self._encoder().flatten({name: x[None] for name, x in values.items()})[0]
-        return _Given(self._trained_family(), context, self.simulator.coordinates.dim)
+        family = self._trained_family()
+        context = family.context.flatten({name: x[None] for name, x in values.items()})[0]
+        return _Given(family, context, self.simulator.coordinates.dim)
 
-    def _trained_family(self) -> nn.Module:
+    def _trained_family(self) -> Any:
         if self.family is None:
             raise ValueError("This posterior has not been trained: call its train(num_simulations=...) first.")
         return self.family
-
-    def _encoder(self) -> ObservationEncoder:
-        if self.encoder is None:
-            raise ValueError("This posterior has not been trained: call its train(num_simulations=...) first.")
-        return self.encoder
 
 
 class _Given(Approximation):

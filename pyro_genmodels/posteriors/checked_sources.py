@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["checked_source"]
+__all__ = ["checked_source", "number_of_draws", "source_with_model"]
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +15,34 @@ from pyro_genmodels._pyro import handlers, params, sites, traces
 from pyro_genmodels.inference_data.sources import DrawSource, source_of
 from pyro_genmodels.utils.errors import listed
 from pyro_genmodels.utils.rng import forked_rng
+
+
+def number_of_draws(fit: Any, num_samples: int) -> int | None:
+    """Return how many draws are to be made of a fit: None if it has draws, such as chains."""
+    has_draws = isinstance(fit, Mapping) or (hasattr(fit, "get_samples") and not hasattr(fit, "psis"))
+    return None if has_draws else num_samples
+
+
+def source_with_model(
+    owner: str, fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int | None, *, needs_all: bool = False
+) -> DrawSource:
+    """Return what `checked_source` does, of a fit with a model.
+
+    Args:
+        owner: name of the function that wants it.
+        fit: see `checked_source`.
+        args: see `checked_source`.
+        kwargs: see `checked_source`.
+        num_samples: see `checked_source`.
+        needs_all: see `checked_source`.
+
+    Raises:
+        ValueError: if it has no model; or as `checked_source`.
+    """
+    source = checked_source(fit, args, kwargs, num_samples, needs_all=needs_all)
+    if source.model is None:
+        raise ValueError(f"{owner} wants a fit with a model, but these are draws only.")
+    return source
 
 
 def checked_source(

@@ -6,7 +6,7 @@ over the last steps, which vary less than those of one step: Polyak and Juditsky
 
 from __future__ import annotations
 
-__all__ = ["Training", "default_objective", "train_conditional"]
+__all__ = ["Training", "check_builder", "default_objective", "train_conditional"]
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from pyro_genmodels.infer.denoising import DenoisingScoreMatching
 from pyro_genmodels.infer.flow_matching import FlowMatching
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
 from pyro_genmodels.infer.objective import Loss
+from pyro_genmodels.utils.errors import type_with_article
 from pyro_genmodels.utils.rng import forked_rng
 
 HELD_OUT = 0.1
@@ -47,6 +48,19 @@ class Training:
     step_size: float
     patience: int
     progress: bool
+
+
+def check_builder(owner: str, family: Any) -> None:
+    """Check that an option is a class or function that builds a family.
+
+    Raises:
+        TypeError: if it is not, or is a family already.
+    """
+    if isinstance(family, nn.Module) or not callable(family):
+        raise TypeError(
+            f"{owner} builds the family itself: pass a class or a function, such as family=Flow, but found "
+            f"{type_with_article(family)}."
+        )
 
 
 def default_objective(distribution: Any) -> Loss:

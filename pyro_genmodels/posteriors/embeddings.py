@@ -58,6 +58,11 @@ class Embedding(ABC):
         """Return an observation in the shape of the simulations, with NaN for what it lacks; by default it lacks nothing."""
         return x
 
+    @property
+    def takes_missing(self) -> bool:
+        """True if values may be NaN, because training has hidden some; by default they may not."""
+        return False
+
     def num_kinds(self, shape: Size) -> int:
         """Return the number of last coordinates that have a mean and a deviation of their own; by default all have."""
         return shape.numel()
@@ -91,6 +96,10 @@ class DenseEmbedding(Embedding):
     def build(self, shape: Size) -> nn.Module:
         size = shape.numel() * (2 if self.missing else 1)
         return _Marked(dense(size, self.hidden, self.out_features), marks=bool(self.missing))
+
+    @property
+    def takes_missing(self) -> bool:
+        return self.missing > 0
 
     def hide(self, x: Tensor) -> Tensor:
         if not self.missing:
@@ -162,6 +171,10 @@ class SetEmbedding(Embedding):
             raise ValueError("SetEmbedding wants observations of several rows, (rows, ...), but found single numbers.")
         return _Set(shape, self)
 
+    @property
+    def takes_missing(self) -> bool:
+        return self.min_rows is not None
+
     def hide(self, x: Tensor) -> Tensor:
         return _without_last_rows(x, self.min_rows)  # the rows are exchangeable: the first ones are as good as any
 
@@ -217,6 +230,10 @@ class SequenceEmbedding(Embedding):
         if not shape:
             raise ValueError("SequenceEmbedding wants observations of several rows, (rows, ...), but found single numbers.")
         return _Transformer(shape, self)
+
+    @property
+    def takes_missing(self) -> bool:
+        return self.min_rows is not None
 
     def hide(self, x: Tensor) -> Tensor:
         return _without_last_rows(x, self.min_rows)

@@ -33,7 +33,7 @@ from pyro_genmodels.inference_data import to_arviz
 from pyro_genmodels.inference_data.export import draws_of_data, elpd_data, log_likelihood_of_data
 from pyro_genmodels.inference_data.names import xarray_name
 from pyro_genmodels.inference_data.sources import DrawSource
-from pyro_genmodels.posteriors.checked_sources import checked_source
+from pyro_genmodels.posteriors.checked_sources import number_of_draws, source_with_model
 from pyro_genmodels.posteriors.fits import DrawnPosterior
 from pyro_genmodels.posteriors.method import Method
 from pyro_genmodels.posteriors.moment_matching import match_moments
@@ -169,11 +169,8 @@ def reloo(
     """
     kwargs = joined_keywords(kwargs, model_kwargs)
     check_positive_int("reloo", least=100, num_samples=num_samples)
-    has_guide = hasattr(fit, "psis") or not (hasattr(fit, "get_samples") or isinstance(fit, Mapping))
-    number = num_samples if has_guide else None
-    source = checked_source(fit, args, kwargs, number, needs_all=True)
-    if source.model is None:
-        raise ValueError("reloo wants a fit with a model, but these are draws only.")
+    number = number_of_draws(fit, num_samples)
+    source = source_with_model("reloo", fit, args, kwargs, number, needs_all=True)
     groups = ("posterior", "log_likelihood", "sample_stats")
     options: Any = {"num_samples": number, "batch_size": BATCH_SIZE, "progress": False, "model_kwargs": kwargs}
     data = to_arviz(fit, *args, groups=groups, **options)

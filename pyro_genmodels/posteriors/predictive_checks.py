@@ -32,7 +32,7 @@ from pyro_genmodels.inference_data import to_arviz
 from pyro_genmodels.inference_data.export import chain_diagnostics, plot_predictive, variables_of_data
 from pyro_genmodels.inference_data.names import xarray_name
 from pyro_genmodels.inference_data.sources import DrawSource
-from pyro_genmodels.posteriors.checked_sources import checked_source
+from pyro_genmodels.posteriors.checked_sources import number_of_draws, source_with_model
 from pyro_genmodels.posteriors.uniformity import adjusted_p_values
 from pyro_genmodels.utils.errors import check_positive_int, listed, type_with_article
 from pyro_genmodels.utils.keywords import joined_keywords, runs_models
@@ -157,7 +157,7 @@ class PredictiveCheck:
 
     @property
     def excluded(self) -> list[str]:
-        """How many entries of each site are excluded, in words."""
+        """Number of excluded entries of each site, in words."""
         numbers = {name: (int((~kept).sum()), kept.numel()) for name, kept in self.kept.items()}
         return [f"{n} of the {size} entries of {name} are masked or missing" for name, (n, size) in numbers.items() if n]
 
@@ -238,11 +238,8 @@ def predictive_check(
     functions = STATISTICS if statistics is None else statistics
     if not isinstance(functions, Mapping) or not functions or not all(map(callable, functions.values())):
         raise TypeError(f"predictive_check wants statistics as functions by name, but found {type_with_article(functions)}.")
-    has_guide = hasattr(fit, "psis") or not (hasattr(fit, "get_samples") or isinstance(fit, Mapping))
-    number = num_samples if has_guide else None
-    source = checked_source(fit, args, kwargs, number)
-    if source.model is None:
-        raise ValueError("predictive_check wants a fit with a model, but these are draws only.")
+    number = number_of_draws(fit, num_samples)
+    source = source_with_model("predictive_check", fit, args, kwargs, number)
     groups = ("posterior", "posterior_predictive", "log_likelihood", "observed_data")
     options: Any = {"num_samples": number, "batch_size": BATCH_SIZE, "progress": progress, "model_kwargs": kwargs}
     data = to_arviz(fit, *args, groups=groups, **options)

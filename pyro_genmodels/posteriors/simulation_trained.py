@@ -8,17 +8,26 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from pyro_genmodels.posteriors.conditional import Training
+from pyro_genmodels.posteriors.embeddings import Embedding
 from pyro_genmodels.posteriors.simulations import SimulatedModel, Simulations
-from pyro_genmodels.utils.errors import check_positive_int, warn_caller
+from pyro_genmodels.utils.errors import check_positive_int, listed, warn_caller
+from pyro_genmodels.utils.tensors import as_tensor
 
 MIN_SIMULATIONS = 20
 """Smallest number of simulations to train on."""
+SHAPES = {
+    False: "in the shape of the simulations",
+    True: "(observation, ...) of the shape",
+    None: "in the shape of the simulations, or (observation, ...) of it",
+}
+"""Words for the shapes of one observation, of several, and of either."""
 
 
 class SimulationTrained(ABC):
@@ -38,6 +47,8 @@ class SimulationTrained(ABC):
         history: loss of held-out simulations after each epoch of the last training.
         seconds: seconds of simulation and training.
     """
+
+    _embeddings: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self,
@@ -77,6 +88,43 @@ class SimulationTrained(ABC):
         z = self.simulator.coordinates.unconstrain(values).to(torch.get_default_dtype())
         finite = z.isfinite().all(1)  # a value that was rounded to the end of its support has no coordinates
         return z[finite], {name: values[name][finite] for name in self.simulator.observed}
+
+    def _checked(self, observations: Mapping[str, Any], *, batch: bool | None) -> dict[str, Tensor]:
+        """Return observations as tensors, (observation, ...) by name.
+
+        Args:
+            observations: values of each observed site, by name.
+            batch: True for several observations, (observation, ...), False for one, None for either.
+
+        Raises:
+            ValueError: if a name or shape is wrong, or values are not finite that may not be missing.
+        """
+        wanted = {name: tuple(self.simulator.shapes[name]) for name in self.simulator.observed}
+        if set(observations) != set(wanted):
+            raise ValueError(
+                f"{type(self).__name__} wants the observations {listed(wanted)} by name, but found {listed(observations)}."
+            )
+        found = {}
+        for name, shape in wanted.items():
+            x = as_tensor(observations[name], f"given({name}=)", floats=torch.get_default_dtype())
+            choice = self._embeddings.get(name)
+            if not (x.dim() > len(shape) if batch is None else batch):
+                x = (choice.completed(x, torch.Size(shape)) if isinstance(choice, Embedding) else x)[None]
+            if x.shape[1:] != shape or x.dim() != len(shape) + 1 or not len(x):
+                raise ValueError(
+                    f"{name!r} is wanted {SHAPES[batch]}, {shape}, but found {tuple(x.shape if batch else x.shape[1:])}. Other "
+                    "numbers of rows need embedding=SetEmbedding(min_rows=...)."
+                )
+            takes_missing = isinstance(choice, Embedding) and choice.takes_missing
+            if bool(x.isinf().any()) or (bool(x.isnan().any()) and not takes_missing):
+                raise ValueError(
+                    f"{name!r} has NaN or infinite values. Missing ones need embedding=DenseEmbedding(missing=...) of "
+                    "AmortizedPosterior or AmortizedRatio, by which training knows of them."
+                )
+            found[name] = x
+        if len(set((numbers := {name: len(x) for name, x in found.items()}).values())) > 1:
+            raise ValueError(f"As many observations of each site are wanted, but found {numbers}.")
+        return found
 
     def simulate(self, num_simulations: int, *, parallel: bool | None = None, n_jobs: int = 1, progress: bool = True) -> Self:
         """Add simulations, and return self. Those that fail or return NaN are left out and counted.

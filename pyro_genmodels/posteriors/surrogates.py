@@ -34,14 +34,13 @@ from pyro_genmodels.infer.compiled.modes import Captured
 from pyro_genmodels.infer.objective import Loss
 from pyro_genmodels.posteriors.amortized import default_flow
 from pyro_genmodels.posteriors.choose import posterior
-from pyro_genmodels.posteriors.conditional import Training, default_objective, train_conditional
+from pyro_genmodels.posteriors.conditional import Training, check_builder, default_objective, train_conditional
 from pyro_genmodels.posteriors.embeddings import Embedding, ObservationEncoder, dense, embeddings_by_name
 from pyro_genmodels.posteriors.fits import NUM_SAMPLES, Posterior
 from pyro_genmodels.posteriors.markov_chains import NoUTurn
 from pyro_genmodels.posteriors.method import Method
 from pyro_genmodels.posteriors.simulation_trained import SimulationTrained
-from pyro_genmodels.utils.errors import check_positive_int, listed, type_with_article
-from pyro_genmodels.utils.tensors import as_tensor
+from pyro_genmodels.utils.errors import check_positive_int
 
 
 class _Surrogate(SimulationTrained):
@@ -69,7 +68,9 @@ class _Surrogate(SimulationTrained):
         """
         if self._trained is None:
             raise ValueError(f"This {type(self).__name__} has not been trained: call its train(num_simulations=...) first.")
-        model = _SurrogateModel(self, self._trained, self._checked(observations))
+        with torch.no_grad():
+            prepared = self._prepared(self._trained, self._checked(observations, batch=None))
+        model = _SurrogateModel(self, self._trained, prepared)
         method = NoUTurn(mode=Captured()) if method is None else method
         return posterior(model, method=method, progress=progress)
 
@@ -87,7 +88,7 @@ class _Surrogate(SimulationTrained):
             ValueError: as `given`.
         """
         check_positive_int("samples_given", num_samples=num_samples)
-        rows = self._checked(observations)
+        rows = self._checked(observations, batch=True)
         draws = []
         for i in range(len(next(iter(rows.values())))):
             fit = self.given(method=method, progress=False, **{name: x[i] for name, x in rows.items()})
@@ -95,32 +96,18 @@ class _Surrogate(SimulationTrained):
         return {name: torch.stack([part[name] for part in draws], 1) for name in self.simulator.coordinates.names}
 
     @abstractmethod
-    def _observe(self, trained: Any, z: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Make the statements of Pyro by which coordinates z, (..., dim), explain observations, (n, ...) by name."""
+    def _prepared(self, trained: Any, values: Mapping[str, Tensor]) -> Tensor:
+        """Return what `_observe` needs of observations, (n, ...) by name, as vectors, (n, numbers)."""
 
-    def _checked(self, observations: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return observations as tensors, (observation, ...) by name."""
-        wanted = {name: tuple(self.simulator.shapes[name]) for name in self.simulator.observed}
-        if set(observations) != set(wanted):
-            raise ValueError(f"The observations {listed(wanted)} are wanted by name, but found {listed(observations)}.")
-        found = {}
-        for name, shape in wanted.items():
-            x = as_tensor(observations[name], f"given({name}=)", floats=torch.get_default_dtype())
-            rows = x[None] if x.dim() == len(shape) else x
-            if rows.shape[1:] != shape or rows.dim() != len(shape) + 1 or not len(rows):
-                raise ValueError(
-                    f"{name!r} is wanted in the shape of the simulations, {shape}, or (observation, ...) of it, but found "
-                    f"{tuple(x.shape)}."
-                )
-            if not bool(rows.isfinite().all()):
-                raise ValueError(
-                    f"{name!r} has NaN or infinite values. A likelihood of what is there only is not learned: use "
-                    "AmortizedPosterior with embedding=DenseEmbedding(missing=...)."
-                )
-            found[name] = rows
-        if len(set((numbers := {name: len(x) for name, x in found.items()}).values())) > 1:
-            raise ValueError(f"As many observations of each site are wanted, but found {numbers}.")
-        return found
+    @abstractmethod
+    def _observe(self, trained: Any, z: Tensor, prepared: Tensor) -> None:
+        """Make the statements of Pyro by which coordinates z, (..., dim), explain observations.
+
+        Args:
+            trained: the learned function.
+            z: the coordinates.
+            prepared: what `_prepared` made of the observations, (n, numbers).
+        """
 
 
 class AmortizedLikelihood(_Surrogate):
@@ -175,11 +162,7 @@ class AmortizedLikelihood(_Surrogate):
         simulations: Mapping[str, Any] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        if isinstance(family, nn.Module) or not callable(family):
-            raise TypeError(
-                f"AmortizedLikelihood builds the family itself: pass a class or a function, such as family=Flow, but found "
-                f"{type_with_article(family)}."
-            )
+        check_builder("AmortizedLikelihood", family)
         super().__init__(model, args, model_kwargs or {}, observed, simulations)
         self._build, self.objective = family, objective
 
@@ -189,7 +172,7 @@ class AmortizedLikelihood(_Surrogate):
 
     def _fit(self, options: Training) -> None:
         z, observations = self._pairs()
-        x = _flat(observations).to(torch.get_default_dtype())
+        x = _flat(observations)
         family: Any
         if self._trained is None:
             encoder = ObservationEncoder({"z": z.shape[1:]}, {}, {"z": z})
@@ -200,8 +183,11 @@ class AmortizedLikelihood(_Surrogate):
         self.history = train_conditional(family, objective, x, z, options)
         self._trained = family.eval().requires_grad_(False)
 
-    def _observe(self, trained: Any, z: Tensor, values: Mapping[str, Tensor]) -> None:
-        x, name = _flat(values).to(torch.get_default_dtype()), "_".join(self.simulator.observed)
+    def _prepared(self, trained: Any, values: Mapping[str, Tensor]) -> Tensor:
+        return _flat(values)
+
+    def _observe(self, trained: Any, z: Tensor, prepared: Tensor) -> None:
+        x, name = prepared, "_".join(self.simulator.observed)
         if len(x) == 1:
             pyro.sample(name, trained(z), obs=x[0])
             return
@@ -283,9 +269,11 @@ class AmortizedRatio(_Surrogate):
         self.history = train_conditional(critic, self._loss, z, critic.context.flatten(observations), options)
         self._trained = critic.eval().requires_grad_(False)
 
-    def _observe(self, trained: Any, z: Tensor, values: Mapping[str, Tensor]) -> None:
-        x = trained.context.flatten(values)
-        pyro.factor("log_ratio", trained(z[..., None, :], x).sum(-1))
+    def _prepared(self, trained: Any, values: Mapping[str, Tensor]) -> Tensor:
+        return trained.context(trained.context.flatten(values))
+
+    def _observe(self, trained: Any, z: Tensor, prepared: Tensor) -> None:
+        pyro.factor("log_ratio", trained.log_ratio(z[..., None, :], prepared).sum(-1))
 
 
 class _SurrogateModel:
@@ -294,16 +282,16 @@ class _SurrogateModel:
     Args:
         surrogate: what makes the statements about the observations.
         trained: the learned function.
-        values: observations, (n, ...) by name.
+        prepared: what the surrogate needs of the observations, (n, numbers).
     """
 
-    def __init__(self, surrogate: _Surrogate, trained: nn.Module, values: Mapping[str, Tensor]) -> None:
-        self.surrogate, self.trained, self.values = surrogate, trained, values
+    def __init__(self, surrogate: _Surrogate, trained: nn.Module, prepared: Tensor) -> None:
+        self.surrogate, self.trained, self.prepared = surrogate, trained, prepared
 
     def __call__(self) -> None:
         simulator = self.surrogate.simulator
         z = simulator.coordinates.unconstrain(poutine.block(simulator.run_latents, hide=simulator.observed)())
-        self.surrogate._observe(self.trained, z.to(torch.get_default_dtype()), self.values)
+        self.surrogate._observe(self.trained, z.to(torch.get_default_dtype()), self.prepared)
 
 
 class _Critic(nn.Module):
@@ -333,7 +321,11 @@ class _Critic(nn.Module):
 
         An observation that stands beside many coordinates is embedded once.
         """
-        parts = (z - self.loc) / self.scale, self.context(context)
+        return self.log_ratio(z, self.context(context))
+
+    def log_ratio(self, z: Tensor, features: Tensor) -> Tensor:
+        """Return log ratios in nats of coordinates, (..., dim), and embedded observations, (..., features)."""
+        parts = (z - self.loc) / self.scale, features
         batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return self.network(torch.cat([part.expand(*batch, -1) for part in parts], -1))[..., 0]
 

@@ -461,7 +461,11 @@ def test_wrong_names_shapes_and_kinds_are_refused():
             "wants 20 simulations or more",
             lambda: AmortizedPosterior(conjugate, observed=["x"]).train(5, progress=False),
         ),
-        (ValueError, "wants the observations x by name, but found y", lambda: trained().given(y=torch.zeros(2))),
+        (
+            ValueError,
+            "AmortizedPosterior wants the observations x by name, but found y",
+            lambda: trained().given(y=torch.zeros(2)),
+        ),
         (ValueError, r"\(2,\), but found \(3,\)", lambda: trained().given(x=torch.zeros(3))),
         (ValueError, "NaN or infinite", lambda: trained().given(x=[0.0, torch.nan])),
     ]:

@@ -15,6 +15,7 @@ from pyro_genmodels.posteriors import (
     AmortizedLikelihood,
     AmortizedRatio,
     DenseEmbedding,
+    MeanField,
     NoUTurn,
     diagnose_posterior,
     simulation_based_calibration,
@@ -183,9 +184,17 @@ def test_wrong_names_shapes_and_kinds_are_refused():
         (TypeError, "such as family=Flow", lambda: AmortizedLikelihood(conjugate, observed=["x"], family=Flow((2,)))),
         (ValueError, "positive gamma", lambda: AmortizedRatio(conjugate, observed=["x"], gamma=0.0)),
         (ValueError, "has not been trained", lambda: AmortizedRatio(conjugate, observed=["x"]).given(x=X[0])),
-        (ValueError, "wanted by name, but found y", lambda: trained("likelihood").given(y=X[0])),
+        (ValueError, "wants the observations x by name, but found y", lambda: trained("likelihood").given(y=X[0])),
         (ValueError, r"\(2,\), or \(observation", lambda: trained("likelihood").given(x=torch.zeros(3))),
         (ValueError, "NaN or infinite", lambda: trained("likelihood").given(x=[0.0, torch.nan])),
     ]:
         with pytest.raises(error, match=message):
             call()
+
+
+def test_a_ratio_that_was_trained_with_missing_values_takes_them():
+    simulations = {"loc": torch.randn(40, 2), "x": torch.randn(40, 2)}
+    learned = AmortizedRatio(conjugate, observed=["x"], embedding=DenseEmbedding(missing=0.5), simulations=simulations)
+    learned.train(num_simulations=40, max_epochs=1, progress=False)
+    fit = learned.given(x=[0.3, torch.nan], method=MeanField(num_steps=20, step_size=0.01), progress=False)
+    assert fit.get_samples(10)["loc"].isfinite().all()
