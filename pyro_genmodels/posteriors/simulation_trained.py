@@ -23,9 +23,9 @@ from pyro_genmodels.utils.tensors import as_tensor
 MIN_SIMULATIONS = 20
 """Smallest number of simulations to train on."""
 SHAPES = {
-    False: "in the shape of the simulations",
-    True: "(observation, ...) of the shape",
-    None: "in the shape of the simulations, or (observation, ...) of it",
+    False: "in the shape of the simulations, {}",
+    True: "(observation, ...) of the shape {}",
+    None: "in the shape of the simulations, {}, or (observation, ...) of it",
 }
 """Words for the shapes of one observation, of several, and of either."""
 
@@ -112,7 +112,7 @@ class SimulationTrained(ABC):
                 x = (choice.completed(x, torch.Size(shape)) if isinstance(choice, Embedding) else x)[None]
             if x.shape[1:] != shape or x.dim() != len(shape) + 1 or not len(x):
                 raise ValueError(
-                    f"{name!r} is wanted {SHAPES[batch]}, {shape}, but found {tuple(x.shape if batch else x.shape[1:])}. Other "
+                    f"{name!r} is wanted {SHAPES[batch].format(shape)}, but found {tuple(x.shape if batch else x.shape[1:])}. Other "
                     "numbers of rows need embedding=SetEmbedding(min_rows=...)."
                 )
             takes_missing = isinstance(choice, Embedding) and choice.takes_missing

@@ -463,7 +463,7 @@ def test_wrong_names_shapes_and_kinds_are_refused():
         ),
         (
             ValueError,
-            "AmortizedPosterior wants the observations x by name, but found y",
+            "wants the observations x by name, but found y",
             lambda: trained().given(y=torch.zeros(2)),
         ),
         (ValueError, r"\(2,\), but found \(3,\)", lambda: trained().given(x=torch.zeros(3))),
