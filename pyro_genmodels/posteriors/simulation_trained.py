@@ -112,8 +112,8 @@ class SimulationTrained(ABC):
                 x = (choice.completed(x, torch.Size(shape)) if isinstance(choice, Embedding) else x)[None]
             if x.shape[1:] != shape or x.dim() != len(shape) + 1 or not len(x):
                 raise ValueError(
-                    f"{name!r} is wanted {SHAPES[batch].format(shape)}, but found {tuple(x.shape if batch else x.shape[1:])}. Other "
-                    "numbers of rows need embedding=SetEmbedding(min_rows=...)."
+                    f"{name!r} is wanted {SHAPES[batch].format(shape)}, but found {tuple(x.shape if batch else x.shape[1:])}. "
+                    "Other numbers of rows need embedding=SetEmbedding(min_rows=...)."
                 )
             takes_missing = isinstance(choice, Embedding) and choice.takes_missing
             if bool(x.isinf().any()) or (bool(x.isnan().any()) and not takes_missing):
