@@ -29,8 +29,9 @@ from pyro_genmodels.families import NSF, Flow
 from pyro_genmodels.infer.objective import Loss
 from pyro_genmodels.posteriors.approximations import Approximation
 from pyro_genmodels.posteriors.conditional import Training, check_builder, default_objective, train_conditional
-from pyro_genmodels.posteriors.embeddings import Embedding, ObservationEncoder, embeddings_by_name
+from pyro_genmodels.posteriors.embeddings import Embedding
 from pyro_genmodels.posteriors.fits import NUM_SAMPLES, GuidePosterior
+from pyro_genmodels.posteriors.observation_encoder import ObservationEncoder, embeddings_by_name
 from pyro_genmodels.posteriors.problem import Problem
 from pyro_genmodels.posteriors.simulation_trained import SimulationTrained, report_failures
 from pyro_genmodels.utils.errors import check_positive_int

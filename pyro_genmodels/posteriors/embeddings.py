@@ -1,38 +1,24 @@
-r"""Embeddings: networks that summarise observations for an amortised posterior.
-
-For i.i.d. rows :math:`x_1, \dots, x_n` of any number n a summary that does not depend on their order is
-
-.. math:: s(x) = \rho\Bigl(\frac1n \sum_i \phi(x_i),\; \log n\Bigr).
-
-Zaheer et al., *Deep Sets* (arXiv 1703.06114). Observations that are missing are NaN, and are left out of the mean; networks of
-vectors see zeros in their place, with a vector of marks.
-
-Sequences go through attention (Vaswani et al., arXiv 1706.03762), which does not look at missing rows.
-"""
+"""Embeddings: choices of a network that summarises the observations of one site, with NaN for what is missing."""
 
 from __future__ import annotations
 
-__all__ = [
-    "ConvolutionalEmbedding",
-    "DenseEmbedding",
-    "Embedding",
-    "ObservationEncoder",
-    "SequenceEmbedding",
-    "SetEmbedding",
-    "dense",
-    "embeddings_by_name",
-]
+__all__ = ["ConvolutionalEmbedding", "DenseEmbedding", "Embedding", "SequenceEmbedding", "SetEmbedding"]
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_genmodels.utils.errors import check_positive_int, listed, type_with_article
+from pyro_genmodels.posteriors.embedding_networks import (
+    ConvolutionalNetwork,
+    MarkedNetwork,
+    SequenceNetwork,
+    SetNetwork,
+    dense,
+)
+from pyro_genmodels.utils.errors import check_positive_int
 
 
 @dataclass(frozen=True)
@@ -95,7 +81,7 @@ class DenseEmbedding(Embedding):
 
     def build(self, shape: Size) -> nn.Module:
         size = shape.numel() * (2 if self.missing else 1)
-        return _Marked(dense(size, self.hidden, self.out_features), marks=bool(self.missing))
+        return MarkedNetwork(dense(size, self.hidden, self.out_features), marks=bool(self.missing))
 
     @property
     def takes_missing(self) -> bool:
@@ -133,7 +119,7 @@ class ConvolutionalEmbedding(Embedding):
     def build(self, shape: Size) -> nn.Module:
         if len(shape) not in (1, 2, 3):
             raise ValueError(f"ConvolutionalEmbedding wants series or images, but found observations {tuple(shape)}.")
-        return _Convolutions(shape, self)
+        return ConvolutionalNetwork(shape, self.channels, self.kernel, self.out_features)
 
     def num_kinds(self, shape: Size) -> int:
         return shape[1] if len(shape) == 2 else 1
@@ -169,7 +155,7 @@ class SetEmbedding(Embedding):
     def build(self, shape: Size) -> nn.Module:
         if not shape:
             raise ValueError("SetEmbedding wants observations of several rows, (rows, ...), but found single numbers.")
-        return _Set(shape, self)
+        return SetNetwork(shape, self.hidden, self.out_features)
 
     @property
     def takes_missing(self) -> bool:
@@ -229,7 +215,7 @@ class SequenceEmbedding(Embedding):
     def build(self, shape: Size) -> nn.Module:
         if not shape:
             raise ValueError("SequenceEmbedding wants observations of several rows, (rows, ...), but found single numbers.")
-        return _Transformer(shape, self)
+        return SequenceNetwork(shape, self.width, self.num_heads, self.num_layers, self.out_features)
 
     @property
     def takes_missing(self) -> bool:
@@ -243,107 +229,6 @@ class SequenceEmbedding(Embedding):
 
     def num_kinds(self, shape: Size) -> int:
         return shape[1:].numel()
-
-
-class ObservationEncoder(nn.Module):
-    """The context of an amortised posterior: observations in one vector, standardised, embedded and concatenated.
-
-    Args:
-        shapes: shape of the observation of each site, by name.
-        embeddings: choice or network for each site, by name; a site without one is passed on as it is.
-        example: observations, (n, ...) by name, whose mean and deviation standardise all others.
-    """
-
-    loc: Tensor
-    scale: Tensor
-    like: Tensor
-
-    def __init__(
-        self,
-        shapes: Mapping[str, Size],
-        embeddings: Mapping[str, Embedding | nn.Module],
-        example: Mapping[str, Tensor],
-    ) -> None:
-        super().__init__()
-        self.shapes, self.choices = dict(shapes), dict(embeddings)
-        self.networks = nn.ModuleDict(
-            {
-                f"site_{i}": choice.build(shapes[name]) if isinstance(choice, Embedding) else choice
-                for i, name in enumerate(shapes)
-                if (choice := self.choices.get(name)) is not None
-            }
-        )
-        loc, scale = [], []
-        for name, shape in shapes.items():
-            choice = self.choices.get(name)
-            kinds = choice.num_kinds(shape) if isinstance(choice, Embedding) else shape.numel()
-            rows, repeats = example[name].double().reshape(-1, kinds), shape.numel() // kinds
-            deviation = rows.std(0, correction=0)
-            loc.append(rows.mean(0).repeat(repeats))
-            scale.append(torch.where(deviation > 0, deviation, 1.0).repeat(repeats))
-        self.register_buffer("loc", torch.cat(loc))
-        self.register_buffer("scale", torch.cat(scale))
-        self.register_buffer("like", torch.zeros(()))
-        with torch.no_grad():
-            self.out_features = self.eval()(self.flatten({n: x[:2] for n, x in example.items()})).shape[-1]
-        self.train()
-
-    def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Return observations, (n, ...) by name, as vectors, (n, numbers)."""
-        return torch.cat([values[name].double().reshape(len(values[name]), -1) for name in self.shapes], -1)
-
-    def hide(self, context: Tensor) -> Tensor:
-        """Return vectors of observations, (n, numbers), of which some are made missing as the choices want it."""
-        parts = []
-        for name, part in self._parts(context).items():
-            choice = self.choices.get(name)
-            parts.append((choice.hide(part) if isinstance(choice, Embedding) else part).reshape(len(part), -1))
-        return torch.cat(parts, -1)
-
-    def forward(self, context: Tensor) -> Tensor:
-        """Return the embedded observations, (..., out_features), of vectors, (..., numbers)."""
-        batch = context.shape[:-1]
-        rows = ((context - self.loc) / self.scale).to(self.like.dtype).reshape(-1, context.shape[-1])
-        parts = []
-        for i, (name, part) in enumerate(self._parts(rows).items()):
-            choice = self.choices.get(name)
-            if choice is None:
-                parts.append(part.reshape(len(part), -1))
-            else:
-                parts.append(self.networks[f"site_{i}"](part if isinstance(choice, Embedding) else part.nan_to_num()))
-        return torch.cat(parts, -1).reshape(*batch, -1)
-
-    def _parts(self, context: Tensor) -> dict[str, Tensor]:
-        parts = context.split([shape.numel() for shape in self.shapes.values()], -1)
-        return {name: part.reshape(-1, *shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
-
-
-def embeddings_by_name(embedding: Any, names: Sequence[str]) -> dict[str, Embedding | nn.Module]:
-    """Return the embedding of each observed site, by name, after checking them."""
-    if embedding is None:
-        return {}
-    if not isinstance(embedding, Mapping):
-        if len(names) > 1:
-            raise ValueError(
-                f"There are {len(names)} observed sites: give embedding= as a dictionary by name, of some of {listed(names)}."
-            )
-        embedding = {names[0]: embedding}
-    for name, choice in embedding.items():
-        if name not in names:
-            raise ValueError(f"embedding= has {name!r}, which is not among the observed sites {listed(names)}.")
-        if not isinstance(choice, (Embedding, nn.Module)):
-            raise TypeError(
-                f"embedding= wants a choice such as SetEmbedding() or a module, but found {type_with_article(choice)}."
-            )
-    return dict(embedding)
-
-
-def dense(in_features: int, hidden: Sequence[int], out_features: int) -> nn.Sequential:
-    """Return a dense network."""
-    layers: list[nn.Module] = []
-    for before, after in pairwise((in_features, *hidden)):
-        layers += [nn.Linear(before, after), nn.SiLU()]
-    return nn.Sequential(*layers, nn.Linear((in_features, *hidden)[-1], out_features))
 
 
 def _without_last_rows(x: Tensor, min_rows: int | None) -> Tensor:
@@ -362,83 +247,3 @@ def _with_rows(x: Tensor, shape: Size, min_rows: int | None) -> Tensor:
     if min_rows is None or not 0 < lacking <= shape[0] - min(min_rows, shape[0]):
         return x
     return torch.cat([x, x.new_full((lacking, *shape[1:]), torch.nan)])
-
-
-class _Marked(nn.Module):
-    """A network of vectors with zeros for missing numbers, and, if wanted, with marks of these."""
-
-    def __init__(self, network: nn.Module, *, marks: bool) -> None:
-        super().__init__()
-        self.network, self.marks = network, marks
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.flatten(1)
-        return self.network(torch.cat([x.nan_to_num(), x.isnan().to(x)], -1) if self.marks else x.nan_to_num())
-
-
-class _Set(nn.Module):
-    """A network of the mean of a network over rows, and of the logarithm of their number."""
-
-    def __init__(self, shape: Size, choice: SetEmbedding) -> None:
-        super().__init__()
-        self.each = dense(shape[1:].numel(), choice.hidden, choice.out_features)
-        self.all = dense(choice.out_features + 1, choice.hidden, choice.out_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(2) if x.dim() > 2 else x[..., None]
-        present = ~rows.isnan().any(-1, keepdim=True)
-        number = present.sum(1)
-        total = (self.each(rows.nan_to_num()) * present).sum(1)
-        return self.all(torch.cat([total / number.clamp(min=1), number.to(total).clamp(min=1).log()], -1))
-
-
-class _Transformer(nn.Module):
-    """Attention between rows with positions, then a dense network of the mean over the rows that are there."""
-
-    positions: Tensor
-
-    def __init__(self, shape: Size, choice: SequenceEmbedding) -> None:
-        super().__init__()
-        self.first = nn.Linear(shape[1:].numel(), choice.width)
-        layers = [
-            nn.TransformerEncoderLayer(choice.width, choice.num_heads, 2 * choice.width, dropout=0.0, batch_first=True)
-            for _ in range(choice.num_layers)
-        ]
-        self.layers = nn.ModuleList(layers)
-        self.last = dense(choice.width + 1, (choice.width,), choice.out_features)
-        angles = torch.arange(shape[0])[:, None] * 10_000.0 ** -torch.linspace(0, 1, choice.width // 2)
-        self.register_buffer("positions", torch.cat([angles.sin(), angles.cos()], -1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(2) if x.dim() > 2 else x[..., None]
-        missing = rows.isnan().any(-1)
-        empty = missing.all(-1, keepdim=True)
-        h = self.first(rows.nan_to_num()) + self.positions
-        for layer in self.layers:  # attention wants one row at least
-            h = layer(h, src_key_padding_mask=missing & ~empty)
-        number = (~missing).sum(-1, keepdim=True).to(h)
-        mean = (h * ~missing[..., None]).sum(1) / number.clamp(min=1)
-        return self.last(torch.cat([mean, number.clamp(min=1).log()], -1))
-
-
-class _Convolutions(nn.Module):
-    """Convolutions that each halve the length, then a dense layer."""
-
-    def __init__(self, shape: Size, choice: ConvolutionalEmbedding) -> None:
-        super().__init__()
-        self.shape = shape
-        layer: type[nn.Conv1d] | type[nn.Conv2d] = nn.Conv2d if len(shape) == 3 else nn.Conv1d
-        inputs = {1: 1, 2: shape[-1], 3: shape[0]}[len(shape)]
-        layers: list[nn.Module] = []
-        for before, after in pairwise((inputs, *choice.channels)):
-            layers += [layer(before, after, choice.kernel, stride=2, padding=choice.kernel // 2), nn.SiLU()]
-        self.layers = nn.Sequential(*layers, nn.Flatten())
-        with torch.no_grad():
-            size = self.layers(self._with_channels(torch.zeros(1, *shape))).shape[1]
-        self.last = nn.Linear(size, choice.out_features)
-
-    def _with_channels(self, x: Tensor) -> Tensor:
-        return {1: x[:, None], 2: x.transpose(1, -1), 3: x}[len(self.shape)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.layers(self._with_channels(x.nan_to_num())))

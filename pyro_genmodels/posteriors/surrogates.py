@@ -35,10 +35,12 @@ from pyro_genmodels.infer.objective import Loss
 from pyro_genmodels.posteriors.amortized import default_flow
 from pyro_genmodels.posteriors.choose import posterior
 from pyro_genmodels.posteriors.conditional import Training, check_builder, default_objective, train_conditional
-from pyro_genmodels.posteriors.embeddings import Embedding, ObservationEncoder, dense, embeddings_by_name
+from pyro_genmodels.posteriors.embedding_networks import dense
+from pyro_genmodels.posteriors.embeddings import Embedding
 from pyro_genmodels.posteriors.fits import NUM_SAMPLES, Posterior
 from pyro_genmodels.posteriors.markov_chains import NoUTurn
 from pyro_genmodels.posteriors.method import Method
+from pyro_genmodels.posteriors.observation_encoder import ObservationEncoder, embeddings_by_name
 from pyro_genmodels.posteriors.simulation_trained import SimulationTrained
 from pyro_genmodels.utils.errors import check_positive_int
 

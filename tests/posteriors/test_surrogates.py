@@ -20,7 +20,7 @@ from pyro_genmodels.posteriors import (
     diagnose_posterior,
     simulation_based_calibration,
 )
-from pyro_genmodels.posteriors.embeddings import ObservationEncoder
+from pyro_genmodels.posteriors.observation_encoder import ObservationEncoder
 from pyro_genmodels.posteriors.surrogates import _Contrastive, _Critic
 
 NOISE = 0.5
