@@ -14,6 +14,7 @@ from pyro_genmodels.infer.flow_matching import (
 )
 from pyro_genmodels.infer.guided_posterior import GuidedDiffusion, TwistedDiffusion, WeightedDraws, diffusion_posterior, inpaint
 from pyro_genmodels.infer.importance_weighted_bound import ImportanceWeightedELBO
+from pyro_genmodels.infer.kl_weighted_bound import CyclicalAnnealing, KLWeightedELBO, LinearAnnealing
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
 from pyro_genmodels.infer.objective import Loss, Objective
 from pyro_genmodels.infer.sample_losses import (
@@ -30,6 +31,7 @@ __all__ = [
     "Adversarial",
     "AutoFamily",
     "ContrastiveDivergence",
+    "CyclicalAnnealing",
     "DenoisingScoreMatching",
     "FlowMatching",
     "GaussianTargetCoupling",
@@ -37,7 +39,9 @@ __all__ = [
     "ImplicitScoreMatching",
     "ImportanceWeightedELBO",
     "IndependentCoupling",
+    "KLWeightedELBO",
     "LikelihoodWeighting",
+    "LinearAnnealing",
     "LinearInterpolant",
     "LogNormalWeighting",
     "Loss",

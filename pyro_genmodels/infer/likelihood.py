@@ -7,7 +7,7 @@ The second form is the loss under a subsampled plate. It is an unbiased estimate
 
 from __future__ import annotations
 
-__all__ = ["MaximumLikelihood"]
+__all__ = ["MaximumLikelihood", "check_density"]
 
 from typing import Any
 
@@ -41,17 +41,29 @@ class MaximumLikelihood(Objective):
         return -capabilities(dist).training_log_prob(x)
 
     def check(self, name: str, dist: Distribution) -> None:
-        density, advice = density_of(dist)
-        if capabilities(dist).intractable:
-            density = "unnormalized"  # log Z may be known for these parameters, but not for the next
-        if density not in ("exact", "lower bound") and not (density == "estimate" and capabilities(dist).is_unbiased):
-            found = "no density" if density == "none" else f"a density of kind {density!r}"
-            raise ValueError(
-                f"MaximumLikelihood needs a density, but site {name!r} holds {type(dist).__name__}, which has {found}. {advice}"
-            )
+        check_density(type(self).__name__, name, dist)
 
     def check_latents(self, names: list[str]) -> None:
         raise ValueError(
             f"MaximumLikelihood cannot integrate over latent variables, but the model has {', '.join(map(repr, names))}. Use "
             "pyro.infer.Trace_ELBO with a guide for them."
         )
+
+
+def check_density(owner: str, name: str, dist: Distribution) -> None:
+    """Check that the distribution at an observed site has a normalised density whose gradient can be followed.
+
+    Args:
+        owner: name of the objective, for the error.
+        name: name of the site.
+        dist: its distribution, without Pyro's wrappers.
+
+    Raises:
+        ValueError: if it has none; the error says which objective to use.
+    """
+    density, advice = density_of(dist)
+    if capabilities(dist).intractable:
+        density = "unnormalized"  # log Z may be known for these parameters, but not for the next
+    if density not in ("exact", "lower bound") and not (density == "estimate" and capabilities(dist).is_unbiased):
+        found = "no density" if density == "none" else f"a density of kind {density!r}"
+        raise ValueError(f"{owner} needs a density, but site {name!r} holds {type(dist).__name__}, which has {found}. {advice}")

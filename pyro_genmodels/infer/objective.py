@@ -17,7 +17,7 @@ from __future__ import annotations
 __all__ = ["Loss", "Objective"]
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -55,6 +55,9 @@ class Loss(ELBO):
 
     own_parameters: Mapping[str, nn.Parameter] = MappingProxyType({})
     """Parameters of the objective itself, by their names in Pyro's param store."""
+
+    own_modules: Sequence[nn.Module] = ()
+    """Modules of the objective itself, whose buffers a run of training saves and restores."""
 
     @abstractmethod
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:

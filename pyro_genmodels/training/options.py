@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["check_options", "load_data", "prepare_family", "statistics_restored_on_error", "torch_threads"]
+__all__ = ["buffers_restored", "check_options", "load_data", "prepare_family", "statistics_restored_on_error", "torch_threads"]
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
@@ -142,6 +142,18 @@ def _family_of(model: Callable[..., Any]) -> Family | None:
     """Return the family whose model this is, or None."""
     owner = getattr(model, "__self__", None)
     return owner if isinstance(owner, Family) else None
+
+
+@contextmanager
+def buffers_restored(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Restore the buffers of modules at the end of the block."""
+    buffers = [b for module in modules for b in module.buffers()]
+    before = [b.clone() for b in buffers]
+    try:
+        yield
+    finally:
+        for b, value in zip(buffers, before, strict=True):
+            b.copy_(value)
 
 
 @contextmanager

@@ -39,6 +39,7 @@ from pyro_genmodels.training.arguments import Batch
 from pyro_genmodels.training.base_step import Step, mean_loss
 from pyro_genmodels.training.batches import Batches
 from pyro_genmodels.training.gradients import Gradients
+from pyro_genmodels.training.options import buffers_restored
 from pyro_genmodels.utils.distributions import modules_and_tensors, unwrap
 from pyro_genmodels.utils.errors import warn_caller
 from pyro_genmodels.utils.rng import forked_rng
@@ -112,7 +113,9 @@ class LossStep(Step):
         super().__init__(model, batches.rows)
         self.guide = guide
         self.clip_norm = inf if clip_norm is None else clip_norm
-        self.objective, sites, self._unit = self._with_first_batch(batches, lambda batch: self._examine(objective, batch))
+        own_modules = list(getattr(objective, "own_modules", ()))
+        with buffers_restored(own_modules):  # the first run is no step
+            self.objective, sites, self._unit = self._with_first_batch(batches, lambda batch: self._examine(objective, batch))
         self.distributions, self.parameters = sites.distributions, sites.trainable()
         if any(p.dtype == torch.float16 for p in self.parameters.values()):  # Adam's 1e-8 is 0 in it
             raise ValueError(
@@ -122,7 +125,7 @@ class LossStep(Step):
         self.gradients = Gradients(model, guide, self.objective, self.parameters, mode)
         self.optimiser = make_optimizer(optim, list(self.parameters.values()))
         self.excluded = getattr(self.objective, "own_parameters", ())
-        self.extra_modules: list[nn.Module] = []
+        self.extra_modules = own_modules
         self.wants_average = isinstance(self.objective, FlowMatching) or (
             isinstance(self.objective, DenoisingScoreMatching)
             and any(capabilities(d).has_noise_error for d in self.distributions)
