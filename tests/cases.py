@@ -65,6 +65,8 @@ from pyro_genmodels.families import (
     Family,
     Hamiltonian,
     ParallelTempering,
+    PixelCNN,
+    Transformer,
 )
 
 LEVELS, CLASSES = 5, 3
@@ -160,7 +162,8 @@ def _flow(*, event_shape=(3,), transform=None, **options):
 
 
 def _autoregressive(*, event_shape=(3,), **options):
-    return Autoregressive(event_shape, hidden=(16, 16), **options)
+    small = {} if "network" in options else {"hidden": (16, 16)}
+    return Autoregressive(event_shape, **small, **options)
 
 
 def _vae(*, event_shape=(3,), latent_dim=2, **options):
@@ -256,6 +259,34 @@ CASES = [
         lambda: _autoregressive(likelihood=BernoulliLikelihood(), context=Labels(CLASSES)),
         (3,),
         zeros_and_ones(3),
+        labels,
+        **DISCRETE,
+    ),
+    Case("Autoregressive, transformer", lambda: _autoregressive(network=Transformer(2, 16, 2)), (3,), real(3)),
+    Case(
+        "Autoregressive, transformer of any order",
+        lambda: _autoregressive(
+            event_shape=(2, 2),
+            likelihood=CategoricalLikelihood(CLASSES),
+            network=Transformer(1, 16, 2, positions="rotary"),
+            order="any",
+            context=2,
+        ),
+        (2, 2),
+        integers(CLASSES, 2, 2),
+        vectors,
+        **DISCRETE,
+    ),
+    Case(
+        "Autoregressive, PixelCNN",
+        lambda: _autoregressive(
+            event_shape=(2, 2, 2),
+            likelihood=BernoulliLikelihood(),
+            network=PixelCNN(2, 8, 3),
+            context=Labels(CLASSES),
+        ),
+        (2, 2, 2),
+        zeros_and_ones(2, 2, 2),
         labels,
         **DISCRETE,
     ),

@@ -40,6 +40,8 @@ from pyro_genmodels.nn.boltzmann import BoltzmannMachine, RestrictedBoltzmannMac
 from pyro_genmodels.nn.energies import ConvolutionalEnergy, DenseEnergy
 from pyro_genmodels.nn.fields import DenseField, UNet
 from pyro_genmodels.nn.gan import ConvolutionalCritic, ConvolutionalGenerator, DenseCritic, DenseGenerator
+from pyro_genmodels.nn.pixel_cnn import PixelCNN
+from pyro_genmodels.nn.transformer import Transformer
 from pyro_genmodels.nn.transforms import BPF, GF, MAF, NAF, NCSF, NICE, NSF, SOSPF, UNAF, RealNVP
 from pyro_genmodels.samplers import Gibbs, GibbsWithGradients, Hamiltonian, Langevin, ParallelTempering
 from pyro_genmodels.utils.errors import suggest_names
@@ -101,6 +103,7 @@ __all__ = [
     "ODEFlow",
     "ParallelTempering",
     "Persistent",
+    "PixelCNN",
     "Preconditioned",
     "PredictorCorrector",
     "ProbabilityFlow",
@@ -109,6 +112,7 @@ __all__ = [
     "RestrictedBoltzmannMachine",
     "ScorePrediction",
     "SubVariancePreserving",
+    "Transformer",
     "UNet",
     "UniformLogSNR",
     "UniformSigma",

@@ -1,8 +1,9 @@
-r"""Autoregressive models: one conditional distribution per coordinate, all from one masked network.
+r"""Autoregressive models: one conditional distribution per coordinate, all from one network.
 
 .. math:: \log p(x \mid c) = \sum_i \log p(x_i \mid x_{<i}, c)
 
-Trained by `MaximumLikelihood`. Germain et al., *MADE* (arXiv 1502.03509).
+Trained by `MaximumLikelihood`. Germain et al., *MADE* (arXiv 1502.03509); Uria et al., *A Deep and Tractable Density Estimator*
+(arXiv 1310.1757), for orders that are drawn in training.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 __all__ = ["Autoregressive"]
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,30 +21,37 @@ from pyro_genmodels.distributions.autoregressive import Autoregression
 from pyro_genmodels.distributions.likelihoods import Likelihood, check_likelihood
 from pyro_genmodels.families.context import Context
 from pyro_genmodels.families.family import Family, Standardize, StandardizeContext
-from pyro_genmodels.nn.masked import MADE
+from pyro_genmodels.nn.conditionals import ConditionalsChoice
+from pyro_genmodels.nn.masked import MaskedNetwork
+from pyro_genmodels.utils.errors import check_choice
 from pyro_genmodels.utils.tensors import as_tensor
 
 
 class Autoregressive(Family):
-    """A masked autoregressive model (MADE).
+    """An autoregressive model: by a masked dense network (MADE), a `Transformer` or a `PixelCNN`.
 
     Args:
         event_shape: shape of one datum.
         context: see `Family`.
         likelihood: conditional distribution of one coordinate: `NormalLikelihood()`, the default, `BernoulliLikelihood()`,
             `CategoricalLikelihood(k)` or `DiscretizedLogisticLikelihood(levels)`.
+        network: network of the conditionals: `Transformer` or `PixelCNN`; None for a masked dense network.
         order: permutation of the coordinates of the flattened event, in the order in which they are drawn; by default
-            0, 1, 2, ...
-        hidden: widths of the hidden layers.
-        dropout: rate at which hidden units are dropped in training.
+            0, 1, 2, ..., or row by row for `PixelCNN`. With "any", which wants a `Transformer`, `MaximumLikelihood` draws an
+            order for each datum in training mode, so that one network learns all. Then `log_prob` and `sample` use
+            0, 1, 2, ..., ``in_order(order)`` of the distribution gives it in another order, and its `complete` uses one that
+            begins with the known coordinates.
+        hidden: widths of the hidden layers of the masked network; by default (256, 256).
+        dropout: rate at which hidden units of the masked network are dropped in training.
         support: set in which one coordinate lies; only with `NormalLikelihood`.
         standardize: see `Family`; only with `NormalLikelihood`.
         standardize_context: see `Family`.
         name: see `Family`.
 
     Raises:
-        TypeError: if `likelihood` is not one of these choices.
-        ValueError: if the order is not a permutation.
+        TypeError: if `likelihood` or `network` is not one of these choices.
+        ValueError: if the order is not a permutation, or not one that the network can have; if `hidden` or `dropout` is given
+            beside another network, which has its own.
 
     Example:
         >>> from pyro_genmodels import Autoregressive, BernoulliLikelihood
@@ -58,8 +67,9 @@ class Autoregressive(Family):
         *,
         context: Context = 0,
         likelihood: Likelihood | None = None,
-        order: Sequence[int] | Tensor | None = None,
-        hidden: Sequence[int] = (256, 256),
+        network: ConditionalsChoice | None = None,
+        order: Sequence[int] | Tensor | Literal["any"] | None = None,
+        hidden: Sequence[int] | None = None,
         dropout: float = 0.0,
         support: constraints.Constraint = constraints.real,
         standardize: Standardize = True,
@@ -77,19 +87,25 @@ class Autoregressive(Family):
             name=name,
         )
         self.likelihood = likelihood
-        features = self.event_shape.numel()
-        order = torch.arange(features) if order is None else as_tensor(order, "order")
-        if order.shape != (features,) or not order.sort().values.equal(torch.arange(features)):
-            raise ValueError(f"order wants a permutation of 0 .. {features - 1}, but found {order.tolist()}.")
-        self.register_buffer("order", order)
-        self.conditionals = MADE(
-            features,
-            self.likelihood.num_inputs,
-            self.likelihood.num_outputs,
-            context=self.context_size,
-            hidden=hidden,
-            dropout=dropout,
+        network = _choose_network(network, hidden, dropout)
+        self.any_order = isinstance(order, str)
+        if self.any_order and not (order == "any" and network.any_order):
+            raise ValueError(
+                f'order wants a permutation, None, or "any" with network=Transformer(...), but found {order!r} with '
+                f"{type(network).__name__}."
+            )
+        self.register_buffer("order", self._permutation(network, None if isinstance(order, str) else order))
+        self.conditionals = network.build(
+            self.event_shape, self.likelihood.num_inputs, self.likelihood.num_outputs, self.context_size
         )
+
+    def _permutation(self, network: ConditionalsChoice, order: Sequence[int] | Tensor | None) -> Tensor:
+        """Return the order of the coordinates, (d,), after a check."""
+        wanted = None if order is None else as_tensor(order, "order")
+        features = self.event_shape.numel()
+        if wanted is not None and (wanted.shape != (features,) or not wanted.sort().values.equal(torch.arange(features))):
+            raise ValueError(f"order wants a permutation of 0 .. {features - 1}, but found {wanted.tolist()}.")
+        return network.order(self.event_shape, wanted)
 
     def forward(self, context: Tensor | None = None) -> Autoregression:
         return Autoregression(
@@ -97,7 +113,20 @@ class Autoregressive(Family):
             self.likelihood,
             self.order,
             self.event_shape,
+            any_order=self.any_order,
             context=self.embed(context),
             support=self.support,
             pretransform=self.pretransform,
         )
+
+
+def _choose_network(network: ConditionalsChoice | None, hidden: Sequence[int] | None, dropout: float) -> ConditionalsChoice:
+    """Return the network, or a masked one with these options for None."""
+    masked = MaskedNetwork((256, 256) if hidden is None else hidden, dropout)
+    if network is not None and (hidden is not None or dropout):
+        raise ValueError(
+            f"hidden and dropout are options of the masked network, but found network={network!r}. Give the network's own "
+            "options to it, as in Transformer(layers=4, width=128, dropout=0.1)."
+        )
+    chosen: ConditionalsChoice = check_choice("Autoregressive", "network", network, masked, ConditionalsChoice)
+    return chosen

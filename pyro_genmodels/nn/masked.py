@@ -7,16 +7,18 @@ of every layer, and drawing all outputs one after another computes every unit on
 
 from __future__ import annotations
 
-__all__ = ["MADE", "MaskedLinear"]
+__all__ = ["MADE", "MaskedLinear", "MaskedNetwork"]
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
 from pyro_genmodels.nn.checks import check_rate, check_widths
+from pyro_genmodels.nn.conditionals import ConditionalsChoice
 
 
 class MaskedLinear(nn.Linear):
@@ -51,6 +53,18 @@ class MaskedLinear(nn.Linear):
         rows = self.rows(degree)
         stop = bisect_right(self.in_degrees, degree - int(self.strict))
         return F.linear(known[..., :stop], self.weight[rows, :stop], self.bias[rows])
+
+
+@dataclass(frozen=True)
+class MaskedNetwork(ConditionalsChoice):
+    """A masked multilayer perceptron over the coordinates in the order of sampling; see `MADE` for its options."""
+
+    hidden: Sequence[int] = (256, 256)
+    dropout: float = 0.0
+
+    def build(self, event_shape: Size, num_inputs: int, num_outputs: int, context: int) -> nn.Module:
+        features = event_shape.numel()
+        return MADE(features, num_inputs, num_outputs, context=context, hidden=self.hidden, dropout=self.dropout)
 
 
 class MADE(nn.Module):
@@ -100,8 +114,8 @@ class MADE(nn.Module):
         """The dtype of the parameters."""
         return self.output.weight.dtype
 
-    def forward(self, features: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return parameters (..., d, num_outputs) for features (..., d, num_inputs) and context (..., c)."""
+    def forward(self, features: Tensor, context: Tensor | None = None, order: Tensor | None = None) -> Tensor:
+        """Return parameters (..., d, num_outputs) for features (..., d, num_inputs) and context (..., c), in one order."""
         h = features.flatten(-2)
         if context is not None:
             h = torch.cat([context, h], -1)
@@ -109,7 +123,7 @@ class MADE(nn.Module):
             h = self.activation(layer(h))
         return self.output(h).unflatten(-1, (self.features, self.num_outputs))
 
-    def steps(self, shape: Size, context: Tensor | None = None) -> Generator[Tensor, Tensor, None]:
+    def steps(self, shape: Size, context: Tensor | None = None, order: Tensor | None = None) -> Generator[Tensor, Tensor, None]:
         """Yield the parameters (*shape, num_outputs) of one coordinate after another.
 
         After each, send the generator the input features (*shape, num_inputs) of the value drawn for that coordinate.
