@@ -423,7 +423,7 @@ class Family(PyroModule):
 
     # Saving, copying and moving.
 
-    def complete(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def upgrade_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a `state_dict` completed by tensors that versions before 0.2 did not save, as `load_state_dict` does."""
         state = dict(state)
         for prefix, module in self.named_modules():

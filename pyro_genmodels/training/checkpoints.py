@@ -121,7 +121,7 @@ def load_state(
         family = rebuild(record, path, state)
     elif record.get("class") not in (None, type(family).__name__):
         raise ValueError(f"{path} holds a {record['class']}, which cannot be loaded into {type_with_article(family)}.")
-    state = family.complete(state)
+    state = family.upgrade_state(state)
     found, own = _forms(state), _forms(family.state_dict())
     dtypes = {dtype for _, dtype in found.values() if dtype.is_floating_point}
     if len(dtypes) == 1:

@@ -163,7 +163,7 @@ def test_the_k_of_log_z_is_kept_with_it(chains):
     torch.testing.assert_close(family().log_partition.pareto_k, found.pareto_k, rtol=0, atol=0, equal_nan=True)
     old = {name: value for name, value in family.state_dict().items() if not name.endswith("pareto_k")}  # as of version 0.1
     assert old["partition_cache.values"].shape == (5,)
-    assert set(family.complete(old)) == set(family.state_dict())
+    assert set(family.upgrade_state(old)) == set(family.state_dict())
     family.load_state_dict(old)
     assert family().log_partition.value == found.value
     assert family().log_partition.pareto_k.isnan()

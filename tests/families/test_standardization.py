@@ -390,7 +390,7 @@ def test_a_state_of_before_contexts_were_standardised_loads_as_it_was(case):
     old = {name: value for name, value in family.state_dict().items() if ".context.loc" not in f".{name}"}
     old = {name: value for name, value in old.items() if not f".{name}".endswith((".context.scale", ".context.standardized"))}
     fresh, x, contexts = case.build(), case.data(5), 1000 + torch.randn(5, 2)
-    assert set(fresh.complete(old)) == set(fresh.state_dict())
+    assert set(fresh.upgrade_state(old)) == set(fresh.state_dict())
     fresh.load_state_dict(old)
     assert fresh.context(contexts).equal(contexts)
     fresh.train()
