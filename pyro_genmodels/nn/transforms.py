@@ -37,6 +37,7 @@ __all__ = [
     "NSF",
     "SOSPF",
     "UNAF",
+    "FlowChoice",
     "FlowTransform",
     "RealNVP",
     "flow_options",
@@ -48,12 +49,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import asinh, ceil, log, log2, pi, prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyro_genmodels.nn.affine import BoundedAffine
@@ -80,8 +81,48 @@ class _StandardNormal(dist.Normal):
         return value * value * -0.5 - log(2 * pi) / 2
 
 
+class FlowChoice(ABC):
+    """A choice of a conditional bijection from events to a base distribution."""
+
+    tolerance: ClassVar[float] = 1e-5
+    """Largest round-trip error that the tests allow, per coordinate of standardised data in float32."""
+    support: ClassVar[constraints.Constraint] = constraints.real
+    """Set in which one coordinate of the transform's input lies."""
+    standardize: ClassVar[bool | Literal["jointly"]] = True
+    """The family's default for its argument `standardize`."""
+
+    @abstractmethod
+    def build(self, features: int, context: int) -> nn.Module:
+        """Build the lazy transform.
+
+        Args:
+            features: number of coordinates.
+            context: length of the context vector, 0 for none.
+
+        Returns:
+            A module that takes the context (..., context) or None and returns a bijection from data to base, both
+            (..., features).
+        """
+
+    def build_for(self, event_shape: Size, context: int, *, given_event: bool = False) -> nn.Module:
+        """Build the lazy transform for events of a shape, flattened.
+
+        Args:
+            event_shape: shape of one datum.
+            context: length of the context vector, 0 for none.
+            given_event: True for a transform that is conditioned on an event too, flattened and put before the context.
+        """
+        features = event_shape.numel()
+        return self.build(features, context + features * given_event)
+
+    @staticmethod
+    def base(like: Tensor) -> dist.TorchDistribution:
+        """Return the base distribution of one coordinate, of the dtype and device of `like`: a standard normal."""
+        return _StandardNormal(like.new_zeros(()), like.new_ones(()), validate_args=False)
+
+
 @dataclass(frozen=True)
-class FlowTransform(ABC):
+class FlowTransform(FlowChoice):
     """A choice of a stack of conditional bijections.
 
     Args:
@@ -100,11 +141,6 @@ class FlowTransform(ABC):
     randperm: bool = False
     dropout: float = 0.0
 
-    tolerance: ClassVar[float] = 1e-5
-    """Largest round-trip error that the tests allow, per coordinate of standardised data in float32."""
-    support: ClassVar[constraints.Constraint] = constraints.real
-    """Set in which one coordinate of the transform's input lies."""
-
     def __post_init__(self) -> None:
         owner = type(self).__name__
         check_count(owner, transforms=self.transforms)
@@ -112,24 +148,6 @@ class FlowTransform(ABC):
         check_rate(owner, dropout=self.dropout)
         if not isinstance(self.randperm, bool):
             raise TypeError(f"{owner} wants randperm as True or False, but found {self.randperm!r}.")
-
-    @abstractmethod
-    def build(self, features: int, context: int) -> nn.Module:
-        """Build the lazy transform.
-
-        Args:
-            features: number of coordinates.
-            context: length of the context vector, 0 for none.
-
-        Returns:
-            A module that takes the context (..., context) or None and returns a bijection from data to base, both
-            (..., features).
-        """
-
-    @staticmethod
-    def base(like: Tensor) -> dist.TorchDistribution:
-        """Return the base distribution of one coordinate, of the dtype and device of `like`: a standard normal."""
-        return _StandardNormal(like.new_zeros(()), like.new_ones(()), validate_args=False)
 
     def network(self) -> dict[str, Any]:
         """Return zuko's keyword arguments for the network in each layer."""
