@@ -43,8 +43,9 @@ NUM_START_DRAWS = 1000
 """Number of draws of each path that a start of other methods is computed from."""
 MIN_DRAWS_PER_COORDINATE = 10
 """Effective number of draws for each coordinate from which a covariance is estimated."""
-HISTORY = 6
-"""Number of steps of the optimiser that an inverse Hessian is estimated from."""
+MIN_HISTORY, MAX_HISTORY = 6, 50
+"""Smallest and largest number of steps of the optimiser that an inverse Hessian is estimated from; between them two for each
+coordinate. Six are too few where variables are strongly correlated: the path is long, and the correlations are missed."""
 
 
 class QuasiNewtonNormal(NamedTuple):
@@ -242,6 +243,15 @@ def _mixture_log_prob(normals: Sequence[QuasiNewtonNormal], z: Tensor) -> Tensor
     return torch.stack([normal.log_prob(z) for normal in normals]).logsumexp(0) - log(len(normals))
 
 
+def history_length(dim: int) -> int:
+    """Return the number of steps of the optimiser that an inverse Hessian is estimated from.
+
+    Args:
+        dim: number of coordinates.
+    """
+    return min(max(2 * dim, MIN_HISTORY), MAX_HISTORY)
+
+
 def climb(density: BatchedDensity, start: Tensor, max_steps: int) -> Path:
     """Return the path of L-BFGS towards a mode of the log density.
 
@@ -269,13 +279,14 @@ def climb(density: BatchedDensity, start: Tensor, max_steps: int) -> Path:
     first = start.double().cpu().numpy().copy()
     negative(first)
     keep(first)
-    minimize(negative, first, jac=True, method="L-BFGS-B", callback=keep, options={"maxiter": max_steps, "maxcor": HISTORY})
+    options = {"maxiter": max_steps, "maxcor": history_length(len(first))}
+    minimize(negative, first, jac=True, method="L-BFGS-B", callback=keep, options=options)
     return Path(torch.from_numpy(np.stack(points)), torch.from_numpy(np.stack(gradients)))
 
 
 def normals_along(path: Path) -> list[QuasiNewtonNormal]:
     """Return the normal approximation at each point of a path but the first, where an inverse Hessian can be estimated."""
-    diagonal = torch.ones_like(path.points[0])
+    diagonal, history = torch.ones_like(path.points[0]), history_length(path.points.shape[1])
     steps: list[Tensor] = []
     changes: list[Tensor] = []
     found = []
@@ -284,7 +295,7 @@ def normals_along(path: Path) -> list[QuasiNewtonNormal]:
         curvature = y @ s
         if curvature > MIN_COSINE * s.norm() * y.norm():
             diagonal = _next_diagonal(diagonal, s, y)
-            steps, changes = [*steps, s][-HISTORY:], [*changes, y][-HISTORY:]
+            steps, changes = [*steps, s][-history:], [*changes, y][-history:]
         if not steps:
             continue
         normal = _normal(path.points[i], path.gradients[i], diagonal, torch.stack(steps, 1), torch.stack(changes, 1))

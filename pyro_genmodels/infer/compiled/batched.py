@@ -20,6 +20,8 @@ from pyro_genmodels.utils.errors import one_line, warn_caller
 
 MAX_GRAPHS = 8
 """Number of graphs, one for each number of points, that are kept."""
+MAX_ELEMENTS = 2**18
+"""Number of elements of a tensor above which a CPU is slow to get its memory, so that fewer points at once are faster."""
 
 
 class BatchedDensity:
@@ -31,7 +33,8 @@ class BatchedDensity:
     Args:
         density: log density of one point.
         mode: how the mapped graph is run. By default `Captured()`: with many points most of the time is arithmetic.
-        block: largest number of points that are computed at once, which bounds memory.
+        block: largest number of points that are computed at once, which bounds memory. On a CPU they are fewer if tensors would
+            be larger than `MAX_ELEMENTS`.
 
     Attributes:
         density: log density of one point.
@@ -72,7 +75,8 @@ class BatchedDensity:
             raise ValueError(f"A log density wants points (n, {self.density.dim}), but found {tuple(z.shape)}.")
         z = z.detach()
         self.num_gradients += len(z)
-        parts = [self._at_once(part) for part in z.split(self.block)]
+        self._capture(z)
+        parts = [self._at_once(part) for part in z.split(self._num_at_once(z.device))]
         values, gradients = zip(*parts, strict=True)
         return torch.cat(values), torch.cat(gradients)
 
@@ -97,8 +101,15 @@ class BatchedDensity:
             self._mapped.clear()
             self._captured = self._single.capture(z[0])
 
+    def _num_at_once(self, device: torch.device) -> int:
+        """Return the number of points that are computed at once on a device."""
+        program = self._captured.program
+        if program is None or device.type != "cpu":  # the mode is eager, or memory is quick to get
+            return self.block
+        fitting = max(1, MAX_ELEMENTS // program.graph.largest_size())
+        return min(self.block, 1 << fitting.bit_length() - 1)  # a power of two, so that few graphs serve many numbers
+
     def _at_once(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        self._capture(z)
         mapped = self._mapped_over(z)
         if mapped is not None:
             try:

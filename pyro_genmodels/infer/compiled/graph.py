@@ -73,6 +73,17 @@ class Graph:
         """Dtypes of the results of its operations."""
         return {dtype for node in self.module.graph.nodes if (dtype := _dtype(node)) is not None}
 
+    def largest_size(self) -> int:
+        """Return the number of elements of the largest tensor that is computed from the first input."""
+        nodes = iter(self.module.graph.nodes)
+        reached, size = {next(nodes)}, 1
+        for node in nodes:
+            if not reached.isdisjoint(node.all_input_nodes):
+                reached.add(node)
+                value = node.meta.get("val")
+                size = max(size, value.numel() if isinstance(value, torch.Tensor) else 1)
+        return size
+
     def random_operations(self) -> list[str]:
         """Return the names of operations that draw random numbers from which other results are computed."""
         return [

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from pyro_genmodels import log_density
 from pyro_genmodels.infer.compiled import Captured
+from pyro_genmodels.infer.compiled import batched as batched_density
 from pyro_genmodels.infer.compiled.batched import BatchedDensity
 
 DATA = torch.linspace(-1, 1, 6)
@@ -82,6 +83,26 @@ def test_more_points_than_a_block_have_no_graph():
     assert batched.graph(z) is None
     assert_close(batched(z)[0], torch.stack([density(point)[0] for point in z]))
     assert batched.num_gradients == 5
+
+
+def test_points_that_make_large_tensors_are_computed_in_smaller_blocks(monkeypatch):
+    monkeypatch.setattr(batched_density, "MAX_ELEMENTS", 2 * len(DATA))
+    table = torch.ones(40, len(DATA))  # what is not computed from the point does not count
+
+    def model():
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0)) + table.square().sum() - table.sum()
+        with pyro.plate("rows", len(DATA)):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=DATA)
+
+    density = log_density(model, mode=Captured(script=False))
+    z = torch.linspace(-1, 1, 5)[:, None]
+    sizes = []
+    mapped_over = BatchedDensity._mapped_over
+    monkeypatch.setattr(BatchedDensity, "_mapped_over", lambda self, z: sizes.append(len(z)) or mapped_over(self, z))
+    values, gradients = BatchedDensity(density, mode=Captured(script=False))(z)
+    assert sizes == [2, 2, 1]
+    assert_close(values, torch.stack([density(point)[0] for point in z]))
+    assert_close(gradients, torch.stack([density(point)[1] for point in z]))
 
 
 def drawn_inside():
