@@ -52,6 +52,7 @@ NUM_SAMPLES = 10_000
 METHODS: dict[str, Callable[[NoUTurn], Any]] = {
     "nuts": lambda chains: chains,
     "started_nuts": lambda chains: replace(chains, init=Pathfinder()),
+    "low_rank_nuts": lambda chains: replace(chains, low_rank=True),
     "mean_field": lambda _: MeanField(),
     "full_rank": lambda _: FullRank(),
     "low_rank": lambda _: LowRank(),
