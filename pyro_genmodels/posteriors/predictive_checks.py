@@ -6,11 +6,18 @@ a test quantity T, which may depend on the draw:
 .. math:: p = P(T(\tilde y, z) > T(y, z) \mid y) + \tfrac12 P(T(\tilde y, z) = T(y, z) \mid y) .
 
 A p-value near 0 or 1 says that the model cannot make such data. Data were used to fit and to check, so under a true model the
-p-values are nearer to 1/2 than uniform ones: extreme values are rarer than they say. Those of single rows under leave-one-out,
-:math:`P(\tilde y_n \le y_n \mid y_{-n})`, are nearly uniform for continuous data.
+p-values are nearer to 1/2 than uniform ones: extreme values are rarer than they say. An estimate by n draws can be 0 or 1 by
+chance, so a verdict counts the data among the draws,
+
+.. math:: \frac{1 + \#\{s : T(\tilde y_s, z_s) \ge T(y, z_s)\}}{1 + n},
+
+and the same for the other side, which are below :math:`\alpha` with probability :math:`\alpha` at most for any n, if p is
+uniform. The probabilities of single rows under leave-one-out, :math:`P(\tilde y_n \le y_n \mid y_{-n})`, are uniform for
+continuous data, which is tested by their empirical distribution function, as of independent ones.
 
 Gelman, Meng and Stern, *Posterior Predictive Assessment of Model Fitness via Realized Discrepancies* (1996); Gelman et al.,
-*Bayesian Data Analysis* (2013), chapter 6; Vehtari, Gelman and Gabry for leave-one-out (arXiv 1507.04544).
+*Bayesian Data Analysis* (2013), chapter 6; Phipson and Smyth, *Permutation P-values Should Never Be Zero* (arXiv 1603.05766);
+Vehtari, Gelman and Gabry for leave-one-out (arXiv 1507.04544); Säilynoja, Bürkner and Vehtari for its test (arXiv 2103.10522).
 """
 
 from __future__ import annotations
@@ -21,7 +28,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import isfinite
+from math import ceil, isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,10 +40,10 @@ from pyro_genmodels.inference_data.export import chain_diagnostics, plot_predict
 from pyro_genmodels.inference_data.names import xarray_name
 from pyro_genmodels.inference_data.sources import DrawSource
 from pyro_genmodels.posteriors.checked_sources import number_of_draws, source_with_model
-from pyro_genmodels.posteriors.uniformity import adjusted_p_values
+from pyro_genmodels.posteriors.uniformity import adjusted_p_values, ecdf_p_value, normal_scores
 from pyro_genmodels.utils.errors import check_positive_int, listed, type_with_article
 from pyro_genmodels.utils.keywords import joined_keywords, runs_models
-from pyro_genmodels.utils.pareto import smooth_log_weights
+from pyro_genmodels.utils.pareto import is_unreliable, smooth_log_weights
 from pyro_genmodels.utils.rng import forked_rng
 
 if TYPE_CHECKING:
@@ -48,6 +55,10 @@ FALSE_ALARM_RATE = 0.01
 """Probability that a verdict finds any fault, if p-values are uniform."""
 BATCH_SIZE = 1000
 """Largest number of draws of one run."""
+MIN_ROWS = 10
+"""Smallest number of leave-one-out probabilities that are tested."""
+MAX_ROWS = 2000
+"""Largest number of leave-one-out probabilities that are tested: rows at equal distances."""
 
 
 def _deviation(y: Tensor) -> Tensor:
@@ -80,7 +91,7 @@ class PredictiveCheck:
         weights: weight of each draw, (draw,), with sum 1.
         num_chains: number of chains that the draws are, one after another; 0 for independent draws.
         loo_pit: probability of a lower value in each entry given all others, (rows...) by site, for sites of single numbers
-            with a density. Ties are broken at random. It is NaN for excluded entries.
+            with a density. Ties are broken at random, and it is never 0 or 1. It is NaN for excluded entries.
         loo_pareto_k: k-hat of the weights behind these, (rows...) by site.
         kept: True for the entries of each site that are neither masked nor missing, (rows...) by name. Others are excluded.
         data: draws, replicated data and data as ArviZ has them, for `az.plot_ppc` and others.
@@ -101,16 +112,13 @@ class PredictiveCheck:
 
         Columns: ``observed``, the mean over draws if it depends on them; mean and sd of those ``replicated``; ``p_value``, the
         probability of a larger replicated one; its Monte Carlo standard error ``p_error``; ``adjusted``, the two-sided p-value
-        adjusted for the number of statistics (Holm).
+        of a verdict, adjusted for the number of tests (Holm).
         """
         import pandas as pd
 
         rows = {}
         for name, replicated in self.replicated.items():
-            difference = replicated - self.observed[name]
-            larger = (difference > 0).double() + 0.5 * (difference == 0).double()
-            p = min(max(float(self.weights @ larger), 0.0), 1.0)
-            size = self._effective_size(larger)
+            p, size = self._share(name, torch.gt) + 0.5 * self._share(name, torch.eq), self._sizes[name]
             smoothed = (size * p + 0.5) / (size + 1)
             mean = self.weights @ replicated
             rows[name] = {
@@ -119,38 +127,92 @@ class PredictiveCheck:
                 "replicated_sd": float((self.weights @ (replicated - mean).square()).sqrt()),
                 "p_value": p,
                 "p_error": (smoothed * (1 - smoothed) / size) ** 0.5,
+                "adjusted": self._adjusted[name],
             }
-        table = pd.DataFrame.from_dict(rows, orient="index")
-        two_sided = [min(2 * p, 2 - 2 * p) for p in table["p_value"]]
-        return table.assign(adjusted=adjusted_p_values(two_sided))
+        return pd.DataFrame.from_dict(rows, orient="index")
 
-    def _effective_size(self, values: Tensor) -> float:
-        """Return the number of independent draws of equal weight that the draws are worth for a mean of values, (draw,)."""
+    @cached_property
+    def loo_p_values(self) -> dict[str, float]:
+        """P-values of uniform leave-one-out probabilities, by site, not adjusted. They are those of independent rows.
+
+        There are none of sites with fewer than 10 entries, or too many k-hats above 0.7.
+        """
+        num_draws = len(self.weights)
+        return {
+            name: ecdf_p_value((pit * (num_draws + 1)).long().clamp(0, num_draws), num_draws)
+            for name in self.loo_pit
+            if len(pit := self._known_pit(name)) >= MIN_ROWS
+            and not is_unreliable(self.loo_pareto_k[name][~self.loo_pit[name].isnan()], num_draws)
+        }
+
+    def _known_pit(self, name: str) -> Tensor:
+        """Return the leave-one-out probabilities of a site to test, (entries,)."""
+        pit = self.loo_pit[name][~self.loo_pit[name].isnan()]
+        return pit[torch.linspace(0, len(pit) - 1, MAX_ROWS).round().long()] if len(pit) > MAX_ROWS else pit
+
+    @cached_property
+    def _adjusted(self) -> dict[str, float]:
+        """Two-sided p-value of each statistic, and p-value of the leave-one-out probabilities of each site, adjusted (Holm)."""
+        p_values = {name: self._two_sided(name) for name in self.replicated}
+        p_values |= {f"loo_pit({name})": p for name, p in self.loo_p_values.items()}
+        return dict(zip(p_values, adjusted_p_values(list(p_values.values())), strict=True))
+
+    def _two_sided(self, name: str) -> float:
+        """Return the two-sided p-value of a statistic, with the data counted as one of the draws on both sides."""
+        size = self._sizes[name]
+        tails = [(size * self._share(name, side) + 1) / (size + 1) for side in (torch.ge, torch.le)]
+        return min(1.0, 2 * min(tails))
+
+    def _share(self, name: str, side: Callable[[Tensor, Tensor], Tensor]) -> float:
+        """Return the weight of the draws whose replicated statistic is greater than the observed one, equal, or less."""
+        held = side(self.replicated[name], self.observed[name])
+        return min(float(self.weights @ held.double()), 1.0)
+
+    @cached_property
+    def _sizes(self) -> dict[str, float]:
+        """Number of independent draws of equal weight that the draws are worth for the p-value of each statistic."""
         by_weight = 1 / float(self.weights.square().sum())
-        if not self.num_chains or values.std() == 0:
-            return by_weight
-        size = chain_diagnostics({"x": values.reshape(self.num_chains, -1)})["x"]["ess_bulk"]
-        return min(size, by_weight) if isfinite(size) else by_weight
+        sizes = {}
+        for name, replicated in self.replicated.items():
+            values = replicated - self.observed[name]
+            larger = (values > 0).double() + 0.5 * (values == 0).double()
+            values = larger if larger.std() > 0 else values
+            sizes[name] = by_weight
+            if self.num_chains and values.std() > 0:
+                size = chain_diagnostics({"x": values.reshape(self.num_chains, -1)})["x"]["ess_bulk"]
+                sizes[name] = min(size, by_weight) if isfinite(size) else by_weight
+        return sizes
 
     def faults(self, false_alarm_rate: float = FALSE_ALARM_RATE) -> list[str]:
         """Return in words which statistics of the data the model does not make.
 
         Args:
-            false_alarm_rate: probability of any fault, if p-values are uniform. Those of a true model are so or nearer to 1/2.
-                It holds for many draws: of n, chance leaves none on one side with probability 2 / (n + 1), where the estimate
-                of p is 0 or 1.
+            false_alarm_rate: probability of any fault under a true model, for any number of draws, if p-values are uniform,
+                and leave-one-out probabilities independent. Those of a true model are so or nearer to 1/2.
         """
         found = self.table[self.table["adjusted"] <= false_alarm_rate].sort_values("adjusted")
         return [
             f"{name} of the data is {'larger' if row['p_value'] < 0.5 else 'smaller'} than the model makes it "
-            f"({row['observed']:.3g}, replicated {row['replicated']:.3g} ± {row['replicated_sd']:.2g}, p {row['p_value']:.2g})"
+            f"({row['observed']:.3g}, replicated {row['replicated']:.3g} ± {row['replicated_sd']:.2g}, "
+            f"p {_p_words(row['p_value'], self._sizes[str(name)])})"
             for name, row in found.iterrows()
+        ] + [
+            f"{_loo_words(self._known_pit(name))} {name}: leave-one-out probabilities are not uniform (p {p:.2g})"
+            for name, p in self.loo_p_values.items()
+            if self._adjusted[f"loo_pit({name})"] <= false_alarm_rate
         ]
 
     @property
     def verdict(self) -> str:
-        """The faults in one line, or "no fault found"."""
-        return "; ".join(self.faults()) or "no fault found"
+        """The faults in one line, or "no fault found". It says so if there are too few draws to find one in a statistic."""
+        if faults := self.faults():
+            return "; ".join(faults)
+        needed = ceil(2 * len(self._adjusted) / FALSE_ALARM_RATE) - 1
+        if (size := max(self._sizes.values())) >= needed:
+            return "no fault found"
+        beyond = [name for name in self.replicated if self._two_sided(name) <= 2 / (self._sizes[name] + 1)]
+        words = f"no fault found, but to find one takes {needed} draws, and these are worth {size:.0f}"
+        return words + (f": the data lie beyond all of them in {listed(beyond)}" if beyond else "")
 
     def __str__(self) -> str:
         return "\n".join([self.verdict, str(self.table.round(3)), *self.excluded])
@@ -180,13 +242,30 @@ class PredictiveCheck:
         )
 
 
+def _p_words(p: float, num_draws: float) -> str:
+    """Return a p-value in words: an estimate of 0 or 1 says no more than the number of draws does."""
+    if p in (0.0, 1.0):
+        return f"below {1 / num_draws:.1g}" if p == 0.0 else f"above 1 - {1 / num_draws:.1g}"
+    return f"{p:.2g}"
+
+
+def _loo_words(pit: Tensor) -> str:
+    """Return in words how leave-one-out probabilities, (n,), differ from uniform ones: the more certain of two ways."""
+    scores = normal_scores(pit)
+    if min(scores.mean_p, scores.deviation_p) > FALSE_ALARM_RATE:
+        return "predictions have another shape than"
+    if scores.mean_p < scores.deviation_p:
+        return f"predictions are too {'low' if scores.mean > 0 else 'high'} for"
+    return f"predictions are too {'narrow' if scores.deviation > 1 else 'wide'} for"
+
+
 @runs_models()
 def predictive_check(
     fit: Any,
     *args: Any,
     statistics: Mapping[str, Statistic] | None = None,
     var_names: Sequence[str] | None = None,
-    num_samples: int = 1000,
+    num_samples: int = 2000,
     progress: bool = True,
     model_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
@@ -206,7 +285,7 @@ def predictive_check(
             (entries, *event shape) if there are any. By default mean, standard deviation, least and largest value, and
             skewness.
         var_names: names of the observed sites to check; by default all.
-        num_samples: number of draws of a guide.
+        num_samples: number of draws of a guide. To find a fault in one of m statistics takes 200 (m + 1) draws.
         progress: True for a progress bar.
         model_kwargs: keyword arguments of the model.
         kwargs: keyword arguments of the model, with any other name.
@@ -373,6 +452,8 @@ def _takes_draw(function: Statistic) -> bool:
 def _loo_pit(y: Tensor, y_rep: Tensor, log_p: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return the probability of a lower value in each entry given all others, ties broken at random, and k-hat.
 
+    Of n draws of equal weight it is (rank + U) / (n + 1), with U uniform, which is uniform itself under a true model.
+
     Args:
         y: values, (n,).
         y_rep: replicated ones, (draw, n).
@@ -382,6 +463,7 @@ def _loo_pit(y: Tensor, y_rep: Tensor, log_p: Tensor, log_weights: Tensor) -> tu
     y, y_rep, log_p = y.reshape(-1), y_rep.reshape(len(y_rep), -1), log_p.reshape(len(log_p), -1)
     smoothed, k = smooth_log_weights(log_weights[:, None] - log_p)
     weights = smoothed.softmax(0)
-    below, ties = (weights * (y_rep < y)).sum(0), (weights * (y_rep == y)).sum(0)
+    below, ties, n = (weights * (y_rep < y)).sum(0), (weights * (y_rep == y)).sum(0), 1 / weights.square().sum(0)
     with forked_rng(0):
-        return (below + torch.rand(y.shape, dtype=torch.float64) * ties).clamp(0.0, 1.0), k
+        u = torch.rand(y.shape, dtype=torch.float64)
+    return (n * below + u * (n * ties + 1)) / (n + 1), k

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from pyro_genmodels import to_arviz
-from pyro_genmodels.posteriors import Laplace, posterior, predictive_check
+from pyro_genmodels.posteriors import Laplace, PredictiveCheck, posterior, predictive_check
 
 NUM_ROWS, PRIOR = 20, 3.0
 VARIANCE = 1 / (NUM_ROWS + 1 / PRIOR**2)
@@ -85,6 +85,64 @@ def test_p_values_of_replicated_data_are_nearer_to_one_half_than_uniform_ones():
     values = torch.tensor(values)
     assert abs(values.mean() - 0.5) < 5 * (1 / 12 / 40) ** 0.5
     assert values.var() < 1 / 12 * 1.5
+
+
+def direct_check(num_samples, scale=1.0):
+    """Return the check of data of the given deviation, by replicated data and exact leave-one-out values without a model."""
+    y = torch.randn(()) * PRIOR + scale * torch.randn(NUM_ROWS).double()
+    loc = VARIANCE * y.sum() + VARIANCE**0.5 * torch.randn(num_samples, 1).double()
+    y_rep = loc + torch.randn(num_samples, NUM_ROWS).double()
+    functions = {"mean": lambda x: x.mean(-1), "sd": lambda x: x.std(-1), "max": lambda x: x.amax(-1)}
+    left = 1 / (NUM_ROWS - 1 + 1 / PRIOR**2)
+    pit = torch.special.ndtr((y - left * (y.sum() - y)) / (1 + left) ** 0.5).clamp(1e-6, 1 - 1e-6)
+    return PredictiveCheck(
+        observed={name: f(y).expand(num_samples) for name, f in functions.items()},
+        replicated={name: f(y_rep) for name, f in functions.items()},
+        weights=torch.full((num_samples,), 1 / num_samples, dtype=torch.float64),
+        num_chains=0,
+        loo_pit={"y": pit},
+        loo_pareto_k={"y": torch.zeros(NUM_ROWS)},
+        kept={"y": torch.ones(NUM_ROWS, dtype=torch.bool)},
+        data=None,
+    )
+
+
+@pytest.mark.parametrize(("num_samples", "rate"), [(20, 0.5), (100, 0.1), (1500, 0.01)])
+def test_a_true_model_has_a_fault_at_the_stated_rate_for_any_number_of_draws(num_samples, rate):
+    """Of 80 true data sets no more have a fault than the binomial law of the stated rate allows with probability 1 - 1e-5."""
+    checks = [direct_check(num_samples) for _ in range(80)]
+    number = sum(bool(found.faults(rate)) for found in checks)
+    assert number <= stats.binom.isf(1e-5, len(checks), rate)
+
+
+def test_estimates_of_zero_by_few_draws_are_no_fault_and_said():
+    """An estimate of 0 from 50 draws has a two-sided p-value of 2 / 51, times 3 tests. Leave-one-out values need no draws."""
+    found = direct_check(50, scale=6.0)
+    assert found.table["p_value"]["sd"] == 0.0
+    assert found.table["adjusted"]["sd"] == pytest.approx(3 * 2 / 51)
+    assert found.verdict.startswith("predictions are too narrow for y: leave-one-out probabilities are not uniform (p ")
+    found.loo_pit["y"][:11] = torch.nan
+    few = PredictiveCheck(**{name: getattr(found, name) for name in found.__dataclass_fields__})
+    assert not few.loo_p_values
+    assert few.verdict.startswith(
+        "no fault found, but to find one takes 599 draws, and these are worth 50: the data lie beyond all of them in sd, max"
+    )
+    assert direct_check(600, scale=6.0).faults()[0].endswith("p below 0.002)")
+
+
+def test_leave_one_out_values_find_what_the_statistics_miss():
+    """A normal model of data at -1 and 1, whose mean is right."""
+    y = torch.tensor([-1.0, 1.0]).repeat(40) * torch.linspace(0.9, 1.1, 80)
+
+    def normal(y):
+        loc = pyro.sample("loc", dist.Normal(0.0, PRIOR))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    fit = Drawn(normal, (y,), {"loc": y.mean() + torch.randn(1, 1000) / 80**0.5})
+    found = predictive_check(fit, statistics={"mean": torch.mean}, progress=False)
+    assert found.table["adjusted"]["mean(y)"] > 0.1
+    assert found.verdict.startswith("predictions have another shape than y: leave-one-out probabilities are not uniform (p ")
 
 
 def poisson(y):
@@ -238,6 +296,15 @@ def test_wrong_calls_are_refused():
         pytest.raises(ValueError, match="model that observes data, but found none"),
     ):
         predictive_check((silent, silent), num_samples=20, progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_samples", [100, 1500])
+def test_whole_checks_of_a_true_model_have_a_fault_at_the_stated_rate(num_samples):
+    """Of 60 data sets, with 5 statistics and leave-one-out values, at a rate of 0.1: false alarm 1e-5."""
+    found = [check(torch.randn(()) * PRIOR + torch.randn(NUM_ROWS), num_samples=num_samples) for _ in range(60)]
+    assert sum(bool(one.faults(0.1)) for one in found) <= stats.binom.isf(1e-5, 60, 0.1)
+    assert sum(bool(one.faults()) for one in found) <= stats.binom.isf(1e-5, 60, 0.01)
 
 
 @pytest.mark.slow
