@@ -17,7 +17,7 @@ _homes = {
         "GAN", "MAF", "NCSF", "NSF", "VAE", "Autoregressive", "BernoulliLikelihood", "CategoricalLikelihood",
         "ConvolutionalCritic", "ConvolutionalEnergy", "ConvolutionalGenerator", "DPMSolver", "DenseCritic",
         "DenseEnergy", "DenseField", "DenseGenerator", "Diffusion", "DiscretizedLogisticLikelihood", "Dopri5",
-        "EnergyModel", "Family", "Flow", "FlowDensity", "Hutchinson", "Labels", "Langevin", "NormalLikelihood",
+        "EnergyModel", "Family", "Flow", "FlowDensity", "Hutchinson", "Labels", "Langevin", "Mixed", "NormalLikelihood",
         "ODEFlow", "Persistent", "RealNVP", "RestrictedBoltzmannMachine", "UNet", "VariancePreserving",
         "VariationalBound",
     ],

@@ -17,6 +17,7 @@ import pyro_genmodels
 ROOT = Path(__file__).parent.parent / "pyro_genmodels"
 MAX_FLOORS = 6
 DOORS = {"zuko": "nn/transforms.py", "torchdiffeq": "dynamics/ode.py", "arviz": "inference_data/export.py"}
+SHARED_BY_FAMILIES = {"family", "context", "continuous", "coordinates", "input_warnings", "standardization", "validation"}
 ARCHITECTURE = ROOT.parent / "docs" / "architecture.md"
 PRIVATE_ATTRIBUTES = {"_mask", "_params", "_pyro_context", "_pyro_name", "_pyro_samples", "_pyro_set_supermodule"}
 PRIVATE_KEYS = {"$$$", "_deterministic", "_enumerate_dim", "_pyro_samples", "_unconstrained", "was_observed"}
@@ -115,7 +116,7 @@ def complaints(path, source):
             parts[:1] == ["families"]
             and room(path) == "families"
             and path != "families/__init__.py"
-            and parts[1] not in ("family", "context", "continuous", "input_warnings", "standardization", "validation")
+            and parts[1] not in SHARED_BY_FAMILIES
         ):
             yield f"{path} knows a sibling: {name}"
 

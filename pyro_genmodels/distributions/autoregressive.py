@@ -9,9 +9,11 @@ from __future__ import annotations
 __all__ = ["Autoregression", "Conditionals"]
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Size, Tensor
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
@@ -45,7 +47,7 @@ class Autoregression(GenerativeDistribution):
 
     Args:
         conditionals: network of the conditionals.
-        likelihood: distribution of one coordinate, given the network's parameters.
+        likelihood: distribution of one coordinate, given the network's parameters, in the units of the flattened event.
         order: indices of the flattened event's coordinates in the order of sampling, (d,).
         event_shape: shape of one datum, with d coordinates in all.
         any_order: True if the network serves every order.
@@ -70,16 +72,19 @@ class Autoregression(GenerativeDistribution):
     def has_rsample(self) -> bool:
         return self.likelihood.has_rsample
 
-    def _features(self, x: Tensor) -> Tensor:
-        return self.likelihood.encode(x).to(self.conditionals.dtype)
+    def _features(self, likelihood: Likelihood, x: Tensor) -> Tensor:
+        """Return features (..., num_inputs) of values (...) with a likelihood, which may be that of one coordinate."""
+        features = likelihood.encode(likelihood.cast(x, self.conditionals.dtype)).to(self.conditionals.dtype)
+        return F.pad(features, (0, unused)) if (unused := self.likelihood.num_inputs - features.shape[-1]) else features
 
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
         return self._log_prob_in(self.order, y, context)
 
     def _log_prob_in(self, order: Tensor, y: Tensor, context: Tensor | None) -> Tensor:
         """Return the log density in an order (d,), or in one for each datum, (batch..., d)."""
-        y = self.likelihood.cast(_ordered(self.flat(y), order), self.conditionals.dtype)
-        return self.likelihood(self.conditionals(self._features(y), context, order)).log_prob(y).sum(-1)
+        likelihood = self.likelihood.at(order)
+        y = likelihood.cast(_ordered(self.flat(y), order), self.conditionals.dtype)
+        return likelihood(self.conditionals(self._features(likelihood, y), context, order)).log_prob(y).sum(-1)
 
     def training_log_prob(self, value: Tensor) -> Tensor:
         """Return the log density; for a network of any order in training mode, in an order drawn for each datum."""
@@ -106,16 +111,19 @@ class Autoregression(GenerativeDistribution):
         steps = self.conditionals.steps(shape, context, order)
         drawn: list[Tensor] = []
         params = next(steps)
-        for last in [False] * (order.shape[-1] - 1) + [True]:
-            conditional = self.likelihood(params)
+        places = order.tolist() if self.likelihood.is_mixed and order.dim() == 1 else order.unbind(-1)
+        for place in places:
+            likelihood = self.likelihood.at(place)
+            conditional = likelihood(params[..., : likelihood.num_outputs])
             value = conditional.rsample() if conditional.has_rsample else conditional.sample()
             if given is not None:
                 known, values = (part[..., len(drawn)] for part in given)
                 value = torch.where(known, values, value)
             drawn.append(value)
-            if not last:
-                params = steps.send(self._features(value))
-        return self.unflat(_ordered(torch.stack(drawn, -1), order.argsort(-1)))
+            if len(drawn) < len(places):
+                params = steps.send(self._features(likelihood, value))
+        dtype = reduce(torch.promote_types, {value.dtype for value in drawn})  # columns may be of different kinds
+        return self.unflat(_ordered(torch.stack([value.to(dtype) for value in drawn], -1), order.argsort(-1)))
 
     def complete(self, x: Tensor, known: Tensor) -> Tensor:
         """Draw the unknown coordinates of events, given the known ones.
@@ -207,7 +215,7 @@ class Autoregression(GenerativeDistribution):
             >>> family().tempered(temperature=0.7, top_p=0.9).sample((2,)).shape
             torch.Size([2, 3])
         """
-        return self._with(likelihood=Tempered(self.likelihood, temperature, top_p))
+        return self._with(likelihood=self.likelihood.map(lambda each: Tempered(each, temperature, top_p)))
 
     def _with(self, **changes: Any) -> Autoregression:
         new = self.__class__.__new__(self.__class__)

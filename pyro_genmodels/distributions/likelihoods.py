@@ -2,7 +2,15 @@ r"""Likelihoods: the distribution of one coordinate of the data, given the outpu
 
 `VAE` and `Autoregressive` share these choices. Each is an immutable object that maps raw outputs of a network,
 (..., num_outputs), to a Pyro distribution of batch shape (...), and values of that distribution to input features of a network,
-(..., num_inputs).
+(..., num_inputs). Networks see and return numbers of order 1. The units of the data come from one of two places:
+
+- Real numbers are *located*: the family subtracts their mean and divides by their deviation, and the likelihood is one of the
+  standardised values.
+- Positive numbers, counts and proportions have a likelihood with a scale: outputs and features are deviations of a logarithm
+  (`pyro_genmodels.distributions.scaled_likelihoods`). The family measures its mean and deviation, and the likelihood is one of
+  the data themselves.
+
+`Mixed` (`pyro_genmodels.distributions.mixed`) has one likelihood for each column of a table.
 """
 
 from __future__ import annotations
@@ -13,12 +21,15 @@ __all__ = [
     "DiscretizedLogisticLikelihood",
     "Likelihood",
     "NormalLikelihood",
+    "StudentTLikelihood",
     "check_likelihood",
+    "positive",
 ]
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import expm1, inf, log
+from math import expm1, inf, log, prod
 from numbers import Real
 from typing import Any, Literal
 
@@ -26,7 +37,7 @@ import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import biject_to, constraints
 
 from pyro_genmodels.distributions.discretized import DiscretizedLogisticMixture
 from pyro_genmodels.utils.distributions import is_real
@@ -44,6 +55,12 @@ class Likelihood(ABC):
 
     has_rsample: bool = False
     """True if samples carry gradients."""
+
+    is_mixed: bool = False
+    """True if coordinates have likelihoods of their own: see `Mixed`."""
+
+    has_scale: bool = False
+    """True if outputs and features are in units that `units` measures and `in_units` sets."""
 
     @property
     @abstractmethod
@@ -65,7 +82,7 @@ class Likelihood(ABC):
             if getattr(support, "is_discrete", False):
                 raise ValueError(
                     f"{type(self).__name__} is a likelihood of real numbers, but found support={support}. Use "
-                    "BernoulliLikelihood() or CategoricalLikelihood(k), and leave support out."
+                    "BernoulliLikelihood(), CategoricalLikelihood(k) or PoissonLikelihood(), and leave support out."
                 )
             return support
         if not is_real(support):
@@ -81,6 +98,67 @@ class Likelihood(ABC):
     def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return values in the dtype that the distribution scores: the given dtype, or integers."""
         return x.to(dtype)
+
+    # Units, and the coordinates of an event.
+
+    @property
+    def is_located(self) -> bool:
+        """True if the likelihood is one of standardised values: the family subtracts a mean and divides by a deviation."""
+        return is_real(self.support)
+
+    def units(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return location and scale of data in the units of the outputs, as doubles of shape (...).
+
+        Args:
+            x: data, (N, ...), with NaN for missing values.
+        """
+        zeros = torch.zeros(x.shape[1:], dtype=torch.float64, device=x.device)
+        return zeros, zeros + 1
+
+    def in_units(self, loc: Tensor, scale: Tensor) -> Likelihood:
+        """Return the likelihood with the location and scale of its coordinates, (...)."""
+        return self
+
+    def check_event(self, event_shape: Sequence[int]) -> None:  # noqa: B027 (most fit events of any shape)
+        """Raise a ValueError if events of that shape cannot have this likelihood."""
+
+    def at(self, place: int | Tensor) -> Likelihood:
+        """Return the likelihood of one coordinate of the flattened event, or of one for each element of a tensor of places."""
+        return self
+
+    def groups(self, event_shape: Sequence[int]) -> list[tuple[tuple[int, ...], Likelihood]]:
+        """Return the coordinates of the flattened event that have equal likelihoods, with these."""
+        return [(tuple(range(prod(event_shape))), self)]
+
+    def map(self, function: Callable[[Likelihood], Likelihood]) -> Likelihood:
+        """Return the likelihood whose coordinates have another likelihood, a function of theirs."""
+        return function(self)
+
+    def labels(self, event_shape: Sequence[int]) -> list[str]:
+        """Return names of the coordinates, for messages."""
+        places = torch.cartesian_prod(*(torch.arange(n) for n in event_shape)).reshape(-1, len(event_shape)).tolist()
+        return [f"coordinate {tuple(place) if len(place) > 1 else place[0]}" for place in places] if event_shape else ["x"]
+
+    def fill(self, x: Tensor, seen: Tensor) -> Tensor:
+        """Return values (...) with those that are not `seen` replaced by a number of the support."""
+        return torch.where(seen, x, inner_value(self.support))
+
+
+def inner_value(support: constraints.Constraint) -> float:
+    """Return a number of the support of one coordinate that is not at an end, or the first of integers.
+
+    Example:
+        >>> inner_value(constraints.unit_interval), inner_value(constraints.integer_interval(2, 5))
+        (0.5, 2.0)
+    """
+    if support.is_discrete:
+        return float(getattr(support, "lower_bound", 0.0))
+    return float(biject_to(support)(torch.zeros(())))
+
+
+def positive(raw: Tensor, least: float = 0.0) -> Tensor:
+    """Return positive numbers above `least` from outputs of a network; 0 gives 1 more than that."""
+    return least + F.softplus(raw + log(expm1(1.0)))
 
 
 def _is_positive(value: Any) -> bool:
@@ -225,7 +303,7 @@ class NormalLikelihood(Likelihood):
         loc, *others = params.split(self.components, -1)
         scale: Any = self.scale
         if self.scale == "learned":
-            scale = self.min_scale + F.softplus(others[0] + log(expm1(1.0)))
+            scale = positive(others[0], self.min_scale)
         if self.components == 1:
             scale = scale.squeeze(-1) if isinstance(scale, Tensor) else scale
             return dist.Normal(loc.squeeze(-1), scale, validate_args=False)
@@ -233,3 +311,47 @@ class NormalLikelihood(Likelihood):
         loc = loc + torch.linspace(-1.5, 1.5, self.components, dtype=loc.dtype, device=loc.device)
         weights = dist.Categorical(logits=others[-1], validate_args=False)
         return dist.MixtureSameFamily(weights, dist.Normal(loc, scale, validate_args=False), validate_args=False)
+
+
+@dataclass(frozen=True)
+class StudentTLikelihood(Likelihood):
+    """Student's t distribution over the real numbers, for data with heavy tails. Lange, Little and Taylor (1989).
+
+    Its scale is that of the bulk, not of the tails: build the family with ``standardize="robust"`` too.
+
+    Args:
+        df: degrees of freedom, a positive number, or "learned" for a number above 1 that the network predicts.
+        min_scale: lower bound of the scale, in units of the standardised data.
+
+    Raises:
+        ValueError: if an argument is no positive number.
+
+    Example:
+        >>> StudentTLikelihood(df=3.0)(torch.zeros(5, 2)).log_prob(torch.zeros(5)).exp()
+        tensor([0.3672, 0.3672, 0.3672, 0.3672, 0.3672])
+    """
+
+    df: float | Literal["learned"] = "learned"
+    min_scale: float = 1e-3
+
+    support = constraints.real
+    has_rsample = True
+
+    def __post_init__(self) -> None:
+        if self.df != "learned" and not _is_positive(self.df):
+            raise ValueError(f'StudentTLikelihood wants df="learned" or a positive number, but found {self.df!r}.')
+        if not _is_positive(self.min_scale):
+            raise ValueError(f"StudentTLikelihood wants a positive number as min_scale, but found {self.min_scale!r}.")
+
+    @property
+    def num_outputs(self) -> int:
+        return 2 + (self.df == "learned")
+
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return x unchanged if it holds floats, as `NormalLikelihood.cast` does."""
+        return x if x.is_floating_point() else x.to(dtype)
+
+    def __call__(self, params: Tensor) -> dist.TorchDistribution:
+        loc, raw_scale, *others = params.unbind(-1)
+        df = 1 + positive(others[0] + 3) if self.df == "learned" else self.df
+        return dist.StudentT(df, loc, positive(raw_scale, self.min_scale), validate_args=False)

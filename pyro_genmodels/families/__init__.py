@@ -7,8 +7,18 @@ from pyro_genmodels.distributions.likelihoods import (
     CategoricalLikelihood,
     DiscretizedLogisticLikelihood,
     NormalLikelihood,
+    StudentTLikelihood,
 )
+from pyro_genmodels.distributions.mixed import Mixed
 from pyro_genmodels.distributions.ode import ExactTrace, GaussianProbes, Hutchinson, RademacherProbes
+from pyro_genmodels.distributions.scaled_likelihoods import (
+    BetaLikelihood,
+    GammaLikelihood,
+    LogNormalLikelihood,
+    NegativeBinomialLikelihood,
+    PoissonLikelihood,
+    ZeroInflatedLikelihood,
+)
 from pyro_genmodels.dynamics.denoiser import (
     DataPrediction,
     NoisePrediction,
@@ -64,6 +74,7 @@ __all__ = [
     "Annealed",
     "Autoregressive",
     "BernoulliLikelihood",
+    "BetaLikelihood",
     "BoltzmannMachine",
     "CategoricalLikelihood",
     "Contrastive",
@@ -88,6 +99,7 @@ __all__ = [
     "Family",
     "Flow",
     "FlowDensity",
+    "GammaLikelihood",
     "GaussianProbes",
     "Gibbs",
     "GibbsWithGradients",
@@ -97,13 +109,17 @@ __all__ = [
     "Karras",
     "Labels",
     "Langevin",
+    "LogNormalLikelihood",
     "Midpoint",
+    "Mixed",
+    "NegativeBinomialLikelihood",
     "NoisePrediction",
     "NormalLikelihood",
     "ODEFlow",
     "ParallelTempering",
     "Persistent",
     "PixelCNN",
+    "PoissonLikelihood",
     "Preconditioned",
     "PredictorCorrector",
     "ProbabilityFlow",
@@ -111,6 +127,7 @@ __all__ = [
     "RealNVP",
     "RestrictedBoltzmannMachine",
     "ScorePrediction",
+    "StudentTLikelihood",
     "SubVariancePreserving",
     "Transformer",
     "UNet",
@@ -121,6 +138,7 @@ __all__ = [
     "VariancePreserving",
     "VariationalBound",
     "VelocityPrediction",
+    "ZeroInflatedLikelihood",
 ]  # fmt: skip
 
 suggest_names(__name__)

@@ -18,23 +18,24 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_genmodels.distributions.autoregressive import Autoregression
-from pyro_genmodels.distributions.likelihoods import Likelihood, check_likelihood
+from pyro_genmodels.distributions.likelihoods import Likelihood
 from pyro_genmodels.families.context import Context
-from pyro_genmodels.families.family import Family, Standardize, StandardizeContext
+from pyro_genmodels.families.coordinates import CoordinateFamily
+from pyro_genmodels.families.family import Standardize, StandardizeContext
 from pyro_genmodels.nn.conditionals import ConditionalsChoice
 from pyro_genmodels.nn.masked import MaskedNetwork
 from pyro_genmodels.utils.errors import check_choice
 from pyro_genmodels.utils.tensors import as_tensor
 
 
-class Autoregressive(Family):
+class Autoregressive(CoordinateFamily):
     """An autoregressive model: by a masked dense network (MADE), a `Transformer` or a `PixelCNN`.
 
     Args:
         event_shape: shape of one datum.
         context: see `Family`.
-        likelihood: conditional distribution of one coordinate: `NormalLikelihood()`, the default, `BernoulliLikelihood()`,
-            `CategoricalLikelihood(k)` or `DiscretizedLogisticLikelihood(levels)`.
+        likelihood: conditional distribution of one coordinate: `NormalLikelihood()`, the default, another one of
+            `pyro_genmodels.distributions`, or `Mixed` with one for each column of a table.
         network: network of the conditionals: `Transformer` or `PixelCNN`; None for a masked dense network.
         order: permutation of the coordinates of the flattened event, in the order in which they are drawn; by default
             0, 1, 2, ..., or row by row for `PixelCNN`. With "any", which wants a `Transformer`, `MaximumLikelihood` draws an
@@ -43,8 +44,8 @@ class Autoregressive(Family):
             begins with the known coordinates.
         hidden: widths of the hidden layers of the masked network; by default (256, 256).
         dropout: rate at which hidden units of the masked network are dropped in training.
-        support: set in which one coordinate lies; only with `NormalLikelihood`.
-        standardize: see `Family`; only with `NormalLikelihood`.
+        support: set in which one coordinate lies; only with likelihoods of real numbers.
+        standardize: see `Family`; only with likelihoods of real numbers and those that have a scale.
         standardize_context: see `Family`.
         name: see `Family`.
 
@@ -76,17 +77,15 @@ class Autoregressive(Family):
         standardize_context: StandardizeContext = True,
         name: str | None = None,
     ) -> None:
-        likelihood = check_likelihood(likelihood)
-        support = likelihood.support_within(support)
         super().__init__(
             event_shape,
+            likelihood=likelihood,
             context=context,
             support=support,
             standardize=standardize,
             standardize_context=standardize_context,
             name=name,
         )
-        self.likelihood = likelihood
         network = _choose_network(network, hidden, dropout)
         self.any_order = isinstance(order, str)
         if self.any_order and not (order == "any" and network.any_order):
@@ -108,9 +107,12 @@ class Autoregressive(Family):
         return network.order(self.event_shape, wanted)
 
     def forward(self, context: Tensor | None = None) -> Autoregression:
+        likelihood = self.likelihood
+        if likelihood.has_scale:
+            likelihood = likelihood.in_units(self.loc.flatten(), self.scale.flatten())
         return Autoregression(
             self.conditionals,
-            self.likelihood,
+            likelihood,
             self.order,
             self.event_shape,
             any_order=self.any_order,

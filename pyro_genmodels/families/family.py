@@ -283,20 +283,23 @@ class Family(PyroModule):
     def _standardize_data(self, x: Tensor) -> None:
         with torch.no_grad():
             x = self._as_reals(x.to("cpu" if self.loc.device.type == "mps" else self.loc.device))  # mps has no float64
-            y = x if is_real(self.support) else self._to_reals()(x)
-            loc, scale = estimate(
-                x,
-                y,
-                self.loc,
-                kind=self._standardize,
-                owner=self.name,
-                inputs=DATA,
-                has_density=self._trains_by_density,
-            )
+            loc, scale = self._units_of(x)
             self.loc.copy_(loc)
             self.scale.copy_(scale)
             self.standardized.fill_(True)
         self._standardized = True
+
+    def _units_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the location and scale of data, (*event_shape) each, in double precision."""
+        return estimate(
+            x,
+            x if is_real(self.support) else self._to_reals()(x),
+            self.loc,
+            kind=self._standardize,
+            owner=self.name,
+            inputs=DATA,
+            has_density=self._trains_by_density,
+        )
 
     def _standardize_contexts(self, context: Tensor, *, again: bool = True) -> None:
         """Standardise float contexts. Unless `again`, those of modules that have a mean and a deviation keep these."""

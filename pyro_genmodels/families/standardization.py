@@ -40,23 +40,25 @@ class Standardization(Transform):
         loc: mean, (*event_shape).
         scale: deviation, (*event_shape).
         check: function that is called with each standardised value, or None.
+        event_dim: number of dimensions of an event, by default those of `loc`; 0 for a bijection of single coordinates.
     """
 
     bijective = True
     sign = +1
 
-    def __init__(self, loc: Tensor, scale: Tensor, check: Any = None) -> None:
+    def __init__(self, loc: Tensor, scale: Tensor, check: Any = None, *, event_dim: int | None = None) -> None:
         super().__init__()
         self.loc, self.scale, self.check = loc, scale, check
+        self.dims = loc.dim() if event_dim is None else event_dim
 
     @constraints.dependent_property(is_discrete=False)
     def domain(self) -> constraints.Constraint:
-        """Real events of the shape of `loc`."""
-        return constraints.independent(constraints.real, self.loc.dim()) if self.loc.dim() else constraints.real
+        """Real events."""
+        return constraints.independent(constraints.real, self.dims) if self.dims else constraints.real
 
     @constraints.dependent_property(is_discrete=False)
     def codomain(self) -> constraints.Constraint:
-        """Real events of the shape of `loc`."""
+        """Real events."""
         return self.domain
 
     def _call(self, x: Tensor) -> Tensor:
@@ -70,7 +72,8 @@ class Standardization(Transform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the log determinant of dy / dx, (batch...), in the precision of `loc`."""
-        return -self.scale.log().sum().expand(x.shape[: x.dim() - self.loc.dim()])
+        batch_shape = x.shape[: x.dim() - self.dims]
+        return -(self.scale.log().sum() if self.dims else self.scale.log()).expand(batch_shape)
 
 
 @torch.no_grad()

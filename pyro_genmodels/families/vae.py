@@ -25,34 +25,41 @@ from torch.distributions import Distribution, Transform, constraints
 from pyro_genmodels._pyro.params import random_parameters
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.implicit import Implicit
-from pyro_genmodels.distributions.likelihoods import Likelihood, check_likelihood
+from pyro_genmodels.distributions.likelihoods import Likelihood
+from pyro_genmodels.distributions.partly_observed import PartlyObserved
 from pyro_genmodels.families.context import Context
+from pyro_genmodels.families.coordinates import CoordinateFamily
 from pyro_genmodels.families.family import Family, Standardize, StandardizeContext
 from pyro_genmodels.nn.mlp import MLP, call_batched
 from pyro_genmodels.utils.distributions import is_real
 from pyro_genmodels.utils.errors import check_positive_int
 
 
-class VAE(Family):
+class VAE(CoordinateFamily):
     """A variational autoencoder, with sites ``z`` and ``x`` in the plate ``data``.
 
     Args:
         event_shape: shape of one datum.
         context: see `Family`.
         latent_dim: length of z; ignored if `prior` is given.
-        likelihood: distribution of one coordinate given z: `NormalLikelihood()`, the default, `BernoulliLikelihood()`,
-            `CategoricalLikelihood(k)` or `DiscretizedLogisticLikelihood(levels)`.
+        likelihood: distribution of one coordinate given z: `NormalLikelihood()`, the default, another one of
+            `pyro_genmodels.distributions`, or `Mixed` with one for each column of a table.
         prior: distribution of z, over one event of any shape: a Pyro distribution, a family (given the context if it takes
             one), or None for a standard normal.
         encoder: your own network, called as ``encoder(x)`` or ``encoder(x, context)``. It returns the parameters
             (batch, 2 * latent size) of a normal, location first, or the pair (location, scale). Its input x is
-            (batch, *event_shape) with values of about -1 to 1 (with `CategoricalLikelihood` one-hot in a last dimension).
+            (batch, *event_shape) with values of about -1 to 1 (with `CategoricalLikelihood` one-hot in a last dimension, with
+            `Mixed` padded with zeros there). With `missing` it is 0 where a coordinate is missing, and the last dimension,
+            which is then there in any case, ends with 1 where one is known.
         decoder: your own network, called as ``decoder(z)`` or ``decoder(z, context)``. It returns
             (batch, *event_shape, likelihood.num_outputs); the last dimension may be left out if it is 1.
         hidden: widths of the hidden layers of the default encoder and decoder.
         dropout: rate at which hidden units of the default encoder and decoder are dropped in training.
-        support: set in which one coordinate lies; only with `NormalLikelihood`.
-        standardize: see `Family`; only with `NormalLikelihood`.
+        missing: True if coordinates of the data may be missing, which are NaN. They have no part in the likelihood, so that
+            training maximises a bound on the density of what is known, and by `ImportanceWeightedELBO` that of Mattei and
+            Frellsen, *MIWAE* (arXiv 1812.02633). `pyro_genmodels.evaluation.impute` draws them.
+        support: set in which one coordinate lies; only with likelihoods of real numbers.
+        standardize: see `Family`; only with likelihoods of real numbers and those that have a scale.
         standardize_context: see `Family`.
         name: see `Family`.
 
@@ -67,6 +74,11 @@ class VAE(Family):
         torch.Size([5, 28, 28])
     """
 
+    if_missing = (
+        "Drop or impute these rows first, or build VAE(..., missing=True), whose likelihood leaves out missing values (NaN, "
+        "not infinity)."
+    )
+
     def __init__(
         self,
         event_shape: Sequence[int],
@@ -79,15 +91,16 @@ class VAE(Family):
         decoder: nn.Module | None = None,
         hidden: Sequence[int] = (256, 256),
         dropout: float = 0.0,
+        missing: bool = False,
         support: constraints.Constraint = constraints.real,
         standardize: Standardize = True,
         standardize_context: StandardizeContext = True,
         name: str | None = None,
     ) -> None:
-        likelihood = check_likelihood(likelihood)
-        support = likelihood.support_within(support)
         super().__init__(
             event_shape,
+            likelihood=likelihood,
+            missing=missing,
             context=context,
             support=support,
             standardize=standardize,
@@ -101,12 +114,11 @@ class VAE(Family):
             if not (network is None or isinstance(network, nn.Module)):
                 found = f"the class {network.__name__}" if isinstance(network, type) else type(network).__name__
                 raise TypeError(f"VAE wants an {role} that is a torch.nn.Module, but found {found}.")
-        self.likelihood = likelihood
         self.prior = prior
         self.latent_shape = Size((latent_dim,)) if prior is None else prior.event_shape
         latent_size, values = self.latent_shape.numel(), self.event_shape.numel()
-        inputs = values * likelihood.num_inputs + self.context_size
-        outputs = (*self.event_shape, likelihood.num_outputs)
+        inputs = values * (self.likelihood.num_inputs + int(missing)) + self.context_size
+        outputs = (*self.event_shape, self.likelihood.num_outputs)
         self.encoder = encoder or _Flat(inputs, (2 * latent_size,), hidden, dropout)
         self.decoder = decoder or _Flat(latent_size + self.context_size, outputs, hidden, dropout)
 
@@ -127,7 +139,7 @@ class VAE(Family):
     def model(self, x: Tensor | None = None, context: Tensor | None = None, *, size: int | None = None) -> Tensor:
         """Draw z from the prior, then x given z. The arguments are those of `Family.model`."""
         x, context = self._accept(x, context)
-        if x is not None:
+        if x is not None and not self.missing:
             x = self.likelihood.cast(x, self.loc.dtype)
         plate, prior, decode, embedded = self.plate(x, context, size), self._prior(context), self._decode(), self.embed(context)
         _draw_weights(decode.decoder)
@@ -150,11 +162,7 @@ class VAE(Family):
         """Return the encoder's distribution of z, of batch shape (batch...), given data x, (batch..., *event_shape)."""
         x, context = self._as_tensors(x, context)
         batch = x.shape[: x.dim() - len(self.event_shape)]
-        pretransform, dtype = self.pretransform, self.loc.dtype
-        x = self.likelihood.cast(x, dtype)
-        features = self.likelihood.encode(x if pretransform is None else pretransform(x)).to(dtype)
-        features = features.squeeze(-1) if self.likelihood.num_inputs == 1 else features
-        out = call_batched(self.encoder, batch, features, self.embed(context))
+        out = call_batched(self.encoder, batch, self._features(x), self.embed(context))
         latents = self.latent_shape.numel()
         if isinstance(out, Tensor) and out.shape == (*batch, 2 * latents):
             loc, raw = out.chunk(2, -1)
@@ -171,6 +179,19 @@ class VAE(Family):
         loc, scale = parts
         return dist.Normal(loc, scale).to_event(len(self.latent_shape))
 
+    def _features(self, x: Tensor) -> Tensor:
+        """Return what the encoder sees of data (batch..., *event_shape)."""
+        likelihood, pretransform, dtype = self.measured, self.pretransform, self.loc.dtype
+        if not self.missing:
+            x = likelihood.cast(x, dtype)
+            features = likelihood.encode(x if pretransform is None else pretransform(x)).to(dtype)
+            return features.squeeze(-1) if likelihood.num_inputs == 1 else features
+        seen = ~x.isnan()
+        y = likelihood.fill(x if pretransform is None else pretransform(x), seen)
+        features = likelihood.encode(likelihood.cast(y, dtype)).to(dtype)
+        known = seen.unsqueeze(-1).to(dtype)
+        return torch.cat([features * known, known], -1)
+
     def _standardize_contexts(self, context: Tensor, *, again: bool = True) -> None:
         super()._standardize_contexts(context, again=again)
         if isinstance(self.prior, Family) and self.prior.context is not None:
@@ -181,7 +202,9 @@ class VAE(Family):
 
         The decoder is read from `self` at each call, so that Pyro sees its parameters.
         """
-        return _Decode(self.decoder, self.likelihood, self.latent_shape, self.event_shape, self.pretransform)
+        pretransform = self.elementwise_pretransform if self.missing else self.pretransform
+        observed = self.support if self.missing else None
+        return _Decode(self.decoder, self.measured, self.latent_shape, self.event_shape, pretransform, observed)
 
     def _prior(self, context: Tensor | None) -> Any:
         if self.prior is None:
@@ -195,13 +218,19 @@ class VAE(Family):
 
 @dataclass(frozen=True)
 class _Decode:
-    """The map from z (batch..., *latent_shape) and context (batch..., c) to the distribution of x."""
+    """The map from z (batch..., *latent_shape) and context (batch..., c) to the distribution of x.
+
+    Attributes:
+        pretransform: bijection from data to what the networks model; elementwise if coordinates may be missing.
+        support: set in which one coordinate lies, if some may be missing, else None.
+    """
 
     decoder: nn.Module
     likelihood: Likelihood
     latent_shape: Size
     event_shape: Size
     pretransform: Transform | None
+    support: constraints.Constraint | None
 
     def __call__(self, z: Tensor, context: Tensor | None) -> dist.TorchDistribution:
         batch = z.shape[: z.dim() - len(self.latent_shape)]
@@ -211,6 +240,8 @@ class _Decode:
             params = params.unsqueeze(-1)
         if params.shape != wanted:
             raise ValueError(f"The decoder should return a tensor of shape {wanted}, but it returned {tuple(params.shape)}.")
+        if self.support is not None:
+            return PartlyObserved(self.likelihood, params, self.event_shape, transform=self.pretransform, support=self.support)
         x = self.likelihood(params).to_event(len(self.event_shape))
         return x if self.pretransform is None else dist.TransformedDistribution(x, [self.pretransform.inv])
 

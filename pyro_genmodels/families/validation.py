@@ -62,7 +62,15 @@ def check_dtype(owner: str, x: Tensor, support: constraints.Constraint) -> None:
         )
 
 
-def check_values(owner: str, x: Tensor, support: constraints.Constraint, *, dtype: torch.dtype | None, mapped: bool) -> None:
+def check_values(
+    owner: str,
+    x: Tensor,
+    support: constraints.Constraint,
+    *,
+    dtype: torch.dtype | None,
+    mapped: bool,
+    if_missing: str = "Drop or impute these rows first.",
+) -> None:
     """Check the values of data.
 
     Args:
@@ -71,6 +79,7 @@ def check_values(owner: str, x: Tensor, support: constraints.Constraint, *, dtyp
         support: set in which one coordinate lies.
         dtype: precision that must hold the values, or None if they are standardised first.
         mapped: True if the support is mapped to the real line, so that its ends become infinite.
+        if_missing: what to do about values that are not finite.
 
     Raises:
         ValueError: if values are not finite, too large for the precision, at an end of the support, or outside it.
@@ -83,7 +92,7 @@ def check_values(owner: str, x: Tensor, support: constraints.Constraint, *, dtyp
         rows = (~x.isfinite()).reshape(len(x), -1).any(1)
         raise ValueError(
             f"{owner} was given data with NaN or infinite values in {int(rows.sum())} of {len(x)} rows, the first of them row "
-            f"{int(rows.nonzero()[0])}. Drop or impute these rows first."
+            f"{int(rows.nonzero()[0])}. {if_missing}"
         )
     if may_overflow and (x.abs() > largest).any():
         raise ValueError(

@@ -51,10 +51,14 @@ class Batch(NamedTuple):
         found = leaves(by_place(self.args, self.kwargs), is_array)
         return {_place(keys): t for keys, t in found if isinstance(t, Tensor) and t.dim()}
 
-    def nonfinite_rows(self) -> str:
-        """Return a sentence about rows with NaN or infinite values, or nothing if there are none."""
+    def nonfinite_rows(self, *, known: Any = None) -> str:
+        """Return a sentence about rows with NaN or infinite values, or nothing if there are none.
+
+        Args:
+            known: argument that was checked before.
+        """
         for place, t in self.tensors.items():
-            if t.is_floating_point() and not t.isfinite().all():
+            if t is not known and t.is_floating_point() and not t.isfinite().all():
                 rows = (~t.isfinite()).reshape(len(t), -1).any(1)
                 return (
                     f"{int(rows.sum())} of its {self.rows} rows have NaN or infinite values in argument {place}, the first of "

@@ -102,7 +102,7 @@ def prepare_family(model: Callable[..., Any], batches: Batches, held_out: Batche
     for part in (rows, *([] if held_out is None else [held_out.head(STANDARDIZE_ROWS)])):
         _check_swapped(family, part)
         family.validate(part.x)
-        if found := part.nonfinite_rows():  # in the context
+        if found := part.nonfinite_rows(known=part.x):  # in the context
             raise ValueError(f"{family.name} cannot be trained on these data: {found}. Drop or impute these rows first.")
         if isinstance(family.context, Labels | VectorContext) and part.context is not None:
             family.context.check(part.context)  # of all rows
