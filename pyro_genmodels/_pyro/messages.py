@@ -6,7 +6,7 @@ message of this package, which says what was found and what to do, they only hid
 
 from __future__ import annotations
 
-__all__ = ["is_own", "without_trace_shapes"]
+__all__ = ["is_own", "text_of", "without_trace_shapes"]
 
 import re
 from collections.abc import Iterator
@@ -14,6 +14,11 @@ from contextlib import contextmanager
 
 _SHAPES = re.compile(r"\n\s*Trace Shapes:.*", re.DOTALL)
 _THIS_PACKAGE = __name__.split(".", maxsplit=1)[0]
+
+
+def text_of(error: BaseException) -> str:
+    """Return the text of an error without the shapes that Pyro appends and the full stop."""
+    return _SHAPES.sub("", str(error)).rstrip(".\n ")
 
 
 @contextmanager

@@ -101,20 +101,24 @@ class DensityEstimate(nn.Module):
         covariance: covariance at the start, (dim, dim), in float64.
     """
 
+    loc: Tensor
+    covariance: Tensor
+    scale_tril: Tensor
+
     def __init__(self, critic: nn.Module, loc: Tensor, covariance: Tensor) -> None:
         super().__init__()
         self.critic, self.objective = critic, NonSaturating()
-        self._set_moments(loc, covariance)
+        self.register_buffer("loc", loc)
+        self.register_buffer("covariance", covariance)
+        self.register_buffer("scale_tril", _cholesky(covariance))
 
-    def _set_moments(self, loc: Tensor, covariance: Tensor) -> None:
-        deviations = covariance.diagonal().sqrt()
-        correlations = covariance / (deviations[:, None] * deviations)
-        root = torch.linalg.cholesky(correlations + RIDGE * torch.eye(len(loc)).to(correlations))
-        self.loc, self.covariance, self.scale_tril = loc, covariance, deviations[:, None] * root
-        freedom = loc.new_tensor(DEGREES_OF_FREEDOM)
-        self.reference = (
-            dist.MultivariateNormal(loc, scale_tril=self.scale_tril, validate_args=False),
-            dist.MultivariateStudentT(freedom, loc, self.scale_tril, validate_args=False),
+    @property
+    def reference(self) -> tuple[dist.TorchDistribution, dist.TorchDistribution]:
+        """Both halves of the reference."""
+        freedom = self.loc.new_tensor(DEGREES_OF_FREEDOM)
+        return (
+            dist.MultivariateNormal(self.loc, scale_tril=self.scale_tril, validate_args=False),
+            dist.MultivariateStudentT(freedom, self.loc, self.scale_tril, validate_args=False),
         )
 
     @torch.no_grad()
@@ -125,20 +129,21 @@ class DensityEstimate(nn.Module):
             z: draws, (n, dim); those that are not finite are left out.
             decay: factor of the earlier moments, from 0 to 1.
         """
-        z = z[z.isfinite().all(1)].double()
+        z = z[z.isfinite().all(1)].to(self.loc)
         mean, step = z.mean(0), z.mean(0) - self.loc
         centred = z - mean
         covariance = centred.T @ centred / len(z) + decay * torch.outer(step, step)
-        self._set_moments(torch.lerp(mean, self.loc, decay), torch.lerp(covariance, self.covariance, decay))
+        self.loc, self.covariance = torch.lerp(mean, self.loc, decay), torch.lerp(covariance, self.covariance, decay)
+        self.scale_tril = _cholesky(self.covariance)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Return the estimated log density of points, (n, dim), (n,), in nats."""
-        parts = torch.stack([part.log_prob(z.double()) for part in self.reference])
+        parts = torch.stack([part.log_prob(z.to(self.loc)) for part in self.reference])
         return (parts.logsumexp(0) - log(2)).to(z) + self.log_ratio(z)
 
     def log_ratio(self, z: Tensor) -> Tensor:
         """Return the critic's estimate of the log of the ratio of the draws' density to the reference, (n,)."""
-        white = torch.linalg.solve_triangular(self.scale_tril, (z.double() - self.loc).T, upper=False).T
+        white = torch.linalg.solve_triangular(self.scale_tril, (z.to(self.loc) - self.loc).T, upper=False).T
         return self.objective.log_ratio(self.critic(white.to(z)))
 
     def loss(self, z: Tensor) -> Tensor:
@@ -263,6 +268,13 @@ def _backward(guide: Whitened, estimate: DensityEstimate, density: BatchedDensit
         direction = torch.where(finite[:, None], direction, 0.0)
         (-(z * direction).sum() / finite.sum()).backward()
     return -float(log_weight[finite].mean()), num_draws - int(finite.sum())
+
+
+def _cholesky(covariance: Tensor) -> Tensor:
+    """Return the Cholesky factor of a covariance, (dim, dim), whose variances are raised a little."""
+    deviations = covariance.diagonal().sqrt()
+    correlations = covariance / (deviations[:, None] * deviations)
+    return deviations[:, None] * torch.linalg.cholesky(correlations + RIDGE * torch.eye(len(deviations)).to(correlations))
 
 
 class NoiseNetwork(nn.Module):

@@ -13,7 +13,7 @@ from torch.distributions import constraints
 
 from pyro_genmodels._pyro import handlers, params, sites, traces
 from pyro_genmodels.inference_data.sources import DrawSource, source_of
-from pyro_genmodels.utils.errors import listed
+from pyro_genmodels.utils.errors import listed, warn_caller
 from pyro_genmodels.utils.rng import forked_rng
 
 
@@ -46,7 +46,13 @@ def source_with_model(
 
 
 def checked_source(
-    fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int | None, *, needs_all: bool = False
+    fit: Any,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    num_samples: int | None,
+    *,
+    needs_all: bool = False,
+    warns_of_prior: bool = False,
 ) -> DrawSource:
     """Return the source of draws that a fit is, after a run of its model and guide.
 
@@ -56,6 +62,7 @@ def checked_source(
         kwargs: keyword arguments of the model.
         num_samples: number of draws to make, or None.
         needs_all: True if there have to be draws of all continuous latent variables.
+        warns_of_prior: True for a warning if the model observes nothing.
 
     Raises:
         ValueError: naming variables of the guide that the model lacks, a latent variable whose draws are missing, not finite,
@@ -82,7 +89,13 @@ def checked_source(
         else:
             model_trace, guide_trace = traces.run_pair(source.model, guide, source.args, source.kwargs)
             _check_names(model_trace, guide_trace)
-    for name in traces.observed(model_trace):
+    observed = traces.observed(model_trace)
+    if not observed and warns_of_prior:
+        warn_caller(
+            "No site of the model is observed in this call, so that the fit is compared with the prior: pass the data too.",
+            UserWarning,
+        )
+    for name in observed:
         _check_data(name, model_trace.nodes[name])
     if isinstance(source.guide, Mapping):
         if needs_all:

@@ -17,7 +17,7 @@ from pyro_genmodels.posteriors.markov_chains import NoUTurn
 from pyro_genmodels.posteriors.method import Method
 from pyro_genmodels.posteriors.problem import Problem
 from pyro_genmodels.posteriors.variational import FlowGuide, LowRank
-from pyro_genmodels.utils.errors import type_with_article
+from pyro_genmodels.utils.errors import type_with_article, warn_caller
 from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, runs_models
 
 MAX_CHAIN_COORDINATES = 10_000
@@ -60,6 +60,9 @@ def posterior(
         ValueError: as `log_density` does, for instance naming a plate that subsamples; or as the method does.
         CaptureError: if the model reads values of latent variables, as by ``if z > 0``.
 
+    Warns:
+        UserWarning: if no site of the model is observed, so that the posterior is the prior.
+
     Example:
         >>> import torch, pyro, pyro.distributions as dist
         >>> from pyro_genmodels.posteriors import Laplace
@@ -82,6 +85,12 @@ def posterior(
     start = time.perf_counter()
     problem = Problem(model, args, kwargs, progress=progress)
     try:
+        if not problem.density.is_conditioned:
+            warn_caller(
+                "posterior: no site of the model is observed, so that the posterior is the prior. Pass the data, as in "
+                "posterior(model, x), and give them to pyro.sample by obs=.",
+                UserWarning,
+            )
         if method is None:
             method, reason = default_method(problem.density.dim)
             if progress:

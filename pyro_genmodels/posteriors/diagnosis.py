@@ -113,6 +113,9 @@ def diagnose_posterior(
             finite, outside their support or of a wrong shape, the guide has variables that the model lacks, or data are NaN or
             of a wrong shape.
 
+    Warns:
+        UserWarning: if the model of a guide observes nothing in this call.
+
     Example:
         >>> import torch, pyro, pyro.distributions as dist
         >>> from pyro_genmodels.posteriors import Laplace, posterior
@@ -245,7 +248,7 @@ def _draws(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int) -
             args, kwargs, groups = (), {}, ["posterior"]
         wanted = num_samples if has_guide else None
         if not isinstance(fit, list):  # the fits of a list, as chains, are checked by to_arviz
-            checked_source(fit, args, kwargs, wanted)
+            checked_source(fit, args, kwargs, wanted, warns_of_prior=True)
         data = to_arviz(fit, *args, num_samples=wanted, groups=groups, progress=False, model_kwargs=kwargs)
     draws, stats = draws_of_data(data)
     local = pareto_k_of_data(data)

@@ -11,6 +11,7 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_uniform
 
 from pyro_genmodels.infer.compiled import CompiledNUTS
+from pyro_genmodels.infer.compiled.density import LogDensity
 from pyro_genmodels.infer.compiled.modes import Mode
 from pyro_genmodels.posteriors.fits import DrawnPosterior
 from pyro_genmodels.posteriors.method import Method
@@ -60,7 +61,8 @@ class NoUTurn(Method):
         start = self.init.fit(problem) if isinstance(self.init, Method) else None
         options = vars(self) if start is None else vars(self) | {"init": start}
         nuts = CompiledNUTS(problem.model, progress=problem.progress, **options)
-        nuts.run(*problem.args, **problem.kwargs)
+        plain = self.mode is None  # then the problem's own density, which is captured once however often it is fitted
+        nuts.run_on(problem.density if plain else LogDensity(problem.model, problem.args, problem.kwargs, self.mode))
         fit = DrawnPosterior(
             problem,
             self,

@@ -24,7 +24,10 @@ class Method(ABC):
         ...     value: float = 0.0
         ...     def fit(self, problem):
         ...         return DrawnPosterior(problem, self, torch.full((1, 100, problem.density.dim), self.value))
-        >>> fit = posterior(lambda: pyro.sample("scale", dist.LogNormal(0.0, 1.0)), method=PointMass(1.0), progress=False)
+        >>> def model():
+        ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(0.0, scale), obs=torch.tensor(1.0))
+        >>> fit = posterior(model, method=PointMass(1.0), progress=False)
         >>> fit.method, fit.get_samples()["scale"].mean()
         (PointMass(value=1.0), tensor(2.7183))
     """

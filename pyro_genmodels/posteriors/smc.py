@@ -14,24 +14,26 @@ from __future__ import annotations
 
 __all__ = ["SMC"]
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import log, nan
+from math import inf, log, nan
 from typing import Any, NamedTuple
 
 import torch
-from pyro import poutine
+from pyro import poutine, validation_enabled
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_genmodels._pyro.messages import text_of
 from pyro_genmodels.dynamics.resampling import effective_size, systematic_index
 from pyro_genmodels.infer.compiled.batched import BatchedDensity
 from pyro_genmodels.infer.compiled.density import LogDensity
+from pyro_genmodels.posteriors.bound import warn_of_lost_draws
 from pyro_genmodels.posteriors.fits import DrawnPosterior, Posterior
 from pyro_genmodels.posteriors.method import Method
 from pyro_genmodels.posteriors.problem import Problem
-from pyro_genmodels.utils.errors import check_positive_int
+from pyro_genmodels.utils.errors import check_positive_int, listed
 
 ACCEPTANCE = 0.8
 """Mean acceptance probability that the step size of the moves adapts to."""
@@ -139,8 +141,12 @@ class SMC(Method):
             problem: a model with its arguments.
 
         Raises:
-            ValueError: if the prior cannot be drawn from, naming it; if the likelihood is zero at all of an island's prior
-                draws; or if the likelihood is so sharp that a thousand temperatures do not reach the posterior.
+            ValueError: if the prior cannot be drawn from, naming it; if the likelihood is zero or not finite at all of an
+                island's prior draws, naming the site; or if it is so sharp that a thousand temperatures do not reach the
+                posterior.
+
+        Warns:
+            RuntimeWarning: if the density is NaN at many draws of the prior.
         """
         prior = BatchedDensity(LogDensity(_prior_of(problem.model), problem.args, problem.kwargs))
 
@@ -153,7 +159,11 @@ class SMC(Method):
                 z, prior_value.view(shape), joint_value.view(shape), prior_score.view_as(z), joint_score.view_as(z)
             )
 
-        particles, log_evidence = self.run(evaluate, self.prior_draws(problem), progress=problem.progress)
+        particles = evaluate(self.prior_draws(problem))
+        if not bool(particles.log_likelihood.isfinite().any(1).all()):
+            raise ValueError(_no_likelihood(problem.density.not_finite()))
+        warn_of_lost_draws(int(particles.joint.isnan().sum()), particles.joint.numel())
+        particles, log_evidence = self.run(evaluate, particles, progress=problem.progress)
         scaled = (log_evidence - log_evidence.max()).exp()
         value = float(scaled.mean().log() + log_evidence.max())
         error = float(scaled.std() / scaled.mean() / self.num_islands**0.5) if self.num_islands > 1 else nan
@@ -171,39 +181,41 @@ class SMC(Method):
             ValueError: if a variable has no distribution that can be drawn from.
         """
         density, draws = problem.density, []
-        with torch.no_grad(), poutine.block():
+        with torch.no_grad(), poutine.block(), validation_enabled(is_validate=False):  # a draw without a density has no weight
             for _ in range(self.num_islands * self.num_particles):
-                try:
-                    trace = poutine.trace(lambda: problem.model(*problem.args, **problem.kwargs)).get_trace()
-                except NotImplementedError as error:
-                    raise ValueError(
-                        f"SMC starts from draws of the prior, but the model has a distribution without draws: {error}. Give "
-                        "it a proper prior, or take NoUTurn() or FlowGuide()."
-                    ) from error
-                draws.append({name: trace.nodes[name]["value"] for name in density.names})
+                with poutine.trace() as run:
+                    try:
+                        problem.model(*problem.args, **problem.kwargs)
+                    except NotImplementedError as error:
+                        undrawn = next((name for name in density.names if name not in run.trace), "a site")
+                        raise ValueError(
+                            f"SMC starts from draws of the prior, but the distribution of {undrawn} has none: {text_of(error)}"
+                            ". Give it a proper prior, or take NoUTurn() or FlowGuide()."
+                        ) from error
+                draws.append({name: run.trace.nodes[name]["value"] for name in density.names})
             z = density.unconstrain({name: torch.stack([draw[name] for draw in draws]) for name in density.names})
         return z.view(self.num_islands, self.num_particles, density.dim)
 
-    def run(self, evaluate: Callable[[Tensor], Particles], z: Tensor, *, progress: bool) -> tuple[Particles, Tensor]:
+    def run(self, evaluate: Callable[[Tensor], Particles], particles: Particles, *, progress: bool) -> tuple[Particles, Tensor]:
         """Return particles at temperature 1, and the log evidence of each island, (island,), in nats.
 
         Args:
             evaluate: function of points, (island, particle, dim).
-            z: draws of the prior, (island, particle, dim).
+            particles: draws of the prior, of which each island has one with a finite likelihood.
             progress: True for a progress bar.
 
         Raises:
             ValueError: see `fit`.
         """
-        particles = evaluate(z)
-        temperature = torch.zeros(len(z), dtype=torch.float64, device=z.device)
+        num_islands, num_particles = particles.joint.shape
+        temperature = torch.zeros(num_islands, dtype=torch.float64, device=particles.z.device)
         log_evidence, step_size = torch.zeros_like(temperature), torch.full_like(temperature, 0.5)
         with tqdm(total=1.0, desc="SMC", disable=not progress, bar_format="{l_bar}{bar}| temperature {n:.3g}") as bar:
             for _ in range(MAX_TEMPERATURES):
                 log_likelihood = particles.log_likelihood
                 rise = self.next_rise(log_likelihood, temperature)
                 log_weights = torch.where(rise[:, None] > 0, rise[:, None] * log_likelihood, 0.0)
-                log_evidence = log_evidence + log_weights.logsumexp(1) - log(z.shape[1])
+                log_evidence = log_evidence + log_weights.logsumexp(1) - log(num_particles)
                 particles = particles.at(torch.stack([systematic_index(w, len(w)) for w in log_weights]))
                 temperature = temperature + rise
                 bar.update(float(temperature.min()) - bar.n)
@@ -225,16 +237,8 @@ class SMC(Method):
         Args:
             log_likelihood: log likelihoods, (island, particle), in nats.
             temperature: temperatures, (island,).
-
-        Raises:
-            ValueError: if all likelihoods of an island are zero.
         """
         share = log_likelihood.isfinite().double().mean(1)
-        if bool((share == 0).any()):
-            raise ValueError(
-                "SMC found a likelihood of zero, or none that is finite, at all prior draws of an island. Take a narrower "
-                "prior, more particles, or a method that starts from a mode, such as FlowGuide()."
-            )
         wanted = share * self.min_effective  # particles of zero likelihood go at any rise
 
         def effective(rise: Tensor) -> Tensor:
@@ -280,6 +284,18 @@ class SMC(Method):
         log_ratio = value - momentum.square().sum(-1) / 2 - energy
         probability = log_ratio.exp().clamp(max=1).nan_to_num(nan=0.0)
         return new.where(torch.rand_like(probability) < probability, particles), probability.double().mean(1)
+
+
+def _no_likelihood(found: Mapping[str, float]) -> str:
+    """Return the text of an error about log densities that are not finite, by the names of their sites."""
+    wrong = {name: value for name, value in found.items() if value != -inf}
+    where = f", such as that of {listed(f'{name} ({value})' for name, value in (wrong or found).items())}" if found else ""
+    cure = (
+        "Look for a logarithm, a root or a division in it."
+        if wrong
+        else "Take a narrower prior, more particles, or a method that starts from a mode, such as FlowGuide()."
+    )
+    return f"SMC found a likelihood of zero, or none that is finite, at all prior draws of an island{where}. {cure}"
 
 
 class _PriorMessenger(Messenger):

@@ -10,7 +10,8 @@ import pytest
 import torch
 from marks import slow_unless
 from pyro import poutine
-from pyro.infer import Predictive, Trace_ELBO
+from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
 
 from pyro_genmodels import to_arviz
 from pyro_genmodels.infer.compiled.batched import BatchedDensity
@@ -28,6 +29,7 @@ from pyro_genmodels.posteriors import (
     Pathfinder,
     Restarts,
     choose,
+    diagnose_posterior,
     posterior,
 )
 
@@ -236,6 +238,7 @@ def test_points_where_a_matrix_has_no_decomposition_are_nan():
     assert value.isfinite().tolist() == gradient.isfinite().flatten().tolist() == [True, False]
 
 
+@pytest.mark.filterwarnings("ignore:posterior. no site of the model is observed")
 def test_a_mode_that_is_none_is_refused():
     def funnel():
         scale = pyro.sample("scale", dist.LogNormal(0.0, 3.0))
@@ -244,6 +247,27 @@ def test_a_mode_that_is_none_is_refused():
 
     with pytest.raises(ValueError, match="Laplace found no mode"):
         posterior(funnel, method=Laplace(num_starts=2), progress=False)
+
+
+def optional_data(y=None):
+    z = pyro.sample("z", dist.Normal(0.0, 2.0))
+    with pyro.plate("rows", 3):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def test_data_that_were_forgotten_are_told():
+    with pytest.warns(UserWarning, match="posterior: no site of the model is observed, so that the posterior is the prior"):
+        fit = posterior(optional_data, method=Laplace(num_starts=1), progress=False)
+    assert set(fit.get_samples(10)) == {"z", "y"}
+    guide = AutoNormal(pyro.poutine.block(optional_data, hide=["y"]))
+    SVI(optional_data, guide, pyro.optim.Adam({}), Trace_ELBO()).step(Y[:3])
+    with pytest.warns(UserWarning, match="No site of the model is observed in this call"):
+        diagnose_posterior((optional_data, guide), num_samples=100)
+
+    def factor():
+        pyro.factor("far", -pyro.sample("z", dist.Normal(0.0, 2.0)).square())
+
+    posterior(factor, method=Laplace(num_starts=1), progress=False)  # a warning would be an error
 
 
 def test_what_is_no_method_is_refused():

@@ -32,6 +32,7 @@ class CapturedDensity:
         self.program: Program | None = None
         self.run: Callable[[Tensor], Sequence[Tensor]] = density.evaluate
         self._built: Callable[..., Sequence[Any]] | None = None
+        self._native: NativeDensity | None = None
         if mode.captures:
             with poutine.block():
                 self.program = _Program(density, z)
@@ -50,9 +51,9 @@ class CapturedDensity:
         Args:
             z: coordinates at which the model can run, (dim,).
         """
-        if self.program is None or not isinstance(self._built, DirectCall):
-            return None
-        return native_density(self._built, z, self.program.graph.read)
+        if self._native is None and self.program is not None and isinstance(self._built, DirectCall):
+            self._native = native_density(self._built, z, self.program.graph.read)
+        return self._native
 
     def __call__(self, z: Tensor) -> Sequence[Tensor]:
         """Return the log density and its gradient, NaN where a matrix has no decomposition, such as no Cholesky factor."""

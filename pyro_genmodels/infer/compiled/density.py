@@ -26,6 +26,7 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyro_genmodels._pyro.messages import is_own, text_of
 from pyro_genmodels._pyro.plates import plates_around
 from pyro_genmodels._pyro.sites import is_deterministic
 from pyro_genmodels.infer.compiled.captured_density import CapturedDensity
@@ -115,6 +116,7 @@ class LogDensity(Coordinates):
         model: the model.
         args: its positional arguments.
         kwargs: its keyword arguments.
+        is_conditioned: False if the model observes nothing, neither data nor a factor: this is the density of its prior.
 
     Args:
         model: function with Pyro statements.
@@ -132,11 +134,12 @@ class LogDensity(Coordinates):
         super().__init__(prototype.transforms, prototype.values)
         self._potential, self._enumerated = prototype.potential, prototype.enumerated
         self._supports, self._others = prototype.supports, prototype.others
+        self.is_conditioned = prototype.is_conditioned
         self._event_shapes = {name: value.shape for name, value in prototype.values.items()}
         self._flat: Tensor | None = None  # 1 for each coordinate that the model says nothing about
         self._slope: Tensor | None = None  # its gradient there
         self._example = self.unconstrain(prototype.values)
-        self._captured: dict[torch.dtype, CapturedDensity] = {}
+        self._captured: dict[tuple[torch.dtype, int], CapturedDensity] = {}
 
     def __repr__(self) -> str:
         """Return the number of coordinates and the name and shape of each variable."""
@@ -163,15 +166,30 @@ class LogDensity(Coordinates):
             raise ValueError(
                 f"A log density of {self.dim} coordinates wants a tensor of floats, ({self.dim},), but found {_described(z)}."
             )
-        captured = self._captured.get(z.dtype)
-        if captured is None or captured.changed():
-            captured = self._captured[z.dtype] = self.capture(self._example.to(z.dtype))
-        value, gradient = captured(z)
+        value, gradient = self.captured(self._example.to(z.dtype))(z)
         return value, gradient
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state to pickle, without captured graphs."""
         return vars(self) | {"_captured": {}}
+
+    def captured(self, z: Tensor) -> CapturedDensity:
+        """Return the function that `capture` returned before for coordinates of this dtype, or does now.
+
+        It is captured again if something that the model uses was replaced by another object, or if torch uses another number of
+        threads, which is fixed in compiled code.
+
+        Args:
+            z: coordinates at which the model can run, (dim,).
+
+        Raises:
+            CaptureError: if the model cannot be captured as a graph.
+        """
+        key = z.dtype, torch.get_num_threads()
+        found = self._captured.get(key)
+        if found is None or found.changed():
+            found = self._captured[key] = self.capture(z)
+        return found
 
     def capture(self, z: Tensor) -> CapturedDensity:
         """Return a function from coordinates like z to the log density and its gradient, captured now.
@@ -236,6 +254,8 @@ class LogDensity(Coordinates):
         Raises:
             ValueError: naming the variables whose gradient is 0 around a start, while it is not elsewhere.
         """
+        if self._flat is not None:  # of other data
+            self._flat, self._slope, self._captured = None, None, {}
         flat = flat_coordinates(self.evaluate, starts)
         if flat.any():
             slope = self.evaluate(starts[0])[1] * flat
@@ -317,7 +337,9 @@ class LogDensity(Coordinates):
             points.append(z)
             if len(points) == num_points:
                 return torch.stack(points)
-        reason = one_line(str(cause).rstrip("."), 500)
+        reason = one_line(text_of(cause), 500) if cause else "unknown"
+        if cause is not None and not is_own(cause) and (names := self.not_finite(model)):
+            reason += f" (the density of {listed(names)} is not finite)"
         raise ValueError(
             f"{num_points} initial points are wanted, but of {MAX_TRIES * num_points} only {len(points)} have a finite density "
             f"and gradient. The last failed because: {reason}. Change the model, or init=, to init_to_median say."
@@ -348,6 +370,21 @@ class LogDensity(Coordinates):
             name for name, site in trace.nodes.items() if site["type"] == "sample" and not site["log_prob"].isfinite().all()
         ]
         raise ValueError(f"the density of {listed(sites)} is not finite." if sites else "a gradient is not finite.")
+
+    def not_finite(self, model: Callable[[], Any] | None = None) -> dict[str, float]:
+        """Return the log density of each site at which it is not finite, by name, in one run without Pyro's checks.
+
+        Args:
+            model: the model without arguments, with initial values at its sites; by default they are drawn from the prior.
+        """
+        with poutine.block(), torch.no_grad(), pyro.validation_enabled(is_validate=False):
+            try:
+                trace = poutine.trace(model or self._run).get_trace()
+                trace.compute_log_prob()
+            except (ValueError, RuntimeError):  # no draw or no density without those checks
+                return {}
+        sites: Any = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+        return {name: float(site["log_prob"].sum()) for name, site in sites.items() if not site["log_prob"].isfinite().all()}
 
     def _check_init(self, values: Mapping[str, Tensor]) -> None:
         """Check initial values by name.

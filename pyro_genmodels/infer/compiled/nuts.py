@@ -159,13 +159,32 @@ class CompiledNUTS(ChainRun):
             StaleGraphError: if the captured density differs from the model's.
         """
         import_nutpie()
+        self._processes()  # or an error, before the model runs
+        self.run_on(LogDensity(self.model, args, kwargs, self.mode))
+
+    @poutine.block
+    def run_on(self, density: LogDensity) -> None:
+        """Run the chains over a log density of the model, from new initial values.
+
+        The density keeps its captured graph. So a second run, after data were changed in place, captures nothing.
+
+        Args:
+            density: the log density. If the model says nothing about some coordinates, it gets a standard normal distribution
+                of these.
+
+        Raises:
+            ImportError: see `run`.
+            ValueError: see `run`.
+            CaptureError: see `run`.
+            StaleGraphError: see `run`.
+        """
+        import_nutpie()
         num_processes = self._processes()
-        density = LogDensity(self.model, args, kwargs, self.mode)
         if not density.dim:
             raise ValueError("The model has no continuous latent variable, so there is nothing to sample.")
         with _one_thread() if num_processes > 1 else nullcontext():
             starts = density.prepare_starts(in_doubles(density.initial_points(self.num_chains, init=self.init)))
-            captured = density.capture(starts[0])
+            captured = density.captured(starts[0])
             function = captured.native(starts[0]) or captured
         density.audit(function, starts)
         seeds = torch.randint(2**31, (self.num_chains,)).tolist()
@@ -180,7 +199,7 @@ class CompiledNUTS(ChainRun):
         density.audit(function, self._z[:, -1])
         density.check_flat(self._z[:, self.warmup_steps :: max(1, self.num_samples // CHECKED)].flatten(0, 1))
         self._density = density
-        self.keep(density.constrain(self._z[:, self.warmup_steps :]), self.statistics, args, kwargs)
+        self.keep(density.constrain(self._z[:, self.warmup_steps :]), self.statistics, density.args, density.kwargs)
 
     @property
     def statistics(self) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_genmodels._pyro import traces
 from pyro_genmodels._pyro.reparam import replaceable
 from pyro_genmodels._pyro.sites import is_deterministic
 from pyro_genmodels.infer.compiled.coordinates import check_same_support
@@ -36,6 +37,7 @@ class Prototype(NamedTuple):
         supports: support of each of these variables, by name.
         others: names of discrete and of deterministic variables.
         enumerated: the model with its discrete variables enumerated.
+        is_conditioned: False if nothing is observed: no data and no factor.
     """
 
     potential: Callable[[Mapping[str, Tensor]], Tensor]
@@ -44,6 +46,7 @@ class Prototype(NamedTuple):
     supports: Mapping[str, Any]
     others: frozenset[str]
     enumerated: Callable[[], Any]
+    is_conditioned: bool
 
 
 def first_runs(run: Callable[[], Any]) -> Prototype:
@@ -85,6 +88,7 @@ def first_runs(run: Callable[[], Any]) -> Prototype:
         {name: nodes[name]["fn"].support for name in transforms},
         frozenset(others),
         enumerated,
+        bool(traces.observed(alone)),
     )
 
 

@@ -21,6 +21,7 @@ from pyro.ops.stats import effective_sample_size
 
 from pyro_genmodels import to_arviz
 from pyro_genmodels.infer.compiled import processes
+from pyro_genmodels.infer.compiled.density import LogDensity
 from pyro_genmodels.infer.compiled.modes import Captured, Compiled, Eager
 from pyro_genmodels.infer.compiled.nuts import CompiledNUTS
 from pyro_genmodels.infer.compiled.recorder import CaptureError, StaleGraphError
@@ -316,6 +317,26 @@ def test_a_second_run_takes_new_data():
     nuts.run(torch.full((5,), -7.0))
     assert nuts.get_samples()["z"].mean() == pytest.approx(-7.0, abs=0.1)
     assert nuts.get_samples()["z"].std() < 0.01
+
+
+def test_a_second_run_over_a_density_sees_data_changed_in_place_and_captures_nothing(monkeypatch):
+    y, captures = torch.tensor([0.0, 1.0]), []
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 2):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    capture = LogDensity.capture
+    monkeypatch.setattr(LogDensity, "capture", lambda self, z: captures.append(z) or capture(self, z))
+    nuts = CompiledNUTS(model, num_chains=2, num_warmup=200, num_samples=800, mode=Captured(), progress=False)
+    density = LogDensity(model, mode=Captured())
+    pyro.set_rng_seed(1)
+    for total in (1.0, 19.0):
+        y[1] = total
+        nuts.run_on(density)
+        assert_moments(nuts.get_samples(group_by_chain=True)["z"], total / 3, 1 / 3)
+    assert len(captures) == 1
 
 
 def test_initial_values_are_those_of_a_fit():
