@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyro_genmodels.dynamics.resampling import effective_size
 from pyro_genmodels.infer.compiled.batched import BatchedDensity
@@ -151,27 +152,31 @@ class Pathfinder(Method):
         check_positive_int("Pathfinder", **vars(self))
 
     def fit(self, problem: Problem) -> Posterior:
-        paths = self.normals(problem.batched)
+        paths = self.normals(problem.batched, progress=problem.progress)
         z = torch.cat([normal.sample(self.num_samples)[0] for normal in paths]).to(problem.density.dtype)
         log_q = _mixture_log_prob(paths, z.double())
         instead = "Use them to start NoUTurn(), or take FlowGuide()."
         return DrawnPosterior.resampled(problem, self, z, log_q, self.num_samples, instead=instead)
 
-    def normals(self, density: BatchedDensity) -> list[QuasiNewtonNormal]:
+    def normals(self, density: BatchedDensity, *, progress: bool = False) -> list[QuasiNewtonNormal]:
         """Return the best normal distribution of each path. Paths without one are replaced, while a few more are tried.
 
         Args:
             density: log density.
+            progress: True for a progress bar.
 
         Raises:
             ValueError: if no path has one.
         """
         found: list[QuasiNewtonNormal] = []
-        for _ in range(MAX_TRIES):
-            starts = density.density.initial_points(self.num_paths - len(found))
-            found += [normal for start in starts if (normal := self.best(density, start)) is not None]
-            if len(found) == self.num_paths:
-                break
+        with tqdm(total=self.num_paths, desc="Pathfinder", unit="path", disable=not progress, mininterval=0.5) as bar:
+            for _ in range(MAX_TRIES):
+                for start in density.density.initial_points(self.num_paths - len(found)):
+                    if (normal := self.best(density, start)) is not None:
+                        found.append(normal)
+                        bar.update()
+                if len(found) == self.num_paths:
+                    break
         if not found:
             raise ValueError(
                 "Pathfinder found no normal approximation with a finite evidence bound along its paths. The log density is not "
@@ -200,7 +205,7 @@ class Pathfinder(Method):
         return best
 
 
-def find_start(density: BatchedDensity, num_paths: int = 4) -> QuasiNewtonNormal:
+def find_start(density: BatchedDensity, num_paths: int = 4, *, progress: bool = False) -> QuasiNewtonNormal:
     """Return a normal approximation that short paths find: a start for other methods.
 
     It has the mean and covariance of draws of all paths, weighted by smoothed importance weights, if their k-hat is good and
@@ -209,11 +214,12 @@ def find_start(density: BatchedDensity, num_paths: int = 4) -> QuasiNewtonNormal
     Args:
         density: log density.
         num_paths: number of paths.
+        progress: True for a progress bar.
 
     Raises:
         ValueError: if there is none.
     """
-    found = Pathfinder(num_paths=num_paths, num_elbo_samples=64).normals(density)
+    found = Pathfinder(num_paths=num_paths, num_elbo_samples=64).normals(density, progress=progress)
     z, log_p, log_q = _drawn(density, found, NUM_START_DRAWS)
     log_weight, k = smooth_log_weights(log_p - log_q)
     if k < MAX_PARETO_K and effective_size(log_weight) > MIN_DRAWS_PER_COORDINATE * z.shape[1]:

@@ -203,4 +203,4 @@ def start_approximation(method: Variational, problem: Problem) -> Approximation:
         problem: a model with its arguments.
     """
     like = torch.zeros(0, dtype=problem.density.dtype, device=problem.density.device)
-    return method.build(find_start(problem.batched), like).to(like)
+    return method.build(find_start(problem.batched, progress=problem.progress), like).to(like)
