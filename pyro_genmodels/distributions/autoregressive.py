@@ -10,6 +10,7 @@ __all__ = ["Autoregression", "Conditionals"]
 
 from collections.abc import Sequence
 from functools import reduce
+from math import inf
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from torch import Size, Tensor
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.likelihoods import Likelihood
+from pyro_genmodels.distributions.sequences import is_after_end
 from pyro_genmodels.distributions.tempered import Tempered
 
 
@@ -51,6 +53,7 @@ class Autoregression(GenerativeDistribution):
         order: indices of the flattened event's coordinates in the order of sampling, (d,).
         event_shape: shape of one datum, with d coordinates in all.
         any_order: True if the network serves every order.
+        end: symbol after which a sequence holds end symbols only, with probability 1; None if there is none.
         kwargs: further arguments of `GenerativeDistribution`.
     """
 
@@ -62,10 +65,12 @@ class Autoregression(GenerativeDistribution):
         event_shape: Sequence[int],
         *,
         any_order: bool = False,
+        end: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(event_shape, support=kwargs.pop("support", likelihood.support), **kwargs)
-        self.conditionals, self.likelihood, self.order, self.any_order = conditionals, likelihood, order, any_order
+        self.conditionals, self.likelihood, self.order = conditionals, likelihood, order
+        self.any_order, self.end = any_order, end
         self.network = conditionals
 
     @property
@@ -84,7 +89,11 @@ class Autoregression(GenerativeDistribution):
         """Return the log density in an order (d,), or in one for each datum, (batch..., d)."""
         likelihood = self.likelihood.at(order)
         y = likelihood.cast(_ordered(self.flat(y), order), self.conditionals.dtype)
-        return likelihood(self.conditionals(self._features(likelihood, y), context, order)).log_prob(y).sum(-1)
+        log_p = likelihood(self.conditionals(self._features(likelihood, y), context, order)).log_prob(y)
+        if self.end is not None:
+            certain = torch.where(y == self.end, 0.0, -inf).to(log_p.dtype)
+            log_p = torch.where(is_after_end(y, self.end), certain, log_p)
+        return log_p.sum(-1)
 
     def training_log_prob(self, value: Tensor) -> Tensor:
         """Return the log density; for a network of any order in training mode, in an order drawn for each datum."""
@@ -116,6 +125,8 @@ class Autoregression(GenerativeDistribution):
             likelihood = self.likelihood.at(place)
             conditional = likelihood(params[..., : likelihood.num_outputs])
             value = conditional.rsample() if conditional.has_rsample else conditional.sample()
+            if self.end is not None and drawn:
+                value = torch.where(drawn[-1] == self.end, drawn[-1], value)
             if given is not None:
                 known, values = (part[..., len(drawn)] for part in given)
                 value = torch.where(known, values, value)
@@ -152,8 +163,9 @@ class Autoregression(GenerativeDistribution):
             raise ValueError(f"known wants truth values, but found {known.dtype}. Pass, for example, known=~x.isnan().")
         self._check_draws()
         with torch.no_grad():
-            zeros = self._like().new_zeros(self.event_shape)
-            x, known = torch.broadcast_tensors(torch.where(known, x, self.to_data(zeros).to(x.dtype)), known)
+            zeros = self._like().new_zeros(self.event_shape.numel())
+            inner = self.to_data(self.unflat(self.likelihood.fill(zeros, torch.zeros_like(zeros, dtype=torch.bool))))
+            x, known = torch.broadcast_tensors(torch.where(known, x, inner.to(x.dtype)), known)
             y, context, _ = self.aligned(x)
             shape = y.shape[: y.dim() - self.event_dim]
             known = known.expand(y.shape)

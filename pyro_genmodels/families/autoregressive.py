@@ -19,6 +19,7 @@ from torch.distributions import constraints
 
 from pyro_genmodels.distributions.autoregressive import Autoregression
 from pyro_genmodels.distributions.likelihoods import Likelihood
+from pyro_genmodels.distributions.sequences import EndedSequences
 from pyro_genmodels.families.context import Context
 from pyro_genmodels.families.coordinates import CoordinateFamily
 from pyro_genmodels.families.family import Standardize, StandardizeContext
@@ -44,6 +45,8 @@ class Autoregressive(CoordinateFamily):
             begins with the known coordinates.
         hidden: widths of the hidden layers of the masked network; by default (256, 256).
         dropout: rate at which hidden units of the masked network are dropped in training.
+        end: end symbol of sequences of any length up to that of the event: after the first one, an event holds end symbols
+            only, which have probability 1. Only with a discrete likelihood, for events (length,) in the order 0, 1, 2, ...
         support: set in which one coordinate lies; only with likelihoods of real numbers.
         standardize: see `Family`; only with likelihoods of real numbers and those that have a scale.
         standardize_context: see `Family`.
@@ -52,7 +55,7 @@ class Autoregressive(CoordinateFamily):
     Raises:
         TypeError: if `likelihood` or `network` is not one of these choices.
         ValueError: if the order is not a permutation, or not one that the network can have; if `hidden` or `dropout` is given
-            beside another network, which has its own.
+            beside another network, which has its own; if events or the likelihood cannot have the end symbol.
 
     Example:
         >>> from pyro_genmodels import Autoregressive, BernoulliLikelihood
@@ -72,6 +75,7 @@ class Autoregressive(CoordinateFamily):
         order: Sequence[int] | Tensor | Literal["any"] | None = None,
         hidden: Sequence[int] | None = None,
         dropout: float = 0.0,
+        end: int | None = None,
         support: constraints.Constraint = constraints.real,
         standardize: Standardize = True,
         standardize_context: StandardizeContext = True,
@@ -98,6 +102,25 @@ class Autoregressive(CoordinateFamily):
             self.event_shape, self.likelihood.num_inputs, self.likelihood.num_outputs, self.context_size
         )
 
+        self.end = end
+        if end is not None:
+            self._check_end(end)
+            self.support = EndedSequences(self.support, end)
+
+    def _check_end(self, end: int) -> None:
+        """Raise a ValueError unless events are sequences of symbols, of which the end symbol is one."""
+        if (
+            len(self.event_shape) != 1
+            or not self.support.is_discrete
+            or not self.support.check(torch.tensor(end)).all()
+            or self.any_order
+            or not bool((self.order.diff() == 1).all())
+        ):
+            raise ValueError(
+                f"end={end!r} wants sequences (length,) in their own order, with a likelihood that has this value, such as "
+                f"CategoricalLikelihood({end} + 1), but found events {tuple(self.event_shape)} with {self.likelihood!r}."
+            )
+
     def _permutation(self, network: ConditionalsChoice, order: Sequence[int] | Tensor | None) -> Tensor:
         """Return the order of the coordinates, (d,), after a check."""
         wanted = None if order is None else as_tensor(order, "order")
@@ -116,6 +139,7 @@ class Autoregressive(CoordinateFamily):
             self.order,
             self.event_shape,
             any_order=self.any_order,
+            end=self.end,
             context=self.embed(context),
             support=self.support,
             pretransform=self.pretransform,

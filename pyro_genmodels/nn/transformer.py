@@ -13,6 +13,7 @@ __all__ = ["Transformer"]
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar, Literal
 
 import torch
@@ -165,6 +166,25 @@ class _Cache:
         return [held[:, :, : self.length] for held in self.held]
 
 
+def _is_differentiated(x: Tensor) -> bool:
+    """Return True for an input with a gradient, or under a transform of `torch.func`."""
+    return x.requires_grad or torch.func.debug_unwrap(x) is not x
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, smooth: bool) -> Tensor:
+    """Return attention (n, heads, length, size).
+
+    Torch's fast one has no second derivatives and cannot be mapped by `torch.vmap`, so `smooth` spells it out.
+    """
+    if not smooth:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    weights = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    if causal:
+        later = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1)
+        weights = weights.masked_fill(later, -inf)
+    return weights.softmax(-1) @ v
+
+
 class _Block(nn.Module):
     """Attention to tokens up to the own one, then a dense network; each is added to its input."""
 
@@ -179,14 +199,16 @@ class _Block(nn.Module):
             for layer in (self.attended, self.narrow):
                 layer.weight.mul_((2 * layers) ** -0.5)
 
-    def forward(self, h: Tensor, turns: tuple[Tensor | None, Tensor | None], cache: _Cache | None = None) -> Tensor:
+    def forward(
+        self, h: Tensor, turns: tuple[Tensor | None, Tensor | None], cache: _Cache | None = None, *, smooth: bool = False
+    ) -> Tensor:
         """Return tokens (n, length, width), with the tokens before them in the cache, if there is one."""
         q, k, v = self.inputs(self.before(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = _rotated(q, turns[0]), _rotated(k, turns[1])
         if cache is not None:
             k, v = cache.append(k, v)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None).transpose(1, 2).flatten(2)
-        h = h + self.dropout(self.attended(attended))
+        attended = _attention(q, k, v, causal=cache is None, smooth=smooth)
+        h = h + self.dropout(self.attended(attended.transpose(1, 2).flatten(2)))
         return h + self.dropout(self.narrow(F.gelu(self.wide(self.between(h)))))
 
 
@@ -223,7 +245,8 @@ class _Transformer(nn.Module):
         order = self._flat_order(order, batch)
         source = torch.cat([torch.full_like(order[..., :1], self.features), order[..., :-1]], -1)
         values = F.pad(self.value(x[:, :-1]), (0, 0, 1, 0))  # the first token carries no value
-        params = self._outputs(values, self._flat_context(context, batch), source, order)
+        smooth = any(_is_differentiated(t) for t in (features, context) if t is not None)
+        params = self._outputs(values, self._flat_context(context, batch), source, order, smooth=smooth)
         return params.reshape(*batch, *params.shape[1:])
 
     def steps(self, shape: Size, context: Tensor | None = None, order: Tensor | None = None) -> Generator[Tensor, Tensor, None]:
@@ -239,7 +262,14 @@ class _Transformer(nn.Module):
             source, value = target, self.value(x.reshape(shape.numel(), 1, x.shape[-1]))
 
     def _outputs(
-        self, values: Tensor, context: Tensor | None, source: Tensor, target: Tensor, caches: list[_Cache] | None = None
+        self,
+        values: Tensor,
+        context: Tensor | None,
+        source: Tensor,
+        target: Tensor,
+        caches: list[_Cache] | None = None,
+        *,
+        smooth: bool = False,
     ) -> Tensor:
         """Return parameters (n, length, num_outputs) of tokens with embedded values (n, length, width)."""
         h = values + self.positions.added(source, target)
@@ -247,7 +277,7 @@ class _Transformer(nn.Module):
             h = h + self.context(context).unsqueeze(1)
         h, turns = self.dropout(h.expand(*h.shape[:2], self.norm.normalized_shape[0])), self.positions.rotations(source, target)
         for i, block in enumerate(self.blocks):
-            h = block(h, turns, None if caches is None else caches[i])
+            h = block(h, turns, None if caches is None else caches[i], smooth=smooth)
         return self.output(self.norm(h)) + self.bias[target]
 
     def _flat_order(self, order: Tensor | None, batch: Size) -> Tensor:
