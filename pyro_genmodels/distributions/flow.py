@@ -7,7 +7,7 @@ Papamakarios et al., *Normalizing Flows for Probabilistic Modeling and Inference
 
 from __future__ import annotations
 
-__all__ = ["NormalizingFlow"]
+__all__ = ["NormalizingFlow", "call_with_log_det"]
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -86,7 +86,7 @@ class NormalizingFlow(GenerativeDistribution):
         return Independent(base, 1), to_data[0] if len(to_data) == 1 else ComposeTransform(to_data)
 
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
-        u, log_det = _call_with_log_det(self.transform(context), self.flat(y))
+        u, log_det = call_with_log_det(self.transform(context), self.flat(y))
         return self.base.log_prob(u).sum(-1) + log_det
 
     def _draw(self, shape: Size, context: Tensor | None) -> Tensor:
@@ -134,7 +134,8 @@ def _leads_back(transform: Transform, y: Tensor, u: Tensor) -> Tensor:
         return found
 
 
-def _call_with_log_det(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
+def call_with_log_det(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the image of vectors y (..., d) and the log determinant of the Jacobian (...), in one pass where there is one."""
     if transform.domain.event_dim != 1:
         raise ValueError(
             f"A flow wants a transform with one event dimension, but found {transform.domain.event_dim}: {transform}. Wrap it "

@@ -50,6 +50,7 @@ from pyro_genmodels.nn.boltzmann import BoltzmannMachine, RestrictedBoltzmannMac
 from pyro_genmodels.nn.energies import ConvolutionalEnergy, DenseEnergy
 from pyro_genmodels.nn.fields import DenseField, UNet
 from pyro_genmodels.nn.gan import ConvolutionalCritic, ConvolutionalGenerator, DenseCritic, DenseGenerator
+from pyro_genmodels.nn.glow import Glow
 from pyro_genmodels.nn.pixel_cnn import PixelCNN
 from pyro_genmodels.nn.transformer import Transformer
 from pyro_genmodels.nn.transforms import BPF, GF, MAF, NAF, NCSF, NICE, NSF, SOSPF, UNAF, RealNVP
@@ -103,6 +104,7 @@ __all__ = [
     "GaussianProbes",
     "Gibbs",
     "GibbsWithGradients",
+    "Glow",
     "Hamiltonian",
     "Heun",
     "Hutchinson",

@@ -13,6 +13,7 @@ from torch.distributions import constraints
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.dequantized import Dequantized
+from pyro_genmodels.distributions.learned_noise import LearnedNoise
 from pyro_genmodels.families.family import Family
 from pyro_genmodels.utils.errors import check_positive_int
 
@@ -41,9 +42,9 @@ class ContinuousFamily(Family):
             )
         self.levels = levels
 
-    def _over_data(self, density: GenerativeDistribution) -> GenerativeDistribution:
+    def _over_data(self, density: GenerativeDistribution, noise: LearnedNoise | None = None) -> GenerativeDistribution:
         """Return the density itself, or for data with levels the dequantised density of integers."""
-        return density if self.levels is None else Dequantized(density, self.levels, dtype=self.loc.dtype)
+        return density if self.levels is None else Dequantized(density, self.levels, dtype=self.loc.dtype, dequantizer=noise)
 
     @property
     def data_support(self) -> constraints.Constraint:

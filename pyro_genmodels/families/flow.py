@@ -12,14 +12,15 @@ __all__ = ["Flow"]
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.distributions import constraints
+from torch.distributions import Transform, constraints
 
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.flow import NormalizingFlow
+from pyro_genmodels.distributions.learned_noise import LearnedNoise
 from pyro_genmodels.families.context import Context
 from pyro_genmodels.families.continuous import ContinuousFamily
 from pyro_genmodels.families.family import Standardize, StandardizeContext
-from pyro_genmodels.nn.transforms import NSF, FlowTransform, flow_options, lazy_transform
+from pyro_genmodels.nn.transforms import NSF, FlowChoice, RealNVP, flow_options, lazy_transform
 from pyro_genmodels.utils.distributions import is_real
 from pyro_genmodels.utils.errors import check_choice
 
@@ -30,17 +31,20 @@ class Flow(ContinuousFamily):
     Args:
         event_shape: shape of one datum.
         context: see `Family`.
-        transform: choice of layers such as ``NSF(transforms=5)``, ``RealNVP()`` or ``MAF()``; or your own zuko flow or lazy
-            transform over the flattened event. `NSF` by default.
+        transform: choice of layers such as ``NSF(transforms=5)``, ``RealNVP()`` or ``MAF()``, for images ``Glow(levels=2)``; or
+            your own zuko flow or lazy transform over the flattened event. `NSF` by default.
         support: set in which one coordinate lies. ``constraints.interval(0.0, 1.0)``, for example, puts a logit before the
             transform.
         levels: number K of levels, for data that are integers 0 .. K - 1. The flow is then a `Dequantized` density on [0, K].
-        standardize: see `Family`; ignored for `NCSF`, whose angles have no scale.
+        dequantization: choice of the layers that transform the noise which is added to integers, given these: variational
+            dequantisation. None adds uniform noise.
+        standardize: see `Family`; by default "jointly" for `Glow` and True otherwise; ignored for `NCSF`, whose angles have no
+            scale.
         standardize_context: see `Family`.
         name: see `Family`.
 
     Raises:
-        TypeError: if `transform` is neither a choice nor a module.
+        TypeError: if `transform` is neither a choice nor a module, or `dequantization` is no choice.
         ValueError: if options do not go together.
 
     Example:
@@ -56,19 +60,23 @@ class Flow(ContinuousFamily):
         event_shape: Sequence[int],
         *,
         context: Context = 0,
-        transform: FlowTransform | nn.Module | None = None,
+        transform: FlowChoice | nn.Module | None = None,
         support: constraints.Constraint = constraints.real,
         levels: int | None = None,
-        standardize: Standardize = True,
+        dequantization: FlowChoice | None = None,
+        standardize: Standardize | None = None,
         standardize_context: StandardizeContext = True,
         name: str | None = None,
     ) -> None:
-        transform = check_choice("Flow", "transform", transform, NSF(), FlowTransform | nn.Module)
-        choice = transform if isinstance(transform, FlowTransform) else FlowTransform  # for your own module the defaults
+        transform = check_choice("Flow", "transform", transform, NSF(), FlowChoice | nn.Module)
+        choice = transform if isinstance(transform, FlowChoice) else FlowChoice  # for your own module the defaults
         bounded = not is_real(choice.support)
         if bounded and not (is_real(support) and levels is None):
             raise ValueError(f"{type(transform).__name__} has the support {choice.support}: leave out support and levels.")
-        standardize = False if bounded else standardize
+        if dequantization is not None:
+            check_choice("Flow", "dequantization", dequantization, RealNVP(), FlowChoice)
+            _check_noise(dequantization, levels)
+        standardize = False if bounded else choice.standardize if standardize is None else standardize
         super().__init__(
             event_shape,
             context=context,
@@ -78,24 +86,46 @@ class Flow(ContinuousFamily):
             standardize_context=standardize_context,
             name=name,
         )
-        if isinstance(transform, FlowTransform):
-            transform = transform.build(self.event_shape.numel(), self.context_size)
+        if isinstance(transform, FlowChoice):
+            transform = transform.build_for(self.event_shape, self.context_size)
         self.transform = lazy_transform(transform)
         self._options = flow_options(self.transform)
         self._base, self._bounds = choice.base, choice.support if bounded else None
+        self.noise_transform: nn.Module | None = None
+        if dequantization is not None:
+            noise_transform = dequantization.build_for(self.event_shape, self.context_size, given_event=True)
+            self.noise_transform = lazy_transform(noise_transform)
 
     def forward(self, context: Tensor | None = None) -> GenerativeDistribution:
+        context, pretransform = self.embed(context), self.pretransform
         flow = NormalizingFlow(
             self.transform,
             self._base(self.loc),
             self.event_shape,
-            context=self.embed(context),
+            context=context,
             support=self._continuous_support,
-            pretransform=self.pretransform,
+            pretransform=pretransform,
             **self._options,
         )
-        return self._over_data(flow)
+        return self._over_data(flow, self._noise(pretransform, context))
+
+    def _noise(self, pretransform: Transform | None, context: Tensor | None) -> LearnedNoise | None:
+        """Return the noise of integers, given the map of the data to the flow's space and an embedded context."""
+        if self.noise_transform is None:
+            return None
+        return LearnedNoise(self.noise_transform, self.event_shape, pretransform, context, self.loc.dtype)
 
     @property
     def _continuous_support(self) -> constraints.Constraint:
         return self.support if self._bounds is None else self._bounds
+
+
+def _check_noise(dequantization: FlowChoice, levels: int | None) -> None:
+    """Raise a ValueError unless the layers can transform noise, and there are integers to add it to."""
+    if levels is None:
+        raise ValueError("dequantization transforms the noise that is added to integers: give levels=K, or leave it out.")
+    if not is_real(dequantization.support):
+        raise ValueError(
+            f"Flow wants layers over all real numbers as dequantization, but {type(dequantization).__name__} has the support "
+            f"{dequantization.support}. Use RealNVP() or NSF()."
+        )
