@@ -44,6 +44,10 @@ class BoundedAffine(Transform):
     def _call(self, x: Tensor) -> Tensor:
         return torch.addcmul(self.shift, x, self.log_slope.exp())
 
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return y and log dy/dx, both of the shape of x."""
+        return self._call(x), self.log_slope.expand(x.shape)
+
     def _inverse(self, y: Tensor) -> Tensor:
         return (y - self.shift) * (-self.log_slope).exp()
 
