@@ -36,8 +36,7 @@ import torch
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
-from pyro_genmodels import MAF, NSF, Flow, MaximumLikelihood, RealNVP, compare, log_likelihood, train
-from pyro_genmodels.families import NAF, NICE
+from pyro_genmodels import MAF, NSF, Flow, MaximumLikelihood, compare, log_likelihood, train
 
 SMOKE = bool(os.environ.get("PYRO_GENMODELS_SMOKE"))  # small settings, to see that everything runs
 plt.rcParams["figure.dpi"] = 80
@@ -270,12 +269,7 @@ evidence = (log_joint.exp().sum() * cell).log().item()
 posterior = log_joint.exp() / log_joint.exp().sum() / cell
 
 # %% [markdown]
-# Pyro's `AutoNormal` and `AutoMultivariateNormal` are the usual guides. The flow's guide is one line. Such a guide needs
-# draws that carry gradients. `NAF`, which is inverted by a numerical search, has none: its `has_rsample` is False.
-
-# %%
-transforms = [NICE(), RealNVP(), MAF(), NSF(), NAF()]
-print({type(choice).__name__: Flow((2,), transform=choice)().has_rsample for choice in transforms})
+# Pyro's `AutoNormal` and `AutoMultivariateNormal` are the usual guides. The flow's guide is one line.
 
 # %%
 crescent = Flow((2,), transform=NSF(transforms=3, hidden=(64, 64)))

@@ -35,7 +35,6 @@ class NormalizingFlow(GenerativeDistribution):
         transform: function context (batch..., c) or None -> bijection of vectors, from the data to the base.
         base: univariate distribution of the base's coordinates, of batch shape () or (d,).
         event_shape: shape of one datum, with d coordinates in all.
-        has_rsample: True if the inverse carries the gradient of the transform's parameters.
         numerical_inverse: True if the inverse is a search, so that each sample is mapped back to the base and compared. In a
             captured graph and under `torch.func`, where values cannot be looked at, samples are not compared.
         smooth: True if the score is continuous. It is not for splines and for networks with ReLU.
@@ -55,13 +54,14 @@ class NormalizingFlow(GenerativeDistribution):
         tensor(-0.6774)
     """
 
+    has_rsample = True
+
     def __init__(
         self,
         transform: Callable[[Tensor | None], Transform],
         base: Distribution,
         event_shape: Sequence[int],
         *,
-        has_rsample: bool = True,
         numerical_inverse: bool = False,
         smooth: bool = True,
         **kwargs: Any,
@@ -69,7 +69,7 @@ class NormalizingFlow(GenerativeDistribution):
         super().__init__(event_shape, **kwargs)
         self.transform = self.network = transform
         self.base = base
-        self.has_rsample, self.numerical_inverse = has_rsample, numerical_inverse
+        self.numerical_inverse = numerical_inverse
         if not smooth:
             self.score_jumps = ScoreJumps("of splines or ReLU", "MaximumLikelihood()")
 

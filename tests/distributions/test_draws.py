@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import zuko
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -67,6 +68,30 @@ def test_a_numerical_inverse_returns_to_its_start(name, dtype, tolerance):
         transform = d.transform(None)
         found = transform.inv(transform(x))
     torch.testing.assert_close(found, x, rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("name", [*WIDE, "user's NAF"])
+@pytest.mark.parametrize("context", [0, 2])
+def test_gradients_of_samples_by_a_numerical_inverse_are_those_of_the_implicit_function(name, context):
+    """Right value: 0, the derivative of the base's sample u = f(x(u)) in the parameters and the context."""
+    make = WIDE.get(name)
+    transform = zuko.flows.NAF(3, context, transforms=2, hidden_features=(8,)) if make is None else make(transforms=2)
+    flow = Flow((3,), context=context, transform=transform).double().eval()
+    with torch.no_grad():
+        for p in flow.transform.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    c = torch.randn(2, dtype=torch.float64, requires_grad=True) if context else None
+    f = flow.transform(c)
+    u = torch.randn(20, 3, dtype=torch.float64) / 2
+    weights = torch.randn(20, 3, dtype=torch.float64)
+    x = f.inv(u)
+    parameters = [*flow.transform.parameters(), *([] if c is None else [c])]
+    total = torch.autograd.grad((weights * f(x)).sum(), parameters, retain_graph=True, allow_unused=True)
+    part = torch.autograd.grad((weights * f(x.detach())).sum(), parameters, allow_unused=True)
+    sizes = [p.norm() for p in part if p is not None]
+    assert min(sizes) > 0
+    for whole, size in zip([t for t in total if t is not None], sizes, strict=True):
+        assert whole.norm() < 1e-6 * max(sizes), (whole.norm(), size)
 
 
 class Squeeze(nn.Module):
