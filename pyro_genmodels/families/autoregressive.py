@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -119,6 +120,17 @@ class Autoregressive(CoordinateFamily):
             raise ValueError(
                 f"end={end!r} wants sequences (length,) in their own order, with a likelihood that has this value, such as "
                 f"CategoricalLikelihood({end} + 1), but found events {tuple(self.event_shape)} with {self.likelihood!r}."
+            )
+
+    def validate(self, x: Tensor) -> None:
+        super().validate(x)
+        if self.end is None or not is_validation_enabled():
+            return
+        x = as_tensor(x, self.name)
+        if not (proper := self.support.check(x)).all():
+            raise ValueError(
+                f"{self.name} was given other symbols after the end symbol {self.end} in {int((~proper).sum())} of {len(x)} "
+                f"rows, the first of them row {int((~proper).nonzero()[0])}. Replace them by the end symbol."
             )
 
     def _permutation(self, network: ConditionalsChoice, order: Sequence[int] | Tensor | None) -> Tensor:
