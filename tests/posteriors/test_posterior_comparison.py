@@ -3,6 +3,7 @@
 import re
 
 import arviz as az
+import matplotlib.pyplot as plt
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -111,6 +112,32 @@ def test_the_table_of_several_fits():
     assert [axes.get_xlabel() for axes in figure.axes][:1] == ["mean and two standard deviations"]
     with pytest.raises(ValueError, match="no scalar 'x' to plot, but loc"):
         found.plot(["x"])
+
+
+def test_a_bound_far_below_another_is_a_fault_and_verdicts_are_whole_in_print():
+    """The bound of a normal guide of width s is below the exact one's by (s^2 - 1) / 2 - log s, which is 4.94 for 4 widths."""
+    truth = chains(torch.randn(4, 1000))
+    fits = {"exact": Guide(), "wide": Guide(width=3.8), "a little wide": Guide(width=1.3), "draws": truth}
+    found = compare_posteriors(fits, Y, reference="exact", distances=False)
+    gap = (3.8**2 - 1) / 2 - np.log(3.8)
+    words = re.search(r"; its bound is (\d\.\d) nats below that of exact$", found.verdicts["wide"])
+    assert abs(float(words[1]) - gap) < 5 * found.table["elbo_se"]["wide"] + 0.05
+    assert not any("bound" in found.verdicts[name] for name in ("exact", "a little wide", "draws"))
+    assert f"\nwide: {found.verdicts['wide']}\n" in str(found)
+    assert str(found) == repr(found)
+    assert "..." not in str(found)
+
+
+def test_distances_of_equal_draws_and_a_reference_of_draws_in_the_plot():
+    """The distance of two sets of n normal draws is about 1 / sqrt(n); that of a shift by v in one dimension is v."""
+    truth = chains(torch.randn(4, 500))
+    found = compare_posteriors({"exact": Guide(), "off": Guide(shift=2.0)}, Y, reference=truth)
+    table = found.table
+    assert table["sliced_wasserstein"]["exact"] < 0.2 < 1.7 < table["sliced_wasserstein"]["off"] < 2.3
+    assert table["c2st"]["exact"] < 0.6 < 0.75 < table["c2st"]["off"]
+    legend = found.plot().axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["exact", "off", "reference"]
+    plt.close("all")
 
 
 def test_what_cannot_be_compared_is_refused():
