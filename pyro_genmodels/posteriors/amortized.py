@@ -28,12 +28,12 @@ from tqdm.auto import tqdm
 from pyro_genmodels.families import NSF, Flow
 from pyro_genmodels.infer.objective import Loss
 from pyro_genmodels.posteriors.approximations import Approximation
-from pyro_genmodels.posteriors.conditional import Training, check_builder, default_objective, train_conditional
+from pyro_genmodels.posteriors.conditional import Training, check_builder, default_objective
 from pyro_genmodels.posteriors.embeddings import Embedding
 from pyro_genmodels.posteriors.fits import NUM_SAMPLES, GuidePosterior
 from pyro_genmodels.posteriors.observation_encoder import ObservationEncoder, embeddings_by_name
 from pyro_genmodels.posteriors.problem import Problem
-from pyro_genmodels.posteriors.simulation_trained import SimulationTrained, report_failures
+from pyro_genmodels.posteriors.simulation_trained import SimulationTrained
 from pyro_genmodels.utils.errors import check_positive_int
 
 TRUNCATED_MASS = 1e-4
@@ -110,15 +110,17 @@ class AmortizedPosterior(SimulationTrained):
         super().__init__(model, args, model_kwargs or {}, observed, simulations)
         self._build, self.objective = family, objective
         self._embeddings = embeddings_by_name(embedding, self.simulator.observed)
-        self.family: nn.Module | None = None
         self._focus: dict[str, Tensor] | None = None
 
     def __repr__(self) -> str:
         names = f"{', '.join(self.simulator.coordinates.names)} given {', '.join(self.simulator.observed)}"
         return f"<AmortizedPosterior of {names}: {len(self._made)} simulations, {'not ' if self.family is None else ''}trained>"
 
-    def _fit(self, options: Training) -> None:
-        """Train the family on the simulations."""
+    @property
+    def family(self) -> nn.Module | None:
+        return self._trained
+
+    def _task(self) -> tuple[nn.Module, Callable[[Any], Any], Tensor, Tensor]:
         z, observations = self._pairs()
         if self.family is None:
             shapes = {name: self.simulator.shapes[name] for name in self.simulator.observed}
@@ -127,8 +129,7 @@ class AmortizedPosterior(SimulationTrained):
             family = deepcopy(self.family).requires_grad_(True)
         context = family.context.flatten(observations)
         objective = default_objective(family(context[:1])) if self.objective is None else self.objective
-        self.history = train_conditional(family, objective, z, context, options)
-        self.family = family.eval().requires_grad_(False)
+        return family, objective, z, context
 
     def given(self, **observations: Any) -> GuidePosterior:
         """Return the posterior given observations: a fit with draws, and with weights if the model has a density.
@@ -224,9 +225,7 @@ class AmortizedPosterior(SimulationTrained):
         options = Training(max_epochs, batch_size, step_size, patience, progress)
         for _ in range(num_rounds):
             latents = refined._truncated_prior(values, num_simulations, progress=progress)
-            made = refined.simulator.simulate(num_simulations, latents, n_jobs=n_jobs, progress=progress)
-            report_failures(made, num_simulations)
-            refined._add(made)
+            refined._simulate(num_simulations, latents, n_jobs=n_jobs, progress=progress)
             refined._fit(options)
         refined.seconds += time.perf_counter() - start
         return refined

@@ -10,6 +10,7 @@ __all__ = ["Training", "check_builder", "default_objective", "train_conditional"
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -72,9 +73,9 @@ def default_objective(distribution: Any) -> Loss:
 
 
 def train_conditional(
-    family: Any, objective: Callable[[Any], Any], z: Tensor, context: Tensor, options: Training
-) -> list[float]:
-    """Train a family in place, and return the loss of held-out rows after each epoch, per row.
+    family: Any, objective: Callable[[Any], Any], z: Tensor, context: Tensor, options: Training, history: list[float]
+) -> None:
+    """Train a family in place. Its parameters are then those of the best epoch, also if training is interrupted.
 
     Args:
         family: family with an `ObservationEncoder` as its context.
@@ -82,6 +83,7 @@ def train_conditional(
         z: unconstrained coordinates, (n, dim).
         context: observations, (n, numbers).
         options: options.
+        history: list to which the loss of held-out rows is added after each epoch, per row.
 
     Raises:
         ValueError: if the loss is not finite after any epoch.
@@ -92,40 +94,41 @@ def train_conditional(
     parameters = [p for p in family.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=options.step_size)
     average = [p.detach().clone() for p in parameters]
-    encoder, history, best, since, steps = family.context, [], float("inf"), 0, 0
+    encoder, best, since, steps = family.context, float("inf"), 0, 0
     kept = [p.clone() for p in average]
     z_held, context_held = z[held], encoder.hide(context[held])
     bar = tqdm(range(options.max_epochs), desc="training", unit="epoch", disable=not options.progress, mininterval=0.5)
-    for _ in bar:
-        family.train()
-        for rows in rest[torch.randperm(len(rest))].split(options.batch_size):
-            optimizer.zero_grad()
-            value = loss(z[rows], encoder.hide(context[rows])) / len(rows)
-            value.backward()
-            nn.utils.clip_grad_norm_(parameters, 5.0)
-            optimizer.step()
-            steps += 1
-            weight = 1 - min(AVERAGE_DECAY, steps / (steps + 10))
-            for mean, p in zip(average, parameters, strict=True):
-                mean.lerp_(p.detach(), weight)
-        history.append(_held_out_loss(family, loss, parameters, average, z_held, context_held))
-        if history[-1] < best:  # False for NaN
-            best, since, kept = history[-1], 0, [p.clone() for p in average]
-        else:
-            since += 1
-        bar.set_postfix_str(f"held-out loss {history[-1]:.4f}, best {best:.4f}", refresh=False)
-        if since >= options.patience:
-            break
-    bar.close()
+    try:
+        for _ in bar:
+            family.train()
+            for rows in rest[torch.randperm(len(rest))].split(options.batch_size):
+                optimizer.zero_grad()
+                value = loss(z[rows], encoder.hide(context[rows])) / len(rows)
+                value.backward()
+                nn.utils.clip_grad_norm_(parameters, 5.0)
+                optimizer.step()
+                steps += 1
+                weight = 1 - min(AVERAGE_DECAY, steps / (steps + 10))
+                for mean, p in zip(average, parameters, strict=True):
+                    mean.lerp_(p.detach(), weight)
+            history.append(_held_out_loss(family, loss, parameters, average, z_held, context_held))
+            if isfinite(history[-1]) and history[-1] < best:
+                best, since, kept = history[-1], 0, [p.clone() for p in average]
+            else:
+                since += 1
+            bar.set_postfix_str(f"held-out loss {history[-1]:.4f}, best {best:.4f}", refresh=False)
+            if since >= options.patience:
+                break
+    finally:  # also if it is interrupted
+        bar.close()
+        with torch.no_grad():
+            for p, x in zip(parameters, kept, strict=True):
+                p.copy_(x)
     if best == float("inf"):
         raise ValueError(
             f"The loss of held-out simulations was not finite in any of {len(history)} epochs. Look for extreme values among "
             "the simulations, or train with a smaller step_size."
         )
-    with torch.no_grad():
-        for p, x in zip(parameters, kept, strict=True):
-            p.copy_(x)
-    return history
 
 
 def _parts(number: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ A run has the same result in whichever process it runs, and after whichever othe
 
 from __future__ import annotations
 
-__all__ = ["Outcome", "run_all", "seeded", "spawn_seeds"]
+__all__ = ["Outcome", "run_all", "run_each", "seeded", "spawn_seeds"]
 
 import pickle
 import random
@@ -88,7 +88,21 @@ def spawn_seeds(seed: int | None, number: int) -> list[int]:
 def run_all(
     task: Callable[[int], Any], seeds: Iterable[int], *, n_jobs: int = 1, progress: bool = True, description: str
 ) -> list[Outcome]:
-    """Run a task once for each seed.
+    """Run a task once for each seed, and return the outcomes in their order: see `run_each`.
+
+    Example:
+        >>> def inverse(seed):
+        ...     return 1 / seed
+        >>> run_all(inverse, [2, 0], progress=False, description="inverses")
+        [Outcome(value=0.5, error=None), Outcome(value=None, error='ZeroDivisionError: division by zero')]
+    """
+    return list(run_each(task, seeds, n_jobs=n_jobs, progress=progress, description=description))
+
+
+def run_each(
+    task: Callable[[int], Any], seeds: Iterable[int], *, n_jobs: int = 1, progress: bool = True, description: str
+) -> Iterator[Outcome]:
+    """Run a task once for each seed, and yield each outcome when it and those before it are there.
 
     The task may keep what it has computed: each process has one copy of it. It should seed itself (`seeded`).
 
@@ -99,14 +113,12 @@ def run_all(
         progress: True for a progress bar.
         description: words beside the bar.
 
-    Returns:
-        The outcome of each, in their order. Arithmetic errors, RuntimeErrors and ValueErrors are outcomes; others are raised.
+    Yields:
+        The outcome of each. Arithmetic errors, RuntimeErrors and ValueErrors are outcomes; others are raised.
 
     Example:
-        >>> def inverse(seed):
-        ...     return 1 / seed
-        >>> run_all(inverse, [2, 0], progress=False, description="inverses")
-        [Outcome(value=0.5, error=None), Outcome(value=None, error='ZeroDivisionError: division by zero')]
+        >>> next(run_each(lambda seed: 2 * seed, [1, 2], progress=False, description="doubles"))
+        Outcome(value=2, error=None)
     """
     seeds = list(seeds)
     if n_jobs == 1:
@@ -116,7 +128,7 @@ def run_all(
         cloudpickle = import_extra("cloudpickle", extra="parallel", by=f"n_jobs={n_jobs}")
         job = _Job(uuid.uuid4().hex, cloudpickle.dumps((task, _Settings.here())))
         found = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(joblib.delayed(job.run)(seed) for seed in seeds)
-    return list(tqdm(found, total=len(seeds), desc=description, unit="run", disable=not progress, mininterval=0.5))
+    yield from tqdm(found, total=len(seeds), desc=description, unit="run", disable=not progress, mininterval=0.5)
 
 
 def _outcome(task: Callable[[int], Any], seed: int) -> Outcome:

@@ -8,13 +8,14 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from types import MappingProxyType
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyro_genmodels.posteriors.conditional import Training
+from pyro_genmodels.posteriors.conditional import Training, train_conditional
 from pyro_genmodels.posteriors.embeddings import Embedding
 from pyro_genmodels.posteriors.simulations import SimulatedModel, Simulations
 from pyro_genmodels.utils.errors import check_positive_int, listed, warn_caller
@@ -49,6 +50,7 @@ class SimulationTrained(ABC):
     """
 
     _embeddings: Mapping[str, Any] = MappingProxyType({})
+    _trained: nn.Module | None = None
 
     def __init__(
         self,
@@ -79,8 +81,18 @@ class SimulationTrained(ABC):
         return [*self.simulator.coordinates.names, *self.simulator.observed]
 
     @abstractmethod
+    def _task(self) -> tuple[nn.Module, Callable[[Any], Any], Tensor, Tensor]:
+        """Return a module to train, its loss, and the rows and contexts to train it on, as `train_conditional` takes them."""
+
     def _fit(self, options: Training) -> None:
-        """Train on the simulations."""
+        """Train on the simulations. What an interrupted training came to is kept."""
+        module, objective, rows, contexts = self._task()
+        history: list[float] = []
+        try:
+            train_conditional(module, objective, rows, contexts, options, history)
+        finally:
+            if any(map(isfinite, history)):
+                self.history, self._trained = history, module.eval().requires_grad_(False)
 
     def _pairs(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Return unconstrained coordinates, (simulation, dim), and the observations that belong to them, by name."""
@@ -142,14 +154,31 @@ class SimulationTrained(ABC):
 
         Raises:
             ValueError: if all of them failed.
+            KeyboardInterrupt: at Ctrl-C. Simulations that were made before are kept.
         """
         check_positive_int("simulate", num_simulations=num_simulations)
-        made = self.simulator.simulate(num_simulations, parallel=parallel, n_jobs=n_jobs, progress=progress)
-        report_failures(made, num_simulations)
-        self._add(made)
+        self._simulate(num_simulations, None, parallel=parallel, n_jobs=n_jobs, progress=progress)
         return self
 
+    def _simulate(self, number: int, latents: Mapping[str, Tensor] | None, **options: Any) -> None:
+        """Add simulations, with `latents` or from the prior, also those that were made before an interruption."""
+        parts: list[Simulations] = []
+        try:
+            for part in self.simulator.simulate(number, latents, **options):
+                parts.append(part)
+        except KeyboardInterrupt as interrupt:
+            made = Simulations.joined(parts)
+            self._add(made)
+            raise KeyboardInterrupt(
+                f"Simulation was interrupted. {len(made)} of {number} are kept, and train() makes those that are missing only."
+            ) from interrupt
+        made = Simulations.joined(parts)
+        report_failures(made, number)
+        self._add(made)
+
     def _add(self, made: Simulations) -> None:
+        if not len(made):
+            return
         made = Simulations({name: made.values[name] for name in self._names}, made.failures)
         self._made = Simulations.joined([self._made, made])
 
@@ -182,6 +211,7 @@ class SimulationTrained(ABC):
 
         Raises:
             ValueError: if all simulations failed, or fewer than 20 are there.
+            KeyboardInterrupt: at Ctrl-C. Simulations and the parameters of the best epoch are kept.
         """
         check_positive_int(
             "train",
@@ -197,8 +227,13 @@ class SimulationTrained(ABC):
             self.simulate(lacking, parallel=parallel, n_jobs=n_jobs, progress=progress)
         if len(self._made) < MIN_SIMULATIONS:
             raise ValueError(f"Training wants {MIN_SIMULATIONS} simulations or more, but there are {len(self._made)}.")
-        self._fit(Training(max_epochs, batch_size, step_size, patience, progress))
-        self.seconds += time.perf_counter() - start
+        try:
+            self._fit(Training(max_epochs, batch_size, step_size, patience, progress))
+        except KeyboardInterrupt as interrupt:
+            kept = "No epoch had ended" if self._trained is None else "Parameters of the best epoch are kept"
+            raise KeyboardInterrupt(f"Training was interrupted. {kept}, and train() goes on from there.") from interrupt
+        finally:
+            self.seconds += time.perf_counter() - start
         return self
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ["SimulatedModel", "Simulations"]
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +27,11 @@ from pyro_genmodels._pyro.sites import is_computed
 from pyro_genmodels._pyro.vectorize import SHAPE_ERRORS, can_vectorize
 from pyro_genmodels.infer.compiled.coordinates import Coordinates, check_same_support
 from pyro_genmodels.posteriors.conditioned import ConditionedModel, FreeSites, Simulated
-from pyro_genmodels.posteriors.parallel import run_all, seeded, spawn_seeds
+from pyro_genmodels.posteriors.parallel import run_each, seeded, spawn_seeds
 from pyro_genmodels.utils.errors import listed, one_line
 from pyro_genmodels.utils.tensors import as_tensor
 
-BLOCK, BLOCK_TOGETHER = 50, 1000
+BLOCK, BLOCK_TOGETHER = 10, 1000
 """Number of simulations of one task, made one by one or together in one run."""
 MAX_TRIES = 20
 """Largest number of first runs of a model that fail before its error is raised."""
@@ -127,8 +127,8 @@ class SimulatedModel:
         parallel: bool | None = None,
         n_jobs: int = 1,
         progress: bool = True,
-    ) -> Simulations:
-        """Return simulations. Those that fail or have NaN are left out and counted.
+    ) -> Iterator[Simulations]:
+        """Yield simulations, some at a time. Those that fail or have NaN are left out and counted.
 
         Args:
             number: how many.
@@ -152,10 +152,10 @@ class SimulatedModel:
             with seeded(seed):
                 return self._block(*blocks[seed], together=together)
 
-        outcomes = run_all(task, seeds, n_jobs=n_jobs, progress=progress, description="simulations")
-        if errors := [outcome.error for outcome in outcomes if outcome.error is not None]:
-            raise RuntimeError(f"Simulations cannot be run: {errors[0]}")
-        return Simulations.joined([outcome.value for outcome in outcomes]).finite()
+        for outcome in run_each(task, seeds, n_jobs=n_jobs, progress=progress, description="simulations"):
+            if outcome.error is not None:
+                raise RuntimeError(f"Simulations cannot be run: {outcome.error}")
+            yield outcome.value.finite()
 
     def draw_latents(self, number: int) -> dict[str, Tensor]:
         """Return draws of all latent variables from their prior, (number, ...) by name. No run goes on after the last one."""

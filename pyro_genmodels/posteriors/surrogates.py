@@ -23,6 +23,7 @@ __all__ = ["AmortizedLikelihood", "AmortizedRatio"]
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pyro
@@ -30,25 +31,28 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_genmodels.infer.compiled.modes import Captured
+from pyro_genmodels.distributions.likelihoods import BernoulliLikelihood, CategoricalLikelihood
+from pyro_genmodels.families import Autoregressive, Family
 from pyro_genmodels.infer.objective import Loss
 from pyro_genmodels.posteriors.amortized import default_flow
 from pyro_genmodels.posteriors.choose import posterior
-from pyro_genmodels.posteriors.conditional import Training, check_builder, default_objective, train_conditional
+from pyro_genmodels.posteriors.conditional import check_builder, default_objective
 from pyro_genmodels.posteriors.embedding_networks import dense
 from pyro_genmodels.posteriors.embeddings import Embedding
 from pyro_genmodels.posteriors.fits import NUM_SAMPLES, Posterior
-from pyro_genmodels.posteriors.markov_chains import NoUTurn
 from pyro_genmodels.posteriors.method import Method
 from pyro_genmodels.posteriors.observation_encoder import ObservationEncoder, embeddings_by_name
 from pyro_genmodels.posteriors.simulation_trained import SimulationTrained
-from pyro_genmodels.utils.errors import check_positive_int
+from pyro_genmodels.utils.errors import check_positive_int, warn_caller
+
+MAX_CLASSES = 16
+"""Largest number of values of an observed number for which each has a probability of its own by default."""
+MAX_ATOM = 0.05
+"""Largest share of the simulations with one value, which is no whole number, that is not warned of."""
 
 
 class _Surrogate(SimulationTrained):
     """Base class of a learned function of latent variables and observations that takes the place of the likelihood."""
-
-    _trained: nn.Module | None = None
 
     def __repr__(self) -> str:
         """Return the names, the number of simulations, and if it has been trained."""
@@ -60,7 +64,9 @@ class _Surrogate(SimulationTrained):
         """Return the posterior given observations: a fit, by Markov chains if no other method is named.
 
         Args:
-            method: how the posterior is drawn from the prior and what was learned; None is `NoUTurn`.
+            method: how the posterior is drawn from the prior and what was learned; None chooses as `posterior` does, which is
+                `NoUTurn` where the extra ``nuts`` is installed. A learned density is hundreds of operations, which take half a
+                minute to compile, and then a tenth of the time; torch keeps the compiled code on disk for other observations.
             progress: True for progress bars.
             observations: value of each observed site, by name, in the shape of the simulations; or several independent ones of
                 the same latent variables, (observation, ...).
@@ -73,7 +79,6 @@ class _Surrogate(SimulationTrained):
         with torch.no_grad():
             prepared = self._prepared(self._trained, self._checked(observations, batch=None))
         model = _SurrogateModel(self, self._trained, prepared)
-        method = NoUTurn(mode=Captured()) if method is None else method
         return posterior(model, method=method, progress=progress)
 
     def samples_given(
@@ -113,16 +118,22 @@ class _Surrogate(SimulationTrained):
 
 
 class AmortizedLikelihood(_Surrogate):
-    """The likelihood of a simulator, a conditional density of its observations that is learned from simulations.
+    r"""The likelihood of a simulator, a conditional density of its observations that is learned from simulations.
 
-    It takes any number of independent observations of the same latent variables: their log densities are added. Observations
-    are real numbers; counts and categories want a family for these, such as `Autoregressive` with its conditionals.
+    It takes any number of independent observations of the same latent variables: their log densities are added.
+
+    The default family follows the values of the simulations. Where all are integers from 0 to 15 at most, such as classes and
+    zeros and ones, it is an `Autoregressive` model with a probability for each value. Otherwise it is a flow, to which whole
+    numbers, such as counts, are real ones with uniform noise on [0, 1) (dequantisation; Uria et al., *RNADE*, arXiv 1306.0186).
+    It is trained with this noise, and :math:`P(x \mid z)` is its density at x + 1/2, which is also what `to_arviz` shows as
+    observed. Other values that occur in many simulations, such as zeros of a censored quantity, are warned of.
 
     Args:
         model: function with Pyro statements, as for `AmortizedPosterior`. Discrete latent variables are averaged over.
         args: positional arguments of the model.
         observed: names of the sites that are observed.
-        family: function of an event shape and a keyword ``context``, a module, that returns a family with a density.
+        family: function of an event shape and a keyword ``context``, a module, that returns a family with a density; None
+            chooses one. Whole numbers are dequantised if it models real numbers.
         objective: loss that trains the family; None chooses by the family.
         simulations: simulations that were made before, (simulation, ...) by name.
         model_kwargs: keyword arguments of the model.
@@ -136,6 +147,9 @@ class AmortizedLikelihood(_Surrogate):
     Raises:
         TypeError: if an option is of the wrong type.
         ValueError: as `AmortizedPosterior`.
+
+    Warns:
+        RuntimeWarning: in training, if one value that is no whole number is that of many simulations.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -159,34 +173,45 @@ class AmortizedLikelihood(_Surrogate):
         model: Callable[..., Any],
         *args: Any,
         observed: Sequence[str],
-        family: Callable[..., nn.Module] = default_flow,
+        family: Callable[..., nn.Module] | None = None,
         objective: Loss | None = None,
         simulations: Mapping[str, Any] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        check_builder("AmortizedLikelihood", family)
+        if family is not None:
+            check_builder("AmortizedLikelihood", family)
         super().__init__(model, args, model_kwargs or {}, observed, simulations)
         self._build, self.objective = family, objective
+        self._is_whole = torch.tensor(False)
 
     @property
     def family(self) -> nn.Module | None:
         return self._trained
 
-    def _fit(self, options: Training) -> None:
+    def _task(self) -> tuple[nn.Module, Callable[[Any], Any], Tensor, Tensor]:
         z, observations = self._pairs()
         x = _flat(observations)
-        family: Any
-        if self._trained is None:
+        family: Any = self._trained
+        if family is None or (self._build is None and not _covers(family, x)):
             encoder = ObservationEncoder({"z": z.shape[1:]}, {}, {"z": z})
-            family = self._build((x.shape[1],), context=encoder)
+            family = (_suitable_family(x) if self._build is None else self._build)((x.shape[1],), context=encoder)
+            self._is_whole = (x == x.round()).all(0) & (not family(z[:1]).support.is_discrete)
         else:
-            family = deepcopy(self._trained).requires_grad_(True)
+            family = deepcopy(family).requires_grad_(True)
+        if not family(z[:1]).support.is_discrete:
+            _warn_of_atoms(x[:, ~self._is_whole])
         objective = default_objective(family(z[:1])) if self.objective is None else self.objective
-        self.history = train_conditional(family, objective, x, z, options)
-        self._trained = family.eval().requires_grad_(False)
+        return family, objective, x + self._is_whole * torch.rand_like(x), z
 
     def _prepared(self, trained: Any, values: Mapping[str, Tensor]) -> Tensor:
-        return _flat(values)
+        x = _flat(values)
+        if not _covers(trained, x):
+            raise ValueError(
+                f"The observation has values from {float(x.min()):g} to {float(x.max()):g}, but the family was trained on "
+                f"{trained.data_support} and knows of no others. Call train(num_simulations=...) with more simulations, name a "
+                "family= with more levels, or use AmortizedRatio."
+            )
+        return x + self._is_whole / 2
 
     def _observe(self, trained: Any, z: Tensor, prepared: Tensor) -> None:
         x, name = prepared, "_".join(self.simulator.observed)
@@ -261,15 +286,14 @@ class AmortizedRatio(_Surrogate):
     def critic(self) -> nn.Module | None:
         return self._trained
 
-    def _fit(self, options: Training) -> None:
+    def _task(self) -> tuple[nn.Module, Callable[[Any], Any], Tensor, Tensor]:
         z, observations = self._pairs()
         if self._trained is None:
             shapes = {name: self.simulator.shapes[name] for name in self.simulator.observed}
             critic: Any = _Critic(z, ObservationEncoder(shapes, self._embeddings, observations), self._hidden)
         else:
             critic = deepcopy(self._trained).requires_grad_(True)
-        self.history = train_conditional(critic, self._loss, z, critic.context.flatten(observations), options)
-        self._trained = critic.eval().requires_grad_(False)
+        return critic, self._loss, z, critic.context.flatten(observations)
 
     def _prepared(self, trained: Any, values: Mapping[str, Tensor]) -> Tensor:
         return trained.context(trained.context.flatten(values))
@@ -357,6 +381,33 @@ class _Contrastive:
             return ((none + self.gamma * one) / (1 + self.gamma)).sum()
 
         return loss
+
+
+def _suitable_family(x: Tensor) -> Callable[..., nn.Module]:
+    """Return a builder of a family for observations (n, numbers): of probabilities if these are a few integers, or a flow."""
+    number = int(x.max()) + 1
+    if not ((x == x.round()) & (x >= 0)).all() or number > MAX_CLASSES:
+        return default_flow
+    likelihood = CategoricalLikelihood(number) if number > 2 else BernoulliLikelihood()
+    return partial(Autoregressive, likelihood=likelihood, hidden=(64, 64))
+
+
+def _covers(family: Any, x: Tensor) -> bool:
+    """Return True if a family models all values of observations (n, numbers)."""
+    return bool(family.data_support.check(x).all()) if isinstance(family, Family) else True
+
+
+def _warn_of_atoms(x: Tensor) -> None:
+    """Warn of columns of observations (n, numbers) in which many rows have exactly one value."""
+    values = x.mode(0).values
+    share = (x == values).double().mean(0)
+    if (share > MAX_ATOM).any():
+        i = int(share.argmax())
+        warn_caller(
+            f"In {float(share[i]):.0%} of the simulations a number that is observed is {float(values[i]):g}. A density can "
+            "rise without end there, and then tells little of other values. Name a family= that has a probability for this "
+            "value, or use AmortizedRatio, which needs no density."
+        )
 
 
 def _flat(observations: Mapping[str, Tensor]) -> Tensor:

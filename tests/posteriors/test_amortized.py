@@ -10,6 +10,7 @@ from pyro.infer import Predictive
 
 from pyro_genmodels import MAF, Autoregressive, Diffusion, Flow, ODEFlow, to_arviz
 from pyro_genmodels.families import DenseField
+from pyro_genmodels.infer.likelihood import MaximumLikelihood
 from pyro_genmodels.posteriors import (
     AmortizedPosterior,
     ConvolutionalEmbedding,
@@ -20,7 +21,7 @@ from pyro_genmodels.posteriors import (
     simulation_based_calibration,
 )
 from pyro_genmodels.posteriors.conditional import _parts
-from pyro_genmodels.posteriors.simulations import SimulatedModel
+from pyro_genmodels.posteriors.simulations import SimulatedModel, Simulations
 
 NOISE = 0.5
 SMALL = partial(Flow, transform=MAF(transforms=1, hidden=(32,)))
@@ -120,6 +121,63 @@ def test_a_row_that_is_held_out_stays_so_when_rows_are_added():
     assert torch.equal(torch.cat([held, rest]).sort().values, torch.arange(500))
     assert 0.08 < len(more) / 2000 < 0.12
     assert len(_parts(20)[0]) > 0
+
+
+def test_simulations_that_were_made_before_an_interruption_are_kept():
+    runs = []
+
+    def model():
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        runs.append(loc)
+        if len(runs) == 38:
+            raise KeyboardInterrupt
+        pyro.deterministic("x", loc + torch.randn(2), event_dim=1)
+
+    amortized = AmortizedPosterior(model, observed=["x"], family=SMALL)
+    runs.clear()
+    with pytest.raises(KeyboardInterrupt, match="30 of 50 are kept"):
+        amortized.train(50, parallel=False, max_epochs=1, progress=False)
+    assert len(amortized.simulations["x"]) == 30
+    amortized.train(50, parallel=False, max_epochs=1, progress=False)
+    assert len(amortized.simulations["x"]) == 50
+    assert len(runs) == 38 + 20
+
+
+@pytest.mark.parametrize("last", [1, 40])
+def test_parameters_of_an_interrupted_training_are_those_of_its_best_epoch(last):
+    """Training that is interrupted in its fifth epoch has those of training of four, and none before the first ends."""
+
+    class Interrupted:
+        def __init__(self, family):
+            self.loss, self.calls = MaximumLikelihood()(family), 0
+
+        def __call__(self, *rows):
+            self.calls += 1
+            if self.calls == last:
+                raise KeyboardInterrupt
+            return self.loss(*rows)
+
+    pyro.set_rng_seed(0)
+    simulations = AmortizedPosterior(conjugate, observed=["x"]).simulate(800, progress=False).simulations
+    found = []
+    for objective, epochs in ((Interrupted, 10), (None, 4)):
+        pyro.set_rng_seed(1)
+        amortized = AmortizedPosterior(conjugate, observed=["x"], family=SMALL, objective=objective, simulations=simulations)
+        if objective is None:
+            amortized.train(800, max_epochs=epochs, progress=False)
+        else:
+            with pytest.raises(KeyboardInterrupt, match="Training was interrupted"):
+                amortized.train(800, max_epochs=epochs, progress=False)
+        found.append(amortized)
+    interrupted, ended = found
+    if last == 1:
+        assert interrupted.family is None
+        assert interrupted.history == []
+        return
+    assert interrupted.history == ended.history
+    for p, x in zip(interrupted.family.parameters(), ended.family.parameters(), strict=True):
+        assert p.equal(x)
+    assert interrupted.given(x=torch.zeros(2)).get_samples(3)["loc"].shape == (3, 2)
 
 
 @pytest.mark.slow
@@ -276,8 +334,8 @@ def test_runs_of_many_simulations_and_single_ones_have_one_law():
     assert simulator.coordinates.names == ["scale"]
     assert simulator.latents == ["scale", "sign"]
     assert simulator._can_run_together()
-    together = simulator.simulate(2000, parallel=True, progress=False).values
-    alone = simulator.simulate(500, parallel=False, progress=False).values
+    together = Simulations.joined(list(simulator.simulate(2000, parallel=True, progress=False))).values
+    alone = Simulations.joined(list(simulator.simulate(500, parallel=False, progress=False))).values
     assert together["x"].shape == (2000, 3)
     assert alone["sign"].shape == (500,)
     for name in ("scale", "sign", "x"):
@@ -285,7 +343,7 @@ def test_runs_of_many_simulations_and_single_ones_have_one_law():
         assert (a.mean() - b.mean()).abs() < 6 * (a.var() / len(a) + b.var() / len(b)).sqrt()
     for parallel in (True, False):  # given latent variables are kept
         latents = simulator.draw_latents(4)
-        values = simulator.simulate(4, latents, parallel=parallel, progress=False).values
+        values = Simulations.joined(list(simulator.simulate(4, latents, parallel=parallel, progress=False))).values
         assert values["scale"].equal(latents["scale"])
         assert values["sign"].equal(latents["sign"])
 

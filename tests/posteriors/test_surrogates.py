@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from pyro_genmodels import MAF, Flow, to_arviz
+from pyro_genmodels import MAF, Autoregressive, BernoulliLikelihood, CategoricalLikelihood, Flow, to_arviz
 from pyro_genmodels.infer.compiled.modes import Captured
 from pyro_genmodels.posteriors import (
     AmortizedLikelihood,
@@ -66,6 +66,75 @@ def test_means_and_deviations_are_those_of_the_closed_form(kind):
     mean, deviation = errors(fit, X[:1])
     assert mean < 0.3
     assert deviation < 0.2
+
+
+def counts(shape, rate):
+    """Return a model of one count with a Gamma prior of its mean, whose posterior is a Gamma distribution."""
+
+    def model():
+        mean = pyro.sample("mean", dist.Gamma(shape, rate))
+        pyro.sample("x", dist.Poisson(mean))
+
+    return model
+
+
+@pytest.mark.parametrize(("shape", "rate"), [(1.0, 2.0), pytest.param(2.0, 0.5, marks=pytest.mark.slow)])
+def test_the_default_likelihood_of_counts_is_that_of_the_conjugate_posterior(shape, rate):
+    """For a few values it has their probabilities, for more a density with noise: the posterior of log mean, on a grid.
+
+    Its mean divergence from the exact one over counts as the model makes them is below 0.015 nats. That of a flow over the
+    numbers themselves is 0.04 to 0.06.
+    """
+    pyro.set_rng_seed(0)
+    learned = AmortizedLikelihood(counts(shape, rate), observed=["x"])
+    learned.train(2000, max_epochs=60, step_size=2e-3, patience=15, progress=False)
+    log_mean = torch.linspace(-8.0, 4.0, 1000)
+    x = dist.Poisson(dist.Gamma(shape, rate).sample((100,))).sample().clamp(max=learned.simulations["x"].max())
+    log_prior = dist.Gamma(shape, rate).log_prob(log_mean.exp()) + log_mean
+    with torch.no_grad():
+        found = learned.family(log_mean[:, None]).log_prob(learned._prepared(learned.family, {"x": x})[:, None])
+    exact = (dist.Poisson(log_mean.exp()).log_prob(x[:, None]) + log_prior).log_softmax(1)
+    assert (exact.exp() * (exact - (found + log_prior).log_softmax(1))).sum(1).mean() < 0.015
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "rate"), [(1.0, 2.0), (2.0, 0.5)])
+def test_several_counts_have_the_conjugate_posterior(shape, rate):
+    """Within 0.3 deviations and 20 per cent, what 400 effective draws miss once in 10^5 seeds or less."""
+    pyro.set_rng_seed(0)
+    learned = AmortizedLikelihood(counts(shape, rate), observed=["x"])
+    learned.train(4000, max_epochs=60, step_size=2e-3, patience=15, progress=False)
+    x = torch.tensor([0, 2, 1, 0, 1])
+    draws = learned.given(x=x, method=CHAINS, progress=False).get_samples()["mean"]
+    exact = dist.Gamma(shape + x.sum(), rate + len(x))
+    assert (draws.mean() - exact.mean).abs() < 0.3 * exact.variance.sqrt()
+    assert (draws.std() / exact.variance.sqrt() - 1).abs() < 0.2
+
+
+def test_the_default_family_follows_the_values_of_the_simulations():
+    def learned(x, family=None):
+        simulations = {"mean": torch.rand(len(x)) + 0.1, "x": x}
+        made = AmortizedLikelihood(counts(1.0, 1.0), observed=["x"], family=family, simulations=simulations)
+        return made.train(len(x), max_epochs=1, progress=False)
+
+    few = learned(torch.arange(40) % 2)
+    assert few.family.likelihood == BernoulliLikelihood()
+    with pytest.raises(ValueError, match="values from 2 to 2, but the family was trained on"):
+        few.given(x=2)
+    few._made.values["x"][3] = 4.0  # as further simulations may have it
+    assert few.train(40, max_epochs=1, progress=False).family.likelihood == CategoricalLikelihood(5)
+    many = learned(torch.arange(40))
+    assert isinstance(many.family, Flow)
+    assert many._prepared(many.family, {"x": torch.tensor([3])}).item() == 3.5
+    _, _, rows, _ = many._task()
+    assert rows.floor().flatten().equal(torch.arange(40.0))
+    assert not rows.equal(rows.floor())
+    own = learned(torch.arange(40) % 2, family=partial(Autoregressive, likelihood=CategoricalLikelihood(3)))
+    assert own._prepared(own.family, {"x": torch.tensor([2])}).item() == 2
+    with pytest.warns(
+        RuntimeWarning, match="In 10% of the simulations a number that is observed is 0.5.*family=.*AmortizedRatio"
+    ):
+        learned(torch.cat([torch.full((4,), 0.5), torch.randn(36)]), family=SMALL)
 
 
 @pytest.mark.slow
@@ -190,6 +259,22 @@ def test_wrong_names_shapes_and_kinds_are_refused():
     ]:
         with pytest.raises(error, match=message):
             call()
+
+
+@pytest.mark.parametrize("kind", [partial(AmortizedLikelihood, family=SMALL), AmortizedRatio])
+def test_simulations_that_fail_or_have_nan_are_counted_and_left_out(kind):
+    def model():
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        if loc > 1:
+            raise ZeroDivisionError("no population")
+        x = loc + torch.randn(2)
+        pyro.deterministic("x", x.log() if loc < -1 else x, event_dim=1)
+
+    pyro.set_rng_seed(0)
+    with pytest.warns(RuntimeWarning, match=r"of 200 simulations were left out: .*ZeroDivisionError: no population"):
+        learned = kind(model, observed=["x"]).train(200, max_epochs=1, progress=False)
+    assert set(learned.failures) == {"ZeroDivisionError: no population", "NaN or infinite values"}
+    assert len(learned.simulations["x"]) == 200 - learned.failures.total()
 
 
 def test_a_ratio_that_was_trained_with_missing_values_takes_them():
