@@ -24,6 +24,8 @@ MAX_CHAIN_COORDINATES = 10_000
 """Largest number of unconstrained coordinates for which chains are chosen."""
 MAX_FLOW_COORDINATES = 1000
 """Largest number for which a flow is, whose start is a dense matrix and whose training takes thousands of steps."""
+MAX_STEP = 0.1
+"""Largest distance of neighbouring numbers near the data, in standard errors of their mean, that goes without a warning."""
 INSTEAD = (
     "The methods of posterior() want one graph: write torch.where(condition, a, b) in place of a branch, or run Pyro's MCMC, "
     "which diagnose_posterior and compare_posteriors take too."
@@ -62,6 +64,7 @@ def posterior(
 
     Warns:
         UserWarning: if no site of the model is observed, so that the posterior is the prior.
+        RuntimeWarning: if data are so far from 0 that the precision of the latent variables is too coarse for them.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -85,12 +88,7 @@ def posterior(
     start = time.perf_counter()
     problem = Problem(model, args, kwargs, progress=progress)
     try:
-        if not problem.density.is_conditioned:
-            warn_caller(
-                "posterior: no site of the model is observed, so that the posterior is the prior. Pass the data, as in "
-                "posterior(model, x), and give them to pyro.sample by obs=.",
-                UserWarning,
-            )
+        _warn_of_data(problem.density.observed)
         if method is None:
             method, reason = default_method(problem.density.dim)
             if progress:
@@ -100,6 +98,27 @@ def posterior(
         raise CaptureError(f"{str(error).removesuffix(WAY_OUT)}{INSTEAD}") from error
     fit.seconds = time.perf_counter() - start
     return fit
+
+
+def _warn_of_data(observed: Mapping[str, float]) -> None:
+    """Warn if there are no data, or the precision is too coarse for them.
+
+    Args:
+        observed: for each observed site how far apart numbers are near its data, in standard errors of their mean.
+    """
+    if not observed:
+        warn_caller(
+            "posterior: no site of the model is observed, so that the posterior is the prior. Pass the data, as in "
+            "posterior(model, x), and give them to pyro.sample by obs=.",
+            UserWarning,
+        )
+    for name, step in observed.items():
+        if step > MAX_STEP:
+            warn_caller(
+                f"posterior: near the data of {name!r} the numbers of the latent variables' precision are {step:.2g} standard "
+                "errors of the data's mean apart, too far for a posterior of it. Subtract an offset from the data, in float64, "
+                "or call torch.set_default_dtype(torch.float64) and make the data in doubles."
+            )
 
 
 def default_method(dim: int) -> tuple[Method, str]:

@@ -238,6 +238,20 @@ def test_points_where_a_matrix_has_no_decomposition_are_nan():
     assert value.isfinite().tolist() == gradient.isfinite().flatten().tolist() == [True, False]
 
 
+def test_data_that_are_too_far_from_0_for_their_precision_are_told():
+    """At a million numbers of float32 are 1/16 apart, and the mean of 100 rows has the error 0.1."""
+
+    def model(y):
+        loc = pyro.sample("loc", dist.Normal(torch.zeros((), dtype=y.dtype), 1e7))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    y = 1e6 + 1.01 * torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat(50)
+    with pytest.warns(RuntimeWarning, match=r"near the data of 'y' the numbers .* are 0\.6\d standard errors"):
+        posterior(model, y.float(), method=Laplace(num_starts=1), progress=False)
+    posterior(model, y, method=Laplace(num_starts=1), progress=False)  # a warning would be an error
+
+
 @pytest.mark.filterwarnings("ignore:posterior. no site of the model is observed")
 def test_a_mode_that_is_none_is_refused():
     def funnel():

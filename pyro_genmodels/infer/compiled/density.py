@@ -31,7 +31,14 @@ from pyro_genmodels._pyro.plates import plates_around
 from pyro_genmodels._pyro.sites import is_deterministic
 from pyro_genmodels.infer.compiled.captured_density import CapturedDensity
 from pyro_genmodels.infer.compiled.coordinates import Coordinates
-from pyro_genmodels.infer.compiled.initial import as_strategy, as_values, flat_coordinates, never_without, off_modes
+from pyro_genmodels.infer.compiled.initial import (
+    as_strategy,
+    as_values,
+    flat_coordinates,
+    never_without,
+    off_modes,
+    within_precision,
+)
 from pyro_genmodels.infer.compiled.modes import Mode, check_mode, default_mode
 from pyro_genmodels.infer.compiled.prototypes import first_runs
 from pyro_genmodels.infer.compiled.recorder import StaleGraphError
@@ -116,7 +123,8 @@ class LogDensity(Coordinates):
         model: the model.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        is_conditioned: False if the model observes nothing, neither data nor a factor: this is the density of its prior.
+        observed: for each observed site, a `pyro.factor` too, how far apart numbers of the variables' dtype are near its data,
+            in standard errors of their mean. If it is empty, this is the density of the prior.
 
     Args:
         model: function with Pyro statements.
@@ -134,7 +142,7 @@ class LogDensity(Coordinates):
         super().__init__(prototype.transforms, prototype.values)
         self._potential, self._enumerated = prototype.potential, prototype.enumerated
         self._supports, self._others = prototype.supports, prototype.others
-        self.is_conditioned = prototype.is_conditioned
+        self.observed = dict(prototype.observed)
         self._event_shapes = {name: value.shape for name, value in prototype.values.items()}
         self._flat: Tensor | None = None  # 1 for each coordinate that the model says nothing about
         self._slope: Tensor | None = None  # its gradient there
@@ -244,9 +252,12 @@ class LogDensity(Coordinates):
     def prepare_starts(self, starts: Tensor) -> Tensor:
         """Return starts of chains, (n, dim), at which no gradient is exactly 0, as samplers want it.
 
-        A coordinate that starts at a mode is moved a little. A coordinate that the model says nothing about, such as a missing
-        value at the place of one that was observed, has no distribution. It gets a standard normal one here, which changes no
-        other. `check_flat` says later whether that was right.
+        A start so far from the posterior that the log density is rounded by more than a nat, as at 10 million nats in float32,
+        is moved uphill, since a sampler could not tell its points apart. A coordinate that starts at a mode is moved a little.
+
+        A coordinate that the model says nothing about, such as a missing value at the place of one that was observed, has no
+        distribution. It gets a standard normal one here, which changes no other. `check_flat` says later whether that was
+        right.
 
         Args:
             starts: points with a finite gradient, (n, dim).
@@ -256,6 +267,7 @@ class LogDensity(Coordinates):
         """
         if self._flat is not None:  # of other data
             self._flat, self._slope, self._captured = None, None, {}
+        starts = within_precision(self.evaluate, starts, max(torch.finfo(dtype).eps for dtype in self._dtypes.values()))
         flat = flat_coordinates(self.evaluate, starts)
         if flat.any():
             slope = self.evaluate(starts[0])[1] * flat

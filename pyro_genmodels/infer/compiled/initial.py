@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["as_strategy", "as_values", "flat_coordinates", "never_without", "off_modes"]
+__all__ = ["as_strategy", "as_values", "flat_coordinates", "never_without", "off_modes", "within_precision"]
 
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import init_to_generated, init_to_value
 from pyro.poutine.util import prune_subsample_sites
+from scipy.optimize import minimize
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -22,6 +24,10 @@ from pyro_genmodels.utils.tensors import as_tensor
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Map from coordinates, (dim,), to log density, (), and its gradient, (dim,)."""
 
+MAX_ROUNDING = 1.0
+"""Largest rounding of a log density, in nats, that chains can start with."""
+MAX_CLIMB = 100
+"""Largest number of steps uphill to where it is smaller."""
 NUM_MOVES = 6
 """Number of moves away from a mode that are tried, each of a tenth of the size of the one before."""
 
@@ -87,6 +93,41 @@ def flat_coordinates(evaluate: Evaluate, starts: Tensor) -> Tensor:
             if value.isfinite() and gradient.isfinite().all():
                 flat = flat & (gradient == slope)
     return flat
+
+
+def within_precision(evaluate: Evaluate, starts: Tensor, eps: float) -> Tensor:
+    """Return starts, (n, dim), with those moved uphill, by L-BFGS, at which the log density is rounded by more than a nat.
+
+    Args:
+        evaluate: map from coordinates, (dim,), to log density, (), and its gradient, (dim,).
+        starts: points with a finite gradient, (n, dim).
+        eps: relative distance of neighbouring numbers in the model's precision.
+    """
+    limit = MAX_ROUNDING / eps
+    return torch.stack([z if abs(float(evaluate(z)[0])) <= limit else _climbed(evaluate, z, limit) for z in starts])
+
+
+def _climbed(evaluate: Evaluate, start: Tensor, limit: float) -> Tensor:
+    """Return a point uphill, (dim,), where the size of the log density is below a limit, or as high as it is found."""
+    best, highest = start, float(evaluate(start)[0])
+
+    def negative(x: np.ndarray) -> tuple[float, np.ndarray]:
+        nonlocal best, highest
+        z = torch.from_numpy(x.copy()).to(start)
+        value, gradient = evaluate(z)
+        if not value.isfinite() or not gradient.isfinite().all():
+            return np.inf, np.zeros_like(x)
+        if float(value) > highest:
+            best, highest = z, float(value)
+        return -float(value), -gradient.double().cpu().numpy()
+
+    def stop(intermediate_result: Any) -> None:
+        if abs(intermediate_result.fun) <= limit:
+            raise StopIteration
+
+    first = start.double().cpu().numpy()
+    minimize(negative, first, jac=True, method="L-BFGS-B", callback=stop, options={"maxiter": MAX_CLIMB})
+    return best
 
 
 def off_modes(evaluate: Evaluate, starts: Tensor) -> Tensor:

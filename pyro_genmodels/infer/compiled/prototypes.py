@@ -22,6 +22,7 @@ from pyro_genmodels._pyro.reparam import replaceable
 from pyro_genmodels._pyro.sites import is_deterministic
 from pyro_genmodels.infer.compiled.coordinates import check_same_support
 from pyro_genmodels.infer.compiled.initial import never_without
+from pyro_genmodels.utils.precision import step_in_errors
 
 MAX_TRIES = 20
 """Largest number of first runs of a model that fail before its error is raised."""
@@ -37,7 +38,8 @@ class Prototype(NamedTuple):
         supports: support of each of these variables, by name.
         others: names of discrete and of deterministic variables.
         enumerated: the model with its discrete variables enumerated.
-        is_conditioned: False if nothing is observed: no data and no factor.
+        observed: for each observed site, a `pyro.factor` too, how far apart the numbers of the latent variables' dtype are near
+            its data, in standard errors of their mean.
     """
 
     potential: Callable[[Mapping[str, Tensor]], Tensor]
@@ -46,7 +48,7 @@ class Prototype(NamedTuple):
     supports: Mapping[str, Any]
     others: frozenset[str]
     enumerated: Callable[[], Any]
-    is_conditioned: bool
+    observed: Mapping[str, float]
 
 
 def first_runs(run: Callable[[], Any]) -> Prototype:
@@ -81,14 +83,17 @@ def first_runs(run: Callable[[], Any]) -> Prototype:
     enumerated = poutine.enum(config_enumerate(run), first_available_dim=-1 - nesting)
     nodes: Any = trace.nodes
     others = {name for name, site in nodes.items() if site["type"] == "sample" and _has_value(site)} - set(transforms)
+    values = {name: nodes[name]["value"] for name in transforms}
+    dtype = max((x.dtype for x in values.values()), key=lambda d: torch.finfo(d).eps, default=torch.float64)
+    data: dict[str, Any] = {name: alone.nodes[name]["value"] for name in traces.observed(alone)}
     return Prototype(
         potential,
         transforms,
-        {name: nodes[name]["value"] for name in transforms},
+        values,
         {name: nodes[name]["fn"].support for name in transforms},
         frozenset(others),
         enumerated,
-        bool(traces.observed(alone)),
+        {name: step_in_errors(x, dtype) if isinstance(x, Tensor) else 0.0 for name, x in data.items()},
     )
 
 

@@ -588,6 +588,22 @@ def test_missing_positive_data_stay_finite():
     assert nuts.statistics["diverging"].sum() == 0
 
 
+def test_chains_come_to_a_mean_that_is_far_from_where_they_start():
+    """At 10,000 deviations the log density is rounded by 500 nats in float32, and chains that start at 0 stay there.
+
+    The exact mean is that in float64, which the data in float32 have to a hundredth of the posterior's deviation.
+    """
+    y = (1e4 + torch.linspace(-1.5, 1.5, 100, dtype=torch.float64)).float()
+
+    def model(y):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1e6))
+        with pyro.plate("rows", 100):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    draws = sampled(model, y).get_samples(group_by_chain=True)["loc"].double()
+    assert_moments(draws, y.double().mean(), 1 / 100)
+
+
 def test_chains_start_at_a_mode():
     def model():
         pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
