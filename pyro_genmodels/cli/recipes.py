@@ -54,7 +54,9 @@ from pyro_genmodels.infer import (
     Adversarial,
     DenoisingScoreMatching,
     FlowMatching,
+    KLWeightedELBO,
     LikelihoodWeighting,
+    LinearAnnealing,
     LogNormalWeighting,
     NoiseContrastive,
 )
@@ -168,6 +170,11 @@ def _denoising(data: Dataset, *_: Any) -> ELBO:
     return DenoisingScoreMatching(weighting=LikelihoodWeighting() if data.levels else LogNormalWeighting(-2.0, 1.5))
 
 
+def _annealed(data: Dataset, *_: Any) -> ELBO | None:
+    """Return the bound with an annealed divergence for integers, so that more coordinates of z stay in use."""
+    return KLWeightedELBO(LinearAnnealing(ANNEALED_STEPS)) if data.levels else None
+
+
 def _adversarial(data: Dataset, family: Any, optim: Any) -> Adversarial:
     """Return adversarial training: for integers with strong penalties against overfitting, for reals with weak ones."""
     gamma = 1.0 if data.levels else 0.003
@@ -175,12 +182,14 @@ def _adversarial(data: Dataset, family: Any, optim: Any) -> Adversarial:
     return Adversarial(family.model, family.critic, Relativistic(), optim, penalties=(R1(gamma), R2(gamma)))
 
 
+ANNEALED_STEPS = 1_000
+"""Number of steps in which the weight of a VAE's divergence rises to 1."""
 SMALL_FAMILY = 1_000_000
 """Number of parameters below which a family is trained and evaluated in one thread, since several would wait for each other."""
 
 FAMILIES: Mapping[str, Recipe] = {
     "flow": Recipe(_flow, learning_rate=2e-3, batch_size=(128, 256)),
-    "vae": Recipe(_vae),
+    "vae": Recipe(_vae, objective=_annealed),
     "autoregressive": Recipe(_autoregressive),
     "energy": Recipe(_energy, learning_rate=2e-3, objective=_noise_contrastive, epochs=(45, 300), batch_size=(128, 256)),
     "ode_flow": Recipe(
