@@ -45,6 +45,7 @@ from pyro_genmodels import (
     Labels,
     MaximumLikelihood,
     MaximumMeanDiscrepancy,
+    Mixed,
     NormalLikelihood,
     ODEFlow,
     Persistent,
@@ -61,13 +62,20 @@ from pyro_genmodels.families import (
     SOSPF,
     UNAF,
     Annealed,
+    BetaLikelihood,
     BoltzmannMachine,
     Family,
+    GammaLikelihood,
     Glow,
     Hamiltonian,
+    LogNormalLikelihood,
+    NegativeBinomialLikelihood,
     ParallelTempering,
     PixelCNN,
+    PoissonLikelihood,
+    StudentTLikelihood,
     Transformer,
+    ZeroInflatedLikelihood,
 )
 
 LEVELS, CLASSES = 5, 3
@@ -146,6 +154,20 @@ def zeros_and_ones(*shape: int) -> Callable[[int], Tensor]:
     return lambda n: torch.randint(2, (n, *shape)).to(torch.get_default_dtype())
 
 
+def counts(*shape: int) -> Callable[[int], Tensor]:
+    return lambda n: torch.poisson(4 * torch.rand(n, *shape))
+
+
+def positive(*shape: int) -> Callable[[int], Tensor]:
+    return lambda n: 1e-3 * torch.randn(n, *shape).exp()
+
+
+def table(n: int) -> Tensor:
+    """Return rows of a real number, a positive one, a count, a class and a zero or one."""
+    columns = [real()(n), positive()(n), counts()(n), torch.randint(CLASSES, (n,)), torch.randint(2, (n,))]
+    return torch.stack([column.to(columns[0]) for column in columns], -1)
+
+
 def vectors(n: int) -> Tensor:
     return torch.randn(n, 2)
 
@@ -155,6 +177,13 @@ labels = integers(CLASSES)
 SMALL = {"transforms": 2, "hidden": (16, 16)}
 BISECTION = {"bisection": True, "tolerance": NAF.tolerance}
 DISCRETE = {"has_rsample": False, "discrete": True}
+KINDS = [
+    NormalLikelihood(),
+    GammaLikelihood(),
+    NegativeBinomialLikelihood(),
+    CategoricalLikelihood(CLASSES),
+    BernoulliLikelihood(),
+]
 IMPLICIT = {"density": "none", "objective": Trace_ELBO}
 
 
@@ -293,6 +322,31 @@ CASES = [
         integers(LEVELS, 2, 2),
         **DISCRETE,
     ),
+    Case("Autoregressive, Student t", lambda: _autoregressive(likelihood=StudentTLikelihood()), (3,), real(3)),
+    Case("Autoregressive, log-normal", lambda: _autoregressive(likelihood=LogNormalLikelihood()), (3,), positive(3)),
+    Case("Autoregressive, gamma", lambda: _autoregressive(likelihood=GammaLikelihood()), (3,), positive(3)),
+    Case("Autoregressive, beta", lambda: _autoregressive(likelihood=BetaLikelihood()), (3,), uniform(0.0, 1.0, 3)),
+    Case("Autoregressive, Poisson", lambda: _autoregressive(likelihood=PoissonLikelihood()), (3,), counts(3), **DISCRETE),
+    Case(
+        "Autoregressive, zero-inflated",
+        lambda: _autoregressive(event_shape=(2, 2), likelihood=ZeroInflatedLikelihood()),
+        (2, 2),
+        counts(2, 2),
+        **DISCRETE,
+    ),
+    Case(
+        "Autoregressive, mixed",
+        lambda: _autoregressive(event_shape=(5,), likelihood=Mixed(KINDS), order=[3, 1, 4, 0, 2]),
+        (5,),
+        table,
+        **DISCRETE,
+    ),
+    Case(
+        "Autoregressive, mixed without integers",
+        lambda: _autoregressive(event_shape=(2,), likelihood=Mixed(KINDS[:2])),
+        (2,),
+        lambda n: table(n)[:, :2],
+    ),
     Case("Autoregressive, order", lambda: _autoregressive(order=[2, 0, 1]), (3,), real(3)),
     Case("Autoregressive, context", lambda: _autoregressive(context=2), (3,), real(3), vectors),
     Case(
@@ -350,6 +404,16 @@ CASES = [
         **IMPLICIT,
     ),
     Case("VAE, mixture", lambda: _vae(likelihood=NormalLikelihood(components=2)), (3,), real(3), has_rsample=False, **IMPLICIT),
+    Case("VAE, beta", lambda: _vae(likelihood=BetaLikelihood()), (3,), uniform(0.0, 1.0, 3), **IMPLICIT),
+    Case(
+        "VAE, negative binomial",
+        lambda: _vae(likelihood=NegativeBinomialLikelihood()),
+        (3,),
+        counts(3),
+        **DISCRETE,
+        **IMPLICIT,
+    ),
+    Case("VAE, mixed", lambda: _vae(event_shape=(5,), likelihood=Mixed(KINDS)), (5,), table, **DISCRETE, **IMPLICIT),
     Case("VAE, flow prior", lambda: _vae(prior=_flow(event_shape=(2,))), (3,), real(3), **IMPLICIT),
     Case("VAE, labels", lambda: _vae(context=Labels(CLASSES)), (3,), real(3), labels, **IMPLICIT),
     Case("VAE, energy prior", lambda: _vae(prior=_energy(event_shape=(2,))), (3,), real(3), has_rsample=False, **IMPLICIT),

@@ -19,6 +19,7 @@ __all__ = [
     "BernoulliLikelihood",
     "CategoricalLikelihood",
     "DiscretizedLogisticLikelihood",
+    "Estimate",
     "Likelihood",
     "NormalLikelihood",
     "StudentTLikelihood",
@@ -43,6 +44,8 @@ from pyro_genmodels.distributions.discretized import DiscretizedLogisticMixture
 from pyro_genmodels.utils.distributions import is_real
 from pyro_genmodels.utils.errors import check_choice, check_positive_int
 
+Estimate = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Function that returns location and scale, (...) each, of real numbers (N, ...)."""
 MIN_LOGISTIC_SCALE = 0.03
 """Scale of a discretised logistic, in levels, that a network can always reach; nearly all probability is on one level."""
 
@@ -106,12 +109,15 @@ class Likelihood(ABC):
         """True if the likelihood is one of standardised values: the family subtracts a mean and divides by a deviation."""
         return is_real(self.support)
 
-    def units(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return location and scale of data in the units of the outputs, as doubles of shape (...).
+    def units(self, x: Tensor, estimate: Estimate) -> tuple[Tensor, Tensor]:
+        """Return the location and scale by which outputs of networks are measured, as doubles of shape (...).
 
         Args:
-            x: data, (N, ...), with NaN for missing values.
+            x: data, (N, ...).
+            estimate: function that returns mean and deviation of real numbers (N, ...), or robust ones.
         """
+        if self.is_located:
+            return estimate(x)
         zeros = torch.zeros(x.shape[1:], dtype=torch.float64, device=x.device)
         return zeros, zeros + 1
 

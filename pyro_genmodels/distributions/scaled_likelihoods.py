@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
-from pyro_genmodels.distributions.likelihoods import Likelihood, positive
+from pyro_genmodels.distributions.likelihoods import Estimate, Likelihood, positive
 from pyro_genmodels.utils.distributions import interior
 from pyro_genmodels.utils.errors import check_choice
 from pyro_genmodels.utils.precision import in_doubles
@@ -121,12 +121,8 @@ class ScaledLikelihood(Likelihood):
     def distribution(self, params: Tensor) -> Distribution:
         """Return the distribution for raw parameters (..., num_outputs), both in double precision."""
 
-    def units(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = self.link(in_doubles(x))
-        loc = y.nanmean(0)
-        deviation = (y - loc).square().nanmean(0).sqrt()
-        varied = deviation > 16 * torch.finfo(y.dtype).eps * loc.abs()  # False for NaN, where no value is known
-        return loc.nan_to_num(), torch.where(varied, deviation, 1.0)
+    def units(self, x: Tensor, estimate: Estimate) -> tuple[Tensor, Tensor]:
+        return estimate(self.link(in_doubles(x)))
 
     def in_units(self, loc: Tensor, scale: Tensor) -> ScaledLikelihood:
         new = copy.copy(self)
@@ -239,9 +235,9 @@ class CountLikelihood(ScaledLikelihood):
     def link(self, x: Tensor) -> Tensor:
         return x.clamp(min=0).log1p()
 
-    def units(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def units(self, x: Tensor, estimate: Estimate) -> tuple[Tensor, Tensor]:
         y = self.link(in_doubles(x))
-        typical = y.nanmean(0).expm1().clamp(min=MIN_COUNT).nan_to_num(nan=1.0)
+        typical = y.nanmean(0).nan_to_num().expm1().clamp(min=MIN_COUNT)  # NaN where there is no count
         deviation = (y - y.nanmean(0)).square().nanmean(0).sqrt().nan_to_num()
         scale = deviation * (1 + typical) / typical  # d log x = d log(1 + x) * (1 + x) / x
         least = (1 + typical) ** -0.5  # of a Poisson distribution
@@ -310,9 +306,9 @@ class ZeroInflatedLikelihood(CountLikelihood):
     def num_outputs(self) -> int:
         return self.base.num_outputs + 1
 
-    def units(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def units(self, x: Tensor, estimate: Estimate) -> tuple[Tensor, Tensor]:
         """Return location and scale of the counts that are not 0."""
-        return self.base.units(torch.where(x > 0, in_doubles(x), torch.nan))
+        return self.base.units(torch.where(x > 0, in_doubles(x), torch.nan), estimate)
 
     def distribution(self, params: Tensor) -> Distribution:
         counts = self.base.in_units(self.loc, self.scale).distribution(params[..., :-1])

@@ -5,6 +5,7 @@ from pyro_genmodels.distributions.energy.state import LogPartition
 from pyro_genmodels.evaluation.classifier_test import ClassifierTest, c2st
 from pyro_genmodels.evaluation.comparison import Comparison, compare
 from pyro_genmodels.evaluation.critic import Diagnosis, coverage, diagnose
+from pyro_genmodels.evaluation.imputation import impute
 from pyro_genmodels.evaluation.likelihood import has_likelihood, log_likelihood
 from pyro_genmodels.evaluation.modes import ModeCoverage, mode_coverage
 from pyro_genmodels.evaluation.observation import gaussian_observation_likelihood
@@ -30,6 +31,7 @@ __all__ = [
     "diagnose",
     "gaussian_observation_likelihood",
     "has_likelihood",
+    "impute",
     "log_likelihood",
     "log_partition",
     "mmd_test",

@@ -18,7 +18,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 from torch.distributions import ComposeTransform, Transform, biject_to, constraints
 
-from pyro_genmodels.distributions.likelihoods import Likelihood, check_likelihood, inner_value
+from pyro_genmodels.distributions.likelihoods import Estimate, Likelihood, check_likelihood, inner_value
 from pyro_genmodels.families.family import Family
 from pyro_genmodels.families.input_warnings import DATA
 from pyro_genmodels.families.standardization import Standardization, estimate
@@ -118,38 +118,41 @@ class CoordinateFamily(Family):
             check(values[~values.isnan()], event_dim=0)
 
     def _units_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self._all_located and not self.missing:
-            return super()._units_of(x)
-        if "jointly" in str(self._standardize):
-            parts = [self._units_of_column(self.likelihood, x.flatten(), DATA.noun)] * self.event_shape.numel()
+        jointly = "jointly" in str(self._standardize)
+        if not (self.missing or self.likelihood.is_mixed or (jointly and self.support.is_discrete)):
+            return self.likelihood.units(x, self._estimator(x, self.loc, DATA.noun))
+        if jointly:
+            places: list[Any] = [(self.likelihood, x.flatten(), DATA.noun)]
         else:
             columns = zip(x.flatten(1).unbind(1), self.likelihood.labels(self.event_shape), strict=True)
-            parts = [
-                self._units_of_column(self.likelihood.at(i), column, f"{DATA.noun} in {label}")
-                for i, (column, label) in enumerate(columns)
-            ]
-        loc, scale = zip(*parts, strict=True)
-        return torch.stack(loc).reshape(self.event_shape), torch.stack(scale).reshape(self.event_shape)
+            places = [(self.likelihood.at(i), column, f"{DATA.noun} in {label}") for i, (column, label) in enumerate(columns)]
+        loc, scale = zip(*(self._units_of_column(*place) for place in places), strict=True)
+        return tuple(torch.stack(part).expand(self.loc.numel()).reshape(self.event_shape) for part in (loc, scale))  # type: ignore[return-value]
 
     def _units_of_column(self, likelihood: Likelihood, column: Tensor, noun: str) -> tuple[Tensor, Tensor]:
-        """Return the location and scale of the values of one coordinate, (N,), called by a noun in messages."""
-        column = column[~column.isnan()]
-        zero = torch.zeros((), dtype=torch.float64, device=column.device)
-        if not len(column):
+        """Return the location and scale, () each, of the known values of a column, (N,), called by a noun in messages."""
+        known = column[~column.isnan()].unsqueeze(1)
+        if not len(known):
+            zero = torch.zeros((), dtype=torch.float64, device=column.device)
             return zero, zero + 1
-        if not likelihood.is_located:
-            return likelihood.units(column)
-        y = biject_to(self.support).inv(column) if self._is_mapped else column
-        loc, scale = estimate(
-            column.unsqueeze(1),
-            y.unsqueeze(1),
-            self.loc.new_zeros(1),
-            kind=self._standardize,
-            owner=self.name,
-            inputs=replace(DATA, noun=noun),
-            has_density=self._trains_by_density,
-        )
+        loc, scale = likelihood.units(known, self._estimator(known, self.loc.new_zeros(1), noun))
         return loc.squeeze(0), scale.squeeze(0)
+
+    def _estimator(self, x: Tensor, like: Tensor, noun: str) -> Estimate:
+        """Return the function from data as real numbers, (N, ...), to their location and scale; x is the data as they are."""
+
+        def of(y: Tensor) -> tuple[Tensor, Tensor]:
+            return estimate(
+                x,
+                biject_to(self.support).inv(y) if self._is_mapped else y,
+                like,
+                kind=self._standardize,
+                owner=self.name,
+                inputs=replace(DATA, noun=noun),
+                has_density=self._trains_by_density,
+            )
+
+        return of
 
     def validate(self, x: Tensor) -> None:
         x = as_tensor(x, self.name)

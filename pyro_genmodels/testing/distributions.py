@@ -239,7 +239,7 @@ def _distribution_errors(subject: DistributionSubject) -> None:
     if d.event_shape:
         require_error(ValueError, "a value of the wrong event shape", d.log_prob, torch.cat([x, x], -1))
     if d.support.is_discrete:
-        require_error(ValueError, "a value outside the support", d.log_prob, x + 1000)
+        require_error(ValueError, "a value outside the support", d.log_prob, x - 1000)
         return
     require_error(ValueError, "a value of integers", d.log_prob, torch.zeros(4, *d.event_shape, dtype=torch.long))
     x[1] = torch.nan
