@@ -21,6 +21,7 @@ from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.likelihoods import Likelihood
 from pyro_genmodels.distributions.sequences import is_after_end
 from pyro_genmodels.distributions.tempered import Tempered
+from pyro_genmodels.utils.capture import can_be_read
 
 
 class Conditionals(Protocol):
@@ -131,6 +132,9 @@ class Autoregression(GenerativeDistribution):
                 known, values = (part[..., len(drawn)] for part in given)
                 value = torch.where(known, values, value)
             drawn.append(value)
+            if self.end is not None and can_be_read(value) and bool((value == self.end).all()):
+                drawn += [value] * (len(places) - len(drawn))  # all have ended
+                break
             if len(drawn) < len(places):
                 params = steps.send(self._features(likelihood, value))
         dtype = reduce(torch.promote_types, {value.dtype for value in drawn})  # columns may be of different kinds

@@ -376,6 +376,17 @@ def test_samples_of_sequences_end_and_stay_so():
     assert_frequencies(counts, d.log_prob(x[proper]).exp())
 
 
+def test_a_sample_takes_no_steps_after_all_sequences_have_ended(monkeypatch):
+    family, steps = sequences(length=50), []
+    outputs = family.conditionals._outputs
+    monkeypatch.setattr(family.conditionals, "_outputs", lambda *args: steps.append(1) or outputs(*args))
+    with torch.no_grad():
+        family.conditionals.bias[3:, 0] = 100.0
+    draws = family().sample((20,))
+    assert (draws[:, 3:] == 0).all()
+    assert len(steps) <= 4
+
+
 def test_what_comes_after_the_end_has_no_gradient():
     family = sequences()
     x = torch.tensor([[1, 0, 0, 0]])

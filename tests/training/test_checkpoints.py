@@ -40,6 +40,8 @@ from pyro_genmodels import (
     NSF,
     VAE,
     Autoregressive,
+    BernoulliLikelihood,
+    CategoricalLikelihood,
     ConvolutionalCritic,
     ConvolutionalGenerator,
     DenseCritic,
@@ -52,7 +54,7 @@ from pyro_genmodels import (
     RealNVP,
     train,
 )
-from pyro_genmodels.families import NICE, SOSPF
+from pyro_genmodels.families import NICE, SOSPF, PixelCNN, Transformer
 from pyro_genmodels.training import Checkpoint, Fit, checkpoints, rebuild, runs
 from pyro_genmodels.training.allocation import limited
 
@@ -157,6 +159,9 @@ CHOICES = {
     "not standardised": lambda: small_flow(standardize=False),
     "levels": lambda: small_flow(levels=7),
     "order": lambda: Autoregressive((3,), order=torch.tensor([2, 0, 1]), hidden=[4], likelihood=NormalLikelihood(components=2)),
+    "transformer of any order": lambda: Autoregressive((3,), order="any", network=Transformer(1, 8, 2, "rotary", dropout=0.5)),
+    "sequences": lambda: Autoregressive((3,), likelihood=CategoricalLikelihood(3), network=Transformer(1, 8, 2), end=0),
+    "PixelCNN": lambda: Autoregressive((2, 1, 2), likelihood=BernoulliLikelihood(), network=PixelCNN(1, 4, 3)),
     "made on an interval": lambda: Autoregressive((2,), hidden=(4,), support=constraints.interval(-1.0, 1.0)),
     "dropout": lambda: VAE((2,), latent_dim=1, hidden=(), dropout=0.25),
     "labelled prior": lambda: VAE((2,), context=Labels(3), prior=Flow((2,), context=Labels(3), transform=SMALL), hidden=(4,)),
