@@ -129,7 +129,7 @@ def to_arviz(
 
     Warns:
         UserWarning: naming each group and variable that cannot be computed, and why; also if groups= names ``log_likelihood``
-            and all latent variables are of single rows.
+            and all latent variables are of single rows; if a model that does not take draws together runs 10,000 times.
 
     Example:
         >>> from pyro_genmodels import Flow

@@ -18,10 +18,11 @@ from pyro_genmodels.inference_data.arrays import BlockValues, GroupArrays, Varia
 from pyro_genmodels.inference_data.constants import collect_constants
 from pyro_genmodels.inference_data.layout import ModelLayout
 from pyro_genmodels.inference_data.replay import Replay, ReplayBlock
+from pyro_genmodels.inference_data.row_weights import RowWeights
 from pyro_genmodels.inference_data.sources import DrawSource
 from pyro_genmodels.inference_data.undrawn import find_undrawn
 from pyro_genmodels.utils.distributions import density_of, unwrap
-from pyro_genmodels.utils.errors import one_line
+from pyro_genmodels.utils.errors import listed, one_line, warn_caller
 from pyro_genmodels.utils.precision import in_doubles
 
 GROUPS = (
@@ -34,6 +35,9 @@ CANNOT_SAMPLE = (ArithmeticError, RuntimeError, ValueError)
 
 PARETO_K = "pareto_k"
 """Name of the statistic that is k-hat of all draws. For the latent variables of rows the names of the plates follow it."""
+
+MANY_RUNS = 10_000
+"""Number of runs of a model that takes its draws one by one, from which on this is told."""
 
 PROGRESS_DELAY = 2
 """Seconds after which a progress bar is shown."""
@@ -135,6 +139,7 @@ def collect(source: DrawSource, reports: dict[str, str], options: CollectOptions
         batch_size=options.batch_size,
         parallel=options.parallel,
     )
+    _warn_of_many_runs(replay, options)
     coords = replay.layout.rows.coords
     if reserved := {"chain", "draw"} & set(coords):
         raise ValueError(f"A plate is called {reserved.pop()!r}, which in ArviZ is a dimension of draws: give it another name.")
@@ -149,6 +154,20 @@ def collect(source: DrawSource, reports: dict[str, str], options: CollectOptions
     found = arrays.by_chain(source.num_chains)
     reports |= {group: _why_missing(group, replay.layout) for group in _missing(options, found, reports)}
     return Groups(found, coords, posterior.densities.kinds, source.note, _no_loo(replay.layout))
+
+
+def _warn_of_many_runs(replay: Replay, options: CollectOptions) -> None:
+    """Warn if a model that does not take draws together runs very often."""
+    blocks = len(replay.layout.rows.blocks)
+    number = len(replay.draw_blocks()) * blocks
+    if not replay.parallel and options.parallel is None and number >= MANY_RUNS:
+        each = "each draw" if blocks == 1 else f"each draw and each of {blocks} blocks of rows"
+        warn_caller(
+            f"to_arviz runs the model {number} times, once for {each}, because it does not take draws together. Index and "
+            "reduce latent variables from the right, as z[..., 0] and z.sum(-1), and put all batches into plates or "
+            ".to_event(1); or make fewer draws.",
+            UserWarning,
+        )
 
 
 def _missing(options: CollectOptions, found: Mapping[str, Variables], reports: Mapping[str, str]) -> list[str]:
@@ -226,6 +245,7 @@ class _Posterior:
     def __init__(self, source: DrawSource, replay: Replay, arrays: GroupArrays, reports: dict[str, str]) -> None:
         self.source, self.replay, self.arrays, self.reports = source, replay, arrays, reports
         self.densities = _Densities(reports)
+        self.row_weights = RowWeights(source.num_samples, self._plates_with_weights())
         self.undrawn = find_undrawn(replay, source)
 
     def collect(self, *, progress: bool) -> None:
@@ -244,6 +264,7 @@ class _Posterior:
                     block.model[summed_out_at]["unscaled_log_prob"] = log_p
                 self._put_values(block)
                 self._add_to_stats(block, stats)
+                self._add_to_row_weights(block)
         known = self.source.stats
         if layout.rows.sizes:  # the source's own are estimates from a subsample
             known = {name: values for name, values in known.items() if name not in ("log_p", "log_weight")}
@@ -253,27 +274,29 @@ class _Posterior:
         self.arrays.put_stats(stats)
         if not np.isnan(self.source.pareto_k) and "log_weight" not in stats:  # of weighted draws it is an attribute
             self.arrays.put_chain_stat(PARETO_K, np.full(self.source.num_chains, self.source.pareto_k))
-        self._put_local_pareto_k()
+        for name, k in self.row_weights.pareto_k().items():
+            self.arrays.put_chain_stat(f"{PARETO_K}_{name}", to_numpy(k)[None], self.row_weights.plates[name])
         why = "it is computed from latent variables, so that it differs from draw to draw"
         self.reports |= {f"observed_data[{name!r}]": why for name in self.arrays.drop_varying()}
 
-    def _put_local_pareto_k(self) -> None:
-        """Put k-hat of the latent variables of each row, if the guide knows it."""
-        source, rows = self.source, self.replay.layout.rows
-        guide: Any = poutine.unwrap(source.guide)
-        if not (self.arrays.wants("sample_stats") and hasattr(guide, "row_pareto_k") and guide.model is not None):
-            return
-        try:
-            found = guide.row_pareto_k(source.args, source.kwargs, source.num_samples)
-        except ValueError as error:
-            self.reports["sample_stats.pareto_k of rows"] = one_line(error)
-            return
+    def _plates_with_weights(self) -> dict[str, list[str]]:
+        """Return the plates whose rows have latent variables of their own, by name, of a guide that knows them."""
+        guide: Any = poutine.unwrap(self.source.guide)
+        if not (self.arrays.wants("sample_stats") and hasattr(guide, "plates_with_data")):
+            return {}
+        layout, found = self.replay.layout, {}
+        if layout.unguided:
+            why = f"the guide lacks {listed(layout.unguided)}, so that rows have no weights: sum discrete ones out in the model"
+            self.reports[f"sample_stats.{PARETO_K} of rows"] = why
+            return {}
         for name, plates in guide.plates_with_data.items():
-            if found[name].shape == tuple(len(rows.coords[plate]) for plate in plates):
-                self.arrays.put_chain_stat(f"{PARETO_K}_{name}", to_numpy(found[name])[None], plates)
-            else:
-                why = f"the guide is given data of {found[name].numel()} rows, fewer than the plate has"
+            if partial := [plate for plate in plates if plate in layout.rows.sizes and plate in guide.plates_given_in_part]:
+                number = len(layout.rows.subsamples[partial[0]]["value"])
+                why = f"the guide is given data of {number} rows, fewer than the plate has"
                 self.reports[f"sample_stats.{PARETO_K}_{name}"] = why
+            else:
+                found[name] = list(plates)
+        return found
 
     def _report(self) -> None:
         layout = self.replay.layout
@@ -356,6 +379,16 @@ class _Posterior:
                     stats.pop(stat)
                     break
                 stats[stat][block.draws] += to_numpy(in_doubles(log_p.values).reshape(len(log_p.values), -1).sum(1))
+
+    def _add_to_row_weights(self, block: ReplayBlock) -> None:
+        """Add a block's terms to the log weights of rows."""
+        for sign, found in ((1, block.model), (-1, block.guide)):
+            for site in found.values() if self.row_weights.plates else ():
+                log_p = self.densities.log_prob(block, f"sample_stats.{PARETO_K} of rows", site)
+                if log_p is None:
+                    self.row_weights.plates.clear()
+                    break
+                self.row_weights.add(log_p, sign)
 
 
 def _collect_prior(replay: Replay, arrays: GroupArrays, reports: dict[str, str], *, progress: bool) -> None:

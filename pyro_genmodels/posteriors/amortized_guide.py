@@ -135,6 +135,12 @@ class AmortizedGuide(NamedGuide):
         """Names of the plates whose variables are local, by these names with slashes between."""
         return {label(layout.plates): [plate.name for plate in layout.plates] for layout in self._layouts if layout.plates}
 
+    @property
+    def plates_given_in_part(self) -> set[str]:
+        """Names of the plates that choose rows, of which the guide is given the data of these rows only."""
+        plates = [plate for layout in self._layouts for plate in layout.plates]
+        return {plate.name for plate in plates if plate.chooses and plate.size < plate.full_size and not plate.has_all}
+
     # Building.
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -264,6 +270,7 @@ class AmortizedGuide(NamedGuide):
         return {name: x.quantile(torch.as_tensor(quantiles).to(x), dim=0) for name, x in draws.items()}
 
     @runs_models()
+    @torch.no_grad()
     def local_pareto_k(
         self, *args: Any, num_samples: int = 1000, model_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
@@ -288,20 +295,6 @@ class AmortizedGuide(NamedGuide):
         check_positive_int("local_pareto_k", num_samples=num_samples)
         kwargs = joined_keywords(kwargs, model_kwargs)
         check_model_keywords(self.model, None, args, kwargs)
-        return self.row_pareto_k(args, kwargs, num_samples)
-
-    @torch.no_grad()
-    def row_pareto_k(self, args: tuple, kwargs: Mapping[str, Any], num_samples: int) -> dict[str, Tensor]:
-        """Return k-hat of each row as `local_pareto_k` does, for `to_arviz`.
-
-        Args:
-            args: positional arguments of the model.
-            kwargs: keyword arguments of the model.
-            num_samples: number of draws.
-
-        Raises:
-            ValueError: as `local_pareto_k`.
-        """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         nesting = traces.max_plate_nesting(self.model, self, args, kwargs)

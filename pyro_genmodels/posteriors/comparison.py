@@ -175,6 +175,7 @@ def compare_posteriors(
     reference: Any = None,
     num_samples: int = 1000,
     distances: bool = True,
+    progress: bool = True,
     model_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> PosteriorComparison:
@@ -190,6 +191,7 @@ def compare_posteriors(
             each fit. The accuracy ``c2st`` is that of a network with one layer of 50, trained on one half and measured on the
             other; `pyro_genmodels.evaluation.c2st` by default follows the published protocol, with larger networks and 10,000
             draws.
+        progress: True to show a progress bar after two seconds.
         model_kwargs: keyword arguments of the model.
         kwargs: keyword arguments of the model, with any other name.
 
@@ -219,8 +221,8 @@ def compare_posteriors(
     if isinstance(reference, str) and reference not in fits:
         raise ValueError(f"The reference {reference!r} is not one of the fits {', '.join(map(repr, fits))}.")
     truth_fit = fits[reference] if isinstance(reference, str) else reference
-    truth = None if truth_fit is None else diagnose(truth_fit, args, kwargs, num_samples, None).draws
-    diagnoses = {name: diagnose(fit, args, kwargs, num_samples, truth) for name, fit in fits.items()}
+    truth = None if truth_fit is None else diagnose(truth_fit, args, kwargs, num_samples, None, progress=progress).draws
+    diagnoses = {name: diagnose(fit, args, kwargs, num_samples, truth, progress=progress) for name, fit in fits.items()}
     found = {}
     if truth is not None and distances:
         for name, diagnosis in diagnoses.items():

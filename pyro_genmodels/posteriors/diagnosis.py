@@ -95,6 +95,7 @@ def diagnose_posterior(
     *args: Any,
     reference: Any = None,
     num_samples: int = 1000,
+    progress: bool = True,
     model_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> PosteriorDiagnosis:
@@ -105,6 +106,7 @@ def diagnose_posterior(
         args: positional arguments of the model; a fit by `posterior` and an `MCMC` run remember theirs.
         reference: another fit that is taken for the truth, such as long chains; or draws by name, (chain, draw, ...).
         num_samples: number of draws of a guide.
+        progress: True to show a progress bar after two seconds.
         model_kwargs: keyword arguments of the model.
         kwargs: keyword arguments of the model, with any other name.
 
@@ -129,12 +131,18 @@ def diagnose_posterior(
     """
     check_positive_int("diagnose_posterior", num_samples=num_samples)
     kwargs = joined_keywords(kwargs, model_kwargs)
-    truth = None if reference is None else _draws(reference, args, kwargs, num_samples).draws
-    return diagnose(fit, args, kwargs, num_samples, truth)
+    truth = None if reference is None else _draws(reference, args, kwargs, num_samples, progress).draws
+    return diagnose(fit, args, kwargs, num_samples, truth, progress=progress)
 
 
 def diagnose(
-    fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int, truth: Mapping[str, Tensor] | None
+    fit: Any,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    num_samples: int,
+    truth: Mapping[str, Tensor] | None,
+    *,
+    progress: bool = False,
 ) -> PosteriorDiagnosis:
     """Return how good a posterior is: see `diagnose_posterior`.
 
@@ -144,10 +152,11 @@ def diagnose(
         kwargs: keyword arguments of the model.
         num_samples: number of draws of a guide.
         truth: draws of a reference, (chain, draw, ...) by name; None without one.
+        progress: True to show a progress bar after two seconds.
     """
     import pandas as pd
 
-    drawn = _draws(fit, args, kwargs, num_samples)
+    drawn = _draws(fit, args, kwargs, num_samples, progress)
     draws, weighted, stats = drawn.draws, drawn.weighted, drawn.stats
     k = weighted.pareto_k if weighted is not None else drawn.pareto_k
     is_chain = weighted is None and isnan(k)
@@ -229,7 +238,13 @@ class _Drawn(NamedTuple):
     local_pareto_k: Mapping[str, Tensor] = MappingProxyType({})
 
 
-def _draws(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int) -> _Drawn:
+def _draws(
+    fit: Any,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    num_samples: int,
+    progress: bool,  # noqa: FBT001
+) -> _Drawn:
     """Return draws of a fit, and what it knows about them."""
     problem = getattr(fit, "problem", None)
     if hasattr(fit, "psis") and (problem is None or problem.has_density):
@@ -249,7 +264,7 @@ def _draws(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int) -
         wanted = num_samples if has_guide else None
         if not isinstance(fit, list):  # the fits of a list, as chains, are checked by to_arviz
             checked_source(fit, args, kwargs, wanted, warns_of_prior=True)
-        data = to_arviz(fit, *args, num_samples=wanted, groups=groups, progress=False, model_kwargs=kwargs)
+        data = to_arviz(fit, *args, num_samples=wanted, groups=groups, progress=progress, model_kwargs=kwargs)
     draws, stats = draws_of_data(data)
     local = pareto_k_of_data(data)
     k = float(local.pop("", nan))

@@ -20,7 +20,7 @@ from pyro_genmodels._pyro.params import pyro_name
 from pyro_genmodels._pyro.subsampling import fixed_rows
 from pyro_genmodels.infer.compiled.density import LogDensity
 from pyro_genmodels.infer.compiled.modes import Captured
-from pyro_genmodels.posteriors import AmortizedGuide, AutoFlow, diagnose_posterior
+from pyro_genmodels.posteriors import AmortizedGuide, AutoFlow, compare_posteriors, diagnose_posterior
 from pyro_genmodels.utils.pareto import smooth_log_weights
 
 AFFINE = MAF(transforms=1, hidden=())
@@ -292,6 +292,29 @@ def test_two_levels_have_k_hat_in_arviz_and_an_arviz_of_chains_joins_them():
     expected, k = smooth_log_weights(torch.as_tensor(stats["log_weight"].to_numpy()).flatten())
     torch.testing.assert_close(weights.flatten(), expected.log_softmax(0))
     assert stats["log_weight"].attrs["pareto_k"] == pytest.approx(float(k))
+
+
+def test_a_comparison_runs_each_draw_and_block_of_rows_of_a_model_once(monkeypatch):
+    """A model that does not take draws together, under a subsampled plate, in a comparison with k-hat of each row."""
+    runs = []
+
+    def one_by_one(y):
+        runs.append(len(y))
+        mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+        with pyro.plate("rows", len(y), subsample_size=4) as rows:
+            level = pyro.sample("level", dist.Normal(mean, 1.0))
+            pyro.sample("y", dist.Normal(level[:, None], 0.5).expand([len(rows), 2]).to_event(1), obs=y[rows])
+
+    y = torch.randn(12, 2)
+    guide = AmortizedGuide(one_by_one, y, transform=SMALL, local_transform=SMALL)
+    svi = SVI(one_by_one, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    runs.clear()
+    found = compare_posteriors({"svi": svi}, y, num_samples=40, distances=False)
+    assert found.diagnoses["svi"].local_pareto_k["rows"].shape == (12,)
+    assert 3 * 40 <= len(runs) < 3 * 40 + 20
+    monkeypatch.setattr("pyro_genmodels.inference_data.groups.MANY_RUNS", 30)
+    with pytest.warns(UserWarning, match="runs the model 30 times, once for each draw and each of 3 blocks of rows"):
+        compare_posteriors({"svi": svi}, y, num_samples=10)
 
 
 def with_options(y, features, encoder=1.0, num_samples=2):
