@@ -20,7 +20,7 @@ class Table:
     """Rows of numbers.
 
     Attributes:
-        x: booleans, integers or finite floats, (N, *event_shape), with N at least 1.
+        x: booleans, integers or finite floats, (N, *event_shape), with N at least 1; NaN for missing values.
         labels: classes from 0, (N,) int64, or None.
         columns: names of the coordinates of x, which is then (N, len(columns)); None if the file has no names.
     """
@@ -38,6 +38,8 @@ def choose_columns(
     read: Callable[[Sequence[str]], np.ndarray],
     columns: Columns,
     labels: str | None,
+    *,
+    missing: bool = False,
 ) -> Table:
     """Return the chosen columns of a table, once they are known to be numbers.
 
@@ -49,6 +51,7 @@ def choose_columns(
         read: function from names of numeric columns to their values, (rows, len(names)), with NaN for missing ones.
         columns: columns that make x, or None for all but the labels.
         labels: column of the labels, or None.
+        missing: True to allow missing values in the columns that make x.
     """
     known = set(names)
     if len(known) < len(names):
@@ -74,7 +77,7 @@ def choose_columns(
     if text := describe_text(chosen):
         others = listed(name for name in names if name in numeric and name not in ("", labels))
         raise ArgumentError(f"{text}. Choose columns among those that are: {others}.", argument="columns", example="a,b")
-    x = check_finite(read(chosen), chosen)
+    x = check_finite(read(chosen), chosen, missing=missing)
     if labels is None:
         return Table(x, columns=chosen)
     if text := describe_text([labels]):
@@ -82,19 +85,26 @@ def choose_columns(
     return Table(x, check_labels(read([labels])[:, 0], len(x)), chosen)
 
 
-def check_finite(x: np.ndarray, columns: Columns = None) -> np.ndarray:
-    """Return the data in the machine's byte order, once they are known to be finite numbers in at least one row."""
+def check_finite(x: np.ndarray, columns: Columns = None, *, missing: bool = False) -> np.ndarray:
+    """Return the data in the machine's byte order, once they are known to be finite numbers in at least one row.
+
+    Args:
+        x: the data, (N, ...).
+        columns: names of the columns, for messages.
+        missing: True to allow NaN, for missing values.
+    """
     if not x.ndim or not x.size:
         raise ValueError(f"an array of shape {x.shape} holds no rows of numbers. The shape should be (N, ...), N at least 1.")
     with np.errstate(over="ignore"):
         x = x.astype(x.dtype.newbyteorder("=") if x.dtype.itemsize <= 8 else np.float64, order="C")
-    bad = ~np.isfinite(x)
+    bad = np.isinf(x) if missing else ~np.isfinite(x)
     if bad.any():
         rows = bad.reshape(len(x), -1)
         first = int(rows.any(1).argmax())
         where = f"row {first + 1}" + (f", column {listed([columns[int(rows[first].argmax())]])}" if columns else "")
         raise ValueError(
-            f"{int(rows.any(1).sum())} of {len(x)} rows hold missing or infinite values, first {where}. Drop or fill them."
+            f"{int(rows.any(1).sum())} of {len(x)} rows hold {'' if missing else 'missing or '}infinite values, first {where}. "
+            "Drop or fill them."
         )
     return x
 

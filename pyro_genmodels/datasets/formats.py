@@ -41,13 +41,13 @@ def _errors_as_damage() -> Iterator[None]:
         raise ValueError(f"the file is damaged ({type(error).__name__}: {one_line(error, 150)}). Save it again.") from error
 
 
-def _npy(file: BinaryIO, size: int, columns: Columns, labels: str | None, max_bytes: int) -> Table:
+def _npy(file: BinaryIO, size: int, columns: Columns, labels: str | None, max_bytes: int, *, missing: bool) -> Table:
     if columns is not None or labels is not None:
         raise ValueError("a .npy file is one array without names. To choose columns or labels, use .npz, .csv or .parquet.")
-    return Table(check_finite(_read_array(file, size)))
+    return Table(check_finite(_read_array(file, size), missing=missing))
 
 
-def _npz(file: BinaryIO, size: int, columns: Columns, labels: str | None, max_bytes: int) -> Table:
+def _npz(file: BinaryIO, size: int, columns: Columns, labels: str | None, max_bytes: int, *, missing: bool) -> Table:
     with _errors_as_damage():
         archive = ZipFile(file)
     arrays = {info.filename.removesuffix(".npy"): info for info in archive.infolist() if info.filename.endswith(".npy")}
@@ -74,7 +74,7 @@ def _npz(file: BinaryIO, size: int, columns: Columns, labels: str | None, max_by
         with stream:
             return _read_array(stream, unpacked)
 
-    x = check_finite(read(chosen[0]))
+    x = check_finite(read(chosen[0]), missing=missing)
     return Table(x, None if labels is None else check_labels(read(labels), len(x)))
 
 
@@ -100,7 +100,7 @@ def _read_array(stream: IO[bytes], size: int) -> np.ndarray:
         return np.frombuffer(stream.read(), dtype).reshape(shape, order="F" if fortran_order else "C")
 
 
-def _csv(file: BinaryIO, size: int, columns: Columns, labels: str | None, max_bytes: int) -> Table:
+def _csv(file: BinaryIO, size: int, columns: Columns, labels: str | None, max_bytes: int, *, missing: bool) -> Table:
     import pandas as pd
 
     _check_lines(file, max_bytes)
@@ -113,7 +113,7 @@ def _csv(file: BinaryIO, size: int, columns: Columns, labels: str | None, max_by
         frame.columns = pd.Index(names if header == 0 else map(str, range(len(names))))
     if len(frame) != rows + (header is None):
         raise ValueError("its rows cannot be separated. Write one row per line, without line breaks in fields.")
-    return _from_frame(frame, columns, labels)
+    return _from_frame(frame, columns, labels, missing=missing)
 
 
 def _check_lines(file: BinaryIO, max_bytes: int) -> None:
@@ -177,7 +177,7 @@ def _is_number(field: str) -> bool:
     return "_" not in field
 
 
-def _from_frame(frame: DataFrame, columns: Columns, labels: str | None) -> Table:
+def _from_frame(frame: DataFrame, columns: Columns, labels: str | None, *, missing: bool) -> Table:
     """Return the chosen columns of a data frame of numpy's data types."""
     dtypes = frame.dtypes.to_dict()
 
@@ -192,6 +192,7 @@ def _from_frame(frame: DataFrame, columns: Columns, labels: str | None) -> Table
         read,
         columns,
         labels,
+        missing=missing,
     )
 
 
@@ -213,7 +214,7 @@ def _example(name: str, column: Any) -> str:
     return f"row {row + 1} of {listed([name])} is {found[:50]!r}{hint}"
 
 
-def _parquet(file: BinaryIO, size: int, columns: Columns, labels: str | None, max_bytes: int) -> Table:
+def _parquet(file: BinaryIO, size: int, columns: Columns, labels: str | None, max_bytes: int, *, missing: bool) -> Table:
     parquet = import_extra("pyarrow.parquet", extra="parquet", by="A .parquet file")
     import pyarrow as pa
 
@@ -238,7 +239,14 @@ def _parquet(file: BinaryIO, size: int, columns: Columns, labels: str | None, ma
     kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
     numeric = {name for name, kind in fields.items() if any(is_kind(kind) for is_kind in kinds)}
     return choose_columns(
-        names, rows, numeric, lambda name: f"{listed([name])} holds {one_line(fields[name], 50)}", read, columns, labels
+        names,
+        rows,
+        numeric,
+        lambda name: f"{listed([name])} holds {one_line(fields[name], 50)}",
+        read,
+        columns,
+        labels,
+        missing=missing,
     )
 
 
@@ -250,10 +258,10 @@ def _unpacked_bytes(metadata: Any, names: set[str]) -> int:
     return 8 * max(values, len(names) * metadata.num_rows)
 
 
-READERS: Mapping[str, Callable[[BinaryIO, int, Columns, str | None, int], Table]] = {
+READERS: Mapping[str, Callable[..., Table]] = {
     ".npy": _npy,
     ".npz": _npz,
     ".csv": _csv,
     ".parquet": _parquet,
 }
-"""Functions from (file, its size, columns, labels, largest size) to a table, by suffix."""
+"""Functions from (file, its size, columns, labels, largest size, missing=) to a table, by suffix."""

@@ -24,6 +24,7 @@ def read_table(
     *,
     columns: str | Sequence[str] | None = None,
     labels: str | None = None,
+    missing: bool = False,
     max_bytes: int = MAX_BYTES,
 ) -> Table:
     r"""Read the rows of a file.
@@ -39,13 +40,16 @@ def read_table(
         columns: columns that make up x, in this order; by default all but the labels. For a `.npz` file, name of one array, by
             default "x" or the only array that is not the labels.
         labels: column, or array of a `.npz` file, that holds classes as whole numbers from 0.
+        missing: True to allow missing values in x, which are NaN there: empty fields of a `.csv` file and nulls of a `.parquet`
+            file.
         max_bytes: largest size of the file and of the numbers in it, 8 bytes each; by default 1 GB. For a `.csv` file it also
             limits the length of a line, 1/64 of it, and the number of lines, 1/32 of it, or 1/1024 for blank ones.
 
     Raises:
         OSError: if the file does not exist or cannot be read.
         ValueError: if the file is not of the format of its suffix, is damaged, has no rows or rows of different lengths, lacks
-            the columns, or holds anything but finite numbers in them. Rows are counted from 1, without the header.
+            the columns, or holds anything but finite numbers in them, or missing ones if allowed. Rows are counted from 1,
+            without the header.
         ArgumentError: if the file can be read with other columns or a larger `max_bytes`; this is a ValueError too.
         ImportError: for a `.parquet` file without pyarrow.
 
@@ -64,7 +68,7 @@ def read_table(
         if names is not None and (not names or len(set(names)) < len(names) or labels in names):
             raise ValueError(f"columns wants different names, without that of the labels, but found {listed(names)}.")
         with _opened(path, max_bytes) as (file, size):
-            return READERS[path.suffix.lower()](file, size, names, labels, max_bytes)
+            return READERS[path.suffix.lower()](file, size, names, labels, max_bytes, missing=missing)
     except ArgumentError as error:
         raise ArgumentError(f"{path}: {error}", argument=error.argument, example=error.example) from error
     except ValueError as error:

@@ -27,6 +27,7 @@ from pyro_genmodels import (
     log_likelihood,
     train,
 )
+from pyro_genmodels.datasets import read_table
 from pyro_genmodels.distributions import (
     BetaLikelihood,
     GammaLikelihood,
@@ -321,6 +322,22 @@ def test_kinds_of_columns_are_read_from_a_table():
         Mixed.of([1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="no value in the column 0"):
         Mixed.of(torch.full((4, 1), torch.nan))
+
+
+def test_a_table_with_gaps_is_read_and_modelled(tmp_path):
+    path = tmp_path / "ward.csv"
+    path.write_text("age,ward,visits\n40.5,0,12\n,1,0\n51.25,2,\n33.0,,470\n61.5,1,28\n")
+    with pytest.raises(ValueError, match="3 of 5 rows hold missing or infinite values, first row 2, column age"):
+        read_table(path)
+    table = read_table(path, missing=True)
+    kinds = Mixed.of(table.x, names=table.columns)
+    assert kinds.likelihoods == (NormalLikelihood(), CategoricalLikelihood(3), NegativeBinomialLikelihood())
+    family = VAE((3,), likelihood=kinds, missing=True, hidden=(8,))
+    family.standardize(table.x)
+    assert log_likelihood(family, table.x, num_samples=20).values.isfinite().all()
+    path.write_text("age\n1.5\n\ninf\n")
+    with pytest.raises(ValueError, match="1 of 2 rows hold infinite values, first row 2"):
+        read_table(path, missing=True)
 
 
 # Missing values.
