@@ -7,8 +7,9 @@ A flow f given the integers x maps logistic noise to the noise that is added to 
     e \sim \operatorname{Logistic}(0, 1)^d, \qquad u = \sigma(f(e \mid x)), \qquad
     \log q(u \mid x) = \sum_i \log \sigma'(e_i) - \log |\det \partial f / \partial e| - \sum_i \log \sigma'(f_i) .
 
-Where f is the identity, u is uniform. One pass in the direction of densities gives both u and log q, for every flow. Ho et al.,
-*Flow++* (arXiv 1902.00275).
+Where f is the identity, u is uniform. One pass in the direction of densities gives both u and log q, for every flow. Splines
+are the identity far out, so that q is positive at both ends of (0, 1) and importance weights p / q are bounded. Under affine
+functions q vanishes there. Ho et al., *Flow++* (arXiv 1902.00275).
 """
 
 from __future__ import annotations
@@ -62,11 +63,13 @@ class LearnedNoise:
         batch, d = x.shape[: x.dim() - len(self.event_shape)], self.event_shape.numel()
         middle = x + 0.5
         given = (middle if self.pretransform is None else self.pretransform(middle)).reshape(*batch, d).to(self.dtype)
-        e = torch.rand_like(given).logit(eps=torch.finfo(given.dtype).eps)
+        limits = torch.finfo(given.dtype)
+        e = torch.rand_like(given).logit(eps=limits.eps)
         if self.context is not None:
             given = torch.cat((given, self.context.expand(*batch, self.context.shape[-1])), -1)
         v, log_det = call_with_log_det(self.transform(given), e)
-        return v.sigmoid().reshape(x.shape), (_log_slope(e) - _log_slope(v)).sum(-1) - log_det
+        u = v.sigmoid().clamp(limits.tiny, 1 - limits.eps)  # rounding may make it 0 or 1
+        return u.reshape(x.shape), (_log_slope(e) - _log_slope(v)).sum(-1) - log_det
 
 
 def _log_slope(v: Tensor) -> Tensor:

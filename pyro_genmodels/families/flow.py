@@ -37,7 +37,8 @@ class Flow(ContinuousFamily):
             transform.
         levels: number K of levels, for data that are integers 0 .. K - 1. The flow is then a `Dequantized` density on [0, K].
         dequantization: choice of the layers that transform the noise which is added to integers, given these: variational
-            dequantisation. None adds uniform noise.
+            dequantisation, whose bound is tighter. Splines, such as `NSF`, have bounded importance weights; affine layers,
+            such as `RealNVP`, do not. None adds uniform noise.
         standardize: see `Family`; by default "jointly" for `Glow` and True otherwise; ignored for `NCSF`, whose angles have no
             scale.
         standardize_context: see `Family`.
