@@ -44,6 +44,7 @@ from pyro_genmodels.families.energy import EnergyModel
 from pyro_genmodels.families.family import Family
 from pyro_genmodels.families.flow import Flow
 from pyro_genmodels.families.gan import GAN
+from pyro_genmodels.families.latents import FlowPosterior, FullNormalPosterior, MixturePrior, NormalPosterior, VampPrior
 from pyro_genmodels.families.ode_flow import ODEFlow
 from pyro_genmodels.families.vae import VAE
 from pyro_genmodels.nn.boltzmann import BoltzmannMachine, RestrictedBoltzmannMachine
@@ -100,6 +101,8 @@ __all__ = [
     "Family",
     "Flow",
     "FlowDensity",
+    "FlowPosterior",
+    "FullNormalPosterior",
     "GammaLikelihood",
     "GaussianProbes",
     "Gibbs",
@@ -114,9 +117,11 @@ __all__ = [
     "LogNormalLikelihood",
     "Midpoint",
     "Mixed",
+    "MixturePrior",
     "NegativeBinomialLikelihood",
     "NoisePrediction",
     "NormalLikelihood",
+    "NormalPosterior",
     "ODEFlow",
     "ParallelTempering",
     "Persistent",
@@ -136,6 +141,7 @@ __all__ = [
     "UniformLogSNR",
     "UniformSigma",
     "UniformTime",
+    "VampPrior",
     "VarianceExploding",
     "VariancePreserving",
     "VariationalBound",

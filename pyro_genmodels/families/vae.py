@@ -11,13 +11,12 @@ __all__ = ["VAE"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import expm1, log
+from functools import partial
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-import torch.nn.functional as F
 from pyro.nn import pyro_method
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
@@ -30,9 +29,10 @@ from pyro_genmodels.distributions.partly_observed import PartlyObserved
 from pyro_genmodels.families.context import Context
 from pyro_genmodels.families.coordinates import CoordinateFamily
 from pyro_genmodels.families.family import Family, Standardize, StandardizeContext
+from pyro_genmodels.families.latents import LatentPosterior, LatentPrior, NormalPosterior
 from pyro_genmodels.nn.mlp import MLP, call_batched
 from pyro_genmodels.utils.distributions import is_real
-from pyro_genmodels.utils.errors import check_positive_int
+from pyro_genmodels.utils.errors import check_choice, check_positive_int
 
 
 class VAE(CoordinateFamily):
@@ -45,9 +45,11 @@ class VAE(CoordinateFamily):
         likelihood: distribution of one coordinate given z: `NormalLikelihood()`, the default, another one of
             `pyro_genmodels.distributions`, or `Mixed` with one for each column of a table.
         prior: distribution of z, over one event of any shape: a Pyro distribution, a family (given the context if it takes
-            one), or None for a standard normal.
+            one), `MixturePrior()`, `VampPrior()`, or None for a standard normal.
+        posterior: form of the guide: `NormalPosterior()`, the default, `FullNormalPosterior()` or `FlowPosterior()`.
         encoder: your own network, called as ``encoder(x)`` or ``encoder(x, context)``. It returns the parameters
-            (batch, 2 * latent size) of a normal, location first, or the pair (location, scale). Its input x is
+            (batch, 2 * latent size) of a normal, location first, or the pair (location, scale); with another `posterior` its
+            parameters, (batch, posterior.num_outputs(latent size)). Its input x is
             (batch, *event_shape) with values of about -1 to 1 (with `CategoricalLikelihood` one-hot in a last dimension, with
             `Mixed` padded with zeros there). With `missing` it is 0 where a coordinate is missing, and the last dimension,
             which is then there in any case, ends with 1 where one is known.
@@ -64,7 +66,7 @@ class VAE(CoordinateFamily):
         name: see `Family`.
 
     Raises:
-        TypeError: if `likelihood`, `prior`, `encoder` or `decoder` is of the wrong kind.
+        TypeError: if `likelihood`, `prior`, `posterior`, `encoder` or `decoder` is of the wrong kind.
         ValueError: if the prior is not over one event of real numbers; later, if your own network's output has another shape.
 
     Example:
@@ -86,7 +88,8 @@ class VAE(CoordinateFamily):
         context: Context = 0,
         latent_dim: int = 8,
         likelihood: Likelihood | None = None,
-        prior: Distribution | Family | None = None,
+        prior: Distribution | Family | LatentPrior | None = None,
+        posterior: LatentPosterior | None = None,
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
         hidden: Sequence[int] = (256, 256),
@@ -108,18 +111,25 @@ class VAE(CoordinateFamily):
             name=name,
         )
         check_positive_int("VAE", latent_dim=latent_dim)
-        if prior is not None:
+        posterior = check_choice("VAE", "posterior", posterior, NormalPosterior(), LatentPosterior)
+        if not (prior is None or isinstance(prior, LatentPrior)):
             _check_prior(prior)
         for role, network in (("encoder", encoder), ("decoder", decoder)):
             if not (network is None or isinstance(network, nn.Module)):
                 found = f"the class {network.__name__}" if isinstance(network, type) else type(network).__name__
                 raise TypeError(f"VAE wants an {role} that is a torch.nn.Module, but found {found}.")
-        self.prior = prior
-        self.latent_shape = Size((latent_dim,)) if prior is None else prior.event_shape
-        latent_size, values = self.latent_shape.numel(), self.event_shape.numel()
-        inputs = values * (self.likelihood.num_inputs + int(missing)) + self.context_size
+        channels = self.likelihood.num_inputs + int(missing)
+        inputs = Size((*self.event_shape, channels)) if channels > 1 or missing else self.event_shape
+        if prior is None or isinstance(prior, LatentPrior):
+            self.latent_shape = Size((latent_dim,))
+            self.prior: Any = None if prior is None else prior.build(self.latent_shape, inputs)
+        else:
+            self.latent_shape, self.prior = prior.event_shape, prior
+        latent_size = self.latent_shape.numel()
         outputs = (*self.event_shape, self.likelihood.num_outputs)
-        self.encoder = encoder or _Flat(inputs, (2 * latent_size,), hidden, dropout)
+        self.encoding, self._encoded = posterior.build(self.latent_shape), posterior
+        encoded = (posterior.num_outputs(latent_size),)
+        self.encoder = encoder or _Flat(inputs.numel() + self.context_size, encoded, hidden, dropout)
         self.decoder = decoder or _Flat(latent_size + self.context_size, outputs, hidden, dropout)
 
     def forward(self, context: Tensor | None = None) -> Implicit:
@@ -149,7 +159,7 @@ class VAE(CoordinateFamily):
 
     @pyro_method
     def guide(self, x: Tensor | None = None, context: Tensor | None = None, *, size: int | None = None) -> Tensor | None:
-        """Draw z given x from the encoder's normal distribution; without x, nothing is drawn."""
+        """Draw z given x from the encoder's distribution; without x, nothing is drawn."""
         if x is None:
             return None
         x, context = self._accept(x, context)
@@ -161,22 +171,23 @@ class VAE(CoordinateFamily):
     def posterior(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         """Return the encoder's distribution of z, of batch shape (batch...), given data x, (batch..., *event_shape)."""
         x, context = self._as_tensors(x, context)
-        batch = x.shape[: x.dim() - len(self.event_shape)]
-        out = call_batched(self.encoder, batch, self._features(x), self.embed(context))
-        latents = self.latent_shape.numel()
-        if isinstance(out, Tensor) and out.shape == (*batch, 2 * latents):
-            loc, raw = out.chunk(2, -1)
-            out = loc, F.softplus(raw + log(expm1(1.0))) + 1e-5
+        return self._encode(self._features(x), x.shape[: x.dim() - len(self.event_shape)], self.embed(context))
+
+    def _encode(self, features: Tensor, batch: Size, context: Tensor | None) -> dist.TorchDistribution:
+        """Return the guide's distribution of z, given inputs of the encoder, (*batch, ...), and an embedded context."""
+        out = call_batched(self.encoder, batch, features, context)
+        wanted = (*batch, self._encoded.num_outputs(self.latent_shape.numel()))
+        if isinstance(out, Tensor) and out.shape == wanted:
+            return self.encoding(out)
         parts = out if isinstance(out, tuple) else (out,)
         shapes = [tuple(part.shape) for part in parts]
-        if shapes not in ([(*batch, latents)] * 2, [(*batch, *self.latent_shape)] * 2):
+        pairs = [[(*batch, *shape)] * 2 for shape in ((self.latent_shape.numel(),), self.latent_shape)]
+        if not (self._encoded.may_be_pair and shapes in pairs):
+            pair = f", or a pair (loc, scale) of shape {(*batch, *self.latent_shape)} each" if self._encoded.may_be_pair else ""
             raise ValueError(
-                f"The encoder should return a tensor of shape {(*batch, 2 * latents)}, or a pair (loc, scale) of shape "
-                f"{(*batch, *self.latent_shape)} each, but it returned {', '.join(map(str, shapes))}."
+                f"The encoder should return a tensor of shape {wanted}{pair}, but it returned {', '.join(map(str, shapes))}."
             )
-        if len(self.latent_shape) != 1:
-            parts = tuple(part.reshape(batch + self.latent_shape) for part in parts)
-        loc, scale = parts
+        loc, scale = (part.reshape(batch + self.latent_shape) for part in parts)
         return dist.Normal(loc, scale).to_event(len(self.latent_shape))
 
     def _features(self, x: Tensor) -> Tensor:
@@ -213,7 +224,15 @@ class VAE(CoordinateFamily):
             return dist.Normal(zero, one).to_event(len(self.latent_shape))
         if isinstance(self.prior, Family):
             return self.prior(context if self.prior.context is not None else None)
-        return self.prior
+        return self.prior if isinstance(self.prior, Distribution) else self.prior(partial(self._guide_of, self.embed(context)))
+
+    def _guide_of(self, context: Tensor | None, inputs: Tensor) -> dist.TorchDistribution:
+        """Return the guide's distributions for inputs of the encoder, (k, ...), of batch shape (context's batch..., k)."""
+        batch = inputs.shape[:1]
+        if context is not None:
+            batch = context.shape[:-1] + batch
+            inputs, context = inputs.expand(context.shape[:-1] + inputs.shape), context.unsqueeze(-2)
+        return self._encode(inputs, batch, context)
 
 
 @dataclass(frozen=True)
@@ -268,7 +287,9 @@ def _draw_weights(network: nn.Module) -> None:
 def _check_prior(prior: Distribution | Family) -> None:
     if not isinstance(prior, (Distribution, Family)):
         found = f"the class {prior.__name__}" if isinstance(prior, type) else type(prior).__name__
-        raise TypeError(f"VAE wants a Pyro distribution or a family as its prior, such as Flow((8,)), but found {found}.")
+        raise TypeError(
+            f"VAE wants a Pyro distribution or a family as its prior, such as Flow((8,)), or MixturePrior(), but found {found}."
+        )
     if isinstance(prior, GenerativeDistribution):
         raise ValueError(
             f"VAE wants the family that made this {type(prior).__name__} as its prior, so that the prior is trained."

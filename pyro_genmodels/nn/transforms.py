@@ -278,7 +278,7 @@ class NAF(FlowTransform):
 
     def _onto(self, flow: Callable[..., Any], features: int, context: int) -> nn.Module:
         """Return the layers of one of zuko's flows without those between them, which leave only [-11, 11] to be inverted."""
-        layers = self.stack(flow, features, context, randperm=self.randperm, signal=self.signal).transforms
+        layers: Any = self.stack(flow, features, context, randperm=self.randperm, signal=self.signal).transforms
         return zuko.lazy.LazyComposedTransform(*(x for x in layers if not isinstance(x, zuko.lazy.UnconditionalTransform)))
 
 
