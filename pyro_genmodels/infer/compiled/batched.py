@@ -4,7 +4,9 @@ from __future__ import annotations
 
 __all__ = ["BatchedDensity"]
 
+from collections.abc import Callable, Sequence
 from copy import copy
+from math import ceil
 from typing import Any
 
 import torch
@@ -12,7 +14,6 @@ from torch import Tensor
 
 from pyro_genmodels.infer.compiled.density import LogDensity
 from pyro_genmodels.infer.compiled.functions import CapturedFunction, capture
-from pyro_genmodels.infer.compiled.graph import Graph
 from pyro_genmodels.infer.compiled.mapped import mappable
 from pyro_genmodels.infer.compiled.modes import Captured, Mode
 from pyro_genmodels.infer.compiled.recorder import CaptureError
@@ -22,6 +23,8 @@ MAX_GRAPHS = 8
 """Number of graphs, one for each number of points, that are kept."""
 MAX_ELEMENTS = 2**18
 """Number of elements of a tensor above which a CPU is slow to get its memory, so that fewer points at once are faster."""
+MAX_PARTS = 8
+"""Largest number of parts of points that are parts of one larger graph."""
 
 
 class BatchedDensity:
@@ -80,20 +83,29 @@ class BatchedDensity:
         values, gradients = zip(*parts, strict=True)
         return torch.cat(values), torch.cat(gradients)
 
-    def graph(self, z: Tensor) -> Graph | None:
-        """Return the graph of log densities and gradients as it is now, as a part of other graphs.
+    def graph(self, z: Tensor) -> Callable[[Tensor], Sequence[Tensor]] | None:
+        """Return the function of points as it is now, made of graphs, as a part of other graphs.
 
         Args:
             z: unconstrained coordinates, (n, dim).
 
         Returns:
-            The graph for n points; None if the mode is eager, the model cannot be mapped, or n is above `block`.
+            The function for n points; None if the mode is eager, the model cannot be mapped, or n is above `block`.
         """
         if len(z) > self.block:
             return None
         self._capture(z)
-        mapped = self._mapped_over(z)
-        return None if mapped is None else mapped.graph
+        size = max(self._num_at_once(z.device), ceil(len(z) / MAX_PARTS))
+        mapped = [self._mapped_over(part) for part in z.split(size)]
+        graphs = [part.graph for part in mapped if part is not None]
+        if len(graphs) < len(mapped):
+            return None
+
+        def in_parts(z: Tensor) -> Sequence[Tensor]:
+            values, gradients = zip(*(graph(part) for graph, part in zip(graphs, z.split(size), strict=True)), strict=True)
+            return torch.cat(values), torch.cat(gradients)
+
+        return graphs[0] if len(graphs) == 1 else in_parts
 
     def _capture(self, z: Tensor) -> None:
         """Capture the model at the first point, if it is not captured or has changed."""

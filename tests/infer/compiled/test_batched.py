@@ -99,10 +99,14 @@ def test_points_that_make_large_tensors_are_computed_in_smaller_blocks(monkeypat
     sizes = []
     mapped_over = BatchedDensity._mapped_over
     monkeypatch.setattr(BatchedDensity, "_mapped_over", lambda self, z: sizes.append(len(z)) or mapped_over(self, z))
-    values, gradients = BatchedDensity(density, mode=Captured(script=False))(z)
+    batched = BatchedDensity(density, mode=Captured(script=False))
+    values, gradients = batched(z)
     assert sizes == [2, 2, 1]
     assert_close(values, torch.stack([density(point)[0] for point in z]))
     assert_close(gradients, torch.stack([density(point)[1] for point in z]))
+    for in_parts, at_once in zip(batched.graph(z)(z), (values, gradients), strict=True):
+        assert_close(in_parts, at_once)
+    assert sizes == 2 * [2, 2, 1]
 
 
 def drawn_inside():
