@@ -19,6 +19,8 @@ from pyro_genmodels.posteriors.embeddings import (
 from pyro_genmodels.posteriors.fits import DrawnPosterior, GuidePosterior, Posterior
 from pyro_genmodels.posteriors.importance_weighted import ImportanceWeighted
 from pyro_genmodels.posteriors.laplace import Laplace
+from pyro_genmodels.posteriors.learned_likelihood import AmortizedLikelihood
+from pyro_genmodels.posteriors.learned_ratio import AmortizedRatio
 from pyro_genmodels.posteriors.leave_one_out import LeaveOneOut, reloo
 from pyro_genmodels.posteriors.markov_chains import NoUTurn
 from pyro_genmodels.posteriors.method import Method
@@ -29,7 +31,6 @@ from pyro_genmodels.posteriors.problem import Problem
 from pyro_genmodels.posteriors.ranks import Calibration
 from pyro_genmodels.posteriors.restarts import Restarts
 from pyro_genmodels.posteriors.smc import SMC
-from pyro_genmodels.posteriors.surrogates import AmortizedLikelihood, AmortizedRatio
 from pyro_genmodels.posteriors.variational import FlowGuide, FullRank, LowRank, MeanField, Variational
 from pyro_genmodels.posteriors.weighted import Psis, psis
 

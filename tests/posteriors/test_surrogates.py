@@ -20,8 +20,8 @@ from pyro_genmodels.posteriors import (
     diagnose_posterior,
     simulation_based_calibration,
 )
+from pyro_genmodels.posteriors.learned_ratio import _Contrastive, _Critic
 from pyro_genmodels.posteriors.observation_encoder import ObservationEncoder
-from pyro_genmodels.posteriors.surrogates import _Contrastive, _Critic
 
 NOISE = 0.5
 SMALL = partial(Flow, transform=MAF(transforms=1, hidden=(32,)))
