@@ -6,6 +6,7 @@ from pyro_genmodels.evaluation.classifier_test import ClassifierTest, c2st
 from pyro_genmodels.evaluation.comparison import Comparison, compare
 from pyro_genmodels.evaluation.critic import Diagnosis, coverage, diagnose
 from pyro_genmodels.evaluation.imputation import impute
+from pyro_genmodels.evaluation.latent_diagnosis import VAEDiagnosis, diagnose_vae
 from pyro_genmodels.evaluation.likelihood import has_likelihood, log_likelihood
 from pyro_genmodels.evaluation.modes import ModeCoverage, mode_coverage
 from pyro_genmodels.evaluation.observation import gaussian_observation_likelihood
@@ -24,11 +25,13 @@ __all__ = [
     "MMDTest",
     "ModeCoverage",
     "SampleQuality",
+    "VAEDiagnosis",
     "c2st",
     "compare",
     "conservative_log_likelihood",
     "coverage",
     "diagnose",
+    "diagnose_vae",
     "gaussian_observation_likelihood",
     "has_likelihood",
     "impute",

@@ -31,6 +31,7 @@ from pyro_genmodels.families.coordinates import CoordinateFamily
 from pyro_genmodels.families.family import Family, Standardize, StandardizeContext
 from pyro_genmodels.families.latents import LatentPosterior, LatentPrior, NormalPosterior
 from pyro_genmodels.nn.mlp import MLP, call_batched
+from pyro_genmodels.nn.padding import Padding
 from pyro_genmodels.utils.distributions import is_real
 from pyro_genmodels.utils.errors import check_choice, check_positive_int
 
@@ -51,8 +52,8 @@ class VAE(CoordinateFamily):
             (batch, 2 * latent size) of a normal, location first, or the pair (location, scale); with another `posterior` its
             parameters, (batch, posterior.num_outputs(latent size)). Its input x is
             (batch, *event_shape) with values of about -1 to 1 (with `CategoricalLikelihood` one-hot in a last dimension, with
-            `Mixed` padded with zeros there). With `missing` it is 0 where a coordinate is missing, and the last dimension,
-            which is then there in any case, ends with 1 where one is known.
+            `Mixed` padded with zeros there). With `missing` the last dimension, which is then there in any
+            case, begins with 1 where a coordinate is known, and is 0 where it is missing.
         decoder: your own network, called as ``decoder(z)`` or ``decoder(z, context)``. It returns
             (batch, *event_shape, likelihood.num_outputs); the last dimension may be left out if it is 1.
         hidden: widths of the hidden layers of the default encoder and decoder.
@@ -129,8 +130,11 @@ class VAE(CoordinateFamily):
         outputs = (*self.event_shape, self.likelihood.num_outputs)
         self.encoding, self._encoded = posterior.build(self.latent_shape), posterior
         encoded = (posterior.num_outputs(latent_size),)
-        self.encoder = encoder or _Flat(inputs.numel() + self.context_size, encoded, hidden, dropout)
-        self.decoder = decoder or _Flat(latent_size + self.context_size, outputs, hidden, dropout)
+        coordinates = [self.likelihood.at(i) for i in range(self.event_shape.numel())]
+        joined = Padding([each.num_inputs + int(missing) for each in coordinates])
+        padded = Padding([each.num_outputs for each in coordinates])
+        self.encoder = encoder or _Flat(joined.total + self.context_size, encoded, hidden, dropout, inputs=joined)
+        self.decoder = decoder or _Flat(latent_size + self.context_size, outputs, hidden, dropout, outputs=padded)
 
     def forward(self, context: Tensor | None = None) -> Implicit:
         prior = self._prior(context)
@@ -173,6 +177,13 @@ class VAE(CoordinateFamily):
         x, context = self._as_tensors(x, context)
         return self._encode(self._features(x), x.shape[: x.dim() - len(self.event_shape)], self.embed(context))
 
+    @pyro_method
+    def decode(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
+        """Return the distribution of the data, of batch shape (batch...), given z, (batch..., *latent shape)."""
+        if z.shape[z.dim() - len(self.latent_shape) :] != self.latent_shape:
+            raise ValueError(f"decode wants z of shape (..., {self.latent_shape.numel()}), but found {tuple(z.shape)}.")
+        return self._decode()(z, self.embed(None if context is None else self._as_tensors(None, context)[1]))
+
     def _encode(self, features: Tensor, batch: Size, context: Tensor | None) -> dist.TorchDistribution:
         """Return the guide's distribution of z, given inputs of the encoder, (*batch, ...), and an embedded context."""
         out = call_batched(self.encoder, batch, features, context)
@@ -201,7 +212,7 @@ class VAE(CoordinateFamily):
         y = likelihood.fill(x if pretransform is None else pretransform(x), seen)
         features = likelihood.encode(likelihood.cast(y, dtype)).to(dtype)
         known = seen.unsqueeze(-1).to(dtype)
-        return torch.cat([features * known, known], -1)
+        return torch.cat([known, features * known], -1)
 
     def _standardize_contexts(self, context: Tensor, *, again: bool = True) -> None:
         super()._standardize_contexts(context, again=again)
@@ -266,16 +277,40 @@ class _Decode:
 
 
 class _Flat(nn.Module):
-    """A dense network of the flattened input and the context."""
+    """A dense network of the flattened input and the context.
 
-    def __init__(self, inputs: int, output_shape: Sequence[int], hidden: Sequence[int], dropout: float) -> None:
+    Args:
+        num_inputs: length of the input and the context.
+        output_shape: shape of one output.
+        hidden: widths of the hidden layers.
+        dropout: rate at which hidden units are dropped in training.
+        inputs: padding of the input, if that is one of features of coordinates.
+        outputs: padding of the output, if that is one of parameters of coordinates.
+    """
+
+    def __init__(
+        self,
+        num_inputs: int,
+        output_shape: Sequence[int],
+        hidden: Sequence[int],
+        dropout: float,
+        *,
+        inputs: Padding | None = None,
+        outputs: Padding | None = None,
+    ) -> None:
         super().__init__()
         self.output_shape = Size(output_shape)
-        self.mlp = MLP(inputs, self.output_shape.numel(), hidden, dropout=dropout)
+        self.inputs, self.outputs = (
+            padding if padding is not None and padding.is_needed else None for padding in (inputs, outputs)
+        )
+        self.mlp = MLP(
+            num_inputs, self.output_shape.numel() if self.outputs is None else self.outputs.total, hidden, dropout=dropout
+        )
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        x = x.reshape(len(x), -1)
-        return self.mlp(x if context is None else torch.cat((x, context), -1)).unflatten(-1, self.output_shape)
+        x = x.reshape(len(x), -1) if self.inputs is None else self.inputs.join(x)
+        out = self.mlp(x if context is None else torch.cat((x, context), -1))
+        return out.unflatten(-1, self.output_shape) if self.outputs is None else self.outputs.pad(out)
 
 
 def _draw_weights(network: nn.Module) -> None:

@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions import Delta
-from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine import Trace
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, kl_divergence
+from torch.distributions import Distribution
 
 from pyro_genmodels._pyro import sites, traces
+from pyro_genmodels._pyro.site_pairs import in_one_order, site_divergence
 from pyro_genmodels.infer.likelihood import check_density
 from pyro_genmodels.infer.objective import Objective
 from pyro_genmodels.utils.errors import check_positive_int, listed, type_with_article
@@ -203,7 +203,7 @@ class KLWeightedELBO(Objective):
                 for name in traces.latents(trace):
                     trace.nodes[name]["scale"] = trace.nodes[name]["scale"] * weight
         super()._score(model_trace, guide_trace)
-        is_ordered = names == [name for name in traces.latents(guide_trace) if name in (names or ())]
+        is_ordered = in_one_order(model_trace, guide_trace)
         for name in names or ():
             divergence = _Divergence.of(model_trace.nodes[name], guide_trace.nodes[name], may_be_exact=is_ordered)
             total = divergence.total(self.free_bits)
@@ -239,21 +239,16 @@ class _Divergence(NamedTuple):
         Args:
             model_site: site of the model.
             guide_site: site of the guide, with the same value.
-            may_be_exact: True if the model's distribution does not depend on what the guide samples later.
+            may_be_exact: see `in_one_order`.
         """
-        z, event_dim = guide_site["value"], guide_site["fn"].event_dim
-        batch = z.shape[: z.dim() - event_dim]
-        q, p = _coordinates(guide_site["fn"]), _coordinates(model_site["fn"])
-        if q.event_dim != p.event_dim:  # coordinates of one depend on each other
-            q, p = guide_site["fn"], model_site["fn"]
-        values = _exact(q, p) if may_be_exact else None
-        if values is None:
-            values = q.log_prob(z) - p.log_prob(z)
+        z = guide_site["value"]
+        values = site_divergence(model_site, guide_site, may_be_exact=may_be_exact)
+        batch = z.shape[: z.dim() - guide_site["fn"].event_dim]
         weights = z.new_ones(batch)
         for site in (guide_site, model_site):
             mask = sites.mask_of(site)
             weights = weights if mask is None else weights * mask
-        return cls(values.expand(z.shape[: z.dim() - q.event_dim]), weights * guide_site["scale"])
+        return cls(values, weights * guide_site["scale"])
 
     def total(self, floor: float) -> Tensor:
         """Return the divergence, summed over the data (nats), (), with a floor for the mean of each coordinate."""
@@ -262,21 +257,6 @@ class _Divergence(NamedTuple):
         values = torch.where(weights == 0, 0.0, self.values)  # a value that is masked may be NaN
         sums = (weights * values).sum(batch_dims) if batch_dims else weights * values
         return (sums.clamp(min=floor * self.weights.sum()) if floor else sums).sum()
-
-
-def _coordinates(fn: Any) -> Any:
-    """Return the distribution of the coordinates that `to_event` has declared to be one event."""
-    while isinstance(fn, (Independent, MaskedDistribution)):
-        fn = fn.base_dist
-    return fn
-
-
-def _exact(q: Distribution, p: Distribution) -> Tensor | None:
-    """Return the divergence of two distributions, if torch knows it."""
-    try:
-        return kl_divergence(q, p)
-    except NotImplementedError:
-        return None
 
 
 def _check_weights(owner: str, **weights: Any) -> None:
