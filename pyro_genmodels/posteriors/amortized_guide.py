@@ -50,7 +50,8 @@ class AmortizedGuide(NamedGuide):
     """A guide with a flow over shared latent variables and a conditional flow over those of each row, given the row's data.
 
     Train it by `SVI` or `CompiledSVI` with `Trace_ELBO`. It is right under plates that subsample, also if the model is given
-    minibatches.
+    minibatches. Shared variables take thousands of steps, with a step size that falls: with 200 groups the deviation of a mean
+    was a third too small after 300 steps of `ClippedAdam`, and right after 3000, in which it fell from 0.01 to 0.0005.
 
     Latent variables are local if they lie in a plate that has observed sites too, and the data of its rows are known. These are
     the tensors among the arguments of the model, at any depth, whose first dimension is the number of rows of the plate, or of

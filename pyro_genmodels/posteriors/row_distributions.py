@@ -65,10 +65,11 @@ class RowDistribution(PyroModule):
             context = encoded.shape[-1] + num_parents
             self.head = SkipNetwork(context, 2 * n, starts_at_zero=True).to(like)
             self.head_bias = nn.Parameter(torch.cat([like.new_zeros(n), like.new_full((n,), log(scale))]))
+        local = NSF(transforms=1, hidden=(32,)) if n == 1 else RealNVP(transforms=4, hidden=(32, 32))
+        layers = (local if layout.plates else default_transform(n)) if transform is None else transform
+        self.flow = Flow((n,), context=context, transform=layers, standardize=False, standardize_context=False).to(like)
         if transform is None:
-            local = NSF(transforms=1, hidden=(32,)) if n == 1 else RealNVP(transforms=4, hidden=(32, 32))
-            transform = local if layout.plates else default_transform(n)
-        self.flow = Flow((n,), context=context, transform=transform, standardize=False, standardize_context=False).to(like)
+            _start_at_identity(self.flow)
 
     def standardized(self, z: Tensor) -> Tensor:
         """Return coordinates as other blocks are given them."""
@@ -90,6 +91,21 @@ class RowDistribution(PyroModule):
         loc, log_scale = (self.head(context) + self.head_bias).chunk(2, -1)
         own = AffineTransform(loc, (MAX_LOG_SCALE * (log_scale / MAX_LOG_SCALE).tanh()).exp(), event_dim=1)
         return dist.TransformedDistribution(self.flow(context), [own, shared], validate_args=False)
+
+
+def _start_at_identity(flow: nn.Module) -> None:
+    """Set the last layers of the networks of a flow to zero, so that couplings and splines are the identity at the start.
+
+    Random layers multiply, so that a few steps could throw draws of a deep flow beyond all bounds.
+
+    Args:
+        flow: the flow, changed in place.
+    """
+    for module in flow.modules():
+        last = module[-1] if isinstance(module, nn.Sequential) and len(module) > 1 else module
+        if last is not module or isinstance(module, nn.ParameterList):
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
 
 
 class SkipNetwork(nn.Module):
