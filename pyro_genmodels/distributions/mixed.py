@@ -2,8 +2,8 @@ r"""Tables with columns of different kinds: one likelihood for each column.
 
 .. math:: p(x \mid \theta) = \prod_j p_j(x_j \mid \theta_j)
 
-Networks return as many numbers for each column as the largest likelihood takes, and see as many; the others are not used.
-The distribution of each kind is computed for all columns at once, and taken where it belongs.
+Networks return parameters (..., d, k) for the largest number k that a column takes, and see as many features; a column with
+fewer uses the first ones. The distribution of each kind is computed for all columns at once, and taken where it belongs.
 """
 
 from __future__ import annotations

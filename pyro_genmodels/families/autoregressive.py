@@ -99,8 +99,12 @@ class Autoregressive(CoordinateFamily):
                 f"{type(network).__name__}."
             )
         self.register_buffer("order", self._permutation(network, None if isinstance(order, str) else order))
-        self.conditionals = network.build(
-            self.event_shape, self.likelihood.num_inputs, self.likelihood.num_outputs, self.context_size
+        coordinates = [self.likelihood.at(i) for i in self.order.tolist()]
+        self.conditionals = network.build_by_coordinate(
+            self.event_shape,
+            [each.num_inputs for each in coordinates],
+            [each.num_outputs for each in coordinates],
+            self.context_size,
         )
 
         self.end = end

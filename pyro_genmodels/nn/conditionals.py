@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["ConditionalsChoice"]
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +31,19 @@ class ConditionalsChoice(ABC):
         Returns:
             A module with the methods of `pyro_genmodels.distributions.autoregressive.Conditionals`.
         """
+
+    def build_by_coordinate(
+        self, event_shape: Size, num_inputs: Sequence[int], num_outputs: Sequence[int], context: int
+    ) -> Any:
+        """Build the network for coordinates of different kinds; by default with the largest numbers for all.
+
+        Args:
+            event_shape: shape of one datum, with d coordinates in all.
+            num_inputs: number of input features of each coordinate, in the order of sampling.
+            num_outputs: number of parameters of each conditional distribution.
+            context: length of the context vector; 0 is none.
+        """
+        return self.build(event_shape, max(num_inputs), max(num_outputs), context)
 
     def order(self, event_shape: Size, wanted: Tensor | None) -> Tensor:
         """Return the order in which coordinates of the flattened event are sampled, (d,), given the one wanted, if any."""

@@ -19,6 +19,7 @@ from torch import Size, Tensor, nn
 
 from pyro_genmodels.nn.checks import check_rate, check_widths
 from pyro_genmodels.nn.conditionals import ConditionalsChoice
+from pyro_genmodels.nn.padding import Padding
 
 
 class MaskedLinear(nn.Linear):
@@ -63,17 +64,21 @@ class MaskedNetwork(ConditionalsChoice):
     dropout: float = 0.0
 
     def build(self, event_shape: Size, num_inputs: int, num_outputs: int, context: int) -> nn.Module:
-        features = event_shape.numel()
-        return MADE(features, num_inputs, num_outputs, context=context, hidden=self.hidden, dropout=self.dropout)
+        d = event_shape.numel()
+        return self.build_by_coordinate(event_shape, [num_inputs] * d, [num_outputs] * d, context)
+
+    def build_by_coordinate(
+        self, event_shape: Size, num_inputs: Sequence[int], num_outputs: Sequence[int], context: int
+    ) -> nn.Module:
+        return MADE(num_inputs, num_outputs, context=context, hidden=self.hidden, dropout=self.dropout)
 
 
 class MADE(nn.Module):
     """A masked multilayer perceptron for the conditional distributions of d coordinates.
 
     Args:
-        features: number of coordinates, d.
-        num_inputs: number of input features per coordinate.
-        num_outputs: number of parameters of one conditional distribution.
+        num_inputs: number of input features of each coordinate.
+        num_outputs: number of parameters of each conditional distribution.
         context: length of the context vector, on which every unit may depend.
         hidden: widths of the hidden layers.
         dropout: rate at which hidden units are dropped in training.
@@ -84,9 +89,8 @@ class MADE(nn.Module):
 
     def __init__(
         self,
-        features: int,
-        num_inputs: int,
-        num_outputs: int,
+        num_inputs: Sequence[int],
+        num_outputs: Sequence[int],
         *,
         context: int = 0,
         hidden: Sequence[int] = (128, 128),
@@ -96,17 +100,18 @@ class MADE(nn.Module):
         super().__init__()
         check_widths("A masked network", hidden=hidden, empty=True)
         check_rate("A masked network", dropout=dropout)
-        self.features, self.num_inputs, self.num_outputs = features, num_inputs, num_outputs
+        self.inputs, self.outputs = Padding(num_inputs), Padding(num_outputs)
+        self.features = features = len(self.outputs.lengths)
         places = torch.arange(features)
         first = -1 if context or features == 1 else 0
-        degrees = torch.cat([torch.full((context,), -1), places.repeat_interleave(num_inputs)])
+        degrees = torch.cat([torch.full((context,), -1), places.repeat_interleave(torch.tensor(num_inputs))])
         layers = []
         for width in hidden:
             out_degrees = first + torch.arange(width) * (features - 1 - first) // width
             layers.append(MaskedLinear(degrees, out_degrees))
             degrees = out_degrees
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
-        self.output = MaskedLinear(degrees, places.repeat_interleave(num_outputs), strict=True)
+        self.output = MaskedLinear(degrees, places.repeat_interleave(torch.tensor(num_outputs)), strict=True)
         self.activation = nn.Sequential(activation(), nn.Dropout(dropout))
 
     @property
@@ -115,16 +120,19 @@ class MADE(nn.Module):
         return self.output.weight.dtype
 
     def forward(self, features: Tensor, context: Tensor | None = None, order: Tensor | None = None) -> Tensor:
-        """Return parameters (..., d, num_outputs) for features (..., d, num_inputs) and context (..., c), in one order."""
-        h = features.flatten(-2)
+        """Return parameters (..., d, num_outputs) for features (..., d, num_inputs) and context (..., c), in one order.
+
+        Where coordinates have different numbers, both are padded to the largest.
+        """
+        h = self.inputs.join(features)
         if context is not None:
             h = torch.cat([context, h], -1)
         for layer in self.layers:
             h = self.activation(layer(h))
-        return self.output(h).unflatten(-1, (self.features, self.num_outputs))
+        return self.outputs.pad(self.output(h))
 
     def steps(self, shape: Size, context: Tensor | None = None, order: Tensor | None = None) -> Generator[Tensor, Tensor, None]:
-        """Yield the parameters (*shape, num_outputs) of one coordinate after another.
+        """Yield the parameters (*shape, num_outputs) of one coordinate after another, without padding.
 
         After each, send the generator the input features (*shape, num_inputs) of the value drawn for that coordinate.
         """
@@ -134,4 +142,4 @@ class MADE(nn.Module):
             for i, layer in enumerate(self.layers):  # units that depend on coordinate place - 1, but on none after it
                 known[i + 1] = torch.cat([known[i + 1], self.activation(layer.outputs(known[i], place - 1))], -1)
             x = yield self.output.outputs(known[-1], place)
-            known[0] = torch.cat([known[0], x], -1)
+            known[0] = torch.cat([known[0], x[..., : self.inputs.lengths[place]]], -1)
