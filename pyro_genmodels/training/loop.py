@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from math import ceil
+from math import ceil, inf
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,7 @@ from pyro_genmodels.optim.averaging import TrainedWeights
 from pyro_genmodels.training.adversarial_steps import AdversarialStep
 from pyro_genmodels.training.batches import Batches
 from pyro_genmodels.training.fit import EXPLODED_EPOCHS, EXPLOSION, Fit
+from pyro_genmodels.training.limits import Limits
 from pyro_genmodels.training.options import (
     check_options,
     load_data,
@@ -90,6 +91,7 @@ def train(
     threads: int | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     mode: Mode | None = None,
+    max_seconds: float | None = None,
     progress: bool = True,
 ) -> Fit:
     """Train a fit in place. It ends with its best parameters, in evaluation mode.
@@ -133,6 +135,8 @@ def train(
             to rounding. A graph does not validate values: Pyro then does so for the first batch of each size only. None
             chooses, for families on a CPU and from the second epoch on, by the number of steps that will be made for certain:
             captured from 2,000 steps on, compiled from 50,000 on.
+        max_seconds: time after which no further epoch is begun, with that of the run before if one is resumed; None for no
+            limit.
         progress: True to show a progress bar.
 
     Returns:
@@ -158,7 +162,7 @@ def train(
         >>> [sorted(record) for record in fit.history]
         [['epoch', 'seconds', 'train', 'valid'], ['epoch', 'seconds', 'train', 'valid']]
     """
-    check_options(epochs, batch_size, patience, ema_decay, clip_norm, checkpoint, seed, threads, mode)
+    check_options(epochs, batch_size, patience, ema_decay, clip_norm, checkpoint, seed, threads, mode, max_seconds)
     fit = fit.family if isinstance(fit, Fit) else fit
     model, guide = traces.as_pair(fit)
     model_kwargs = joined_keywords({}, model_kwargs)
@@ -191,7 +195,8 @@ def train(
                 run = RunCheckpoint(checkpoint, result, weights, step.optimiser, data_of_run, settings)
             stopped = ""
             try:
-                _train(step, batches, held_out, result, weights, run, epochs=epochs, patience=patience, progress=progress)
+                limits = Limits(epochs, patience, inf if max_seconds is None else float(max_seconds))
+                _train(step, batches, held_out, result, weights, run, limits, progress=progress)
             except FloatingPointError as error:
                 epoch = len(result.history) + (not result.exploded_epochs)
                 if not result.best:
@@ -218,9 +223,8 @@ def _train(
     fit: Fit,
     weights: TrainedWeights,
     run: RunCheckpoint,
+    limits: Limits,
     *,
-    epochs: int,
-    patience: int,
     progress: bool,
 ) -> None:
     """Train epoch by epoch, and keep the best parameters.
@@ -233,11 +237,10 @@ def _train(
     before: tuple[dict[str, float], list[Tensor]] = {}, weights.best
     first_loss: list[float] = []  # after the best epoch
     try:
-        with _progress_bar(fit, epochs, disable=not progress) as bar:
-            for epoch in range(len(fit.history) + 1, epochs + 1):
-                if fit.epochs_since_best >= patience:
-                    break
-                certain = epochs + 1 - epoch if held_out is None else min(epochs + 1 - epoch, patience - fit.epochs_since_best)
+        with _progress_bar(fit, limits.epochs, disable=not progress) as bar:
+            while not limits.reached(fit):
+                epoch = len(fit.history) + 1
+                certain = limits.certain_epochs(fit, has_patience=held_out is not None)
                 step.plan(certain * batches.count, bar.set_postfix_str)
                 record = {"epoch": epoch, **_train_epoch(step, batches, weights, first_loss)}
                 if held_out is not None:
@@ -273,8 +276,7 @@ def _train(
             weights.restore_best()
             run.capture()
         raise
-    lost_patience = fit.epochs_since_best >= patience
-    fit.stopped = f"no better validation loss in {patience} epochs" if lost_patience else f"{len(fit.history)} epochs"
+    fit.stopped = limits.reached(fit)
     run.write()
 
 

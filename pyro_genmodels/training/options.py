@@ -37,9 +37,13 @@ def check_options(
     seed: Any,
     threads: Any,
     mode: Any,
+    max_seconds: Any,
 ) -> None:
     """Check the options of `train` that are numbers, paths or modes."""
     check_mode("train", mode)
+    is_number = isinstance(max_seconds, Real) and not isinstance(max_seconds, bool)
+    if not (max_seconds is None or (is_number and float(max_seconds) > 0)):
+        raise ValueError(f"train wants a positive number as max_seconds, or None for no limit, but found {max_seconds!r}.")
     check_positive_int("train", epochs=epochs, batch_size=batch_size, patience=patience)
     if threads is not None:
         check_positive_int("train", threads=threads)

@@ -54,6 +54,8 @@ BAD = {
     "a class of objectives": ({"objective": MaximumLikelihood}, TypeError, "the class MaximumLikelihood; call it"),
     "the class Adversarial": ({"objective": Adversarial}, TypeError, "the class Adversarial; call it"),
     "an objective's name": ({"objective": "elbo"}, TypeError, "objective wants a Pyro loss.*found str"),
+    "max_seconds=0": ({"max_seconds": 0}, ValueError, "positive number as max_seconds"),
+    "max_seconds=True": ({"max_seconds": True}, ValueError, "positive number as max_seconds.*found True"),
     "clip_norm=True": ({"clip_norm": True}, ValueError, "positive number as clip_norm.*found True"),
     "clip_norm=0": ({"clip_norm": 0}, ValueError, "positive number as clip_norm"),
     "seed='a'": ({"seed": "a"}, ValueError, r"an integer from 0 to 2\*\*32 - 1 as seed, or None, but found 'a'"),

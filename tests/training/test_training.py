@@ -1451,3 +1451,14 @@ def test_validation_that_lacks_log_z_of_each_context_is_warned_of():
         train(energy, (x, context), valid=(x, context), objective=Trace_ELBO(), epochs=2, progress=False)
     assert len([w for w in found if "lack log Z" in str(w.message)]) == 1
     train(energy, (x, context), valid=(x, context), epochs=1, progress=False)  # by ContrastiveDivergence, which knows them
+
+
+def test_no_epoch_is_begun_after_the_time_limit_which_counts_a_resumed_run(tmp_path):
+    x = torch.randn(20, 2)
+    for resume in (False, True):
+        flow = Flow((2,), name="limited")
+        path = Checkpoint(tmp_path / "flow", resume=resume)
+        fit = train(flow, x, epochs=5, max_seconds=1e-9, checkpoint=path, progress=False)
+        assert len(fit.history) == 1
+        assert fit.stopped == "1 epochs in 1e-09 seconds"
+    assert len(train(flow, x, epochs=2, max_seconds=1e9, progress=False).history) == 2
