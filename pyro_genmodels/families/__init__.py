@@ -53,6 +53,7 @@ from pyro_genmodels.nn.fields import DenseField, UNet
 from pyro_genmodels.nn.gan import ConvolutionalCritic, ConvolutionalGenerator, DenseCritic, DenseGenerator
 from pyro_genmodels.nn.glow import Glow
 from pyro_genmodels.nn.pixel_cnn import PixelCNN
+from pyro_genmodels.nn.planar import Planar, Radial
 from pyro_genmodels.nn.transformer import Transformer
 from pyro_genmodels.nn.transforms import BPF, GF, MAF, NAF, NCSF, NICE, NSF, SOSPF, UNAF, RealNVP
 from pyro_genmodels.samplers import Gibbs, GibbsWithGradients, Hamiltonian, Langevin, ParallelTempering
@@ -126,11 +127,13 @@ __all__ = [
     "ParallelTempering",
     "Persistent",
     "PixelCNN",
+    "Planar",
     "PoissonLikelihood",
     "Preconditioned",
     "PredictorCorrector",
     "ProbabilityFlow",
     "RademacherProbes",
+    "Radial",
     "RealNVP",
     "RestrictedBoltzmannMachine",
     "ScorePrediction",
