@@ -193,6 +193,16 @@ def test_mixed_conditionals_sum_to_one_in_any_order():
         assert family().in_order(order).log_prob(outcomes).exp().sum().item() == pytest.approx(1, abs=1e-4)
 
 
+def test_a_temperature_applies_to_columns_of_classes():
+    outcomes = torch.cartesian_prod(torch.arange(3.0), torch.arange(2.0))
+    family = perturb(Autoregressive((2,), likelihood=Mixed([CategoricalLikelihood(3), BernoulliLikelihood()]), hidden=(8,)))
+    sharp = family().tempered(0.5, top_p=0.9)
+    assert sharp.log_prob(outcomes).exp().sum().item() == pytest.approx(1, abs=1e-5)
+    assert sharp.log_prob(sharp.sample((50,))).isfinite().all()
+    with pytest.raises(ValueError, match="temperature and top_p are for classes"):
+        Autoregressive((5,), likelihood=Mixed(KINDS))().tempered(0.5)
+
+
 def test_draws_of_each_column_have_its_distribution():
     """Means of 20,000 draws lie within 4.5 standard errors of those of the distributions: false alarms 7e-6 per column."""
     x = table(300)
