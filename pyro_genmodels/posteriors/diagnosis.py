@@ -35,6 +35,8 @@ MAX_R_HAT = 1.01
 """Largest R-hat of chains that have converged (arXiv 1903.08008)."""
 MIN_ESS_PER_CHAIN = 100
 """Smallest effective sample size for each chain at which R-hat and quantiles can be relied on (arXiv 1903.08008)."""
+MAX_STEPS = 150
+"""Mean number of gradients of a draw of chains up to which nothing is said: more are a sign of strong correlations."""
 MAX_MEAN_ERROR = 0.1
 """Largest error of a mean, in deviations of the reference, that is not called a fault."""
 MAX_DEVIATION_ERROR = 0.1
@@ -186,7 +188,11 @@ def diagnose(
         num_divergences=divergences,
         seconds=getattr(fit, "seconds", nan),
         num_gradients=getattr(fit, "num_gradients", nan),
-        faults=[*_faults(table, k, divergences, len(next(iter(draws.values()))), is_estimate), *_rows_faults(drawn)],
+        faults=[
+            *_faults(table, k, divergences, len(next(iter(draws.values()))), is_estimate),
+            *_rows_faults(drawn),
+            *_steps_faults(stats),
+        ],
     )
 
 
@@ -341,6 +347,14 @@ def _faults(
     if off is not None:
         faults.append(f"off in {off}: its mean by {table['mean_error'][off]:+.2f} deviations")
     return faults
+
+
+def _steps_faults(stats: Mapping[str, Tensor]) -> list[str]:
+    """Return in words that trajectories of chains are long, if they are."""
+    if "n_steps" not in stats or float(stats["n_steps"].double().mean()) <= MAX_STEPS:
+        return []
+    mean = float(stats["n_steps"].double().mean())
+    return [f"long trajectories: {mean:.0f} gradients a draw; try NoUTurn(low_rank=True), or other parameters"]
 
 
 def _rows_faults(drawn: _Drawn) -> list[str]:

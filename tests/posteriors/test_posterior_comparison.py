@@ -15,6 +15,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro_genmodels import to_arviz
 from pyro_genmodels.posteriors import (
     Laplace,
+    NoUTurn,
     compare_posteriors,
     diagnose_posterior,
     posterior,
@@ -274,3 +275,22 @@ def test_draws_that_lack_a_variable_have_no_leave_one_out_densities():
 def test_a_value_outside_a_support_that_depends_on_others_is_named():
     with pytest.raises(ValueError, match=r"The log density of 'share' cannot be computed: Expected value.*within the support"):
         diagnose_posterior(Drawn(**scaled_draws(share=torch.full((1, 100, 2), 7.0))))
+
+
+@pytest.mark.slow
+def test_long_trajectories_are_told_with_the_way_out():
+    """Two coordinates whose deviations along and across their correlation have the ratio 450."""
+    covariance = torch.tensor([[1.0, 0.99999], [0.99999, 1.0]], dtype=torch.float64)
+
+    def model():
+        pyro.sample("x", dist.MultivariateNormal(torch.zeros(2, dtype=torch.float64), covariance))
+        pyro.factor("nothing", torch.zeros((), dtype=torch.float64))
+
+    told = {}
+    for low_rank in (False, True):
+        method = NoUTurn(num_samples=100, num_warmup=200, num_chains=2, low_rank=low_rank)
+        fit = posterior(model, method=method, progress=False)
+        told[low_rank] = [fault for fault in diagnose_posterior(fit).faults if "low_rank=True" in fault]
+    assert len(told[False]) == 1
+    assert re.search(r"long trajectories: \d+ gradients a draw", told[False][0])
+    assert told[True] == []
