@@ -26,6 +26,7 @@ from pyro_genmodels.families.coordinates import CoordinateFamily
 from pyro_genmodels.families.family import Standardize, StandardizeContext
 from pyro_genmodels.nn.conditionals import ConditionalsChoice
 from pyro_genmodels.nn.masked import MaskedNetwork
+from pyro_genmodels.nn.transformer import Transformer
 from pyro_genmodels.utils.errors import check_choice
 from pyro_genmodels.utils.tensors import as_tensor
 
@@ -164,11 +165,12 @@ class Autoregressive(CoordinateFamily):
 
 def _choose_network(network: ConditionalsChoice | None, hidden: Sequence[int] | None, dropout: float) -> ConditionalsChoice:
     """Return the network, or a masked one with these options for None."""
-    masked = MaskedNetwork((256, 256) if hidden is None else hidden, dropout)
-    if network is not None and (hidden is not None or dropout):
+    if network is None:
+        return MaskedNetwork((256, 256) if hidden is None else hidden, dropout)
+    chosen: ConditionalsChoice = check_choice("Autoregressive", "network", network, Transformer(), ConditionalsChoice)
+    if hidden is not None or dropout:
         raise ValueError(
             f"hidden and dropout are options of the masked network, but found network={network!r}. Give the network's own "
             "options to it, as in Transformer(layers=4, width=128, dropout=0.1)."
         )
-    chosen: ConditionalsChoice = check_choice("Autoregressive", "network", network, masked, ConditionalsChoice)
     return chosen
