@@ -136,7 +136,7 @@ class Dequantized(GenerativeDistribution):
         return capabilities(self.base).training_log_prob(y) - log_q
 
     def dequantize(self, x: Tensor) -> tuple[Distribution, Tensor]:
-        """Return the base, and integers x with uniform noise in [0, 1) added, (sample..., *batch_shape, *event_shape)."""
+        """Return the base, and integers x with uniform noise in (0, 1) added, (sample..., *batch_shape, *event_shape)."""
         return self.base, self._plus(self.aligned(x)[0].to(self.dtype))
 
     def _noisy(self, y: Tensor) -> tuple[Tensor, Tensor | float]:
@@ -149,8 +149,9 @@ class Dequantized(GenerativeDistribution):
 
     @staticmethod
     def _plus(y: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return integers with noise in [0, 1), by default uniform, also where the sum is rounded up to the next integer."""
-        noise = torch.rand_like(y) if noise is None else noise
+        """Return integers with noise in (0, 1), by default uniform, also where the sum is rounded up to the next integer."""
+        if noise is None:  # the middle of torch's steps: never 0, which a logit maps to minus infinity
+            noise = torch.rand_like(y) + torch.finfo(y.dtype).eps / 4
         return torch.minimum(y + noise, torch.nextafter(y + 1, y))
 
     def quantize(self, y: Tensor) -> Tensor:
