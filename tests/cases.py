@@ -68,6 +68,7 @@ from pyro_genmodels.families import (
     GammaLikelihood,
     Glow,
     Hamiltonian,
+    HierarchicalVAE,
     LogNormalLikelihood,
     NegativeBinomialLikelihood,
     ParallelTempering,
@@ -202,6 +203,10 @@ def _vae(*, event_shape=(3,), latent_dim=2, **options):
     return VAE(event_shape, hidden=(16, 16), latent_dim=latent_dim, **options)
 
 
+def _hierarchical(*, event_shape=(3,), **options):
+    return HierarchicalVAE(event_shape, hidden=(16,), latent_dims=(2, 1), num_features=8, **options)
+
+
 def _energy(*, event_shape=(3,), energy=None, **options):
     """Return an energy with few chains and few steps, for speed: no test of the table needs converged chains."""
     conditional = "context" in options
@@ -267,7 +272,7 @@ CASES = [
     Case("Flow, context", lambda: _flow(context=2), (3,), real(3), vectors, **ONE_PASS),
     Case("Flow, labels", lambda: _flow(context=Labels(CLASSES)), (3,), real(3), labels, **ONE_PASS),
     Case(
-        "Flow, images",
+        "Glow",
         lambda: _flow(event_shape=(2, 4, 4), transform=Glow(levels=2, steps=1, channels=8), context=2),
         (2, 4, 4),
         real(2, 4, 4),
@@ -275,14 +280,14 @@ CASES = [
         **ONE_PASS,
     ),
     Case(
-        "Flow, images by splines",
+        "Glow, splines",
         lambda: _flow(event_shape=(4, 4), transform=Glow(levels=1, steps=2, channels=8, bins=4)),
         (4, 4),
         real(4, 4),
         **ONE_PASS,
     ),
     Case(
-        "Flow, images with learned dequantization",
+        "Glow, learned dequantization",
         lambda: _flow(
             event_shape=(4, 4),
             transform=Glow(levels=1, steps=1, channels=8),
@@ -428,6 +433,16 @@ CASES = [
         real(3),
         density="none",
         objective=DenoisingScoreMatching,
+    ),
+    Case("Hierarchical VAE", _hierarchical, (3,), real(3), **IMPLICIT),
+    Case(
+        "Hierarchical VAE, labels",
+        lambda: _hierarchical(event_shape=(2, 2), context=Labels(CLASSES), likelihood=BernoulliLikelihood()),
+        (2, 2),
+        zeros_and_ones(2, 2),
+        labels,
+        **DISCRETE,
+        **IMPLICIT,
     ),
     Case("ODE flow", _ode, (3,), real(3)),
     Case("ODE flow, adaptive", lambda: _ode(solver=Dopri5()), (3,), real(3), smooth=False),
