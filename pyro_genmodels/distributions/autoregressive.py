@@ -146,14 +146,14 @@ class Autoregression(GenerativeDistribution):
         Args:
             x: events, (batch..., *event_shape); what they hold where `known` is False is ignored. For several completions of
                 one event, expand it.
-            known: True where a coordinate is known, broadcast with x.
+            known: True where a coordinate is known, (batch..., *event_shape).
 
         Returns:
             Events of the batch shape of x, known and the distribution, with the values of x where they are known.
 
         Raises:
             ValueError: if a known coordinate is sampled after an unknown one, unless the network serves every order; if `known`
-                does not hold truth values.
+                does not hold truth values, or a known value is not finite or outside of the support.
 
         Example:
             >>> from pyro_genmodels import Autoregressive, BernoulliLikelihood
@@ -162,14 +162,17 @@ class Autoregression(GenerativeDistribution):
             >>> family().complete(x.expand(5, 3), known)[:, :2].unique(dim=0)
             tensor([[1., 0.]])
         """
-        x, known = self._on_device(x), torch.as_tensor(known, device=self.order.device)
-        if known.dtype is not torch.bool:
-            raise ValueError(f"known wants truth values, but found {known.dtype}. Pass, for example, known=~x.isnan().")
+        x, known = self._as_value(x), torch.as_tensor(known, device=self.order.device)
+        if known.dtype is not torch.bool or known.shape[max(known.dim() - self.event_dim, 0) :] != self.event_shape:
+            raise ValueError(
+                f"known wants truth values whose shape ends with the event shape {tuple(self.event_shape)}, but found "
+                f"{known.dtype} of shape {tuple(known.shape)}. Pass, for example, known=~x.isnan()."
+            )
         self._check_draws()
         with torch.no_grad():
-            zeros = self._like().new_zeros(self.event_shape.numel())
-            inner = self.to_data(self.unflat(self.likelihood.fill(zeros, torch.zeros_like(zeros, dtype=torch.bool))))
-            x, known = torch.broadcast_tensors(torch.where(known, x, inner.to(x.dtype)), known)
+            x, known = torch.broadcast_tensors(torch.where(known, x, self._inner_event().to(x.dtype)), known)
+            if self._validate_args:
+                self._validate_sample(x)
             y, context, _ = self.aligned(x)
             shape = y.shape[: y.dim() - self.event_dim]
             known = known.expand(y.shape)
@@ -177,6 +180,13 @@ class Autoregression(GenerativeDistribution):
             flags, values = _ordered(self.flat(known), order), _ordered(self.flat(y), order)
             given = flags, self.likelihood.cast(values, self.conditionals.dtype)
             return torch.where(known, x, self.to_data(self._draw_in(order, shape, context, given)))
+
+    def _inner_event(self) -> Tensor:
+        """Return an event in the support."""
+        zeros = self._like().new_zeros(self.event_shape.numel())
+        if self.end is not None:
+            return self.unflat(zeros + self.end)
+        return self.to_data(self.unflat(self.likelihood.fill(zeros, torch.zeros_like(zeros, dtype=torch.bool))))
 
     def _order_from(self, known: Tensor) -> Tensor:
         """Return an order in which the known coordinates (batch..., d) come first."""

@@ -291,8 +291,18 @@ def test_what_cannot_be_completed_is_refused():
     family().complete(x, torch.tensor([True, False, True]))
     with pytest.raises(ValueError, match=r'samples coordinate 2 .* before coordinate 0, which is\..*order="any"'):
         family().complete(x, torch.tensor([True, False, False]))
-    with pytest.raises(ValueError, match=r"known wants truth values, but found torch.int64.*known=~x.isnan\(\)"):
+    with pytest.raises(
+        ValueError, match=r"known wants truth values .* shape \(3,\), but found torch.int64.*known=~x.isnan\(\)"
+    ):
         family().complete(x, torch.tensor([1, 0, 1]))
+    with pytest.raises(ValueError, match=r"event shape \(3,\), but found torch.bool of shape \(2,\)"):
+        family().complete(x, torch.tensor([True, False]))
+    with pytest.raises(ValueError, match=r"with 1 NaN or infinite entries"):
+        family().complete(torch.tensor([0.0, 0.0, torch.nan]), torch.tensor([False, False, True]))
+    with pytest.raises(ValueError, match=r"within the support"):
+        family().complete(torch.tensor([0.0, 0.0, 2.0]), torch.tensor([False, False, True]))
+    with pytest.raises(ValueError, match=r"wants values whose shape ends with its event shape \(3,\)"):
+        family().complete(torch.zeros(4), torch.tensor([True, False, False]))
     with pytest.raises(ValueError, match=r'has one order. Build the family with network=Transformer.*order="any"'):
         family().in_order([0, 1, 2])
     with pytest.raises(ValueError, match=r"in_order wants a permutation of 0 .. 2, but found \[0, 1, 1\]"):
@@ -403,6 +413,7 @@ def test_a_begun_sequence_is_completed():
     found = d.complete(torch.tensor([[2, 0, 1, 1], [2, 1, 1, 1]]), known)
     assert found[0].tolist() == [2, 0, 0, 0]
     assert found[1, :2].tolist() == [2, 1]
+    assert d.support.check(found).all()
 
 
 def test_a_sequence_that_goes_on_after_its_end_is_refused():
