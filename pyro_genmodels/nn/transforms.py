@@ -129,39 +129,71 @@ class FlowTransform(FlowChoice):
         hidden: widths of the hidden layers of each layer's network.
         randperm: True for random permutations of the coordinates between layers; otherwise they are reversed or alternated.
         dropout: rate at which hidden units are dropped in training. A flow with dropout can be sampled only after ``.eval()``.
+        residual: True for residual blocks in place of hidden layers, two layers for each width, as suits deep networks.
 
     Raises:
         TypeError: if `hidden` is not a sequence of positive integers.
-        ValueError: for a number that is not a positive integer, or a dropout rate outside [0, 1).
+        ValueError: for a number that is not a positive integer, a dropout rate outside [0, 1), or residual blocks without
+            hidden layers.
     """
 
     transforms: int = 3
     hidden: Sequence[int] = (128, 128)
     randperm: bool = False
     dropout: float = 0.0
+    residual: bool = False
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
         check_count(owner, transforms=self.transforms)
         check_widths(owner, hidden=self.hidden, empty=True)
         check_rate(owner, dropout=self.dropout)
-        if not isinstance(self.randperm, bool):
-            raise TypeError(f"{owner} wants randperm as True or False, but found {self.randperm!r}.")
+        for name in ("randperm", "residual"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{owner} wants {name} as True or False, but found {value!r}.")
+        if self.residual and not self.hidden:
+            raise ValueError(f"{owner}(residual=True) wants hidden layers, such as hidden=(64, 64), but found hidden=().")
 
     def network(self) -> dict[str, Any]:
         """Return zuko's keyword arguments for the network in each layer."""
-        return {"hidden_features": tuple(self.hidden), "activation": partial(_activation, self.dropout)}
+        options = {"hidden_features": tuple(self.hidden), "activation": partial(_activation, self.dropout)}
+        return options | ({"residual": True} if self.residual else {})
 
     def stack(self, flow: Callable[..., Any], features: int, context: int, **kwargs: Any) -> nn.Module:
         """Return the lazy transform of one of zuko's flows, built with these options and `kwargs`."""
         return flow(features, context, transforms=self.transforms, **self.network(), **kwargs).transform
 
 
+class _CouplingTransform(FlowTransform):
+    """A choice of a stack of coupling layers, whose networks zuko has without residual blocks."""
+
+    def network(self) -> dict[str, Any]:
+        return {name: option for name, option in super().network().items() if name != "residual"}
+
+    def with_blocks(self, lazy: nn.Module) -> nn.Module:
+        """Return a lazy transform of these layers, with networks of residual blocks if that was chosen."""
+        for layer in lazy.modules() if self.residual else ():
+            if isinstance(layer, zuko.flows.coupling.GeneralCouplingTransform):
+                network: Any = layer.hyper
+                layer.hyper = _residual_network(network.in_features, network.out_features, self.hidden, self.dropout)
+        return lazy
+
+
+def _residual_network(inputs: int, outputs: int, hidden: Sequence[int], dropout: float) -> nn.Module:
+    """Return a network with one residual block of two layers for each width."""
+    layers: list[nn.Module] = []
+    for before, width in zip((inputs, *hidden), hidden, strict=False):
+        block = [_activation(dropout), nn.Linear(width, width), _activation(dropout), nn.Linear(width, width)]
+        layers += [*([] if layers and before == width else [nn.Linear(before, width)]), zuko.nn.Residual(*block)]
+    last = [_activation(dropout)] if layers else []
+    return nn.Sequential(*layers, *last, nn.Linear((inputs, *hidden)[-1], outputs))
+
+
 def _activation(dropout: float) -> nn.Module:
     return nn.Sequential(nn.ReLU(), nn.Dropout(dropout)) if dropout else nn.ReLU()
 
 
-class NICE(FlowTransform):
+class NICE(_CouplingTransform):
     """Additive coupling layers followed by one learned scale per coordinate, which alone changes the volume."""
 
     def build(self, features: int, context: int) -> nn.Module:
@@ -179,7 +211,7 @@ class NICE(FlowTransform):
         scale = zuko.flows.gaussianization.ElementWiseTransform(features)
         for parameter in scale.parameters():
             nn.init.zeros_(parameter)
-        return _LastUnconditional(zuko.lazy.LazyComposedTransform(*couplings), scale)
+        return self.with_blocks(_LastUnconditional(zuko.lazy.LazyComposedTransform(*couplings), scale))
 
 
 def _coupling_mask(features: int, layer: int, *, randperm: bool) -> torch.Tensor:
@@ -198,11 +230,11 @@ class _LastUnconditional(nn.Module):
         return zuko.transforms.ComposedTransform(self.first(context), self.last(None))
 
 
-class RealNVP(FlowTransform):
+class RealNVP(_CouplingTransform):
     """Affine coupling layers: one network pass in each direction."""
 
     def build(self, features: int, context: int) -> nn.Module:
-        return self.stack(zuko.flows.RealNVP, features, context, randmask=self.randperm)
+        return self.with_blocks(self.stack(zuko.flows.RealNVP, features, context, randmask=self.randperm))
 
 
 @dataclass(frozen=True)

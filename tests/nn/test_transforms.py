@@ -5,9 +5,11 @@ import torch
 import zuko
 from zuko.transforms import MonotonicAffineTransform, MonotonicRQSTransform
 
-from pyro_genmodels import MAF, Flow
+from pyro_genmodels import MAF, NSF, Flow, RealNVP
+from pyro_genmodels.families import NICE, SOSPF
 from pyro_genmodels.nn.affine import BoundedAffine
 from pyro_genmodels.nn.splines import RationalQuadraticSpline
+from pyro_genmodels.nn.transforms import lazy_transform
 
 BINS = 8
 
@@ -136,3 +138,27 @@ def test_the_base_is_a_standard_normal():
     x = 10 * torch.randn(4, 3, dtype=torch.float64)
     torch.testing.assert_close(base.log_prob(x), torch.distributions.Normal(0.0, 1.0).log_prob(x))
     assert base.sample().shape == (4, 3)
+
+
+@pytest.mark.parametrize("choice", [NICE, RealNVP, MAF, NSF, SOSPF])
+@pytest.mark.parametrize("hidden", [(8, 8), (8, 5)])
+def test_residual_blocks_leave_a_bijection(choice, hidden):
+    """Right values: the start of a round trip, and the determinant of the Jacobian."""
+    lazy = lazy_transform(choice(transforms=2, hidden=hidden, residual=True).build(3, 2)).double()
+    assert any(isinstance(m, zuko.nn.Residual) for m in lazy.modules())
+    with torch.no_grad():
+        for p in lazy.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    f = lazy(torch.randn(2, dtype=torch.float64))
+    x = torch.randn(3, dtype=torch.float64)
+    u, log_det = f.call_and_ladj(x)
+    torch.testing.assert_close(f.inv(u), x, rtol=1e-6, atol=1e-6)
+    jacobian = torch.autograd.functional.jacobian(f, x)
+    torch.testing.assert_close(log_det, jacobian.det().abs().log(), rtol=1e-6, atol=1e-6)
+
+
+def test_residual_blocks_want_hidden_layers():
+    with pytest.raises(ValueError, match="wants hidden layers"):
+        MAF(hidden=(), residual=True)
+    with pytest.raises(TypeError, match="residual as True or False"):
+        RealNVP(residual=2)
