@@ -68,6 +68,7 @@ from pyro_genmodels.families import (
     GammaLikelihood,
     Glow,
     Hamiltonian,
+    HierarchicalVAE,
     LogNormalLikelihood,
     NegativeBinomialLikelihood,
     ParallelTempering,
@@ -200,6 +201,10 @@ def _autoregressive(*, event_shape=(3,), **options):
 
 def _vae(*, event_shape=(3,), latent_dim=2, **options):
     return VAE(event_shape, hidden=(16, 16), latent_dim=latent_dim, **options)
+
+
+def _hierarchical(*, event_shape=(3,), **options):
+    return HierarchicalVAE(event_shape, hidden=(16,), latent_dims=(2, 1), num_features=8, **options)
 
 
 def _energy(*, event_shape=(3,), energy=None, **options):
@@ -428,6 +433,16 @@ CASES = [
         real(3),
         density="none",
         objective=DenoisingScoreMatching,
+    ),
+    Case("Hierarchical VAE", _hierarchical, (3,), real(3), **IMPLICIT),
+    Case(
+        "Hierarchical VAE, labels",
+        lambda: _hierarchical(event_shape=(2, 2), context=Labels(CLASSES), likelihood=BernoulliLikelihood()),
+        (2, 2),
+        zeros_and_ones(2, 2),
+        labels,
+        **DISCRETE,
+        **IMPLICIT,
     ),
     Case("ODE flow", _ode, (3,), real(3)),
     Case("ODE flow, adaptive", lambda: _ode(solver=Dopri5()), (3,), real(3), smooth=False),

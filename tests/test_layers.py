@@ -17,7 +17,9 @@ import pyro_genmodels
 ROOT = Path(__file__).parent.parent / "pyro_genmodels"
 MAX_FLOORS = 6
 DOORS = {"zuko": "nn/transforms.py", "torchdiffeq": "dynamics/ode.py", "arviz": "inference_data/export.py"}
-SHARED_BY_FAMILIES = {"family", "context", "continuous", "coordinates", "input_warnings", "standardization", "validation"}
+SHARED_BY_FAMILIES = {
+    "family", "context", "continuous", "coordinates", "decoding", "input_warnings", "latents", "standardization", "validation",
+}  # fmt: skip
 ARCHITECTURE = ROOT.parent / "docs" / "architecture.md"
 PRIVATE_ATTRIBUTES = {"_mask", "_params", "_pyro_context", "_pyro_name", "_pyro_samples", "_pyro_set_supermodule"}
 PRIVATE_KEYS = {"$$$", "_deterministic", "_enumerate_dim", "_pyro_samples", "_unconstrained", "was_observed"}

@@ -59,7 +59,7 @@ class VAEDiagnosis:
         reconstructions: means of p(x | z) for a draw of z of each of them.
         traversals: means of p(x | z) where one coordinate of the first row's z goes through the values it has in the data, from
             3 standard deviations below the mean to 3 above, (coordinates, values, ...), for the coordinates of the largest
-            divergence; None if the fit has no `decode`.
+            divergence; None if the fit has no `decode`, or several latent variables.
     """
 
     kl: Mapping[str, Tensor]
@@ -175,7 +175,7 @@ def diagnose_vae(
         whole = _RowsDiagnosis.joined(runs)
         information = _mutual_information(model, guide, data.first(MAX_INFORMED_ROWS), whole)
         first = data.first(SHOWN)
-        traversals = _traversals(fit, first.first(1), whole) if hasattr(fit, "decode") else None
+        traversals = _traversals(fit, first.first(1), whole) if hasattr(fit, "decode") and len(whole.kl) == 1 else None
         reconstructions = _reconstructions(model, guide, first)
     kl = {name: values.mean(0) for name, values in whole.kl.items()}
     return VAEDiagnosis(

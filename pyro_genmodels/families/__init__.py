@@ -44,6 +44,7 @@ from pyro_genmodels.families.energy import EnergyModel
 from pyro_genmodels.families.family import Family
 from pyro_genmodels.families.flow import Flow
 from pyro_genmodels.families.gan import GAN
+from pyro_genmodels.families.hierarchical_vae import HierarchicalVAE
 from pyro_genmodels.families.latents import FlowPosterior, FullNormalPosterior, MixturePrior, NormalPosterior, VampPrior
 from pyro_genmodels.families.ode_flow import ODEFlow
 from pyro_genmodels.families.vae import VAE
@@ -111,6 +112,7 @@ __all__ = [
     "Glow",
     "Hamiltonian",
     "Heun",
+    "HierarchicalVAE",
     "Hutchinson",
     "Karras",
     "Labels",

@@ -10,33 +10,28 @@ from __future__ import annotations
 __all__ = ["VAE"]
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
-import torch
 from pyro.nn import pyro_method
 from torch import Size, Tensor, nn
-from torch.distributions import Distribution, Transform, constraints
+from torch.distributions import Distribution, constraints
 
-from pyro_genmodels._pyro.params import random_parameters
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.implicit import Implicit
 from pyro_genmodels.distributions.likelihoods import Likelihood
-from pyro_genmodels.distributions.partly_observed import PartlyObserved
 from pyro_genmodels.families.context import Context
-from pyro_genmodels.families.coordinates import CoordinateFamily
+from pyro_genmodels.families.decoding import DecodedFamily, draw_weights
 from pyro_genmodels.families.family import Family, Standardize, StandardizeContext
 from pyro_genmodels.families.latents import LatentPosterior, LatentPrior, NormalPosterior
-from pyro_genmodels.nn.mlp import MLP, call_batched
-from pyro_genmodels.nn.padding import Padding
+from pyro_genmodels.nn.mlp import call_batched
 from pyro_genmodels.utils.distributions import is_real
 from pyro_genmodels.utils.errors import check_choice, check_positive_int
 
 
-class VAE(CoordinateFamily):
+class VAE(DecodedFamily):
     """A variational autoencoder, with sites ``z`` and ``x`` in the plate ``data``.
 
     Args:
@@ -77,11 +72,6 @@ class VAE(CoordinateFamily):
         torch.Size([5, 28, 28])
     """
 
-    if_missing = (
-        "Drop or impute these rows first, or build VAE(..., missing=True), whose likelihood leaves out missing values (NaN, "
-        "not infinity)."
-    )
-
     def __init__(
         self,
         event_shape: Sequence[int],
@@ -115,32 +105,22 @@ class VAE(CoordinateFamily):
         posterior = check_choice("VAE", "posterior", posterior, NormalPosterior(), LatentPosterior)
         if not (prior is None or isinstance(prior, LatentPrior)):
             _check_prior(prior)
-        for role, network in (("encoder", encoder), ("decoder", decoder)):
-            if not (network is None or isinstance(network, nn.Module)):
-                found = f"the class {network.__name__}" if isinstance(network, type) else type(network).__name__
-                raise TypeError(f"VAE wants an {role} that is a torch.nn.Module, but found {found}.")
-        channels = self.likelihood.num_inputs + int(missing)
-        inputs = Size((*self.event_shape, channels)) if channels > 1 or missing else self.event_shape
+        self._check_networks(encoder=encoder, decoder=decoder)
         if prior is None or isinstance(prior, LatentPrior):
             self.latent_shape = Size((latent_dim,))
-            self.prior: Any = None if prior is None else prior.build(self.latent_shape, inputs)
+            self.prior: Any = None if prior is None else prior.build(self.latent_shape, self.feature_shape)
         else:
             self.latent_shape, self.prior = prior.event_shape, prior
         latent_size = self.latent_shape.numel()
-        outputs = (*self.event_shape, self.likelihood.num_outputs)
         self.encoding, self._encoded = posterior.build(self.latent_shape), posterior
-        encoded = (posterior.num_outputs(latent_size),)
-        coordinates = [self.likelihood.at(i) for i in range(self.event_shape.numel())]
-        joined = Padding([each.num_inputs + int(missing) for each in coordinates])
-        padded = Padding([each.num_outputs for each in coordinates])
-        self.encoder = encoder or _Flat(joined.total + self.context_size, encoded, hidden, dropout, inputs=joined)
-        self.decoder = decoder or _Flat(latent_size + self.context_size, outputs, hidden, dropout, outputs=padded)
+        self.encoder = encoder or self._flat_encoder(posterior.num_outputs(latent_size), hidden, dropout)
+        self.decoder = decoder or self._flat_decoder(latent_size, hidden, dropout)
 
     def forward(self, context: Tensor | None = None) -> Implicit:
         prior = self._prior(context)
         return Implicit(
             prior,
-            self._decode(),
+            self._decoding(),
             self.event_shape,
             context=self.embed(context),
             support=self.support,
@@ -155,8 +135,13 @@ class VAE(CoordinateFamily):
         x, context = self._accept(x, context)
         if x is not None and not self.missing:
             x = self.likelihood.cast(x, self.loc.dtype)
-        plate, prior, decode, embedded = self.plate(x, context, size), self._prior(context), self._decode(), self.embed(context)
-        _draw_weights(decode.decoder)
+        plate, prior, decode, embedded = (
+            self.plate(x, context, size),
+            self._prior(context),
+            self._decoding(),
+            self.embed(context),
+        )
+        draw_weights(decode.decoder)
         with plate:
             z = pyro.sample("z", prior)
             return pyro.sample("x", decode(z, embedded), obs=x)
@@ -177,13 +162,6 @@ class VAE(CoordinateFamily):
         x, context = self._as_tensors(x, context)
         return self._encode(self._features(x), x.shape[: x.dim() - len(self.event_shape)], self.embed(context))
 
-    @pyro_method
-    def decode(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
-        """Return the distribution of the data, of batch shape (batch...), given z, (batch..., *latent shape)."""
-        if z.shape[z.dim() - len(self.latent_shape) :] != self.latent_shape:
-            raise ValueError(f"decode wants z of shape (..., {self.latent_shape.numel()}), but found {tuple(z.shape)}.")
-        return self._decode()(z, self.embed(None if context is None else self._as_tensors(None, context)[1]))
-
     def _encode(self, features: Tensor, batch: Size, context: Tensor | None) -> dist.TorchDistribution:
         """Return the guide's distribution of z, given inputs of the encoder, (*batch, ...), and an embedded context."""
         out = call_batched(self.encoder, batch, features, context)
@@ -201,32 +179,10 @@ class VAE(CoordinateFamily):
         loc, scale = (part.reshape(batch + self.latent_shape) for part in parts)
         return dist.Normal(loc, scale).to_event(len(self.latent_shape))
 
-    def _features(self, x: Tensor) -> Tensor:
-        """Return what the encoder sees of data (batch..., *event_shape)."""
-        likelihood, pretransform, dtype = self.measured, self.pretransform, self.loc.dtype
-        if not self.missing:
-            x = likelihood.cast(x, dtype)
-            features = likelihood.encode(x if pretransform is None else pretransform(x)).to(dtype)
-            return features.squeeze(-1) if likelihood.num_inputs == 1 else features
-        seen = ~x.isnan()
-        y = likelihood.fill(x if pretransform is None else pretransform(x), seen)
-        features = likelihood.encode(likelihood.cast(y, dtype)).to(dtype)
-        known = seen.unsqueeze(-1).to(dtype)
-        return torch.cat([known, features * known], -1)
-
     def _standardize_contexts(self, context: Tensor, *, again: bool = True) -> None:
         super()._standardize_contexts(context, again=again)
         if isinstance(self.prior, Family) and self.prior.context is not None:
             self.prior._standardize_contexts(context, again=False)
-
-    def _decode(self) -> _Decode:
-        """Return the map from z to the distribution of x.
-
-        The decoder is read from `self` at each call, so that Pyro sees its parameters.
-        """
-        pretransform = self.elementwise_pretransform if self.missing else self.pretransform
-        observed = self.support if self.missing else None
-        return _Decode(self.decoder, self.measured, self.latent_shape, self.event_shape, pretransform, observed)
 
     def _prior(self, context: Tensor | None) -> Any:
         if self.prior is None:
@@ -244,79 +200,6 @@ class VAE(CoordinateFamily):
             batch = context.shape[:-1] + batch
             inputs, context = inputs.expand(context.shape[:-1] + inputs.shape), context.unsqueeze(-2)
         return self._encode(inputs, batch, context)
-
-
-@dataclass(frozen=True)
-class _Decode:
-    """The map from z (batch..., *latent_shape) and context (batch..., c) to the distribution of x.
-
-    Attributes:
-        pretransform: bijection from data to what the networks model; elementwise if coordinates may be missing.
-        support: set in which one coordinate lies, if some may be missing, else None.
-    """
-
-    decoder: nn.Module
-    likelihood: Likelihood
-    latent_shape: Size
-    event_shape: Size
-    pretransform: Transform | None
-    support: constraints.Constraint | None
-
-    def __call__(self, z: Tensor, context: Tensor | None) -> dist.TorchDistribution:
-        batch = z.shape[: z.dim() - len(self.latent_shape)]
-        params = call_batched(self.decoder, batch, z, context)
-        wanted = (*batch, *self.event_shape, self.likelihood.num_outputs)
-        if wanted[-1] == 1 and params.shape == wanted[:-1]:
-            params = params.unsqueeze(-1)
-        if params.shape != wanted:
-            raise ValueError(f"The decoder should return a tensor of shape {wanted}, but it returned {tuple(params.shape)}.")
-        if self.support is not None:
-            return PartlyObserved(self.likelihood, params, self.event_shape, transform=self.pretransform, support=self.support)
-        x = self.likelihood(params).to_event(len(self.event_shape))
-        return x if self.pretransform is None else dist.TransformedDistribution(x, [self.pretransform.inv])
-
-
-class _Flat(nn.Module):
-    """A dense network of the flattened input and the context.
-
-    Args:
-        num_inputs: length of the input and the context.
-        output_shape: shape of one output.
-        hidden: widths of the hidden layers.
-        dropout: rate at which hidden units are dropped in training.
-        inputs: padding of the input, if that is one of features of coordinates.
-        outputs: padding of the output, if that is one of parameters of coordinates.
-    """
-
-    def __init__(
-        self,
-        num_inputs: int,
-        output_shape: Sequence[int],
-        hidden: Sequence[int],
-        dropout: float,
-        *,
-        inputs: Padding | None = None,
-        outputs: Padding | None = None,
-    ) -> None:
-        super().__init__()
-        self.output_shape = Size(output_shape)
-        self.inputs, self.outputs = (
-            padding if padding is not None and padding.is_needed else None for padding in (inputs, outputs)
-        )
-        self.mlp = MLP(
-            num_inputs, self.output_shape.numel() if self.outputs is None else self.outputs.total, hidden, dropout=dropout
-        )
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        x = x.reshape(len(x), -1) if self.inputs is None else self.inputs.join(x)
-        out = self.mlp(x if context is None else torch.cat((x, context), -1))
-        return out.unflatten(-1, self.output_shape) if self.outputs is None else self.outputs.pad(out)
-
-
-def _draw_weights(network: nn.Module) -> None:
-    """Draw the random weights (`PyroSample`) of a Bayesian network outside the plate of the data; Pyro then reuses them."""
-    for module, name in random_parameters(network):
-        getattr(module, name)
 
 
 def _check_prior(prior: Distribution | Family) -> None:
