@@ -12,7 +12,8 @@ channels leave as latent variables, normal given those that stay:
 W is orthogonal at the start and kept as PLU, so that log \|det W\| is a sum and the inverse takes two triangular solves. The
 scale s and the shift b of the channels (*actnorm*) start at the identity instead of from a first batch, as suits standardised
 data. The functions g are affine with a bounded scale, or splines; they too are the identity at the start. Each direction is
-one pass. Kingma & Dhariwal (arXiv 1807.03039), Dinh et al. (arXiv 1605.08803).
+one pass. Round-trip errors in float32, of trained flows of 8 x 8 pixels: 2e-6 for affine functions, 4e-6 for splines
+(`benchmarks/inverses.py`). Kingma & Dhariwal (arXiv 1807.03039), Dinh et al. (arXiv 1605.08803).
 """
 
 from __future__ import annotations
