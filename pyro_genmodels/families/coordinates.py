@@ -41,7 +41,7 @@ class CoordinateFamily(Family):
     Raises:
         TypeError: if it is no likelihood.
         ValueError: if events of that shape or support cannot have it, or ``standardize="jointly"`` is wanted for columns of
-            different kinds.
+            different kinds; if coordinates may be missing, but the support is one of whole events.
     """
 
     located: Tensor
@@ -61,6 +61,11 @@ class CoordinateFamily(Family):
         super().__init__(event_shape, support=likelihood.support_within(support), **kwargs)
         likelihood.check_event(self.event_shape)
         self.likelihood, self.missing = likelihood, missing
+        if missing and self._is_mapped and self.support.event_dim:
+            raise ValueError(
+                f"{type(self).__name__} with missing=True wants a support of single coordinates, but found {self.support}. "
+                "Transform the data beforehand."
+            )
         coordinates = [likelihood.at(i) for i in range(self.event_shape.numel())]
         located = torch.tensor([each.is_located for each in coordinates]).reshape(self.event_shape)
         self.register_buffer("located", located, persistent=False)
@@ -126,8 +131,9 @@ class CoordinateFamily(Family):
         else:
             columns = zip(x.flatten(1).unbind(1), self.likelihood.labels(self.event_shape), strict=True)
             places = [(self.likelihood.at(i), column, f"{DATA.noun} in {label}") for i, (column, label) in enumerate(columns)]
-        loc, scale = zip(*(self._units_of_column(*place) for place in places), strict=True)
-        return tuple(torch.stack(part).expand(self.loc.numel()).reshape(self.event_shape) for part in (loc, scale))  # type: ignore[return-value]
+        units = zip(*(self._units_of_column(*place) for place in places), strict=True)
+        loc, scale = (torch.stack(part).expand(self.loc.numel()).reshape(self.event_shape) for part in units)
+        return loc, scale
 
     def _units_of_column(self, likelihood: Likelihood, column: Tensor, noun: str) -> tuple[Tensor, Tensor]:
         """Return the location and scale, () each, of the known values of a column, (N,), called by a noun in messages."""

@@ -134,7 +134,20 @@ def test_outputs_of_zero_describe_the_data(likelihood):
 # Units.
 
 
-@pytest.mark.parametrize("kind", [NormalLikelihood(), StudentTLikelihood(), LogNormalLikelihood(), GammaLikelihood()], ids=repr)
+UNITS = [NormalLikelihood(), NormalLikelihood(components=2), StudentTLikelihood(), LogNormalLikelihood(), GammaLikelihood()]
+
+
+@pytest.mark.parametrize("kind", UNITS, ids=repr)
+def test_densities_in_another_unit_change_by_its_logarithm(kind, float64):
+    family, x = perturb(Autoregressive((2,), likelihood=Mixed([kind, kind]), hidden=(8,))), positive(2)(30) * 1000
+    values = []
+    for factor in (torch.tensor([1.0, 1.0]), torch.tensor([1e-6, 86400.0])):
+        family.standardize(factor * x)
+        values.append(family().log_prob(factor * x) + factor.log().sum())
+    assert_close(values[1], values[0], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("kind", UNITS[::2], ids=repr)
 @pytest.mark.parametrize("build", [Autoregressive, VAE])
 def test_a_fit_in_another_unit_is_the_same(build, kind):
     """A column in a unit a million times larger trains to the same parameters, and log densities change by its logarithm."""
@@ -300,6 +313,8 @@ def test_wrong_arguments_are_refused():
         VAE((5,), likelihood=Mixed(KINDS), standardize="jointly")
     with pytest.raises(TypeError, match="ZeroInflatedLikelihood wants a base"):
         ZeroInflatedLikelihood(NormalLikelihood())
+    with pytest.raises(ValueError, match="missing=True wants a support of single coordinates"):
+        VAE((3,), support=pyro.distributions.constraints.ordered_vector, missing=True)
     with pytest.raises(ValueError, match="StudentTLikelihood wants df"):
         StudentTLikelihood(df=-1.0)
 
@@ -379,7 +394,7 @@ def test_missing_values_have_no_part_in_the_likelihood(support):
     x = 5 + real(3)(20).abs()
     family.standardize(x)
     z = torch.zeros(20, 8)
-    full = family._decode()(z, None)
+    full = family.decode(z)
     one_missing = x.clone()
     one_missing[:, 1] = torch.nan
     alone = x.clone()
@@ -389,7 +404,7 @@ def test_missing_values_have_no_part_in_the_likelihood(support):
     complete = VAE((3,), support=support, hidden=(8,))
     complete.standardize(x)
     complete.decoder = family.decoder
-    assert_close(complete._decode()(z, None).log_prob(x), full.log_prob(x))
+    assert_close(complete.decode(z).log_prob(x), full.log_prob(x))
     assert family.posterior(one_missing).mean.isfinite().all()
     with pytest.raises(ValueError, match="NaN or infinite"):
         family.model(x.where(x < x.max(), torch.inf))
