@@ -206,7 +206,7 @@ def mnist_flow(
         ).history
         epoch_seconds = history[-1]["seconds"] / len(history)
     bits, added = 784 * log(2), "learned" if variational else "uniform"
-    likelihood = log_likelihood(flow, test, num_samples=1)
+    likelihood = log_likelihood(flow, test, num_samples=1, batch_size=1000)
     curve = ", ".join(f"{record['epoch']}: {record['valid'] / bits:.3f}" for record in history)
     print(f"bits per dimension of the validation images, by epoch: {curve}")
     print(
