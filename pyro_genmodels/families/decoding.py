@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Decode", "DecodedFamily", "FlatNetwork", "draw_weights"]
+__all__ = ["Decode", "DecodedFamily", "FlatNetwork", "broadcast", "draw_weights"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,7 +50,10 @@ class DecodedFamily(CoordinateFamily):
 
     @pyro_method
     def decode(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
-        """Return the distribution of the data, of batch shape (batch...), given z, (batch..., *latent shape)."""
+        """Return the distribution of the data, of batch shape (batch...), given z, (batch..., *latent shape).
+
+        The batch shapes of z and context are broadcast, as where Pyro enumerates the context.
+        """
         if z.shape[z.dim() - len(self.latent_shape) :] != self.latent_shape:
             raise ValueError(f"decode wants z of shape (..., {self.latent_shape.numel()}), but found {tuple(z.shape)}.")
         return self._decoding()(z, self.embed(None if context is None else self._as_tensors(None, context)[1]))
@@ -113,7 +116,7 @@ class Decode:
     support: constraints.Constraint | None
 
     def __call__(self, z: Tensor, context: Tensor | None) -> dist.TorchDistribution:
-        batch = z.shape[: z.dim() - len(self.latent_shape)]
+        batch, z = broadcast(z, len(self.latent_shape), context)
         params = call_batched(self.decoder, batch, z, context)
         wanted = (*batch, *self.event_shape, self.likelihood.num_outputs)
         if wanted[-1] == 1 and params.shape == wanted[:-1]:
@@ -161,6 +164,25 @@ class FlatNetwork(nn.Module):
         x = x.reshape(len(x), -1) if self.inputs is None else self.inputs.join(x)
         out = self.mlp(x if context is None else torch.cat((x, context), -1))
         return out.unflatten(-1, self.output_shape) if self.outputs is None else self.outputs.pad(out)
+
+
+def broadcast(x: Tensor, event_dim: int, context: Tensor | None) -> tuple[Size, Tensor]:
+    """Return the common batch shape of x, (batch..., *event), and an embedded context, (batch..., c), and x of that shape.
+
+    Raises:
+        ValueError: if their batch shapes cannot be broadcast.
+    """
+    batch, event = x.shape[: x.dim() - event_dim], x.shape[x.dim() - event_dim :]
+    if context is None or context.shape[:-1] == batch:
+        return batch, x
+    try:
+        batch = torch.broadcast_shapes(batch, context.shape[:-1])
+    except RuntimeError as error:
+        raise ValueError(
+            f"One context for each row is wanted, but found rows of batch shape {tuple(batch)} and contexts of batch shape "
+            f"{tuple(context.shape[:-1])}, which cannot be broadcast."
+        ) from error
+    return batch, x.expand(batch + event)
 
 
 def draw_weights(network: nn.Module) -> None:

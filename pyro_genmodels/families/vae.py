@@ -23,7 +23,7 @@ from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.implicit import Implicit
 from pyro_genmodels.distributions.likelihoods import Likelihood
 from pyro_genmodels.families.context import Context
-from pyro_genmodels.families.decoding import DecodedFamily, draw_weights
+from pyro_genmodels.families.decoding import DecodedFamily, broadcast, draw_weights
 from pyro_genmodels.families.family import Family, Standardize, StandardizeContext
 from pyro_genmodels.families.latents import LatentPosterior, LatentPrior, NormalPosterior
 from pyro_genmodels.nn.mlp import call_batched
@@ -158,12 +158,16 @@ class VAE(DecodedFamily):
 
     @pyro_method
     def posterior(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
-        """Return the encoder's distribution of z, of batch shape (batch...), given data x, (batch..., *event_shape)."""
-        x, context = self._as_tensors(x, context)
-        return self._encode(self._features(x), x.shape[: x.dim() - len(self.event_shape)], self.embed(context))
+        """Return the encoder's distribution of z, of batch shape (batch...), given data x, (batch..., *event_shape).
 
-    def _encode(self, features: Tensor, batch: Size, context: Tensor | None) -> dist.TorchDistribution:
-        """Return the guide's distribution of z, given inputs of the encoder, (*batch, ...), and an embedded context."""
+        The batch shapes of x and context are broadcast, as where Pyro enumerates the context.
+        """
+        x, context = self._as_tensors(x, context)
+        return self._encode(self._features(x), self.embed(context))
+
+    def _encode(self, features: Tensor, context: Tensor | None) -> dist.TorchDistribution:
+        """Return the distribution of z, given inputs of the encoder, (batch..., *feature_shape), and an embedded context."""
+        batch, features = broadcast(features, len(self.feature_shape), context)
         out = call_batched(self.encoder, batch, features, context)
         wanted = (*batch, self._encoded.num_outputs(self.latent_shape.numel()))
         if isinstance(out, Tensor) and out.shape == wanted:
@@ -195,11 +199,7 @@ class VAE(DecodedFamily):
 
     def _guide_of(self, context: Tensor | None, inputs: Tensor) -> dist.TorchDistribution:
         """Return the guide's distributions for inputs of the encoder, (k, ...), of batch shape (context's batch..., k)."""
-        batch = inputs.shape[:1]
-        if context is not None:
-            batch = context.shape[:-1] + batch
-            inputs, context = inputs.expand(context.shape[:-1] + inputs.shape), context.unsqueeze(-2)
-        return self._encode(inputs, batch, context)
+        return self._encode(inputs, None if context is None else context.unsqueeze(-2))
 
 
 def _check_prior(prior: Distribution | Family) -> None:
