@@ -28,8 +28,8 @@ from pyro_genmodels.utils.rng import forked_rng
 
 HELD_OUT = 0.1
 """Share of the pairs that early stopping looks at."""
-AVERAGE_DECAY = 0.99
-"""Decay per step of the average of the parameters."""
+AVERAGE_DECAY = {False: 0.99, True: 0.999}
+"""Decay per step of the average of the parameters: larger for velocities and scores, whose losses draw noise and times."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,8 @@ def train_conditional(
     parameters = [p for p in family.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=options.step_size)
     average = [p.detach().clone() for p in parameters]
+    found = capabilities(family(context[:1]))
+    decay = AVERAGE_DECAY[found.has_noise_error or found.has_velocity]
     encoder, best, since, steps = family.context, float("inf"), 0, 0
     kept = [p.clone() for p in average]
     z_held, context_held = z[held], encoder.hide(context[held])
@@ -108,7 +110,7 @@ def train_conditional(
                 nn.utils.clip_grad_norm_(parameters, 5.0)
                 optimizer.step()
                 steps += 1
-                weight = 1 - min(AVERAGE_DECAY, steps / (steps + 10))
+                weight = 1 - min(decay, steps / (steps + 10))
                 for mean, p in zip(average, parameters, strict=True):
                     mean.lerp_(p.detach(), weight)
             history.append(_held_out_loss(family, loss, parameters, average, z_held, context_held))
