@@ -6,8 +6,8 @@ From the base to the data a planar layer moves points along one direction, a rad
 
 They are invertible where :math:`w \cdot \hat u > -1` and :math:`\hat\beta > -\alpha`. The base point of x is found in one
 dimension. For the planar layer :math:`s = w \cdot z` solves :math:`s + (w \cdot \hat u) \tanh(s + b) = w \cdot x`, whose left
-side increases; it is bisected, and a last step of Newton carries the derivatives. For the radial layer r solves a quadratic
-equation.
+side increases; it is bisected, and two steps of Newton then carry the derivatives up to the third. For the radial layer r
+solves a quadratic equation.
 
 Rezende and Mohamed, *Variational Inference with Normalizing Flows* (arXiv 1505.05770).
 """
@@ -79,9 +79,9 @@ class PlanarTransform(_Layer):
         wanted = (self.w * x).sum(-1)
         with torch.no_grad():
             s = self._search(wanted)
-        tangent = torch.tanh(s + self.b)
-        error = wanted - s - self.slope * tangent
-        s = s + error / (1 + self.slope * (1 - tangent.square())).detach()
+        for _ in range(2):  # after k steps, derivatives up to order 2^k - 1 are right
+            tangent = torch.tanh(s + self.b)
+            s = s + (wanted - s - self.slope * tangent) / (1 + self.slope * (1 - tangent.square()))
         return x - self.u * torch.tanh(s + self.b).unsqueeze(-1)
 
     def _search(self, wanted: Tensor) -> Tensor:
@@ -121,7 +121,8 @@ class RadialTransform(_Layer):
         far = distance.square().sum(-1).clamp(min=torch.finfo(x.dtype).tiny).sqrt()
         b = far - self.alpha - self.beta
         root = (b.square() + 4 * far * self.alpha).sqrt()
-        near = torch.where(b > 0, (b + root) / 2, 2 * far * self.alpha / (root - b))  # without cancellation
+        larger = (torch.where(b > 0, b, -b) + root) / 2  # root of larger size, without cancellation
+        near = torch.where(b > 0, larger, far * self.alpha / larger)
         return self.centre + distance / (1 + self.beta / (self.alpha + near)).unsqueeze(-1)
 
     def _inverse(self, y: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from pyro_genmodels import Flow
 from pyro_genmodels.families import Planar, Radial
-from pyro_genmodels.nn.planar import MARGIN, PlanarTransform
+from pyro_genmodels.nn.planar import MARGIN, PlanarTransform, RadialTransform
 
 CHOICES = [Planar(3), Radial(3)]
 
@@ -54,6 +54,29 @@ def test_gradients_of_densities_are_those_of_finite_differences(choice):
             ends.append(value())
             module.start.sub_(sign * 1e-6 * step)
     assert ((ends[0] - ends[1]) / 2e-6).item() == pytest.approx((slope * step).sum().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=["planar", "radial"])
+def test_second_derivatives_of_densities_are_those_of_finite_differences(choice):
+    f = lazy(choice)(None)
+
+    def value(x):
+        u = f(x)
+        return f.log_abs_det_jacobian(x, u) - u.square().sum(-1) / 2
+
+    def score(x):
+        return torch.autograd.functional.jacobian(value, x)
+
+    x, step = torch.randn(3, dtype=torch.float64), 1e-5 * torch.eye(3, dtype=torch.float64)
+    slopes = torch.stack([(score(x + h) - score(x - h)) / 2e-5 for h in step])
+    assert_close(torch.autograd.functional.hessian(value, x), slopes, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_a_radial_layer_are_finite_far_out():
+    parameters = [torch.zeros(2), torch.tensor(-20.0), torch.tensor(0.0)]
+    leaves = [p.requires_grad_() for p in parameters]
+    RadialTransform(*leaves)(torch.tensor([1e5, 0.0])).sum().backward()
+    assert all(p.grad.isfinite().all() for p in leaves)
 
 
 def test_a_planar_layer_is_pyros():
