@@ -33,7 +33,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
 from pyro_genmodels.distributions.flow import NormalizingFlow
-from pyro_genmodels.nn.transforms import NSF, FlowTransform, flow_options, lazy_transform
+from pyro_genmodels.nn.transforms import NSF, FlowChoice, flow_options, lazy_transform
 from pyro_genmodels.utils.errors import check_choice, check_positive_int
 
 MIN_SCALE = 1e-5
@@ -121,7 +121,7 @@ class FlowPosterior(LatentPosterior):
 
     Args:
         transform: layers of the flow. By default splines in coupling layers, whose draws and densities take few passes. `MAF()`
-            takes a pass of its networks for each coordinate of a draw.
+            takes a pass of its networks for each coordinate of a draw. `Planar()` has few parameters.
         num_features: length of the vector by which the encoder conditions the flow.
 
     Raises:
@@ -129,11 +129,11 @@ class FlowPosterior(LatentPosterior):
         ValueError: if `num_features` is not positive.
     """
 
-    transform: FlowTransform = field(default_factory=lambda: NSF(transforms=2, hidden=(64,), passes=2))
+    transform: FlowChoice = field(default_factory=lambda: NSF(transforms=2, hidden=(64,), passes=2))
     num_features: int = 32
 
     def __post_init__(self) -> None:
-        check_choice("FlowPosterior", "transform", self.transform, NSF(passes=2), FlowTransform)
+        check_choice("FlowPosterior", "transform", self.transform, NSF(passes=2), FlowChoice)
         check_positive_int("FlowPosterior", num_features=self.num_features)
 
     def num_outputs(self, size: int) -> int:
@@ -144,7 +144,7 @@ class FlowPosterior(LatentPosterior):
 
 
 class _FlowOfNormal(nn.Module):
-    def __init__(self, shape: Size, choice: FlowTransform, num_features: int) -> None:
+    def __init__(self, shape: Size, choice: FlowChoice, num_features: int) -> None:
         super().__init__()
         self.shape, self.base = shape, choice.base
         self.flow = lazy_transform(choice.build(shape.numel(), num_features))

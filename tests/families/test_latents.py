@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from pyro_genmodels import MAF, VAE, BernoulliLikelihood, RealNVP, log_likelihood, train
-from pyro_genmodels.families import FlowPosterior, FullNormalPosterior, MixturePrior, NormalPosterior, VampPrior
+from pyro_genmodels.families import FlowPosterior, FullNormalPosterior, MixturePrior, NormalPosterior, Planar, VampPrior
 from pyro_genmodels.infer import KLWeightedELBO
 from pyro_genmodels.infer.compiled import Captured, CapturedLoss
 from pyro_genmodels.training import checkpoints
@@ -22,6 +22,7 @@ POSTERIORS = {
     "full": FullNormalPosterior(),
     "flow": FlowPosterior(num_features=4),
     "MAF": FlowPosterior(MAF(transforms=1, hidden=(8,)), num_features=4),
+    "planar": FlowPosterior(Planar(2), num_features=4),
 }
 PRIORS = {"mixture": MixturePrior(3), "vamp": VampPrior(4)}
 TASKS = [{"posterior": choice} for choice in POSTERIORS.values()] + [{"prior": choice} for choice in PRIORS.values()]
