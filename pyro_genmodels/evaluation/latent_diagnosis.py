@@ -52,8 +52,8 @@ class VAEDiagnosis:
         activity: variance over the data of the mean of each coordinate, by name, of the variable's shape.
         rate: divergence of all variables, in nats per datum.
         distortion: mean of -log p(x | z), in nats per datum.
-        mutual_information: information in nats that z has about which row was encoded, at most log N, or None if there are
-            several latent variables.
+        mutual_information: information in nats that z has about which of the first N rows was encoded, at most log N, for an N
+            of at most 2,000; None if there are several latent variables.
         num_rows: number of rows.
         data: the first rows, (rows, ...).
         reconstructions: means of p(x | z) for a draw of z of each of them.
@@ -321,6 +321,6 @@ def _traversals(fit: Any, row: RowArguments, whole: _RowsDiagnosis) -> Tensor:
     for j in order.argsort(descending=True)[:SHOWN]:
         z = means[0].expand(STEPS, -1).clone()
         z[:, j] = means[:, j].mean() + deviations * means[:, j].std()
-        context = [c.expand(STEPS, *c.shape[1:]) for c in row.args[1:] if isinstance(c, Tensor)]
+        context = [c.expand(STEPS, *c.shape[1:]) for c in (*row.args[1:], row.kwargs.get("context")) if isinstance(c, Tensor)]
         rows.append(_expected(fit.decode(z.reshape(STEPS, *shape), *context)))
     return torch.stack(rows)

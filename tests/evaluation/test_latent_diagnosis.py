@@ -79,6 +79,13 @@ def test_images_are_reconstructed_and_traversed_and_plotted(context):
     assert len(diagnose_vae((vae.model, vae.guide), x, *args).plot().axes) == 2
 
 
+def test_contexts_by_name_are_traversed_as_those_by_position():
+    vae = VAE((4,), context=2, latent_dim=3, likelihood=BernoulliLikelihood(), hidden=(8,))
+    x, context = torch.randint(2, (20, 4)).float(), torch.randn(20, 2)
+    found = diagnose_vae(vae, x, context=context, num_samples=2).traversals
+    assert_close(found, diagnose_vae(vae, x, context, num_samples=2).traversals)
+
+
 def test_batches_of_rows_give_the_values_of_all():
     vae, x = VAE((4,), latent_dim=2, hidden=(8,)), torch.randn(50, 4)
     whole, parts = (diagnose_vae(vae, x, batch_size=size) for size in (50, 7))
