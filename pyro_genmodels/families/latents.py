@@ -23,16 +23,15 @@ __all__ = [
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import expm1, log
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
-import torch.nn.functional as F
 from torch import Size, Tensor, nn
 from torch.distributions import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
 from pyro_genmodels.distributions.flow import NormalizingFlow
+from pyro_genmodels.distributions.likelihoods import positive
 from pyro_genmodels.nn.transforms import NSF, FlowChoice, flow_options, lazy_transform
 from pyro_genmodels.utils.errors import check_choice, check_positive_int
 
@@ -41,8 +40,8 @@ MIN_SCALE = 1e-5
 
 
 def positive_scale(raw: Tensor) -> Tensor:
-    """Return standard deviations from unconstrained numbers, 1 at 0."""
-    return F.softplus(raw + log(expm1(1.0))) + MIN_SCALE
+    """Return standard deviations from unconstrained numbers: softplus, shifted to be 1 at 0."""
+    return positive(raw, MIN_SCALE)
 
 
 class LatentPosterior(ABC):
@@ -87,8 +86,8 @@ class _Normal(nn.Module):
 class FullNormalPosterior(LatentPosterior):
     """A normal distribution with a covariance of its own for each datum.
 
-    The encoder returns the location, the logarithms of the diagonal of the Cholesky factor but for a constant, and the entries
-    below it, which are multiplied by the diagonal entry of their row.
+    The encoder returns the location, the unconstrained diagonal of the Cholesky factor, as `NormalPosterior` has deviations,
+    and the entries below it, which are multiplied by the diagonal entry of their row.
     """
 
     def num_outputs(self, size: int) -> int:
