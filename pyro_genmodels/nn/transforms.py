@@ -6,7 +6,7 @@ switches torch's argument validation off for the whole process; this file restor
 
 Zuko's bisection looks for the inverse in [-10, 10] and returns an end where it is not there. Here it bisects
 :math:`s = \operatorname{arsinh} x`, whose steps are absolute near 0 and relative far out, and so reaches all floats. The
-derivatives of an inverse that is searched for are those of the implicit function.
+first derivatives of an inverse that is searched for are those of the implicit function; higher ones are wrong.
 
 The table's errors are the largest over 200 rings of points in two dimensions, in float32, for untrained and trained transforms
 (`benchmarks/inverses.py`).
@@ -322,7 +322,7 @@ class UNAF(NAF):
 
 
 class _Searched(zuko.transforms.MonotonicTransform):
-    r"""An increasing function whose inverse is searched for among all floats instead of in [-10, 10], with its derivatives.
+    r"""An increasing function whose inverse is searched for among all floats, not in [-10, 10], with its first derivatives.
 
     The inverse x of y has :math:`f_\phi(x) = y`, so :math:`dx = (dy - \partial_\phi f \, d\phi) / f'(x)`.
     """
