@@ -124,8 +124,8 @@ class FlowPosterior(LatentPosterior):
         num_features: length of the vector by which the encoder conditions the flow.
 
     Raises:
-        TypeError: if the transform is no choice of layers, or `num_features` no integer.
-        ValueError: if `num_features` is not positive.
+        TypeError: if the transform is no choice of layers.
+        ValueError: if `num_features` is not a positive integer.
     """
 
     transform: FlowChoice = field(default_factory=lambda: NSF(transforms=2, hidden=(64,), passes=2))
@@ -186,8 +186,7 @@ class MixturePrior(LatentPrior):
         components: number of components.
 
     Raises:
-        TypeError: if it is no integer.
-        ValueError: if it is not positive.
+        ValueError: if it is not a positive integer.
     """
 
     components: int = 10
@@ -219,8 +218,7 @@ class VampPrior(LatentPrior):
         components: number K of inputs.
 
     Raises:
-        TypeError: if it is no integer.
-        ValueError: if it is not positive.
+        ValueError: if it is not a positive integer.
     """
 
     components: int = 500

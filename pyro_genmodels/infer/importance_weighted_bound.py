@@ -65,9 +65,9 @@ class ImportanceWeightedELBO(Loss):
         max_plate_nesting: number of dimensions that plates take. By default a run of the model finds it.
 
     Raises:
-        TypeError: if `num_particles` is not an integer.
-        ValueError: if an option is not one of these; when it is used, if the guide lacks a latent variable of the model, or has
-            one whose draws are not reparametrised although the gradient wants that.
+        ValueError: if `num_particles` is not a positive integer, or an option not one of these; when it is used, if the
+            guide lacks a latent variable of the model, or has one whose draws are not reparametrised although the
+            gradient wants that.
 
     Example:
         >>> import pyro

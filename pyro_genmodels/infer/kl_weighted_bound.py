@@ -47,8 +47,7 @@ class LinearAnnealing:
         end: weight at last.
 
     Raises:
-        TypeError: if `num_steps` is not an integer.
-        ValueError: if it is not positive, or a weight is negative or not finite.
+        ValueError: if `num_steps` is not a positive integer, or a weight is negative or not finite.
 
     Example:
         >>> import torch
@@ -81,8 +80,8 @@ class CyclicalAnnealing:
         end: weight at the end of each cycle.
 
     Raises:
-        TypeError: if a number of steps or cycles is not an integer.
-        ValueError: if it is not positive, `rising` is not in (0, 1], or a weight is negative or not finite.
+        ValueError: if a number of steps or cycles is not a positive integer, `rising` is not in (0, 1], or a weight is
+            negative or not finite.
 
     Example:
         >>> import torch
