@@ -28,6 +28,7 @@ from pyro_genmodels._pyro.site_pairs import in_one_order, site_divergence
 from pyro_genmodels.evaluation.arguments import RowArguments, row_arguments
 from pyro_genmodels.utils.errors import check_positive_int, import_extra, listed
 from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, runs_models
+from pyro_genmodels.utils.rng import forked_rng
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,6 +51,7 @@ class VAEDiagnosis:
         kl: mean divergence of each coordinate over the data, in nats, by the name of the variable: of the variable's shape, or
             () where coordinates are not independent in guide and model.
         activity: variance over the data of the mean of each coordinate, by name, of the variable's shape.
+        activity_error: its standard error by the choice of draws, by name, 0 where means are exact.
         rate: divergence of all variables, in nats per datum.
         distortion: mean of -log p(x | z), in nats per datum.
         mutual_information: information in nats that z has about which of the first N rows was encoded, at most log N, for an N
@@ -64,6 +66,7 @@ class VAEDiagnosis:
 
     kl: Mapping[str, Tensor]
     activity: Mapping[str, Tensor]
+    activity_error: Mapping[str, Tensor]
     rate: float
     distortion: float
     mutual_information: float | None
@@ -79,8 +82,8 @@ class VAEDiagnosis:
 
     @property
     def active(self) -> dict[str, Tensor]:
-        """True for each coordinate that is active, by the name of the variable."""
-        return {name: variance > MIN_ACTIVITY for name, variance in self.activity.items()}
+        """True for each coordinate whose activity is above 0.01 by more than three standard errors, by the variable's name."""
+        return {name: v > MIN_ACTIVITY + 3 * self.activity_error[name] for name, v in self.activity.items()}
 
     @property
     def inactive(self) -> dict[str, list[int]]:
@@ -175,12 +178,14 @@ def diagnose_vae(
         whole = _RowsDiagnosis.joined(runs)
         information = _mutual_information(model, guide, data.first(MAX_INFORMED_ROWS), whole)
         first = data.first(SHOWN)
-        traversals = _traversals(fit, first.first(1), whole) if hasattr(fit, "decode") and len(whole.kl) == 1 else None
-        reconstructions = _reconstructions(model, guide, first)
+        with forked_rng(0):  # two calls show the same, also of distributions that know no mean
+            traversals = _traversals(fit, first.first(1), whole) if hasattr(fit, "decode") and len(whole.kl) == 1 else None
+            reconstructions = _reconstructions(model, guide, first)
     kl = {name: values.mean(0) for name, values in whole.kl.items()}
     return VAEDiagnosis(
         kl=kl,
         activity=whole.activity(),
+        activity_error={name: (2 / max(data.num_rows - 1, 1)) ** 0.5 * error.mean(0) for name, error in whole.error.items()},
         rate=sum(float(values.sum()) for values in kl.values()),
         distortion=float(whole.distortion.mean()),
         mutual_information=information,

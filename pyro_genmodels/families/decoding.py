@@ -39,8 +39,8 @@ class DecodedFamily(CoordinateFamily):
     decoder: nn.Module
     latent_shape: Size
     if_missing = (
-        "Drop or impute these rows first, or build VAE(..., missing=True), whose likelihood leaves out missing values (NaN, "
-        "not infinity)."
+        "Drop or impute these rows first, or build the family with missing=True, so that its likelihood leaves out missing "
+        "values (NaN, not infinity)."
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

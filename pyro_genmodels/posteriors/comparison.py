@@ -83,7 +83,8 @@ class PosteriorComparison:
             faults = list(diagnosis.faults)
             if name in bounds:
                 gap = bounds[best][0] - bounds[name][0]
-                if gap > max(MIN_BOUND_GAP, NUM_ERRORS * hypot(bounds[best][1], bounds[name][1])):
+                error = NUM_ERRORS * hypot(bounds[best][1], bounds[name][1])
+                if gap > MIN_BOUND_GAP and gap > error:  # False for an error of NaN
                     faults.append(f"its bound is {gap:.1f} nats below that of {best}")
             found[name] = "; ".join(faults) or "no fault found"
         return found

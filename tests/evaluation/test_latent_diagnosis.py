@@ -62,6 +62,7 @@ def test_means_by_draws_have_no_activity_where_they_are_the_same_for_all_rows():
         torch.nn.init.zeros_(p)
     found = diagnose_vae(vae, x, num_samples=8)
     assert found.kl["z"].shape == ()
+    assert found.inactive == {"z": [0, 1]}
     # of 400 means of 8 draws of variance 1, five standard errors
     assert found.activity["z"].max() < 5 * (1 / 8) * (2 / 400) ** 0.5
 
