@@ -115,8 +115,8 @@ class KLWeightedELBO(Objective):
     negative bound itself, so that early stopping and tables compare bounds.
 
     Where all latent variables are reparametrised, and the guide samples them in the order of the model, the divergence of a
-    latent variable is exact if torch knows it. Otherwise it is the log ratio of a draw. Its scale is that of the guide's site, so
-    handlers of scale belong around both model and guide.
+    latent variable is exact if torch knows it. Otherwise it is the log ratio of a draw. Its scale is that of the guide's site,
+    so handlers of scale belong around both model and guide.
 
     Args:
         kl_weight: the weight, or a function of the number of steps so far, (), that returns it: `LinearAnnealing(1000)` or
