@@ -16,8 +16,9 @@ from pyro_genmodels.divergences.sliced import sliced_costs
 from pyro_genmodels.evaluation.classifier_test import c2st as classifier_test
 from pyro_genmodels.evaluation.permutation_test import mmd_test
 from pyro_genmodels.posteriors.diagnosis import PosteriorDiagnosis, diagnose, scalars
-from pyro_genmodels.utils.errors import check_positive_int, import_extra, type_with_article
+from pyro_genmodels.utils.errors import check_positive_int, import_extra, type_with_article, warn_caller
 from pyro_genmodels.utils.keywords import joined_keywords, runs_models
+from pyro_genmodels.utils.nested import leaves
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -200,6 +201,9 @@ def compare_posteriors(
         TypeError: if the fits are no dictionary.
         ValueError: if there are none, or the reference is not the name of one.
 
+    Warns:
+        RuntimeWarning: if a fit by `posterior` has other data than the first one.
+
     Example:
         >>> import pyro, pyro.distributions as dist
         >>> from pyro_genmodels.posteriors import Laplace, Pathfinder, posterior
@@ -221,6 +225,7 @@ def compare_posteriors(
         raise ValueError("compare_posteriors wants at least one fit, but found an empty dictionary.")
     if isinstance(reference, str) and reference not in fits:
         raise ValueError(f"The reference {reference!r} is not one of the fits {', '.join(map(repr, fits))}.")
+    _warn_of_other_data(fits)
     truth_fit = fits[reference] if isinstance(reference, str) else reference
     truth = None if truth_fit is None else diagnose(truth_fit, args, kwargs, num_samples, None, progress=progress).draws
     diagnoses = {name: diagnose(fit, args, kwargs, num_samples, truth, progress=progress) for name, fit in fits.items()}
@@ -232,6 +237,21 @@ def compare_posteriors(
     if isinstance(reference, str):
         return PosteriorComparison(diagnoses, found, reference)
     return PosteriorComparison(diagnoses, found, truth=truth)
+
+
+def _warn_of_other_data(fits: Mapping[str, Any]) -> None:
+    """Warn if fits by `posterior` of one model were given different data, so that their bounds cannot be compared."""
+    problems = {name: fit.problem for name, fit in fits.items() if hasattr(fit, "problem")}
+    data = {name: [x for _, x in leaves((p.args, p.kwargs)) if isinstance(x, Tensor)] for name, p in problems.items()}
+    first = next(iter(data), "")
+    for name in [name for name in data if problems[name].model is problems[first].model]:
+        pairs = list(zip(data[name], data[first], strict=False))
+        if len(data[name]) != len(data[first]) or not all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in pairs):
+            warn_caller(
+                f"The fit {name!r} was given other data than {first!r}, so that their bounds and draws cannot be compared. Fit "
+                "both to the same data."
+            )
+            return
 
 
 def _distances(draws: Mapping[str, Tensor], truth: Mapping[str, Tensor], num_samples: int) -> dict[str, float]:

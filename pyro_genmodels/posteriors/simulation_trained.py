@@ -23,6 +23,8 @@ from pyro_genmodels.utils.tensors import as_tensor
 
 MIN_SIMULATIONS = 20
 """Smallest number of simulations to train on."""
+MAX_BEYOND = 0.1
+"""Distance from the range of the simulations, in units of it, from which observations are unlike them."""
 SHAPES = {
     False: "in the shape of the simulations, {}",
     True: "(observation, ...) of the shape {}",
@@ -136,7 +138,32 @@ class SimulationTrained(ABC):
             found[name] = x
         if len(set((numbers := {name: len(x) for name, x in found.items()}).values())) > 1:
             raise ValueError(f"As many observations of each site are wanted, but found {numbers}.")
+        for name, x in found.items() if len(self._made) else ():
+            self._check_likeness(name, x)
         return found
+
+    def _check_likeness(self, name: str, x: Tensor) -> None:
+        """Compare observations with the simulations, (simulation, ...).
+
+        Raises:
+            ValueError: if all simulations are whole numbers, and the observations are not.
+
+        Warns:
+            RuntimeWarning: if observations are far outside of the range of the simulations, or of a sign that none of them has.
+        """
+        made = self._made.values[name].to(x.dtype)
+        known = x[~x.isnan()]
+        if bool((made == made.round()).all()) and not bool((known == known.round()).all()):
+            raise ValueError(f"All simulations of {name!r} are whole numbers, but observations are not.")
+        low, high = made.amin(0), made.amax(0)
+        margin = MAX_BEYOND * (high - low)
+        beyond = (x < low - margin) | (x > high + margin) | ((x < 0) & (low >= 0)) | ((x > 0) & (high <= 0))
+        if bool(beyond.any()):
+            number = int(beyond.flatten(1).any(1).sum())
+            warn_caller(
+                f"{number} of {len(x)} observations of {name!r} are outside of the range of the {len(made)} simulations, where "
+                "what was learned is a guess: look whether the model can make such data, or widen its prior."
+            )
 
     def simulate(self, num_simulations: int, *, parallel: bool | None = None, n_jobs: int = 1, progress: bool = True) -> Self:
         """Add simulations, and return self. Those that fail or return NaN are left out and counted.

@@ -529,3 +529,17 @@ def test_wrong_names_shapes_and_kinds_are_refused():
     ]:
         with pytest.raises(error, match=message):
             call()
+
+
+def test_observations_unlike_the_simulations_are_told():
+    def counts():
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        pyro.sample("count", dist.Poisson(rate.unsqueeze(-1).expand(*rate.shape, 2)).to_event(1))
+
+    amortized = AmortizedPosterior(counts, observed=["count"]).train(200, max_epochs=1, progress=False)
+    amortized.given(count=[1, 3])
+    for count in ([-3, 2], [1, 1000]):
+        with pytest.warns(RuntimeWarning, match="1 of 1 observations of 'count' are outside of the range of the 200 sim"):
+            amortized.given(count=count)
+    with pytest.raises(ValueError, match="whole numbers, but observations are not"):
+        amortized.given(count=[1.5, 2.0])

@@ -294,3 +294,10 @@ def test_long_trajectories_are_told_with_the_way_out():
     assert len(told[False]) == 1
     assert re.search(r"long trajectories: \d+ gradients a draw", told[False][0])
     assert told[True] == []
+
+
+def test_fits_of_other_data_are_told():
+    fits = {name: posterior(model, y, method=Laplace(), progress=False) for name, y in {"a": Y, "b": Y + 5, "c": Y}.items()}
+    with pytest.warns(RuntimeWarning, match="'b' was given other data than 'a'"):
+        compare_posteriors(fits, distances=False)
+    compare_posteriors({name: fits[name] for name in "ac"}, distances=False)
