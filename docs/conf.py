@@ -25,7 +25,8 @@ exclude_patterns = ["_build"]
 templates_path = ["_templates"]
 default_role = "py:obj"  # names in docstrings are in single backquotes
 unlisted = (  # on no page
-    r"Approximation|BatchedDensity|CapturedDensity|CoordinateFamily|DecodedFamily|Particles|SimulationTrained|QuasiNewtonNormal|"
+    r"Approximation|BatchedDensity|CapturedDensity|CoordinateFamily|DecodedFamily|Particles|SimulationTrained|"
+    r"QuasiNewtonNormal|Surrogate|"
     r"_\w+|ChainRun|ContinuousFamily|Game|Graph|GridSampler|LogProbWithError|Program|ScoreMatching|Trajectory|Units|Update"
 )
 nitpick_ignore_regex = [("py:.*", rf"(?!pyro_genmodels\.).*|.*\.({unlisted})")]  # public names of this package must resolve

@@ -9,53 +9,25 @@ from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.distributions.flow import NormalizingFlow
 from pyro_genmodels.distributions.implicit import Implicit
 from pyro_genmodels.distributions.learned_noise import LearnedNoise
-from pyro_genmodels.distributions.likelihoods import (
-    BernoulliLikelihood,
-    CategoricalLikelihood,
-    DiscretizedLogisticLikelihood,
-    NormalLikelihood,
-    StudentTLikelihood,
-)
-from pyro_genmodels.distributions.mixed import Mixed
 from pyro_genmodels.distributions.ode import ContinuousFlow
 from pyro_genmodels.distributions.partly_observed import PartlyObserved
 from pyro_genmodels.distributions.sampler_gap import SamplerGap
-from pyro_genmodels.distributions.scaled_likelihoods import (
-    BetaLikelihood,
-    GammaLikelihood,
-    LogNormalLikelihood,
-    NegativeBinomialLikelihood,
-    PoissonLikelihood,
-    ZeroInflatedLikelihood,
-)
 from pyro_genmodels.utils.distributions import unwrap
 from pyro_genmodels.utils.errors import suggest_names
 
 __all__ = [
     "Autoregression",
-    "BernoulliLikelihood",
-    "BetaLikelihood",
-    "CategoricalLikelihood",
     "ContinuousFlow",
     "Dequantized",
-    "DiscretizedLogisticLikelihood",
     "DiscretizedLogisticMixture",
     "Energy",
-    "GammaLikelihood",
     "GenerativeDistribution",
     "Implicit",
     "LearnedNoise",
-    "LogNormalLikelihood",
-    "Mixed",
-    "NegativeBinomialLikelihood",
-    "NormalLikelihood",
     "NormalizingFlow",
     "PartlyObserved",
-    "PoissonLikelihood",
     "ReverseDiffusion",
     "SamplerGap",
-    "StudentTLikelihood",
-    "ZeroInflatedLikelihood",
     "unwrap",
 ]
 

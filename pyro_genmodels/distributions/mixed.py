@@ -183,7 +183,7 @@ class Mixed(Likelihood):
 
     Example:
         >>> from pyro_genmodels import VAE, Mixed, NormalLikelihood, CategoricalLikelihood
-        >>> from pyro_genmodels.distributions import PoissonLikelihood
+        >>> from pyro_genmodels.families import PoissonLikelihood
         >>> kinds = [NormalLikelihood(), PoissonLikelihood(), CategoricalLikelihood(3)]
         >>> vae = VAE((3,), likelihood=Mixed(kinds, names=["age", "visits", "ward"]))
         >>> vae().sample((5,)).shape
@@ -236,7 +236,7 @@ class Mixed(Likelihood):
         Example:
             >>> import pandas
             >>> frame = pandas.DataFrame({"age": [31.5, 40.25, 28.0], "smokes": [0, 1, 1], "visits": [0, 250, 12]})
-            >>> from pyro_genmodels.distributions import PoissonLikelihood
+            >>> from pyro_genmodels.families import PoissonLikelihood
             >>> Mixed.of(frame, kinds={"visits": PoissonLikelihood()}).likelihoods[1:]
             (BernoulliLikelihood(), PoissonLikelihood())
         """

@@ -38,7 +38,7 @@ class Autoregressive(CoordinateFamily):
         event_shape: shape of one datum.
         context: see `Family`.
         likelihood: conditional distribution of one coordinate: `NormalLikelihood()`, the default, another one of
-            `pyro_genmodels.distributions`, or `Mixed` with one for each column of a table.
+            `pyro_genmodels.families`, or `Mixed` with one for each column of a table.
         network: network of the conditionals: `Transformer` or `PixelCNN`; None for a masked dense network.
         order: permutation of the coordinates of the flattened event, in the order in which they are drawn; by default
             0, 1, 2, ..., or row by row for `PixelCNN`. With "any", which wants a `Transformer`, `MaximumLikelihood` draws an

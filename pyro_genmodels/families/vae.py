@@ -39,7 +39,7 @@ class VAE(DecodedFamily):
         context: see `Family`.
         latent_dim: length of z; ignored if `prior` is given.
         likelihood: distribution of one coordinate given z: `NormalLikelihood()`, the default, another one of
-            `pyro_genmodels.distributions`, or `Mixed` with one for each column of a table.
+            `pyro_genmodels.families`, or `Mixed` with one for each column of a table.
         prior: distribution of z, over one event of any shape: a Pyro distribution, a family (given the context if it takes
             one), `MixturePrior()`, `VampPrior()`, or None for a standard normal.
         posterior: form of the guide: `NormalPosterior()`, the default, `FullNormalPosterior()` or `FlowPosterior()`.

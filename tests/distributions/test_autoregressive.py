@@ -26,10 +26,9 @@ from pyro_genmodels import (
     NormalLikelihood,
     train,
 )
-from pyro_genmodels.distributions import LogNormalLikelihood, PoissonLikelihood
 from pyro_genmodels.distributions.sequences import EndedSequences
 from pyro_genmodels.distributions.tempered import Tempered
-from pyro_genmodels.families import PixelCNN, Transformer
+from pyro_genmodels.families import LogNormalLikelihood, PixelCNN, PoissonLikelihood, Transformer
 from pyro_genmodels.infer.compiled import Captured
 from pyro_genmodels.nn.transformer import _RotaryPositions, _rotated
 
