@@ -35,8 +35,9 @@ class Padding(nn.Module):
         super().__init__()
         self.lengths, self.total, self.longest = tuple(lengths), sum(lengths), max(lengths)
         self.is_needed = self.total < len(self.lengths) * self.longest
-        places = [self.longest * i + j for i, length in enumerate(self.lengths) for j in range(length)]
-        self.register_buffer("places", torch.tensor(places), persistent=False)
+        rows = enumerate(self.lengths) if self.is_needed else ()
+        places = [self.longest * i + j for i, length in rows for j in range(length)]
+        self.register_buffer("places", torch.tensor(places, dtype=torch.long), persistent=False)
 
     def pad(self, joined: Tensor) -> Tensor:
         """Return vectors (..., d, longest) of those that are joined, (..., total)."""

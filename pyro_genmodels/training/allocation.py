@@ -10,7 +10,6 @@ __all__ = ["LimitError", "limited"]
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from math import prod
 from typing import Any
 
 import torch
@@ -73,7 +72,7 @@ def _result_bytes(func: Any, args: Any, kwargs: Any) -> int:
 
     For others, such as the unique elements of a tensor, it is a bound: one number of 8 bytes for each element of the arguments.
     """
-    if _product((args, kwargs)) <= SMALL:
+    if not _is_large((args, kwargs)):
         return 0
     try:
         with torch.device("meta"):
@@ -84,10 +83,17 @@ def _result_bytes(func: Any, args: Any, kwargs: Any) -> int:
         return 8 * sum(tensor.numel() for tensor in _tensors((args, kwargs)))
 
 
-def _product(values: Any) -> int:
-    """Return the product of all sizes in the arguments of a function, which is a bound on the elements of its results."""
-    sizes = (v.numel() if isinstance(v, Tensor) else abs(v) if isinstance(v, int) else 1 for _, v in leaves(values))
-    return prod(max(size, 1) for size in sizes)
+def _is_large(values: Any) -> bool:
+    """Return True if the product of all sizes in the arguments of a function is above `SMALL`.
+
+    The product is a bound on the elements of the results. It stops there, since that of a long list has as many digits.
+    """
+    product = 1
+    for _, v in leaves(values):
+        product *= max(v.numel() if isinstance(v, Tensor) else abs(v) if isinstance(v, int) else 1, 1)
+        if product > SMALL:
+            return True
+    return False
 
 
 def _on_meta(value: Any) -> Any:
