@@ -199,6 +199,8 @@ def loss_curves(
 ) -> Figure:
     """Plot the training loss (dotted) and validation loss (solid) of each fit over epochs, with one panel for each unit.
 
+    Up to four panels stand side by side.
+
     Args:
         histories: title -> history of a fit, one record per epoch with the keys "epoch", "train" and, if known, "valid".
         units: title -> what the losses measure, {"train": "nats", "valid": "nats"}, as in `Fit.units`.
@@ -206,8 +208,12 @@ def loss_curves(
     columns = [(name, key) for name, history in histories.items() for key in ("train", "valid") if key in history[0]]
     unit_of = {(name, key): (units or {}).get(name, {}).get(key, "loss") for name, key in columns}
     panels = list(dict.fromkeys(unit_of.values()))
-    figure = _figure(figsize=(7 if len(panels) == 1 else 5 * len(panels), 4.5))
-    axes = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True))
+    across, down = min(4, len(panels)), ceil(len(panels) / 4)
+    figure = _figure(figsize=(7 if len(panels) == 1 else 5 * across, 4.5 * down))
+    places = figure.subplots(down, across, squeeze=False).ravel()
+    for ax in places[len(panels) :]:
+        ax.set_axis_off()
+    axes = dict(zip(panels, places, strict=False))
     values: dict[str, list[float]] = {unit: [] for unit in panels}
     for (name, key), unit in unit_of.items():
         history, color = histories[name], f"C{list(histories).index(name)}"
