@@ -138,7 +138,7 @@ class SimulationTrained(ABC):
             found[name] = x
         if len(set((numbers := {name: len(x) for name, x in found.items()}).values())) > 1:
             raise ValueError(f"As many observations of each site are wanted, but found {numbers}.")
-        for name, x in found.items() if len(self._made) else ():
+        for name, x in found.items() if len(self._made) and not batch else ():
             self._check_likeness(name, x)
         return found
 
@@ -159,7 +159,7 @@ class SimulationTrained(ABC):
         margin = MAX_BEYOND * (high - low)
         beyond = (x < low - margin) | (x > high + margin) | ((x < 0) & (low >= 0)) | ((x > 0) & (high <= 0))
         if bool(beyond.any()):
-            number = int(beyond.flatten(1).any(1).sum())
+            number = int(beyond.reshape(len(x), -1).any(1).sum())
             warn_caller(
                 f"{number} of {len(x)} observations of {name!r} are outside of the range of the {len(made)} simulations, where "
                 "what was learned is a guess: look whether the model can make such data, or widen its prior."

@@ -138,7 +138,7 @@ def test_a_vae_with_data_gives_its_posterior():
     with torch.no_grad():
         log_q = vae.posterior(x).log_prob(z).sum(-1)
         log_prior = dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
-        log_likelihood = vae._decode()(z, None).log_prob(x)
+        log_likelihood = vae.decode(z).log_prob(x)
     close(draws(data, "z", "log_prior"), log_prior)
     close(draws(data, "x", "log_likelihood"), log_likelihood)
     check_weights(data, (log_prior + log_likelihood).sum(-1), log_q)

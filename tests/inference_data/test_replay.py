@@ -310,7 +310,7 @@ def test_a_minibatch_of_a_family_is_scaled():
     assert z.shape == (4, 5, 2)
     np.testing.assert_array_equal(data["posterior"]["data"], np.arange(5))
     with torch.no_grad():
-        log_likelihood = vae._decode()(z, None).log_prob(x)
+        log_likelihood = vae.decode(z).log_prob(x)
         log_prior = normal(0.0, 1.0, z).sum(-1)
         log_q = vae.posterior(x).log_prob(z)
     close(draws(data, "x", "log_likelihood"), log_likelihood)

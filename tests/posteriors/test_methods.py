@@ -112,7 +112,8 @@ def test_chains_start_at_a_fit_by_another_method():
     """False-alarm rate of 1e-6 for independent draws: 100 of them are within five standard errors of the mean, 1e4."""
 
     def far():
-        pyro.sample("z", dist.Normal(1e4, 1.0))
+        pyro.sample("z", dist.Normal(torch.tensor(1e4, dtype=torch.float64), 1.0))  # of float32 starts are moved
+        pyro.factor("nothing", torch.zeros(()))  # without any, the posterior is the prior, with a warning
 
     chains = {"num_chains": 2, "num_warmup": 10, "num_samples": 50, "mode": Captured()}
     pyro.set_rng_seed(0)
