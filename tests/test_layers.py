@@ -16,7 +16,7 @@ import pyro_genmodels
 
 ROOT = Path(__file__).parent.parent / "pyro_genmodels"
 MAX_FLOORS = 6
-DOORS = {"zuko": "nn/transforms.py", "torchdiffeq": "dynamics/ode.py", "arviz": "inference_data/export.py"}
+DOORS = {"zuko": "nn/zuko_layers.py", "torchdiffeq": "dynamics/ode.py", "arviz": "inference_data/export.py"}
 SHARED_BY_FAMILIES = {
     "family", "context", "continuous", "coordinates", "decoding", "input_warnings", "latents", "standardization", "validation",
 }  # fmt: skip
@@ -226,7 +226,7 @@ def test_what_is_allowed_passes():
         "families/flow.py": "from pyro_genmodels.families.family import Family\nfrom pyro_genmodels.nn.mlp import MLP",
         "families/__init__.py": "from pyro_genmodels.families.vae import VAE",
         "inference_data/export.py": "def f():\n    import arviz as az",
-        "nn/transforms.py": "import zuko",
+        "nn/zuko_layers.py": "import zuko",
         "dynamics/ode.py": "from torchdiffeq import odeint",
         "_pyro/handlers.py": "from pyro.poutine.runtime import _PYRO_STACK",
     }

@@ -1,4 +1,4 @@
-r"""What a variational autoencoder keeps in its latent variables: rate and distortion, information, coordinates in use.
+r"""Diagnosis of the latent variables of a variational autoencoder: rate, distortion, information and coordinates in use.
 
 .. math:: -\mathrm{ELBO} = \underbrace{\mathbb{E}[-\log p(x \mid z)]}_\text{distortion}
     + \underbrace{\mathbb{E}\,\mathrm{KL}(q(z \mid x) \| p(z))}_\text{rate}, \qquad
@@ -45,7 +45,7 @@ STEPS = 9
 
 @dataclass(frozen=True)
 class VAEDiagnosis:
-    """What is kept in the latent variables of a fit.
+    """Rate, distortion, information and activity of the latent variables of a fit.
 
     Attributes:
         kl: mean divergence of each coordinate over the data, in nats, by the name of the variable: of the variable's shape, or

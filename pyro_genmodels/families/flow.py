@@ -20,7 +20,8 @@ from pyro_genmodels.distributions.learned_noise import LearnedNoise
 from pyro_genmodels.families.context import Context
 from pyro_genmodels.families.continuous import ContinuousFamily
 from pyro_genmodels.families.family import Standardize, StandardizeContext
-from pyro_genmodels.nn.transforms import NSF, FlowChoice, RealNVP, flow_options, lazy_transform
+from pyro_genmodels.nn.transforms import NSF, FlowChoice, RealNVP
+from pyro_genmodels.nn.zuko_layers import flow_options, lazy_transform
 from pyro_genmodels.utils.distributions import is_real
 from pyro_genmodels.utils.errors import check_choice
 

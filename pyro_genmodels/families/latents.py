@@ -32,7 +32,8 @@ from torch.distributions import AffineTransform, ComposeTransform, IndependentTr
 
 from pyro_genmodels.distributions.flow import NormalizingFlow
 from pyro_genmodels.distributions.likelihoods import positive
-from pyro_genmodels.nn.transforms import NSF, FlowChoice, flow_options, lazy_transform
+from pyro_genmodels.nn.transforms import NSF, FlowChoice
+from pyro_genmodels.nn.zuko_layers import flow_options, lazy_transform
 from pyro_genmodels.utils.errors import check_choice, check_positive_int
 
 MIN_SCALE = 1e-5

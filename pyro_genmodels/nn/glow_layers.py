@@ -17,7 +17,7 @@ from pyro_genmodels.nn.splines import RationalQuadraticSpline
 
 
 class Given(NamedTuple):
-    """What networks are given beside the channels that they read: an image (n, g, h, w) and a context (n, c)."""
+    """Conditions of the networks beside the channels that they read: an image (n, g, h, w) and a context (n, c)."""
 
     image: Tensor | None
     context: Tensor | None

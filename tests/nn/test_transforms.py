@@ -9,7 +9,7 @@ from pyro_genmodels import MAF, NSF, Flow, RealNVP
 from pyro_genmodels.families import NICE, SOSPF
 from pyro_genmodels.nn.affine import BoundedAffine
 from pyro_genmodels.nn.splines import RationalQuadraticSpline
-from pyro_genmodels.nn.transforms import lazy_transform
+from pyro_genmodels.nn.zuko_layers import lazy_transform
 
 BINS = 8
 
