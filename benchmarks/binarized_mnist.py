@@ -13,10 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
-from torch import Tensor
+from binary_data import DataDir, binary
 
 from pyro_genmodels import MAF, NSF, VAE, Autoregressive, BernoulliLikelihood, Flow, log_likelihood, train
 from pyro_genmodels.families import FlowPosterior, PixelCNN, Transformer, VampPrior
@@ -83,25 +82,10 @@ MODELS = {
     "pixelcnn": Model(partial(autoregressive, network=PixelCNN()), "gated PixelCNN", "81.3"),
 }
 
-app = typer.Typer()
 
-
-def images(data_dir: Path | None) -> dict[str, Tensor]:
-    """Return images of zeros and ones, (n, 28, 28), of train, valid and test; the test images in random order."""
-    path = Path("binarized_mnist.npz") if data_dir is None else data_dir / "binarized_mnist.npz"
-    if not path.exists():
-        typer.echo(f"skipped: the file {path} does not exist; set --data-dir or PYRO_GENMODELS_DATA", err=True)
-        raise typer.Exit
-    bits = np.load(path)
-    found = {part: torch.from_numpy(np.unpackbits(bits[part], axis=1)[:, :784]).float() for part in ("train", "valid", "test")}
-    order = torch.randperm(len(found["test"]), generator=torch.Generator().manual_seed(0))
-    return found | {"test": found["test"][order]}
-
-
-@app.command()
 def main(
     name: Annotated[str, typer.Argument(help=f"one of {', '.join(MODELS)}")],
-    data_dir: Annotated[Path | None, typer.Option(envvar="PYRO_GENMODELS_DATA", help="Folder with the data sets.")] = None,
+    data_dir: DataDir = None,
     out: Annotated[Path, typer.Option(help="Folder for checkpoints.")] = Path("out/published"),
     seed: int = 0,
     minutes: Annotated[float, typer.Option(help="Time for training, over all calls; the last epoch is finished.")] = 60.0,
@@ -112,7 +96,9 @@ def main(
 ) -> None:
     """Train a model of binarized MNIST, and print its row."""
     torch.set_num_threads(threads)
-    parts, model = images(data_dir), MODELS[name]
+    parts, model = binary(data_dir, "binarized_mnist.npz"), MODELS[name]
+    order = torch.randperm(len(parts["test"]), generator=torch.Generator().manual_seed(0))
+    parts["test"] = parts["test"][order]  # the file has them by class
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
     family = model.build().to(device)
@@ -148,7 +134,3 @@ def main(
         f"{-value.mean:.2f} ± {value.mean_std_error:.2f} | training {fit.history[-1]['seconds'] / 60:.0f} min "
         f"({len(fit.history)} epochs) on {device}, evaluation {(time.perf_counter() - start) / 60:.0f} | {model.published} |"
     )
-
-
-if __name__ == "__main__":
-    app()

@@ -20,7 +20,8 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from torch import Tensor
+from binarized_mnist import main as binarized_mnist
+from binary_data import DataDir, binary
 from torch.distributions import constraints
 
 from pyro_genmodels import (
@@ -41,7 +42,6 @@ from pyro_genmodels.training import Checkpoint, checkpoints
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
-DataDir = Annotated[Path | None, typer.Option(envvar="PYRO_GENMODELS_DATA", help="Folder with the data sets.")]
 Out = Annotated[Path, typer.Option(help="Folder for checkpoints and rows.")]
 
 
@@ -51,16 +51,7 @@ def root() -> None:
     torch.set_num_threads(2)
 
 
-def binary(data_dir: Path | None, file: str, prefix: str = "") -> dict[str, Tensor]:
-    """Return the rows of train, valid and test from a file of packed bits."""
-    path = None if data_dir is None else data_dir / file
-    if path is None or not path.exists():
-        typer.echo(f"skipped: the file {path or file} does not exist; set --data-dir or PYRO_GENMODELS_DATA", err=True)
-        raise typer.Exit
-    z = np.load(path)
-    columns = int(z[f"{prefix}d"].item()) if f"{prefix}d" in z else 784
-    parts = ("train", "valid", "test")
-    return {part: torch.from_numpy(np.unpackbits(z[prefix + part], axis=1)[:, :columns]).float() for part in parts}
+app.command("mnist")(binarized_mnist)
 
 
 @app.command()
@@ -187,8 +178,7 @@ def mnist_flow(
     x, valid, test = images[:50_000][:limit], images[50_000:][:limit], test[:limit]
     noise = Glow(levels=1, steps=2, channels=channels // 2, bins=8) if variational else None
     transform = Glow(levels=2, steps=steps, channels=channels)
-    unit = constraints.interval(0.0, 256.0)
-    flow = Flow((1, 28, 28), transform=transform, support=unit, levels=256, dequantization=noise, name="mnist").to(device)
+    flow = Flow((1, 28, 28), transform=transform, levels=256, dequantization=noise, name="mnist").to(device)
     file = out / f"mnist-flow-{steps}-{channels}{'-variational' if variational else ''}-{len(x)}-{seed}"
     run, history, epoch_seconds = file.with_name(f"{file.name}.training.safetensors"), [], 0.0
     while not history or history[-1]["seconds"] + epoch_seconds / 2 < 60 * minutes:

@@ -15,6 +15,7 @@ from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.distributions.learned_noise import LearnedNoise
 from pyro_genmodels.families.family import Family
+from pyro_genmodels.utils.distributions import is_real
 from pyro_genmodels.utils.errors import check_positive_int
 
 
@@ -23,18 +24,29 @@ class ContinuousFamily(Family):
 
     Args:
         event_shape: shape of one datum.
-        levels: number K of levels, for data that are integers 0 .. K - 1; the distribution is then a `Dequantized` density.
-            None for real numbers.
+        levels: number K of levels, for data that are integers 0 .. K - 1; None for real numbers. The distribution is then
+            `Dequantized`, and a density is one on (0, K), since mass outside would be that of no integer.
+        support: set in which one coordinate of real numbers lies.
         kwargs: passed to `Family`.
 
     Raises:
         ValueError: for fewer than 2 levels, or a support of integers.
     """
 
-    def __init__(self, event_shape: Sequence[int], *, levels: int | None, **kwargs: Any) -> None:
+    _has_density = True
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        *,
+        levels: int | None,
+        support: constraints.Constraint = constraints.real,
+        **kwargs: Any,
+    ) -> None:
         if levels is not None:
             check_positive_int(type(self).__name__, least=2, levels=levels)
-        super().__init__(event_shape, **kwargs)
+            support = constraints.interval(0.0, levels) if self._has_density and is_real(support) else support
+        super().__init__(event_shape, support=support, **kwargs)
         if self.support.is_discrete:
             raise ValueError(
                 f"{type(self).__name__} has a density over real numbers, but found the discrete support {self.support}. Model "

@@ -136,11 +136,14 @@ class CoordinateFamily(Family):
         return loc, scale
 
     def _units_of_column(self, likelihood: Likelihood, column: Tensor, noun: str) -> tuple[Tensor, Tensor]:
-        """Return the location and scale, () each, of the known values of a column, (N,), called by a noun in messages."""
+        """Return the location and scale, () each, of the known values of a column, (N,), called by a noun in messages.
+
+        Raises:
+            ValueError: if there are none.
+        """
         known = column[~column.isnan()].unsqueeze(1)
         if not len(known):
-            zero = torch.zeros((), dtype=torch.float64, device=column.device)
-            return zero, zero + 1
+            raise ValueError(f"{self.name} was given {noun} without any known value. Leave it out.")
         loc, scale = likelihood.units(known, self._estimator(known, self.loc.new_zeros(1), noun))
         return loc.squeeze(0), scale.squeeze(0)
 

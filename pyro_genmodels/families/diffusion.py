@@ -58,7 +58,8 @@ class Diffusion(ContinuousFamily):
             exaggerate the context, 0 to ignore it. Training uses no guidance. The attribute can be set, and
             ``diffusion(context).guided(...)`` changes it for one distribution.
         support: set in which one coordinate lies; see `Family`.
-        levels: number K of levels, for data that are integers 0 .. K - 1. The diffusion is then a `Dequantized` density.
+        levels: number K of levels, for data that are integers 0 .. K - 1. The distribution is then `Dequantized`, over a
+            diffusion on (0, K).
         standardize: see `Family`; by default "jointly" for a `UNet` and True otherwise.
         standardize_context: see `Family`.
         name: see `Family`.

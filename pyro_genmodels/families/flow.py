@@ -36,9 +36,8 @@ class Flow(ContinuousFamily):
             your own zuko flow or lazy transform over the flattened event. `NSF` by default.
         support: set in which one coordinate lies. ``constraints.interval(0.0, 1.0)``, for example, puts a logit before the
             transform.
-        levels: number K of levels, for data that are integers 0 .. K - 1. The distribution is then `Dequantized`. Without
-            ``support=constraints.interval(0.0, K)`` the flow also has mass outside [0, K]: draws from there are clipped to 0 or
-            K - 1, but `log_prob` leaves it out, so that the probabilities sum to less than 1.
+        levels: number K of levels, for data that are integers 0 .. K - 1. The distribution is then `Dequantized`, over a flow
+            on (0, K), so that probabilities sum to 1.
         dequantization: choice of the layers that transform the noise which is added to integers, given these: variational
             dequantisation, whose bound is tighter. Splines, such as `NSF`, have bounded importance weights; affine layers,
             such as `RealNVP`, do not. None adds uniform noise.

@@ -65,7 +65,7 @@ class GAN(ContinuousFamily):
         torch.Size([5, 2])
     """
 
-    _trains_by_density = False
+    _trains_by_density = _has_density = False
 
     def __init__(
         self,

@@ -55,7 +55,8 @@ class ODEFlow(ContinuousFamily):
             squared speed and time. It keeps trajectories straight and the ODE easy to solve. `log_prob` does not include it.
         jacobian: weight of the squared Frobenius norm of the Jacobian, used as `kinetic` is.
         support: set in which one coordinate lies; see `Family`.
-        levels: number K of levels, for data that are integers 0 .. K - 1. The flow is then a `Dequantized` density.
+        levels: number K of levels, for data that are integers 0 .. K - 1. The distribution is then `Dequantized`, over a
+            flow on (0, K).
         standardize: see `Family`; by default "jointly" for a `UNet` and True otherwise.
         standardize_context: see `Family`.
         name: see `Family`.

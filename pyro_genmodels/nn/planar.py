@@ -139,7 +139,16 @@ class RadialTransform(_Layer):
 
 
 @dataclass(frozen=True)
-class Planar(FlowChoice):
+class _FewParameters(FlowChoice):
+    """A choice of layers of few parameters, which a context moves linearly."""
+
+    transforms: int = 8
+
+    def __post_init__(self) -> None:
+        check_count(type(self).__name__, transforms=self.transforms)
+
+
+class Planar(_FewParameters):
     """Planar layers. A context moves their parameters linearly.
 
     Args:
@@ -155,17 +164,11 @@ class Planar(FlowChoice):
         torch.Size([5, 3])
     """
 
-    transforms: int = 8
-
-    def __post_init__(self) -> None:
-        check_count("Planar", transforms=self.transforms)
-
     def build(self, features: int, context: int) -> nn.Module:
         return _Layers(_planar, self.transforms, features, 2 * features + 1, context)
 
 
-@dataclass(frozen=True)
-class Radial(FlowChoice):
+class Radial(_FewParameters):
     """Radial layers. A context moves their parameters linearly.
 
     Args:
@@ -174,11 +177,6 @@ class Radial(FlowChoice):
     Raises:
         ValueError: if it is not a positive integer.
     """
-
-    transforms: int = 8
-
-    def __post_init__(self) -> None:
-        check_count("Radial", transforms=self.transforms)
 
     def build(self, features: int, context: int) -> nn.Module:
         return _Layers(_radial, self.transforms, features, features + 2, context)

@@ -1,6 +1,7 @@
 r"""Replacements of parts of zuko's flows: numerical inverses, and layers of fewer operations.
 
-This is the only file that imports zuko. Importing zuko switches torch's argument validation off for the whole process; this file restores it.
+This is the only file that imports zuko. The import switches torch's argument validation off for the whole process; the flag is
+put back here.
 
 Zuko's bisection looks for the inverse in [-10, 10] and returns an end where it is not there. Here it bisects
 :math:`s = \operatorname{arsinh} x`, whose steps are absolute near 0 and relative far out, and so reaches all floats. The

@@ -1,4 +1,4 @@
-r"""The base of learned likelihoods and likelihood ratios: each takes the place of the likelihood, and chains draw the posterior.
+r"""The base of learned likelihoods and likelihood ratios, which take the place of the likelihood for chains of the posterior.
 
 The posterior is the prior times the likelihood, of which a constant factor does not matter:
 

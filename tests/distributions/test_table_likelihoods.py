@@ -547,3 +547,10 @@ def test_counts_have_features_of_order_one():
         family = Autoregressive((1,), likelihood=NegativeBinomialLikelihood())
         family.standardize(x)
         assert family.measured.encode(x).abs().mean() < 3
+
+
+@pytest.mark.parametrize("likelihood", [None, Mixed([NormalLikelihood(), PoissonLikelihood()], names=["a", "b"])])
+def test_a_column_that_is_missing_everywhere_is_refused(likelihood):
+    x = torch.stack([torch.ones(5).cumsum(0), torch.full((5,), torch.nan)], 1)
+    with pytest.raises(ValueError, match="without any known value"):
+        VAE((2,), likelihood=likelihood, missing=True).prepare(x)
