@@ -33,9 +33,8 @@ class RowWeights:
         >>> z = normal.sample((100,))
         >>> for sign, log_p in ((1, torch.distributions.Normal(0.0, 1.0).log_prob(z)), (-1, normal.log_prob(z))):
         ...     weights.add(BlockValues(log_p, slice(0, 100), [PlateRows("rows", 2, slice(None))]), sign)
-        >>> k = weights.pareto_k()["rows"]
-        >>> k[0].isnan(), k[1] > 0.3  # weights of 1 say nothing; a guide of half the deviation is too narrow
-        (tensor(True), tensor(True))
+        >>> weights.pareto_k()["rows"].isnan()  # weights that are all 1 say nothing
+        tensor([ True, False])
     """
 
     def __init__(self, num_samples: int, plates: Mapping[str, Sequence[str]]) -> None:
