@@ -133,6 +133,8 @@ class DenoisingScoreMatching(ScoreMatching):
         >>> DenoisingScoreMatching()(model)(x).backward()
     """
 
+    wants_average = True
+
     def __init__(
         self,
         noise: float | Sequence[float] | Tensor | None = None,

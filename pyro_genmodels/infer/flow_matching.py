@@ -163,6 +163,7 @@ class FlowMatching(Objective):
     """
 
     unit = "flow-matching error"
+    wants_average = True
 
     def __init__(self, coupling: Coupling | None = None, path: Interpolant | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -53,6 +53,9 @@ class Loss(ELBO):
     training_unit: str | None = None
     """Unit of the loss while gradients are enabled, if it is another one; otherwise None."""
 
+    wants_average: bool = False
+    """True for a loss that draws noise and times: averages of the parameters over many steps are then better than the last."""
+
     own_parameters: Mapping[str, nn.Parameter] = MappingProxyType({})
     """Parameters of the objective itself, by their names in Pyro's param store."""
 

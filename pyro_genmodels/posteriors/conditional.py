@@ -94,7 +94,7 @@ def train_conditional(
     parameters = [p for p in family.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=options.step_size)
     average = [p.detach().clone() for p in parameters]
-    decay = AVERAGE_DECAY[isinstance(objective, (DenoisingScoreMatching, FlowMatching))]
+    decay = AVERAGE_DECAY[getattr(objective, "wants_average", False)]
     encoder, best, since, steps = family.context, float("inf"), 0, 0
     kept = [p.clone() for p in average]
     z_held, context_held = z[held], encoder.hide(context[held])

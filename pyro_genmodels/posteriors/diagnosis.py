@@ -351,9 +351,9 @@ def _faults(
 
 def _steps_faults(stats: Mapping[str, Tensor]) -> list[str]:
     """Return in words that trajectories of chains are long, if they are."""
-    if "n_steps" not in stats or float(stats["n_steps"].double().mean()) <= MAX_STEPS:
+    mean = float(stats["n_steps"].double().mean()) if "n_steps" in stats else 0.0
+    if mean <= MAX_STEPS:
         return []
-    mean = float(stats["n_steps"].double().mean())
     return [f"long trajectories: {mean:.0f} gradients a draw; try NoUTurn(low_rank=True), or other parameters"]
 
 

@@ -30,7 +30,6 @@ from pyro_genmodels.infer.adversarial.losses import AdversarialLoss
 from pyro_genmodels.infer.compiled import Mode
 from pyro_genmodels.infer.contrastive import ContrastiveDivergence, NoiseContrastive
 from pyro_genmodels.infer.denoising import DenoisingScoreMatching
-from pyro_genmodels.infer.flow_matching import FlowMatching
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
 from pyro_genmodels.infer.sample_losses import SampleLoss
 from pyro_genmodels.optim.adapters import make_optimizer
@@ -126,9 +125,9 @@ class LossStep(Step):
         self.optimiser = make_optimizer(optim, list(self.parameters.values()))
         self.excluded = getattr(self.objective, "own_parameters", ())
         self.extra_modules = own_modules
-        self.wants_average = isinstance(self.objective, FlowMatching) or (
-            isinstance(self.objective, DenoisingScoreMatching)
-            and any(capabilities(d).has_noise_error for d in self.distributions)
+        found = map(capabilities, self.distributions)
+        self.wants_average = getattr(self.objective, "wants_average", False) and any(
+            c.has_noise_error or c.has_velocity for c in found
         )
         self.smallest_loss = 0.0 if isinstance(self.objective, SampleLoss) else 1.0
         self._warned, self._knows_log_partition = False, False

@@ -13,7 +13,6 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import init_to_generated, init_to_value
 from pyro.poutine.util import prune_subsample_sites
-from scipy.optimize import minimize
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -109,6 +108,8 @@ def within_precision(evaluate: Evaluate, starts: Tensor, eps: float) -> Tensor:
 
 def _climbed(evaluate: Evaluate, start: Tensor, limit: float) -> Tensor:
     """Return a point uphill, (dim,), where the size of the log density is below a limit, or as high as it is found."""
+    from scipy.optimize import minimize  # slow to import, and rarely needed
+
     best, highest = start, float(evaluate(start)[0])
 
     def negative(x: np.ndarray) -> tuple[float, np.ndarray]:
