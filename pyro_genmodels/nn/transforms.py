@@ -12,12 +12,12 @@ choice      inverse             measured round-trip error                  paper
 NICE        one pass            2e-7                                       arXiv 1410.8516
 RealNVP     one pass            5e-7                                       arXiv 1605.08803
 MAF         one pass per coord  5e-7                                       arXiv 1705.07057
-NSF         one pass per coord  3e-6                                       arXiv 1906.04032
+NSF         one pass per coord  2e-6                                       arXiv 1906.04032
 NCSF        one pass per coord  3e-6, on :math:`[-\pi, \pi)`               arXiv 2002.02428
-NAF         bisection           5e-6                                       arXiv 1804.00779
-UNAF        bisection           3e-6                                       arXiv 1908.05164
+NAF         bisection           3e-6                                       arXiv 1804.00779
+UNAF        bisection           1e-6                                       arXiv 1908.05164
 SOSPF       bisection           2e-6                                       arXiv 1905.02325
-BPF         bisection           1e-5                                       arXiv 2004.00464
+BPF         bisection           8e-6                                       arXiv 2004.00464
 ==========  ==================  =========================================  ===============================
 """
 
