@@ -138,7 +138,7 @@ def main(
         elbo = log_likelihood(family, parts["test"], num_samples=1)
         how += f"; ELBO of all {-elbo.mean:.2f}"
     print(
-        f"| {model.words}; Adam at {model.learning_rate:g}, batches of {model.batch_size}, averaged weights, seed {seed} | {how} | "
-        f"{-value.mean:.2f} ± {value.mean_std_error:.2f} | training {fit.history[-1]['seconds'] / 60:.0f} min "
+        f"| {model.words}; Adam at {model.learning_rate:g}, batches of {model.batch_size}, averaged weights, seed {seed} "
+        f"| {how} | {-value.mean:.2f} ± {value.mean_std_error:.2f} | training {fit.history[-1]['seconds'] / 60:.0f} min "
         f"({len(fit.history)} epochs) on {device}, evaluation {(time.perf_counter() - start) / 60:.0f} | {model.published} |"
     )
