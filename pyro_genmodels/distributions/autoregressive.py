@@ -140,6 +140,9 @@ class Autoregression(GenerativeDistribution):
         dtype = reduce(torch.promote_types, {value.dtype for value in drawn})  # columns may be of different kinds
         return self.unflat(_ordered(torch.stack([value.to(dtype) for value in drawn], -1), order.argsort(-1)))
 
+    def _on_device(self, value: Any) -> Tensor:
+        return super()._on_device(self.likelihood.arranged(value, self.owner))
+
     def complete(self, x: Tensor, known: Tensor) -> Tensor:
         """Draw the unknown coordinates of events, given the known ones.
 

@@ -65,6 +65,9 @@ class Likelihood(ABC):
     has_scale: bool = False
     """True if outputs and features are in units that `units` measures and `in_units` sets."""
 
+    if_outside: str = ""
+    """Advice about values outside of the support or at its end, for error messages."""
+
     @property
     @abstractmethod
     def num_outputs(self) -> int:
@@ -114,7 +117,8 @@ class Likelihood(ABC):
 
         Args:
             x: data, (N, ...).
-            estimate: function that returns mean and deviation of real numbers (N, ...), or robust ones.
+            estimate: function that returns mean and deviation of real numbers (N, ...), or robust ones. For integers it leaves
+                out those that are NaN.
         """
         if self.is_located:
             return estimate(x)
@@ -144,6 +148,14 @@ class Likelihood(ABC):
         """Return names of the coordinates, for messages."""
         places = torch.cartesian_prod(*(torch.arange(n) for n in event_shape)).reshape(-1, len(event_shape)).tolist()
         return [f"coordinate {tuple(place) if len(place) > 1 else place[0]}" for place in places] if event_shape else ["x"]
+
+    def arranged(self, x: Any, owner: str) -> Any:
+        """Return data with the columns of a data frame in the order of the likelihood's names, if it has names.
+
+        Raises:
+            ValueError: if `x` is a frame of other columns. The message begins with the owner.
+        """
+        return x
 
     def fill(self, x: Tensor, seen: Tensor) -> Tensor:
         """Return values (...) with those that are not `seen` replaced by a number of the support."""
@@ -188,6 +200,7 @@ class BernoulliLikelihood(Likelihood):
 
     num_outputs = 1
     support = constraints.boolean
+    if_outside = "Code the two values as 0 and 1, or use CategoricalLikelihood(k) for more classes."
 
     def __call__(self, params: Tensor) -> dist.TorchDistribution:
         return dist.Bernoulli(logits=params.squeeze(-1), validate_args=False)
@@ -201,6 +214,11 @@ class CategoricalLikelihood(Likelihood):
     """A categorical distribution over 0 .. num_classes - 1. For ordered levels see `DiscretizedLogisticLikelihood`."""
 
     num_classes: int
+
+    if_outside = (
+        "Classes are numbered from 0, and one that the model was built without has no probability: count all of them in "
+        "CategoricalLikelihood(k), also those that the training data lack, or leave these rows out."
+    )
 
     def __post_init__(self) -> None:
         check_positive_int("CategoricalLikelihood", least=2, num_classes=self.num_classes)
@@ -238,6 +256,8 @@ class DiscretizedLogisticLikelihood(Likelihood):
 
     levels: int
     components: int = 5
+
+    if_outside = "Number the levels from 0, and count all of them in DiscretizedLogisticLikelihood(levels)."
 
     def __post_init__(self) -> None:
         check_positive_int("DiscretizedLogisticLikelihood", least=2, levels=self.levels)

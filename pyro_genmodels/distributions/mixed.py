@@ -27,10 +27,10 @@ from pyro_genmodels.distributions.likelihoods import (
     Likelihood,
     NormalLikelihood,
 )
-from pyro_genmodels.distributions.scaled_likelihoods import LogNormalLikelihood, NegativeBinomialLikelihood
+from pyro_genmodels.distributions.scaled_likelihoods import BetaLikelihood, LogNormalLikelihood, NegativeBinomialLikelihood
 from pyro_genmodels.utils.distributions import is_real
 from pyro_genmodels.utils.errors import listed, unknown_name
-from pyro_genmodels.utils.tensors import as_tensor
+from pyro_genmodels.utils.tensors import as_tensor, with_columns
 
 MAX_CLASSES = 20
 """Largest number of different whole numbers in a column that is taken for classes."""
@@ -175,7 +175,7 @@ class Mixed(Likelihood):
 
     Args:
         likelihoods: likelihood of each column: any but another `Mixed`.
-        names: names of the columns, for error messages; by default their numbers.
+        names: names of the columns, for error messages; by default their numbers. A data frame has its columns matched by name.
 
     Raises:
         TypeError: if one of them is no likelihood.
@@ -219,14 +219,16 @@ class Mixed(Likelihood):
         - zeros and ones: `BernoulliLikelihood`;
         - whole numbers from 0 of at most 20 different values, all of them up to the largest: `CategoricalLikelihood`;
         - other whole numbers from 0 whose variance is at least half of their mean: `NegativeBinomialLikelihood`;
-        - positive numbers of which the largest is at least 10 times the smallest: `LogNormalLikelihood`;
+        - numbers strictly between 0 and 1: `BetaLikelihood`;
+        - other positive numbers of which the largest is at least 10 times the smallest: `LogNormalLikelihood`;
         - all others: `NormalLikelihood`.
 
         Numbers do not tell all: name the columns that you know better by `kinds`.
 
         Args:
             x: table of numbers (N, d), such as ``read_table(path).x``, with NaN for missing values.
-            names: names of the columns, such as ``read_table(path).columns``; by default those of a data frame.
+            names: names of the columns, such as ``read_table(path).columns``; by default those of a data frame. Those of a
+                frame in another order set the order of the likelihoods.
             kinds: likelihoods of some columns, by their names, or by their numbers in a table without names.
 
         Raises:
@@ -240,8 +242,10 @@ class Mixed(Likelihood):
             >>> Mixed.of(frame, kinds={"visits": PoissonLikelihood()}).likelihoods[1:]
             (BernoulliLikelihood(), PoissonLikelihood())
         """
-        if names is None and hasattr(x, "columns"):
-            names = [str(name) for name in x.columns]
+        if hasattr(x, "columns"):
+            own = [str(name) for name in x.columns]
+            names = own if names is None else [str(name) for name in names]
+            x = with_columns(x, names, "Mixed.of") if sorted(own) == sorted(names) else x
         table = as_tensor(x, "Mixed.of")
         if table.dim() != 2 or not table.numel():
             raise ValueError(f"Mixed.of wants a table of shape (rows, columns), but found {tuple(table.shape)}.")
@@ -306,6 +310,9 @@ class Mixed(Likelihood):
     def labels(self, event_shape: Sequence[int]) -> list[str]:
         names = self.names or range(len(self.likelihoods))
         return [f"column {name!r}" for name in names]
+
+    def arranged(self, x: Any, owner: str) -> Any:
+        return x if self.names is None else with_columns(x, self.names, owner)
 
     def in_units(self, loc: Tensor, scale: Tensor) -> Mixed:
         return self._with(loc=loc, scale=scale)
@@ -403,4 +410,6 @@ def _likelihood_of(name: Any, column: Tensor) -> Likelihood:
             return CategoricalLikelihood(classes)
         if values.var(correction=0) >= MIN_DISPERSION * values.mean():
             return NegativeBinomialLikelihood()
+    if low > 0 and high < 1:
+        return BetaLikelihood()
     return LogNormalLikelihood() if low > 0 and high >= MIN_RATIO * low else NormalLikelihood()

@@ -7,7 +7,8 @@ number or a proportion has the mean and concentration
 
 So outputs of order 1 describe the data, whatever their unit and spread. A count has :math:`\log \mu = m + s a` as well. There m
 is the log of a typical count c, and s is the deviation of log(1 + x), in units of log x at c: 0.001 for a million calls a day,
-give or take a thousand, and of order 1 for mostly zeros.
+give or take a thousand, and of order 1 for mostly zeros. With ``standardize="robust"``, a count whose log(1 + x) is more than
+three robust deviations from the median counts as one at that distance.
 
 Densities are computed in double precision: at a count of a million, terms of a million cancel. Counts: Cameron and Trivedi,
 *Regression Analysis of Count Data* (1998); Lambert, *Zero-Inflated Poisson Regression* (1992). Proportions: Ferrari and
@@ -50,6 +51,12 @@ MAX_COUNT_SCALE = 3.0
 """Largest scale of a log count. Rare counts, such as one in a thousand rows, would have a larger one."""
 MIN_COUNT = 1e-3
 """Smallest typical count."""
+IF_NOT_POSITIVE = (
+    "If 0 means that there is nothing, add a column of zeros and ones that says so, and make the amount missing there (NaN, "
+    "with missing=True). If it means less than can be measured, use half of the smallest amount. Numbers of both signs want "
+    "NormalLikelihood()."
+)
+"""Advice about values that are not positive."""
 
 
 class Widened(dist.TorchDistribution):
@@ -171,6 +178,7 @@ class LogNormalLikelihood(ScaledLikelihood):
 
     num_outputs = 2
     support = constraints.positive
+    if_outside = IF_NOT_POSITIVE
     has_rsample = True
 
     def link(self, x: Tensor) -> Tensor:
@@ -193,6 +201,7 @@ class GammaLikelihood(ScaledLikelihood):
     num_outputs = 2
     support = constraints.positive
     has_rsample = True
+    if_outside = IF_NOT_POSITIVE
 
     def link(self, x: Tensor) -> Tensor:
         return _log(x)
@@ -215,6 +224,10 @@ class BetaLikelihood(ScaledLikelihood):
     num_outputs = 2
     support = constraints.unit_interval
     has_rsample = True
+    if_outside = (
+        "Move proportions of exactly 0 and 1 inside, as by (x * (n - 1) + 0.5) / n for n rows, or use NormalLikelihood() if "
+        "there are many. Per cent are divided by 100."
+    )
 
     def link(self, x: Tensor) -> Tensor:
         return _log(x) - _log(1 - x)
@@ -231,14 +244,14 @@ class CountLikelihood(ScaledLikelihood):
     """Base of likelihoods of counts 0, 1, 2, ... without an upper bound, with the logarithm of their mean as first output."""
 
     support = constraints.nonnegative_integer
+    if_outside = "Counts are whole numbers from 0: use NormalLikelihood() or LogNormalLikelihood() for other numbers."
 
     def link(self, x: Tensor) -> Tensor:
         return x.clamp(min=0).log1p()
 
     def units(self, x: Tensor, estimate: Estimate) -> tuple[Tensor, Tensor]:
-        y = self.link(in_doubles(x))
-        typical = y.nanmean(0).nan_to_num().expm1().clamp(min=MIN_COUNT)  # NaN where there is no count
-        deviation = (y - y.nanmean(0)).square().nanmean(0).sqrt().nan_to_num()
+        loc, deviation = (part.nan_to_num() for part in estimate(self.link(in_doubles(x))))  # NaN where there is no count
+        typical = loc.expm1().clamp(min=MIN_COUNT)
         scale = deviation * (1 + typical) / typical  # d log x = d log(1 + x) * (1 + x) / x
         least = (1 + typical) ** -0.5  # of a Poisson distribution
         return typical.log(), torch.maximum(scale, least).clamp(max=MAX_COUNT_SCALE)

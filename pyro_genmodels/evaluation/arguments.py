@@ -19,7 +19,9 @@ from pyro_genmodels.utils.nested import is_array, leaves, map_nested
 from pyro_genmodels.utils.tensors import as_tensor
 
 
-def row_arguments(owner: str, x: Any, args: tuple, kwargs: Mapping[str, Any], row_dim: int = 0) -> RowArguments:
+def row_arguments(
+    owner: str, x: Any, args: tuple, kwargs: Mapping[str, Any], row_dim: int = 0, *, model: Any = None
+) -> RowArguments:
     """Return the arguments of a model, with arrays and data frames as tensors.
 
     Args:
@@ -28,12 +30,14 @@ def row_arguments(owner: str, x: Any, args: tuple, kwargs: Mapping[str, Any], ro
         args: other positional arguments.
         kwargs: keyword arguments.
         row_dim: dimension of x that holds the rows.
+        model: the model. If it is that of a family with names for its columns, those of a data frame are matched by name.
 
     Raises:
         TypeError: if x holds no numbers.
-        ValueError: if x has no rows in that dimension.
+        ValueError: if x has no rows in that dimension, or is a data frame of other columns than the family's.
     """
-    x = as_tensor(x, owner)
+    family = getattr(model, "__self__", None)
+    x = as_tensor(family.arranged(x) if hasattr(family, "arranged") else x, owner)
     if isinstance(row_dim, bool) or not isinstance(row_dim, Integral):
         raise TypeError(f"{owner} wants row_dim as an integer, the dimension of x that holds the rows, but found {row_dim!r}.")
     if not -x.dim() <= row_dim < max(x.dim(), 1):

@@ -240,8 +240,7 @@ def compare(
     options = {name: value for name, value in kwargs.items() if name in _OPTIONS}
     own = {name: value for name, value in kwargs.items() if name not in _OPTIONS}
     own = joined_keywords(own, model_kwargs)
-    if x is not None:
-        x = as_tensor(x, "compare")
+    given, x = x, None if x is None else as_tensor(x, "compare")
     split = None if quality_samples is None or x is None else split_rows(x, quality_samples)
     log_likelihoods: dict[str, LogLikelihood] = {}
     qualities: dict[str, SampleQuality] = {}
@@ -251,8 +250,9 @@ def compare(
             continue
         if x is None:
             raise ValueError(f"compare was given the fit {name!r}, but no data x to evaluate it on.")
-        check_model_keywords(*as_pair(fit), (x, *args), own)
-        data = row_arguments("compare", x, args, own, options.get("row_dim", 0))
+        model, guide = as_pair(fit)
+        check_model_keywords(model, guide, (x, *args), own)
+        data = row_arguments("compare", given, args, own, options.get("row_dim", 0), model=model)
         if split is not None:
             _check_rows_can_be_cut(name, fit, data)
             qualities[name] = sample_quality(fit, data, split)

@@ -60,7 +60,8 @@ def impute(
         ValueError: if no site of the model leaves missing values out, or latent variables lie outside of the plate of the rows.
 
     Warns:
-        RuntimeWarning: if k-hat of the importance weights is too large in some rows (`pyro_genmodels.utils.pareto`).
+        RuntimeWarning: if k-hat of the importance weights is too large in some rows with missing values
+            (`pyro_genmodels.utils.pareto`).
 
     Example:
         >>> from pyro_genmodels import VAE
@@ -73,7 +74,7 @@ def impute(
     check_positive_int("impute", num_samples=num_samples, num_particles=num_particles, batch_size=batch_size)
     kwargs = joined_keywords(kwargs, model_kwargs)
     check_model_keywords(model, guide, (x, *args), kwargs)
-    data = row_arguments("impute", x, args, kwargs)
+    data = row_arguments("impute", x, args, kwargs, model=model)
     completed, k_hats = [], []
     with torch.no_grad(), handlers.side_effect_free(model, guide):
         first = data.first(min(3, data.num_rows))
@@ -85,7 +86,7 @@ def impute(
             sizes = [min(block, num_particles - start) for start in range(0, num_particles, block)]
             runs = [_draw(model, guide, batch, site, size if together else None) for size in sizes]
             log_weights, draws = (torch.cat(parts) for parts in zip(*runs, strict=True))
-            k_hats.append(pareto_k(log_weights))
+            k_hats.append(pareto_k(log_weights)[batch.args[0].isnan().flatten(1).any(1)])  # of rows that are completed
             chosen = log_weights.double().softmax(0).T.multinomial(num_samples, replacement=True).T
             known = batch.args[0]
             completed.append(torch.where(known.isnan(), draws[chosen, torch.arange(len(known), device=chosen.device)], known))
@@ -132,7 +133,7 @@ def _draw(model: Any, guide: Any, batch: RowArguments, site: str, size: int | No
 
 
 def _warn_of_weights(k_hats: Tensor, num_particles: int) -> None:
-    if is_unreliable(k_hats, num_particles):
+    if len(k_hats) and is_unreliable(k_hats, num_particles):
         warn_caller(
             f"impute: Pareto k-hat is above {MAX_PARETO_K} in {count_unreliable(k_hats)} of {len(k_hats)} rows (largest "
             f"{largest_pareto_k(k_hats):.2f}): a few draws carry the weight there, and imputed values repeat them. Raise "

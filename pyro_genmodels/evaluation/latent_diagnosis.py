@@ -172,7 +172,7 @@ def diagnose_vae(
     check_positive_int("diagnose_vae", num_samples=num_samples, batch_size=batch_size)
     kwargs = joined_keywords(kwargs, model_kwargs)
     check_model_keywords(model, guide, (x, *args), kwargs)
-    data = row_arguments("diagnose_vae", x, args, kwargs)
+    data = row_arguments("diagnose_vae", x, args, kwargs, model=model)
     with torch.no_grad(), handlers.side_effect_free(model, guide):
         runs = [_RowsDiagnosis.of(model, guide, rows, num_samples) for rows in data.batches(batch_size)]
         whole = _RowsDiagnosis.joined(runs)

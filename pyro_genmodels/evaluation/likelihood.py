@@ -96,7 +96,7 @@ def log_likelihood(
     check_positive_int("log_likelihood", num_samples=num_samples, num_steps=num_steps, batch_size=batch_size)
     kwargs = joined_keywords(kwargs, model_kwargs)
     check_model_keywords(model, guide, (x, *args), kwargs)
-    data = row_arguments("log_likelihood", x, args, kwargs, row_dim)
+    data = row_arguments("log_likelihood", x, args, kwargs, row_dim, model=model)
     log_partitions = LogPartitions(num_samples, num_steps, progress=progress)
     note = (
         "log_likelihood and train give a model its data frames as tensors: it reads a column by its place, x[:, 0], and not by "
@@ -145,7 +145,7 @@ def has_likelihood(
     model, guide = traces.as_pair(fit)
     kwargs = joined_keywords(kwargs, model_kwargs)
     check_model_keywords(model, guide, (x, *args), kwargs)
-    data = row_arguments("has_likelihood", x, args, kwargs, row_dim)
+    data = row_arguments("has_likelihood", x, args, kwargs, row_dim, model=model)
     with handlers.side_effect_free(model, guide), forked_rng():
         first = with_plate_of_pair(model, guide, data).first(1)
         with first.fixed_rows():

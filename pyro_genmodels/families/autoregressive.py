@@ -131,7 +131,7 @@ class Autoregressive(CoordinateFamily):
         super().validate(x)
         if self.end is None or not is_validation_enabled():
             return
-        x = as_tensor(x, self.name)
+        x = as_tensor(self.arranged(x), self.name)
         if not (proper := self.support.check(x)).all():
             raise ValueError(
                 f"{self.name} was given other symbols after the end symbol {self.end} in {int((~proper).sum())} of {len(x)} "

@@ -21,7 +21,7 @@ from torch.distributions import ComposeTransform, Transform, biject_to, constrai
 from pyro_genmodels.distributions.likelihoods import Estimate, Likelihood, check_likelihood, inner_value
 from pyro_genmodels.families.family import Family
 from pyro_genmodels.families.input_warnings import DATA
-from pyro_genmodels.families.standardization import Standardization, estimate
+from pyro_genmodels.families.standardization import Standardization, estimate, mean_and_deviation
 from pyro_genmodels.families.validation import check_dtype, check_shape, check_values
 from pyro_genmodels.utils.capture import can_be_read
 from pyro_genmodels.utils.distributions import is_real
@@ -125,7 +125,7 @@ class CoordinateFamily(Family):
     def _units_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         jointly = "jointly" in str(self._standardize)
         if not (self.missing or self.likelihood.is_mixed or (jointly and self.support.is_discrete)):
-            return self.likelihood.units(x, self._estimator(x, self.loc, DATA.noun))
+            return self.likelihood.units(x, self._estimator(self.likelihood, x, self.loc, DATA.noun))
         if jointly:
             places: list[Any] = [(self.likelihood, x.flatten(), DATA.noun)]
         else:
@@ -144,11 +144,13 @@ class CoordinateFamily(Family):
         known = column[~column.isnan()].unsqueeze(1)
         if not len(known):
             raise ValueError(f"{self.name} was given {noun} without any known value. Leave it out.")
-        loc, scale = likelihood.units(known, self._estimator(known, self.loc.new_zeros(1), noun))
+        loc, scale = likelihood.units(known, self._estimator(likelihood, known, self.loc.new_zeros(1), noun))
         return loc.squeeze(0), scale.squeeze(0)
 
-    def _estimator(self, x: Tensor, like: Tensor, noun: str) -> Estimate:
+    def _estimator(self, likelihood: Likelihood, x: Tensor, like: Tensor, noun: str) -> Estimate:
         """Return the function from data as real numbers, (N, ...), to their location and scale; x is the data as they are."""
+        if likelihood.support.is_discrete:  # probabilities are bounded, so that equal values are no fault
+            return partial(mean_and_deviation, robust="robust" in str(self._standardize))
 
         def of(y: Tensor) -> tuple[Tensor, Tensor]:
             return estimate(
@@ -163,8 +165,19 @@ class CoordinateFamily(Family):
 
         return of
 
+    def arranged(self, x: Any) -> Any:
+        """Return data with the columns of a data frame in the order of this family, if its likelihood has names for them.
+
+        Raises:
+            ValueError: if the frame has other columns.
+        """
+        return self.likelihood.arranged(x, self.name)
+
+    def _as_tensors(self, x: Any, context: Any) -> tuple[Any, Any]:
+        return super()._as_tensors(self.arranged(x), context)
+
     def validate(self, x: Tensor) -> None:
-        x = as_tensor(x, self.name)
+        x = as_tensor(self.arranged(x), self.name)
         check_shape(self.name, x, self.event_shape)
         if is_validation_enabled():
             check_dtype(self.name, x, self.data_support)
@@ -181,7 +194,13 @@ class CoordinateFamily(Family):
         dtype = None if self._standardize and likelihood.is_located else self.loc.dtype
         try:
             check_values(
-                f"{self.name}{label}", some, support, dtype=dtype, mapped=not is_real(support), if_missing=self.if_missing
+                f"{self.name}{label}",
+                some,
+                support,
+                dtype=dtype,
+                mapped=not is_real(support),
+                if_missing="What is missing is NaN: replace these values by NaN." if self.missing else self.if_missing,
+                if_outside="" if self._is_mapped else likelihood.if_outside,
             )
         except ValueError:
             for place in places if len(places) > 1 and self.likelihood.is_mixed else ():

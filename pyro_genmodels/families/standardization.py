@@ -10,7 +10,7 @@ Statistics* (1981).
 
 from __future__ import annotations
 
-__all__ = ["Standardization", "Standardize", "estimate"]
+__all__ = ["Standardization", "Standardize", "estimate", "mean_and_deviation"]
 
 from typing import Any, Literal
 
@@ -31,6 +31,8 @@ Standardize = bool | Literal["jointly", "robust", "jointly robust"]
 
 QUARTILES_OF_NORMAL, MEDIAN_OF_NORMAL = 1.3489795, 0.6744898
 """Interquartile range and median distance from the centre of a standard normal."""
+FARTHEST = 3.0
+"""Distance from the median, in robust deviations, from which values count as that far in robust means."""
 
 
 class Standardization(Transform):
@@ -45,6 +47,7 @@ class Standardization(Transform):
 
     bijective = True
     sign = +1
+    is_affine = True
 
     def __init__(self, loc: Tensor, scale: Tensor, check: Any = None, *, event_dim: int | None = None) -> None:
         super().__init__()
@@ -128,6 +131,38 @@ def estimate(
         spread = rows.reshape(len(y), -1) if jointly else rows
         warn_of_outliers(spread - loc / unit, like, owner, inputs, jointly=jointly)
     return loc.expand(like.numel()).reshape(like.shape), scale.expand(like.numel()).reshape(like.shape)
+
+
+@torch.no_grad()
+def mean_and_deviation(y: Tensor, *, robust: bool) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of real numbers (N, ...), without those that are NaN; NaN where all are.
+
+    They are for numbers with many equal values, such as logarithms of counts, where quartiles say little. For robust ones, a
+    number more than three robust deviations from the median counts as one at that distance.
+
+    Args:
+        y: numbers, in double precision.
+        robust: True for robust ones.
+
+    Example:
+        >>> y = torch.cat([torch.linspace(-1.0, 1.0, 1000), torch.tensor([1e6])]).double()
+        >>> [f"{float(part):.3f}" for part in mean_and_deviation(y, robust=True)]
+        ['0.002', '0.581']
+    """
+    y = _winsorised(y) if robust else y
+    mean = y.nanmean(0)
+    return mean, (y - mean).square().nanmean(0).sqrt()
+
+
+def _winsorised(y: Tensor) -> Tensor:
+    """Return numbers (N, ...) with those far from the median of their coordinate moved nearer; those that are NaN stay so."""
+    columns = y.reshape(len(y), -1).clone()
+    for column in columns.unbind(1):
+        known = column[~column.isnan()]
+        if len(known):
+            loc, scale = _robust(known.unsqueeze(1), 0.0)
+            column.clamp_(loc - FARTHEST * scale, loc + FARTHEST * scale)
+    return columns.reshape(y.shape)
 
 
 def _constant_coordinates(rows: Tensor) -> Tensor:

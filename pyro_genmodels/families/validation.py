@@ -70,6 +70,7 @@ def check_values(
     dtype: torch.dtype | None,
     mapped: bool,
     if_missing: str = "Drop or impute these rows first.",
+    if_outside: str = "",
 ) -> None:
     """Check the values of data.
 
@@ -80,6 +81,7 @@ def check_values(
         dtype: precision that must hold the values, or None if they are standardised first.
         mapped: True if the support is mapped to the real line, so that its ends become infinite.
         if_missing: what to do about values that are not finite.
+        if_outside: what to do about values outside of the support or at its end; by default advice about the support.
 
     Raises:
         ValueError: if values are not finite, too large for the precision, at an end of the support, or outside it.
@@ -90,8 +92,9 @@ def check_values(
         return
     if x.is_floating_point() and not all_finite(x):
         rows = (~x.isfinite()).reshape(len(x), -1).any(1)
+        wrong = "NaN or infinite" if x.isnan().any() else "infinite"
         raise ValueError(
-            f"{owner} was given data with NaN or infinite values in {int(rows.sum())} of {len(x)} rows, the first of them row "
+            f"{owner} was given data with {wrong} values in {int(rows.sum())} of {len(x)} rows, the first of them row "
             f"{int(rows.nonzero()[0])}. {if_missing}"
         )
     if may_overflow and (x.abs() > largest).any():
@@ -105,15 +108,21 @@ def check_values(
     at_end = [x == end for end in ends if end is not None and not support.is_discrete]
     if mapped and any(hit.any() for hit in at_end):
         raise ValueError(
-            f"{owner} was given {sum(int(hit.sum()) for hit in at_end)} values at an end of its support {support}, which map "
-            "to infinity. Squeeze the data into the interior, or model integers: Flow(..., levels=K)."
+            f"{owner} was given {sum(int(hit.sum()) for hit in at_end)} values at an end of its support {support}, which "
+            + (
+                f"have no density. {if_outside}"
+                if if_outside
+                else "map to infinity. Squeeze the data into the interior, or model integers: Flow(..., levels=K)."
+            )
         )
     inside = support.check(x)
     if not inside.all():
         outside = x[~inside] if inside.shape == x.shape else x
+        low, high = float(outside.min()), float(outside.max())
+        values = f"the value {low:g}" if low == high else f"values from {low:g} to {high:g}"
         raise ValueError(
-            f"{owner} was given data outside its support {support}: values from {outside.min():g} to {outside.max():g} in "
-            f"{int((~inside).sum())} places. Rescale the data or widen the support."
+            f"{owner} was given data outside its support {support}: {values} in {int((~inside).sum())} places. "
+            f"{if_outside or 'Rescale the data or widen the support.'}"
         )
 
 

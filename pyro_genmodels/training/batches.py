@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ["Batches"]
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
 from itertools import repeat
@@ -43,6 +43,7 @@ class Batches:
         like: tensor with the device and precision for the batches.
         family: name of the family that is trained, which takes x or (x, context); None for a model that takes any arguments.
         exact: number of leading arguments that may be of higher precision, if rounding would change them noticeably.
+        arrange: function that returns x with the columns of a data frame in the order of the family, or None.
         model_kwargs: further keyword arguments of the model, the same in every batch.
 
     Attributes:
@@ -64,10 +65,11 @@ class Batches:
         *,
         family: str | None = None,
         exact: int = 0,
+        arrange: Callable[[Any], Any] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.device, self.dtype, self.family, self.batch_size = like.device, like.dtype, family, batch_size
-        self.model_kwargs, self.exact = dict(model_kwargs or {}), exact
+        self.model_kwargs, self.exact, self.arrange = dict(model_kwargs or {}), exact, arrange
         self._keeps: dict[int, bool] = {}  # by the place of an argument: True if its precision is kept
         if isinstance(data, TensorDataset):
             data = data.tensors
@@ -224,6 +226,7 @@ class Batches:
         args, kwargs = as_arguments(data)
         if self.family is not None:
             args, kwargs = self._arguments_of_family(args, kwargs), {}
+            args = args if self.arrange is None else (self.arrange(args[0]), *args[1:])
         for name in kwargs:
             if name in self.model_kwargs:
                 raise ValueError(f"The data and model_kwargs both have {name!r}: give it once.")
@@ -276,7 +279,9 @@ def _rounding(t: Tensor, dtype: torch.dtype) -> Tensor:
     if not (t.numel() and t.dim() and t.is_floating_point()) or torch.finfo(t.dtype).eps >= torch.finfo(dtype).eps:
         return torch.zeros(1)
     rows = t.detach().reshape(len(t), -1)
-    rows = torch.where(rows.isfinite(), rows, 0.0)
+    seen = rows.isfinite()
+    known = torch.where(seen, rows, 0.0).sum(0) / seen.sum(0).clamp(min=1)  # missing values must not widen the range
+    rows = torch.where(seen, rows, known.where(known.isfinite(), 0.0))
     change = (rows.to(dtype).to(t.dtype) - rows).abs().amax(0)
     spread = rows.amax(0) - rows.amin(0)
     is_constant = spread <= 1e3 * torch.finfo(t.dtype).eps * rows.abs().amax(0)

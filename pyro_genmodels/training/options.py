@@ -78,7 +78,7 @@ def load_data(
     form: Any = {"model_kwargs": model_kwargs}
     if family is not None:
         is_own_module = not isinstance(family.context, VectorContext | None)  # which is given contexts in its precision
-        form |= {"family": family.name, "exact": 1 if is_own_module else 2}
+        form |= {"family": family.name, "exact": 1 if is_own_module else 2, "arrange": getattr(family, "arranged", None)}
     batches = Batches(data, context, batch_size, like, **form)
     if valid is None:
         return batches, None, None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["all_finite", "as_tensor", "copied_like", "noting_frames"]
+__all__ = ["all_finite", "as_tensor", "copied_like", "noting_frames", "with_columns"]
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from pyro_genmodels.utils.errors import listed
 
 
 def all_finite(x: Tensor) -> bool:
@@ -134,6 +136,37 @@ def _check_column(owner: str, name: Any, column: np.ndarray) -> None:
     raise TypeError(
         f"{owner} wants numbers, but the column {name!r} holds {type(others[0]).__name__}. Drop it, or encode it as numbers."
     )
+
+
+def with_columns(values: Any, names: Sequence[str], owner: str) -> Any:
+    """Return a data frame with its columns in the order of some names.
+
+    Anything else is returned unchanged, as is a frame whose columns have no names but are numbered from 0.
+
+    Args:
+        values: the frame.
+        names: names of the columns.
+        owner: subject of the error message.
+
+    Raises:
+        ValueError: if the frame has other columns, or one twice.
+
+    Example:
+        >>> import pandas
+        >>> with_columns(pandas.DataFrame({"b": [1], "a": [2]}), ["a", "b"], "A family").columns.tolist()
+        ['a', 'b']
+        >>> with_columns(pandas.DataFrame({"b": [1], "c": [2]}), ["a", "b"], "A family")
+        Traceback (most recent call last):
+        ValueError: A family wants a data frame with the columns a, b, but found b, c.
+    """
+    if not (hasattr(values, "columns") and hasattr(values, "to_numpy")):
+        return values
+    found = list(map(str, values.columns))
+    if found == list(names) or found == list(map(str, range(len(names)))):
+        return values
+    if sorted(found) != sorted(names):
+        raise ValueError(f"{owner} wants a data frame with the columns {listed(names)}, but found {listed(found)}.")
+    return values[[values.columns[found.index(name)] for name in names]]
 
 
 @contextmanager

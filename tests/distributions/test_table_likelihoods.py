@@ -24,11 +24,12 @@ from pyro_genmodels import (
     CategoricalLikelihood,
     Mixed,
     NormalLikelihood,
+    compare,
     log_likelihood,
     train,
 )
 from pyro_genmodels.datasets import read_table
-from pyro_genmodels.evaluation import impute
+from pyro_genmodels.evaluation import diagnose_vae, impute
 from pyro_genmodels.families import (
     BetaLikelihood,
     GammaLikelihood,
@@ -279,11 +280,16 @@ def test_mixed_families_are_copied_pickled_and_saved(tmp_path):
     [
         ("visits", -1.0, "in column 'visits', was given data outside its support"),
         ("visits", 0.5, "in column 'visits', was given data outside its support"),
-        ("ward", float(CLASSES), "in column 'ward', was given data outside its support"),
+        (
+            "ward",
+            float(CLASSES),
+            rf"in column 'ward', was given data outside.*: the value {CLASSES} in 1 places. Classes are numb",
+        ),
         ("smokes", 2.0, "in column 'smokes', was given data outside its support"),
-        ("cost", 0.0, "in column 'cost', was given 1 values at an end of its support"),
+        ("cost", 0.0, r"in column 'cost', was given 1 values at an end of its support.*have no density\. If 0 means"),
+        ("cost", -1.0, r"in column 'cost', was given data outside its support.*both signs want NormalLikelihood"),
         ("age", torch.nan, r"in column 'age', was given data with NaN.*row 2.*build the family with missing=True"),
-        ("age", torch.inf, "in column 'age', was given data with NaN or infinite values"),
+        ("age", torch.inf, "in column 'age', was given data with infinite values"),
     ],
 )
 def test_wrong_values_are_refused_by_the_name_of_their_column(column, value, message):
@@ -328,6 +334,7 @@ def test_kinds_of_columns_are_read_from_a_table():
             "ward": [0, 1, 2, 3] * 50,
             "smokes": [True, False] * 100,
             "year": [1999 + i % 25 for i in range(200)],
+            "share": torch.rand(200).clamp(0.001, 0.999).numpy(),
         }
     )
     frame.loc[3, ["cost", "visits"]] = None
@@ -340,7 +347,9 @@ def test_kinds_of_columns_are_read_from_a_table():
         NormalLikelihood(scale=0.5),
         BernoulliLikelihood(),
         NormalLikelihood(),
+        BetaLikelihood(),
     )
+    assert Mixed.of(torch.tensor([[0.0], [0.5], [0.7]])).likelihoods == (NormalLikelihood(),)  # a beta has no density at 0
     assert Mixed.of(frame[["ward"]].to_numpy()).likelihoods == (CategoricalLikelihood(4),)
     with pytest.raises(ValueError, match=r"unknown column 'costs'.*Did you mean cost"):
         Mixed.of(frame, kinds={"costs": GammaLikelihood()})
@@ -406,7 +415,7 @@ def test_missing_values_have_no_part_in_the_likelihood(support):
     complete.decoder = family.decoder
     assert_close(complete.decode(z).log_prob(x), full.log_prob(x))
     assert family.posterior(one_missing).mean.isfinite().all()
-    with pytest.raises(ValueError, match="NaN or infinite"):
+    with pytest.raises(ValueError, match=r"with infinite values.*: replace these values by NaN\.$"):
         family.model(x.where(x < x.max(), torch.inf))
 
 
@@ -554,3 +563,97 @@ def test_a_column_that_is_missing_everywhere_is_refused(likelihood):
     x = torch.stack([torch.ones(5).cumsum(0), torch.full((5,), torch.nan)], 1)
     with pytest.raises(ValueError, match="without any known value"):
         VAE((2,), likelihood=likelihood, missing=True).prepare(x)
+
+
+NAMES = ["cost", "visits", "age"]
+
+
+def by_name():
+    kinds = Mixed([LogNormalLikelihood(), PoissonLikelihood(), NormalLikelihood()], names=NAMES)
+    x = torch.stack([torch.randn(60).exp(), torch.poisson(torch.full((60,), 3.0)), 40 + 10 * torch.randn(60)], 1).double()
+    return kinds, pandas.DataFrame(x.numpy(), columns=NAMES), x
+
+
+def test_columns_of_a_frame_are_matched_by_name():
+    kinds, frame, x = by_name()
+    other = frame[["age", "cost", "visits"]]
+    made = perturb(Autoregressive((3,), likelihood=kinds, hidden=(8,)))
+    made.standardize(other)
+    assert_close(made.loc.double(), torch.stack([x[:, 0].log().mean(), made.loc[1].double(), x[:, 2].mean()]))
+    expected = made().log_prob(x)
+    assert_close(made().log_prob(other), expected)
+    assert_close(log_likelihood(made, other).values, expected)
+    found = compare({"made": made}, other)
+    assert_close(found.log_likelihoods["made"].values, expected)
+    assert made().complete(other, torch.ones(3, dtype=torch.bool)).equal(x)
+    vae = VAE((3,), latent_dim=1, likelihood=kinds, hidden=(8,), missing=True)
+    losses = []
+    for data in (x, other):
+        pyro.set_rng_seed(0)
+        twin = copy.deepcopy(vae)
+        losses.append(train(twin, data, valid=data, epochs=1, progress=False).history[0]["valid"])
+    assert losses[0] == losses[1]
+    assert impute(vae, other, num_samples=2).equal(x.expand(2, 60, 3))
+    assert diagnose_vae(vae, other, num_samples=2).data.equal(x[:8])
+    assert vae.model(other).equal(x)
+    assert vae.posterior(other).mean.equal(vae.posterior(x).mean)
+
+
+def test_frames_of_other_columns_are_refused_and_numbered_ones_go_by_place():
+    kinds, frame, x = by_name()
+    made = Autoregressive((3,), likelihood=kinds, hidden=(8,))
+    for wrong in (frame.rename(columns={"age": "years"}), frame[["cost", "visits"]], frame.assign(name=1.0)):
+        for use in (made.standardize, made().log_prob, partial(train, made), partial(log_likelihood, made)):
+            with pytest.raises(ValueError, match="wants a data frame with the columns cost, visits, age, but found cost"):
+                use(wrong)
+    made.validate(pandas.DataFrame(x.numpy()))
+    assert Mixed.of(frame, names=["age", "visits", "cost"]).names == ("age", "visits", "cost")
+    assert Mixed.of(frame, names=["age", "visits", "cost"]).likelihoods[0] == NormalLikelihood()
+    assert Mixed.of(frame, names=["a", "b", "c"]).likelihoods[2] == NormalLikelihood()
+
+
+@pytest.mark.parametrize("likelihood", [NormalLikelihood(), Mixed([NormalLikelihood(), PoissonLikelihood()])])
+def test_a_column_far_from_zero_with_a_missing_value_is_not_constant(likelihood):
+    """A missing value counted as 0, so that the column seemed to range from 0 to 1e9, and was rounded to a constant."""
+    x = torch.stack([1e9 + 10 * torch.randn(300).double(), torch.poisson(torch.full((300,), 5.0)).double()], 1)
+    expected = x[1:].mean(0)
+    x[0] = torch.nan
+    family = VAE((2,), latent_dim=1, likelihood=likelihood, hidden=(8,), missing=True)
+    with pytest.warns(UserWarning, match=r"are far from 0 for their spread: near 1e\+09"):
+        train(family, x, epochs=1, progress=False)
+    assert family.loc[0].double().item() == pytest.approx(expected[0].item(), abs=64)  # float32 has steps of 64 there
+    assert family.scale[0].item() == pytest.approx(x[1:, 0].std().item(), rel=1e-4)
+
+
+RARE = torch.cat([torch.zeros(900), torch.arange(1.0, 101.0) % 7])
+
+
+@pytest.mark.parametrize("likelihood", [PoissonLikelihood(), NegativeBinomialLikelihood(), ZeroInflatedLikelihood()], ids=repr)
+@pytest.mark.parametrize("usual", [torch.arange(1000.0) % 30, RARE], ids=["counts", "rare counts"])
+def test_robust_units_of_counts_do_not_depend_on_the_size_of_far_ones(likelihood, usual):
+    """A million or a billion in ten of 1,010 rows make no difference, and robust units are near those of usual counts."""
+
+    def units(x, standardize):
+        family = Autoregressive((1,), likelihood=likelihood, standardize=standardize, hidden=(8,))
+        family.standardize(x[:, None])
+        return torch.cat([family.loc, family.scale])
+
+    far = [torch.cat([usual, torch.full((10,), size)]) for size in (1e6, 1e9)]
+    robust, plain = ([units(x, standardize) for x in far] for standardize in ("robust", True))
+    assert_close(robust[0], robust[1])
+    assert (plain[0] - plain[1]).abs().max() > 0.05
+    usual_units = units(usual, True)
+    assert_close(robust[0], usual_units, atol=0.7, rtol=0)
+    assert_close(units(usual, "robust"), usual_units, atol=0.3, rtol=0)
+
+
+def test_robust_units_leave_out_missing_counts():
+    x = torch.stack([torch.arange(1000.0) % 30, torch.ones(1000)], 1)
+    some = torch.cat([x, torch.tensor([[torch.nan, 1.0]])])
+    found = []
+    for missing, rows in ((False, x), (True, some)):
+        family = VAE((2,), likelihood=PoissonLikelihood(), standardize="robust", missing=missing, hidden=(8,))
+        family.standardize(rows)
+        found.append(family)
+    assert_close(found[0].loc, found[1].loc)
+    assert_close(found[0].scale, found[1].scale)
