@@ -21,7 +21,7 @@ from torch import Size, Tensor
 from torch.distributions import Transform, constraints
 
 from pyro_genmodels.distributions.likelihoods import Likelihood
-from pyro_genmodels.utils.distributions import sum_event
+from pyro_genmodels.utils.distributions import mean_in_data, sum_event
 
 
 class _OrMissing(constraints.Constraint):
@@ -89,6 +89,10 @@ class PartlyObserved(TorchDistribution):
     @property
     def has_rsample(self) -> bool:
         return bool(self.coordinates.has_rsample)
+
+    @property
+    def mean(self) -> Tensor:
+        return mean_in_data(self.coordinates.mean, self.transform)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> PartlyObserved:
         new = copy.copy(self)

@@ -37,7 +37,8 @@ def row_arguments(
         ValueError: if x has no rows in that dimension, or is a data frame of other columns than the family's.
     """
     family = getattr(model, "__self__", None)
-    x = as_tensor(family.arranged(x) if hasattr(family, "arranged") else x, owner)
+    arrange: Any = getattr(family, "arranged", None)
+    x = as_tensor(x if arrange is None else arrange(x), owner)
     if isinstance(row_dim, bool) or not isinstance(row_dim, Integral):
         raise TypeError(f"{owner} wants row_dim as an integer, the dimension of x that holds the rows, but found {row_dim!r}.")
     if not -x.dim() <= row_dim < max(x.dim(), 1):

@@ -43,7 +43,7 @@ STEPS = 9
 """Number of values of a coordinate in a traversal."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class VAEDiagnosis:
     """Rate, distortion, information and activity of the latent variables of a fit.
 
@@ -58,7 +58,7 @@ class VAEDiagnosis:
             of at most 2,000; None if there are several latent variables.
         num_rows: number of rows.
         data: the first rows, (rows, ...).
-        reconstructions: means of p(x | z) for a draw of z of each of them.
+        reconstructions: means of p(x | z) for a draw of z of each of them; of 100 draws of x where p knows no mean.
         traversals: means of p(x | z) where one coordinate of the first row's z goes through the values it has in the data, from
             3 standard deviations below the mean to 3 above, (coordinates, values, ...), for the coordinates of the largest
             divergence; None if the fit has no `decode`, or several latent variables.
@@ -89,6 +89,9 @@ class VAEDiagnosis:
     def inactive(self) -> dict[str, list[int]]:
         """Indices of the coordinates (flattened) that are not active, by the name of the variable."""
         return {name: (~is_active).flatten().nonzero()[:, 0].tolist() for name, is_active in self.active.items()}
+
+    def __repr__(self) -> str:
+        return f"<{'; '.join(str(self).splitlines())}>"
 
     def __str__(self) -> str:
         lines = [
@@ -309,11 +312,15 @@ def _reconstructions(model: Any, guide: Any, rows: RowArguments) -> Tensor:
 
 
 def _expected(fn: Any, num_samples: int = 100) -> Tensor:
-    """Return the mean of a distribution, or that of draws if it knows none."""
+    """Return the mean of a distribution, or that of draws where it knows none: torch has NaN as the mean of classes."""
     try:
-        return fn.mean
+        mean = fn.mean
     except (NotImplementedError, AttributeError):
-        return fn.sample((num_samples,)).to(torch.get_default_dtype()).mean(0)
+        mean = None
+    if mean is not None and not mean.isnan().any():
+        return mean
+    drawn = fn.sample((num_samples,)).to(torch.get_default_dtype()).mean(0)
+    return drawn if mean is None else torch.where(mean.isnan(), drawn, mean)
 
 
 def _traversals(fit: Any, row: RowArguments, whole: _RowsDiagnosis) -> Tensor:

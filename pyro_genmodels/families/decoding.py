@@ -20,6 +20,7 @@ from pyro_genmodels.distributions.partly_observed import PartlyObserved
 from pyro_genmodels.families.coordinates import CoordinateFamily
 from pyro_genmodels.nn.mlp import MLP, call_batched
 from pyro_genmodels.nn.padding import Padding
+from pyro_genmodels.utils.distributions import mean_in_data
 
 
 class DecodedFamily(CoordinateFamily):
@@ -126,7 +127,15 @@ class Decode:
         if self.support is not None:
             return PartlyObserved(self.likelihood, params, self.event_shape, transform=self.pretransform, support=self.support)
         x = self.likelihood(params).to_event(len(self.event_shape))
-        return x if self.pretransform is None else dist.TransformedDistribution(x, [self.pretransform.inv])
+        return x if self.pretransform is None else InDataUnits(x, [self.pretransform.inv])
+
+
+class InDataUnits(dist.TransformedDistribution):
+    """The distribution of data whose standardised values have another one, with its mean."""
+
+    @property
+    def mean(self) -> Tensor:
+        return mean_in_data(self.base_dist.mean, self.transforms[0].inv)
 
 
 class FlatNetwork(nn.Module):

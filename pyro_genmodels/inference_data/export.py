@@ -334,7 +334,9 @@ def plot_predictive(replicated: Mapping[str, Tensor], observed: Mapping[str, Ten
     plot_ppc_dist = getattr(az, "plot_ppc_dist", None)
     if plot_ppc_dist is not None:
         return plot_ppc_dist(xr.DataTree.from_dict(datasets), num_samples=num_samples)
-    return az.plot_ppc(az.InferenceData(**datasets), num_pp_samples=min(num_samples, len(draws["draw"])))
+    with warnings.catch_warnings():  # ArviZ 0.23 calls matplotlib 3.11 in a way that it warns of
+        warnings.filterwarnings("ignore", "Passing a dict or None as alias_mapping", DeprecationWarning)
+        return az.plot_ppc(az.InferenceData(**datasets), num_pp_samples=min(num_samples, len(draws["draw"])))
 
 
 def elpd_data(data: Any, name: str, *, elpd: Tensor, pareto_k: Tensor, p_loo: float, max_pareto_k: float) -> Any:

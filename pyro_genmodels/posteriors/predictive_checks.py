@@ -214,6 +214,9 @@ class PredictiveCheck:
         words = f"no fault found, but to find one takes {needed} draws, and these are worth {size:.0f}"
         return words + (f": the data lie beyond all of them in {listed(beyond)}" if beyond else "")
 
+    def __repr__(self) -> str:
+        return f"<predictive check of {listed(self.kept)} by {len(self.weights)} draws: {self.verdict}>"
+
     def __str__(self) -> str:
         return "\n".join([self.verdict, str(self.table.round(3)), *self.excluded])
 

@@ -11,6 +11,7 @@ __all__ = [
     "interior",
     "is_real",
     "map_tensors",
+    "mean_in_data",
     "mean_inside_log",
     "modules_and_tensors",
     "over_events",
@@ -201,6 +202,23 @@ def check_exact_density(owner: str, role: str, found: Any, event_shape: Sequence
         message = f"{owner} wants an exact density as its {role}, but {type(made).__name__} has {kind}. {advice}"
         raise ValueError(message.rstrip())
     return made
+
+
+def mean_in_data(mean: Tensor, to_model: Transform | None) -> Tensor:
+    """Return the mean of data from the mean of what a bijection makes of them.
+
+    Args:
+        mean: mean of the transformed data, (..., *event_shape).
+        to_model: transform of the data, which says that it is affine by an attribute `is_affine`; None is the identity.
+
+    Raises:
+        NotImplementedError: if it is not affine, so that it does not map means to means.
+    """
+    if to_model is None:
+        return mean
+    if not getattr(to_model, "is_affine", False):
+        raise NotImplementedError(f"The mean under the transform {type(to_model).__name__} is not known.")
+    return to_model.inv(mean)
 
 
 def mean_inside_log(fn: Distribution) -> bool:
