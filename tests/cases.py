@@ -358,6 +358,7 @@ CASES = [
     ),
     Case("Autoregressive, order", lambda: _autoregressive(order=[2, 0, 1]), (3,), real(3)),
     Case("Autoregressive, context", lambda: _autoregressive(context=2), (3,), real(3), vectors),
+    Case("Autoregressive, direct", lambda: _autoregressive(context=2, direct=True), (3,), real(3), vectors),
     Case(
         "Autoregressive, labels",
         lambda: _autoregressive(likelihood=BernoulliLikelihood(), context=Labels(CLASSES)),

@@ -823,9 +823,11 @@ def test_T18_the_bias_of_contrastive_divergence_is_that_of_its_chains_and_falls_
 @pytest.mark.parametrize(
     "likelihood", [BernoulliLikelihood(), CategoricalLikelihood(3), DiscretizedLogisticLikelihood(4, components=2)], ids=repr
 )
-def test_T19_all_outcomes_sum_to_one(likelihood, context, order):
+@pytest.mark.parametrize("direct", [False, True])
+def test_T19_all_outcomes_sum_to_one(likelihood, context, order, direct):
     levels = {BernoulliLikelihood: 2, CategoricalLikelihood: 3, DiscretizedLogisticLikelihood: 4}[type(likelihood)]
-    made = perturb(Autoregressive((4,), likelihood=likelihood, context=context, order=order, hidden=(16, 16)))
+    made = Autoregressive((4,), likelihood=likelihood, context=context, order=order, hidden=(16, 16), direct=direct)
+    perturb(made)
     c = torch.randn(5, 1, context) if context else None
     total = made(c).log_prob(outcomes(levels, 4).double()).logsumexp(-1)
     torch.testing.assert_close(total, torch.zeros(5 if context else ()), rtol=0, atol=1e-12)
@@ -840,8 +842,9 @@ def test_T19_all_outcomes_sum_to_one_given_labels_and_for_images():
 
 
 @pytest.mark.parametrize("context", [0, 2])
-def test_T19_output_i_depends_on_inputs_before_i_only(context):
-    made = perturb(Autoregressive((5,), likelihood=NormalLikelihood(), context=context, hidden=(32, 32)))
+@pytest.mark.parametrize("options", [{"hidden": (32, 32)}, {"hidden": (4,), "direct": True}], ids=str)
+def test_T19_output_i_depends_on_inputs_before_i_only(context, options):
+    made = perturb(Autoregressive((5,), likelihood=NormalLikelihood(), context=context, **options))
     c = torch.randn(context) if context else None
     jacobian = torch.autograd.functional.jacobian(lambda x: made.conditionals(x, c), torch.randn(5, 1))[..., 0].abs().sum(1)
     strictly_before = torch.ones(5, 5).tril(-1).bool()
@@ -879,8 +882,10 @@ def test_T19_only_the_last_coordinate_of_the_order_tells_no_other():
     ids=repr,
 )
 @pytest.mark.parametrize("context", [0, 2])
-def test_T19_draws_by_steps_follow_the_density(likelihood, levels, context):
-    made = perturb(Autoregressive((3,), likelihood=likelihood, order=[2, 0, 1], context=context, hidden=(16,)))
+@pytest.mark.parametrize("direct", [False, True])
+def test_T19_draws_by_steps_follow_the_density(likelihood, levels, context, direct):
+    made = Autoregressive((3,), likelihood=likelihood, order=[2, 0, 1], context=context, hidden=(16,), direct=direct)
+    perturb(made)
     d = made(torch.randn(context) if context else None)
     draws = d.sample((20_000,)).long()
     cells = (draws * torch.tensor([levels**2, levels, 1])).sum(1)

@@ -47,6 +47,9 @@ class Autoregressive(CoordinateFamily):
             begins with the known coordinates.
         hidden: widths of the hidden layers of the masked network; by default (256, 256).
         dropout: rate at which hidden units of the masked network are dropped in training.
+        direct: True to connect inputs of the masked network to the outputs after them without hidden units between, too, as
+            *MADE* does (arXiv 1502.03509). It learns faster, and reaches more from many coordinates: on binarized MNIST the
+            same hidden layer has 5 nats less.
         end: end symbol of sequences of any length up to that of the event: after the first one, an event holds end symbols
             only, which have probability 1. Only with a discrete likelihood, for events (length,) in the order 0, 1, 2, ...
         support: set in which one coordinate lies; only with likelihoods of real numbers.
@@ -56,8 +59,8 @@ class Autoregressive(CoordinateFamily):
 
     Raises:
         TypeError: if `likelihood` or `network` is not one of these choices.
-        ValueError: if the order is not a permutation, or not one that the network can have; if `hidden` or `dropout` is given
-            beside another network, which has its own; if events or the likelihood cannot have the end symbol.
+        ValueError: if the order is not a permutation, or not one that the network can have; if `hidden`, `dropout` or `direct`
+            is given beside another network, which has its own; if events or the likelihood cannot have the end symbol.
 
     Example:
         >>> from pyro_genmodels import Autoregressive, BernoulliLikelihood
@@ -77,6 +80,7 @@ class Autoregressive(CoordinateFamily):
         order: Sequence[int] | Tensor | Literal["any"] | None = None,
         hidden: Sequence[int] | None = None,
         dropout: float = 0.0,
+        direct: bool = False,
         end: int | None = None,
         support: constraints.Constraint = constraints.real,
         standardize: Standardize = True,
@@ -92,7 +96,7 @@ class Autoregressive(CoordinateFamily):
             standardize_context=standardize_context,
             name=name,
         )
-        network = _choose_network(network, hidden, dropout)
+        network = _choose_network(network, hidden, dropout, direct=direct)
         self.any_order = isinstance(order, str)
         if self.any_order and not (order == "any" and network.any_order):
             raise ValueError(
@@ -163,14 +167,16 @@ class Autoregressive(CoordinateFamily):
         )
 
 
-def _choose_network(network: ConditionalsChoice | None, hidden: Sequence[int] | None, dropout: float) -> ConditionalsChoice:
+def _choose_network(
+    network: ConditionalsChoice | None, hidden: Sequence[int] | None, dropout: float, *, direct: bool
+) -> ConditionalsChoice:
     """Return the network, or a masked one with these options for None."""
     if network is None:
-        return MaskedNetwork((256, 256) if hidden is None else hidden, dropout)
+        return MaskedNetwork((256, 256) if hidden is None else hidden, dropout, direct)
     chosen: ConditionalsChoice = check_choice("Autoregressive", "network", network, Transformer(), ConditionalsChoice)
-    if hidden is not None or dropout:
+    if hidden is not None or dropout or direct:
         raise ValueError(
-            f"hidden and dropout are options of the masked network, but found network={network!r}. Give the network's own "
-            "options to it, as in Transformer(layers=4, width=128, dropout=0.1)."
+            f"hidden, dropout and direct are options of the masked network, but found network={network!r}. Give the network's "
+            "own options to it, as in Transformer(layers=4, width=128, dropout=0.1)."
         )
     return chosen

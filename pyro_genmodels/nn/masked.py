@@ -29,12 +29,13 @@ class MaskedLinear(nn.Linear):
         in_degrees: degree of each input, ascending.
         out_degrees: degree of each output, ascending.
         strict: True to connect an output only to inputs of lower degree; False to allow the same degree too.
+        bias: True for a bias.
     """
 
     mask: Tensor
 
-    def __init__(self, in_degrees: Tensor, out_degrees: Tensor, *, strict: bool = False) -> None:
-        super().__init__(len(in_degrees), len(out_degrees))
+    def __init__(self, in_degrees: Tensor, out_degrees: Tensor, *, strict: bool = False, bias: bool = True) -> None:
+        super().__init__(len(in_degrees), len(out_degrees), bias=bias)
         mask = out_degrees[:, None] - int(strict) >= in_degrees[None, :]
         self.register_buffer("mask", mask)
         self.in_degrees, self.out_degrees, self.strict = in_degrees.tolist(), out_degrees.tolist(), strict
@@ -53,7 +54,7 @@ class MaskedLinear(nn.Linear):
         """Return the outputs of one degree, (..., rows), given the prefix of the inputs that is known, (..., prefix)."""
         rows = self.rows(degree)
         stop = bisect_right(self.in_degrees, degree - int(self.strict))
-        return F.linear(known[..., :stop], self.weight[rows, :stop], self.bias[rows])
+        return F.linear(known[..., :stop], self.weight[rows, :stop], None if self.bias is None else self.bias[rows])
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class MaskedNetwork(ConditionalsChoice):
 
     hidden: Sequence[int] = (256, 256)
     dropout: float = 0.0
+    direct: bool = False
 
     def build(self, event_shape: Size, num_inputs: int, num_outputs: int, context: int) -> nn.Module:
         d = event_shape.numel()
@@ -70,7 +72,7 @@ class MaskedNetwork(ConditionalsChoice):
     def build_by_coordinate(
         self, event_shape: Size, num_inputs: Sequence[int], num_outputs: Sequence[int], context: int
     ) -> nn.Module:
-        return MADE(num_inputs, num_outputs, context=context, hidden=self.hidden, dropout=self.dropout)
+        return MADE(num_inputs, num_outputs, context=context, hidden=self.hidden, dropout=self.dropout, direct=self.direct)
 
 
 class MADE(nn.Module):
@@ -82,6 +84,7 @@ class MADE(nn.Module):
         context: length of the context vector, on which every unit may depend.
         hidden: widths of the hidden layers.
         dropout: rate at which hidden units are dropped in training.
+        direct: True to connect inputs to the outputs after them without hidden units between, too. These weights begin at 0.
         activation: constructor of the nonlinearity.
     """
 
@@ -95,6 +98,7 @@ class MADE(nn.Module):
         context: int = 0,
         hidden: Sequence[int] = (128, 128),
         dropout: float = 0.0,
+        direct: bool = False,
         activation: Callable[[], nn.Module] = nn.ReLU,
     ) -> None:
         super().__init__()
@@ -104,14 +108,18 @@ class MADE(nn.Module):
         self.features = features = len(self.outputs.lengths)
         places = torch.arange(features)
         first = -1 if context or features == 1 else 0
-        degrees = torch.cat([torch.full((context,), -1), places.repeat_interleave(torch.tensor(num_inputs))])
+        inputs = degrees = torch.cat([torch.full((context,), -1), places.repeat_interleave(torch.tensor(num_inputs))])
+        outputs = places.repeat_interleave(torch.tensor(num_outputs))
         layers = []
         for width in hidden:
             out_degrees = first + torch.arange(width) * (features - 1 - first) // width
             layers.append(MaskedLinear(degrees, out_degrees))
             degrees = out_degrees
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
-        self.output = MaskedLinear(degrees, places.repeat_interleave(torch.tensor(num_outputs)), strict=True)
+        self.output = MaskedLinear(degrees, outputs, strict=True)
+        self.direct = MaskedLinear(inputs, outputs, strict=True, bias=False) if direct else None
+        if self.direct is not None:
+            nn.init.zeros_(self.direct.weight)
         self.activation = nn.Sequential(activation(), nn.Dropout(dropout))
 
     @property
@@ -124,12 +132,14 @@ class MADE(nn.Module):
 
         Where coordinates have different numbers, both are padded to the largest.
         """
-        h = self.inputs.join(features)
+        inputs = self.inputs.join(features)
         if context is not None:
-            h = torch.cat([context, h], -1)
+            inputs = torch.cat([context, inputs], -1)
+        h = inputs
         for layer in self.layers:
             h = self.activation(layer(h))
-        return self.outputs.pad(self.output(h))
+        out = self.output(h)
+        return self.outputs.pad(out if self.direct is None else out + self.direct(inputs))
 
     def steps(self, shape: Size, context: Tensor | None = None, order: Tensor | None = None) -> Generator[Tensor, Tensor, None]:
         """Yield the parameters (*shape, num_outputs) of one coordinate after another, without padding.
@@ -141,5 +151,6 @@ class MADE(nn.Module):
         for place in range(self.features):
             for i, layer in enumerate(self.layers):  # units that depend on coordinate place - 1, but on none after it
                 known[i + 1] = torch.cat([known[i + 1], self.activation(layer.outputs(known[i], place - 1))], -1)
-            x = yield self.output.outputs(known[-1], place)
+            out = self.output.outputs(known[-1], place)
+            x = yield out if self.direct is None else out + self.direct.outputs(known[0], place)
             known[0] = torch.cat([known[0], x[..., : self.inputs.lengths[place]]], -1)

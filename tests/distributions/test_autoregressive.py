@@ -496,8 +496,9 @@ def test_a_captured_step_is_that_of_svi(make):
         (lambda: Autoregressive((1, 3), network=PixelCNN(), order=[1, 0, 2]), "found another order. Leave order out"),
         (lambda: Autoregressive((1, 3), network=PixelCNN(), order="any"), r'"any" with network=Transformer.*PixelCNN'),
         (lambda: Autoregressive((3,), order="random"), r"found 'random' with MaskedNetwork"),
-        (lambda: Autoregressive((3,), network=Transformer(), hidden=(8,)), "hidden and dropout are options of the masked"),
-        (lambda: Autoregressive((3,), network=Transformer(), dropout=0.1), "hidden and dropout are options of the masked"),
+        (lambda: Autoregressive((3,), network=Transformer(), hidden=(8,)), "hidden, dropout and direct are options of"),
+        (lambda: Autoregressive((3,), network=Transformer(), dropout=0.1), "hidden, dropout and direct are options of"),
+        (lambda: Autoregressive((3,), network=Transformer(), direct=True), "hidden, dropout and direct are options of"),
         (
             lambda: Autoregressive((2, 2, 2), network=Transformer(2, 8, 2, positions="rotary")),
             "want at least 6 numbers per head, but found width=8 and heads=2",
