@@ -8,10 +8,10 @@ fewer uses the first ones. The distribution of each kind is computed for all col
 
 from __future__ import annotations
 
-__all__ = ["ByColumn", "Mixed", "Selected"]
+__all__ = ["Mixed", "Selected"]
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from torch import Size, Tensor
-from torch.distributions import Distribution, Transform, biject_to, constraints, transform_to
+from torch.distributions import Distribution, constraints
 
 from pyro_genmodels.distributions.likelihoods import (
     BernoulliLikelihood,
@@ -30,6 +30,7 @@ from pyro_genmodels.distributions.likelihoods import (
 from pyro_genmodels.distributions.scaled_likelihoods import BetaLikelihood, LogNormalLikelihood, NegativeBinomialLikelihood
 from pyro_genmodels.utils.distributions import is_real
 from pyro_genmodels.utils.errors import listed, unknown_name
+from pyro_genmodels.utils.supports import ByColumn
 from pyro_genmodels.utils.tensors import as_tensor, with_columns
 
 MAX_CLASSES = 20
@@ -38,62 +39,6 @@ MIN_RATIO = 10.0
 """Smallest ratio of largest to smallest value of a column of positive numbers that is modelled by factors."""
 MIN_DISPERSION = 0.5
 """Smallest ratio of variance to mean of a column that is taken for counts."""
-
-
-class ByColumn(constraints.stack):
-    """The set of vectors (..., d) whose columns lie in sets of their own, one coordinate at a time.
-
-    Args:
-        supports: set of each column.
-
-    Example:
-        >>> support = ByColumn([constraints.real, constraints.boolean])
-        >>> support.check(torch.tensor([[0.5, 1.0], [0.5, 0.5]]))
-        tensor([[ True,  True],
-                [ True, False]])
-    """
-
-    event_dim = 0
-
-    def __init__(self, supports: Iterable[constraints.Constraint]) -> None:
-        super().__init__(supports, dim=-1)
-
-    def __repr__(self) -> str:
-        return f"ByColumn({listed(map(str, self.cseq))})"
-
-
-class _ColumnTransform(Transform):
-    """A bijection of each column, elementwise over vectors (..., d)."""
-
-    bijective = True
-
-    def __init__(self, transforms: Sequence[Transform]) -> None:
-        super().__init__()
-        self.transforms = transforms
-
-    @property
-    def domain(self) -> constraints.Constraint:
-        return ByColumn([t.domain for t in self.transforms])
-
-    @property
-    def codomain(self) -> constraints.Constraint:
-        return ByColumn([t.codomain for t in self.transforms])
-
-    def _call(self, x: Tensor) -> Tensor:
-        return torch.stack([t(part) for t, part in zip(self.transforms, x.unbind(-1), strict=True)], -1)
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        return torch.stack([t.inv(part) for t, part in zip(self.transforms, y.unbind(-1), strict=True)], -1)
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        parts = zip(self.transforms, x.unbind(-1), y.unbind(-1), strict=True)
-        return torch.stack([t.log_abs_det_jacobian(a, b) for t, a, b in parts], -1)
-
-
-@biject_to.register(ByColumn)
-@transform_to.register(ByColumn)
-def _columns_to_reals(support: ByColumn) -> Transform:
-    return _ColumnTransform([biject_to(each) for each in support.cseq])
 
 
 class Selected(dist.TorchDistribution):

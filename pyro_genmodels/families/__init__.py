@@ -59,6 +59,7 @@ from pyro_genmodels.nn.transformer import Transformer
 from pyro_genmodels.nn.transforms import BPF, GF, MAF, NAF, NCSF, NICE, NSF, SOSPF, UNAF, RealNVP
 from pyro_genmodels.samplers import Gibbs, GibbsWithGradients, Hamiltonian, Langevin, ParallelTempering
 from pyro_genmodels.utils.errors import suggest_names
+from pyro_genmodels.utils.supports import circular
 
 __all__ = [
     "BPF",
@@ -152,6 +153,7 @@ __all__ = [
     "VariationalBound",
     "VelocityPrediction",
     "ZeroInflatedLikelihood",
+    "circular",
 ]  # fmt: skip
 
 suggest_names(__name__)

@@ -70,6 +70,7 @@ class Family(PyroModule):
             whose output (..., out_features) is passed to the networks.
         support: set in which one coordinate of the data lies. An interval is mapped to the real line and the map is counted in
             the density; values at the ends of the interval, which would map to infinity, are refused. Integers are not mapped.
+            ``constraints.stack([...], dim=-1)`` has one set for each column.
         standardize: True for networks that see data of mean 0 and standard deviation 1 in each coordinate (after the map
             above). "jointly" uses one mean and one deviation for all coordinates, which suits coordinates of one kind, such as
             the pixels of an image. "robust" uses the median and the interquartile range (divided by 1.349, that of a normal
@@ -127,7 +128,7 @@ class Family(PyroModule):
         if not (name is None or isinstance(name, str)):
             raise TypeError(f"{type(self).__name__} wants a string as its name, but found {name!r}.")
         super().__init__(name or params.unused_name(self))
-        check_constructor(type(self).__name__, event_shape, support)
+        support = check_constructor(type(self).__name__, event_shape, support)
         self.event_shape = Size(event_shape)
         if not (isinstance(standardize, bool) or standardize in ("jointly", "robust", "jointly robust")):
             raise ValueError(

@@ -12,30 +12,43 @@ from torch.distributions import biject_to, constraints
 
 from pyro_genmodels.nn.checks import are_positive_integers
 from pyro_genmodels.utils.distributions import is_real
+from pyro_genmodels.utils.supports import ByColumn, Circular, angles_of, support_by_column
 from pyro_genmodels.utils.tensors import all_finite
 
 
-def check_constructor(kind: str, event_shape: Any, support: Any) -> None:
+def check_constructor(kind: str, event_shape: Any, support: Any, *, angles: bool = False) -> constraints.Constraint:
     """Check the shape of one datum and the set in which its coordinates lie.
 
     Args:
         kind: name of the class.
         event_shape: positive integers.
         support: constraint.
+        angles: True if coordinates may be angles.
+
+    Returns:
+        The set in which one coordinate lies, `ByColumn` if there is one for each.
 
     Raises:
         TypeError: if the support is no constraint.
-        ValueError: if the shape is not a sequence of positive integers, or the support has no map to as many real numbers.
+        ValueError: if the shape is not a sequence of positive integers, or the support has no map to as many real numbers, or
+            has circles that this class does not know.
     """
     if not isinstance(support, constraints.Constraint):
         raise TypeError(f"support wants a constraint such as constraints.interval(0.0, 1.0), but found {support!r}.")
     if not are_positive_integers(event_shape):
         raise ValueError(f"{kind} wants an event_shape of positive integers like (3,), but found {event_shape!r}.")
+    support = support_by_column(support, event_shape)
+    if not angles and angles_of(support, event_shape) is not None:
+        raise ValueError(
+            f"{kind} has no coordinates on a circle, but found support={support}. Use Flow, or constraints.interval(-pi, pi) "
+            "for a density that may jump where the ends meet."
+        )
     if not (support.is_discrete or _keeps_shape(support, Size(event_shape))):
         raise ValueError(
             f"{kind} cannot map the support {support} of events {tuple(event_shape)} to as many real numbers. Use an interval, "
             "or transform the data beforehand."
         )
+    return support
 
 
 def _keeps_shape(support: constraints.Constraint, event_shape: Size) -> bool:
@@ -104,9 +117,13 @@ def check_values(
         )
     if is_real(support):
         return
+    if isinstance(support, ByColumn):
+        for column, each in enumerate(support.cseq):
+            check_values(f"{owner}, in column {column},", x[..., column], each, dtype=dtype, mapped=mapped)
+        return
     ends = [getattr(support, name, None) for name in ("lower_bound", "upper_bound")]
     at_end = [x == end for end in ends if end is not None and not support.is_discrete]
-    if mapped and any(hit.any() for hit in at_end):
+    if mapped and not isinstance(support, Circular) and any(hit.any() for hit in at_end):
         raise ValueError(
             f"{owner} was given {sum(int(hit.sum()) for hit in at_end)} values at an end of its support {support}, which "
             + (

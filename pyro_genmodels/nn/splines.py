@@ -20,6 +20,7 @@ from __future__ import annotations
 __all__ = ["RationalQuadraticSpline"]
 
 from math import log
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ class RationalQuadraticSpline(Transform):
         widths: unconstrained widths of the bins, (..., K).
         heights: unconstrained heights of the bins, (..., K).
         derivatives: unconstrained derivatives at the inner knots, (..., K - 1).
-        bound: b above.
+        bound: b above, or one for each coordinate.
         slope: smallest slope between two knots if all bins were alike.
 
     Example:
@@ -51,10 +52,12 @@ class RationalQuadraticSpline(Transform):
     sign = +1
 
     def __init__(
-        self, widths: Tensor, heights: Tensor, derivatives: Tensor, *, bound: float = 5.0, slope: float = 1e-3
+        self, widths: Tensor, heights: Tensor, derivatives: Tensor, *, bound: float | Tensor = 5.0, slope: float = 1e-3
     ) -> None:
         super().__init__()
-        self.bound, self.limit = bound, abs(log(slope))
+        self.bound: Any = bound
+        self.limit = abs(log(slope))
+        self.bounds = bound.unsqueeze(-1) if isinstance(bound, Tensor) else bound  # on both axes
         sizes = torch.stack((widths, heights), -2)
         sizes = (sizes / (1 + sizes.abs() * (2 / self.limit))).exp()  # at most slope ** -0.5: nothing overflows
         self.sums = F.pad(sizes, (1, 0)).cumsum(-1)  # (..., 2, K + 1): the knots in a unit of their own, from 0 on
@@ -82,7 +85,7 @@ class RationalQuadraticSpline(Transform):
         y = y0 + height * (slope * z * z + d0 * middle) / denominator
         numerator = d1 * z * z + 2 * slope * middle + d0 * rest * rest
         ladj = ((slope / denominator).square() * numerator).log()
-        inside = x.abs() < self.bound
+        inside = self._is_inside(x)
         return torch.where(inside, y, x), torch.where(inside, ladj, 0.0)
 
     def _inverse(self, y: Tensor) -> Tensor:
@@ -91,7 +94,11 @@ class RationalQuadraticSpline(Transform):
         curve = rise * (d0 + d1 - 2 * slope)
         a, b, c = slope - d0 + curve, d0 - curve, -slope * rise
         z = 2 * c / (-b - (b * b - 4 * a * c).clamp(min=0).sqrt())  # rounding may make it negative
-        return torch.where(y.abs() < self.bound, x0 + z * width, y)
+        return torch.where(self._is_inside(y), x0 + z * width, y)
+
+    def _is_inside(self, values: Tensor) -> Tensor:
+        """Return True for each x, or y, at which the spline is not the identity."""
+        return values.abs() < self.bound
 
     def _bin(self, values: Tensor, axis: int) -> tuple[Tensor, ...]:
         """Return the bin of each value: its corner and size on both axes and its derivatives, six tensors of their shape.
@@ -102,12 +109,12 @@ class RationalQuadraticSpline(Transform):
             values: x, or y.
             axis: 0 for x, 1 for y.
         """
-        unit = 2 * self.bound / self.sums[..., -1]  # (..., 2)
+        unit = 2 * self.bounds / self.sums[..., -1]  # (..., 2)
         found = (values + self.bound) / unit[..., axis]
         left = (self.sums[..., axis, 1:-1] < found.unsqueeze(-1)).sum(-1, keepdim=True)
         both = torch.cat((left, left + 1), -1)  # (..., 2)
         start, end = self._at(self.sums, both.unsqueeze(-2), (*both.shape[:-1], 2)).unbind(-1)
-        corner, size = start * unit - self.bound, (end - start) * unit
+        corner, size = start * unit - self.bounds, (end - start) * unit
         raw = self._at(self.derivatives, both, both.shape[:-1])
         derivatives = (raw / (1 + raw.abs() / self.limit)).exp()
         return *corner.unbind(-1), *size.unbind(-1), *derivatives.unbind(-1)

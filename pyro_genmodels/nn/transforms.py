@@ -51,7 +51,9 @@ from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
 from pyro_genmodels.nn.checks import check_count, check_rate, check_widths
+from pyro_genmodels.nn.circular_splines import CircularBase, CircularLayer
 from pyro_genmodels.nn.zuko_layers import zuko
+from pyro_genmodels.utils.supports import circular
 
 
 class _StandardNormal(dist.Normal):
@@ -94,6 +96,18 @@ class FlowChoice(ABC):
         """
         features = event_shape.numel()
         return self.build(features, context + features * given_event)
+
+    def build_circular(self, angles: Sequence[bool], context: int) -> nn.Module:
+        """Build the lazy transform of coordinates of which some are angles, which it maps to angles.
+
+        Args:
+            angles: True for each coordinate that is an angle.
+            context: length of the context vector, 0 for none.
+
+        Raises:
+            ValueError: by default.
+        """
+        raise ValueError(f"{type(self).__name__} has no circular layers, as coordinates that are angles want. Use NSF().")
 
     @staticmethod
     def base(like: Tensor) -> dist.TorchDistribution:
@@ -241,6 +255,8 @@ class MAF(FlowTransform):
 class NSF(MAF):
     """Rational-quadratic spline layers on [-5, 5] that are the identity outside, so that the data should be standardised.
 
+    Coordinates whose support is `circular` have circular splines, as in `NCSF`.
+
     Args:
         bins: number of pieces of each spline.
     """
@@ -254,21 +270,33 @@ class NSF(MAF):
     def build(self, features: int, context: int) -> nn.Module:
         return self.stack(zuko.flows.NSF, features, context, randperm=self.randperm, passes=self.passes, bins=self.bins)
 
+    def build_circular(self, angles: Sequence[bool], context: int) -> nn.Module:
+        options = {"passes": self.passes, "bins": self.bins, **self.network()}
+        orders = (self._order(len(angles), layer) for layer in range(self.transforms))
+        return zuko.lazy.LazyComposedTransform(*(CircularLayer(angles, context, order=order, **options) for order in orders))
+
+    def _order(self, features: int, layer: int) -> Tensor:
+        """Return the place of each coordinate in the order of a layer, (features,)."""
+        order = torch.randperm(features) if self.randperm else torch.arange(features)
+        return order if self.randperm or layer % 2 == 0 else order.flip(0)
+
 
 @dataclass(frozen=True)
 class NCSF(NSF):
-    r"""Circular spline layers, for angles in :math:`[-\pi, \pi)`; the base is uniform on the torus."""
+    r"""Circular spline layers, for angles in :math:`[-\pi, \pi)`; the base is uniform on the torus.
 
-    support: ClassVar[constraints.Constraint] = constraints.half_open_interval(-pi, pi)
+    They are those of `NSF`, for coordinates that are all angles.
+    """
+
+    support: ClassVar[constraints.Constraint] = circular
 
     @staticmethod
     def base(like: Tensor) -> dist.TorchDistribution:
         """Return the uniform distribution of one angle."""
-        angle = like.new_full((), pi)
-        return dist.Uniform(-angle, angle, validate_args=False)
+        return CircularBase(torch.ones((), dtype=torch.bool, device=like.device), like)
 
     def build(self, features: int, context: int) -> nn.Module:
-        return self.stack(zuko.flows.NCSF, features, context, randperm=self.randperm, passes=self.passes, bins=self.bins)
+        return self.build_circular([True] * features, context)
 
 
 @dataclass(frozen=True)

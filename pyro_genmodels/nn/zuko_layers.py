@@ -32,7 +32,7 @@ Distribution.set_default_validate_args(_validation)
 
 SEARCHED = {"_shifted_polynomial", "BernsteinTransform", "BoundedBernsteinTransform"}
 """Names of univariate functions, besides networks, whose inverse is searched for."""
-PIECEWISE = {"RationalQuadraticSpline", "_circular_spline", "BernsteinTransform", "BoundedBernsteinTransform"}
+PIECEWISE = {"RationalQuadraticSpline", "CircularSpline", "_circular_spline", "BernsteinTransform", "BoundedBernsteinTransform"}
 """Names of univariate functions whose derivative has kinks."""
 
 

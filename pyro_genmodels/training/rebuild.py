@@ -21,6 +21,7 @@ from pyro_genmodels import families
 from pyro_genmodels.families import Family, Labels
 from pyro_genmodels.training.allocation import LimitError, limited
 from pyro_genmodels.utils.errors import one_line, unknown_name
+from pyro_genmodels.utils.supports import Circular, circular
 
 DTYPES = {
     str(t).removeprefix("torch."): t
@@ -36,9 +37,10 @@ REBUILD_BYTES = 2**20, 64
 REBUILD_OPERATIONS = 1000, 100
 """Calls of torch's functions that it may make: in any case, and for each of its tensors. Families make 2 to 10."""
 
-_PARTS = {name: getattr(families, name) for name in families.__all__ if name != "Family"}
+_PARTS = {name: getattr(families, name) for name in families.__all__ if name not in ("Family", "circular")}
 _CONSTRAINTS: dict[str, Any] = {
     "real": lambda: constraints.real,
+    "circular": lambda: circular,
     "boolean": lambda: constraints.boolean,
     "interval": constraints.interval,
     "half_open_interval": constraints.half_open_interval,
@@ -131,8 +133,11 @@ def _encode(value: Any, where: str, own: list[str]) -> Any:
         arguments = {f.name: _encode(getattr(value, f.name), where, own) for f in fields(value) if f.init}
         return {"class": type(value).__name__, "arguments": arguments}
     if isinstance(value, constraints.Constraint):
-        if value is constraints.real:
-            return {"constraint": "real"}
+        if value is constraints.real or isinstance(value, Circular):
+            return {"constraint": "real" if value is constraints.real else "circular"}
+        if isinstance(value, (constraints.stack, constraints.cat)):
+            lengths = {"lengths": list(value.lengths)} if isinstance(value, constraints.cat) else {}
+            return {"parts": [_encode(part, where, own) for part in value.cseq], "dim": value.dim, **lengths}
         name = type(value).__name__.strip("_").lower()
         for known, snake in ((k, k.replace("_", "")) for k in _CONSTRAINTS):
             bounds = [getattr(value, b) for b in ("lower_bound", "upper_bound") if hasattr(value, b)]
@@ -152,6 +157,10 @@ def _decode(value: Any, largest: int) -> Any:
         return value
     if "tensor" in value:
         return decode_tensor(value)
+    if "parts" in value:
+        join = constraints.cat if "lengths" in value else constraints.stack
+        parts = [_decode(part, largest) for part in value["parts"]]
+        return join(parts, **{name: _decode(v, largest) for name, v in value.items() if name in ("dim", "lengths")})
     if "constraint" in value:
         if value["constraint"] not in _CONSTRAINTS:
             raise unknown_name("constraint", str(value["constraint"]), _CONSTRAINTS)
