@@ -79,6 +79,7 @@ from pyro_genmodels.families import (
     StudentTLikelihood,
     Transformer,
     ZeroInflatedLikelihood,
+    circular,
 )
 
 LEVELS, CLASSES = 5, 3
@@ -171,6 +172,11 @@ def table(n: int) -> Tensor:
     return torch.stack([column.to(columns[0]) for column in columns], -1)
 
 
+def columns(n: int) -> Tensor:
+    """Return rows of an angle, a real number, a positive one and one on the unit interval: `BY_COLUMN`."""
+    return torch.stack([uniform(-pi, pi)(n), real()(n), positive()(n), uniform(0.0, 1.0)(n)], -1)
+
+
 def vectors(n: int) -> Tensor:
     return torch.randn(n, 2)
 
@@ -229,6 +235,8 @@ def _diffusion(*, event_shape=(3,), **options):
 
 
 UNIT = constraints.interval(0.0, 1.0)
+BY_COLUMN = constraints.stack([circular, constraints.real, constraints.positive, UNIT], dim=-1)
+LINES = constraints.stack(BY_COLUMN.cseq[1:], dim=-1)
 THIRDS = constraints.integer_interval(0, CLASSES - 1)
 UNNORMALIZED = {"has_rsample": False, "density": "unnormalized", "objective": ContrastiveDivergence}
 LEARNED_SCORE = {"learned_score": True, "objective": DenoisingScoreMatching}
@@ -250,6 +258,13 @@ CASES = [
     Case("SOSPF", lambda: _flow(event_shape=(2,), transform=SOSPF(**SMALL)), (2,), real(2), **BISECTION),
     Case("BPF", lambda: _flow(event_shape=(2,), transform=BPF(**SMALL)), (2,), real(2), **BISECTION),
     Case("Flow, on an interval", lambda: _flow(support=UNIT), (3,), uniform(0.0, 1.0, 3), **ONE_PASS),
+    Case(
+        "Flow, by column",
+        lambda: _flow(event_shape=(4,), support=BY_COLUMN, transform=NSF(**SMALL)),
+        (4,),
+        columns,
+        **ONE_PASS,
+    ),
     Case("Flow, 2-d events", lambda: _flow(event_shape=(2, 2)), (2, 2), real(2, 2), **ONE_PASS),
     Case(
         "Flow, dequantized",
@@ -451,6 +466,7 @@ CASES = [
     Case("ODE flow, flow matching", _ode, (3,), real(3), objective=FlowMatching),
     Case("ODE flow, scalar", lambda: _ode(event_shape=()), (), real()),
     Case("ODE flow, on an interval", lambda: _ode(support=UNIT), (3,), uniform(0.0, 1.0, 3)),
+    Case("ODE flow, by column", lambda: _ode(support=LINES), (3,), lambda n: columns(n)[:, 1:]),
     Case("ODE flow, 2-d events", lambda: _ode(event_shape=(2, 2)), (2, 2), real(2, 2)),
     Case("ODE flow, dequantized", lambda: _ode(levels=LEVELS), (3,), integers(LEVELS, 3), density="lower bound", **DISCRETE),
     Case("ODE flow, base", lambda: _ode(base=_flow()), (3,), real(3)),
