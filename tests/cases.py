@@ -78,6 +78,7 @@ from pyro_genmodels.families import (
     Radial,
     StudentTLikelihood,
     Transformer,
+    VectorQuantizedVAE,
     ZeroInflatedLikelihood,
     circular,
 )
@@ -211,6 +212,10 @@ def _vae(*, event_shape=(3,), latent_dim=2, **options):
 
 def _hierarchical(*, event_shape=(3,), **options):
     return HierarchicalVAE(event_shape, hidden=(16,), latent_dims=(2, 1), num_features=8, **options)
+
+
+def _vector_quantized(*, event_shape=(3,), **options):
+    return VectorQuantizedVAE(event_shape, codes=4, latent_shape=(2,), code_dim=2, hidden=(16,), **options)
 
 
 def _energy(*, event_shape=(3,), energy=None, **options):
@@ -454,6 +459,22 @@ CASES = [
     Case(
         "Hierarchical VAE, labels",
         lambda: _hierarchical(event_shape=(2, 2), context=Labels(CLASSES), likelihood=BernoulliLikelihood()),
+        (2, 2),
+        zeros_and_ones(2, 2),
+        labels,
+        **DISCRETE,
+        **IMPLICIT,
+    ),
+    Case("Vector-quantised VAE", _vector_quantized, (3,), real(3), has_rsample=False, **IMPLICIT),
+    Case(
+        "Vector-quantised VAE, labels",
+        lambda: _vector_quantized(
+            event_shape=(2, 2),
+            context=Labels(CLASSES),
+            likelihood=BernoulliLikelihood(),
+            prior=_autoregressive(event_shape=(2,), context=Labels(CLASSES), likelihood=CategoricalLikelihood(4)),
+            decay=None,
+        ),
         (2, 2),
         zeros_and_ones(2, 2),
         labels,

@@ -48,6 +48,7 @@ from pyro_genmodels.families.hierarchical_vae import HierarchicalVAE
 from pyro_genmodels.families.latents import FlowPosterior, FullNormalPosterior, MixturePrior, NormalPosterior, VampPrior
 from pyro_genmodels.families.ode_flow import ODEFlow
 from pyro_genmodels.families.vae import VAE
+from pyro_genmodels.families.vector_quantized import VectorQuantizedVAE
 from pyro_genmodels.nn.boltzmann import BoltzmannMachine, RestrictedBoltzmannMachine
 from pyro_genmodels.nn.energies import ConvolutionalEnergy, DenseEnergy
 from pyro_genmodels.nn.fields import DenseField, UNet
@@ -151,6 +152,7 @@ __all__ = [
     "VarianceExploding",
     "VariancePreserving",
     "VariationalBound",
+    "VectorQuantizedVAE",
     "VelocityPrediction",
     "ZeroInflatedLikelihood",
     "circular",

@@ -55,9 +55,15 @@ class DecodedFamily(CoordinateFamily):
 
         The batch shapes of z and context are broadcast, as where Pyro enumerates the context.
         """
-        if z.shape[z.dim() - len(self.latent_shape) :] != self.latent_shape:
-            raise ValueError(f"decode wants z of shape (..., {self.latent_shape.numel()}), but found {tuple(z.shape)}.")
+        self._check_latent(z)
         return self._decoding()(z, self.embed(None if context is None else self._as_tensors(None, context)[1]))
+
+    def _check_latent(self, z: Tensor) -> None:
+        """Raise a ValueError unless z is of the shape (batch..., *latent_shape)."""
+        if z.shape[z.dim() - len(self.latent_shape) :] != self.latent_shape:
+            raise ValueError(
+                f"decode wants z of shape {('...', *self.latent_shape)}, but found {tuple(z.shape)}.".replace("'", "")
+            )
 
     def _check_networks(self, **networks: Any) -> None:
         """Raise a TypeError unless each network of one's own, by its role, is a module."""

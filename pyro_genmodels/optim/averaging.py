@@ -28,7 +28,8 @@ class TrainedWeights:
 
     Args:
         parameters: trained parameters by name.
-        modules: modules of the fit. Their buffers are copied with the parameters.
+        modules: modules of the fit. Their buffers are copied with the parameters. Those that a part names in `averaged_buffers`
+            are averaged like parameters, since they are learned.
         decay: decay of the average per step, or None for no average.
         excluded: names of parameters that do not belong to the fit, such as a critic's; `best_state` leaves them out.
         extra_modules: modules that do not belong to the fit. Their buffers are copied too, but are not in `best_state`.
@@ -44,9 +45,12 @@ class TrainedWeights:
     ) -> None:
         self.names, self.modules, self.excluded = list(parameters), modules, excluded
         self.live = list(parameters.values())
-        self.module = nn.ParameterList(self.live)  # shares storage, also if a parameter is a plain tensor
+        learned = [] if decay is None else _learned_buffers(modules)
+        self.module = nn.ParameterList([*self.live, *learned])  # shares storage, also with plain tensors
         self.average = None if decay is None else AveragedModel(self.module, multi_avg_fn=moving_average(decay))
-        self.buffers = [b for m in (*modules, *extra_modules) for b in m.buffers()]
+        self._num_averaged = len(learned)  # of the buffers, which begin with them
+        others = (b for m in (*modules, *extra_modules) for b in m.buffers())
+        self.buffers = [*learned, *(b for b in others if all(b is not own for own in learned))]
         self.best = [t.detach().clone() for t in (*self.live, *self.buffers)]
 
     @property
@@ -66,7 +70,7 @@ class TrainedWeights:
 
     def keep_best(self) -> None:
         """Copy the candidate parameters and the buffers as the best so far."""
-        self.best = [t.clone() for t in (*self.candidate, *self.buffers)]
+        self.best = [t.clone() for t in (*self.candidate, *self.buffers[self._num_averaged :])]
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -115,6 +119,12 @@ class TrainedWeights:
         if self.average is not None:
             _copy(list(self.average.module.parameters()), self.best)
         self.reread()
+
+
+def _learned_buffers(modules: Sequence[nn.Module]) -> list[Tensor]:
+    """Return the buffers that parts of modules name in `averaged_buffers`."""
+    parts = {id(part): part for module in modules for part in module.modules()}.values()
+    return [part.get_buffer(name) for part in parts for name in getattr(part, "averaged_buffers", ())]
 
 
 def moving_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
