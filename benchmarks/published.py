@@ -1,7 +1,8 @@
 """Benchmarks against published values: python benchmarks/published.py rbm --data-dir DIR
 
 Each command trains, evaluates and prints a row for RESULTS.md: protocol, seed, wall time, value and error, published value.
-An interrupted run of `rbm` or `mnist_flow` resumes from its checkpoint. The data are not part of the package: see --data-dir.
+An interrupted run of `rbm`, `mnist`, `mnist_flow`, `binary` or `uci` resumes from its checkpoint. The data are not part of the
+package: see --data-dir.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ import torch
 import typer
 from binarized_mnist import main as binarized_mnist
 from binary_data import DataDir, binary
+from binary_sets import main as binary_sets
 from torch.distributions import constraints
+from uci_density import main as uci_density
 
 from pyro_genmodels import (
     VAE,
@@ -52,6 +55,8 @@ def root() -> None:
 
 
 app.command("mnist")(binarized_mnist)
+app.command("binary")(binary_sets)
+app.command("uci")(uci_density)
 
 
 @app.command()

@@ -1,0 +1,177 @@
+"""Likelihoods of binary data sets: python benchmarks/published.py binary plants --data-dir DIR
+
+A model is a mixture of masked networks (MADE) of equal weights. Each has its own order of the coordinates and its own first
+parameters, and stops where the loss of the validation rows is lowest. The density of a mixture is exact. The test rows are read
+once, at the end. An interrupted run resumes from the checkpoints of its members.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import log
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from binary_data import DataDir, binary
+from torch import Tensor
+
+from pyro_genmodels import Autoregressive, BernoulliLikelihood, CategoricalLikelihood, log_likelihood, train
+from pyro_genmodels.infer.compiled import Captured
+from pyro_genmodels.training import Checkpoint
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Options of the members of a mixture for one data set.
+
+    Attributes:
+        published: words on the published values.
+        hidden: widths of the hidden layers.
+        dropout: rate at which hidden units are dropped in training.
+        weight_decay: decay of the weights, which does not apply to biases.
+        learning_rate: step size of Adam.
+        ema_decay: decay of the averaged parameters.
+        patience: number of epochs without a better validation loss.
+        symbols: number of bits that code a symbol, of which at most one is set; 1 models the bits themselves.
+        members: number of members.
+    """
+
+    published: str
+    hidden: Sequence[int] = (500,)
+    dropout: float = 0.5
+    weight_decay: float = 0.0
+    learning_rate: float = 2e-3
+    ema_decay: float = 0.99
+    patience: int = 10
+    symbols: int = 1
+    members: int = 8
+
+    @property
+    def words(self) -> str:
+        """Words for the table."""
+        coded = f", symbols of {self.symbols} bits" if self.symbols > 1 else ""
+        layers = " x ".join(map(str, self.hidden))
+        return f"{layers} units, dropout {self.dropout:g}, weight decay {self.weight_decay:g}{coded}"
+
+
+SETTINGS = {
+    "nltcs": Setting("-6.00 (HCLT circuit)", hidden=(256, 256), dropout=0.2, ema_decay=0.999, members=4),
+    "plants": Setting("-12.68 (HCLT circuit)", dropout=0.2, ema_decay=0.999, members=4),
+    "jester": Setting("-52.82 (HCLT circuit)", dropout=0.3, ema_decay=0.999, members=4),
+    "accidents": Setting("-26.55 (HCLT circuit)", dropout=0.2, ema_decay=0.999, members=4),
+    "mushrooms": Setting("-9.68 (MADE), -9.69 (EoNADE)", dropout=0.3, learning_rate=3e-3),
+    "dna_made": Setting("-79.66 (MADE of masks), -82.31 (EoNADE)", weight_decay=3.0, symbols=3, members=16),
+    "nips": Setting("-272.39 (EoNADE), -277.28 (MADE of masks)", weight_decay=3.0, members=32),
+}
+
+
+def main(
+    name: Annotated[str, typer.Argument(help=f"one of {', '.join(SETTINGS)}")],
+    data_dir: DataDir = None,
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints.")] = Path("out/published"),
+    seed: int = 0,
+    members: Annotated[int | None, typer.Option(help="Number of members; None is that of the table.")] = None,
+    max_seconds: Annotated[float, typer.Option(help="Time to train one member; the last epoch is finished.")] = 600.0,
+    test: Annotated[bool, typer.Option(help="Read the test rows.")] = True,  # noqa: FBT002 (an option)
+    threads: int = 2,
+) -> None:
+    """Train a mixture of masked networks on a binary data set, and print its row."""
+    if name not in SETTINGS:
+        raise typer.BadParameter(f"no data set {name!r}: it is one of {', '.join(SETTINGS)}")
+    torch.set_num_threads(threads)
+    setting = SETTINGS[name]
+    members = members or setting.members
+    parts = {part: as_symbols(x, setting.symbols) for part, x in binary(data_dir, "debd.npz", f"{name}.").items()}
+    fits = []
+    for member in range(members):
+        fits.append(fit_member(setting, parts, 1000 * seed + member, out / f"binary-{name}-{seed}-{member}", max_seconds))
+        best = fits[-1].best
+        print(f"member {member}: validation {-best['valid']:.3f}, epoch {best['epoch']}, {fits[-1].stopped}", flush=True)
+    training = sum(fit.history[-1]["seconds"] for fit in fits)
+    families = [fit.family for fit in fits]
+    valid = mixture_log_prob(families, parts["valid"])
+    one = torch.tensor([-fit.best["valid"] for fit in fits]).mean()
+    print(f"validation: members {one:.3f}, mixture {valid.mean():.3f}")
+    if not test:
+        return
+    start = time.perf_counter()
+    single, value = log_likelihood(families[0], parts["test"]).values, mixture_log_prob(families, parts["test"])
+    print(
+        f"| {name} | {members} MADE of {setting.words} | {valid.mean():.3f} | {mean_of(single)} | {mean_of(value)} "
+        f"| {setting.published} | training {training / 60:.1f} min, evaluation {(time.perf_counter() - start) / 60:.1f} |"
+    )
+
+
+def fit_member(setting: Setting, parts: dict[str, Tensor], seed: int, file: Path, max_seconds: float) -> Any:
+    """Return a masked network in an order of its own, trained with early stopping; resume it from its checkpoint."""
+    x = parts["train"]
+    torch.manual_seed(seed)
+    order = torch.randperm(x.shape[1])
+    likelihood = BernoulliLikelihood() if setting.symbols == 1 else CategoricalLikelihood(setting.symbols + 1)
+    made = Autoregressive(
+        x.shape[1:], likelihood=likelihood, hidden=setting.hidden, dropout=setting.dropout, order=order, name="member"
+    )
+    start_at_frequencies(made, x)
+    return train(
+        made,
+        x,
+        valid=parts["valid"],
+        optim=partial(adam, lr=setting.learning_rate, weight_decay=setting.weight_decay),
+        epochs=2000,
+        batch_size=100,
+        patience=setting.patience,
+        ema_decay=setting.ema_decay,
+        checkpoint=Checkpoint(file, resume=file.with_name(f"{file.name}.training.safetensors").exists()),
+        seed=seed,
+        mode=Captured(),
+        max_seconds=max_seconds,
+        progress=False,
+    )
+
+
+def as_symbols(x: Tensor, bits: int) -> Tensor:
+    """Return symbols 0 .. bits for rows of groups of bits with at most one set: the place of that bit, or 0.
+
+    Rows and symbols determine each other, so that both have the same probability.
+
+    Raises:
+        ValueError: if a group has two bits set.
+    """
+    if bits == 1:
+        return x
+    groups = x.unflatten(1, (-1, bits))
+    if (groups.sum(-1) > 1).any():
+        raise ValueError(f"The rows are not groups of {bits} bits with at most one set.")
+    return groups @ torch.arange(1.0, bits + 1)
+
+
+def start_at_frequencies(made: Autoregressive, x: Tensor) -> None:
+    """Set the output biases of a masked network to independent coordinates with the frequencies of the rows."""
+    levels = int(x.max()) + 1
+    counts = torch.nn.functional.one_hot(x.long(), levels).sum(0)[made.order] + 0.5
+    logits = counts.log() if levels > 2 else (counts[:, 1:] / counts[:, :1]).log()
+    with torch.no_grad():
+        made.conditionals.output.bias.copy_(logits.flatten())
+
+
+def adam(parameters: Iterable[torch.nn.Parameter], *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Return Adam with a decay of weights, but not of biases."""
+    parameters = list(parameters)
+    weights, biases = ([p for p in parameters if (p.dim() > 1) == wanted] for wanted in (True, False))
+    return torch.optim.AdamW([{"params": weights}, {"params": biases, "weight_decay": 0.0}], lr=lr, weight_decay=weight_decay)
+
+
+def mixture_log_prob(families: Sequence[Any], x: Tensor) -> Tensor:
+    """Return the log density of a mixture of families with equal weights, (N,)."""
+    return torch.stack([log_likelihood(family, x).values for family in families]).logsumexp(0) - log(len(families))
+
+
+def mean_of(values: Tensor) -> str:
+    """Return the mean of values and its standard error, in words."""
+    values = values.double()
+    return f"{values.mean():.3f} ± {values.std() / len(values) ** 0.5:.3f}"
