@@ -5,7 +5,7 @@ put back here.
 
 Zuko's bisection looks for the inverse in [-10, 10] and returns an end where it is not there. Here it bisects
 :math:`s = \operatorname{arsinh} x`, whose steps are absolute near 0 and relative far out, and so reaches all floats. The
-first derivatives of an inverse that is searched for are those of the implicit function; higher ones are wrong.
+derivatives of an inverse that is searched for, up to the third, are those of the implicit function.
 """
 
 from __future__ import annotations
@@ -30,27 +30,44 @@ import zuko  # noqa: E402  (the flag above must be read first)
 
 Distribution.set_default_validate_args(_validation)
 
-SEARCHED = {"_shifted_polynomial", "BernsteinTransform", "BoundedBernsteinTransform"}
+SEARCHED = {"_shifted_polynomial", "_Bernstein", "_BoundedBernstein"}
 """Names of univariate functions, besides networks, whose inverse is searched for."""
-PIECEWISE = {"RationalQuadraticSpline", "CircularSpline", "_circular_spline", "BernsteinTransform", "BoundedBernsteinTransform"}
+PIECEWISE = {"RationalQuadraticSpline", "CircularSpline", "_circular_spline", "_Bernstein", "_BoundedBernstein"}
 """Names of univariate functions whose derivative has kinks."""
 
 
-class _Searched(zuko.transforms.MonotonicTransform):
-    r"""An increasing function whose inverse is searched for among all floats, not in [-10, 10], with its first derivatives.
+class _Implicit(zuko.transforms.MonotonicTransform):
+    r"""An increasing function whose inverse is searched for, with its derivatives of first to third order.
 
-    The inverse x of y has :math:`f_\phi(x) = y`, so :math:`dx = (dy - \partial_\phi f \, d\phi) / f'(x)`.
+    The inverse x of y has :math:`f_\phi(x) = y`. A step of Newton's method from there,
+
+    .. math:: x + (y - f_\phi(x)) / f_\phi'(x),
+
+    leaves x as it is and has the right first derivatives with respect to y and :math:`\phi`. Like the digits of a root, the
+    orders of derivatives that are right double with each step: after n steps they are :math:`2^n - 1`.
     """
+
+    STEPS = 2
 
     def _inverse(self, y: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             x = self._search(y)
         if not torch.is_grad_enabled():
             return x
-        place = x.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(self.f(place).sum(), place)
-        step = (y - self.f(x)) / slope
-        return x + (step - step.detach())
+        for _ in range(self.STEPS):
+            value, log_slope = self.call_and_ladj(x)
+            rest = y - value
+            x = x + (rest - rest.detach()) * (-log_slope).exp()
+        return x
+
+    def _search(self, y: torch.Tensor) -> torch.Tensor:
+        """Return the inverse as zuko finds it."""
+        x: torch.Tensor = super()._inverse(y)
+        return x
+
+
+class _Searched(_Implicit):
+    """An increasing function whose inverse is searched for among all floats, not in [-10, 10]."""
 
     def _search(self, y: torch.Tensor) -> torch.Tensor:
         """Return the inverse by bisection of s = arsinh(x)."""
@@ -84,6 +101,14 @@ class _Integral(_Quadrature, zuko.transforms.UnconstrainedMonotonicTransform):
 
 class _PolynomialIntegral(_Quadrature, zuko.transforms.SOSPolynomialTransform):
     """Zuko's integral of squared polynomials."""
+
+
+class _Bernstein(_Implicit, zuko.transforms.BernsteinTransform):
+    """Zuko's Bernstein polynomial, which is linear outside of its bounds."""
+
+
+class _BoundedBernstein(_Implicit, zuko.transforms.BoundedBernsteinTransform):
+    """Zuko's Bernstein polynomial that is the identity outside of its bounds."""
 
 
 class _InvertibleMNN(zuko.flows.neural.MNN):
@@ -182,6 +207,8 @@ _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 }
 _FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     zuko.flows.polynomial.ShiftedSOSPTransform: _shifted_polynomial,
+    zuko.transforms.BernsteinTransform: _Bernstein,
+    zuko.transforms.BoundedBernsteinTransform: _BoundedBernstein,
     zuko.flows.spline.CircularRQSTransform: _circular_spline,
     zuko.transforms.MonotonicAffineTransform: BoundedAffine,
     zuko.transforms.MonotonicRQSTransform: RationalQuadraticSpline,

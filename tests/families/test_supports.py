@@ -1,12 +1,12 @@
 """Supports of coordinates: one for each column, and circles, whose ends are one point."""
 
+from functools import partial
 from math import log, pi
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import MCMC, NUTS
 from teachers import perturb
 from torch.distributions import biject_to, constraints
 from torch.testing import assert_close
@@ -188,7 +188,7 @@ def dependent(n):
     """
     angle = dist.VonMises(torch.tensor(3.0).double(), torch.tensor(2.0).double())
     a = angle.sample((n,))
-    share = dist.Beta(2 + 1.5 * a.cos(), 2 - 1.5 * a.sin())
+    share = dist.Beta(3 + 1.5 * a.cos(), 3 - 1.5 * a.sin())
     b = share.sample()
     size = dist.LogNormal(8 + a.sin() + b, 0.4)
     c = size.sample()
@@ -200,14 +200,17 @@ MIXED = by_column(circular, UNIT, POSITIVE)
 
 @pytest.mark.slow
 def test_a_fit_reaches_the_exact_entropy():
-    """The mean difference of log densities on new data is the Kullback-Leibler divergence from the truth to the flow."""
-    flow = Flow((3,), support=MIXED, transform=NSF(transforms=2, hidden=(64, 64)))
-    x, _ = dependent(10_000)
-    train(flow, x.float(), epochs=25, batch_size=200, progress=False)
+    """The mean difference of log densities on new data is the divergence of the flow from the truth, and is positive.
+
+    It is 0.019 nats of an entropy of 10.0. False alarm rate 1e-5: 4.5 standard errors.
+    """
+    flow = Flow((3,), support=MIXED, transform=NSF(transforms=2, hidden=(32, 32)))
+    x, _ = dependent(40_000)
+    train(flow, x.float(), optim=partial(torch.optim.Adam, lr=2e-3), epochs=8, batch_size=250, progress=False)
     new, exact = dependent(20_000)
     gap = exact - log_likelihood(flow, new).values
-    assert gap.mean() + 5 * gap.std() / len(gap) ** 0.5 < 0.05
-    assert gap.mean() > -5 * gap.std() / len(gap) ** 0.5
+    error = 4.5 * gap.std() / len(gap) ** 0.5
+    assert -error < gap.mean() < 0.03 - error
 
 
 def test_angles_are_left_alone_and_other_coordinates_standardised():
@@ -397,29 +400,6 @@ def test_a_family_is_rebuilt_from_its_file(tmp_path, support):
     again = checkpoints.load(path)
     assert str(again.data_support) == str(family.data_support)
     assert again().log_prob(x).equal(family().log_prob(x))
-
-
-@pytest.mark.slow
-def test_a_flow_on_mixed_coordinates_is_a_prior_for_nuts():
-    """False alarm rate 1e-5: within 4.5 standard errors of means by quadrature, for at least 200 independent draws."""
-    prior = flow(circular, REAL, transform=NSF(transforms=1, hidden=(8,)), size=0.1).requires_grad_(False)
-
-    def model():
-        z = pyro.sample("z", prior())
-        pyro.sample("y", dist.Normal(z[..., 0].cos() + z[..., 1], 0.5), obs=torch.tensor(0.5, dtype=torch.float64))
-
-    mcmc = MCMC(NUTS(model, max_tree_depth=5), num_samples=500, warmup_steps=200, disable_progbar=True)
-    mcmc.run()
-    z = mcmc.get_samples()["z"]
-    assert prior().support.check(z).all()
-
-    def likelihood(x):
-        return dist.Normal(x[:, 0].cos() + x[:, 1], 0.5).log_prob(torch.tensor(0.5, dtype=torch.float64)).exp()
-
-    for value in (lambda x: x[:, 0].cos(), lambda x: x[:, 1]):
-        constant = integral(prior(), circular, REAL, of=likelihood)
-        wanted = integral(prior(), circular, REAL, of=lambda x: value(x) * likelihood(x)) / constant  # noqa: B023
-        assert abs(value(z).mean() - wanted) < 4.5 * value(z).std() / 200**0.5
 
 
 def test_a_trained_flow_is_evaluated_and_exported():

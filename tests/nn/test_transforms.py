@@ -3,10 +3,11 @@
 import pytest
 import torch
 import zuko
+from torch.testing import assert_close
 from zuko.transforms import MonotonicAffineTransform, MonotonicRQSTransform
 
 from pyro_genmodels import MAF, NSF, Flow, RealNVP
-from pyro_genmodels.families import NICE, SOSPF
+from pyro_genmodels.families import BPF, NAF, NICE, SOSPF, UNAF
 from pyro_genmodels.nn.affine import BoundedAffine
 from pyro_genmodels.nn.splines import RationalQuadraticSpline
 from pyro_genmodels.nn.zuko_layers import lazy_transform
@@ -162,3 +163,25 @@ def test_residual_blocks_want_hidden_layers():
         MAF(hidden=(), residual=True)
     with pytest.raises(TypeError, match="residual as True or False"):
         RealNVP(residual=2)
+
+
+@pytest.mark.parametrize("choice", [NAF, SOSPF, BPF, pytest.param(UNAF, marks=pytest.mark.slow)])
+def test_an_inverse_that_is_searched_for_has_its_derivatives_up_to_the_third(choice):
+    """Right values: a bijection after its inverse is the identity, whose higher derivatives are 0, for any parameters."""
+    module = lazy_transform(choice(transforms=1, hidden=(8,)).build(2, 1)).double()
+    f = module(torch.randn(1, dtype=torch.float64))
+    u = torch.tensor([0.3, -0.4], dtype=torch.float64, requires_grad=True)
+    x = f.inv(u)
+    (again,) = torch.autograd.grad(x[1], u, create_graph=True)
+    assert again[0] != 0  # the second coordinate depends on the first
+    for k, one in enumerate(torch.eye(2, dtype=torch.float64)):
+        (first,) = torch.autograd.grad(f(f.inv(u))[k], u, create_graph=True)
+        assert_close(first, one)
+        (second,) = torch.autograd.grad((first * torch.tensor([1.0, 2.0])).sum(), u, create_graph=True)
+        assert_close(second, torch.zeros_like(u), atol=1e-6, rtol=0)
+        (third,) = torch.autograd.grad((second * torch.tensor([1.0, 3.0])).sum(), u, retain_graph=True)
+        assert_close(third, torch.zeros_like(u), atol=1e-5, rtol=0)
+        for slope in torch.autograd.grad(first.sum(), list(module.parameters()), allow_unused=True):
+            assert slope is None or slope.abs().max() < 1e-6
+    (curvature,) = torch.autograd.grad(again.sum(), u)
+    assert curvature.abs().max() > 1e-4  # of the inverse itself, which was lost
