@@ -16,6 +16,7 @@ __all__ = [
     "data_plates",
     "downstream_log_ratio",
     "holding",
+    "is_deterministic",
     "is_family",
     "latents",
     "log_prob",
@@ -245,6 +246,20 @@ def point_masses(model_trace: Trace, guide_trace: Trace, run_again: Callable[[],
             found[name] = guide_trace.nodes[name]["value"]
     again: Any = run_again() if found else guide_trace
     return [name for name, value in found.items() if value.equal(again.nodes[name]["value"])]
+
+
+def is_deterministic(guide_trace: Trace, run_again: Callable[[], Trace]) -> bool:
+    """Return True if a guide has a single value for every latent variable, as that of a vector-quantised VAE has for codes.
+
+    Args:
+        guide_trace: trace of the guide.
+        run_again: function that runs the guide with the same arguments and rows; it is called only if each has a `Delta`.
+    """
+    named: dict[str, Any] = {name: guide_trace.nodes[name] for name in latents(guide_trace)}
+    if not all(isinstance(sites.innermost(site["fn"]), Delta) for site in named.values()):
+        return False
+    again: Any = run_again() if named else guide_trace
+    return all(site["value"].equal(again.nodes[name]["value"]) for name, site in named.items())
 
 
 def _has_masses(fn: Any) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 __all__ = ["FitStructure", "RowEstimates", "RowEstimator", "structure_of"]
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +56,9 @@ def structure_of(model: Any, guide: Any, first: RowArguments, log_partitions: Lo
     with first.fixed_rows():
         model_trace, guide_trace = _first_run(model, guide, first)
         nesting = traces.max_plate_nesting(model, guide, first.args, first.kwargs)
-        masses = traces.point_masses(model_trace, guide_trace, lambda: traces.trace_of(guide, first.args, first.kwargs))
+        run_again = partial(traces.trace_of, guide, first.args, first.kwargs)
+        masses = traces.point_masses(model_trace, guide_trace, run_again)
+        is_deterministic = not masses and traces.is_deterministic(guide_trace, run_again)
     log_partitions.normalize(model_trace, "model")
     log_partitions.normalize(guide_trace, "guide")
     hint = _other_row_dim(model_trace, first)
@@ -65,8 +68,10 @@ def structure_of(model: Any, guide: Any, first: RowArguments, log_partitions: Lo
     sites = traces.sample_sites(model_trace)
     densities = {_checked_density(name, site) for name, site in sites.items()}
     inside = all(mean_inside_log(site["fn"]) for site in sites.values())
-    is_sampled = bool(traces.latents(model_trace)) or "lower bound" in densities or not inside
-    kind: LikelihoodKind = "estimate" if "estimate" in densities else "lower bound" if is_sampled else "exact"
+    has_noise, has_latents = "lower bound" in densities or not inside, bool(traces.latents(model_trace))
+    is_sampled = has_noise or (has_latents and not is_deterministic)
+    is_bound = has_noise or has_latents
+    kind: LikelihoodKind = "estimate" if "estimate" in densities else "lower bound" if is_bound else "exact"
     return FitStructure(kind, is_sampled, inside, plates, nesting)
 
 

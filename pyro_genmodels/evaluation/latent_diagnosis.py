@@ -50,7 +50,8 @@ class VAEDiagnosis:
     Attributes:
         kl: mean divergence of each coordinate over the data, in nats, by the name of the variable: of the variable's shape, or
             () where coordinates are not independent in guide and model.
-        activity: variance over the data of the mean of each coordinate, by name, of the variable's shape.
+        activity: variance over the data of the mean of each coordinate, by name, of the variable's shape; of codes that are
+            integers the variance of their numbers, which is 0 if a coordinate has one code for all data.
         activity_error: its standard error by the choice of draws, by name, 0 where means are exact.
         rate: divergence of all variables, in nats per datum.
         distortion: mean of -log p(x | z), in nats per datum.
@@ -61,7 +62,7 @@ class VAEDiagnosis:
         reconstructions: means of p(x | z) for a draw of z of each of them; of 100 draws of x where p knows no mean.
         traversals: means of p(x | z) where one coordinate of the first row's z goes through the values it has in the data, from
             3 standard deviations below the mean to 3 above, (coordinates, values, ...), for the coordinates of the largest
-            divergence; None if the fit has no `decode`, or several latent variables.
+            divergence; None if the fit has no `decode`, or several latent variables, or its latent variables are integers.
     """
 
     kl: Mapping[str, Tensor]
@@ -285,7 +286,8 @@ def _mean_of(site: Any) -> Tensor:
     try:
         mean = site["fn"].mean
     except (NotImplementedError, AttributeError):
-        return site["value"]
+        mean = site["value"]
+    mean = mean if mean.is_floating_point() else mean.to(torch.get_default_dtype())  # codes are integers
     return mean.expand(site["value"].shape)
 
 
@@ -323,9 +325,15 @@ def _expected(fn: Any, num_samples: int = 100) -> Tensor:
     return drawn if mean is None else torch.where(mean.isnan(), drawn, mean)
 
 
-def _traversals(fit: Any, row: RowArguments, whole: _RowsDiagnosis) -> Tensor:
-    """Return means of p(x | z) for values of one coordinate of the first row's z at a time, (coordinates, values, ...)."""
+def _traversals(fit: Any, row: RowArguments, whole: _RowsDiagnosis) -> Tensor | None:
+    """Return means of p(x | z) for values of one coordinate of the first row's z at a time, (coordinates, values, ...).
+
+    Integers have no values in between: for them the result is None.
+    """
     (name,) = list(whole.mean)[:1]
+    guided: Any = _run(fit.model, fit.guide, row)[1].nodes[name]
+    if not guided["value"].is_floating_point():
+        return None
     means, shape = whole.mean[name].flatten(1), whole.mean[name].shape[1:]
     order = means.var(0) if whole.kl[name].dim() == 1 else whole.kl[name].mean(0).flatten()
     deviations = torch.linspace(-3, 3, STEPS, dtype=means.dtype, device=means.device)

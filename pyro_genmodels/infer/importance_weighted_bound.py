@@ -110,6 +110,8 @@ class ImportanceWeightedELBO(Loss):
                     'gradient="plain", or leave gradient out.'
                 )
             return _plain(runs.weights())
+        if not any(draws.values for draws in drawn):  # point masses alone
+            return _plain(runs.weights())
         leaves = [{name: z.detach().requires_grad_() for name, z in draws.values.items()} for draws in drawn]
         return self._along_the_draws(runs.weights(leaves), [draws.values for draws in drawn], leaves)
 
