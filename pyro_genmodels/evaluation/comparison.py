@@ -141,6 +141,7 @@ class Comparison:
         note += f"\nelpd not finite: {', '.join(infinite)}" if infinite else ""
         ax.set_xlabel(f"held-out elpd (nats of {self._values.shape[1]} rows, higher is better){note}")
         ax.set_ylim(y[-1] - 0.5, 0.5)
+        ax.locator_params(axis="x", nbins=5)  # numbers of many digits
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
         return ax
 

@@ -1,6 +1,7 @@
 """Comparison of fits: the table, stacking weights, fits without a likelihood, and the quality of samples."""
 
 import importlib
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -140,6 +141,11 @@ def test_the_plot_is_an_axes_with_every_fit():
     assert [t.get_text() for t in axes.get_yticklabels()] == ["a\n(exact)", "b\n(exact)", "c\n(lower bound)"]
     _, own = plt.subplots()
     assert comparison.plot(own) is own
+    axes = compare({"a large value with a long name": known([-1e4, -1e4]), "b": known([-8e3, -8e3])}).plot()
+    axes.figure.draw_without_rendering()
+    low, high = axes.get_xlim()
+    boxes = [t.get_window_extent() for t in axes.get_xticklabels() if low <= t.get_position()[0] <= high]
+    assert all(a.x1 < b.x0 for a, b in pairwise(boxes))
     assert isinstance(compare({"alone": known(A)}).plot(), Axes)
     plt.close("all")
 
