@@ -101,22 +101,19 @@ class CircularLayer(zuko.lazy.LazyTransform):
         features = len(angles)
         self.passes, self.sizes = min(features, passes or features), [bins, bins, bins, 1]
         is_angle = torch.tensor([*angles, *[False] * context])
-        bound = torch.where(is_angle[:features], pi, 5.0)
         columns = torch.arange(features + context).repeat_interleave(1 + is_angle.long())
         phase = torch.cat([torch.tensor([0.0, pi / 2][: 1 + int(a)]) for a in is_angle])  # the sine is a shifted cosine
         group = order.div(ceil(features / self.passes), rounding_mode="floor")
         sees = torch.cat((group[:, None] > group, torch.ones(features, context, dtype=torch.bool)), 1)[:, columns]
         for name, buffer in (
             ("angles", is_angle[:features]),
-            ("bound", bound),
             ("columns", columns),
             ("read_as_angle", is_angle[columns]),
             ("phase", phase),
         ):
             self.register_buffer(name, buffer, persistent=False)
-        outputs = sum(self.sizes)
-        is_constant = not sees.any()
-        self.hyper = _Constant(outputs) if is_constant else zuko.nn.MaskedMLP(sees.repeat_interleave(outputs, 0), **network)
+        sees = sees.repeat_interleave(sum(self.sizes), 0)
+        self.hyper = zuko.nn.MaskedMLP(sees, **network) if sees.any() else _Constant(len(sees))
 
     def forward(self, context: Tensor | None = None) -> Transform:
         return zuko.transforms.AutoregressiveTransform(partial(self.splines, context), self.passes)
@@ -128,12 +125,13 @@ class CircularLayer(zuko.lazy.LazyTransform):
         inputs = torch.where(self.read_as_angle, (inputs - self.phase).cos(), inputs)
         outputs = self.hyper(inputs).unflatten(-1, (len(self.angles), -1))
         widths, heights, derivatives, rotation = outputs.split(self.sizes, -1)
-        spline = CircularSpline(widths, heights, derivatives, rotation.squeeze(-1), self.angles, self.bound)
+        bound = x.new_full(self.angles.shape, 5.0).masked_fill(self.angles, pi)  # a buffer would be rounded to float32
+        spline = CircularSpline(widths, heights, derivatives, rotation.squeeze(-1), self.angles, bound)
         return zuko.transforms.DependentTransform(spline, 1)
 
 
 class _Constant(nn.Module):
-    """The network of one coordinate without a context, which has nothing to read."""
+    """The network of coordinates that read nothing, such as a single one without a context."""
 
     def __init__(self, outputs: int) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ NICE        one pass            2e-7                                       arXiv
 RealNVP     one pass            5e-7                                       arXiv 1605.08803
 MAF         one pass per coord  5e-7                                       arXiv 1705.07057
 NSF         one pass per coord  2e-6                                       arXiv 1906.04032
-NCSF        one pass per coord  3e-6, on :math:`[-\pi, \pi)`               arXiv 2002.02428
+NCSF        one pass per coord  2e-6, on :math:`[-\pi, \pi)`               arXiv 2002.02428
 NAF         bisection           3e-6                                       arXiv 1804.00779
 UNAF        bisection           1e-6                                       arXiv 1908.05164
 SOSPF       bisection           2e-6                                       arXiv 1905.02325

@@ -136,7 +136,7 @@ def support_by_column(support: constraints.Constraint, event_shape: Sequence[int
 
     Example:
         >>> support_by_column(constraints.stack([constraints.real, constraints.positive], dim=-1), (2,))
-        ByColumn(Real() and GreaterThan(lower_bound=0.0))
+        ByColumn(Real(), GreaterThan(lower_bound=0.0))
     """
     inner = coordinate_support(support)
     if isinstance(inner, ByColumn) or not isinstance(inner, (constraints.stack, constraints.cat)):
