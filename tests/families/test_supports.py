@@ -28,6 +28,7 @@ from pyro_genmodels import (
     train,
 )
 from pyro_genmodels.families import GAN, RK4, Glow, circular
+from pyro_genmodels.nn.circular_splines import CircularSpline, wrapped
 from pyro_genmodels.training import checkpoints
 from pyro_genmodels.utils.supports import ByColumn, support_by_column
 
@@ -422,3 +423,25 @@ def test_a_users_module_of_angles_has_the_uniform_base():
         for p in family.parameters():
             p.zero_()
     assert_close(family().log_prob(torch.rand(5, 2)), torch.full((5,), -2 * log(2 * pi)))
+
+
+def test_a_spline_of_an_angle_has_one_slope_on_both_sides_of_its_cut():
+    """The cut of a layer is where the rotated angle jumps from pi to -pi."""
+    widths, heights, derivatives = torch.randn(3, 4, 8, dtype=torch.float64)
+    rotation, angles = torch.randn(4, dtype=torch.float64), torch.ones(4, dtype=torch.bool)
+    bound = torch.full((4,), pi, dtype=torch.float64)
+    spline = CircularSpline(widths, heights, derivatives, rotation, angles, bound)
+    x = wrapped(pi - rotation)
+    (low, slope_low), (high, slope_high) = (spline.call_and_ladj(x + step) for step in (-1e-9, 1e-9))
+    assert_close(low - high, torch.full_like(x, 2 * pi))
+    assert_close(slope_low, slope_high)
+    assert_close(slope_low, derivatives[:, 0] / (1 + derivatives[:, 0].abs() / abs(log(1e-3))))
+    assert_close(wrapped(spline.inv(low) - x), torch.full_like(x, -1e-9), atol=1e-12, rtol=0)
+
+
+def test_layers_in_which_no_coordinate_reads_another_are_circles_and_lines():
+    """Right value: without dependence, the density is the product of those of the coordinates."""
+    d = flow(circular, REAL, transform=NSF(passes=1, **SMALL))()
+    a, b = d.sample((2, 5))
+    swapped = torch.stack([a[:, 0], b[:, 1]], -1), torch.stack([b[:, 0], a[:, 1]], -1)
+    assert_close(d.log_prob(a) + d.log_prob(b), sum(d.log_prob(part) for part in swapped))
