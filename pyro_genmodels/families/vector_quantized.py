@@ -66,8 +66,8 @@ class VectorQuantizedVAE(DecodedFamily):
             ``Autoregressive(latent_shape, likelihood=CategoricalLikelihood(codes))``, given the context if it takes one; a Pyro
             distribution; or None for independent codes of equal probability.
         commitment: weight of the squared distance of the encoder's vectors from their codes.
-        decay: decay per step of the moving averages by which codes follow the encoder. None makes codes parameters, trained by
-            the codebook loss.
+        decay: decay per step of the moving averages by which codes follow the encoder. None trains them by the codebook
+            loss.
         restart: share of equal use below which a code is unused, by a moving average. It is then moved to one of the encoder's
             vectors, drawn from the batch in proportion to their squared distances from their codes, and counts as used equally:
             with a decay of .99 it has 460 steps to be chosen. 0 leaves unused codes where they are.

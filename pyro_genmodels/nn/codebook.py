@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pyro_genmodels.nn.checks import check_count, check_rate, is_number
 
 USAGE_DECAY = 0.99
-"""Decay of the moving average of how often codes are chosen, where codes are parameters."""
+"""Decay of the moving average of how often codes are chosen, where codes are trained."""
 
 MAX_DISTANCES = 2**22
 """Number of distances that are held in memory at once."""
@@ -33,12 +33,12 @@ class Codebook(nn.Module):
         owner: name of what has the codebook, for errors.
         codes: number of vectors.
         code_dim: length of a vector.
-        decay: decay per batch of the moving averages that the vectors are, or None for vectors that are parameters.
+        decay: decay per batch of the moving averages that the vectors are. None trains them: then they are the sum of a buffer,
+            which changes where unused vectors are moved, and of a parameter, which optimisers alone change.
         commitment: weight of the squared distance of what is coded from its code.
         restart: share of equal use below which a code counts as unused; 0 to leave unused codes where they are.
 
     Attributes:
-        vectors: the vectors, (codes, code_dim).
         usage: moving average of the number of times that each was chosen in a batch, (codes,).
 
     Raises:
@@ -51,7 +51,10 @@ class Codebook(nn.Module):
         tensor([0, 1])
     """
 
-    vectors: Tensor
+    averaged_buffers = ("places",)
+    """Buffers that are learned, so that averages of the parameters average them too."""
+
+    places: Tensor
     usage: Tensor
 
     def __init__(
@@ -71,13 +74,14 @@ class Codebook(nn.Module):
         if not is_number(commitment) or not 0 <= commitment < float("inf"):
             raise ValueError(f"{owner} wants commitment as a number of 0 or more, but found {commitment!r}.")
         self.decay, self.commitment, self.restart = decay, commitment, restart
-        start = torch.randn(codes, code_dim)
-        if decay is None:
-            self.vectors = nn.Parameter(start)
-        else:
-            self.register_buffer("vectors", start)
-        self.averaged_buffers = () if decay is None else ("vectors",)  # which `train` averages with the parameters
+        self.register_buffer("places", torch.randn(codes, code_dim))
         self.register_buffer("usage", torch.zeros(codes))
+        self.shifts = nn.Parameter(torch.zeros(codes, code_dim)) if decay is None else None
+
+    @property
+    def vectors(self) -> Tensor:
+        """The vectors, (codes, code_dim)."""
+        return self.places if self.shifts is None else self.places + self.shifts
 
     def forward(self, z: Tensor) -> Tensor:
         """Return the vectors of codes z, integers (...), as (..., code_dim)."""
@@ -86,8 +90,9 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def nearest(self, e: Tensor) -> Tensor:
         """Return the codes, integers (...), whose vectors are nearest to vectors e, (..., code_dim)."""
-        centre = self.vectors.mean(0)
-        vectors, rows = self.vectors - centre, (e - centre).reshape(-1, len(centre))
+        vectors = self.vectors
+        centre = vectors.mean(0)
+        vectors, rows = vectors - centre, (e - centre).reshape(-1, len(centre))
         half = vectors.square().sum(-1) / 2  # |e - c|^2 / 2 is this, less the product of both, and a constant
         parts = rows.split(max(1, MAX_DISTANCES // len(vectors)))
         return torch.cat([torch.addmm(half, part, vectors.T, alpha=-1).argmin(-1) for part in parts]).reshape(e.shape[:-1])
@@ -95,7 +100,7 @@ class Codebook(nn.Module):
     def penalty(self, e: Tensor, c: Tensor) -> Tensor:
         """Return the weighted squared distance of vectors e from their codes' vectors c, (..., code_dim) each, as (...).
 
-        Vectors that are parameters are drawn to e too: that is the codebook loss, of weight 1.
+        Vectors that are trained are drawn to e too: that is the codebook loss, of weight 1.
         """
         penalty = self.commitment * (e - c.detach()).square().sum(-1)
         return penalty + (e.detach() - c).square().sum(-1) if self.decay is None else penalty
@@ -106,7 +111,8 @@ class Codebook(nn.Module):
         e, z = e.reshape(-1, e.shape[-1]), z.reshape(-1)
         decay = USAGE_DECAY if self.decay is None else self.decay
         counts = torch.zeros_like(self.usage).index_add_(0, z, e.new_ones(len(z)))
-        usage, vectors = decay * self.usage + (1 - decay) * counts, self.vectors
+        usage, before = decay * self.usage + (1 - decay) * counts, self.vectors
+        vectors = before
         if self.decay is not None:
             sums = torch.zeros_like(vectors).index_add_(0, z, e)
             moves = (1 - decay) * (sums - counts.unsqueeze(-1) * vectors)
@@ -114,9 +120,9 @@ class Codebook(nn.Module):
         if self.restart:
             equal = usage.mean()
             unused = usage < self.restart * equal
-            far = (e - self.vectors[z]).square().sum(-1).cumsum(0)
+            far = (e - before[z]).square().sum(-1).cumsum(0)
             places = torch.searchsorted(far, far[-1] * torch.rand_like(usage)).clamp(max=len(far) - 1)
             vectors = torch.where(unused.unsqueeze(-1), e[places], vectors)
             usage = torch.where(unused, equal, usage)
-        self.vectors.copy_(vectors)
+        self.places.copy_(vectors if self.shifts is None else vectors - self.shifts)
         self.usage.copy_(usage)
