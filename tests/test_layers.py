@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent / "pyro_genmodels"
 MAX_FLOORS = 6
 DOORS = {"zuko": "nn/zuko_layers.py", "torchdiffeq": "dynamics/ode.py", "arviz": "inference_data/export.py"}
 SHARED_BY_FAMILIES = {
-    "family", "context", "continuous", "coordinates", "decoding", "input_warnings", "latents", "standardization", "validation",
+    "angles", "family", "context", "continuous", "coordinates", "decoding", "input_warnings", "latents", "standardization",
+    "validation",
 }  # fmt: skip
 ARCHITECTURE = ROOT.parent / "docs" / "architecture.md"
 PRIVATE_ATTRIBUTES = {"_mask", "_params", "_pyro_context", "_pyro_name", "_pyro_samples", "_pyro_set_supermodule"}

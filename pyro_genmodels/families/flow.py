@@ -19,16 +19,16 @@ from torch.distributions import Transform, constraints
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.flow import NormalizingFlow
 from pyro_genmodels.distributions.learned_noise import LearnedNoise
+from pyro_genmodels.families.angles import angles_of, from_mean_direction, on_lines
 from pyro_genmodels.families.context import Context
 from pyro_genmodels.families.continuous import ContinuousFamily
 from pyro_genmodels.families.family import Standardize, StandardizeContext
 from pyro_genmodels.families.validation import check_constructor
-from pyro_genmodels.nn.circular_splines import CircularBase, wrapped
+from pyro_genmodels.nn.circular_splines import CircularBase
 from pyro_genmodels.nn.transforms import NSF, FlowChoice, RealNVP
 from pyro_genmodels.nn.zuko_layers import flow_options, lazy_transform
 from pyro_genmodels.utils.distributions import is_real
 from pyro_genmodels.utils.errors import check_choice
-from pyro_genmodels.utils.supports import angles_of, on_lines
 
 
 class Flow(ContinuousFamily):
@@ -145,7 +145,7 @@ class Flow(ContinuousFamily):
     def _units_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.angles is None:
             return super()._units_of(x)
-        loc, scale = super()._units_of(torch.where(self.angles, _from_mean_direction(x), x))
+        loc, scale = super()._units_of(torch.where(self.angles, from_mean_direction(x), x))
         return torch.where(self.angles, 0.0, loc), torch.where(self.angles, 1.0, scale)
 
 
@@ -179,11 +179,6 @@ def _without_angles(standardize: Standardize, angles: Tensor) -> Standardize:
     if "jointly" in str(standardize):
         raise ValueError(f"standardize={standardize!r} wants coordinates of one kind, but some are angles. Use True or False.")
     return standardize
-
-
-def _from_mean_direction(x: Tensor) -> Tensor:
-    """Return angles (N, ...) as differences from their mean direction, which do not depend on where the circle is cut."""
-    return wrapped(x - torch.atan2(x.sin().mean(0), x.cos().mean(0)))
 
 
 def _check_noise(dequantization: FlowChoice, levels: int | None) -> None:

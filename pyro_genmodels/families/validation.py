@@ -10,9 +10,11 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import biject_to, constraints
 
+from pyro_genmodels.families.angles import angles_of
 from pyro_genmodels.nn.checks import are_positive_integers
+from pyro_genmodels.nn.circular_splines import Circular
 from pyro_genmodels.utils.distributions import is_real
-from pyro_genmodels.utils.supports import ByColumn, Circular, angles_of, support_by_column
+from pyro_genmodels.utils.supports import ByColumn, support_by_column
 from pyro_genmodels.utils.tensors import all_finite
 
 

@@ -15,7 +15,7 @@ Durkan et al., *Neural Spline Flows* (arXiv 1906.04032); Rezende et al., *Normal
 
 from __future__ import annotations
 
-__all__ = ["CircularBase", "CircularLayer", "CircularSpline", "wrapped"]
+__all__ = ["Circular", "CircularBase", "CircularLayer", "CircularSpline", "circular", "wrapped"]
 
 from collections.abc import Sequence
 from functools import partial
@@ -25,11 +25,37 @@ from typing import Any, ClassVar
 import pyro.distributions as dist
 import torch
 from torch import Size, Tensor, nn
-from torch.distributions import Transform, constraints
+from torch.distributions import Transform, biject_to, constraints, transform_to
 
 from pyro_genmodels.nn.splines import RationalQuadraticSpline
 from pyro_genmodels.nn.zuko_layers import zuko
-from pyro_genmodels.utils.supports import circular
+
+
+class Circular(constraints.half_open_interval):
+    r"""The set of angles in :math:`[-\pi, \pi)`; of it there is one object, `circular`.
+
+    For samplers and guides, which want real numbers, it is mapped like the interval.
+
+    Example:
+        >>> circular, circular.check(torch.tensor([-3.1, 3.2]))
+        (circular, tensor([ True, False]))
+    """
+
+    def __init__(self) -> None:
+        super().__init__(-pi, pi)
+
+    def __repr__(self) -> str:
+        return "circular"
+
+
+circular = Circular()
+"""The set of angles, as support of a `Flow` or of some of its coordinates."""
+
+
+@biject_to.register(Circular)
+@transform_to.register(Circular)
+def _angles_to_reals(support: Circular) -> Transform:
+    return biject_to(constraints.half_open_interval(support.lower_bound, support.upper_bound))
 
 
 def wrapped(angle: Tensor) -> Tensor:

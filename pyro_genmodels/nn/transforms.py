@@ -51,9 +51,8 @@ from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
 from pyro_genmodels.nn.checks import check_count, check_rate, check_widths
-from pyro_genmodels.nn.circular_splines import CircularBase, CircularLayer
+from pyro_genmodels.nn.circular_splines import CircularBase, CircularLayer, circular
 from pyro_genmodels.nn.zuko_layers import zuko
-from pyro_genmodels.utils.supports import circular
 
 
 class _StandardNormal(dist.Normal):

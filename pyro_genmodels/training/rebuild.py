@@ -18,10 +18,9 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_genmodels import families
-from pyro_genmodels.families import Family, Labels
+from pyro_genmodels.families import Family, Labels, circular
 from pyro_genmodels.training.allocation import LimitError, limited
 from pyro_genmodels.utils.errors import one_line, unknown_name
-from pyro_genmodels.utils.supports import Circular, circular
 
 DTYPES = {
     str(t).removeprefix("torch."): t
@@ -133,7 +132,7 @@ def _encode(value: Any, where: str, own: list[str]) -> Any:
         arguments = {f.name: _encode(getattr(value, f.name), where, own) for f in fields(value) if f.init}
         return {"class": type(value).__name__, "arguments": arguments}
     if isinstance(value, constraints.Constraint):
-        if value is constraints.real or isinstance(value, Circular):
+        if value is constraints.real or isinstance(value, type(circular)):
             return {"constraint": "real" if value is constraints.real else "circular"}
         if isinstance(value, (constraints.stack, constraints.cat)):
             lengths = {"lengths": list(value.lengths)} if isinstance(value, constraints.cat) else {}

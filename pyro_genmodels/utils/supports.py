@@ -1,50 +1,18 @@
-r"""Supports of coordinates: one for each column of events, and the circle.
-
-The circle is the set of angles in :math:`[-\pi, \pi)`, whose ends are one point. Rezende et al., *Normalizing Flows on Tori and
-Spheres* (arXiv 2002.02428).
-"""
+"""Supports of coordinates, one for each column of events."""
 
 from __future__ import annotations
 
-__all__ = ["ByColumn", "Circular", "angles_of", "circular", "on_lines", "support_by_column"]
+__all__ = ["ByColumn", "support_by_column"]
 
 from collections.abc import Iterable, Sequence
-from math import pi
 from typing import Any
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints, transform_to
 
 from pyro_genmodels.utils.distributions import coordinate_support
 from pyro_genmodels.utils.errors import listed
-
-
-class Circular(constraints.half_open_interval):
-    r"""The set of angles in :math:`[-\pi, \pi)`; of it there is one object, `circular`.
-
-    For samplers and guides, which want real numbers, it is mapped like the interval.
-
-    Example:
-        >>> circular, circular.check(torch.tensor([-3.1, 3.2]))
-        (circular, tensor([ True, False]))
-    """
-
-    def __init__(self) -> None:
-        super().__init__(-pi, pi)
-
-    def __repr__(self) -> str:
-        return "circular"
-
-
-circular = Circular()
-"""The set of angles, as support of a `Flow` or of some of its coordinates."""
-
-
-@biject_to.register(Circular)
-@transform_to.register(Circular)
-def _angles_to_reals(support: Circular) -> Transform:
-    return biject_to(constraints.half_open_interval(support.lower_bound, support.upper_bound))
 
 
 class ByColumn(constraints.stack):
@@ -172,23 +140,3 @@ def _key(support: constraints.Constraint) -> Any:
     """Return a value that is equal for equal sets."""
     values = {name: v.tolist() if isinstance(v, Tensor) else v for name, v in vars(support).items()}
     return type(support), values
-
-
-def angles_of(support: constraints.Constraint, event_shape: Sequence[int]) -> Tensor | None:
-    """Return True for the coordinates on circles, (*event_shape), or None if there are none."""
-    support = coordinate_support(support)
-    if isinstance(support, Circular):
-        return torch.ones(Size(event_shape), dtype=torch.bool)
-    columns = [isinstance(each, Circular) for each in support.cseq] if isinstance(support, ByColumn) else [False]
-    return torch.tensor(columns).expand(Size(event_shape)).clone() if any(columns) else None
-
-
-def on_lines(support: constraints.Constraint) -> constraints.Constraint:
-    """Return the support with all real numbers in place of each circle."""
-    inner = coordinate_support(support)
-    if isinstance(inner, Circular):
-        return constraints.real
-    if not isinstance(inner, ByColumn):
-        return support
-    columns = ByColumn([on_lines(each) for each in inner.cseq])
-    return columns.runs[0][0] if len(columns.runs) == 1 else columns
