@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["AdversarialStep"]
 
 from collections.abc import Callable, Mapping
+from math import ceil
 from typing import Any
 
 import torch
@@ -14,11 +15,17 @@ from torch.optim import Optimizer
 from pyro_genmodels._pyro import traces
 from pyro_genmodels.divergences import EnergyKernel, mmd
 from pyro_genmodels.infer.adversarial import Adversarial, LostGameError
+from pyro_genmodels.infer.adversarial.inputs import draw_observations
 from pyro_genmodels.infer.compiled import CaptureError, Compiled, Eager, Mode, StaleGraphError
 from pyro_genmodels.training.arguments import Batch
 from pyro_genmodels.training.base_step import Step, mean_loss
 from pyro_genmodels.training.batches import Batches
 from pyro_genmodels.training.gradients import automatic_mode, is_well_known, warn_of_stale_graph
+
+ENOUGH_SAMPLES = 900
+"""Number of samples that make the distance from held-out data depend little on chance."""
+MOST_PASSES = 10
+"""Largest number of passes over the held-out rows in which they are drawn."""
 
 
 class AdversarialStep(Step):
@@ -122,6 +129,9 @@ class AdversarialStep(Step):
     def validate(self, held_out: Batches) -> float:
         """Return the squared energy distance of samples from held-out data, if the critic compares samples with data.
 
+        Integers are compared after rounding, which can move samples far that the critic cannot tell from data. Samples are
+        drawn for few held-out rows several times, since few samples would make the distance noisy.
+
         Otherwise return the loss of the generator by the present critic.
         """
         try:
@@ -136,8 +146,11 @@ class AdversarialStep(Step):
         runs = [(batch.args, self._kwargs(batch, held_out.rows), batch.rows) for batch in held_out.in_order()]
         if not self._compares_samples:
             return mean_loss([(trainer.evaluate_loss(*args, **kwargs)["generator"], rows) for args, kwargs, rows in runs])
-        inputs = [trainer.pairing.critic_inputs(trainer.model, trainer.guide, args, kwargs) for args, kwargs, _ in runs]
-        real, fake = (torch.cat([getattr(part, name)[0] for part in inputs]) for name in ("real", "fake"))
+        passes = min(ceil(ENOUGH_SAMPLES / sum(rows for *_, rows in runs)), MOST_PASSES)
+        drawn = [
+            draw_observations(trainer.model, args, kwargs, rounded=True) for _ in range(passes) for args, kwargs, _ in runs
+        ]
+        real, fake = torch.cat([run.real for run in drawn[: len(runs)]]), torch.cat([run.fake for run in drawn])
         return mmd(real, fake, kernel=EnergyKernel()).value.item() if fake.isfinite().all() else float("nan")
 
 

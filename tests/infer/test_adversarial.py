@@ -10,6 +10,7 @@ import torch
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.optim import Adam as PyroAdam
 from torch import nn
+from torch.distributions import constraints
 from torch.optim import SGD, Adam
 from torch.testing import assert_close
 
@@ -347,6 +348,31 @@ def test_integers_are_seen_with_noise_and_drawn_as_integers():
     inputs, _ = Adversarial(gan.model, gan.critic).critic_outputs(x)
     assert_close((gan.pretransform.inv(inputs.real[0])).floor().long(), x)
     assert gan().sample((4,)).dtype == torch.long
+
+
+@pytest.mark.parametrize("level", [0, 2])
+@pytest.mark.parametrize("support", [constraints.real, constraints.interval(0.0, 5.0)], ids=["reals", "interval"])
+def test_early_stopping_compares_integers_after_rounding(support, level):
+    """All samples are 2, and all held-out data one level: the squared energy distance is twice the distance of these."""
+    drawn, x = (
+        torch.tensor([k + 0.5]) if support is constraints.real else torch.tensor([(k + 0.5) / 5]).logit() for k in (2, level)
+    )
+    generator = nn.Linear(1, 1)
+    generator.load_state_dict({"weight": torch.zeros(1, 1), "bias": drawn + 0.1})
+    gan = GAN((1,), latent_dim=1, generator=generator, levels=5, support=support, standardize=False)
+    held_out = torch.full((9, 1), level)
+    fit = train(gan, torch.arange(30)[:, None] % 5, valid=held_out, epochs=1, optim=partial(SGD, lr=1e-20), progress=False)
+    assert fit.best["valid"] == pytest.approx(2 * (drawn - x).abs().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(("held_out", "passes"), [(7, 10), (400, 3), (950, 1)])
+def test_early_stopping_draws_many_samples_for_few_rows(held_out, passes):
+    rows = []
+    gan = GAN((2,), context=Labels(3), generator=DenseGenerator((4,)), critic=DenseCritic((4,)))
+    gan.generator.register_forward_pre_hook(lambda network, inputs: None if network.training else rows.append(len(inputs[0])))
+    x, labels = torch.randn(20 + held_out, 2), torch.arange(20 + held_out) % 3
+    train(gan, (x[:20], labels[:20]), valid=(x[20:], labels[20:]), epochs=2, progress=False)
+    assert sum(rows) == 2 * passes * held_out  # in two epochs
 
 
 def test_a_critic_of_packs_sees_so_many_rows_at_once():

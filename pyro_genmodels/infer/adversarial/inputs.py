@@ -53,12 +53,22 @@ class Observations:
     context: tuple[Tensor, ...]
 
 
-def draw_observations(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Observations:
-    """Run a model with its observed sites sampled."""
+def draw_observations(
+    model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any], *, rounded: bool = False
+) -> Observations:
+    """Run a model with its observed sites sampled.
+
+    Args:
+        model: the model.
+        args: its arguments, the first of which is the data.
+        kwargs: its keyword arguments.
+        rounded: True to return samples of integers rounded, and both half a level above the integer; False to return data with
+            noise and samples before rounding, as the critic sees them.
+    """
     trace = traces.trace_of(draw_replicates(model), args, kwargs)
     sites = observed_sites(trace)
     plate = data_plate(sites, num_rows(args))
-    pairs = [_as_network_inputs(site) for site in sites.values()]
+    pairs = [_as_network_inputs(site, rounded=rounded) for site in sites.values()]
     dims = [site["fn"].event_dim for site in sites.values()]
     real, fake = (_joined(list(zip(values, dims, strict=True)), plate) for values in zip(*pairs, strict=True))
     return Observations(trace, plate, real, fake, _context(args, kwargs, sites, len(real)))
@@ -144,10 +154,13 @@ def _joined(values: list[tuple[Tensor, int]], plate: Any) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat([part.reshape(len(part), -1) for part in parts], 1)
 
 
-def _as_network_inputs(site: Mapping[str, Any]) -> tuple[Tensor, ...]:
+def _as_network_inputs(site: Mapping[str, Any], *, rounded: bool) -> tuple[Tensor, ...]:
     """Return the observed and the sampled value, as networks see them: standardised, of one dtype, and 0 where masked."""
     fn: Any = unwrap(site["fn"])
-    real, fake = observed_and_drawn(site)
+    if rounded and is_rounded(site):  # the middle of a level is inside the support of the base
+        real, fake = (value.to(fn.dtype) + 0.5 for value in (observed_value(site), site["value"]))
+    else:
+        real, fake = observed_and_drawn(site)
     dtype = torch.promote_types(real.dtype, fake.dtype)
     pretransform = getattr(fn.base if is_rounded(site) else fn, "pretransform", None)
     both = (value.to(fake.device, dtype).expand(fake.shape) for value in (real, fake))
