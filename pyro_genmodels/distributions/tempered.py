@@ -9,7 +9,7 @@ from __future__ import annotations
 
 __all__ = ["Tempered"]
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from numbers import Real
 from typing import Any
@@ -66,11 +66,16 @@ class Tempered(Likelihood):
         conditional = self.likelihood(params)
         values = conditional.enumerate_support(expand=False)
         logits = conditional.log_prob(values).movedim(0, -1) / self.temperature
+        if self.top_p == 1:  # the sum of all masses but tiny ones may be rounded to 1
+            return dist.Categorical(logits=logits, validate_args=False)
         ranked = logits.softmax(-1).sort(-1, descending=True)
         dropped = ranked.values.cumsum(-1) - ranked.values >= self.top_p  # those above reach the mass without it
         dropped[..., 0] = False
         kept = dropped.gather(-1, ranked.indices.argsort(-1)).logical_not()
         return dist.Categorical(logits=logits.where(kept, logits.new_full((), -inf)), validate_args=False)
+
+    def at(self, place: int | Tensor) -> Tempered:
+        return replace(self, likelihood=self.likelihood.at(place))
 
     def encode(self, x: Tensor) -> Tensor:
         return self.likelihood.encode(x)

@@ -152,7 +152,7 @@ def drawn_without_state(d, shape, context=None):
     inputs = torch.zeros(*shape, features, d.likelihood.num_inputs)
     for place in range(features):
         params = d.conditionals(inputs, context, d.order)[..., place, :]
-        conditional = d.likelihood(params)
+        conditional = d.likelihood.at(d.order[place])(params)
         values.append(conditional.rsample() if conditional.has_rsample else conditional.sample())
         inputs = inputs.clone()
         inputs[..., place, :] = d.likelihood.encode(values[-1])
@@ -326,6 +326,12 @@ def test_a_temperature_and_top_p_by_hand(temperature, top_p, wanted):
     params = torch.tensor([0.1, 0.5, 0.05, 0.35]).log()
     found = Tempered(CategoricalLikelihood(4), temperature, top_p)(params.expand(2, 3, 4))
     assert_close(found.probs, torch.tensor(wanted).expand(2, 3, 4))
+
+
+def test_without_top_p_the_least_likely_values_are_kept():
+    """The masses of the others sum to 1 in single precision, so that a value of probability 1e-13 was dropped."""
+    params = torch.tensor([0.0, -1.0, -20.0, -30.0])
+    assert_close(Tempered(CategoricalLikelihood(4))(params).logits, params.log_softmax(-1))
 
 
 def test_a_temperature_of_zeros_and_ones_divides_the_logit():
