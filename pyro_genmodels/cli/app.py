@@ -156,7 +156,7 @@ def fit(
     device: Device = "cpu",
     epochs: Epochs = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Rows per step. Each family has its own default, 64 to 256.")
+        int | None, typer.Option(min=1, help="Rows per step. Each family has its own default, 32 to 256.")
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Learning rate of Adam. Each family has its own default.")] = None,
     patience: Annotated[

@@ -46,6 +46,7 @@ from pyro_genmodels.families import (
     ODEFlow,
     ParallelTempering,
     Persistent,
+    PixelCNN,
     RestrictedBoltzmannMachine,
     UNet,
     VariationalBound,
@@ -68,24 +69,45 @@ from pyro_genmodels.utils.files import MAX_BYTES
 
 
 @dataclass(frozen=True)
+class Training:
+    """Settings of the training on one kind of data.
+
+    Attributes:
+        learning_rate: learning rate of Adam.
+        epochs: largest number of epochs.
+        batch_size: number of rows per step.
+    """
+
+    learning_rate: float = 1e-3
+    epochs: int = 300
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Settings for a family.
 
     Attributes:
         build: function (data set, context) -> family.
-        learning_rate: learning rate of Adam.
+        integers: training on integers.
+        reals: training on real numbers.
+        images: training on images of integers; None for that on integers.
         objective: function (data set, family, optimiser) -> objective; None is the family's default.
         ema_decay: decay of the average of the parameters.
-        epochs: default number of epochs for integers and for real numbers.
-        batch_size: default number of rows per step for integers and for real numbers.
     """
 
     build: Callable[[Dataset, Any], Family]
-    learning_rate: float = 1e-3
+    integers: Training = Training()
+    reals: Training = Training(batch_size=256)
+    images: Training | None = None
     objective: Callable[[Dataset, Any, Optim], ELBO | Adversarial | None] = lambda data, family, optim: None
     ema_decay: float = 0.99
-    epochs: tuple[int, int] = (300, 300)
-    batch_size: tuple[int, int] = (64, 256)
+
+    def training(self, data: Dataset) -> Training:
+        """Return the settings of the training on a data set."""
+        if not data.levels:
+            return self.reals
+        return self.images if self.images is not None and _is_image(data.train.shape[1:]) else self.integers
 
 
 def _flow(data: Dataset, context: Any) -> Family:
@@ -109,6 +131,9 @@ def _autoregressive(data: Dataset, context: Any) -> Family:
     event_shape = data.train.shape[1:]
     if data.levels:
         likelihood = BernoulliLikelihood() if data.levels == 2 else DiscretizedLogisticLikelihood(data.levels)
+        if _is_image(event_shape):  # the same weights in all places
+            network = PixelCNN(layers=3, channels=32, dropout=0.1)
+            return Autoregressive(event_shape, context=context, likelihood=likelihood, network=network)
         return Autoregressive(event_shape, context=context, likelihood=likelihood, hidden=(1024,), dropout=0.5)
     return Autoregressive(event_shape, context=context, likelihood=NormalLikelihood(components=10), hidden=(256, 256))
 
@@ -126,7 +151,7 @@ def _energy(data: Dataset, context: Any) -> Family:
 
 def _ode_flow(data: Dataset, context: Any) -> Family:
     event_shape = data.train.shape[1:]
-    network = UNet((16, 32)) if _is_image(event_shape) else DenseField(128, blocks=2)
+    network = UNet((16, 32)) if _can_be_halved(event_shape) else DenseField(128, blocks=2)
     options: dict[str, Any] = {"solver": Dopri5(1e-3, 1e-3), "trace": Hutchinson()} if data.levels else {}
     return ODEFlow(event_shape, context=context, levels=data.levels, network=network, **options)
 
@@ -134,7 +159,7 @@ def _ode_flow(data: Dataset, context: Any) -> Family:
 def _diffusion(data: Dataset, context: Any) -> Family:
     event_shape = data.train.shape[1:]
     dense = DenseField(128, blocks=2, octaves=5 if event_shape.numel() <= 4 else 0)
-    network = UNet((16, 32), dropout=0.05) if _is_image(event_shape) else dense
+    network = UNet((16, 32), dropout=0.05) if _can_be_halved(event_shape) else dense
     likelihood = VariationalBound() if data.levels else FlowDensity()
     return Diffusion(event_shape, context=context, levels=data.levels, network=network, likelihood=likelihood)
 
@@ -151,8 +176,13 @@ def _gan(data: Dataset, context: Any) -> Family:
 
 
 def _is_image(event_shape: Size) -> bool:
-    """Return True for events (height, width) or (channels, height, width) that a U-Net can halve: both sizes are even."""
-    return len(event_shape) in (2, 3) and all(n % 2 == 0 for n in event_shape[-2:])
+    """Return True for events (height, width) or (channels, height, width)."""
+    return len(event_shape) in (2, 3)
+
+
+def _can_be_halved(event_shape: Size) -> bool:
+    """Return True for images that a U-Net can halve: height and width are even."""
+    return _is_image(event_shape) and all(n % 2 == 0 for n in event_shape[-2:])
 
 
 def _noise_contrastive(data: Dataset, *_: Any) -> ELBO | None:
@@ -188,22 +218,27 @@ SMALL_FAMILY = 1_000_000
 """Number of parameters below which a family is trained and evaluated in one thread, since several would wait for each other."""
 
 FAMILIES: Mapping[str, Recipe] = {
-    "flow": Recipe(_flow, learning_rate=2e-3, batch_size=(128, 256)),
+    "flow": Recipe(_flow, Training(2e-3, batch_size=128), Training(2e-3, batch_size=256)),
     "vae": Recipe(_vae, objective=_annealed),
-    "autoregressive": Recipe(_autoregressive),
-    "energy": Recipe(_energy, learning_rate=2e-3, objective=_noise_contrastive, epochs=(45, 300), batch_size=(128, 256)),
+    "autoregressive": Recipe(_autoregressive, images=Training(3e-3, epochs=24, batch_size=32)),
+    "energy": Recipe(
+        _energy, Training(2e-3, epochs=45, batch_size=128), Training(2e-3, batch_size=256), objective=_noise_contrastive
+    ),
     "ode_flow": Recipe(
         _ode_flow,
-        learning_rate=2e-3,
+        Training(2e-3, epochs=90, batch_size=128),
+        Training(2e-3, batch_size=256),
         objective=lambda *_: FlowMatching(),
         ema_decay=0.999,
-        epochs=(90, 300),
-        batch_size=(128, 256),
     ),
     "diffusion": Recipe(
-        _diffusion, learning_rate=2e-3, objective=_denoising, ema_decay=0.999, epochs=(90, 300), batch_size=(128, 256)
+        _diffusion,
+        Training(2e-3, epochs=90, batch_size=128),
+        Training(2e-3, batch_size=256),
+        objective=_denoising,
+        ema_decay=0.999,
     ),
-    "gan": Recipe(_gan, objective=_adversarial, ema_decay=0.999, epochs=(120, 300)),
+    "gan": Recipe(_gan, Training(epochs=90), objective=_adversarial, ema_decay=0.999),
 }
 """Families by their names on the command line."""
 
@@ -241,16 +276,17 @@ def fit(
         progress: True to show a progress bar.
         resume: True to continue the run of the checkpoint.
     """
-    recipe, kind = FAMILIES[name], 0 if data.levels else 1
+    recipe = FAMILIES[name]
+    training = recipe.training(data)
     notes = Notes(
         family=name,
         source=source,
         columns=None if data.columns is None else list(data.columns),
         levels=data.levels,
-        batch_size=batch_size or recipe.batch_size[kind],
-        learning_rate=learning_rate or recipe.learning_rate,
+        batch_size=batch_size or training.batch_size,
+        learning_rate=learning_rate or training.learning_rate,
         patience=patience,
-        epochs=epochs or recipe.epochs[kind],
+        epochs=epochs or training.epochs,
     )
     pyro.set_rng_seed(source.seed)
     context = Labels(data.num_classes or 1) if source.labels else 0

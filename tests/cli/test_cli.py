@@ -585,6 +585,16 @@ def test_every_recipe_builds_a_family_that_a_checkpoint_can_hold(family, kind, s
         assert type(checkpoints.load(tmp_path / "made")) is type(made)
 
 
+def test_images_of_integers_have_a_network_and_settings_of_their_own(small_recipes):
+    recipe = small_recipes["autoregressive"]
+    found = {}
+    for kind, (shape, levels) in KINDS.items():
+        data = SimpleNamespace(train=torch.zeros(2, *(shape if isinstance(shape, tuple) else (shape,))), levels=levels)
+        found[kind] = type(recipe.build(data, 0).conditionals).__name__, recipe.training(data).epochs
+    assert found.pop("image") == ("_PixelCNN", 24)
+    assert set(found.values()) == {("MADE", 300)}
+
+
 def test_what_evaluate_says_is_the_mean_log_likelihood_of_the_rows(flow, data, tmp_path):
     x = torch.from_numpy(pd.read_csv(data / "plain.csv").to_numpy(np.float32))
     values = checkpoints.load(flow)().log_prob(x).detach().double()
