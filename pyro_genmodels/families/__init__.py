@@ -50,7 +50,7 @@ from pyro_genmodels.families.ode_flow import ODEFlow
 from pyro_genmodels.families.vae import VAE
 from pyro_genmodels.families.vector_quantized import VectorQuantizedVAE
 from pyro_genmodels.nn.boltzmann import BoltzmannMachine, RestrictedBoltzmannMachine
-from pyro_genmodels.nn.circular_splines import circular
+from pyro_genmodels.nn.circular_splines import Circular
 from pyro_genmodels.nn.energies import ConvolutionalEnergy, DenseEnergy
 from pyro_genmodels.nn.fields import DenseField, UNet
 from pyro_genmodels.nn.gan import ConvolutionalCritic, ConvolutionalGenerator, DenseCritic, DenseGenerator
@@ -61,6 +61,9 @@ from pyro_genmodels.nn.transformer import Transformer
 from pyro_genmodels.nn.transforms import BPF, GF, MAF, NAF, NCSF, NICE, NSF, SOSPF, UNAF, RealNVP
 from pyro_genmodels.samplers import Gibbs, GibbsWithGradients, Hamiltonian, Langevin, ParallelTempering
 from pyro_genmodels.utils.errors import suggest_names
+
+circular = Circular()
+r"""The set of angles in :math:`[-\pi, \pi)`: support of a `Flow` or, by ``constraints.stack``, of some of its coordinates."""
 
 __all__ = [
     "BPF",

@@ -15,7 +15,7 @@ Durkan et al., *Neural Spline Flows* (arXiv 1906.04032); Rezende et al., *Normal
 
 from __future__ import annotations
 
-__all__ = ["Circular", "CircularBase", "CircularLayer", "CircularSpline", "circular", "wrapped"]
+__all__ = ["Circular", "CircularBase", "CircularLayer", "CircularSpline", "wrapped"]
 
 from collections.abc import Sequence
 from functools import partial
@@ -32,12 +32,12 @@ from pyro_genmodels.nn.zuko_layers import zuko
 
 
 class Circular(constraints.half_open_interval):
-    r"""The set of angles in :math:`[-\pi, \pi)`; of it there is one object, `circular`.
+    r"""The set of angles in :math:`[-\pi, \pi)`, whose ends are one point.
 
     For samplers and guides, which want real numbers, it is mapped like the interval.
 
     Example:
-        >>> circular, circular.check(torch.tensor([-3.1, 3.2]))
+        >>> Circular(), Circular().check(torch.tensor([-3.1, 3.2]))
         (circular, tensor([ True, False]))
     """
 
@@ -46,10 +46,6 @@ class Circular(constraints.half_open_interval):
 
     def __repr__(self) -> str:
         return "circular"
-
-
-circular = Circular()
-"""The set of angles, as support of a `Flow` or of some of its coordinates."""
 
 
 @biject_to.register(Circular)
@@ -189,7 +185,7 @@ class CircularBase(dist.TorchDistribution):
 
     @constraints.dependent_property(is_discrete=False, event_dim=0)
     def support(self) -> constraints.Constraint:
-        return circular if self.angles.all() else constraints.real
+        return Circular() if self.angles.all() else constraints.real
 
     def log_prob(self, value: Tensor) -> Tensor:
         return torch.where(self.angles, -log(2 * pi), value * value * -0.5 - log(2 * pi) / 2)

@@ -51,7 +51,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
 from pyro_genmodels.nn.checks import check_count, check_rate, check_widths
-from pyro_genmodels.nn.circular_splines import CircularBase, CircularLayer, circular
+from pyro_genmodels.nn.circular_splines import Circular, CircularBase, CircularLayer
 from pyro_genmodels.nn.zuko_layers import zuko
 
 
@@ -287,7 +287,7 @@ class NCSF(NSF):
     They are those of `NSF`, for coordinates that are all angles.
     """
 
-    support: ClassVar[constraints.Constraint] = circular
+    support: ClassVar[constraints.Constraint] = Circular()
 
     @staticmethod
     def base(like: Tensor) -> dist.TorchDistribution:
