@@ -108,7 +108,7 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def update(self, e: Tensor, z: Tensor) -> None:
         """Move the moving averages towards a batch of vectors e, (..., code_dim), with codes z, (...); restart unused codes."""
-        e, z = e.reshape(-1, e.shape[-1]), z.reshape(-1)
+        e, z = e.reshape(-1, e.shape[-1]).to(self.places), z.reshape(-1)  # also under autocast
         decay = USAGE_DECAY if self.decay is None else self.decay
         counts = torch.zeros_like(self.usage).index_add_(0, z, e.new_ones(len(z)))
         usage, before = decay * self.usage + (1 - decay) * counts, self.vectors
