@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import typer
 from binary_data import DataDir
-from binary_sets import adam, mean_of, mixture_log_prob
+from binary_sets import mean_of, mixture_log_prob
 from torch import Tensor
 
 from pyro_genmodels import Autoregressive, NormalLikelihood, train
@@ -43,7 +43,8 @@ class Setting:
         hidden: width of the hidden layer.
         components: number of normals of each conditional.
         dropout: rate at which hidden units are dropped in training.
-        weight_decay: decay of the weights, which does not apply to biases.
+        batch_size: number of rows of a step.
+        patience: number of epochs without a better validation loss.
         members: number of members.
     """
 
@@ -51,20 +52,20 @@ class Setting:
     hidden: int = 200
     components: int = 10
     dropout: float = 0.3
-    weight_decay: float = 0.0
-    members: int = 4
+    batch_size: int = 200
+    patience: int = 10
+    members: int = 2
 
     @property
     def words(self) -> str:
         """Words for the table."""
-        decay = f", weight decay {self.weight_decay:g}" if self.weight_decay else ""
-        return f"{self.hidden} units, {self.components} normals, dropout {self.dropout:g}{decay}"
+        return f"{self.hidden} units, {self.components} normals, dropout {self.dropout:g}"
 
 
 SETTINGS = {
     "winequality-red": Setting("-13.18, -9.36, -8.76"),
-    "winequality-white": Setting("-13.20, -10.23, -9.67", members=2),
-    "ionosphere": Setting("-41.24, -2.50, -", dropout=0.5, members=8),
+    "winequality-white": Setting("-13.20, -10.23, -9.67", members=1),
+    "ionosphere": Setting("-41.24, -2.50, -", dropout=0.3, batch_size=50, patience=40, members=1),
 }
 
 
@@ -155,10 +156,10 @@ def fit_member(setting: Setting, x: Tensor, validation: Tensor, seed: int, file:
         made,
         x,
         valid=validation,
-        optim=partial(adam, lr=3e-3, weight_decay=setting.weight_decay),
+        optim=partial(torch.optim.Adam, lr=5e-3),
         epochs=2000,
-        batch_size=100,
-        patience=20,
+        batch_size=setting.batch_size,
+        patience=setting.patience,
         ema_decay=0.99,
         checkpoint=Checkpoint(file, resume=file.with_name(f"{file.name}.training.safetensors").exists()),
         seed=seed,
