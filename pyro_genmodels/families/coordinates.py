@@ -25,6 +25,7 @@ from pyro_genmodels.families.standardization import Standardization, estimate, m
 from pyro_genmodels.families.validation import check_dtype, check_shape, check_values
 from pyro_genmodels.utils.capture import can_be_read
 from pyro_genmodels.utils.distributions import is_real
+from pyro_genmodels.utils.supports import ByColumn
 from pyro_genmodels.utils.tensors import as_tensor
 
 
@@ -41,7 +42,7 @@ class CoordinateFamily(Family):
     Raises:
         TypeError: if it is no likelihood.
         ValueError: if events of that shape or support cannot have it, or ``standardize="jointly"`` is wanted for columns of
-            different kinds; if coordinates may be missing, but the support is one of whole events.
+            different kinds; if coordinates may be missing, but have no one support.
     """
 
     located: Tensor
@@ -61,10 +62,10 @@ class CoordinateFamily(Family):
         super().__init__(event_shape, support=likelihood.support_within(support), **kwargs)
         likelihood.check_event(self.event_shape)
         self.likelihood, self.missing = likelihood, missing
-        if missing and self._is_mapped and self.support.event_dim:
+        if missing and self._is_mapped and (self.support.event_dim or isinstance(self.support, ByColumn)):
             raise ValueError(
                 f"{type(self).__name__} with missing=True wants a support of single coordinates, but found {self.support}. "
-                "Transform the data beforehand."
+                "Leave it out, and give each column a likelihood of its own: likelihood=Mixed.of(x)."
             )
         coordinates = [likelihood.at(i) for i in range(self.event_shape.numel())]
         located = torch.tensor([each.is_located for each in coordinates]).reshape(self.event_shape)

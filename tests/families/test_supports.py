@@ -382,6 +382,11 @@ def test_samples_lie_in_the_set_of_each_column(family):
     assert LINES.check(x).all()
 
 
+def test_missing_values_want_a_likelihood_for_each_column():
+    with refused("missing=True wants a support of single coordinates", r"Mixed.of\(x\)"):
+        VAE((3,), support=LINES, missing=True)
+
+
 @pytest.mark.parametrize(
     "support",
     [
