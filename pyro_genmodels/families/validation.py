@@ -121,7 +121,8 @@ def check_values(
         return
     if isinstance(support, ByColumn):
         for column, each in enumerate(support.cseq):
-            check_values(f"{owner}, in column {column},", x[..., column], each, dtype=dtype, mapped=mapped)
+            where = f"{owner}, in column {column},"
+            check_values(where, x[..., column], each, dtype=dtype, mapped=mapped, if_outside=if_outside)
         return
     ends = [getattr(support, name, None) for name in ("lower_bound", "upper_bound")]
     at_end = [x == end for end in ends if end is not None and not support.is_discrete]
