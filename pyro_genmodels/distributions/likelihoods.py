@@ -2,13 +2,14 @@ r"""Likelihoods: the distribution of one coordinate of the data, given the outpu
 
 `VAE` and `Autoregressive` share these choices. Each is an immutable object that maps raw outputs of a network,
 (..., num_outputs), to a Pyro distribution of batch shape (...), and values of that distribution to input features of a network,
-(..., num_inputs). Networks see and return numbers of order 1. The units of the data come from one of two places:
+(..., num_inputs). Networks see and return numbers of order 1. The units of the data come from one of three places:
 
 - Real numbers are *located*: the family subtracts their mean and divides by their deviation, and the likelihood is one of the
   standardised values.
 - Positive numbers, counts and proportions have a likelihood with a scale: outputs and features are deviations of a logarithm
   (`pyro_genmodels.distributions.scaled_likelihoods`). The family measures its mean and deviation, and the likelihood is one of
   the data themselves.
+- Zeros and ones have their logit measured from that of their share of ones.
 
 `Mixed` (`pyro_genmodels.distributions.mixed`) has one likelihood for each column of a table.
 """
@@ -21,18 +22,20 @@ __all__ = [
     "DiscretizedLogisticLikelihood",
     "Estimate",
     "Likelihood",
+    "MeasuredLikelihood",
     "NormalLikelihood",
     "StudentTLikelihood",
     "check_likelihood",
     "positive",
 ]
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import expm1, inf, log, prod
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pyro.distributions as dist
 import torch
@@ -162,6 +165,31 @@ class Likelihood(ABC):
         return torch.where(seen, x, inner_value(self.support))
 
 
+@dataclass(frozen=True)
+class MeasuredLikelihood(Likelihood):
+    """Base of likelihoods that read outputs of networks in units of the data, so that outputs of 0 describe these.
+
+    Attributes:
+        loc: location of the coordinates, (...). A family sets it from its data.
+        scale: scale of the coordinates, (...).
+    """
+
+    loc: Any = field(default=0.0, init=False, repr=False, compare=False)
+    scale: Any = field(default=1.0, init=False, repr=False, compare=False)
+
+    has_scale = True
+
+    def in_units(self, loc: Tensor, scale: Tensor) -> Self:
+        new = copy.copy(self)
+        object.__setattr__(new, "loc", loc)
+        object.__setattr__(new, "scale", scale)
+        return new
+
+    def at(self, place: int | Tensor) -> Self:
+        is_vector = isinstance(self.loc, Tensor) and self.loc.dim()
+        return self.in_units(self.loc[place], self.scale[place]) if is_vector else self
+
+
 def inner_value(support: constraints.Constraint) -> float:
     """Return a number of the support of one coordinate that is not at an end, or the first of integers.
 
@@ -195,15 +223,25 @@ def check_likelihood(likelihood: Any) -> Likelihood:
 
 
 @dataclass(frozen=True)
-class BernoulliLikelihood(Likelihood):
-    """A Bernoulli distribution over zeros and ones, with one logit."""
+class BernoulliLikelihood(MeasuredLikelihood):
+    """A Bernoulli distribution over zeros and ones, with one logit; 0 is the logit of the share of ones in the data.
+
+    Example:
+        >>> BernoulliLikelihood()(torch.zeros(1)).mean
+        tensor(0.5000)
+    """
 
     num_outputs = 1
     support = constraints.boolean
     if_outside = "Code the two values as 0 and 1, or use CategoricalLikelihood(k) for more classes."
 
     def __call__(self, params: Tensor) -> dist.TorchDistribution:
-        return dist.Bernoulli(logits=params.squeeze(-1), validate_args=False)
+        return dist.Bernoulli(logits=self.loc + params.squeeze(-1), validate_args=False)
+
+    def units(self, x: Tensor, estimate: Estimate) -> tuple[Tensor, Tensor]:
+        """Return the logit of the share of ones, as of half a one and half a zero more, so that it is finite; and 1."""
+        share = (x.double().sum(0) + 0.5) / (len(x) + 1)
+        return share.logit(), torch.ones_like(share)
 
     def encode(self, x: Tensor) -> Tensor:
         return torch.add(x.new_full((), -1), x, alpha=2).unsqueeze(-1)  # 2 x - 1 in one pass

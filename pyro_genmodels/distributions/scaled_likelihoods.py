@@ -28,10 +28,9 @@ __all__ = [
     "ZeroInflatedLikelihood",
 ]
 
-import copy
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -40,7 +39,7 @@ import torch.nn.functional as F
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
-from pyro_genmodels.distributions.likelihoods import Estimate, Likelihood, positive
+from pyro_genmodels.distributions.likelihoods import Estimate, MeasuredLikelihood, positive
 from pyro_genmodels.utils.distributions import interior
 from pyro_genmodels.utils.errors import check_choice
 from pyro_genmodels.utils.precision import in_doubles
@@ -107,18 +106,11 @@ class Widened(dist.TorchDistribution):
 
 
 @dataclass(frozen=True)
-class ScaledLikelihood(Likelihood):
+class ScaledLikelihood(MeasuredLikelihood):
     """Base of likelihoods whose outputs and features are deviations of a link function of the data.
 
-    Attributes:
-        loc: location of the link function over the data, (...). A family sets it from its data.
-        scale: scale of the link function, (...).
+    The location and scale are those of the link function.
     """
-
-    loc: Any = field(default=0.0, init=False, repr=False, compare=False)
-    scale: Any = field(default=1.0, init=False, repr=False, compare=False)
-
-    has_scale = True
 
     @abstractmethod
     def link(self, x: Tensor) -> Tensor:
@@ -130,16 +122,6 @@ class ScaledLikelihood(Likelihood):
 
     def units(self, x: Tensor, estimate: Estimate) -> tuple[Tensor, Tensor]:
         return estimate(self.link(in_doubles(x)))
-
-    def in_units(self, loc: Tensor, scale: Tensor) -> ScaledLikelihood:
-        new = copy.copy(self)
-        object.__setattr__(new, "loc", loc)
-        object.__setattr__(new, "scale", scale)
-        return new
-
-    def at(self, place: int | Tensor) -> ScaledLikelihood:
-        is_vector = isinstance(self.loc, Tensor) and self.loc.dim()
-        return self.in_units(self.loc[place], self.scale[place]) if is_vector else self
 
     def encode(self, x: Tensor) -> Tensor:
         y = (self.link(in_doubles(x)) - self.loc) / self.scale

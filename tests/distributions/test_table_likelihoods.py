@@ -12,7 +12,7 @@ import torch
 from cases import CLASSES, KINDS, counts, positive, real, table
 from pyro.infer import Trace_ELBO
 from scipy import stats
-from teachers import perturb
+from teachers import outcomes, perturb
 from torch import nn
 from torch.distributions import constraints
 from torch.testing import assert_close
@@ -132,6 +132,27 @@ def test_outputs_of_zero_describe_the_data(likelihood):
     assert features.std().item() == pytest.approx(1, abs=0.02)
 
 
+BITS = BernoulliLikelihood()
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "standardize"), [(BITS, True), (BITS, "jointly"), (BITS, False), (Mixed([BITS] * 3), True)], ids=repr
+)
+def test_networks_of_zero_have_the_shares_of_ones_in_the_data(likelihood, standardize):
+    x = torch.zeros(99, 3)
+    x[:49, 0] = x[:1, 1] = 1
+    made = Autoregressive((3,), likelihood=likelihood, order=[2, 0, 1], hidden=(4,), standardize=standardize)
+    vae = VAE((3,), likelihood=likelihood, hidden=(4,), standardize=standardize, missing=likelihood.is_mixed)
+    for family in (made, vae):
+        for parameter in family.parameters():
+            parameter.data.zero_()
+        family.standardize(x)
+    share = (x.sum(0) + 0.5) / 100 if standardize is True else torch.full((3,), 0.5 if not standardize else 50.5 / 298)
+    wanted = torch.where(outcomes(2, 3) == 1, share, 1 - share).log().sum(1)
+    assert_close(made().log_prob(outcomes(2, 3).float()), wanted)
+    assert_close(vae.decode(torch.zeros(8, 8)).log_prob(outcomes(2, 3).float()), wanted)
+
+
 # Units.
 
 
@@ -197,21 +218,21 @@ def test_each_column_has_the_density_of_its_own_kind():
 
 def test_mixed_conditionals_sum_to_one_in_any_order():
     """A class, a zero or one and a count with bounded tail: all outcomes have probability 1 together."""
-    outcomes = torch.cartesian_prod(torch.arange(3.0), torch.arange(2.0), torch.arange(200.0))
+    every = torch.cartesian_prod(torch.arange(3.0), torch.arange(2.0), torch.arange(200.0))
     kinds = [CategoricalLikelihood(3), BernoulliLikelihood(), PoissonLikelihood()]
     for order in ([0, 1, 2], [2, 0, 1]):
         family = perturb(Autoregressive((3,), likelihood=Mixed(kinds), order=order, hidden=(8,)))
-        assert family().log_prob(outcomes).exp().sum().item() == pytest.approx(1, abs=1e-4)
+        assert family().log_prob(every).exp().sum().item() == pytest.approx(1, abs=1e-4)
     family = perturb(Autoregressive((3,), likelihood=Mixed(kinds), order="any", network=Transformer(layers=1, width=16)), 0.3)
     for order in ([0, 1, 2], [2, 1, 0]):
-        assert family().in_order(order).log_prob(outcomes).exp().sum().item() == pytest.approx(1, abs=1e-4)
+        assert family().in_order(order).log_prob(every).exp().sum().item() == pytest.approx(1, abs=1e-4)
 
 
 def test_a_temperature_applies_to_columns_of_classes():
-    outcomes = torch.cartesian_prod(torch.arange(3.0), torch.arange(2.0))
+    every = torch.cartesian_prod(torch.arange(3.0), torch.arange(2.0))
     family = perturb(Autoregressive((2,), likelihood=Mixed([CategoricalLikelihood(3), BernoulliLikelihood()]), hidden=(8,)))
     sharp = family().tempered(0.5, top_p=0.9)
-    assert sharp.log_prob(outcomes).exp().sum().item() == pytest.approx(1, abs=1e-5)
+    assert sharp.log_prob(every).exp().sum().item() == pytest.approx(1, abs=1e-5)
     assert sharp.log_prob(sharp.sample((50,))).isfinite().all()
     with pytest.raises(ValueError, match="temperature and top_p are for classes"):
         Autoregressive((5,), likelihood=Mixed(KINDS))().tempered(0.5)
