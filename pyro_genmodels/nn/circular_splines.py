@@ -185,7 +185,9 @@ class CircularBase(dist.TorchDistribution):
 
     @constraints.dependent_property(is_discrete=False, event_dim=0)
     def support(self) -> constraints.Constraint:
-        return Circular() if self.angles.all() else constraints.real
+        if self.angles.all():
+            return Circular()
+        raise NotImplementedError("The coordinates of this base lie in different sets: angles on circles, others on lines.")
 
     def log_prob(self, value: Tensor) -> Tensor:
         return torch.where(self.angles, -log(2 * pi), value * value * -0.5 - log(2 * pi) / 2)
