@@ -65,7 +65,7 @@ class Setting:
 SETTINGS = {
     "winequality-red": Setting("-13.18, -9.36, -8.76"),
     "winequality-white": Setting("-13.20, -10.23, -9.67", members=1),
-    "ionosphere": Setting("-41.24, -2.50, -", dropout=0.3, batch_size=50, patience=40, members=1),
+    "ionosphere": Setting("-41.24, -2.50, -", dropout=0.5, batch_size=50, patience=40, members=1),
 }
 
 
