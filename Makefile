@@ -21,7 +21,7 @@ help:
 	@echo "                make test-arviz1: to_arviz under ArviZ 1.x)"
 	@echo "make lint       check style; make types: check types"
 	@echo "make docs       make the documentation in docs/_build/html/"
-	@echo "make tutorials  execute the tutorials again, in about a quarter of an hour, and save their output"
+	@echo "make tutorials  execute the tutorials again, in about twenty minutes, and save their output"
 	@echo "make bench      measure speed against Pyro, NumPyro and others, in about 25 minutes (make bench BENCH='--only vae': a part)"
 	@echo "make clean      remove $(VENV)/, $(VENV_ARVIZ1)/, $(VENV_PEERS)/, $(OUT)/ and caches"
 
