@@ -190,7 +190,7 @@ def standard(family):
 
 @rows()
 def test_standardisation_is_of_the_first_data_and_stays(case):
-    family, batch = case.build(), case.batch(50)
+    family, batch = case.build(), case.batch(51)  # so that no share of ones is a half
     if not family._standardize:
         return
     family.eval().model(*batch)
@@ -206,7 +206,7 @@ def test_standardisation_is_of_the_first_data_and_stays(case):
             y = y[:, ~angles]
         assert_close(y.mean(0), torch.zeros(y.shape[1:]), atol=1e-5, rtol=0)
         assert_close(y.std(0), torch.ones(y.shape[1:]), atol=1e-5, rtol=0)
-    family.model(*case.batch(50))
+    family.model(*case.batch(51))
     assert standard(family).equal(loc)
 
 
@@ -789,7 +789,7 @@ def test_constant_coordinates_and_single_rows_do_not_break_standardisation(case,
         warnings.simplefilter("always")
         family.model(*batch)
         assert torch.tensor(case.objective().loss(family.model, family.guide, *batch)).isfinite()
-    told = [str(w.message) for w in caught]
+    told = {str(w.message) for w in caught if str(w.message).startswith(f"{family.name} ")}  # not of a base with its own units
     columns = len(family.loc) if getattr(getattr(family, "likelihood", None), "is_mixed", False) else 1
     wanted = columns if family._standardize else 0
     assert sum("constant in" in message and "data" in message for message in told) == wanted

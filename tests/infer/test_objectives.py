@@ -61,7 +61,7 @@ class NegativeELBO(Objective):
 FAMILIES = {
     "flow": (small_flow, lambda: torch.randn(6, 2)),
     "autoregressive": (
-        lambda: Autoregressive((3,), likelihood=BernoulliLikelihood(), hidden=(8,)),
+        lambda: Autoregressive((3,), likelihood=BernoulliLikelihood(), hidden=(8,), standardize=False),
         lambda: torch.randint(2, (6, 3)).float(),
     ),
 }
