@@ -92,10 +92,12 @@ class Codebook(nn.Module):
         """Return the codes, integers (...), whose vectors are nearest to vectors e, (..., code_dim)."""
         vectors = self.vectors
         centre = vectors.mean(0)
-        vectors, rows = vectors - centre, (e - centre).reshape(-1, len(centre))
+        vectors, rows = vectors - centre, (e.to(vectors.dtype) - centre).reshape(-1, len(centre))
         half = vectors.square().sum(-1) / 2  # |e - c|^2 / 2 is this, less the product of both, and a constant
         parts = rows.split(max(1, MAX_DISTANCES // len(vectors)))
-        return torch.cat([torch.addmm(half, part, vectors.T, alpha=-1).argmin(-1) for part in parts]).reshape(e.shape[:-1])
+        with torch.autocast(e.device.type, enabled=False):  # which would round products to half precision
+            codes = [torch.addmm(half, part, vectors.T, alpha=-1).argmin(-1) for part in parts]
+        return torch.cat(codes).reshape(e.shape[:-1])
 
     def penalty(self, e: Tensor, c: Tensor) -> Tensor:
         """Return the weighted squared distance of vectors e from their codes' vectors c, (..., code_dim) each, as (...).

@@ -139,6 +139,13 @@ def test_codes_are_the_moving_averages_of_the_vectors_they_stand_for():
     assert_close(vae.codebook.vectors, vectors)
 
 
+def test_autocast_does_not_change_the_nearest_codes():
+    codebook, e = Codebook("Test", 512, 16), torch.randn(2000, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = codebook.nearest(e)
+    assert z.equal(torch.cdist(e.double(), codebook.vectors.double()).argmin(-1))
+
+
 def test_unused_codes_are_moved_to_vectors_that_are_far_from_their_codes():
     codebook = Codebook("Test", 4, 2, decay=0.9, restart=0.5)
     codebook.vectors.copy_(torch.tensor([[0.0, 0.0], [1.0, 0.0], [50.0, 0.0], [0.0, 50.0]]))
