@@ -5,6 +5,8 @@ from __future__ import annotations
 __all__ = ["ByColumn", "support_by_column"]
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,9 +23,6 @@ class ByColumn(constraints.stack):
     Args:
         supports: set of each column.
 
-    Attributes:
-        runs: sets of neighbouring columns that are equal, with the number of these columns.
-
     Example:
         >>> support = ByColumn([constraints.real, constraints.boolean])
         >>> support.check(torch.tensor([[0.5, 1.0], [0.5, 0.5]]))
@@ -35,12 +34,12 @@ class ByColumn(constraints.stack):
 
     def __init__(self, supports: Iterable[constraints.Constraint]) -> None:
         super().__init__(supports, dim=-1)
-        self.runs: list[tuple[constraints.Constraint, int]] = []
-        for each in self.cseq:
-            if self.runs and _key(self.runs[-1][0]) == _key(each):
-                self.runs[-1] = (self.runs[-1][0], self.runs[-1][1] + 1)
-            else:
-                self.runs.append((each, 1))
+
+    @cached_property
+    def runs(self) -> list[tuple[constraints.Constraint, int]]:
+        """Sets of neighbouring columns that are equal, with the number of these columns."""
+        runs = (list(run) for _, run in groupby(self.cseq, _key))
+        return [(run[0], len(run)) for run in runs]
 
     def check(self, value: Tensor) -> Tensor:
         """Return True for each coordinate that lies in the set of its column, (..., d)."""
