@@ -145,7 +145,8 @@ class Flow(ContinuousFamily):
     def _units_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.angles is None:
             return super()._units_of(x)
-        loc, scale = super()._units_of(torch.where(self.angles, from_mean_direction(x), x))
+        centred = torch.where(self.angles, from_mean_direction(x), x)  # so that the cut of a circle makes no outliers
+        loc, scale = super()._units_of(centred)
         return torch.where(self.angles, 0.0, loc), torch.where(self.angles, 1.0, scale)
 
 

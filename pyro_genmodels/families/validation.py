@@ -17,6 +17,9 @@ from pyro_genmodels.utils.distributions import is_real
 from pyro_genmodels.utils.supports import ByColumn, support_by_column
 from pyro_genmodels.utils.tensors import all_finite
 
+IF_NO_ANGLE = "Bring angles into the range by torch.remainder(angle + pi, 2 * pi) - pi, degrees by torch.deg2rad before."
+"""Advice about numbers that are no angles."""
+
 
 def check_constructor(kind: str, event_shape: Any, support: Any, *, angles: bool = False) -> constraints.Constraint:
     """Check the shape of one datum and the set in which its coordinates lie.
@@ -142,7 +145,7 @@ def check_values(
         values = f"the value {low:g}" if low == high else f"values from {low:g} to {high:g}"
         raise ValueError(
             f"{owner} was given data outside its support {support}: {values} in {int((~inside).sum())} places. "
-            f"{if_outside or 'Rescale the data or widen the support.'}"
+            f"{if_outside or (IF_NO_ANGLE if isinstance(support, Circular) else 'Rescale the data or widen the support.')}"
         )
 
 

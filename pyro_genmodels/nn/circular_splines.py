@@ -34,15 +34,20 @@ from pyro_genmodels.nn.zuko_layers import zuko
 class Circular(constraints.half_open_interval):
     r"""The set of angles in :math:`[-\pi, \pi)`, whose ends are one point.
 
-    For samplers and guides, which want real numbers, it is mapped like the interval.
+    So :math:`\pi` is in the set too, as `torch.atan2` returns it. For samplers and guides, which want real numbers, the set is
+    mapped like the interval.
 
     Example:
-        >>> Circular(), Circular().check(torch.tensor([-3.1, 3.2]))
-        (circular, tensor([ True, False]))
+        >>> Circular(), Circular().check(torch.tensor([-3.1, pi, 3.2]))
+        (circular, tensor([ True,  True, False]))
     """
 
     def __init__(self) -> None:
         super().__init__(-pi, pi)
+
+    def check(self, value: Tensor) -> Tensor:
+        """Return True for each number that is an angle of the set, (...)."""
+        return (self.lower_bound <= value) & (value <= self.upper_bound)
 
     def __repr__(self) -> str:
         return "circular"

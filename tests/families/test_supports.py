@@ -258,7 +258,7 @@ def test_other_units_give_the_same_flow():
 @pytest.mark.parametrize(
     ("column", "value", "words"),
     [
-        (0, 3.2, ["in column 0", "outside its support circular"]),
+        (0, 3.2, ["in column 0", "outside its support circular", r"torch\.remainder\(angle \+ pi, 2 \* pi\) - pi"]),
         (1, 1.5, ["in column 1", "outside its support Interval.*upper_bound=1.0"]),
         (1, 1.0, ["in column 1", "1 values at an end of its support Interval"]),
         (2, -1.0, ["in column 2", "outside its support GreaterThan.*lower_bound=0.0"]),
@@ -271,11 +271,14 @@ def test_a_value_outside_is_refused_by_its_column_and_bound(column, value, words
         Flow((3,), support=MIXED).model(x)
 
 
-def test_the_lower_end_of_a_circle_is_an_angle():
-    x = torch.tensor([[-pi, 0.5, 0.5]])
-    family = Flow((3,), support=MIXED)
-    family.validate(x)
-    assert family().log_prob(x).isfinite()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_ends_of_a_circle_are_one_angle(dtype):
+    """The upper end is what `atan2` returns for a negative number."""
+    end = torch.atan2(torch.zeros((), dtype=dtype), -torch.ones((), dtype=dtype))
+    low, high = (torch.stack([a, a.new_tensor(0.5), a.new_tensor(0.5)])[None] for a in (-end, end))
+    family = perturb(Flow((3,), support=MIXED, transform=NSF(**SMALL)).to(dtype), 0.3).eval()
+    family.validate(high)
+    assert_close(family().log_prob(high), family().log_prob(low), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", [ODEFlow, Diffusion, EnergyModel, GAN, VAE, Autoregressive])
@@ -325,6 +328,14 @@ def test_torchs_joined_supports_are_one_for_each_column():
     assert support_by_column(by_column(POSITIVE, constraints.greater_than(0.0)), (2,)) is POSITIVE
     assert support_by_column(by_column(REAL, REAL), (4, 2)) is REAL
     assert support_by_column(UNIT, (3,)) is UNIT
+
+
+def test_neighbouring_columns_of_one_set_are_checked_together():
+    support = ByColumn([POSITIVE, constraints.greater_than(0.0), REAL, UNIT, UNIT, POSITIVE])
+    wanted = [(POSITIVE, 2), (REAL, 1), (UNIT, 2), (POSITIVE, 1)]
+    assert [(str(each), n) for each, n in support.runs] == [(str(each), n) for each, n in wanted]
+    x = torch.tensor([[1.0, -1.0, -1.0, 0.5, 2.0, 3.0]])
+    assert support.check(x).tolist() == [[True, False, True, True, False, True]]
 
 
 def test_columns_are_mapped_like_each_of_them():
