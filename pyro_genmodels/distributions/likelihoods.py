@@ -9,7 +9,7 @@ r"""Likelihoods: the distribution of one coordinate of the data, given the outpu
 - Positive numbers, counts and proportions have a likelihood with a scale: outputs and features are deviations of a logarithm
   (`pyro_genmodels.distributions.scaled_likelihoods`). The family measures its mean and deviation, and the likelihood is one of
   the data themselves.
-- Zeros and ones have their logit measured from that of their share of ones.
+- Zeros and ones have a logit that is measured as a difference from the logit of the share of ones in the data.
 
 `Mixed` (`pyro_genmodels.distributions.mixed`) has one likelihood for each column of a table.
 """
@@ -240,7 +240,7 @@ class BernoulliLikelihood(MeasuredLikelihood):
 
     def units(self, x: Tensor, estimate: Estimate) -> tuple[Tensor, Tensor]:
         """Return the logit of the share of ones, as of half a one and half a zero more, so that it is finite; and 1."""
-        share = (x.double().sum(0) + 0.5) / (len(x) + 1)
+        share = (x.sum(0, dtype=torch.float64) + 0.5) / (len(x) + 1)
         return share.logit(), torch.ones_like(share)
 
     def encode(self, x: Tensor) -> Tensor:
