@@ -47,9 +47,9 @@ class Autoregressive(CoordinateFamily):
             begins with the known coordinates.
         hidden: widths of the hidden layers of the masked network; by default (256, 256).
         dropout: rate at which hidden units of the masked network are dropped in training.
-        direct: True to connect inputs of the masked network to the outputs after them without hidden units between, too, as
-            *MADE* does (arXiv 1502.03509). It learns faster, and reaches more from many coordinates: on binarized MNIST the
-            same hidden layer has 5 nats less.
+        direct: True to connect inputs of the masked network also directly to the outputs after them, without hidden units in
+            between, as *MADE* does (arXiv 1502.03509). It learns faster, and is better for many coordinates: the negative
+            log-likelihood of binarized MNIST is 5 nats lower with the same hidden layer.
         end: end symbol of sequences of any length up to that of the event: after the first one, an event holds end symbols
             only, which have probability 1. Only with a discrete likelihood, for events (length,) in the order 0, 1, 2, ...
         support: set in which one coordinate lies; only with likelihoods of real numbers.

@@ -84,7 +84,7 @@ class MADE(nn.Module):
         context: length of the context vector, on which every unit may depend.
         hidden: widths of the hidden layers.
         dropout: rate at which hidden units are dropped in training.
-        direct: True to connect inputs to the outputs after them without hidden units between, too. These weights begin at 0.
+        direct: True to connect inputs also directly to the outputs after them. These weights begin at 0.
         activation: constructor of the nonlinearity.
     """
 

@@ -22,9 +22,9 @@ from pyro_genmodels.training.base_step import Step, mean_loss
 from pyro_genmodels.training.batches import Batches
 from pyro_genmodels.training.gradients import automatic_mode, is_well_known, warn_of_stale_graph
 
-ENOUGH_SAMPLES = 900
-"""Number of samples that make the distance from held-out data depend little on chance."""
-MOST_PASSES = 10
+MIN_SAMPLES = 900
+"""Number of samples from which on the distance from held-out data depends little on chance."""
+MAX_PASSES = 10
 """Largest number of passes over the held-out rows in which they are drawn."""
 
 
@@ -146,7 +146,7 @@ class AdversarialStep(Step):
         runs = [(batch.args, self._kwargs(batch, held_out.rows), batch.rows) for batch in held_out.in_order()]
         if not self._compares_samples:
             return mean_loss([(trainer.evaluate_loss(*args, **kwargs)["generator"], rows) for args, kwargs, rows in runs])
-        passes = min(ceil(ENOUGH_SAMPLES / sum(rows for *_, rows in runs)), MOST_PASSES)
+        passes = min(ceil(MIN_SAMPLES / sum(rows for *_, rows in runs)), MAX_PASSES)
         drawn = [
             draw_observations(trainer.model, args, kwargs, rounded=True) for _ in range(passes) for args, kwargs, _ in runs
         ]
