@@ -162,9 +162,11 @@ def with_columns(values: Any, names: Sequence[str], owner: str) -> Any:
     if not (hasattr(values, "columns") and hasattr(values, "to_numpy")):
         return values
     found = list(map(str, values.columns))
-    if found == list(names) or found == list(map(str, range(len(names)))):
+    if found == list(names):
         return values
     if sorted(found) != sorted(names):
+        if found == list(map(str, range(len(names)))):
+            return values
         raise ValueError(f"{owner} wants a data frame with the columns {listed(names)}, but found {listed(found)}.")
     return values[[values.columns[found.index(name)] for name in names]]
 

@@ -29,6 +29,7 @@ from pyro_genmodels import (
     train,
 )
 from pyro_genmodels.datasets import read_table
+from pyro_genmodels.distributions.scaled_likelihoods import PreciseBeta, PreciseGamma
 from pyro_genmodels.evaluation import diagnose_vae, impute
 from pyro_genmodels.families import (
     BetaLikelihood,
@@ -151,6 +152,38 @@ def test_networks_of_zero_have_the_shares_of_ones_in_the_data(likelihood, standa
     wanted = torch.where(outcomes(2, 3) == 1, share, 1 - share).log().sum(1)
     assert_close(made().log_prob(outcomes(2, 3).float()), wanted)
     assert_close(vae.decode(torch.zeros(8, 8)).log_prob(outcomes(2, 3).float()), wanted)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "loc", "scale", "teacher"),
+    [
+        (BetaLikelihood(), log(1e-9), 0.1, stats.gamma(100, scale=1e-11)),  # the limits of these have errors of 1e-8
+        (BetaLikelihood(), log(1e-12), 0.1, stats.gamma(100, scale=1e-14)),
+        (BetaLikelihood(), 0.0, 4e-8, stats.norm(0.5, 1e-8)),
+        (GammaLikelihood(), log(1e6), 1e-8, stats.norm(1e6, 1e-2)),
+    ],
+    ids=["nanometres", "picometres", "all near one half", "all near a million"],
+)
+def test_densities_of_large_concentrations_keep_their_digits(likelihood, loc, scale, teacher):
+    units = (torch.tensor(v, dtype=torch.float64) for v in (loc, scale))
+    measured = likelihood.in_units(*units)(torch.zeros(2, dtype=torch.float64))
+    x = teacher.ppf([0.001, 0.3, 0.5, 0.9, 0.999])
+    found = measured.log_prob(torch.from_numpy(x))
+    assert_close(found, torch.from_numpy(teacher.logpdf(x)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.01, 3.0), (1.0, 1.0), (9.99, 10.01), (1e4, 0.5), (300.0, 1e5)])
+def test_precise_densities_are_the_usual_ones_with_their_gradients(a, b):
+    x = torch.from_numpy(stats.beta(a, b).ppf([0.1, 0.5, 0.9])).clamp(1e-200, 1 - 1e-12)
+    x = torch.cat([x, torch.tensor([1e-3, 0.25, 0.999])]).requires_grad_()
+    a, b = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (a, b))
+    for precise, usual in ((PreciseBeta, torch.distributions.Beta), (PreciseGamma, torch.distributions.Gamma)):
+        results = []
+        for kind in (precise, usual):
+            log_p = kind(a, b, validate_args=False).log_prob(x)
+            results.append((log_p, *torch.autograd.grad(log_p.sum(), (a, b, x))))
+        for found, wanted in zip(*results, strict=True):
+            assert_close(found, wanted, rtol=1e-8, atol=1e-8)
 
 
 # Units.
@@ -628,6 +661,9 @@ def test_frames_of_other_columns_are_refused_and_numbered_ones_go_by_place():
             with pytest.raises(ValueError, match="wants a data frame with the columns cost, visits, age, but found cost"):
                 use(wrong)
     made.validate(pandas.DataFrame(x.numpy()))
+    swapped = frame.set_axis([1, 0, 2], axis=1)
+    made = perturb(Autoregressive((3,), likelihood=Mixed.of(swapped), hidden=(8,))).eval()
+    assert_close(made().log_prob(swapped[[0, 1, 2]]), made().log_prob(swapped))
     assert Mixed.of(frame, names=["age", "visits", "cost"]).names == ("age", "visits", "cost")
     assert Mixed.of(frame, names=["age", "visits", "cost"]).likelihoods[0] == NormalLikelihood()
     assert Mixed.of(frame, names=["a", "b", "c"]).likelihoods[2] == NormalLikelihood()
