@@ -15,7 +15,7 @@ from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.distributions.learned_noise import LearnedNoise
 from pyro_genmodels.families.family import Family
-from pyro_genmodels.utils.distributions import is_real
+from pyro_genmodels.utils.distributions import coordinate_support, is_real
 from pyro_genmodels.utils.errors import check_positive_int
 
 
@@ -26,11 +26,11 @@ class ContinuousFamily(Family):
         event_shape: shape of one datum.
         levels: number K of levels, for data that are integers 0 .. K - 1; None for real numbers. The distribution is then
             `Dequantized`, and a density is one on (0, K), since mass outside would be that of no integer.
-        support: set in which one coordinate of real numbers lies.
+        support: set in which one coordinate of real numbers lies; with levels, a density is on (0, K).
         kwargs: passed to `Family`.
 
     Raises:
-        ValueError: for fewer than 2 levels, or a support of integers.
+        ValueError: for fewer than 2 levels, a support of integers, or a density of levels with another support than (0, K).
     """
 
     _has_density = True
@@ -45,7 +45,7 @@ class ContinuousFamily(Family):
     ) -> None:
         if levels is not None:
             check_positive_int(type(self).__name__, least=2, levels=levels)
-            support = constraints.interval(0.0, levels) if self._has_density and is_real(support) else support
+            support = _on_levels(type(self).__name__, levels, support) if self._has_density else support
         super().__init__(event_shape, support=support, **kwargs)
         if self.support.is_discrete:
             raise ValueError(
@@ -69,3 +69,18 @@ class ContinuousFamily(Family):
 
     def _as_reals(self, x: Tensor) -> Tensor:
         return x if self.levels is None else x + torch.rand_like(x, dtype=torch.float64)
+
+
+def _on_levels(owner: str, levels: int, support: Any) -> Any:
+    """Return the support of a density of integers 0 .. levels - 1 to which noise in (0, 1) is added.
+
+    Raises:
+        ValueError: if another set of real numbers is wanted.
+    """
+    inner = coordinate_support(support)
+    is_wanted = (getattr(inner, "lower_bound", None), getattr(inner, "upper_bound", None)) == (0, levels)
+    if not (is_real(support) or is_wanted or getattr(inner, "is_discrete", True)):
+        raise ValueError(
+            f"{owner} models levels={levels} by a density on (0, {levels}), but found support={support}. Leave support out."
+        )
+    return constraints.interval(0.0, levels) if is_real(support) else support

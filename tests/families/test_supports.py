@@ -352,6 +352,17 @@ def test_columns_are_mapped_like_each_of_them():
         assert_close(transform.log_abs_det_jacobian(u, x)[..., i], alone.log_abs_det_jacobian(u[..., i], x[..., i]))
 
 
+@pytest.mark.parametrize("family", [Flow, ODEFlow, Diffusion])
+def test_a_density_of_levels_is_on_their_interval(family):
+    """Mass outside would be that of no integer: probabilities of all outcomes would sum to less than 1."""
+    for support in (by_column(REAL, UNIT), by_column(REAL, POSITIVE), POSITIVE, UNIT, constraints.interval(0.0, 4.0)):
+        with refused(r"levels=5 by a density on \(0, 5\), but found support=", "Leave support out"):
+            family((2,), support=support, levels=5)
+    for support in (REAL, constraints.interval(0.0, 5.0)):
+        found = family((2,), support=support, levels=5).support
+        assert (found.lower_bound, found.upper_bound) == (0, 5)
+
+
 # Other families, files, samplers and exports.
 
 LINES = by_column(REAL, POSITIVE, UNIT)
