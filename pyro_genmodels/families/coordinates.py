@@ -18,7 +18,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 from torch.distributions import ComposeTransform, Transform, biject_to, constraints
 
-from pyro_genmodels.distributions.likelihoods import Estimate, Likelihood, check_likelihood, inner_value
+from pyro_genmodels.distributions.likelihoods import BernoulliLikelihood, Estimate, Likelihood, check_likelihood, inner_value
 from pyro_genmodels.families.family import Family
 from pyro_genmodels.families.input_warnings import DATA
 from pyro_genmodels.families.standardization import Standardization, estimate, mean_and_deviation
@@ -46,6 +46,7 @@ class CoordinateFamily(Family):
     """
 
     located: Tensor
+    _version = 2
     if_missing = "Drop or impute these rows first."
     """Advice of the error about values that are NaN."""
 
@@ -78,6 +79,18 @@ class CoordinateFamily(Family):
                 f"standardize={standardize!r} uses one mean and deviation for all coordinates, but the columns of "
                 f'{type(likelihood).__name__} are of different kinds. Use True or "robust".'
             )
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *args: Any) -> None:
+        super()._load_from_state_dict(state, prefix, metadata, *args)
+        if (metadata.get("version") or 1) < 2 and self._is_measured_since_version_2 and not self.standardized:
+            self.standardized.fill_(True)  # parameters that were trained without units want none
+
+    @property
+    def _is_measured_since_version_2(self) -> bool:
+        """True if the family has zeros and ones, whose logits version 1 did not measure, and no other columns with units."""
+        kinds = [kind for _, kind in self.likelihood.groups(self.event_shape)]
+        others = [kind for kind in kinds if not isinstance(kind, BernoulliLikelihood)]
+        return len(others) < len(kinds) and not any(kind.has_scale or kind.is_located for kind in others)
 
     @property
     def measured(self) -> Likelihood:

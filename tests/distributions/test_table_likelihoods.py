@@ -154,6 +154,25 @@ def test_networks_of_zero_have_the_shares_of_ones_in_the_data(likelihood, standa
     assert_close(vae.decode(torch.zeros(8, 8)).log_prob(outcomes(2, 3).float()), wanted)
 
 
+@pytest.mark.parametrize("likelihood", [BITS, Mixed([BITS, BITS, CategoricalLikelihood(2)])], ids=repr)
+def test_parameters_that_were_trained_before_logits_were_measured_keep_their_density(likelihood, tmp_path):
+    x = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    made = perturb(Autoregressive((3,), likelihood=likelihood, hidden=(4,)))
+    wanted = made().log_prob(x)
+    older = made.state_dict()
+    older._metadata[""]["version"] = 1  # as torch counts, for modules that name no version
+    twin = Autoregressive((3,), likelihood=likelihood, hidden=(4,))
+    twin.load_state_dict(older)
+    for family in (twin, checkpoints.load(checkpoints.save(tmp_path / "made", made))):
+        family.train().model(x)
+        assert family().log_prob(x).equal(wanted)
+    twin.standardize(x)
+    assert twin.loc[0] > 1
+    twin.load_state_dict(made.state_dict())
+    twin.model(x)
+    assert twin.loc[0] > 1
+
+
 @pytest.mark.parametrize(
     ("likelihood", "loc", "scale", "teacher"),
     [
