@@ -117,7 +117,7 @@ def log_likelihood(
         found.values,
         found.std_error,
         kind,
-        k if structure.is_sampled or kind in ("exact", structure.kind) else num_samples,
+        k if structure.is_sampled or kind != "estimate" else num_samples,
         log_partitions.single,
         log_partitions.shared_error(len(found.values)),
         pareto_k=found.pareto_k,
