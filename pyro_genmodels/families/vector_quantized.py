@@ -27,7 +27,7 @@ import torch
 from pyro.nn import pyro_method
 from pyro.poutine.messenger import Messenger
 from torch import Size, Tensor, nn
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, constraints, register_kl
 
 from pyro_genmodels._pyro.modules import evaluation_mode
 from pyro_genmodels.distributions.base import GenerativeDistribution
@@ -193,7 +193,7 @@ class VectorQuantizedVAE(DecodedFamily):
         penalty = codebook.penalty(e, c).reshape(*z.shape[: z.dim() - len(self.latent_shape)], -1).sum(-1)
         if self.training and e.requires_grad:  # a loss alone leaves the codebook as it is, its gradient does not
             e.register_hook(lambda _: codebook.update(e.detach(), z))
-        posterior = dist.Delta(z, _gradient_of(penalty), event_dim=len(self.latent_shape))
+        posterior = _Codes(z, _gradient_of(penalty), event_dim=len(self.latent_shape))
         options: Any = {EMBEDDED: c.detach() + _gradient_of(e)}
         with plate:
             return pyro.sample("z", posterior, infer=options)
@@ -247,6 +247,15 @@ class _DecodeCodes:
 
     def __call__(self, z: Tensor, context: Tensor | None) -> dist.TorchDistribution:
         return self.decode(self.codebook(z), context)
+
+
+class _Codes(dist.Delta):
+    """A point mass at codes, whose divergence from the prior has the gradient of its log density, which Pyro's leaves out."""
+
+
+@register_kl(_Codes, dist.Distribution)
+def _divergence_of_codes(p: _Codes, q: Any) -> Tensor:
+    return p.log_density - q.log_prob(p.v)
 
 
 class _Options(Messenger):

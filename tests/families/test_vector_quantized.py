@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import PyroOptim
 from torch import nn
 from torch.testing import assert_close
@@ -86,8 +86,9 @@ def test_the_likelihood_is_the_log_probability_of_the_codes_and_of_the_data_give
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
 @pytest.mark.parametrize("decay", [0.99, None])
-def test_the_gradient_of_the_encoder_is_that_of_the_decoder_and_of_the_commitment(decay):
+def test_the_gradient_of_the_encoder_is_that_of_the_decoder_and_of_the_commitment(decay, elbo):
     vae, x = small(likelihood=NormalLikelihood(scale=0.5), decay=decay, restart=0.0), torch.randn(6, 3)
     vae.standardize(x)
     e, z, c = parts_by_hand(vae, x)
@@ -95,7 +96,7 @@ def test_the_gradient_of_the_encoder_is_that_of_the_decoder_and_of_the_commitmen
     weights = list(vae.encoder.parameters())
     at_code, *of_decoder = torch.autograd.grad(-reconstruction_by_hand(vae, x, c).sum(), [c, *vae.decoder.parameters()])
     by_hand = torch.autograd.grad(e, weights, at_code + 2 * BETA * (e - c).detach())
-    Trace_ELBO().differentiable_loss(vae.model, vae.guide, x).backward()
+    elbo().differentiable_loss(vae.model, vae.guide, x).backward()
     for found, expected in zip([*weights, *vae.decoder.parameters()], [*by_hand, *of_decoder], strict=True):
         assert_close(found.grad, expected)
     if decay is None:  # the codebook loss, and nothing of the decoder
