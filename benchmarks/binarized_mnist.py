@@ -1,7 +1,7 @@
 """Likelihoods of static binarized MNIST: python benchmarks/published.py mnist vae --minutes 60 --data-dir DIR
 
 Each model is trained on the first part of the data with early stopping by the second, until a time is over. An interrupted run
-resumes from its checkpoint. Its value is that of the test images: exact, or a bound of many draws for each.
+resumes from its checkpoint. Masked networks are a command of their own, `binary mnist`. The value is that of the test images: exact, or a bound of many draws for each.
 """
 
 from __future__ import annotations
@@ -71,11 +71,6 @@ class Model:
 
 
 MODELS = {
-    "made": Model(
-        partial(autoregressive, hidden=(2000,), dropout=0.2, direct=True),
-        "MADE, 1 x 2000, direct connections, dropout 0.2",
-        "88.40 (1 x 8000, one mask)",
-    ),
     "vae": Model(vae, "VAE, z 50, 2 x 200, annealed", "89.8", annealed),
     "iwae": Model(vae, "IWAE, k = 50, z 50, 2 x 200", "86.8 to 87.1", partial(ImportanceWeightedELBO, 50)),
     "vae_vamp": Model(partial(vae, prior=VampPrior(500)), "the same VAE, VampPrior of 500", "85.6 to 85.8", annealed),
