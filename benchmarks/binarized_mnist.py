@@ -1,7 +1,8 @@
 """Likelihoods of static binarized MNIST: python benchmarks/published.py mnist vae --minutes 60 --data-dir DIR
 
 Each model is trained on the first part of the data with early stopping by the second, until a time is over. An interrupted run
-resumes from its checkpoint. Masked networks are a command of their own, `binary mnist`. The value is that of the test images: exact, or a bound of many draws for each.
+resumes from its checkpoint. Its value is
+that of the test images: exact, or a bound of many draws for each. Masked networks have a command of their own, `binary mnist`.
 """
 
 from __future__ import annotations
