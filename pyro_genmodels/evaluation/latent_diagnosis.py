@@ -111,15 +111,16 @@ class VAEDiagnosis:
         """Plot the divergence of each coordinate and, of images, reconstructions and traversals.
 
         Raises:
-            ImportError: if matplotlib, of the extra ``plot``, is missing.
+            ImportError: if matplotlib, of the extra ``eval``, is missing.
         """
-        figures = import_extra("matplotlib.figure", extra="plot", by="plot")
+        plt = import_extra("matplotlib.pyplot", extra="eval", by="VAEDiagnosis.plot")
         images = _as_images(self.data) is not None
         grids = {"data, and their reconstructions": torch.cat([self.data, self.reconstructions])} if images else {}
         if images and self.traversals is not None:
             grids["a coordinate in each row, from low to high"] = self.traversals.flatten(0, 1)
-        figure = figures.Figure(figsize=(4 * (1 + len(grids)), 3.6), layout="constrained")
-        axes = figure.subplots(1, 1 + len(grids), squeeze=False)[0]
+        size = (4 * (1 + len(grids)), 3.6)
+        figure, axes = plt.subplots(1, 1 + len(grids), squeeze=False, figsize=size, layout="constrained")
+        axes = axes[0]
         values = torch.cat([kl.flatten() for kl in self.kl.values()]).sort(descending=True).values
         axes[0].bar(range(len(values)), values.cpu().numpy())
         axes[0].set(xlabel="coordinate, by rank", ylabel="divergence (nats)", title=f"rate {self.rate:.1f} nats")

@@ -1,5 +1,6 @@
 """Diagnoses of latent variables, where information, divergence and unused coordinates are known."""
 
+import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -80,8 +81,10 @@ def test_images_are_reconstructed_and_traversed_and_plotted(context):
     assert found.reconstructions.shape == (8, 1, 4, 4)
     assert found.traversals.shape == (3, 9, 1, 4, 4)
     assert (found.traversals[:, 4] - found.traversals[0, 4]).abs().max() < 1  # probabilities
-    assert len(found.plot().axes) == 3
+    assert len((figure := found.plot()).axes) == 3
+    assert plt.fignum_exists(figure.number)  # plt.show() shows it
     assert len(diagnose_vae((vae.model, vae.guide), x, *args).plot().axes) == 2
+    plt.close("all")
 
 
 def test_contexts_by_name_are_traversed_as_those_by_position():

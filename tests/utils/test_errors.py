@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import tomllib
 import warnings
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
@@ -95,6 +96,15 @@ def test_a_choice_is_checked_and_defaults():
 def test_a_missing_library_is_named_as_the_registry_names_it():
     with pytest.raises(ImportError, match=r"A plan needs POT: pip install 'pyro-genmodels\[plots\]'\.$"):
         import_extra("ot.nothing_of_this_name", extra="plots", by="A plan")
+
+
+def test_every_extra_that_an_error_names_can_be_installed():
+    root = Path(__file__).parents[2]
+    known = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    sources = [path.read_text() for path in (root / "pyro_genmodels").rglob("*.py")]
+    named = {name for source in sources for name in re.findall(r'extra="(\w+)"', source)}
+    assert named
+    assert named <= set(known)
 
 
 @pytest.mark.parametrize(
