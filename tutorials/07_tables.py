@@ -174,10 +174,12 @@ for k in (1, 10, 100) if SMOKE else (1, 10, 1000):
 diagnosis = diagnose_vae(vae, table)
 print(diagnosis)
 diagnosis.plot()
+plt.show()
 
 # %% [markdown]
-# One of the four is active. The others are left at the prior and do nothing, so it costs little to have too many. The table
-# was made from one number indeed, and the active unit is that number, up to a bend:
+# One of the four is active. The others are left at the prior and do nothing, so it costs little to have too many. (Information
+# and distance are estimates, so that a distance of nearly 0 can come out negative.) The table was made from one number indeed,
+# and the active unit is that number, up to a bend:
 
 # %%
 with torch.no_grad():
