@@ -409,6 +409,12 @@ def test_missing_values_want_a_likelihood_for_each_column():
         VAE((3,), support=LINES, missing=True)
 
 
+@pytest.mark.parametrize("family", [VAE, Autoregressive])
+def test_columns_of_integers_want_a_likelihood_of_their_own(family):
+    with refused("is a likelihood of real numbers", "Leave support out", r"Mixed\(\[...\]\) for columns of different kinds"):
+        family((2,), support=by_column(REAL, constraints.boolean))
+
+
 @pytest.mark.parametrize(
     "support",
     [
