@@ -278,10 +278,14 @@ class RunCheckpoint:
 
 
 def _differences(saved: Any, found: Any, name: str = "") -> Iterator[str]:
-    """Yield a text for each place where two values of JSON differ."""
+    """Yield a text for each place where two values of JSON differ.
+
+    An option that was not saved, as by a version without it, was off: None or False.
+    """
     if isinstance(saved, dict) and isinstance(found, dict):
         for key in dict.fromkeys([*saved, *found]):
-            yield from _differences(saved.get(key), found.get(key), f"{name} {key}".lstrip())
+            if key in saved or found[key] is not False:
+                yield from _differences(saved.get(key), found.get(key), f"{name} {key}".lstrip())
     elif isinstance(saved, list) and isinstance(found, list) and len(saved) == len(found) and _holds_groups([*saved, *found]):
         for a, b in zip(saved, found, strict=True):
             yield from _differences(a, b, name)

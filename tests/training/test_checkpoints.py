@@ -1168,6 +1168,22 @@ def test_a_run_of_before_0_2_says_so(path):
         fit_run(path, 2, resume=True)
 
 
+def test_a_run_is_resumed_by_a_version_with_another_option_unless_it_is_used(path):
+    def run(*, direct, epochs, resume):
+        made = Autoregressive((2,), hidden=(4,), direct=direct)
+        train(made, X, epochs=epochs, checkpoint=Checkpoint(path, resume=resume), progress=False)
+
+    run(direct=False, epochs=1, resume=False)
+    tensors, record = checkpoints.read(path.with_name("family.training"))
+    for part in (record, record["run"]["settings"]["fit"]):
+        part.get("arguments", {}).pop("direct", None)
+    checkpoints.write(path.with_name("family.training"), tensors, record, readable=False)
+    with pytest.raises(ValueError, match="fit arguments direct was null and is true"):
+        run(direct=True, epochs=2, resume=True)
+    run(direct=False, epochs=2, resume=True)
+    assert len(history_of(path)) == 2
+
+
 def test_a_refused_resume_changes_nothing(path):
     def flow():
         pyro.set_rng_seed(0)
