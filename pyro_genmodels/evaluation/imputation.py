@@ -40,7 +40,8 @@ def impute(
 ) -> Tensor:
     """Draw the missing values of rows, given their known ones.
 
-    The fit's modules run in evaluation mode, and their mode is restored afterwards.
+    The fit's modules run in evaluation mode, and their mode is restored afterwards. A guide without random draws, as that of
+    `VectorQuantizedVAE`, gives each row one value of its latent variables, so that completed tables differ too little.
 
     Args:
         fit: family, `SVI`, or pair (model, guide), with a likelihood that leaves missing values out, such as
