@@ -8,7 +8,6 @@ import subprocess
 import sys
 import warnings
 from functools import partial
-from math import pi
 
 import numpy as np
 import pyro
@@ -495,14 +494,13 @@ def test_values_off_the_levels_are_refused(case):
         (lambda: Flow((2,), support=UNIT, transform=MAF(**SMALL)), torch.tensor([[0.5, 1.5]])),
         (lambda: Flow((2,), support=constraints.positive, transform=MAF(**SMALL)), torch.tensor([[0.5, -1.5]])),
         (lambda: Flow((2,), transform=NCSF(**SMALL)), torch.tensor([[0.5, 3.5]])),
-        (lambda: Flow((2,), transform=NCSF(**SMALL)), torch.tensor([[0.5, pi]])),
         (lambda: Autoregressive((2,), support=UNIT), torch.tensor([[0.5, 1.5]])),
         (lambda: VAE((2,), support=UNIT), torch.tensor([[0.5, 1.5]])),
     ],
-    ids=["interval", "positive", "angles", "the end of the circle", "Autoregressive", "VAE"],
+    ids=["interval", "positive", "angles", "Autoregressive", "VAE"],
 )
 def test_values_outside_the_support_are_refused(build, x):
-    with refused(ValueError, "outside its support", "in 1 places", "Rescale"):
+    with refused(ValueError, "outside its support", "in 1 places", "Rescale|Bring angles into the range"):
         build().model(x)
 
 
