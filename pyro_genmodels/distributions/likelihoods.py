@@ -90,9 +90,9 @@ class Likelihood(ABC):
         if is_real(self.support):
             if getattr(support, "is_discrete", False):
                 raise ValueError(
-                    f"{type(self).__name__} is a likelihood of real numbers, but found support={support}. Leave support out, and "
-                    "use BernoulliLikelihood(), CategoricalLikelihood(k) or PoissonLikelihood(), or Mixed([...]) for columns of "
-                    "different kinds."
+                    f"{type(self).__name__} is a likelihood of real numbers, but found support={support}. Use "
+                    "BernoulliLikelihood(), CategoricalLikelihood(k) or PoissonLikelihood(), or Mixed([...]) for columns of "
+                    "different kinds, and leave support out."
                 )
             return support
         if not is_real(support):
