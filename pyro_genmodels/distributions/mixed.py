@@ -194,8 +194,8 @@ class Mixed(Likelihood):
         table = as_tensor(x, "Mixed.of")
         if table.dim() != 2 or not table.numel():
             raise ValueError(f"Mixed.of wants a table of shape (rows, columns), but found {tuple(table.shape)}.")
-        keys: Sequence[Any] = range(table.shape[1]) if names is None else list(names)
-        kinds = dict(kinds or {})
+        keys: Sequence[Any] = range(table.shape[1]) if names is None else [str(name) for name in names]
+        kinds = {key if names is None else str(key): kind for key, kind in (kinds or {}).items()}  # frames may name by numbers
         for key in kinds:
             if key not in keys:
                 raise unknown_name("column", str(key), map(str, keys))

@@ -682,6 +682,7 @@ def test_frames_of_other_columns_are_refused_and_numbered_ones_go_by_place():
     made.validate(pandas.DataFrame(x.numpy()))
     swapped = frame.set_axis([1, 0, 2], axis=1)
     made = perturb(Autoregressive((3,), likelihood=Mixed.of(swapped), hidden=(8,))).eval()
+    assert Mixed.of(swapped, kinds={0: StudentTLikelihood()}).likelihoods[1] == StudentTLikelihood()
     assert_close(made().log_prob(swapped[[0, 1, 2]]), made().log_prob(swapped))
     assert Mixed.of(frame, names=["age", "visits", "cost"]).names == ("age", "visits", "cost")
     assert Mixed.of(frame, names=["age", "visits", "cost"]).likelihoods[0] == NormalLikelihood()
