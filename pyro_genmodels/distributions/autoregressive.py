@@ -83,6 +83,9 @@ class Autoregression(GenerativeDistribution):
         features = likelihood.encode(likelihood.cast(x, self.conditionals.dtype)).to(self.conditionals.dtype)
         return F.pad(features, (0, unused)) if (unused := self.likelihood.num_inputs - features.shape[-1]) else features
 
+    def _rounded(self, y: Tensor) -> Tensor:
+        return y if self.likelihood.has_scale else super()._rounded(y)  # which computes in doubles, or rounds them itself
+
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
         return self._log_prob_in(self.order, y, context)
 

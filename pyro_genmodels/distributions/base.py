@@ -131,11 +131,14 @@ class GenerativeDistribution(Capabilities, TorchDistribution):
         if self.pretransform is not None:
             x, y = y, self.pretransform(y)
             log_det = self.pretransform.log_abs_det_jacobian(x, y)
-        if y.is_floating_point() and (dtype := self._network_dtype) is not None:
-            y = y.to(dtype)
+        y = self._rounded(y)
         if isinstance(log_det, Tensor):
-            log_det = log_det.to(y.dtype)
+            log_det = log_det.to(self._network_dtype or y.dtype)
         return y, self._context_at(shape), log_det
+
+    def _rounded(self, y: Tensor) -> Tensor:
+        """Return a value in the network's space, if it holds floats, in the type of the network."""
+        return y if (dtype := self._network_dtype) is None or not y.is_floating_point() else y.to(dtype)
 
     def _common_batch_shape(self, value: Tensor) -> Size:
         """Return the batch shape of a value (batch..., *event_shape), broadcast with that of the distribution."""

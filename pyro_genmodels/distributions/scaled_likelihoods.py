@@ -182,6 +182,10 @@ class ScaledLikelihood(MeasuredLikelihood):
     def units(self, x: Tensor, estimate: Estimate) -> tuple[Tensor, Tensor]:
         return estimate(self.link(in_doubles(x)))
 
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return x unchanged if it holds floats, since features and densities are computed in double precision."""
+        return x if x.is_floating_point() else x.to(dtype)
+
     def encode(self, x: Tensor) -> Tensor:
         y = (self.link(in_doubles(x)) - self.loc) / self.scale
         return y.to(x.dtype if x.is_floating_point() else torch.get_default_dtype()).unsqueeze(-1)

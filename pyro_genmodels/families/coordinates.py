@@ -107,7 +107,7 @@ class CoordinateFamily(Family):
         parts = [self._to_reals()] if self._is_mapped else []
         if self._standardize and self._any_located:
             loc, scale = self._location()
-            parts.append(Standardization(loc, scale, self._check_of_data()))
+            parts.append(Standardization(loc, scale, self._check_of_data(), rounded=self._all_located))
         return ComposeTransform(parts) if len(parts) > 1 else parts[0] if parts else None
 
     def _location(self) -> tuple[Tensor, Tensor]:
@@ -121,7 +121,7 @@ class CoordinateFamily(Family):
         """The pretransform, as a bijection of single coordinates."""
         parts: list[Transform] = [biject_to(self.support).inv] if self._is_mapped else []
         if self._standardize and self._any_located:
-            parts.append(Standardization(*self._location(), self._check_of_data(), event_dim=0))
+            parts.append(Standardization(*self._location(), self._check_of_data(), event_dim=0, rounded=self._all_located))
         return ComposeTransform(parts) if len(parts) > 1 else parts[0] if parts else None
 
     def _check_of_data(self) -> Callable[[Tensor], None] | None:

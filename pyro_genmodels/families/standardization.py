@@ -43,15 +43,18 @@ class Standardization(Transform):
         scale: deviation, (*event_shape).
         check: function that is called with each standardised value, or None.
         event_dim: number of dimensions of an event, by default those of `loc`; 0 for a bijection of single coordinates.
+        rounded: False to leave standardised values in the precision of the data, if that is higher.
     """
 
     bijective = True
     sign = +1
     is_affine = True
 
-    def __init__(self, loc: Tensor, scale: Tensor, check: Any = None, *, event_dim: int | None = None) -> None:
+    def __init__(
+        self, loc: Tensor, scale: Tensor, check: Any = None, *, event_dim: int | None = None, rounded: bool = True
+    ) -> None:
         super().__init__()
-        self.loc, self.scale, self.check = loc, scale, check
+        self.loc, self.scale, self.check, self.rounded = loc, scale, check, rounded
         self.dims = loc.dim() if event_dim is None else event_dim
 
     @constraints.dependent_property(is_discrete=False)
@@ -65,7 +68,8 @@ class Standardization(Transform):
         return self.domain
 
     def _call(self, x: Tensor) -> Tensor:
-        y = ((x - self.loc) / self.scale).to(self.loc.dtype)
+        y = (x - self.loc) / self.scale
+        y = y.to(self.loc.dtype) if self.rounded else y
         if self.check is not None:
             self.check(y)
         return y
