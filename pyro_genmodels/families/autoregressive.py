@@ -47,8 +47,8 @@ class Autoregressive(CoordinateFamily):
             begins with the known coordinates.
         hidden: widths of the hidden layers of the masked network; by default (256, 256).
         dropout: rate at which hidden units of the masked network are dropped in training.
-        direct: True for weights from inputs of the masked network to the outputs after them too, as in *MADE* (arXiv 1502.03509).
-            They help most with many coordinates: on binarized MNIST they are worth 4 nats to one hidden layer of 2,000 units.
+        direct: True for weights from inputs of the masked network to the outputs after them too (*MADE*, arXiv 1502.03509).
+            They help most with many coordinates: on binarized MNIST they are worth 4 nats to a hidden layer of 2,000 units.
         end: end symbol of sequences of any length up to that of the event: after the first one, an event holds end symbols
             only, which have probability 1. Only with a discrete likelihood, for events (length,) in the order 0, 1, 2, ...
         support: set in which one coordinate lies; only with likelihoods of real numbers.
