@@ -24,6 +24,7 @@ __all__ = [
 import hashlib
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,7 +42,10 @@ from pyro_genmodels.utils.files import MAX_BYTES, atomic_write, check_size
 FORMAT = 1
 """Version of the record's format. Files of a newer format are refused."""
 
-RESERVED = frozenset({"format", *ENTRIES}) - {"history"}
+STATE_VERSION = 2
+"""Version of the families' states. Files without one have version 1, in which the logits of zeros and ones are not measured."""
+
+RESERVED = frozenset({"format", "state_version", *ENTRIES}) - {"history"}
 """Names of entries that checkpoints write themselves. A history of your own training may be saved."""
 
 MAX_HEADER_BYTES = 2**24
@@ -121,7 +125,9 @@ def load_state(
         family = rebuild(record, path, state)
     elif record.get("class") not in (None, type(family).__name__):
         raise ValueError(f"{path} holds a {record['class']}, which cannot be loaded into {type_with_article(family)}.")
-    state = family.upgrade_state(state)
+    state = OrderedDict(family.upgrade_state(state))
+    if record.get("state_version") == STATE_VERSION:
+        state._metadata = family.state_dict()._metadata  # type: ignore[attr-defined]
     found, own = _forms(state), _forms(family.state_dict())
     dtypes = {dtype for _, dtype in found.values() if dtype.is_floating_point}
     if len(dtypes) == 1:
@@ -166,7 +172,7 @@ def write(path: str | Path, state: Mapping[str, Tensor], record: Mapping[str, An
     """
     target = tensors_of(path)
     tensors = _apart({name: t.detach().contiguous().cpu() for name, t in state.items()})
-    full = {"format": FORMAT, "pyro_genmodels": __version__, **record}
+    full = {"format": FORMAT, "pyro_genmodels": __version__, "state_version": STATE_VERSION, **record}
     text = json.dumps(full)
     check_record(json.loads(text), "The checkpoint cannot be written")
     with atomic_write(target) as part:
