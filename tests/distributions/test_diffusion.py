@@ -543,6 +543,7 @@ def test_integers_keep_the_choices_of_a_diffusion():
             made.with_sampler(VariationalBound())
 
 
+@pytest.mark.slow
 def test_the_probability_flow_is_pickled_and_its_adjoint_knows_all_that_learns(float64):
     gradients = []
     for adjoint in (False, True):
@@ -573,6 +574,7 @@ def seen(prior, y, scale=0.5):
     pyro.sample("y", dist.Normal(z, scale).to_event(1), obs=y)
 
 
+@pytest.mark.slow
 def test_nuts_over_a_frozen_diffusion_finds_the_posterior():
     """Of the exact score of a Gaussian; the error of NUTS is taken as that of 15 independent draws, and 5 of them."""
     prior, y = gaussian(VariancePreserving(), likelihood=FlowDensity(RK4(5))), torch.tensor([3.0, -3.0])

@@ -56,6 +56,7 @@ def test_a_linear_map_meets_the_closed_form(dims, latent, steps):
     assert "(lower bound, k=32, n=10, with Gaussian observation noise 0.5" in str(found)
 
 
+@pytest.mark.slow
 def test_more_steps_are_tighter_and_it_is_low_on_average():
     fit = Linear(25, 20)
     with torch.no_grad():

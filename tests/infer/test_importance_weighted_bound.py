@@ -225,7 +225,7 @@ def test_a_guide_of_pyro_is_trained_to_the_posterior():
     assert -ImportanceWeightedELBO(100).loss(model, guide) == pytest.approx(evidence.item(), abs=0.1)
 
 
-@pytest.mark.parametrize("gradient", ["plain", "doubly_reparametrised"])
+@pytest.mark.parametrize("gradient", [pytest.param("plain", marks=pytest.mark.slow), "doubly_reparametrised"])
 def test_captured_steps_are_those_of_svi(gradient):
     x, losses = torch.randn(6, 3), []
     for cls, options in ((SVI, {}), (CompiledSVI, {"mode": Captured()})):
