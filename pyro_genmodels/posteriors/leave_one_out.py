@@ -152,8 +152,8 @@ def reloo(
         >>> found = reloo(fit, num_samples=500, seed=0, progress=False)
         >>> found.refitted.nonzero()  # the last row is an outlier
         tensor([[14]])
-        >>> matched = reloo(fit, moment_matching=True, num_samples=500, progress=False)  # without a refit
-        >>> matched.refitted.any(), (matched.pointwise[14] - found.pointwise[14]).abs() < 1.0
+        >>> matched = reloo(fit, moment_matching=True, num_samples=500, seed=0, progress=False)  # without a refit
+        >>> matched.refitted.any(), (matched.pointwise[14] / found.pointwise[14] - 1).abs() < 0.05
         (tensor(False), tensor(True))
     """
     kwargs = joined_keywords(kwargs, model_kwargs)
