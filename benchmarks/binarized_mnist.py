@@ -17,12 +17,12 @@ from typing import Annotated, Any
 import torch
 import typer
 from binary_data import DataDir, binary
+from resumable import resumable
 
 from pyro_genmodels import MAF, NSF, VAE, Autoregressive, BernoulliLikelihood, Flow, log_likelihood, train
 from pyro_genmodels.families import FlowPosterior, PixelCNN, Transformer, VampPrior
 from pyro_genmodels.infer import ImportanceWeightedELBO, KLWeightedELBO, LinearAnnealing
 from pyro_genmodels.infer.compiled.modes import default_mode
-from pyro_genmodels.training import Checkpoint
 
 ANNEALED_STEPS = 20_000
 """Number of steps in which the weight of a divergence rises to 1."""
@@ -120,7 +120,7 @@ def main(
         batch_size=model.batch_size,
         patience=patience,
         ema_decay=0.999,
-        checkpoint=Checkpoint(file, resume=file.with_name(f"{file.name}.training.safetensors").exists()),
+        checkpoint=resumable(file),
         seed=seed,
         mode=default_mode(),
         max_seconds=60 * minutes,

@@ -11,18 +11,16 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import log
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from binary_data import DataDir, binary
+from masked_mixtures import mean_of, mixture_log_prob, train_member
 from torch import Tensor
 
-from pyro_genmodels import Autoregressive, BernoulliLikelihood, CategoricalLikelihood, log_likelihood, train
-from pyro_genmodels.infer.compiled import Captured
-from pyro_genmodels.training import Checkpoint
+from pyro_genmodels import Autoregressive, BernoulliLikelihood, CategoricalLikelihood, log_likelihood
 
 
 @dataclass(frozen=True)
@@ -141,21 +139,9 @@ def fit_member(setting: Setting, parts: dict[str, Tensor], seed: int, file: Path
     )
     if setting.symbols > 1:
         start_at_frequencies(made, x)
-    return train(
-        made,
-        x,
-        valid=parts["valid"],
-        optim=partial(adam, lr=setting.learning_rate, weight_decay=setting.weight_decay),
-        epochs=2000,
-        batch_size=100,
-        patience=setting.patience,
-        ema_decay=setting.ema_decay,
-        checkpoint=Checkpoint(file, resume=file.with_name(f"{file.name}.training.safetensors").exists()),
-        seed=seed,
-        mode=Captured(),
-        max_seconds=max_seconds,
-        progress=False,
-    )
+    optim = partial(adam, lr=setting.learning_rate, weight_decay=setting.weight_decay)
+    options = {"batch_size": 100, "patience": setting.patience, "ema_decay": setting.ema_decay}
+    return train_member(made, x, parts["valid"], file, optim, seed=seed, max_seconds=max_seconds, **options)
 
 
 def as_symbols(x: Tensor, bits: int) -> Tensor:
@@ -186,14 +172,3 @@ def adam(parameters: Iterable[torch.nn.Parameter], *, lr: float, weight_decay: f
     parameters = list(parameters)
     weights, biases = ([p for p in parameters if (p.dim() > 1) == wanted] for wanted in (True, False))
     return torch.optim.AdamW([{"params": weights}, {"params": biases, "weight_decay": 0.0}], lr=lr, weight_decay=weight_decay)
-
-
-def mixture_log_prob(families: Sequence[Any], x: Tensor) -> Tensor:
-    """Return the log density of a mixture of families with equal weights, (N,)."""
-    return torch.stack([log_likelihood(family, x).values for family in families]).logsumexp(0) - log(len(families))
-
-
-def mean_of(values: Tensor) -> str:
-    """Return the mean of values and its standard error, in words."""
-    values = values.double()
-    return f"{values.mean():.3f} ± {values.std() / len(values) ** 0.5:.3f}"

@@ -20,6 +20,7 @@ import pyro
 import torch
 import typer
 from pyro.infer import ELBO
+from resumable import resumable
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
@@ -50,7 +51,7 @@ from pyro_genmodels.evaluation import c2st
 from pyro_genmodels.families import DDIM, Ancestral, EulerMaruyama, Family, Heun, ProbabilityFlow
 from pyro_genmodels.infer import LikelihoodWeighting, LogNormalWeighting
 from pyro_genmodels.optim.averaging import moving_average
-from pyro_genmodels.training import Checkpoint, checkpoints
+from pyro_genmodels.training import checkpoints
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -269,7 +270,7 @@ def images(
         x[:rows],
         objective=DenoisingScoreMatching(weighting=LikelihoodWeighting()),
         epochs=epochs,
-        checkpoint=Checkpoint(out / name, resume=(out / f"{name}.training.safetensors").exists()),
+        checkpoint=resumable(out / name),
         seed=seed,
     )
     trained = fit.history[-1]["seconds"]

@@ -24,6 +24,7 @@ import typer
 from binarized_mnist import main as binarized_mnist
 from binary_data import DataDir, binary
 from binary_sets import main as binary_sets
+from resumable import resumable
 from torch.distributions import constraints
 from uci_density import main as uci_density
 
@@ -41,7 +42,7 @@ from pyro_genmodels import (
 )
 from pyro_genmodels.evaluation import conservative_log_likelihood
 from pyro_genmodels.families import Glow
-from pyro_genmodels.training import Checkpoint, checkpoints
+from pyro_genmodels.training import checkpoints
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -122,7 +123,6 @@ def rbm(
     )
     for stage, (lr, sweeps, ema_decay) in enumerate(STAGES):
         checkpoint = path.with_name(f"{path.name}-{stage}")
-        run = checkpoint.with_name(checkpoint.name + ".training.safetensors")
         fit = train(
             machine,
             x["train"],
@@ -133,7 +133,7 @@ def rbm(
             batch_size=128,
             patience=epochs,
             ema_decay=ema_decay,
-            checkpoint=Checkpoint(checkpoint, resume=run.exists()),
+            checkpoint=resumable(checkpoint),
             seed=seed + stage,
         )
         spent[f"stage {stage}"] = fit.history[-1]["seconds"]
@@ -185,21 +185,19 @@ def mnist_flow(
     transform = Glow(levels=2, steps=steps, channels=channels)
     flow = Flow((1, 28, 28), transform=transform, levels=256, dequantization=noise, name="mnist").to(device)
     file = out / f"mnist-flow-{steps}-{channels}{'-variational' if variational else ''}-{len(x)}-{seed}"
-    run, history, epoch_seconds = file.with_name(f"{file.name}.training.safetensors"), [], 0.0
-    while not history or history[-1]["seconds"] + epoch_seconds / 2 < 60 * minutes:
-        history = train(
-            flow,
-            x,
-            valid=valid,
-            optim=partial(torch.optim.Adam, lr=learning_rate),
-            epochs=len(history) + 1,
-            batch_size=128,
-            patience=1000,
-            ema_decay=0.999,
-            checkpoint=Checkpoint(file, resume=run.exists()),
-            seed=seed,
-        ).history
-        epoch_seconds = history[-1]["seconds"] / len(history)
+    history = train(
+        flow,
+        x,
+        valid=valid,
+        optim=partial(torch.optim.Adam, lr=learning_rate),
+        epochs=100_000,
+        batch_size=128,
+        patience=1000,
+        ema_decay=0.999,
+        checkpoint=resumable(file),
+        seed=seed,
+        max_seconds=60 * minutes,
+    ).history
     bits, added = 784 * log(2), "learned" if variational else "uniform"
     likelihood = log_likelihood(flow, test, num_samples=1, batch_size=1000)
     curve = ", ".join(f"{record['epoch']}: {record['valid'] / bits:.3f}" for record in history)

@@ -21,12 +21,10 @@ import numpy as np
 import torch
 import typer
 from binary_data import DataDir
-from binary_sets import mean_of, mixture_log_prob
+from masked_mixtures import mean_of, mixture_log_prob, train_member
 from torch import Tensor
 
-from pyro_genmodels import Autoregressive, NormalLikelihood, train
-from pyro_genmodels.infer.compiled import Captured
-from pyro_genmodels.training import Checkpoint
+from pyro_genmodels import Autoregressive, NormalLikelihood
 
 FOLDS = 10
 DISCRETE_VALUES = 10
@@ -152,18 +150,6 @@ def fit_member(setting: Setting, x: Tensor, validation: Tensor, seed: int, file:
         standardize=False,
         name="member",
     )
-    return train(
-        made,
-        x,
-        valid=validation,
-        optim=partial(torch.optim.Adam, lr=5e-3),
-        epochs=2000,
-        batch_size=setting.batch_size,
-        patience=setting.patience,
-        ema_decay=0.99,
-        checkpoint=Checkpoint(file, resume=file.with_name(f"{file.name}.training.safetensors").exists()),
-        seed=seed,
-        mode=Captured(),
-        max_seconds=max_seconds,
-        progress=False,
-    )
+    optim = partial(torch.optim.Adam, lr=5e-3)
+    options = {"batch_size": setting.batch_size, "patience": setting.patience, "ema_decay": 0.99}
+    return train_member(made, x, validation, file, optim, seed=seed, max_seconds=max_seconds, **options)
