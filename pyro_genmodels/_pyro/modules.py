@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["evaluation_mode", "reachable_modules"]
+__all__ = ["evaluation_mode", "reachable_modules", "with_versions"]
 
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -14,7 +14,7 @@ from typing import Any
 
 from pyro.distributions import ConditionalDistribution, ConditionalTransform
 from pyro.poutine.messenger import Messenger
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
 _LIBRARIES = sys.stdlib_module_names | {"numpy", "pyro", "torch", "pytest", "_pytest", "pluggy"}
@@ -127,3 +127,11 @@ def _is_library(part: Any) -> bool:
     name = part.__name__ if isinstance(part, ModuleType) else part.__module__
     package = (name or "").split(".")[0]
     return package in _LIBRARIES or (package == _THIS_PACKAGE and not isinstance(part, type))
+
+
+def with_versions(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Return a state that says it is of the present versions of a module and its parts, as `module.state_dict()` does."""
+    marked: Any = OrderedDict(state)
+    marked._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
+    found: dict[str, Tensor] = marked
+    return found

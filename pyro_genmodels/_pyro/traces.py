@@ -15,8 +15,8 @@ __all__ = [
     "as_pair",
     "data_plates",
     "downstream_log_ratio",
+    "has_single_values",
     "holding",
-    "is_deterministic",
     "is_family",
     "latents",
     "log_prob",
@@ -244,22 +244,25 @@ def point_masses(model_trace: Trace, guide_trace: Trace, run_again: Callable[[],
         is_mass = isinstance(fn, Delta) and not torch.as_tensor(fn.log_density).any()
         if is_mass and not (name in model_trace.nodes and _has_masses(model_trace.nodes[name]["fn"])):
             found[name] = guide_trace.nodes[name]["value"]
-    again: Any = run_again() if found else guide_trace
-    return [name for name, value in found.items() if value.equal(again.nodes[name]["value"])]
+    return _repeated(found, run_again)
 
 
-def is_deterministic(guide_trace: Trace, run_again: Callable[[], Trace]) -> bool:
+def has_single_values(guide_trace: Trace, run_again: Callable[[], Trace]) -> bool:
     """Return True if a guide has a single value for every latent variable, as that of a vector-quantised VAE has for codes.
 
     Args:
         guide_trace: trace of the guide.
         run_again: function that runs the guide with the same arguments and rows; it is called only if each has a `Delta`.
     """
-    named: dict[str, Any] = {name: guide_trace.nodes[name] for name in latents(guide_trace)}
-    if not all(isinstance(sites.innermost(site["fn"]), Delta) for site in named.values()):
-        return False
-    again: Any = run_again() if named else guide_trace
-    return all(site["value"].equal(again.nodes[name]["value"]) for name, site in named.items())
+    values: dict[str, Any] = {name: guide_trace.nodes[name]["value"] for name in latents(guide_trace)}
+    are_masses = all(isinstance(sites.innermost(guide_trace.nodes[name]["fn"]), Delta) for name in values)
+    return are_masses and len(_repeated(values, run_again)) == len(values)
+
+
+def _repeated(values: Mapping[str, Tensor], run_again: Callable[[], Trace]) -> list[str]:
+    """Return the names of variables that have the same value in another run, which is made only if there are variables."""
+    again: Any = run_again() if values else None
+    return [name for name, value in values.items() if value.equal(again.nodes[name]["value"])]
 
 
 def _has_masses(fn: Any) -> bool:

@@ -68,6 +68,9 @@ class Likelihood(ABC):
     has_scale: bool = False
     """True if outputs and features are in units that `units` measures and `in_units` sets."""
 
+    units_since: int = 1
+    """Version of a family's state from which on these units are measured."""
+
     if_outside: str = ""
     """Advice about values outside of the support or at its end, for error messages."""
 
@@ -234,6 +237,7 @@ class BernoulliLikelihood(MeasuredLikelihood):
 
     num_outputs = 1
     support = constraints.boolean
+    units_since = 2
     if_outside = "Code the two values as 0 and 1, or use CategoricalLikelihood(k) for more classes."
 
     def __call__(self, params: Tensor) -> dist.TorchDistribution:

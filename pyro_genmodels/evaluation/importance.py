@@ -58,7 +58,7 @@ def structure_of(model: Any, guide: Any, first: RowArguments, log_partitions: Lo
         nesting = traces.max_plate_nesting(model, guide, first.args, first.kwargs)
         run_again = partial(traces.trace_of, guide, first.args, first.kwargs)
         masses = traces.point_masses(model_trace, guide_trace, run_again)
-        is_deterministic = not masses and traces.is_deterministic(guide_trace, run_again)
+        is_fixed = not masses and traces.has_single_values(guide_trace, run_again)
     log_partitions.normalize(model_trace, "model")
     log_partitions.normalize(guide_trace, "guide")
     hint = _other_row_dim(model_trace, first)
@@ -69,7 +69,7 @@ def structure_of(model: Any, guide: Any, first: RowArguments, log_partitions: Lo
     densities = {_checked_density(name, site) for name, site in sites.items()}
     inside = all(mean_inside_log(site["fn"]) for site in sites.values())
     has_noise, has_latents = "lower bound" in densities or not inside, bool(traces.latents(model_trace))
-    is_sampled = has_noise or (has_latents and not is_deterministic)
+    is_sampled = has_noise or (has_latents and not is_fixed)
     is_bound = has_noise or has_latents
     kind: LikelihoodKind = "estimate" if "estimate" in densities else "lower bound" if is_bound else "exact"
     return FitStructure(kind, is_sampled, inside, plates, nesting)

@@ -284,12 +284,18 @@ def _run(model: Any, guide: Any, rows: RowArguments) -> tuple[Any, Any]:
 
 def _mean_of(site: Any) -> Tensor:
     """Return the mean of a guide's distribution, or its draw if it knows none."""
-    try:
-        mean = site["fn"].mean
-    except (NotImplementedError, AttributeError):
-        mean = site["value"]
+    mean = _known_mean(site["fn"])
+    mean = site["value"] if mean is None else mean
     mean = mean if mean.is_floating_point() else mean.to(torch.get_default_dtype())  # codes are integers
     return mean.expand(site["value"].shape)
+
+
+def _known_mean(fn: Any) -> Any:
+    """Return the mean of a distribution, or None if it knows none."""
+    try:
+        return fn.mean
+    except (NotImplementedError, AttributeError):
+        return None
 
 
 def _mutual_information(model: Any, guide: Any, rows: RowArguments, whole: _RowsDiagnosis) -> float | None:
@@ -316,10 +322,7 @@ def _reconstructions(model: Any, guide: Any, rows: RowArguments) -> Tensor:
 
 def _expected(fn: Any, num_samples: int = 100) -> Tensor:
     """Return the mean of a distribution, or that of draws where it knows none: torch has NaN as the mean of classes."""
-    try:
-        mean = fn.mean
-    except (NotImplementedError, AttributeError):
-        mean = None
+    mean = _known_mean(fn)
     if mean is not None and not mean.isnan().any():
         return mean
     drawn = fn.sample((num_samples,)).to(torch.get_default_dtype()).mean(0)

@@ -18,7 +18,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 from torch.distributions import ComposeTransform, Transform, biject_to, constraints
 
-from pyro_genmodels.distributions.likelihoods import BernoulliLikelihood, Estimate, Likelihood, check_likelihood, inner_value
+from pyro_genmodels.distributions.likelihoods import Estimate, Likelihood, check_likelihood, inner_value
 from pyro_genmodels.families.family import Family
 from pyro_genmodels.families.input_warnings import DATA
 from pyro_genmodels.families.standardization import Standardization, estimate, mean_and_deviation
@@ -82,15 +82,10 @@ class CoordinateFamily(Family):
 
     def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *args: Any) -> None:
         super()._load_from_state_dict(state, prefix, metadata, *args)
-        if (metadata.get("version") or 1) < 2 and self._is_measured_since_version_2 and not self.standardized:
+        kinds = [kind for _, kind in self.likelihood.groups(self.event_shape) if kind.has_scale or kind.is_located]
+        since = min((kind.units_since for kind in kinds), default=1)
+        if (metadata.get("version") or 1) < since and not self.standardized:
             self.standardized.fill_(True)  # parameters that were trained without units want none
-
-    @property
-    def _is_measured_since_version_2(self) -> bool:
-        """True if the family has zeros and ones, whose logits version 1 did not measure, and no other columns with units."""
-        kinds = [kind for _, kind in self.likelihood.groups(self.event_shape)]
-        others = [kind for kind in kinds if not isinstance(kind, BernoulliLikelihood)]
-        return len(others) < len(kinds) and not any(kind.has_scale or kind.is_located for kind in others)
 
     @property
     def measured(self) -> Likelihood:

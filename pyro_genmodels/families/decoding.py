@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Decode", "DecodedFamily", "FlatNetwork", "broadcast", "draw_weights"]
+__all__ = ["Decode", "DecodedFamily", "FlatNetwork", "broadcast", "check_prior", "draw_weights"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,22 +12,25 @@ import pyro.distributions as dist
 import torch
 from pyro.nn import pyro_method
 from torch import Size, Tensor, nn
-from torch.distributions import Transform, constraints
+from torch.distributions import Distribution, Transform, constraints
 
 from pyro_genmodels._pyro.params import random_parameters
+from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.likelihoods import Likelihood
 from pyro_genmodels.distributions.partly_observed import PartlyObserved
 from pyro_genmodels.families.coordinates import CoordinateFamily
+from pyro_genmodels.families.family import Family
 from pyro_genmodels.nn.mlp import MLP, call_batched
 from pyro_genmodels.nn.padding import Padding
 from pyro_genmodels.utils.distributions import mean_in_data
+from pyro_genmodels.utils.errors import repr_or_class
 
 
 class DecodedFamily(CoordinateFamily):
     """Base of families whose data are independent coordinates given latent variables.
 
     A subclass sets `latent_shape`, the shape of the latent variables of one datum, and `decoder`, the network that returns the
-    parameters of the likelihood of each coordinate.
+    parameters of the likelihood of each coordinate. It may set `prior`, which may be a family.
 
     Args:
         args: passed to `CoordinateFamily`.
@@ -58,12 +61,22 @@ class DecodedFamily(CoordinateFamily):
         self._check_latent(z)
         return self._decoding()(z, self.embed(None if context is None else self._as_tensors(None, context)[1]))
 
+    def _standardize_contexts(self, context: Tensor, *, again: bool = True) -> None:
+        super()._standardize_contexts(context, again=again)
+        prior = getattr(self, "prior", None)
+        if isinstance(prior, Family) and prior.context is not None:
+            prior._standardize_contexts(context, again=False)
+
+    def _given_prior(self, context: Tensor | None) -> Any:
+        """Return the prior as it was given: the distribution, or that of the family, which takes the context if it can."""
+        prior: Any = self.prior
+        return prior(context if prior.context is not None else None) if isinstance(prior, Family) else prior
+
     def _check_latent(self, z: Tensor) -> None:
         """Raise a ValueError unless z is of the shape (batch..., *latent_shape)."""
         if z.shape[z.dim() - len(self.latent_shape) :] != self.latent_shape:
-            raise ValueError(
-                f"decode wants z of shape {('...', *self.latent_shape)}, but found {tuple(z.shape)}.".replace("'", "")
-            )
+            wanted = ", ".join(["...", *map(str, self.latent_shape)])
+            raise ValueError(f"decode wants z of shape ({wanted}), but found {tuple(z.shape)}.")
 
     def _check_networks(self, **networks: Any) -> None:
         """Raise a TypeError unless each network of one's own, by its role, is a module."""
@@ -198,6 +211,28 @@ def broadcast(x: Tensor, event_dim: int, context: Tensor | None) -> tuple[Size, 
             f"{tuple(context.shape[:-1])}, which cannot be broadcast."
         ) from error
     return batch, x.expand(batch + event)
+
+
+def check_prior(owner: str, prior: Any, examples: str) -> None:
+    """Check that the prior of latent variables is a family, or a distribution without parameters of its own.
+
+    Args:
+        owner: name of the class.
+        prior: what was given.
+        examples: words for what would do, in messages.
+
+    Raises:
+        TypeError: if it is something else.
+        ValueError: if it is the distribution of a family, whose parameters would not be trained.
+    """
+    if not isinstance(prior, (Distribution, Family)):
+        raise TypeError(
+            f"{owner} wants a Pyro distribution or a family as its prior, such as {examples}, but found {repr_or_class(prior)}."
+        )
+    if isinstance(prior, GenerativeDistribution):
+        raise ValueError(
+            f"{owner} wants the family that made this {type(prior).__name__} as its prior, so that the prior is trained."
+        )
 
 
 def draw_weights(network: nn.Module) -> None:

@@ -19,11 +19,10 @@ from pyro.nn import pyro_method
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.implicit import Implicit
 from pyro_genmodels.distributions.likelihoods import Likelihood
 from pyro_genmodels.families.context import Context
-from pyro_genmodels.families.decoding import DecodedFamily, broadcast, draw_weights
+from pyro_genmodels.families.decoding import DecodedFamily, broadcast, check_prior, draw_weights
 from pyro_genmodels.families.family import Family, Standardize, StandardizeContext
 from pyro_genmodels.families.latents import LatentPosterior, LatentPrior, NormalPosterior
 from pyro_genmodels.nn.mlp import call_batched
@@ -183,19 +182,14 @@ class VAE(DecodedFamily):
         loc, scale = (part.reshape(batch + self.latent_shape) for part in parts)
         return dist.Normal(loc, scale).to_event(len(self.latent_shape))
 
-    def _standardize_contexts(self, context: Tensor, *, again: bool = True) -> None:
-        super()._standardize_contexts(context, again=again)
-        if isinstance(self.prior, Family) and self.prior.context is not None:
-            self.prior._standardize_contexts(context, again=False)
-
     def _prior(self, context: Tensor | None) -> Any:
         if self.prior is None:
             like = self.loc
             zero, one = like.new_zeros(self.latent_shape), like.new_ones(())
             return dist.Normal(zero, one).to_event(len(self.latent_shape))
-        if isinstance(self.prior, Family):
-            return self.prior(context if self.prior.context is not None else None)
-        return self.prior if isinstance(self.prior, Distribution) else self.prior(partial(self._guide_of, self.embed(context)))
+        if isinstance(self.prior, (Family, Distribution)):
+            return self._given_prior(context)
+        return self.prior(partial(self._guide_of, self.embed(context)))
 
     def _guide_of(self, context: Tensor | None, inputs: Tensor) -> dist.TorchDistribution:
         """Return the guide's distributions for inputs of the encoder, (k, ...), of batch shape (context's batch..., k)."""
@@ -203,15 +197,7 @@ class VAE(DecodedFamily):
 
 
 def _check_prior(prior: Distribution | Family) -> None:
-    if not isinstance(prior, (Distribution, Family)):
-        found = f"the class {prior.__name__}" if isinstance(prior, type) else type(prior).__name__
-        raise TypeError(
-            f"VAE wants a Pyro distribution or a family as its prior, such as Flow((8,)), or MixturePrior(), but found {found}."
-        )
-    if isinstance(prior, GenerativeDistribution):
-        raise ValueError(
-            f"VAE wants the family that made this {type(prior).__name__} as its prior, so that the prior is trained."
-        )
+    check_prior("VAE", prior, "Flow((8,)), or MixturePrior()")
     if isinstance(prior, Distribution) and prior.batch_shape:
         raise ValueError(
             f"VAE wants a prior over one z, but found a prior of batch shape {tuple(prior.batch_shape)}. Use "

@@ -12,13 +12,12 @@ from torch.distributions import biject_to, constraints
 
 from pyro_genmodels.families.angles import angles_of
 from pyro_genmodels.nn.checks import are_positive_integers
-from pyro_genmodels.nn.circular_splines import Circular
 from pyro_genmodels.utils.distributions import is_real
 from pyro_genmodels.utils.supports import ByColumn, support_by_column
 from pyro_genmodels.utils.tensors import all_finite
 
-IF_NO_ANGLE = "Bring angles into the range by torch.remainder(angle + pi, 2 * pi) - pi, degrees by torch.deg2rad before."
-"""Advice about numbers that are no angles."""
+IF_AT_END = "map to infinity. Squeeze the data into the interior, or model integers: Flow(..., levels=K)."
+"""What is wrong with values at an end of a support that is mapped to the real line, and what to do."""
 
 
 def check_constructor(kind: str, event_shape: Any, support: Any, *, angles: bool = False) -> constraints.Constraint:
@@ -129,14 +128,10 @@ def check_values(
         return
     ends = [getattr(support, name, None) for name in ("lower_bound", "upper_bound")]
     at_end = [x == end for end in ends if end is not None and not support.is_discrete]
-    if mapped and not isinstance(support, Circular) and any(hit.any() for hit in at_end):
+    if mapped and getattr(support, "has_ends", True) and any(hit.any() for hit in at_end):
         raise ValueError(
             f"{owner} was given {sum(int(hit.sum()) for hit in at_end)} values at an end of its support {support}, which "
-            + (
-                f"have no density. {if_outside}"
-                if if_outside
-                else "map to infinity. Squeeze the data into the interior, or model integers: Flow(..., levels=K)."
-            )
+            f"{f'have no density. {if_outside}' if if_outside else IF_AT_END}"
         )
     inside = support.check(x)
     if not inside.all():
@@ -145,7 +140,7 @@ def check_values(
         values = f"the value {low:g}" if low == high else f"values from {low:g} to {high:g}"
         raise ValueError(
             f"{owner} was given data outside its support {support}: {values} in {int((~inside).sum())} places. "
-            f"{if_outside or (IF_NO_ANGLE if isinstance(support, Circular) else 'Rescale the data or widen the support.')}"
+            f"{if_outside or getattr(support, 'if_outside', 'Rescale the data or widen the support.')}"
         )
 
 

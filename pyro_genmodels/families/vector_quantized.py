@@ -30,16 +30,14 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, constraints, register_kl
 
 from pyro_genmodels._pyro.modules import evaluation_mode
-from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.implicit import Implicit
 from pyro_genmodels.distributions.likelihoods import Likelihood
 from pyro_genmodels.families.context import Context
-from pyro_genmodels.families.decoding import Decode, DecodedFamily, broadcast, draw_weights
+from pyro_genmodels.families.decoding import Decode, DecodedFamily, broadcast, check_prior, draw_weights
 from pyro_genmodels.families.family import Family, Standardize, StandardizeContext
 from pyro_genmodels.nn.checks import check_widths
 from pyro_genmodels.nn.codebook import Codebook
 from pyro_genmodels.nn.mlp import call_batched
-from pyro_genmodels.utils.errors import repr_or_class
 
 EMBEDDED = "embedded"
 """Key of the vectors that the guide hands to the model beside the codes, among the options of the site (`infer`)."""
@@ -224,18 +222,11 @@ class VectorQuantizedVAE(DecodedFamily):
             raise ValueError(f"The encoder should return a tensor of shape {wanted}, but it returned {found}.")
         return e.reshape(wanted)
 
-    def _standardize_contexts(self, context: Tensor, *, again: bool = True) -> None:
-        super()._standardize_contexts(context, again=again)
-        if isinstance(self.prior, Family) and self.prior.context is not None:
-            self.prior._standardize_contexts(context, again=False)
-
     def _prior(self, context: Tensor | None) -> Any:
         if self.prior is None:
             logits = self.loc.new_zeros(len(self.codebook.vectors)).expand(*self.latent_shape, -1)
             return dist.Categorical(logits=logits).to_event(len(self.latent_shape))
-        if isinstance(self.prior, Family):
-            return self.prior(context if self.prior.context is not None else None)
-        return self.prior
+        return self._given_prior(context)
 
 
 @dataclass(frozen=True)
@@ -277,16 +268,7 @@ def _gradient_of(x: Tensor) -> Tensor:
 def _check_prior(prior: Any, latent_shape: Size, codes: int) -> None:
     """Raise an error unless a prior is a distribution or a family over integers of 0 .. codes - 1, of the latent shape."""
     example = f"Autoregressive({tuple(latent_shape)}, likelihood=CategoricalLikelihood({codes}))"
-    if not isinstance(prior, (Distribution, Family)):
-        raise TypeError(
-            f"VectorQuantizedVAE wants a family or a Pyro distribution as its prior, such as {example}, but found "
-            f"{repr_or_class(prior)}."
-        )
-    if isinstance(prior, GenerativeDistribution):
-        raise ValueError(
-            f"VectorQuantizedVAE wants the family that made this {type(prior).__name__} as its prior, so that the prior is "
-            "trained."
-        )
+    check_prior("VectorQuantizedVAE", prior, example)
     batch_shape = () if isinstance(prior, Family) else tuple(prior.batch_shape)
     if batch_shape or prior.event_shape != latent_shape:
         batch = f" and batch shape {batch_shape}" if batch_shape else ""

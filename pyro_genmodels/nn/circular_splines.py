@@ -42,6 +42,10 @@ class Circular(constraints.half_open_interval):
         (circular, tensor([ True,  True, False]))
     """
 
+    has_ends = False
+    if_outside = "Bring angles into the range by torch.remainder(angle + pi, 2 * pi) - pi, degrees by torch.deg2rad before."
+    """Advice about numbers that are no angles."""
+
     def __init__(self) -> None:
         super().__init__(-pi, pi)
 

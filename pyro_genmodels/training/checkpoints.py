@@ -24,7 +24,6 @@ __all__ = [
 import hashlib
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,6 +32,7 @@ import torch
 from torch import Tensor
 
 from pyro_genmodels import __version__
+from pyro_genmodels._pyro.modules import with_versions
 from pyro_genmodels.families import Family
 from pyro_genmodels.training.rebuild import brief, describe, rebuild
 from pyro_genmodels.training.records import ENTRIES, check_record
@@ -125,9 +125,9 @@ def load_state(
         family = rebuild(record, path, state)
     elif record.get("class") not in (None, type(family).__name__):
         raise ValueError(f"{path} holds a {record['class']}, which cannot be loaded into {type_with_article(family)}.")
-    state = OrderedDict(family.upgrade_state(state))
+    state = family.upgrade_state(state)
     if record.get("state_version") == STATE_VERSION:
-        state._metadata = family.state_dict()._metadata  # type: ignore[attr-defined]
+        state = with_versions(state, family)
     found, own = _forms(state), _forms(family.state_dict())
     dtypes = {dtype for _, dtype in found.values() if dtype.is_floating_point}
     if len(dtypes) == 1:

@@ -398,7 +398,7 @@ def test_svi_trains_it_without_the_training_loop():
         ({"commitment": True}, ValueError, "commitment as a number of 0 or more"),
         ({"encoder": nn.Linear}, TypeError, "a torch.nn.Module as its encoder.*the class Linear"),
         ({"prior": "uniform"}, TypeError, r"such as Autoregressive\(\(2, 2\), likelihood=CategoricalLikelihood\(5\)\)"),
-        ({"prior": autoregressive}, TypeError, "a family or a Pyro distribution as its prior"),
+        ({"prior": autoregressive}, TypeError, "a Pyro distribution or a family as its prior"),
         ({"prior": autoregressive((2, 2), 5)()}, ValueError, "the family that made this Autoregression"),
         ({"prior": autoregressive((4,), 5)}, ValueError, r"codes of shape \(2, 2\), but found one of event shape \(4,\)"),
         ({"prior": dist.Categorical(torch.ones(2, 2, 5))}, ValueError, r"event shape \(\) and batch shape \(2, 2\)"),
