@@ -172,7 +172,7 @@ def mnist_flow(
     learning_rate: float = 1e-3,
     variational: Annotated[bool, typer.Option(help="Learn the noise between grey levels.")] = False,  # noqa: FBT002 (an option)
 ) -> None:
-    """Train a flow on the grey levels of MNIST, epoch by epoch until the time is over, and print bits per dimension."""
+    """Train a flow on the grey levels of MNIST until the time is over, and print bits per dimension."""
     path = Path() if data_dir is None else data_dir / "mnist.npz"
     if not path.is_file():
         typer.echo(f"skipped: the file {path} does not exist; set --data-dir or PYRO_GENMODELS_DATA", err=True)
