@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Decode", "DecodedFamily", "FlatNetwork", "broadcast", "check_prior", "draw_weights"]
+__all__ = ["ADVICE", "Decode", "DecodedFamily", "FlatNetwork", "broadcast", "check_prior", "draw_weights"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +24,9 @@ from pyro_genmodels.nn.mlp import MLP, call_batched
 from pyro_genmodels.nn.padding import Padding
 from pyro_genmodels.utils.distributions import mean_in_data
 from pyro_genmodels.utils.errors import repr_or_class
+
+ADVICE = "Train it by Trace_ELBO with vae.model and vae.guide; for its likelihood use log_likelihood(vae, x)."
+"""How to train a family whose distribution has no density, and what its likelihood is computed by."""
 
 
 class DecodedFamily(CoordinateFamily):
@@ -60,6 +63,11 @@ class DecodedFamily(CoordinateFamily):
         """
         self._check_latent(z)
         return self._decoding()(z, self.embed(None if context is None else self._as_tensors(None, context)[1]))
+
+    def _accept_scored(self, x: Any, context: Any) -> tuple[Any, Any]:
+        """Return the arguments of the model, after checks, with data of the type that the likelihood scores."""
+        x, context = self._accept(x, context)
+        return x if x is None or self.missing else self.likelihood.cast(x, self.loc.dtype), context
 
     def _standardize_contexts(self, context: Tensor, *, again: bool = True) -> None:
         super()._standardize_contexts(context, again=again)

@@ -30,7 +30,7 @@ from torch.distributions import constraints
 from pyro_genmodels.distributions.implicit import Implicit
 from pyro_genmodels.distributions.likelihoods import Likelihood
 from pyro_genmodels.families.context import Context
-from pyro_genmodels.families.decoding import Decode, DecodedFamily, draw_weights
+from pyro_genmodels.families.decoding import ADVICE, Decode, DecodedFamily, draw_weights
 from pyro_genmodels.families.family import Standardize, StandardizeContext
 from pyro_genmodels.families.latents import positive_scale
 from pyro_genmodels.nn.checks import check_widths
@@ -132,15 +132,13 @@ class HierarchicalVAE(DecodedFamily):
             support=self.support,
             reparametrised=self.likelihood.has_rsample,
             owner=type(self).__name__,
-            advice="Train it by Trace_ELBO with vae.model and vae.guide; for its likelihood use log_likelihood(vae, x).",
+            advice=ADVICE,
         )
 
     @pyro_method
     def model(self, x: Tensor | None = None, context: Tensor | None = None, *, size: int | None = None) -> Tensor:
         """Draw the latent variables from the last to the first, then x given all. The arguments are those of `Family.model`."""
-        x, context = self._accept(x, context)
-        if x is not None and not self.missing:
-            x = self.likelihood.cast(x, self.loc.dtype)
+        x, context = self._accept_scored(x, context)
         plate, embedded, layers = self.plate(x, context, size), self.embed(context), self._layers()
         decode, z = self._decoding(), list[Tensor]()
         draw_weights(decode.decoder)

@@ -22,7 +22,7 @@ from torch.distributions import Distribution, constraints
 from pyro_genmodels.distributions.implicit import Implicit
 from pyro_genmodels.distributions.likelihoods import Likelihood
 from pyro_genmodels.families.context import Context
-from pyro_genmodels.families.decoding import DecodedFamily, broadcast, check_prior, draw_weights
+from pyro_genmodels.families.decoding import ADVICE, DecodedFamily, broadcast, check_prior, draw_weights
 from pyro_genmodels.families.family import Family, Standardize, StandardizeContext
 from pyro_genmodels.families.latents import LatentPosterior, LatentPrior, NormalPosterior
 from pyro_genmodels.nn.mlp import call_batched
@@ -125,15 +125,13 @@ class VAE(DecodedFamily):
             support=self.support,
             reparametrised=prior.has_rsample and self.likelihood.has_rsample,
             owner=type(self).__name__,
-            advice="Train it by Trace_ELBO with vae.model and vae.guide; for its likelihood use log_likelihood(vae, x).",
+            advice=ADVICE,
         )
 
     @pyro_method
     def model(self, x: Tensor | None = None, context: Tensor | None = None, *, size: int | None = None) -> Tensor:
         """Draw z from the prior, then x given z. The arguments are those of `Family.model`."""
-        x, context = self._accept(x, context)
-        if x is not None and not self.missing:
-            x = self.likelihood.cast(x, self.loc.dtype)
+        x, context = self._accept_scored(x, context)
         plate, prior, decode, embedded = (
             self.plate(x, context, size),
             self._prior(context),

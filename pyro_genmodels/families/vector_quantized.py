@@ -33,7 +33,7 @@ from pyro_genmodels._pyro.modules import evaluation_mode
 from pyro_genmodels.distributions.implicit import Implicit
 from pyro_genmodels.distributions.likelihoods import Likelihood
 from pyro_genmodels.families.context import Context
-from pyro_genmodels.families.decoding import Decode, DecodedFamily, broadcast, check_prior, draw_weights
+from pyro_genmodels.families.decoding import ADVICE, Decode, DecodedFamily, broadcast, check_prior, draw_weights
 from pyro_genmodels.families.family import Family, Standardize, StandardizeContext
 from pyro_genmodels.nn.checks import check_widths
 from pyro_genmodels.nn.codebook import Codebook
@@ -153,15 +153,13 @@ class VectorQuantizedVAE(DecodedFamily):
             context=self.embed(context),
             support=self.support,
             owner=type(self).__name__,
-            advice="Train it by Trace_ELBO with vae.model and vae.guide; for its likelihood use log_likelihood(vae, x).",
+            advice=ADVICE,
         )
 
     @pyro_method
     def model(self, x: Tensor | None = None, context: Tensor | None = None, *, size: int | None = None) -> Tensor:
         """Draw codes z from the prior, then x given their vectors. The arguments are those of `Family.model`."""
-        x, context = self._accept(x, context)
-        if x is not None and not self.missing:
-            x = self.likelihood.cast(x, self.loc.dtype)
+        x, context = self._accept_scored(x, context)
         plate, prior, codebook, embedded = (
             self.plate(x, context, size),
             self._prior(context),

@@ -39,13 +39,10 @@ from pyro_genmodels.training.records import ENTRIES, check_record
 from pyro_genmodels.utils.errors import import_extra, one_line, type_with_article
 from pyro_genmodels.utils.files import MAX_BYTES, atomic_write, check_size
 
-FORMAT = 1
-"""Version of the record's format. Files of a newer format are refused."""
+FORMAT = 2
+"""Version of the format. Files of a newer one are refused. In version 1 the logits of zeros and ones are not measured."""
 
-STATE_VERSION = 2
-"""Version of the families' states. Files without one have version 1, in which the logits of zeros and ones are not measured."""
-
-RESERVED = frozenset({"format", "state_version", *ENTRIES}) - {"history"}
+RESERVED = frozenset({"format", *ENTRIES}) - {"history"}
 """Names of entries that checkpoints write themselves. A history of your own training may be saved."""
 
 MAX_HEADER_BYTES = 2**24
@@ -126,7 +123,7 @@ def load_state(
     elif record.get("class") not in (None, type(family).__name__):
         raise ValueError(f"{path} holds a {record['class']}, which cannot be loaded into {type_with_article(family)}.")
     state = family.upgrade_state(state)
-    if record.get("state_version") == STATE_VERSION:
+    if record.get("format", 1) == FORMAT:
         state = with_versions(state, family)
     found, own = _forms(state), _forms(family.state_dict())
     dtypes = {dtype for _, dtype in found.values() if dtype.is_floating_point}
@@ -172,7 +169,7 @@ def write(path: str | Path, state: Mapping[str, Tensor], record: Mapping[str, An
     """
     target = tensors_of(path)
     tensors = _apart({name: t.detach().contiguous().cpu() for name, t in state.items()})
-    full = {"format": FORMAT, "pyro_genmodels": __version__, "state_version": STATE_VERSION, **record}
+    full = {"format": FORMAT, "pyro_genmodels": __version__, **record}
     text = json.dumps(full)
     check_record(json.loads(text), "The checkpoint cannot be written")
     with atomic_write(target) as part:

@@ -1358,6 +1358,8 @@ def test_a_record_of_a_run_changed_in_any_place_is_refused_and_nothing_is_change
     assert len(changes) > 400
     for way, new in changes if number is None else random.Random(0).sample(changes, number):
         changed = set_in(run.record, way, new)
+        if new is KeyError and value_at(run.record, way) is False and way[0] == "run":
+            continue  # an option that is missing was off, as in a run of a version without it
         if value_at(changed, way) != value_at(run.record, way):  # an entry that is missing is one of null
             outcomes[(*way, str(new))] = run.is_refused(changed, run.tensors)
     taken = [way for way, refused in outcomes.items() if not refused]
