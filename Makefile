@@ -26,12 +26,12 @@ help:
 	@echo "make clean      remove $(VENV)/, $(VENV_ARVIZ1)/, $(VENV_PEERS)/, $(OUT)/ and caches"
 
 $(READY): pyproject.toml constraints.txt
-	@echo "== virtual environment in $(VENV)/ (downloads PyTorch for the CPU and about 130 packages from PyPI, once)"
+	@echo "== virtual environment in $(VENV)/ (downloads PyTorch for the CPU and about 150 packages from PyPI, once)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[eval,cli,nuts,dev,docs]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[eval,cli,nuts,lightning,dev,docs]'
 	@touch $(READY)
 
 # ArviZ 1.x asks for Python 3.12, and runs on 3.11 if its packages alone are put in.
