@@ -47,7 +47,7 @@ def as_tensor(values: Any, owner: str, *, floats: torch.dtype = torch.float64) -
     """Return values as a tensor.
 
     A tensor is returned unchanged, except that unsigned integers of two bytes and more, for which torch lacks most functions,
-    become signed ones.
+    become signed ones. Missing values of a data frame become NaN, whatever the data types of its columns.
 
     Args:
         values: tensor, numpy array, data frame or series (anything with `to_numpy`), list of numbers, or number.
@@ -76,10 +76,11 @@ def as_tensor(values: Any, owner: str, *, floats: torch.dtype = torch.float64) -
         array = np.asarray(values.to_numpy() if hasattr(values, "to_numpy") else _without_tensors(values))
     except ValueError as error:  # rows of different lengths
         raise TypeError(f"{wanted}, whose rows differ in shape.") from error
-    if array.dtype == object and hasattr(values, "columns"):
-        for name, column in zip(values.columns, array.T, strict=True):
+    if array.dtype == object and hasattr(values, "to_numpy"):
+        columns, names = (array.T, values.columns) if array.ndim == 2 else ([array], [values.name])
+        for name, column in zip(names, columns, strict=True):
             _check_column(owner, name, column)
-        array = np.stack([_of_numbers(column) for column in array.T], axis=1)
+        array = np.stack([_of_numbers(column) for column in columns], axis=-1).reshape(array.shape)
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{wanted} of {array.dtype}.")
     if array.dtype.kind == "f" and array.dtype.itemsize > 8:
@@ -103,8 +104,8 @@ def _signed(x: Tensor, owner: str) -> Tensor:
 
 
 def _of_numbers(column: np.ndarray) -> np.ndarray:
-    """Return a column of Python's numbers in the data type that it would have alone in a frame."""
-    values = np.array(column.tolist())
+    """Return a column of Python's numbers in the data type that it would have alone in a frame; missing ones become NaN."""
+    values = np.array([np.nan if _is_missing(value) else value for value in column])
     return values if values.dtype.kind in "biuf" else values.astype(float)
 
 
@@ -123,19 +124,16 @@ def _without_tensors(values: Any) -> Any:
 
 
 def _check_column(owner: str, name: Any, column: np.ndarray) -> None:
-    """Raise a TypeError if a column of a data frame holds anything but numbers."""
-    wrong = [value for value in column if not isinstance(value, (int, float, Decimal, np.number, np.bool_))]
-    if not wrong:
-        return
-    others = [value for value in wrong if not (value is None or str(value) in ("<NA>", "NaT"))]
-    if not others:
-        raise TypeError(
-            f"{owner} wants numbers, but {len(wrong)} of {len(column)} values of the column {name!r} are missing. Impute them, "
-            "or drop these rows."
-        )
-    raise TypeError(
-        f"{owner} wants numbers, but the column {name!r} holds {type(others[0]).__name__}. Drop it, or encode it as numbers."
-    )
+    """Raise a TypeError if a column of a data frame holds anything but numbers and missing values."""
+    for value in column:
+        if not (isinstance(value, (int, float, Decimal, np.number, np.bool_)) or _is_missing(value)):
+            found = type(value).__name__
+            raise TypeError(f"{owner} wants numbers, but the column {name!r} holds {found}. Drop it, or encode it as numbers.")
+
+
+def _is_missing(value: Any) -> bool:
+    """Return True for None and for the missing value of nullable columns."""
+    return value is None or str(value) == "<NA>"
 
 
 def with_columns(values: Any, names: Sequence[str], owner: str) -> Any:

@@ -92,11 +92,26 @@ def test_unsigned_integers_become_those_that_torch_computes_with(dtype, wanted):
             as_tensor(np.array([2**63 + 1], dtype=dtype), "f")
 
 
-@pytest.mark.parametrize("missing", [pd.NA, None, pd.NaT])
-def test_missing_values_of_a_column_are_to_be_imputed(missing):
-    frame = pd.DataFrame({"a": [1.0, 2.0], "b": pd.Series([1.0, missing], dtype=object)})
-    with pytest.raises(TypeError, match=r"1 of 2 values of the column 'b' are missing. Impute them"):
-        as_tensor(frame, "train")
+@pytest.mark.parametrize("missing", [pd.NA, None])
+def test_missing_values_of_any_column_are_nan(missing):
+    """They were an error in columns of objects and of booleans, and NaN in others."""
+    frame = pd.DataFrame(
+        {
+            "a": [1.0, 2.0],
+            "b": pd.Series([3.0, missing], dtype=object),
+            "c": pd.array([True, missing], dtype="boolean"),
+            "d": pd.array([missing, 7], dtype="Int64"),
+        }
+    )
+    wanted = torch.tensor([[1.0, 3.0, 1.0, torch.nan], [2.0, torch.nan, torch.nan, 7.0]], dtype=torch.float64)
+    torch.testing.assert_close(as_tensor(frame, "train"), wanted, equal_nan=True)
+    for i, name in enumerate(frame):
+        torch.testing.assert_close(as_tensor(frame[name], "train"), wanted[:, i], equal_nan=True)
+
+
+def test_a_date_that_is_missing_is_no_number():
+    with pytest.raises(TypeError, match="the column 'b' holds NaTType"):
+        as_tensor(pd.DataFrame({"a": [1.0, 2.0], "b": pd.Series([1.0, pd.NaT], dtype=object)}), "train")
 
 
 def test_decimal_numbers_are_numbers():
