@@ -24,13 +24,13 @@ from pyro_genmodels.posteriors.choose import default_method
 from pyro_genmodels.posteriors.conditioned import ConditionedModel
 from pyro_genmodels.posteriors.diagnosis import scalars
 from pyro_genmodels.posteriors.method import Method
-from pyro_genmodels.posteriors.parallel import Outcome, run_all, seeded, spawn_seeds
 from pyro_genmodels.posteriors.problem import Problem
 from pyro_genmodels.posteriors.ranks import LOG_DENSITY, Calibration
 from pyro_genmodels.posteriors.replicated import JointSampler
 from pyro_genmodels.posteriors.uniformity import ranks_of
 from pyro_genmodels.utils.errors import check_positive_int, listed, type_with_article, warn_caller
 from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, runs_models
+from pyro_genmodels.utils.parallel import Outcome, run_all, seeded, spawn_seeds
 from pyro_genmodels.utils.rng import forked_rng
 
 

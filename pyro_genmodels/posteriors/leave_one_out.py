@@ -30,9 +30,9 @@ from pyro_genmodels.inference_data.export import draws_of_data, elpd_data, log_l
 from pyro_genmodels.posteriors.checked_sources import number_of_draws, source_with_model
 from pyro_genmodels.posteriors.left_out_rows import BATCH_SIZE, MomentMatching, Refit, RowLeftOut, log_mean_density
 from pyro_genmodels.posteriors.method import Method
-from pyro_genmodels.posteriors.parallel import run_all, spawn_seeds
 from pyro_genmodels.utils.errors import check_positive_int, listed, type_with_article, warn_caller
 from pyro_genmodels.utils.keywords import joined_keywords, runs_models
+from pyro_genmodels.utils.parallel import run_all, spawn_seeds
 from pyro_genmodels.utils.pareto import MAX_PARETO_K, smooth_log_weights
 
 MAX_MC_ERROR = 0.5

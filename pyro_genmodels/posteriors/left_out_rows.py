@@ -21,9 +21,9 @@ from pyro_genmodels.inference_data.sources import DrawSource
 from pyro_genmodels.posteriors.fits import DrawnPosterior
 from pyro_genmodels.posteriors.method import Method
 from pyro_genmodels.posteriors.moment_matching import match_moments
-from pyro_genmodels.posteriors.parallel import seeded
 from pyro_genmodels.posteriors.problem import Problem
 from pyro_genmodels.utils.errors import listed
+from pyro_genmodels.utils.parallel import seeded
 from pyro_genmodels.utils.rng import forked_rng
 
 BATCH_SIZE = 1000

@@ -27,8 +27,8 @@ from pyro_genmodels._pyro.sites import is_computed
 from pyro_genmodels._pyro.vectorize import SHAPE_ERRORS, can_vectorize
 from pyro_genmodels.infer.compiled.coordinates import Coordinates, check_same_support
 from pyro_genmodels.posteriors.conditioned import ConditionedModel, FreeSites, Simulated
-from pyro_genmodels.posteriors.parallel import run_each, seeded, spawn_seeds
 from pyro_genmodels.utils.errors import listed, one_line
+from pyro_genmodels.utils.parallel import run_each, seeded, spawn_seeds
 from pyro_genmodels.utils.tensors import as_tensor
 
 BLOCK, BLOCK_TOGETHER = 10, 1000
