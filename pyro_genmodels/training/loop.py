@@ -9,7 +9,6 @@ from __future__ import annotations
 __all__ = ["TrainingInterrupted", "train"]
 
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -21,7 +20,7 @@ from typing import Any, Literal
 import pyro
 from pyro.infer import ELBO
 from pyro.optim import PyroOptim
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
@@ -32,7 +31,8 @@ from pyro_genmodels.infer.compiled import Mode
 from pyro_genmodels.optim.averaging import TrainedWeights
 from pyro_genmodels.training.adversarial_steps import AdversarialStep
 from pyro_genmodels.training.batches import Batches
-from pyro_genmodels.training.fit import EXPLODED_EPOCHS, EXPLOSION, Fit
+from pyro_genmodels.training.epochs import Epochs
+from pyro_genmodels.training.fit import Fit
 from pyro_genmodels.training.limits import Limits
 from pyro_genmodels.training.options import (
     check_options,
@@ -196,7 +196,8 @@ def train(
             stopped = ""
             try:
                 limits = Limits(epochs, patience, inf if max_seconds is None else float(max_seconds))
-                _train(step, batches, held_out, result, weights, run, limits, progress=progress)
+                epochs_of_run = Epochs(step, result, weights, run, limits, is_validated=held_out is not None)
+                _train(step, batches, held_out, epochs_of_run, progress=progress)
             except FloatingPointError as error:
                 epoch = len(result.history) + (not result.exploded_epochs)
                 if not result.best:
@@ -220,10 +221,7 @@ def _train(
     step: LossStep | AdversarialStep,
     batches: Batches,
     held_out: Batches | None,
-    fit: Fit,
-    weights: TrainedWeights,
-    run: RunCheckpoint,
-    limits: Limits,
+    epochs: Epochs,
     *,
     progress: bool,
 ) -> None:
@@ -232,52 +230,23 @@ def _train(
     Raises:
         FloatingPointError: if a loss is not finite, or training explodes. The best parameters are then of an epoch before.
     """
-    begun = time.perf_counter() - (fit.history[-1]["seconds"] if fit.history else 0.0)
-    fit.usual_loss = max(step.smallest_loss, abs(fit.history[0]["train"]) if fit.history else 0.0)
-    before: tuple[dict[str, float], list[Tensor]] = {}, weights.best
-    first_loss: list[float] = []  # after the best epoch
+    fit, weights = epochs.fit, epochs.weights
     try:
-        with _progress_bar(fit, limits.epochs, disable=not progress) as bar:
-            while not limits.reached(fit):
-                epoch = len(fit.history) + 1
-                certain = limits.certain_epochs(fit, has_patience=held_out is not None)
-                step.plan(certain * batches.count, bar.set_postfix_str)
-                record = {"epoch": epoch, **_train_epoch(step, batches, weights, first_loss)}
+        with _progress_bar(fit, epochs.limits.epochs, disable=not progress) as bar:
+            while not epochs.is_over:
+                step.plan(epochs.certain * batches.count, bar.set_postfix_str)
+                losses = _train_epoch(step, batches, weights, epochs.first_loss)
                 if held_out is not None:
-                    record["valid"] = _validate(step, held_out, weights)
-                record["seconds"] = time.perf_counter() - begun
-                if epoch == 1:
-                    fit.usual_loss = max(step.smallest_loss, abs(first_loss[0])) or 1.0
-                fit.mode = step.mode
-                fit.units = {name: unit for name, unit in step.units.items() if name in record}
-                last = fit.best, weights.best
-                if fit.append(record):
-                    before = last
-                    first_loss.clear()
-                    weights.keep_best()
-                    run.write_best()
-                run.capture()
+                    losses["valid"] = _validate(step, held_out, weights)
+                record = epochs.add(losses)
                 bar.set_postfix_str(_postfix(record, fit.units), refresh=False)
                 bar.update()
-                if fit.exploded_epochs >= EXPLODED_EPOCHS:
+                if epochs.has_exploded:
                     break
-        if fit.exploded_epochs:
-            raise FloatingPointError(
-                f"the training loss has exploded to {fit.history[-1]['train']:.3g}: lower the learning rate, or look for "
-                "outliers"
-            )
-        if not fit.best:
-            raise FloatingPointError("no epoch has a finite validation loss: look for held-out data that the model rules out")
+        epochs.finish()
     except FloatingPointError:
-        is_unsound = held_out is None and bool(fit.best) and not _is_usual(first_loss, fit)
-        if is_unsound:
-            fit.best, weights.best = before
-        if is_unsound or fit.exploded_epochs:  # a run that is resumed begins with the parameters that are kept
-            weights.restore_best()
-            run.capture()
+        epochs.fail()
         raise
-    fit.stopped = limits.reached(fit)
-    run.write()
 
 
 def _subsample_held_out(step: LossStep | AdversarialStep, batches: Batches, held_out: Batches) -> None:
@@ -355,8 +324,3 @@ def _validate(step: LossStep | AdversarialStep, held_out: Batches, weights: Trai
     """Return the loss of held-out data by the averaged parameters, always with the same random numbers."""
     with weights.averaged(), handlers.side_effect_free(step), forked_rng(VALIDATION_SEED):
         return step.validate(held_out)
-
-
-def _is_usual(first_loss: list[float], fit: Fit) -> bool:
-    """Return True if there was a first step after the best epoch, and its loss was not far above that epoch's."""
-    return bool(first_loss) and first_loss[0] <= EXPLOSION * max(fit.usual_loss, abs(fit.best["train"]))
