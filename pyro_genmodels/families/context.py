@@ -22,8 +22,9 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
+from pyro_genmodels.datasets.statistics import ColumnStatistics
 from pyro_genmodels.families.input_warnings import CONTEXTS, InputCheck
-from pyro_genmodels.families.standardization import estimate
+from pyro_genmodels.families.standardization import estimate, estimate_of_all
 from pyro_genmodels.utils.capture import can_be_read
 from pyro_genmodels.utils.errors import check_positive_int, warn_caller
 from pyro_genmodels.utils.tensors import all_finite, as_tensor
@@ -137,7 +138,14 @@ class VectorContext(nn.Module):
         if not self.kind:
             return
         self.check(context)
-        loc, scale = estimate(context, context, self.loc, kind=self.kind, owner=owner, inputs=CONTEXTS, has_density=False)
+        self._set_units(*estimate(context, context, self.loc, kind=self.kind, owner=owner, inputs=CONTEXTS, has_density=False))
+
+    def standardize_by(self, found: ColumnStatistics, owner: str) -> None:
+        """Set mean and deviation to those of all contexts, of which `standardize` was given a sample; but not robust ones."""
+        if self.kind is True:
+            self._set_units(*estimate_of_all(found, self.loc, kind=True, owner=owner, inputs=CONTEXTS))
+
+    def _set_units(self, loc: Tensor, scale: Tensor) -> None:
         self.loc.copy_(loc)
         self.scale.copy_(scale)
         self.standardized.fill_(True)

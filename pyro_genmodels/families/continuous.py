@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_genmodels.datasets.statistics import ColumnStatistics
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.dequantized import Dequantized
 from pyro_genmodels.distributions.learned_noise import LearnedNoise
@@ -66,6 +67,10 @@ class ContinuousFamily(Family):
     def _continuous_support(self) -> constraints.Constraint:
         """Support of the density, before any rounding to levels."""
         return self.support
+
+    def _units_of_all(self, found: ColumnStatistics) -> tuple[Tensor, Tensor]:
+        noisy = found if self.levels is None else found.with_noise(mean=1 / 2, variance=1 / 12)  # of a uniform distribution
+        return super()._units_of_all(noisy)
 
     def _as_reals(self, x: Tensor) -> Tensor:
         return x if self.levels is None else x + torch.rand_like(x, dtype=torch.float64)

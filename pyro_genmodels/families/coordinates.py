@@ -131,6 +131,11 @@ class CoordinateFamily(Family):
             values = y[..., self.located].flatten()
             check(values[~values.isnan()], event_dim=0)
 
+    @property
+    def _has_moments(self) -> bool:
+        own = type(self.likelihood).units is Likelihood.units and not self.likelihood.is_mixed
+        return own and self._all_located and not self.likelihood.support.is_discrete and super()._has_moments
+
     def _units_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         jointly = "jointly" in str(self._standardize)
         if not (self.missing or self.likelihood.is_mixed or (jointly and self.support.is_discrete)):

@@ -18,6 +18,7 @@ from pyro_genmodels._pyro.params import random_parameters
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.distributions.likelihoods import Likelihood
 from pyro_genmodels.distributions.partly_observed import PartlyObserved
+from pyro_genmodels.families.context import VectorContext
 from pyro_genmodels.families.coordinates import CoordinateFamily
 from pyro_genmodels.families.family import Family
 from pyro_genmodels.nn.mlp import MLP, call_batched
@@ -74,6 +75,10 @@ class DecodedFamily(CoordinateFamily):
         prior = getattr(self, "prior", None)
         if isinstance(prior, Family) and prior.context is not None:
             prior._standardize_contexts(context, again=False)
+
+    def _due_contexts(self) -> list[VectorContext]:
+        prior = getattr(self, "prior", None)
+        return super()._due_contexts() + (prior._due_contexts() if isinstance(prior, Family) else [])
 
     def _given_prior(self, context: Tensor | None) -> Any:
         """Return the prior as it was given: the distribution, or that of the family, which takes the context if it can."""

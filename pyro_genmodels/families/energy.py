@@ -16,6 +16,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
 from pyro_genmodels._pyro import handlers, params
+from pyro_genmodels.datasets.statistics import ColumnStatistics
 from pyro_genmodels.distributions.energy import Energy
 from pyro_genmodels.distributions.energy.negatives import Annealed, Negatives, Persistent
 from pyro_genmodels.distributions.energy.path import PathOptions, positions, space_of
@@ -204,11 +205,15 @@ class EnergyModel(Family):
         if isinstance(self.base, Family):
             self.base.prepare(x)
 
-    def prepare(self, x: Tensor, context: Tensor | None = None) -> None:
+    def prepare(self, x: Tensor, context: Tensor | None = None, *, statistics: Sequence[ColumnStatistics] = ()) -> None:
         """Standardise by the data x unless that has been done, and a base that is a family too."""
-        super().prepare(x, context)
+        super().prepare(x, context, statistics=statistics)
         if isinstance(self.base, Family):
-            self.base.prepare(x)
+            self.base.prepare(x, statistics=statistics[:1])
+
+    @property
+    def _has_moments(self) -> bool:
+        return not self.space.is_discrete and super()._has_moments
 
     def _standardize_data(self, x: Tensor) -> None:
         if not self.space.is_discrete:

@@ -26,6 +26,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import ComposeTransform, Distribution, Transform, biject_to, constraints
 
 from pyro_genmodels._pyro import params
+from pyro_genmodels.datasets.statistics import ColumnStatistics
 from pyro_genmodels.distributions.base import GenerativeDistribution
 from pyro_genmodels.families.context import (
     Context,
@@ -36,7 +37,7 @@ from pyro_genmodels.families.context import (
     output_length,
 )
 from pyro_genmodels.families.input_warnings import DATA, InputCheck
-from pyro_genmodels.families.standardization import Standardization, Standardize, estimate
+from pyro_genmodels.families.standardization import Standardization, Standardize, estimate, estimate_of_all
 from pyro_genmodels.families.validation import (
     check_constructor,
     check_dtype,
@@ -271,22 +272,50 @@ class Family(PyroModule):
         if context is not None:
             self._standardize_contexts(context)
 
-    def prepare(self, x: Tensor, context: Tensor | None = None) -> None:
+    def prepare(self, x: Tensor, context: Tensor | None = None, *, statistics: Sequence[ColumnStatistics] = ()) -> None:
         """Standardise by the data x, (N, *event_shape), and their contexts, (N, ...), unless that has been done.
 
         `train` calls this with all data before the first step, and `model` with the first data it is given in training.
+
+        Args:
+            x: rows of data.
+            context: contexts of these rows, or None.
+            statistics: statistics of all data, and of all contexts, if the given rows are but a sample. Mean and deviation are
+                then those of all data. What is not a mean or a deviation, such as the median of robust standardisation, is that
+                of the sample.
         """
         if self._standardize and not self._standardized:
             self._standardize_data(x)
+            if statistics and self._has_moments:
+                self._set_units(*self._units_of_all(statistics[0]))
         if context is not None:
+            due = self._due_contexts()
             self._standardize_contexts(context, again=False)
+            for module in due if len(statistics) > 1 else ():
+                module.standardize_by(statistics[1], self.name)
+
+    @property
+    def is_prepared(self) -> bool:
+        """True if `prepare` has nothing to do."""
+        return not (self._standardize and not self._standardized) and not self._due_contexts()
+
+    @property
+    def _has_moments(self) -> bool:
+        """True if location and scale are mean and deviation of the data themselves."""
+        return is_real(self.support) and "robust" not in str(self._standardize)
+
+    def _units_of_all(self, found: ColumnStatistics) -> tuple[Tensor, Tensor]:
+        """Return the location and scale of data by the statistics of all rows, like `_units_of`."""
+        return estimate_of_all(found, self.loc, kind=self._standardize, owner=self.name, inputs=DATA)
+
+    def _set_units(self, loc: Tensor, scale: Tensor) -> None:
+        self.loc.copy_(loc)
+        self.scale.copy_(scale)
 
     def _standardize_data(self, x: Tensor) -> None:
         with torch.no_grad():
             x = self._as_reals(x.to("cpu" if self.loc.device.type == "mps" else self.loc.device))  # mps has no float64
-            loc, scale = self._units_of(x)
-            self.loc.copy_(loc)
-            self.scale.copy_(scale)
+            self._set_units(*self._units_of(x))
             self.standardized.fill_(True)
         self._standardized = True
 
@@ -307,6 +336,10 @@ class Family(PyroModule):
         for module in self._context_modules():
             if isinstance(module, VectorContext) and (again or module.due):
                 module.standardize(context, self.name)
+
+    def _due_contexts(self) -> list[VectorContext]:
+        """Return the contexts whose mean and deviation are not known yet."""
+        return [module for module in self._context_modules() if isinstance(module, VectorContext) and module.due]
 
     def _context_modules(self) -> list[nn.Module | None]:
         """Return the modules that are given the contexts. A family with further ones adds them."""

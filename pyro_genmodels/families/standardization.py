@@ -10,7 +10,7 @@ Statistics* (1981).
 
 from __future__ import annotations
 
-__all__ = ["Standardization", "Standardize", "estimate", "mean_and_deviation"]
+__all__ = ["Standardization", "Standardize", "estimate", "estimate_of_all", "mean_and_deviation"]
 
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
+from pyro_genmodels.datasets.statistics import ColumnStatistics
 from pyro_genmodels.families.input_warnings import (
     Inputs,
     warn_of_atoms,
@@ -134,6 +135,46 @@ def estimate(
     if not robust:
         spread = rows.reshape(len(y), -1) if jointly else rows
         warn_of_outliers(spread - loc / unit, like, owner, inputs, jointly=jointly)
+    return loc.expand(like.numel()).reshape(like.shape), scale.expand(like.numel()).reshape(like.shape)
+
+
+@torch.no_grad()
+def estimate_of_all(
+    found: ColumnStatistics, like: Tensor, *, kind: Standardize, owner: str, inputs: Inputs
+) -> tuple[Tensor, Tensor]:
+    """Return location and scale of data by the statistics of all rows, of which `estimate` was given a sample.
+
+    Args:
+        found: statistics of the data.
+        like: tensor of the event shape, in whose precision both will be stored.
+        kind: True for each coordinate, or "jointly".
+        owner: subject of the messages.
+        inputs: kind of the data, for the messages.
+
+    Returns:
+        Two tensors of the event shape, in float64.
+
+    Raises:
+        ValueError: if the precision of `like` cannot hold location or scale.
+
+    Example:
+        >>> from pyro_genmodels.families.input_warnings import DATA
+        >>> found = ColumnStatistics.of(torch.tensor([[1.0, 4.0], [3.0, 4.0]]), "x.npy", 0)
+        >>> estimate_of_all(found, torch.zeros(2), kind=True, owner="Flow", inputs=DATA)
+        (tensor([2., 4.], dtype=torch.float64), tensor([1.4142, 4.0000], dtype=torch.float64))
+    """
+    count, loc, squares = (part.flatten() for part in (found.count, found.mean, found.squares))
+    rounding = torch.finfo(found.dtype).eps if found.dtype.is_floating_point else 0.0
+    size = torch.maximum(found.low.abs(), found.high.abs()).flatten()
+    constant = (squares / count.clamp(min=1)).sqrt() <= rounding * size
+    if "jointly" in str(kind):
+        mean = (count * loc).sum(0, keepdim=True) / count.sum()
+        squares = (squares + count * (loc - mean).square()).sum(0, keepdim=True)
+        loc, count, constant = mean, count.sum(0, keepdim=True), constant.all().reshape(1)
+    tiny = loc.abs() < torch.finfo(like.dtype).tiny
+    scale = torch.where(constant, torch.where(tiny, 1.0, loc.abs()), (squares / (count - 1).clamp(min=1)).sqrt())
+    loc, scale = loc.to(like.device), scale.to(like.device)
+    _check_representable(loc, scale, like, owner, inputs)
     return loc.expand(like.numel()).reshape(like.shape), scale.expand(like.numel()).reshape(like.shape)
 
 
