@@ -12,9 +12,10 @@ from pyro_genmodels.evaluation.modes import ModeCoverage, mode_coverage
 from pyro_genmodels.evaluation.observation import gaussian_observation_likelihood
 from pyro_genmodels.evaluation.permutation_test import MMDTest, mmd_test
 from pyro_genmodels.evaluation.raise_bound import conservative_log_likelihood
-from pyro_genmodels.evaluation.result import LogLikelihood, no_likelihood
+from pyro_genmodels.evaluation.result import LogLikelihood, StreamedLogLikelihood, no_likelihood
 from pyro_genmodels.evaluation.sample_quality import SampleQuality
 from pyro_genmodels.utils.errors import suggest_names
+from pyro_genmodels.utils.parts import Output
 
 __all__ = [
     "ClassifierTest",
@@ -24,7 +25,9 @@ __all__ = [
     "LogPartition",
     "MMDTest",
     "ModeCoverage",
+    "Output",
     "SampleQuality",
+    "StreamedLogLikelihood",
     "VAEDiagnosis",
     "c2st",
     "compare",

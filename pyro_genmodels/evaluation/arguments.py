@@ -61,6 +61,7 @@ class RowArguments:
         row_dim: dimension of the data that holds the rows.
         plate: plate of the model that chooses rows by itself, so that the arguments are never cut; None cuts them.
         block: rows of that plate that a run sees; None if there is no such plate, or they are all rows.
+        constants: names of keyword arguments that are the same for all rows, so that they are never cut.
     """
 
     args: tuple
@@ -68,6 +69,7 @@ class RowArguments:
     row_dim: int = 0
     plate: SubsampledPlate | None = None
     block: RowBlock | None = None
+    constants: frozenset[str] = frozenset()
 
     @property
     def num_rows(self) -> int:
@@ -103,7 +105,8 @@ class RowArguments:
             dim = next((d for d in (self.row_dim, 0) if value.dim() > d and value.shape[d] == self.num_rows), None)
             return value if dim is None else value[(slice(None),) * dim + (rows,)]
 
-        return replace(self, args=map_nested(cut, self.args), kwargs=map_nested(cut, self.kwargs))
+        kwargs = {name: value if name in self.constants else map_nested(cut, value) for name, value in self.kwargs.items()}
+        return replace(self, args=map_nested(cut, self.args), kwargs=kwargs)
 
     def first(self, count: int) -> RowArguments:
         """Return the arguments of at most `count` rows at the beginning, or of the first block of the model's own plate."""

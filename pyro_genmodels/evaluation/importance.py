@@ -11,11 +11,12 @@ of smoothed weights, which has less variance, is returned too.
 
 from __future__ import annotations
 
-__all__ = ["FitStructure", "RowEstimates", "RowEstimator", "structure_of"]
+__all__ = ["FitStructure", "RowEstimates", "RowEstimator"]
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -183,6 +184,12 @@ class RowEstimates(NamedTuple):
     pareto_k: Tensor | None = None
     smoothed: Tensor | None = None
 
+    @classmethod
+    def joined(cls, parts: Sequence[RowEstimates]) -> RowEstimates:
+        """Return the estimates of several parts of the rows, one after another."""
+        joined: Any = (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
+        return cls(*joined)
+
 
 @dataclass(frozen=True)
 class RowEstimator:
@@ -206,23 +213,51 @@ class RowEstimator:
     batch_size: int
     parallel: bool
 
-    def estimate(self, data: RowArguments, *, progress: bool) -> RowEstimates:
-        """Return the log-likelihoods of all rows."""
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        guide: Any,
+        data: RowArguments,
+        log_partitions: LogPartitions,
+        *,
+        num_samples: int,
+        batch_size: int,
+        parallel: bool | None,
+    ) -> RowEstimator:
+        """Return the estimator of a fit, after runs on some rows of the data; arguments are those of `log_likelihood`."""
+        structure = structure_of(model, guide, data.first(1), log_partitions)
+        k = num_samples if structure.is_sampled else 1
+        if parallel is None:
+            trial = data.first(max(1, min(5, batch_size // 3)))
+            with trial.fixed_rows():
+                parallel = k > 1 and vectorize.can_vectorize(model, guide, trial.args, trial.kwargs, structure.nesting)
+        return cls(model, guide, structure, log_partitions, k, batch_size, parallel)
+
+    @property
+    def kind(self) -> LikelihoodKind:
+        """Kind of the values so far, unless they are unreliable."""
+        return max([self.structure.kind, *self.log_partitions.kinds], key=get_args(LikelihoodKind).index)
+
+    def samples_behind(self) -> int:
+        """Return the number of samples behind each value, or behind log Z."""
+        sampled = self.structure.is_sampled or self.kind != "estimate"
+        return self.num_samples if sampled else self.log_partitions.num_chains
+
+    def progress_bar(self, rows: int | None, *, progress: bool) -> tqdm:
+        """Return a progress bar for a number of rows, which may be unknown."""
+        total = None if rows is None else rows * self.num_samples
+        options: Any = {"delay": PROGRESS_DELAY, "disable": not progress, "leave": False}
+        return tqdm(total=total, desc="log-likelihood", unit="sample", **options)
+
+    def estimate(self, data: RowArguments, bar: tqdm) -> RowEstimates:
+        """Return the log-likelihoods of all rows, and show on a progress bar how many samples are done."""
         rows = max(1, self.batch_size // self.num_samples) if self.parallel else self.batch_size
         parts = []
-        with tqdm(
-            total=data.num_rows * self.num_samples,
-            desc="log-likelihood",
-            unit="sample",
-            delay=PROGRESS_DELAY,
-            disable=not progress,
-            leave=False,
-        ) as bar:
-            for batch in data.batches(rows):
-                log_weights, variance = self._log_weights(batch, bar)
-                parts.append(self._average(log_weights[:, batch.new], variance))
-        joined: Any = (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
-        return RowEstimates(*joined)
+        for batch in data.batches(rows):
+            log_weights, variance = self._log_weights(batch, bar)
+            parts.append(self._average(log_weights[:, batch.new], variance))
+        return RowEstimates.joined(parts)
 
     def _log_weights(self, batch: RowArguments, bar: tqdm) -> tuple[Tensor, Tensor]:
         """Return log weights of k samples, (k, rows), and the variance that log Z adds to each new row."""

@@ -19,20 +19,42 @@ from __future__ import annotations
 
 __all__ = ["has_likelihood", "log_likelihood"]
 
-from collections.abc import Mapping
-from typing import Any, get_args
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, overload
 
-from pyro_genmodels._pyro import handlers, traces, vectorize
+from torch.utils.data import DataLoader, IterableDataset
+
+from pyro_genmodels._pyro import handlers, traces
 from pyro_genmodels.distributions.ode import fresh_probes
 from pyro_genmodels.evaluation.arguments import row_arguments, with_plate_of_pair
-from pyro_genmodels.evaluation.importance import RowEstimator, structure_of
+from pyro_genmodels.evaluation.importance import RowEstimator
 from pyro_genmodels.evaluation.log_z import LogPartitions
-from pyro_genmodels.evaluation.result import LikelihoodKind, LogLikelihood, checked
+from pyro_genmodels.evaluation.result import LogLikelihood, StreamedLogLikelihood, checked
+from pyro_genmodels.evaluation.row_batches import RowBatches, is_stream
+from pyro_genmodels.evaluation.streaming import CURE, EvaluationOptions, score_batches
 from pyro_genmodels.utils.distributions import density_of
 from pyro_genmodels.utils.errors import check_positive_int
 from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, runs_models
+from pyro_genmodels.utils.parts import Output, as_output
 from pyro_genmodels.utils.rng import forked_rng
 from pyro_genmodels.utils.tensors import noting_frames
+
+FRAMES = (
+    "log_likelihood and train give a model its data frames as tensors: it reads a column by its place, x[:, 0], and not by its "
+    "name."
+)
+"""Note on errors of a model that was given data frames."""
+
+
+@overload
+def log_likelihood(
+    fit: Any, x: DataLoader | IterableDataset | Iterator[Any], *args: Any, out: str | Path | Output | None = None, **kwargs: Any
+) -> StreamedLogLikelihood: ...
+@overload
+def log_likelihood(fit: Any, x: Any, *args: Any, out: str | Path | Output, **kwargs: Any) -> StreamedLogLikelihood: ...
+@overload
+def log_likelihood(fit: Any, x: Any, *args: Any, out: None = None, **kwargs: Any) -> LogLikelihood: ...
 
 
 @runs_models()
@@ -46,9 +68,10 @@ def log_likelihood(
     parallel: bool | None = None,
     progress: bool = False,
     row_dim: int = 0,
+    out: str | Path | Output | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
-) -> LogLikelihood:
+) -> LogLikelihood | StreamedLogLikelihood:
     """Return the log-likelihood (nats, higher is better) of each row of x.
 
     The fit's modules run in evaluation mode (no dropout), and their mode is restored afterwards. Scales of plates and of
@@ -57,7 +80,9 @@ def log_likelihood(
 
     Args:
         fit: family, `SVI`, or pair (model, guide); the data are the first argument of the model.
-        x: data, (N, ...), in a plate of N rows: tensor, numpy array or data frame.
+        x: data, (N, ...), in a plate of N rows: tensor, numpy array or data frame. Or a stream of them, which is read batch by
+            batch: a `DataLoader`, or an iterator of tensors, of tuples of arguments, or of dictionaries of them. Then only the
+            mean and the variance of the values are held.
         args: other arguments of the model; tensors, arrays and frames of N rows, also inside lists and dicts, are cut into
             batches along with x.
         num_samples: k, the number of samples per row if anything is sampled; also the number of chains behind an estimated
@@ -69,18 +94,22 @@ def log_likelihood(
         progress: True to show a progress bar, after five seconds and while log Z is estimated.
         row_dim: dimension of x that holds the rows, if it is not the first. Other tensors are cut in the same dimension, or in
             the first, where they have N rows.
+        out: folder, such as "scores.parquet", for the values of rows in parquet files, in bounded memory; or an
+            `Output(path, resume=True)`, with which an interrupted run goes on after the last part of the rows that is whole.
+            Nothing else of the values is held than their mean and variance.
         model_kwargs: keyword arguments of the model whose names are also options of this function.
-        kwargs: other keyword arguments of the model, treated as args.
+        kwargs: other keyword arguments of the model, treated as args. Beside a stream they are the same for all rows.
 
     Returns:
         Values, standard errors (delta method), k-hat and kind. For energies the kind is "exact" if log Z is exact, "unreliable"
-        if its estimate is unreliable, and "estimate" otherwise.
+        if its estimate is unreliable, and "estimate" otherwise. A `StreamedLogLikelihood` for a stream, or with `out`.
 
     Raises:
         TypeError: if x holds no numbers.
         ValueError: if x has no rows; if latent variables lie outside the data's plate; if the guide is a point mass; if an
             observed site has no normalised density; if another plate than the data's chooses rows; if a keyword is the model's
-            as well as an option.
+            as well as an option; if `out` holds a run of another fit, of other data or by other settings, or a damaged part.
+        FileExistsError: if `out` exists, and the run is not resumed.
 
     Warns:
         RuntimeWarning: if k-hat of the importance weights calls values unreliable (`pyro_genmodels.utils.pareto`), or if values
@@ -96,36 +125,42 @@ def log_likelihood(
     check_positive_int("log_likelihood", num_samples=num_samples, num_steps=num_steps, batch_size=batch_size)
     kwargs = joined_keywords(kwargs, model_kwargs)
     check_model_keywords(model, guide, (x, *args), kwargs)
+    if out is not None or is_stream(x):
+        options = EvaluationOptions(num_samples, num_steps, batch_size, parallel, progress)
+        return _streamed(model, guide, x, args, kwargs, row_dim, out, options)
     data = row_arguments("log_likelihood", x, args, kwargs, row_dim, model=model)
     log_partitions = LogPartitions(num_samples, num_steps, progress=progress)
-    note = (
-        "log_likelihood and train give a model its data frames as tensors: it reads a column by its place, x[:, 0], and not by "
-        "its name."
-    )
-    with noting_frames((x, *args, *kwargs.values()), note), handlers.side_effect_free(model, guide), fresh_probes():
+    with noting_frames((x, *args, *kwargs.values()), FRAMES), handlers.side_effect_free(model, guide), fresh_probes():
         data = with_plate_of_pair(model, guide, data)
-        structure = structure_of(model, guide, data.first(1), log_partitions)
-        k = num_samples if structure.is_sampled else 1
-        if parallel is None:
-            trial = data.first(max(1, min(5, batch_size // 3)))
-            with trial.fixed_rows():
-                parallel = k > 1 and vectorize.can_vectorize(model, guide, trial.args, trial.kwargs, structure.nesting)
-        estimator = RowEstimator(model, guide, structure, log_partitions, k, batch_size, parallel)
-        found = estimator.estimate(data, progress=progress)
-    kind = max([structure.kind, *log_partitions.kinds], key=get_args(LikelihoodKind).index)
+        estimator = RowEstimator.of(
+            model, guide, data, log_partitions, num_samples=num_samples, batch_size=batch_size, parallel=parallel
+        )
+        with estimator.progress_bar(data.num_rows, progress=progress) as bar:
+            found = estimator.estimate(data, bar)
     likelihoods = LogLikelihood(
         found.values,
         found.std_error,
-        kind,
-        k if structure.is_sampled or kind != "estimate" else num_samples,
+        estimator.kind,
+        estimator.samples_behind(),
         log_partitions.single,
         log_partitions.shared_error(len(found.values)),
         pareto_k=found.pareto_k,
         smoothed=found.smoothed,
-        is_bound=kind == "lower bound",
+        is_bound=estimator.kind == "lower bound",
     )
-    cure = "Raise num_samples, or use a guide closer to the posterior: this one may be too narrow or too wide."
-    return checked("log_likelihood", likelihoods, data.args[0], cure=cure)
+    return checked("log_likelihood", likelihoods, data.args[0], cure=CURE)
+
+
+def _streamed(
+    model: Any, guide: Any, x: Any, args: tuple, kwargs: Mapping[str, Any], row_dim: int, out: Any, options: EvaluationOptions
+) -> StreamedLogLikelihood:
+    """Return the log-likelihoods of rows that are read batch by batch, or written to files."""
+    if row_dim:
+        raise ValueError(f"log_likelihood reads rows in batches along the first dimension of x, but found row_dim={row_dim}.")
+    output = None if out is None else as_output("log_likelihood", out, (".parquet",))
+    batches = RowBatches.of("log_likelihood", x, args, kwargs, model, guide)
+    with noting_frames((x, *args, *kwargs.values()), FRAMES), handlers.side_effect_free(model, guide), fresh_probes():
+        return score_batches(model, guide, batches, output, options)
 
 
 @runs_models()

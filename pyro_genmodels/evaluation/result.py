@@ -12,26 +12,106 @@ per dimension are their negatives, as losses are, so lower is better.
 
 from __future__ import annotations
 
-__all__ = ["LikelihoodKind", "LogLikelihood", "checked", "lower_bound", "no_likelihood"]
+__all__ = [
+    "LikelihoodKind",
+    "LikelihoodResult",
+    "LogLikelihood",
+    "StreamedLogLikelihood",
+    "checked",
+    "lower_bound",
+    "no_likelihood",
+    "warned",
+]
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from math import log
+from math import log, nan, sqrt
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pyro_genmodels.distributions.energy.state import LogPartition
+from pyro_genmodels.evaluation.row_counts import RowCounts, RowTotals
 from pyro_genmodels.utils.errors import warn_caller
 from pyro_genmodels.utils.log_mean import LogMean
-from pyro_genmodels.utils.pareto import MAX_PARETO_K, MIN_PARETO_DRAWS, count_unreliable, is_unreliable, largest_pareto_k
+from pyro_genmodels.utils.pareto import MAX_PARETO_K, are_unreliable
 
 LikelihoodKind = Literal["exact", "lower bound", "estimate", "unreliable", "none"]
 """Meaning of a log-likelihood."""
 
 
+class LikelihoodResult(ABC):
+    """Base of log-likelihoods of rows: what is known of their mean, in numbers and words."""
+
+    kind: LikelihoodKind
+    num_samples: int
+    shared_error: float
+    observation_noise: float | None
+    is_bound: bool
+
+    @property
+    @abstractmethod
+    def num_rows(self) -> int:
+        """Number of rows."""
+
+    @property
+    @abstractmethod
+    def counts(self) -> RowCounts:
+        """Numbers of rows whose values say less than others."""
+
+    @property
+    @abstractmethod
+    def mean(self) -> float:
+        """Mean log-likelihood of a datum (nats), higher is better."""
+
+    @property
+    @abstractmethod
+    def variance(self) -> float:
+        """Variance of the values of rows; NaN for a single datum."""
+
+    @property
+    def label(self) -> str:
+        """Kind in words, such as "unreliable lower bound"."""
+        return "unreliable lower bound" if self.kind == "unreliable" and self.is_bound else self.kind
+
+    @property
+    def nats(self) -> float:
+        """Negative log-likelihood in nats per datum, lower is better."""
+        return -self.mean
+
+    @property
+    def mean_std_error(self) -> float:
+        """Standard error of the mean, with the data as a random sample; NaN for a single datum."""
+        return nan if self.num_rows < 2 else sqrt(self.variance / self.num_rows + self.shared_error**2)
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on rows whose values say less than others: NaN, infinite, or of a k-hat that is above .7 or unknown."""
+        return [] if self.kind == "none" else self.counts.notes(self.num_samples)
+
+    def bits_per_dim(self, dims: int) -> float:
+        """Return the negative log-likelihood in bits per dimension, lower is better, for data of `dims` dimensions."""
+        return -self.mean / (dims * log(2))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self})"
+
+    def __str__(self) -> str:
+        if self.kind == "none":
+            return f"- (no likelihood, n={self.num_rows})"
+        is_sampled = self.kind != "exact" and (self.kind != "unreliable" or self.is_bound or self.num_samples > 1)
+        k = f", k={self.num_samples}" if is_sampled else ""
+        noise = self.observation_noise
+        about = f"{self.label}{k}, n={self.num_rows}"
+        about += "" if noise is None else f", with Gaussian observation noise {noise:.3g}"
+        notes = "".join(f"; {note}" for note in self.notes)
+        return f"{self.nats:.3f} ± {self.mean_std_error:.3f} nats per datum, lower is better ({about}{notes})"
+
+
 @dataclass(frozen=True, repr=False)
-class LogLikelihood:
+class LogLikelihood(LikelihoodResult):
     """Log-likelihoods (nats), one per datum, and what is known about them.
 
     Attributes:
@@ -62,58 +142,59 @@ class LogLikelihood:
     is_bound: bool = False
 
     @property
-    def label(self) -> str:
-        """Kind in words, such as "unreliable lower bound"."""
-        return "unreliable lower bound" if self.kind == "unreliable" and self.is_bound else self.kind
+    def num_rows(self) -> int:
+        return len(self.values)
+
+    @property
+    def counts(self) -> RowCounts:
+        return RowCounts.of(self.values, self.pareto_k)
 
     @property
     def mean(self) -> float:
-        """Mean log-likelihood of a datum (nats), higher is better."""
         return self.values.double().mean().item()
 
     @property
-    def nats(self) -> float:
-        """Negative log-likelihood in nats per datum, lower is better."""
-        return -self.mean
+    def variance(self) -> float:
+        return self.values.double().var().item() if len(self.values) > 1 else nan
+
+
+@dataclass(frozen=True, repr=False)
+class StreamedLogLikelihood(LikelihoodResult):
+    """Log-likelihoods (nats) of rows that were read and evaluated batch by batch; only their mean and variance are held.
+
+    Attributes:
+        totals: counts and moments of the values, in double precision.
+        kind: meaning of the values, as that of a `LogLikelihood`, which has the other attributes too.
+        num_samples: k, the number of samples behind each value; 1 if nothing was sampled.
+        path: folder of parquet files with the columns ``log_likelihood`` and ``std_error`` of each row, in the order of the
+            rows, and for values of importance weights ``pareto_k`` and ``smoothed``; None if they were not written.
+        shared_error: standard error of the mean that comes from values of log Z shared by several rows.
+        is_bound: True if the values are lower bounds on average, also where they are unreliable.
+    """
+
+    totals: RowTotals
+    kind: LikelihoodKind
+    num_samples: int
+    path: Path | None = None
+    shared_error: float = 0.0
+    observation_noise: float | None = None
+    is_bound: bool = False
 
     @property
-    def mean_std_error(self) -> float:
-        """Standard error of the mean, with the data as a random sample; NaN for a single datum."""
-        if len(self.values) < 2:
-            return float("nan")
-        return (self.values.double().var() / len(self.values) + self.shared_error**2).sqrt().item()
+    def num_rows(self) -> int:
+        return self.totals.counts.rows
 
     @property
-    def notes(self) -> list[str]:
-        """Sentences on rows whose values say less than others: NaN, infinite, or of a k-hat that is above .7 or unknown."""
-        if self.kind == "none":
-            return []
-        rows_of = {"the value is NaN": self.values.isnan(), "the value is infinite": self.values.isinf()}
-        if self.pareto_k is not None:
-            heavy = f"Pareto k-hat is above {MAX_PARETO_K} (largest {largest_pareto_k(self.pareto_k):.2f})"
-            rows_of[heavy] = self.pareto_k > MAX_PARETO_K
-            if self.num_samples < MIN_PARETO_DRAWS:
-                unknown = f"Pareto k-hat is unknown, with fewer than {MIN_PARETO_DRAWS} samples,"
-                rows_of[unknown] = self.pareto_k.isnan() & self.values.isfinite()
-        return [f"{note} in {rows.sum()} of {len(rows)} rows" for note, rows in rows_of.items() if rows.any()]
+    def counts(self) -> RowCounts:
+        return self.totals.counts
 
-    def bits_per_dim(self, dims: int) -> float:
-        """Return the negative log-likelihood in bits per dimension, lower is better, for data of `dims` dimensions."""
-        return -self.mean / (dims * log(2))
+    @property
+    def mean(self) -> float:
+        return self.totals.moments.mean.item()
 
-    def __repr__(self) -> str:
-        return f"LogLikelihood({self})"
-
-    def __str__(self) -> str:
-        if self.kind == "none":
-            return f"- (no likelihood, n={len(self.values)})"
-        is_sampled = self.kind != "exact" and (self.kind != "unreliable" or self.is_bound or self.num_samples > 1)
-        k = f", k={self.num_samples}" if is_sampled else ""
-        noise = self.observation_noise
-        about = f"{self.label}{k}, n={len(self.values)}"
-        about += "" if noise is None else f", with Gaussian observation noise {noise:.3g}"
-        notes = "".join(f"; {note}" for note in self.notes)
-        return f"{self.nats:.3f} ± {self.mean_std_error:.3f} nats per datum, lower is better ({about}{notes})"
+    @property
+    def variance(self) -> float:
+        return self.totals.moments.variance.item()
 
 
 def checked(owner: str, found: LogLikelihood, x: Tensor, *, cure: str) -> LogLikelihood:
@@ -128,38 +209,44 @@ def checked(owner: str, found: LogLikelihood, x: Tensor, *, cure: str) -> LogLik
     Warns:
         RuntimeWarning: if they are unreliable; it names how many.
     """
-    warnings = [text for text in (_heavy_weights(found, cure), _not_finite(found.values, x)) if text]
+    counts = RowCounts.of(found.values, found.pareto_k, x)
+    return replace(found, kind="unreliable") if warned(owner, counts, found.num_samples, found.values.dtype, cure) else found
+
+
+def warned(owner: str, counts: RowCounts, num_samples: int, dtype: torch.dtype, cure: str) -> bool:
+    """Warn, and return True, if the counts of rows say that their log-likelihoods are unreliable.
+
+    Args:
+        owner: function that made them, for the warnings.
+        counts: the counts.
+        num_samples: number of samples behind each value.
+        dtype: data type of the values.
+        cure: what to do if k-hat is too large.
+    """
+    warnings = [text for text in (_heavy_weights(counts, num_samples, cure), _not_finite(counts, dtype)) if text]
     for text in warnings:
         warn_caller(f"{owner}: {text}")
-    return replace(found, kind="unreliable") if warnings else found
+    return bool(warnings)
 
 
-def _heavy_weights(found: LogLikelihood, cure: str) -> str:
+def _heavy_weights(counts: RowCounts, num_samples: int, cure: str) -> str:
     """Return a warning of rows whose weights have a heavy tail, or nothing if there are few."""
-    k = found.pareto_k
-    if k is None or not is_unreliable(k, found.num_samples):
+    if not are_unreliable(counts.heavy, counts.rows, counts.largest_k, num_samples):
         return ""
     return (
-        f"Pareto k-hat is above {MAX_PARETO_K} in {count_unreliable(k)} of {len(k)} rows (largest {largest_pareto_k(k):.2f}): "
+        f"Pareto k-hat is above {MAX_PARETO_K} in {counts.heavy} of {counts.rows} rows (largest {counts.largest_k:.2f}): "
         f"a few samples carry the weight there, and the value and its standard error cannot be relied on. {cure}"
     )
 
 
-def _not_finite(values: Tensor, x: Tensor) -> str:
-    """Return a warning of values that are NaN, plus infinity, or minus infinity by overflow; nothing if there are none.
-
-    Minus infinity is right for an impossible datum, unless its square is too large for the precision of the values.
-    """
-    largest = torch.finfo(values.dtype).max ** 0.5
-    overflows = values.isneginf() & bool((x.abs() > largest).any())
-    wrong = values.isnan() | values.isposinf() | overflows
-    if not wrong.any():
+def _not_finite(counts: RowCounts, dtype: torch.dtype) -> str:
+    """Return a warning of values that are NaN, plus infinity, or minus infinity by overflow; nothing if there are none."""
+    if not counts.wrong:
         return ""
-    first = int(wrong.nonzero()[0])
     return (
-        f"the value is {values[first].item()} in {int(wrong.sum())} of {len(values)} rows, the first of them row {first}, so "
-        f"that their mean says nothing. Look at these rows: numbers above about {largest:.0e} overflow in {values.dtype}, and "
-        "a NaN in data or parameters spreads."
+        f"the value is {counts.first_value} in {counts.wrong} of {counts.rows} rows, the first of them row "
+        f"{counts.first_wrong}, so that their mean says nothing. Look at these rows: numbers above about "
+        f"{torch.finfo(dtype).max ** 0.5:.0e} overflow in {dtype}, and a NaN in data or parameters spreads."
     )
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 __all__ = [
     "MAX_PARETO_K",
     "MIN_PARETO_DRAWS",
+    "are_unreliable",
     "count_unreliable",
     "is_unreliable",
     "largest_pareto_k",
@@ -156,9 +157,18 @@ def is_unreliable(pareto_k: Tensor, num_draws: int) -> bool:
         >>> is_unreliable(torch.tensor([0.2, 0.8]), 50)
         False
     """
-    share = count_unreliable(pareto_k) / max(pareto_k.numel(), 1)
-    too_many = num_draws >= MIN_DRAWS_FOR_MAX_K and share > MAX_UNRELIABLE_SHARE
-    return too_many or bool((pareto_k > 1 + 10 / sqrt(num_draws)).any())
+    return are_unreliable(count_unreliable(pareto_k), pareto_k.numel(), largest_pareto_k(pareto_k), num_draws)
+
+
+def are_unreliable(heavy: int, number: int, largest: float, num_draws: int) -> bool:
+    """Return what `is_unreliable` does, given how many of a number of k-hats are above `MAX_PARETO_K`, and the largest.
+
+    Example:
+        >>> are_unreliable(1, 2, 0.8, 1000), are_unreliable(0, 2, float("nan"), 1000)
+        (True, False)
+    """
+    too_many = num_draws >= MIN_DRAWS_FOR_MAX_K and heavy / max(number, 1) > MAX_UNRELIABLE_SHARE
+    return too_many or largest > 1 + 10 / sqrt(num_draws)
 
 
 def count_unreliable(pareto_k: Tensor) -> int:
