@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_genmodels.nn.checks import check_count, check_rate, is_number
+from pyro_genmodels.utils.ranks import current_ranks
 
 USAGE_DECAY = 0.99
 """Decay of the moving average of how often codes are chosen, where codes are trained."""
@@ -112,11 +113,12 @@ class Codebook(nn.Module):
         """Move the moving averages towards a batch of vectors e, (..., code_dim), with codes z, (...); restart unused codes."""
         e, z = e.reshape(-1, e.shape[-1]).to(self.places), z.reshape(-1)  # also under autocast
         decay = USAGE_DECAY if self.decay is None else self.decay
-        counts = torch.zeros_like(self.usage).index_add_(0, z, e.new_ones(len(z)))
+        ranks = current_ranks()
+        counts = ranks.total(torch.zeros_like(self.usage).index_add_(0, z, e.new_ones(len(z))))
         usage, before = decay * self.usage + (1 - decay) * counts, self.vectors
         vectors = before
         if self.decay is not None:
-            sums = torch.zeros_like(vectors).index_add_(0, z, e)
+            sums = ranks.total(torch.zeros_like(vectors).index_add_(0, z, e))
             moves = (1 - decay) * (sums - counts.unsqueeze(-1) * vectors)
             vectors = vectors + moves / usage.clamp(min=torch.finfo(usage.dtype).tiny).unsqueeze(-1)
         if self.restart:
@@ -124,7 +126,7 @@ class Codebook(nn.Module):
             unused = usage < self.restart * equal
             far = (e - before[z]).square().sum(-1).cumsum(0)
             places = torch.searchsorted(far, far[-1] * torch.rand_like(usage)).clamp(max=len(far) - 1)
-            vectors = torch.where(unused.unsqueeze(-1), e[places], vectors)
+            vectors = torch.where(unused.unsqueeze(-1), ranks.first(e[places]), vectors)
             usage = torch.where(unused, equal, usage)
         self.places.copy_(vectors if self.shifts is None else vectors - self.shifts)
         self.usage.copy_(usage)

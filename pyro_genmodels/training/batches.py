@@ -1,4 +1,5 @@
-"""Data in minibatches: from tensors, arrays, frames and nested structures of them, a `Dataset`, or a `DataLoader`.
+"""Data in minibatches: from tensors, arrays, frames and nested structures of them, a `Dataset`, a `DataLoader` or a
+`RowStream`.
 
 Data are the arguments of a model (see `arguments`). Every tensor in them, at any depth, has one row per datum, and all are cut
 alike.
@@ -12,7 +13,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
-from itertools import repeat
+from itertools import chain, islice, repeat
 from math import ceil
 from typing import Any
 
@@ -20,9 +21,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
+from pyro_genmodels.datasets.orders import step_sizes
+from pyro_genmodels.datasets.statistics import ColumnStatistics
+from pyro_genmodels.datasets.streams import RowStream
 from pyro_genmodels.training.arguments import Batch, as_arguments, by_place, first_argument, joined, number_of_rows
 from pyro_genmodels.utils.errors import listed, warn_caller
 from pyro_genmodels.utils.nested import is_array, map_nested
+from pyro_genmodels.utils.ranks import Ranks
+from pyro_genmodels.utils.rng import forked_rng
 from pyro_genmodels.utils.tensors import as_tensor
 
 MAX_ROUNDING = 1e-3
@@ -37,7 +43,7 @@ class Batches:
     Args:
         data: arguments of the model for all rows: tensors, arrays, lists of numbers or frames, alone, in a tuple of positional
             arguments or in a dictionary of keyword arguments, which may hold lists and dictionaries of them. Or a
-            `torch.utils.data.Dataset` with a length, or a `DataLoader`, whose items are such arguments.
+            `torch.utils.data.Dataset` with a length, or a `DataLoader`, whose items are such arguments; or a `RowStream`.
         context: second argument of the model, or None.
         batch_size: largest number of rows in a minibatch. The sizes differ by one at most.
         like: tensor with the device and precision for the batches.
@@ -45,6 +51,7 @@ class Batches:
         exact: number of leading arguments that may be of higher precision, if rounding would change them noticeably.
         arrange: function that returns x with the columns of a data frame in the order of the family, or None.
         model_kwargs: further keyword arguments of the model, the same in every batch.
+        seed: seed of the orders of a `RowStream`. Those of other data are drawn.
 
     Attributes:
         rows: number of rows.
@@ -67,18 +74,20 @@ class Batches:
         exact: int = 0,
         arrange: Callable[[Any], Any] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
+        seed: int = 0,
     ) -> None:
+        self.seed = seed
         self.device, self.dtype, self.family, self.batch_size = like.device, like.dtype, family, batch_size
         self.model_kwargs, self.exact, self.arrange = dict(model_kwargs or {}), exact, arrange
         self._keeps: dict[int, bool] = {}  # by the place of an argument: True if its precision is kept
         if isinstance(data, TensorDataset):
             data = data.tensors
-        self.source = data if isinstance(data, (DataLoader, Dataset)) else None
+        self.source = data if isinstance(data, (DataLoader, Dataset, RowStream)) else None
         self.all: Batch | None = None
         if self.source is not None:
             self.rows = self._length(context)
         else:
-            self.all = self._batch(data if context is None else (*first_argument(data), context))
+            self.all = self.as_batch(data if context is None else (*first_argument(data), context))
             self.rows = self.all.rows
         if not self.rows:
             raise ValueError("Training wants data of at least one row, as x and as valid, but found no rows.")
@@ -86,14 +95,15 @@ class Batches:
         self.is_whole = False
 
     def _length(self, context: Any) -> int:
-        """Return the number of rows of a `Dataset` or `DataLoader`."""
+        """Return the number of rows of a `Dataset`, `DataLoader` or `RowStream`."""
         if context is not None:
             raise ValueError(f"The {type(self.source).__name__} yields the context, as (x, context): leave context out.")
         dataset: Any = self.source.dataset if isinstance(self.source, DataLoader) else self.source
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise TypeError(
                 f"Training wants a dataset with a length, but {type(dataset).__name__} has none. Use a map-style dataset, or "
-                "SVI with size=."
+                "say "
+                "the number of its rows: datasets.stream(loader, rows=...)."
             )
         return len(dataset)
 
@@ -115,18 +125,35 @@ class Batches:
 
     @property
     def digest(self) -> str | None:
-        """Checksum of all rows, by which a resumed run recognises its data. None for a `Dataset` or `DataLoader`."""
+        """Checksum by which a resumed run recognises its data. None for a `Dataset` or `DataLoader`."""
         if self.all is None:
-            return None
+            return self.source.digest if isinstance(self.source, RowStream) else None
         digest = sha256()
         for t in self.all.tensors.values():
             digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def split(self, share: float, seed: int | None) -> tuple[Batches, Batches, Tensor]:
+    @property
+    def resumes(self) -> bool:
+        """True if `shuffled` can leave out batches that were made already. A `DataLoader` may have another order each time."""
+        return not isinstance(self.source, DataLoader)
+
+    def statistics(self, *, progress: bool = False) -> tuple[ColumnStatistics, ...]:
+        """Return the statistics of all rows of a `RowStream`, by a pass over them that is remembered; nothing for other
+        data.""" return self.source.statistics(progress=progress) if isinstance(self.source, RowStream) else ()
+
+    def place_of_nonfinite(self, batch: Batch) -> str:
+        """Return a sentence with the file and row of the first NaN or infinite value, if a batch of a `RowStream` has one."""
+        if not (isinstance(self.source, RowStream) and batch.nonfinite_rows()):
+            return ""
+        places = [part.first_nonfinite for part in self.source.statistics() if part.nonfinite]
+        return f"In the files the first such row is {places[0]}." if places else ""
+
+    def split(self, share: float, seed: int | None) -> tuple[Batches, Batches, Any]:
         """Return the data without a random share of their rows, this share, and the numbers of its rows.
 
-        The rows depend on nothing but the seed and the number of rows. The random number generator is not used.
+        The rows depend on nothing but the seed and the number of rows. The random number generator is not used. Of a
+        `RowStream` whole shards are held out, and instead of the numbers of their rows a stream of them is returned.
 
         Raises:
             TypeError: if the data come from a `DataLoader`.
@@ -137,6 +164,9 @@ class Batches:
                 "train cannot hold out a share of a DataLoader. Split its dataset by torch.utils.data.random_split, and pass a "
                 "DataLoader of each part."
             )
+        if isinstance(self.source, RowStream):
+            rest, held_out_rows = self.source.split(share, 0 if seed is None else seed)
+            return self._of(rest), self._of(held_out_rows), held_out_rows
         number = max(round(share * self.rows), 1)
         if number >= self.rows:
             raise ValueError(f"train cannot hold out a share of {share:g} of {self.rows} rows: pass more rows.")
@@ -154,18 +184,26 @@ class Batches:
             part.source = Subset(self.source, rows.tolist())  # type: ignore[arg-type]
         return part
 
+    def _of(self, source: RowStream) -> Batches:
+        """Return another stream in batches of the same kind."""
+        part = copy.copy(self)
+        part.source, part.rows, part.count = source, len(source), ceil(len(source) / self.batch_size)
+        return part
+
     def first(self) -> Batch:
         """Return the first batch in order."""
         return next(self.in_order())
 
     def take(self, rows: int) -> Batch:
-        """Return the first rows, or of a `Dataset` or `DataLoader` the first batch."""
+        """Return the first rows, or of data that are not held here the first batch."""
         return self.first() if self.all is None else self._take(torch.arange(min(rows, self.rows)))
 
     def head(self, rows: int) -> Batch:
-        """Return all rows, or of a `Dataset` or `DataLoader` at least this many if it has them."""
+        """Return all rows, or of data that are not held here at least this many if there are as many."""
         if self.all is not None:
             return self.all
+        if isinstance(self.source, RowStream):
+            return self.as_batch(self.source.sample(rows))
         parts: list[Batch] = []
         total = 0
         for part in self.in_order():
@@ -181,39 +219,96 @@ class Batches:
         """Yield all rows in every batch from now on, for a model that draws a minibatch of this size itself.
 
         Raises:
-            TypeError: if the data come from a `DataLoader`.
+            TypeError: if the data come from a `DataLoader` or a `RowStream`.
         """
-        if isinstance(self.source, DataLoader):
+        if isinstance(self.source, (DataLoader, RowStream)):
             raise TypeError(
                 f"The model draws minibatches of {size} rows itself (subsample_size), from all rows. Pass the rows as tensors, "
-                "not in a DataLoader."
+                f"not in a {type(self.source).__name__}."
             )
         self.all, self.source = self.head(self.rows), None
         self.count, self.is_whole = ceil(self.rows / size), True
 
     def in_order(self) -> Iterator[Batch]:
         """Return the batches of all rows in order."""
+        if isinstance(self.source, RowStream):
+            return map(self.as_batch, self.source.batches(self.batch_size))
         return self._in_batches(torch.arange(self.rows))
 
-    def shuffled(self) -> Iterator[Batch]:
-        """Return the batches of all rows, after shuffling the rows. A `DataLoader` shuffles only if it was built to."""
-        return self._in_batches(torch.randperm(self.rows))
+    def shuffled(self, epoch: int = 1, done: int = 0) -> Iterator[Batch]:
+        """Return the batches of all rows, after shuffling the rows. A `DataLoader` shuffles only if it was built to.
 
-    def _in_batches(self, order: Tensor) -> Iterator[Batch]:
-        """Yield the rows of the given numbers in batches."""
+        Args:
+            epoch: number of the epoch, from 1. The order of a `RowStream` is a function of it and of the seed. Other orders are
+                drawn from torch's random numbers when this is called.
+            done: number of batches that were made already, and are left out.
+        """
+        if isinstance(self.source, RowStream):
+            made = [(1, done)] if done else []
+            return map(self.as_batch, self.source.batches(self.batch_size, epoch=epoch, seed=self.seed, done=made))
+        return self._in_batches(torch.randperm(self.rows), done)
+
+    def num_shares(self, ranks: Ranks) -> int:
+        """Return the number of batches that `shares` yields."""
         if isinstance(self.source, DataLoader):
-            yield from map(self._batch, self.source)
-        elif self.all is None:
-            for rows in order.tensor_split(self.count):
-                yield self._batch(_fetched(self.source, rows.tolist()))
+            return len(self.source)
+        return ceil(self.count / ranks.size) if self.is_whole else self.count
+
+    def shares(self, ranks: Ranks, seed: int | None = None) -> Iterator[tuple[Batch, int]]:
+        """Yield this rank's rows of the batches of all rows, and the number of rows of each whole batch.
+
+        A model that draws its minibatches itself is given all rows on every rank.
+
+        Args:
+            ranks: the processes among which the rows of a batch are divided.
+            seed: seed of the order of all rows, the same on all ranks. With None they are in order, apart from those of a
+                `DataLoader` that shuffles.
+        """
+        if isinstance(self.source, DataLoader):
+            loader = iter(self.source)
+            with forked_rng(seed):  # a loader that shuffles draws its order now
+                first = list(islice(loader, 1))
+            for batch in map(self.as_batch, chain(first, loader)):
+                places = ranks.part(batch.rows)
+                yield self._cut(batch, torch.arange(places.start, places.stop)), batch.rows
+        elif isinstance(self.source, RowStream):
+            epoch = None if seed is None else 0
+            parts = self.source.batches(self.batch_size, epoch=epoch, seed=seed or 0, rank=ranks.rank, ranks=ranks.size)
+            yield from zip(map(self.as_batch, parts), step_sizes(self.rows, self.count), strict=True)
         elif self.is_whole:
-            yield from repeat(self.all, self.count)
+            yield from repeat((self.all, ranks.size * self.rows), self.num_shares(ranks))  # type: ignore[misc]
         else:
-            yield from map(self._take, order.to(self.device).tensor_split(self.count))
+            generator = torch.Generator().manual_seed(seed or 0)
+            order = torch.arange(self.rows) if seed is None else torch.randperm(self.rows, generator=generator)
+            for rows in order.tensor_split(self.count):
+                yield self._rows(rows[ranks.part(len(rows))]), len(rows)
+
+    def _rows(self, rows: Tensor) -> Batch:
+        """Return the rows of these numbers."""
+        if self.all is not None:
+            return self._take(rows.to(self.device))
+        if len(rows):
+            return self.as_batch(_fetched(self.source, rows.tolist()))
+        return self._cut(self.as_batch(_fetched(self.source, [0])), rows)
+
+    def _in_batches(self, order: Tensor, done: int = 0) -> Iterator[Batch]:
+        """Yield the rows of the given numbers in batches, without the first ones."""
+        if isinstance(self.source, DataLoader):
+            yield from islice(map(self.as_batch, self.source), done, None)
+        elif self.all is None:
+            yield from map(self._rows, order.tensor_split(self.count)[done:])
+        elif self.is_whole:
+            yield from repeat(self.all, self.count - done)
+        else:
+            yield from map(self._take, order.to(self.device).tensor_split(self.count)[done:])
 
     def _take(self, rows: Tensor) -> Batch:
         """Return rows of the tensors that are held here."""
-        args, kwargs, _ = self.all
+        return self._cut(self.all, rows)  # type: ignore[arg-type]
+
+    def _cut(self, batch: Batch, rows: Tensor) -> Batch:
+        """Return rows of a batch."""
+        args, kwargs, _ = batch
 
         def cut(t: Any) -> Any:
             return t[rows.to(t.device)] if isinstance(t, Tensor) and t.dim() else t
@@ -221,7 +316,7 @@ class Batches:
         kwargs = {name: v if name in self.model_kwargs else map_nested(cut, v, is_array) for name, v in kwargs.items()}
         return Batch(map_nested(cut, args, is_array), kwargs, len(rows))
 
-    def _batch(self, data: Any) -> Batch:
+    def as_batch(self, data: Any) -> Batch:
         """Return data as arguments of the model, converted to tensors."""
         args, kwargs = as_arguments(data)
         if self.family is not None:

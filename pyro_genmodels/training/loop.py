@@ -6,13 +6,13 @@ Early stopping: Prechelt (1998).
 
 from __future__ import annotations
 
-__all__ = ["TrainingInterrupted", "train"]
+__all__ = ["train"]
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from math import ceil, inf
+from math import inf
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
@@ -35,41 +35,21 @@ from pyro_genmodels.training.epochs import Epochs
 from pyro_genmodels.training.fit import Fit
 from pyro_genmodels.training.limits import Limits
 from pyro_genmodels.training.options import (
+    EMA_DECAY,
+    VALIDATION_SEED,
     check_options,
+    identity_of,
     load_data,
     prepare_family,
     statistics_restored_on_error,
+    subsample_held_out,
     torch_threads,
 )
-from pyro_genmodels.training.runs import Checkpoint, RunCheckpoint
+from pyro_genmodels.training.runs import Checkpoint, RunCheckpoint, TrainingInterrupted
 from pyro_genmodels.training.steps import LossStep, make_step
 from pyro_genmodels.utils.errors import warn_caller
 from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, runs_models
 from pyro_genmodels.utils.rng import forked_rng
-
-EMA_DECAY = 0.999
-"""Default decay of the average, for fits that need one."""
-VALIDATION_SEED = 0x9E3779B9
-"""Seed of every validation, so that epochs are compared with the same random numbers. No data are drawn from it."""
-
-
-class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C during training with a checkpoint, which holds the state after the last full epoch.
-
-    Attributes:
-        path: path of the checkpoint.
-        epoch: number of the last full epoch.
-    """
-
-    def __init__(self, path: Path, epoch: int) -> None:
-        super().__init__(
-            f"The state after epoch {epoch} is in {path}. Continue with train(..., checkpoint=Checkpoint(path, resume=True))."
-        )
-        self.path, self.epoch = path, epoch
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the path and the number, from which the message is made."""
-        return type(self), (self.path, self.epoch)
 
 
 @runs_models()
@@ -178,7 +158,7 @@ def train(
                 prepare_family(model, batches, held_out)
                 step = make_step(fit, objective, optim, batches, clip_norm, mode)
                 if held_out is not None and batches.is_whole:
-                    _subsample_held_out(step, batches, held_out)
+                    subsample_held_out(step, batches, held_out)
                 if ema_decay == "auto":
                     ema_decay = EMA_DECAY if step.wants_average else None
                 weights = TrainedWeights(step.parameters, modules, ema_decay, step.excluded, step.extra_modules)
@@ -191,7 +171,7 @@ def train(
                     "clip_norm": clip_norm,
                     "valid": float(valid) if isinstance(valid, Real) else None,
                 }
-                data_of_run = partial(_identity_of, batches, held_out)
+                data_of_run = partial(identity_of, batches, held_out)
                 run = RunCheckpoint(checkpoint, result, weights, step.optimiser, data_of_run, settings)
             stopped = ""
             try:
@@ -249,23 +229,6 @@ def _train(
         raise
 
 
-def _subsample_held_out(step: LossStep | AdversarialStep, batches: Batches, held_out: Batches) -> None:
-    """Give all held-out rows to a model that draws its minibatches itself.
-
-    Raises:
-        ValueError: if its plate has a fixed number of rows.
-    """
-    held_out.subsample(ceil(batches.rows / batches.count))
-    try:
-        with handlers.side_effect_free(step), forked_rng():
-            step.loss(held_out.first())
-    except IndexError as error:
-        raise ValueError(
-            f"The model has a plate of {batches.rows} rows for any data, but valid has {held_out.rows}. Write the plate by the "
-            "rows that the model is given: pyro.plate(name, len(x), subsample_size=...)."
-        ) from error
-
-
 @contextmanager
 def _training_mode(modules: list[nn.Module]) -> Iterator[None]:
     """Put modules in training mode, and in evaluation mode at the end, also after an error."""
@@ -276,11 +239,6 @@ def _training_mode(modules: list[nn.Module]) -> Iterator[None]:
     finally:
         for module in modules:
             module.eval()
-
-
-def _identity_of(batches: Batches, held_out: Batches | None) -> dict[str, Any]:
-    """Return the number of rows, and checksums of data and held-out data."""
-    return {"rows": batches.rows, "data": batches.digest, "valid": None if held_out is None else held_out.digest}
 
 
 def _progress_bar(fit: Fit, epochs: int, *, disable: bool) -> tqdm:

@@ -10,7 +10,7 @@ older run, from ``name.training.safetensors`` to ``name.BEGUN.training.safetenso
 
 from __future__ import annotations
 
-__all__ = ["Checkpoint", "RunCheckpoint"]
+__all__ = ["Checkpoint", "RunCheckpoint", "TrainingInterrupted"]
 
 import json
 import os
@@ -40,6 +40,25 @@ if TYPE_CHECKING:
 RUN_SUFFIX = ".training.safetensors"
 STAMP = r"\d{8}T\d{6}Z(-[0-9a-f]{6})?"
 """Pattern of the time at which an older run began, with the beginning of its id, in the name of its file."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C during training with a checkpoint, which holds the state after the last full epoch.
+
+    Attributes:
+        path: path of the checkpoint.
+        epoch: number of the last full epoch.
+    """
+
+    def __init__(self, path: Path, epoch: int) -> None:
+        super().__init__(
+            f"The state after epoch {epoch} is in {path}. Continue with train(..., checkpoint=Checkpoint(path, resume=True))."
+        )
+        self.path, self.epoch = path, epoch
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the path and the number, from which the message is made."""
+        return type(self), (self.path, self.epoch)
 
 
 @dataclass(frozen=True)

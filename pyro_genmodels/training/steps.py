@@ -19,7 +19,7 @@ from pyro.infer import ELBO, Trace_ELBO, Trace_MMD
 from pyro.nn import PyroModule
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from pyro_genmodels._pyro import handlers, traces
@@ -182,13 +182,29 @@ class LossStep(Step):
         with torch.no_grad():
             return self._loss(self.objective.loss, batch, self.rows)
 
+    def differentiable_loss(self, batch: Batch) -> Tensor:
+        """Return the loss of a batch per datum with its graph, (). It is NaN where a distribution refuses the parameters.
+
+        Raises:
+            NotImplementedError: if the objective has no differentiable loss.
+        """
+        return torch.as_tensor(self._loss(self.objective.differentiable_loss, batch, self.rows))
+
     def validate(self, held_out: Batches) -> float:
         """Return the mean loss of held-out data per datum."""
+        self.prepare_validation(held_out.first())
+        return mean_loss([(self.validation_loss(batch, held_out.rows), batch.rows) for batch in held_out.in_order()])
+
+    def prepare_validation(self, batch: Batch) -> None:
+        """Estimate log Z of energies for the present parameters, if their losses need it, by a run on a batch."""
         if energies := [d for d in self.distributions if capabilities(d).intractable]:
-            self._prepare_log_partition(energies, held_out.first())
+            self._prepare_log_partition(energies, batch)
             self._knows_log_partition = True
-        with torch.no_grad():
-            return mean_loss([(self._loss(self.objective.loss, b, held_out.rows), b.rows) for b in held_out.in_order()])
+
+    @torch.no_grad()
+    def validation_loss(self, batch: Batch, rows: int) -> float:
+        """Return the loss per datum of a batch of held-out data, out of this many rows."""
+        return self._loss(self.objective.loss, batch, rows)
 
     def _examine(self, objective: Any, batch: Batch) -> tuple[Any, _Sites, str]:
         """Return the objective, the sites of a first run, and the unit of the loss, which may depend on the sites."""
@@ -236,7 +252,7 @@ class LossStep(Step):
         with torch.no_grad():
             return traces.run_pair(self.model, self.guide, batch.args, self._kwargs(batch, self.rows))
 
-    def _loss(self, loss: Callable[..., float], batch: Batch, rows: int) -> float:
+    def _loss(self, loss: Callable[..., Any], batch: Batch, rows: int) -> Any:
         """Return the loss, which is NaN or infinite also where a distribution refuses such parameters by a ValueError."""
         try:
             return self._call(loss, batch, rows)
@@ -247,7 +263,7 @@ class LossStep(Step):
                 raise
             return value
 
-    def _call(self, loss: Callable[..., float], batch: Batch, rows: int) -> float:
+    def _call(self, loss: Callable[..., Any], batch: Batch, rows: int) -> Any:
         loss_of_all = loss(self.model, self.guide, *batch.args, **self._kwargs(batch, rows))
         return loss_of_all / (rows if self.takes_size else batch.rows)
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from pyro_genmodels.optim.adapters import Optim, make_optimizer
 from pyro_genmodels.optim.averaging import TrainedWeights
+from pyro_genmodels.utils.ranks import current_ranks
 from pyro_genmodels.utils.tensors import copied_like
 
 GENERATOR, CRITIC = "generator", "critic"
@@ -68,7 +69,11 @@ class TrainedNetworks:
             A message, without a step, if the loss or the norm of its gradient is not finite.
         """
         parameters = list(self.parameters[name].values())
-        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        grads: list[Any] = list(torch.autograd.grad(loss, parameters, allow_unused=True))
+        used = [i for i, grad in enumerate(grads) if grad is not None]
+        loss, *means = current_ranks().mean([loss, *(grads[i] for i in used)])
+        for i, mean in zip(used, means, strict=True):
+            grads[i] = mean
         norm = get_total_norm([grad for grad in grads if grad is not None])
         if not (loss + norm).isfinite():
             return f"the {name}'s loss is {loss.item():g} and the norm of its gradient {norm.item():g}"

@@ -38,6 +38,7 @@ from pyro_genmodels.infer.compiled import Eager, Mode
 from pyro_genmodels.optim.adapters import Optim
 from pyro_genmodels.optim.averaging import moving_average
 from pyro_genmodels.utils.errors import check_choice, check_positive_int, listed
+from pyro_genmodels.utils.ranks import current_ranks
 
 STEPS_BETWEEN_COPIES = 100
 """Number of steps between two copies of the last good state."""
@@ -171,7 +172,8 @@ class Adversarial:
         if self._is_captured:
             loss, critic_loss = self._captured_round(args, kwargs)
         else:
-            loss, critic_loss = (x.item() for x in self.game.play(self._update, args, kwargs))
+            losses = self.game.play(self._update, args, kwargs)
+            loss, critic_loss = (x.item() for x in current_ranks().mean(losses))
         self._has_played = True
         self._trained.weights.update()
         self.steps += 1
