@@ -14,6 +14,7 @@ from pyro_genmodels.evaluation.permutation_test import MMDTest, mmd_test
 from pyro_genmodels.evaluation.raise_bound import conservative_log_likelihood
 from pyro_genmodels.evaluation.result import LogLikelihood, StreamedLogLikelihood, no_likelihood
 from pyro_genmodels.evaluation.sample_quality import SampleQuality
+from pyro_genmodels.evaluation.streamed_comparison import StreamedComparison
 from pyro_genmodels.utils.errors import suggest_names
 from pyro_genmodels.utils.parts import Output
 
@@ -27,6 +28,7 @@ __all__ = [
     "ModeCoverage",
     "Output",
     "SampleQuality",
+    "StreamedComparison",
     "StreamedLogLikelihood",
     "VAEDiagnosis",
     "c2st",

@@ -22,7 +22,7 @@ class RowCounts:
 
     Attributes:
         rows: number of all rows.
-        nan: rows whose value is NaN.
+        nans: rows whose value is NaN.
         infinite: rows whose value is infinite.
         wrong: rows whose value is NaN, plus infinity, or minus infinity by overflow.
         first_wrong: number of the first of these, or None.
@@ -38,7 +38,7 @@ class RowCounts:
     """
 
     rows: int = 0
-    nan: int = 0
+    nans: int = 0
     infinite: int = 0
     wrong: int = 0
     first_wrong: int | None = None
@@ -74,7 +74,7 @@ class RowCounts:
         known = [k for k in (self.largest_k, other.largest_k) if not isnan(k)]
         return RowCounts(
             self.rows + other.rows,
-            self.nan + other.nan,
+            self.nans + other.nans,
             self.infinite + other.infinite,
             self.wrong + other.wrong,
             first,
@@ -88,7 +88,7 @@ class RowCounts:
         """Return sentences on rows whose values say less than others, given the number of samples behind each value."""
         heavy = f"Pareto k-hat is above {MAX_PARETO_K} (largest {self.largest_k:.2f})"
         unknown = f"Pareto k-hat is unknown, with fewer than {MIN_PARETO_DRAWS} samples,"
-        found = {"the value is NaN": self.nan, "the value is infinite": self.infinite, heavy: self.heavy}
+        found = {"the value is NaN": self.nans, "the value is infinite": self.infinite, heavy: self.heavy}
         if num_samples < MIN_PARETO_DRAWS:
             found[unknown] = self.unknown
         return [f"{note} in {count} of {self.rows} rows" for note, count in found.items() if count]

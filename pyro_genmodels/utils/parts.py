@@ -16,12 +16,13 @@ __all__ = [
     "check_settings",
     "flat_columns",
     "part_seed",
+    "read_parts",
     "rows_of_part",
 ]
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,22 @@ def flat_columns(values: np.ndarray, names: list[str] | None = None) -> dict[str
         return {(names or ["x"])[0]: values}
     flat = values.reshape(len(values), math.prod(values.shape[1:]))
     return {name: flat[:, i] for i, name in enumerate(names or [f"x{i}" for i in range(flat.shape[1])])}
+
+
+def read_parts(path: Path) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the columns of each part of a folder, in order.
+
+    Raises:
+        ValueError: if there is no whole run in the folder, or a part is damaged.
+    """
+    manifest = json.loads((path / MANIFEST).read_text()) if (path / MANIFEST).is_file() else {}
+    folder = PartFolder(Output(path, resume=True), manifest.get("settings", {})) if manifest else None
+    if folder is None or not manifest.get("complete"):
+        raise ValueError(f"{path} holds no run that is complete. Resume it first.")
+    number = 0
+    while folder.part(number).is_file():
+        yield folder.columns(number)
+        number += 1
 
 
 class PartFolder:

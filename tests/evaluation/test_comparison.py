@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from pyro_genmodels import MAF, VAE, Flow, Labels, compare, log_likelihood
 from pyro_genmodels.distributions import Implicit
 from pyro_genmodels.evaluation import LogLikelihood
-from pyro_genmodels.evaluation.comparison import stacking_weights
+from pyro_genmodels.evaluation.comparison_table import stacking_weights
 from pyro_genmodels.families.family import Family
 
 SMALL = {"transforms": 2, "hidden": (8,)}
@@ -89,7 +89,7 @@ def test_stacking_weights_of_very_small_densities_are_the_same():
 
 def test_stacking_weights_are_computed_once(monkeypatch):
     calls = []
-    module = importlib.import_module("pyro_genmodels.evaluation.comparison")
+    module = importlib.import_module("pyro_genmodels.evaluation.comparison_table")
     monkeypatch.setattr(module, "stacking_weights", lambda values: calls.append(1) or stacking_weights(values))
     comparison = compare({"a": known(A), "b": known(B)})
     pd.testing.assert_frame_equal(comparison.table, comparison.table)
