@@ -139,8 +139,8 @@ class Batches:
         return not isinstance(self.source, DataLoader)
 
     def statistics(self, *, progress: bool = False) -> tuple[ColumnStatistics, ...]:
-        """Return the statistics of all rows of a `RowStream`, by a pass over them that is remembered; nothing for other
-        data.""" return self.source.statistics(progress=progress) if isinstance(self.source, RowStream) else ()
+        """Return the statistics of all rows of a `RowStream`, by a pass that is remembered. Other data have none."""
+        return self.source.statistics(progress=progress) if isinstance(self.source, RowStream) else ()
 
     def place_of_nonfinite(self, batch: Batch) -> str:
         """Return a sentence with the file and row of the first NaN or infinite value, if a batch of a `RowStream` has one."""
