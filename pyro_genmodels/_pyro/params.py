@@ -7,6 +7,7 @@ and the other never trains, without an error. So each family registers a name of
 from __future__ import annotations
 
 __all__ = [
+    "as_module_parameter",
     "clear_name",
     "is_registered",
     "is_stored",
@@ -118,6 +119,21 @@ def remove_foreign_parameters(module: PyroModule) -> None:
     for name, parameter in named_parameters(module):
         if store._params.get(name, parameter) is not parameter:
             del store[name]
+
+
+def as_module_parameter(name: str) -> nn.Parameter:
+    """Return a parameter of the param store, unconstrained, as an `nn.Parameter`, which replaces another kind of tensor there.
+
+    A module can then hold it too. It shares the memory of the former tensor.
+    """
+    store: Any = pyro.get_param_store()
+    before = store._params[name]
+    if isinstance(before, nn.Parameter):
+        return before
+    parameter = nn.Parameter(before.detach(), requires_grad=before.requires_grad)
+    del store._param_to_name[before]
+    store._params[name], store._param_to_name[parameter] = parameter, name
+    return parameter
 
 
 def is_stored(module: PyroModule, name: str) -> bool:

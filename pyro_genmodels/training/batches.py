@@ -123,6 +123,13 @@ class Batches:
             )
         return new
 
+    def move(self, device: torch.device) -> None:
+        """Move all rows to a device, and those of a `Dataset` or `DataLoader` when they are read."""
+        self.device = device
+        if self.all is not None:
+            args, kwargs = (map_nested(self.to, part, is_array) for part in self.all[:2])
+            self.all = Batch(args, kwargs, self.rows)
+
     @property
     def digest(self) -> str | None:
         """Checksum by which a resumed run recognises its data. None for a `Dataset` or `DataLoader`."""
@@ -276,7 +283,7 @@ class Batches:
             parts = self.source.batches(self.batch_size, epoch=epoch, seed=seed or 0, rank=ranks.rank, ranks=ranks.size)
             yield from zip(map(self.as_batch, parts), step_sizes(self.rows, self.count), strict=True)
         elif self.is_whole:
-            yield from repeat((self.all, ranks.size * self.rows), self.num_shares(ranks))  # type: ignore[misc]
+            yield from repeat((self.all, ranks.size * self.rows), self.num_shares(ranks))
         else:
             generator = torch.Generator().manual_seed(seed or 0)
             order = torch.arange(self.rows) if seed is None else torch.randperm(self.rows, generator=generator)

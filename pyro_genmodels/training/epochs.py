@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_genmodels.optim.averaging import TrainedWeights
+from pyro_genmodels.training.epoch_part import EpochPart
 from pyro_genmodels.training.fit import EXPLODED_EPOCHS, EXPLOSION, Fit
 from pyro_genmodels.training.limits import Limits
 from pyro_genmodels.training.runs import RunCheckpoint
@@ -40,10 +41,26 @@ class Epochs:
     ) -> None:
         self.step, self.fit, self.weights, self.run, self.limits = step, fit, weights, run, limits
         self.is_validated = is_validated
-        self.first_loss: list[float] = []
-        self._begun = time.perf_counter() - (fit.history[-1]["seconds"] if fit.history else 0.0)
+        self._part = run.part
+        self.first_loss: list[float] = [] if run.part is None else list(run.part.first_loss)
+        before = run.part.seconds if run.part is not None else fit.history[-1]["seconds"] if fit.history else 0.0
+        self._begun = time.perf_counter() - before
         self._before: tuple[dict[str, float], list[Tensor]] = {}, weights.best
         fit.usual_loss = max(step.smallest_loss, abs(fit.history[0]["train"]) if fit.history else 0.0)
+
+    def begin(self, steps: int) -> EpochPart:
+        """Return the part of the next epoch that was made: a part of it in a run that was resumed, and none otherwise.
+
+        Args:
+            steps: number of steps of an epoch.
+
+        Raises:
+            ValueError: if the resumed run has made more steps.
+        """
+        part, self._part = self._part or EpochPart(), None
+        if part.steps > steps:
+            raise ValueError(f"{self.run.run_path} is damaged: it has made {part.steps} of the {steps} steps of an epoch.")
+        return part
 
     @property
     def number(self) -> int:
@@ -95,8 +112,11 @@ class Epochs:
         self.run.capture()
         return record
 
-    def finish(self) -> None:
+    def finish(self, reason: str = "") -> None:
         """End the run at its limit.
+
+        Args:
+            reason: why it ends, if it has not reached a limit.
 
         Raises:
             FloatingPointError: if training has exploded, or no epoch has a finite validation loss.
@@ -108,7 +128,7 @@ class Epochs:
             )
         if not self.fit.best:
             raise FloatingPointError("no epoch has a finite validation loss: look for held-out data that the model rules out")
-        self.fit.stopped = self.limits.reached(self.fit)
+        self.fit.stopped = self.limits.reached(self.fit) or reason
         self.run.write()
 
     def fail(self) -> None:

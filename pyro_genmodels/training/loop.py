@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = ["train"]
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -51,6 +52,9 @@ from pyro_genmodels.utils.errors import warn_caller
 from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, runs_models
 from pyro_genmodels.utils.rng import forked_rng
 
+SHOWN_SECONDS = 2.0
+"""Seconds within an epoch after which the progress bar shows how much of it is done."""
+
 
 @runs_models()
 def train(
@@ -72,6 +76,7 @@ def train(
     model_kwargs: Mapping[str, Any] | None = None,
     mode: Mode | None = None,
     max_seconds: float | None = None,
+    trainer: Any = None,
     progress: bool = True,
 ) -> Fit:
     """Train a fit in place. It ends with its best parameters, in evaluation mode.
@@ -117,6 +122,9 @@ def train(
             captured from 2,000 steps on, compiled from 50,000 on.
         max_seconds: time after which no further epoch is begun, with that of the run before if one is resumed; None for no
             limit.
+        trainer: a `lightning.Trainer`, which trains on its devices and machines, with its precision, loggers and callbacks;
+            see `LightningFit`. `batch_size` is then the number of rows of a step over all devices. Its `max_epochs` and
+            other limits hold too. Steps are eager.
         progress: True to show a progress bar.
 
     Returns:
@@ -143,6 +151,10 @@ def train(
         [['epoch', 'seconds', 'train', 'valid'], ['epoch', 'seconds', 'train', 'valid']]
     """
     check_options(epochs, batch_size, patience, ema_decay, clip_norm, checkpoint, seed, threads, mode, max_seconds)
+    if trainer is not None:
+        from pyro_genmodels.training import lightning_run
+
+        lightning_run.check_trainer(trainer, mode)
     fit = fit.family if isinstance(fit, Fit) else fit
     model, guide = traces.as_pair(fit)
     model_kwargs = joined_keywords({}, model_kwargs)
@@ -153,9 +165,17 @@ def train(
             pyro.set_rng_seed(int(seed))
         modules, result = traces.modules_of(model, guide), Fit(fit)
         batches, held_out, result.held_out = load_data(data, context, valid, batch_size, seed, model, modules, model_kwargs)
+        settings: dict[str, Any] = {"batch_size": batch_size, "valid": float(valid) if isinstance(valid, Real) else None}
+        limits = Limits(epochs, patience, inf if max_seconds is None else float(max_seconds))
+        if trainer is not None:
+            from pyro_genmodels.training import lightning_run  # which takes seconds
+
+            options: dict[str, Any] = {"objective": objective, "optim": optim, "checkpoint": checkpoint, "seed": seed}
+            options |= {"ema_decay": ema_decay, "clip_norm": clip_norm, "model_kwargs": model_kwargs}
+            return lightning_run.train_by(trainer, result, options, batches, held_out, limits, settings, progress=progress)
         with _training_mode([*modules, *traces.modules_of(getattr(objective, "critic", None))]):
             with statistics_restored_on_error(model):
-                prepare_family(model, batches, held_out)
+                prepare_family(model, batches, held_out, progress=progress)
                 step = make_step(fit, objective, optim, batches, clip_norm, mode)
                 if held_out is not None and batches.is_whole:
                     subsample_held_out(step, batches, held_out)
@@ -163,19 +183,17 @@ def train(
                     ema_decay = EMA_DECAY if step.wants_average else None
                 weights = TrainedWeights(step.parameters, modules, ema_decay, step.excluded, step.extra_modules)
                 checkpoint = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
-                settings = {
+                settings |= {
                     "seed": seed,
                     "objective": type(step.objective).__name__,
-                    "batch_size": batch_size,
                     "ema_decay": ema_decay,
                     "clip_norm": clip_norm,
-                    "valid": float(valid) if isinstance(valid, Real) else None,
                 }
                 data_of_run = partial(identity_of, batches, held_out)
                 run = RunCheckpoint(checkpoint, result, weights, step.optimiser, data_of_run, settings)
+                batches.seed = run.seed or batches.seed
             stopped = ""
             try:
-                limits = Limits(epochs, patience, inf if max_seconds is None else float(max_seconds))
                 epochs_of_run = Epochs(step, result, weights, run, limits, is_validated=held_out is not None)
                 _train(step, batches, held_out, epochs_of_run, progress=progress)
             except FloatingPointError as error:
@@ -188,7 +206,7 @@ def train(
             except KeyboardInterrupt as interrupt:
                 result.stopped = "interrupted"
                 if path := run.write():
-                    raise TrainingInterrupted(path, run.epochs) from interrupt
+                    raise TrainingInterrupted(path, run.epochs, run.steps) from interrupt
                 raise
             finally:
                 weights.restore_best()
@@ -215,7 +233,7 @@ def _train(
         with _progress_bar(fit, epochs.limits.epochs, disable=not progress) as bar:
             while not epochs.is_over:
                 step.plan(epochs.certain * batches.count, bar.set_postfix_str)
-                losses = _train_epoch(step, batches, weights, epochs.first_loss)
+                losses = _train_epoch(step, batches, epochs, bar)
                 if held_out is not None:
                     losses["valid"] = _validate(step, held_out, weights)
                 record = epochs.add(losses)
@@ -254,28 +272,36 @@ def _postfix(record: Mapping[str, float], units: Mapping[str, str]) -> str:
     return ", ".join(f"{name}={record[name]:.4g}" + (f" {unit}" if last[unit] == name else "") for name, unit in units.items())
 
 
-def _train_epoch(
-    step: LossStep | AdversarialStep, batches: Batches, weights: TrainedWeights, first_loss: list[float]
-) -> dict[str, float]:
-    """Train on all data once, and return the mean losses per datum by name.
+def _train_epoch(step: LossStep | AdversarialStep, batches: Batches, epochs: Epochs, bar: tqdm) -> dict[str, float]:
+    """Train on all data once, or on what is left of them in a run that was resumed; return the mean losses per datum by name.
 
-    Append the training loss of the first step to `first_loss`: that of the parameters with which the epoch begins.
+    Append the training loss of the first step to `epochs.first_loss`: that of the parameters with which the epoch begins.
     """
-    losses = []
-    for number, batch in enumerate(batches.shuffled(), 1):
+    run, weights, part = epochs.run, epochs.weights, epochs.begin(batches.count)
+    with part.at_beginning():
+        rest = batches.shuffled(epochs.number, part.steps)
+    shown = time.perf_counter()
+    for number, batch in enumerate(rest, part.steps + 1):
         try:
-            losses.append((step.step(batch, number), batch.rows))
-        except FloatingPointError:
+            losses = step.step(batch, number)
+        except FloatingPointError as error:
             if number == 1 and batch.nonfinite_rows():
-                first_loss.append(0.0)  # the parameters are not to blame
+                epochs.first_loss.append(0.0)  # the parameters are not to blame
+            if place := batches.place_of_nonfinite(batch):
+                raise FloatingPointError(f"{error}. {place}") from error
             raise
         weights.update()
+        part.add(losses, batch.rows)
         if number == 1:
-            first_loss.append(losses[0][0]["train"])
+            epochs.first_loss.append(losses["train"])
+        if run.is_due and batches.resumes:
+            run.capture(part, epochs.first_loss, epochs.seconds)
+        if not bar.disable and time.perf_counter() - shown > max(SHOWN_SECONDS, bar.mininterval):
+            shown = time.perf_counter()
+            bar.set_postfix_str(f"{number / batches.count:.0%} of epoch {epochs.number}, train={part.means['train']:.4g}")
     if not weights.finite:
         raise FloatingPointError("a parameter is not finite after the last step: lower the learning rate")
-    rows = sum(n for _, n in losses)
-    return {name: sum(loss[name] * n for loss, n in losses) / rows for name in losses[0][0]}
+    return part.means
 
 
 def _validate(step: LossStep | AdversarialStep, held_out: Batches, weights: TrainedWeights) -> float:

@@ -71,6 +71,16 @@ def _is_history(value: Any) -> bool:
     )
 
 
+def _is_part(value: Any) -> bool:
+    """Return True for the part of an epoch that was made."""
+    if not isinstance(value, dict) or not all(_is_whole(value.get(name), 1) for name in ("steps", "rows")):
+        return False
+    losses, first_loss = value.get("losses"), value.get("first_loss")
+    if not (isinstance(losses, dict) and "train" in losses and isinstance(first_loss, list) and first_loss):
+        return False
+    return all(is_number(number) and isfinite(number) for number in (*losses.values(), *first_loss, value.get("seconds")))
+
+
 def _is_run(value: Any) -> bool:
     """Return True for the identity of a run."""
     texts = isinstance(value, dict) and all(_is_text(value.get(name)) for name in ("id", "begun"))
@@ -99,6 +109,7 @@ ENTRIES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "valid": (lambda value: value is None or _is_text(value), "text or null"),
     "history": (_is_history, "a list of one dictionary of numbers for each epoch from 1, with epoch, train and seconds"),
     "best": (lambda value: value == {} or _is_epoch(value), "a dictionary of numbers with the epoch"),
+    "part": (_is_part, "a dictionary with steps, rows, losses, first_loss and seconds"),
     "stopped": (_is_text, "text"),
     "units": (lambda value: isinstance(value, dict) and all(map(_is_text, value.values())), "a dictionary of texts"),
     "run": (_is_run, "a dictionary with id, begun and settings"),

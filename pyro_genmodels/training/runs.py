@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 
 from pyro_genmodels.optim.averaging import TrainedWeights
 from pyro_genmodels.training import checkpoints
+from pyro_genmodels.training.epoch_part import EpochPart
 from pyro_genmodels.training.rebuild import describe
 from pyro_genmodels.training.snapshots import capture, encode_option, option_groups, restore, tensor_groups
 from pyro_genmodels.utils.errors import listed, one_line, warn_caller
@@ -43,22 +44,22 @@ STAMP = r"\d{8}T\d{6}Z(-[0-9a-f]{6})?"
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C during training with a checkpoint, which holds the state after the last full epoch.
+    """Ctrl-C during training with a checkpoint, which holds the state after the last full epoch, or later.
 
     Attributes:
         path: path of the checkpoint.
         epoch: number of the last full epoch.
+        steps: number of steps of the next epoch that the checkpoint holds as well.
     """
 
-    def __init__(self, path: Path, epoch: int) -> None:
-        super().__init__(
-            f"The state after epoch {epoch} is in {path}. Continue with train(..., checkpoint=Checkpoint(path, resume=True))."
-        )
-        self.path, self.epoch = path, epoch
+    def __init__(self, path: Path, epoch: int, steps: int = 0) -> None:
+        where = f"after epoch {epoch}" + (f" and {steps} steps of the next" if steps else "")
+        super().__init__(f"The state {where} is in {path}. Continue with train(..., checkpoint=Checkpoint(path, resume=True)).")
+        self.path, self.epoch, self.steps = path, epoch, steps
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the path and the number, from which the message is made."""
-        return type(self), (self.path, self.epoch)
+        """Pickle the path and the numbers, from which the message is made."""
+        return type(self), (self.path, self.epoch, self.steps)
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,11 @@ class RunCheckpoint:
         settings: arguments of the training. A run can be resumed by the same ones only, apart from a `seed` of None. "valid" is
             the share of the data that is held out, or None.
 
+    Attributes:
+        epochs: number of full epochs in the checkpoint.
+        steps: number of steps of the next epoch in it.
+        part: part of an epoch that a resumed run has made, or None.
+
     Raises:
         TypeError: if a setting, or an option of the optimiser, cannot be written to the checkpoint.
     """
@@ -119,7 +125,8 @@ class RunCheckpoint:
         settings: Mapping[str, Any],
     ) -> None:
         self.fit, self.weights, self.optimiser = fit, weights, optimiser
-        self.epochs, self._is_written = 0, False
+        self.epochs, self.steps, self._is_written = 0, 0, False
+        self.part: EpochPart | None = None
         self._written = time.perf_counter()
         self.path: Path | None = None
         if checkpoint is None:
@@ -141,16 +148,37 @@ class RunCheckpoint:
                 "the former, pass Checkpoint(path, resume=True).",
                 UserWarning,
             )
-        self.capture()
+        self.capture(self.part)
 
-    def capture(self) -> None:
-        """Copy the run after an epoch, and write it if the last write was long ago."""
+    @property
+    def is_due(self) -> bool:
+        """True if the run should be written, since the last write was long ago."""
+        return self.path is not None and time.perf_counter() - self._written > self.SECONDS
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the run, which is that of the run before if one is resumed, or None."""
+        return None if self.path is None else self.identity["settings"].get("seed")
+
+    def capture(self, part: EpochPart | None = None, first_loss: list[float] | None = None, seconds: float = 0.0) -> None:
+        """Copy the run after an epoch or within it, and write it if the last write was long ago.
+
+        Args:
+            part: part of the present epoch that was made, or None after an epoch.
+            first_loss: training losses of the first steps of the epochs after the best one, by default those in the part.
+            seconds: seconds since the run began, by default those in the part.
+        """
         if self.path is None:
             return
         tensors, options = capture(self.weights, self.optimiser)
-        captured = self.weights.best_state(), self.fit.record(), tensors, options
-        self._captured, self.epochs = captured, len(self.fit.history)  # in one statement: Ctrl-C may come at any time
-        if (self.fit.best and not self._is_written) or time.perf_counter() - self._written > self.SECONDS:
+        record, best = self.fit.record(), self.weights.best_state()
+        if part is not None:
+            tensors["random.order"] = part.random
+            record["part"] = part.to_json(part.first_loss if first_loss is None else first_loss, seconds or part.seconds)
+        steps = 0 if part is None else part.steps
+        # in one statement, since Ctrl-C may come at any time
+        self._captured, self.epochs, self.steps = (best, record, tensors, options), len(self.fit.history), steps
+        if (self.fit.best and not self._is_written) or self.is_due:
             self.write()
 
     def restore(self) -> None:
@@ -177,11 +205,15 @@ class RunCheckpoint:
             raise ValueError(f"{self.run_path} holds no training run to resume.")
         self._check_settings(record["run"])
         self._check_data(record)
-        self._check_beside(record["run"])
+        if record["history"]:  # else it has no parameters yet, and those beside it may be of an older run
+            self._check_beside(record["run"])
+        if "part" in record and "random.order" not in tensors:
+            raise ValueError(f"{self.run_path} is damaged: it lacks the random state at the beginning of its epoch.")
         try:
             restore(self.weights, self.optimiser, tensors, record["options"])
         except ValueError as error:
             raise ValueError(f"{self.run_path} cannot be resumed. {error}") from error
+        self.part = EpochPart.from_json(record["part"], tensors["random.order"]) if "part" in record else None
         history = record["history"]
         self.fit.history, self.fit.units = history, record.get("units", {})
         self.fit.best = history[record["best"]["epoch"] - 1] if record["best"] else {}
@@ -241,16 +273,18 @@ class RunCheckpoint:
     def write(self) -> Path | None:
         """Write the best parameters and the run as they were last captured.
 
-        A run without an epoch does not overwrite an older checkpoint.
+        A run without an epoch does not overwrite older parameters, and one without a step no older checkpoint.
 
         Returns:
             The path of the parameters, or None if nothing was written.
         """
-        if self.path is None or (self.epochs == 0 and self.path.exists()):
+        if self.path is None or (self.epochs == self.steps == 0 and self.path.exists()):
             return None
         state, record, tensors, options = self._captured
-        self._write_parameters(state, record | {"stopped": self.fit.stopped})
-        saved: dict[str, Any] = {name: record[name] for name in ("history", "best", "units") if name in record}
+        if self.epochs or not self.steps:
+            parameters = {name: value for name, value in record.items() if name != "part"}
+            self._write_parameters(state, parameters | {"stopped": self.fit.stopped})
+        saved: dict[str, Any] = {name: record[name] for name in ("history", "best", "units", "part") if name in record}
         with self._retired():
             checkpoints.write(self.run_path, tensors, {**saved, "options": options, **self._entries()}, readable=False)
         self._written, self._is_written = time.perf_counter(), True

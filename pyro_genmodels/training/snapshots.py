@@ -71,6 +71,8 @@ def restore(weights: TrainedWeights, optimiser: Optimizer, tensors: Mapping[str,
     generators = {"random": torch.Generator()}
     if "random.cuda" in tensors and weights.live[0].is_cuda:
         generators["random.cuda"] = torch.Generator(weights.live[0].device)
+    if "random.order" in tensors:
+        generators["random.order"] = torch.Generator()
     try:
         for name, generator in generators.items():
             generator.set_state(tensors[name])

@@ -6,7 +6,7 @@ the joint batch is the mean over the ranks of :math:`(R B_r / B)` times the mean
 
 from __future__ import annotations
 
-__all__ = ["Ranks", "current_ranks", "joint_ranks"]
+__all__ = ["Ranks", "current_ranks", "joint_ranks", "joint_seed"]
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,7 +48,7 @@ class Ranks:
 
     def seed(self, *numbers: int) -> int:
         """Return a seed of this rank's own, made of numbers such as a seed and an epoch."""
-        return int(np.random.SeedSequence([*numbers, self.rank]).generate_state(1)[0])
+        return joint_seed(*numbers, self.rank + 1)
 
     def sum(self, *values: float) -> list[float]:
         """Return the sums of numbers over all ranks."""
@@ -119,6 +119,16 @@ class Ranks:
             if failure is not None:
                 raise RuntimeError(f"Rank {rank} of the run has failed, and so the others end too. {failure}")
         return result
+
+
+def joint_seed(*numbers: int) -> int:
+    """Return a seed that is the same on all ranks, made of numbers such as a seed and an epoch.
+
+    Example:
+        >>> joint_seed(0, 1) == joint_seed(0, 1) != joint_seed(0, 2)
+        True
+    """
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 _current = Ranks()

@@ -75,6 +75,9 @@ class ReplayBuffer(nn.Module):
         acceptance: mean acceptance at that step size.
     """
 
+    rank_buffers = ("chains",)
+    """Buffers that differ by rank when many devices train a fit, so that there are as many times more chains."""
+
     chains: Tensor
     started: Tensor
     step_size: Tensor

@@ -1,0 +1,527 @@
+r"""Training on many devices and machines, by a `lightning.Trainer`.
+
+`LightningFit` is a `LightningModule` around any fit and any Pyro loss. On R devices each of R processes computes the loss of
+its rows of a joint batch, and Lightning averages their gradients. For a loss that is a sum over the data this is the gradient
+of the joint batch (see `shares`), so that a fit does not depend on the number of devices, apart from its random numbers.
+
+Decisions (an explosion, the best epoch, the end) are made on every rank from the same reduced numbers. Rank 0 writes files.
+"""
+
+from __future__ import annotations
+
+__all__ = ["LightningFit"]
+
+import sys
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from functools import partial
+from math import inf, isfinite, nan
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pyro
+import torch
+from pyro.infer import ELBO
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+
+from pyro_genmodels._pyro import handlers, params, traces
+from pyro_genmodels.infer.adversarial import Adversarial
+from pyro_genmodels.infer.adversarial.losses import AdversarialLoss
+from pyro_genmodels.optim.adapters import make_optimizer
+from pyro_genmodels.optim.averaging import TrainedWeights
+from pyro_genmodels.training.adversarial_steps import AdversarialStep
+from pyro_genmodels.training.arguments import Batch
+from pyro_genmodels.training.batches import Batches
+from pyro_genmodels.training.checkpoints import tensors_of
+from pyro_genmodels.training.epochs import Epochs
+from pyro_genmodels.training.fit import Fit
+from pyro_genmodels.training.joint_buffers import JointBuffers
+from pyro_genmodels.training.limits import Limits
+from pyro_genmodels.training.options import (
+    EMA_DECAY,
+    VALIDATION_SEED,
+    buffers_restored,
+    check_options,
+    identity_of,
+    load_data,
+    prepare_family,
+    statistics_restored_on_error,
+    subsample_held_out,
+)
+from pyro_genmodels.training.runs import Checkpoint, RunCheckpoint
+from pyro_genmodels.training.shares import Share
+from pyro_genmodels.training.steps import LossStep, make_step
+from pyro_genmodels.utils.errors import check_positive_int, import_extra
+from pyro_genmodels.utils.keywords import joined_keywords
+from pyro_genmodels.utils.nested import is_array, map_nested
+from pyro_genmodels.utils.ranks import Ranks, joint_ranks, joint_seed
+from pyro_genmodels.utils.rng import forked_rng
+
+if TYPE_CHECKING:
+    from lightning import Callback, LightningModule
+else:
+    _lightning = import_extra("lightning", extra="lightning", by="Training by a Trainer")
+    Callback, LightningModule = _lightning.Callback, _lightning.LightningModule
+
+
+class LightningFit(LightningModule):
+    """A fit and its loss, as a module that any `lightning.Trainer` trains.
+
+    ``train(..., trainer=Trainer(...))`` builds one. Build it yourself to give the Trainer dataloaders of your own, whose items
+    are arguments of the model (see `train`). A family's mean and deviation are then set by the first 10,000 rows of rank 0.
+    After training the fit has its best parameters and is in evaluation mode.
+
+    Args:
+        fit: a family, or a pair (model, guide).
+        objective: a Pyro loss, or an adversarial one; None for the default of the fit (see `train`).
+        optim: function parameters -> torch optimiser, or one of Pyro's optimisers.
+        rows: number of rows of all data, over all devices; None takes it from the dataset of the dataloader.
+        ema_decay: decay per step of the averaged parameters, which are then validated and kept; see `train`.
+        clip_norm: largest norm of the gradient (per datum) over all devices, or None.
+        patience: number of epochs without a better validation loss after which training stops; None for no limit.
+        checkpoint: path without suffix, or a `Checkpoint`; see `train`. Rank 0 writes it, all ranks read it.
+        seed: seed of the training. Each rank has random numbers of its own, made of the seed, the epoch and the rank.
+        model_kwargs: further keyword arguments of model and guide, the same at every step.
+
+    Attributes:
+        result: the fit with its history, as `train` returns it.
+        ranks: the processes of the run.
+
+    Raises:
+        ImportError: if lightning is not installed.
+        TypeError: if an argument is of the wrong type.
+        ValueError: in a run, if the number of rows is not known, or if the Trainer starts its processes by forks or spawns.
+
+    Example:
+        >>> import torch
+        >>> from lightning import Trainer
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from pyro_genmodels import Flow
+        >>> module = LightningFit(Flow((2,)))
+        >>> loader = DataLoader(TensorDataset(torch.randn(64, 2)), batch_size=32)
+        >>> Trainer(max_epochs=2, barebones=True, accelerator="cpu").fit(module, loader)
+        >>> [record["epoch"] for record in module.result.history]
+        [1, 2]
+    """
+
+    trainer: Any
+    step: Any
+
+    def __init__(
+        self,
+        fit: Any,
+        objective: ELBO | Adversarial | AdversarialLoss | None = None,
+        *,
+        optim: Any = None,
+        rows: int | None = None,
+        ema_decay: float | Literal["auto"] | None = "auto",
+        clip_norm: float | None = 10.0,
+        patience: int | None = None,
+        checkpoint: str | Path | Checkpoint | None = None,
+        seed: int | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if rows is not None:
+            check_positive_int("LightningFit", rows=rows)
+        patience = sys.maxsize if patience is None else patience
+        check_options(1, 1, patience, ema_decay, clip_norm, checkpoint, seed, None, None, None)
+        fit = fit.family if isinstance(fit, Fit) else fit
+        self.model, self.guide = traces.as_pair(fit)
+        self.result = Fit(fit)
+        self.rows, self.ema_decay, self.clip_norm, self.seed = rows, ema_decay, inf if clip_norm is None else clip_norm, seed
+        self.limits = Limits(sys.maxsize, patience, inf)
+        self.checkpoint = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
+        self.settings: dict[str, Any] = {"batch_size": None, "valid": None}
+        self.ranks = Ranks()
+        self._objective, self._optim, self._model_kwargs = objective, optim, joined_keywords({}, model_kwargs)
+        self._networks = nn.ModuleList(traces.modules_of(self.model, self.guide))
+        self._extra_networks = nn.ModuleList()
+        self._loose_parameters = nn.ParameterList()
+        has_critic = objective is None and isinstance(getattr(fit, "critic", None), nn.Module)
+        self.automatic_optimization = not (has_critic or isinstance(objective, Adversarial | AdversarialLoss))
+        self.step = None
+        self._held_out: Batches | None = None
+        self._epochs: Epochs | None = None
+        self._validation = ExitStack()
+
+    # Before the run.
+
+    def prepare(self, batches: Batches, held_out: Batches | None = None) -> None:
+        """Make a family ready for the data, and find all parameters by a first run. `setup` calls it if nobody has.
+
+        Args:
+            batches: the data.
+            held_out: held-out data.
+        """
+        self._batches, self._held_out = batches, held_out
+        for module in self.parts:
+            module.train()
+        with statistics_restored_on_error(self.model):
+            prepare_family(self.model, batches, held_out)
+            self.step = make_step(self.result.family, self._objective, self._optim, batches, self.clip_norm)
+            if held_out is not None and batches.is_whole:
+                subsample_held_out(self.step, batches, held_out)
+        self._extra_networks.extend(self.step.extra_modules)
+        owned = {id(p) for p in self.parameters()}
+        for name, p in self.step.parameters.items():
+            if id(p) not in owned:
+                self.step.parameters[name] = params.as_module_parameter(name)
+                self._loose_parameters.append(self.step.parameters[name])
+        if self.ema_decay == "auto":
+            self.ema_decay = EMA_DECAY if self.step.wants_average else None
+
+    def setup(self, stage: str) -> None:
+        """Learn the ranks, and prepare the step, before Lightning moves and wraps the parameters."""
+        trainer = self.trainer
+        check_launcher(trainer)
+        self.ranks = Ranks(trainer.global_rank, trainer.world_size, trainer.strategy.root_device)
+        if self.step is None:
+            self.prepare(self._batches_of_trainer())
+        trained = {id(p) for p in self.step.parameters.values()}
+        self._frozen = [p for p in self.parameters() if p.requires_grad and id(p) not in trained]
+        for p in self._frozen:
+            p.requires_grad_(False)  # otherwise DDP waits for their gradients
+        self._unused = self._unused_parameters() if self.ranks.size > 1 and self.automatic_optimization else []
+
+    def _batches_of_trainer(self) -> Batches:
+        """Return the data of the Trainer's dataloader, or its first batch in place of all rows if it has no number of rows."""
+        self.trainer.fit_loop.setup_data()
+        loader = self.trainer.train_dataloader
+        dataset = getattr(loader, "dataset", None)
+        if not (hasattr(dataset, "__len__") and isinstance(loader, torch.utils.data.DataLoader)):
+            if self.rows is None:
+                raise ValueError(
+                    "LightningFit wants the number of rows of all data, but the dataloader does not tell: pass rows=."
+                )
+            loader = next(iter(loader))
+        modules = list(self._networks)
+        batches, _, _ = load_data(loader, None, None, sys.maxsize, self.seed, self.model, modules, self._model_kwargs)
+        batches.rows = self.rows or batches.rows
+        return batches
+
+    def _unused_parameters(self) -> list[Tensor]:
+        """Return the parameters that the loss of the first rows does not use. They get a gradient of 0: DDP waits for it."""
+        modules = [*self._networks, *self._extra_networks]
+        batch, _ = next(self._batches.shares(self.ranks))
+        with forked_rng(), buffers_restored(modules):
+            loss = self._differentiable(batch)
+            parameters = list(self.step.parameters.values())
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else [None] * len(parameters)
+        for part in (part for module in modules for part in module.modules() if hasattr(part, "reread")):
+            part.reread()
+        return [p for p, grad in zip(parameters, grads, strict=True) if grad is None]
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimisers of the parameters, which are on their device now."""
+        if isinstance(self.step, AdversarialStep):
+            return list(self.step.trainer.optimisers.values())
+        self.step.optimiser = make_optimizer(self._optim, list(self.step.parameters.values()))
+        return self.step.optimiser
+
+    def configure_callbacks(self) -> Any:
+        """Return a callback that ends the run after an error."""
+        return [_EndOnError(self)]
+
+    def on_fit_start(self) -> None:
+        """Begin or resume the run, with the parameters on their device."""
+        trainer, step, ranks = self.trainer, self.step, self.ranks
+        if isinstance(trainer.model, DistributedDataParallel):
+            trainer.model.broadcast_buffers = False  # chains differ by rank; `JointBuffers` averages what is learned
+        self._batches.device = trainer.strategy.root_device  # of batches that are read
+        if self._held_out is not None:
+            self._held_out.move(trainer.strategy.root_device)
+        self._seed = (
+            ranks.first_object(int(torch.randint(2**32, ())) if self.seed is None else int(self.seed)) if ranks.size > 1 else 0
+        )
+        modules = list(self._networks)
+        self.weights = TrainedWeights(step.parameters, modules, self.ema_decay, step.excluded, step.extra_modules)  # type: ignore[arg-type]
+        self._joint_buffers = JointBuffers(ranks, [*modules, *self._extra_networks])
+        settings = {
+            "seed": self._seed if self.seed is None and ranks.size > 1 else self.seed,
+            "objective": type(step.objective).__name__,
+            **self.settings,
+            "ema_decay": self.ema_decay,
+            "clip_norm": None if self.clip_norm == inf else self.clip_norm,
+        }
+        run = ranks.alike(lambda: self._checkpoint_of_run(settings))
+        limit = trainer.max_epochs
+        limits = replace(self.limits, epochs=min(self.limits.epochs, limit if limit and limit > 0 else sys.maxsize))
+        self._epochs = Epochs(step, self.result, self.weights, run, limits, is_validated=trainer.enable_validation)
+        progress = trainer.fit_loop.epoch_progress.current
+        progress.ready = progress.started = progress.processed = progress.completed = len(self.result.history)
+        self._global_step = trainer.global_step
+        self._has_ended = False
+        if self._epochs.is_over:
+            self._end()
+            trainer.should_stop = True
+
+    def _checkpoint_of_run(self, settings: dict[str, Any]) -> RunCheckpoint:
+        """Return the checkpoint of the run. Rank 0 writes it; the others only read a run that is resumed."""
+        reads = self.ranks.rank == 0 or (self.checkpoint is not None and self.checkpoint.resume)
+        data = partial(identity_of, self._batches, self._held_out)
+        checkpoint = self.checkpoint if reads else None
+        run = RunCheckpoint(checkpoint, self.result, self.weights, self.step.optimiser, data, settings)
+        if self.ranks.size > 1 and checkpoint is not None and checkpoint.resume:
+            saved = run.identity["settings"].get("seed")
+            self._seed = self._seed if saved is None else saved
+        if self.ranks.rank:
+            run.path = None
+        return run
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """The modules of the fit, its objective and its critic."""
+        return [*self._networks, *self._extra_networks, *traces.modules_of(getattr(self._objective, "critic", None))]
+
+    @property
+    def written_path(self) -> Path | None:
+        """Path of the parameters that have been written, or that other ranks may read; None if there are none."""
+        if self._epochs is None or not self.result.best or self.checkpoint is None:
+            return None
+        return tensors_of(self.checkpoint.path)
+
+    # Epochs.
+
+    @property
+    def epochs(self) -> Epochs:
+        """The epochs of the run."""
+        if self._epochs is None:
+            raise RuntimeError("LightningFit has no run yet: pass it to Trainer.fit.")
+        return self._epochs
+
+    @property
+    def order(self) -> int | None:
+        """Seed of the order of the rows in the next epoch, the same on all ranks; None for one rank."""
+        return None if self.ranks.size == 1 else joint_seed(self._seed, self.epochs.number)
+
+    def on_train_epoch_start(self) -> None:
+        """Seed the random numbers of each rank."""
+        self._losses: list[tuple[dict[str, float], float]] = []
+        self._valid = nan
+        if self.ranks.size > 1:
+            pyro.set_rng_seed(self.ranks.seed(self._seed, self.epochs.number))
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move the tensors of a batch, at any depth."""
+        if not isinstance(batch, Share):
+            return self._batches.as_batch(batch)
+        (args, kwargs, rows), weight = batch
+        args, kwargs = (
+            map_nested(lambda t: t.to(device, non_blocking=True) if isinstance(t, Tensor) else t, value, is_array)
+            for value in (args, kwargs)
+        )
+        return Share(Batch(args, kwargs, rows), weight)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """Return the loss of this rank's rows, whose mean over ranks is the loss of the joint batch per datum.
+
+        Raises:
+            FloatingPointError: on all ranks, if the loss or, for adversarial losses, its gradient is not finite.
+        """
+        share = batch if isinstance(batch, Share) else Share(batch)
+        self._batch, self._number = share.batch, batch_idx + 1
+        with joint_ranks(replace(self.ranks, weight=share.weight)):
+            if not self.automatic_optimization:
+                losses = self.step.step(share.batch, self._number)
+                self._losses.append((losses, self.ranks.sum(share.batch.rows)[0]))
+                self._log("train_step", losses["train"], on_step=True)
+                return None
+            try:
+                loss = self._differentiable(share.batch)
+            except Exception:
+                self.ranks.sum(nan, 0.0)  # the other ranks wait for this one
+                raise
+        total, rows = self.ranks.sum(loss.item() * share.batch.rows, share.batch.rows)
+        joint = total / rows
+        if not isfinite(joint):
+            self._fail("loss", joint)
+        self._losses.append(({"train": joint}, rows))
+        self._log("train_step", joint, on_step=True)
+        return share.weight * loss + sum(0.0 * p.sum() for p in self._unused)
+
+    def _differentiable(self, batch: Batch) -> Tensor:
+        try:
+            return self.step.differentiable_loss(batch)
+        except NotImplementedError as error:
+            name = type(self.step.objective).__name__
+            raise ValueError(
+                f"A Trainer wants a loss that is differentiable by itself, but {name} computes its gradients in another way: "
+                "train without a trainer, or use another objective."
+            ) from error
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip the gradient of the joint batch, by the Trainer's options too.
+
+        Raises:
+            FloatingPointError: on all ranks, if it is not finite.
+        """
+        if gradient_clip_val is not None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        norm = float(clip_grad_norm_(list(self.step.parameters.values()), self.clip_norm))
+        if not isfinite(norm) and getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            self._fail("norm of the gradient", norm)
+
+    def _fail(self, what: str, value: float) -> None:
+        """Raise an error about a number that is not finite on any rank."""
+        found = [text for text in self.ranks.gathered(self._batch.nonfinite_rows()) if text]
+        if found and self._number == 1:
+            self.epochs.first_loss.append(0.0)  # the parameters are not to blame
+        advice = found[0] if found else "lower the learning rate, or look for outliers"
+        raise FloatingPointError(f"the {what} is {value} at step {self._number}: {advice}")
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Update the average after a step of the optimiser."""
+        if batch_idx == 0:
+            self.epochs.first_loss.append(self._losses[0][0]["train"])
+        if not self.automatic_optimization or self.trainer.global_step != self._global_step:
+            self._global_step = self.trainer.global_step
+            self.weights.update()
+
+    def on_train_epoch_end(self) -> None:
+        """Append the epoch to the history, on all ranks alike, and stop at a limit.
+
+        Raises:
+            FloatingPointError: if a parameter is not finite.
+        """
+        if not self.weights.finite:
+            raise FloatingPointError("a parameter is not finite after the last step: lower the learning rate")
+        rows = sum(n for _, n in self._losses)
+        losses = {name: sum(loss[name] * n for loss, n in self._losses) / rows for name in self._losses[0][0]}
+        if self.epochs.is_validated:
+            losses["valid"] = self._valid
+        self._joint_buffers.agree()
+        seconds = self.ranks.first_object(self.epochs.seconds)
+        record = self.ranks.alike(lambda: self.epochs.add(losses, seconds=seconds))
+        for name in losses.keys() - {"valid"}:
+            self._log(name, record[name])
+        if self.epochs.is_over or self.epochs.has_exploded:
+            self.trainer.should_stop = True
+
+    def on_train_end(self) -> None:
+        """End the run with the best parameters."""
+        self._end()
+
+    def _end(self) -> None:
+        self.ranks.alike(lambda: self.epochs.finish(f"the Trainer stopped after {len(self.result.history)} epochs"))
+        self.put_back()
+
+    def put_back(self) -> None:
+        """Restore the best parameters, and put all modules in evaluation mode."""
+        if not self._has_ended:
+            self._has_ended = True
+            self.weights.restore_best()
+            for p in self._frozen:
+                p.requires_grad_(True)
+            self.eval()
+
+    # Validation.
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin a validation of the averaged parameters, always with the same random numbers."""
+        self._valid_losses: list[tuple[float, int]] = []
+        self._valid_batches: list[Batch] = []
+        if self._epochs is None or self.trainer.sanity_checking:
+            return
+        self._joint_buffers.agree()
+        self._validation.enter_context(self.weights.averaged())
+        self._validation.enter_context(handlers.side_effect_free(self.step))
+        shift = self.ranks.rank if isinstance(self.step, LossStep) else 0  # each rank validates its own rows
+        self._validation.enter_context(forked_rng(VALIDATION_SEED + shift))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Compute the loss of this rank's rows of a batch of held-out data."""
+        batch = batch.batch if isinstance(batch, Share) else batch
+        if self.trainer.sanity_checking or not batch.rows:
+            return
+        if isinstance(self.step, LossStep):
+            if not self._valid_losses:
+                self.step.prepare_validation(batch)
+            self._valid_losses.append((self.step.validation_loss(batch, self._held_out_rows), batch.rows))
+        elif self._held_out is None:
+            self._valid_batches.append(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean loss over the held-out rows of all ranks."""
+        if self._epochs is None or self.trainer.sanity_checking:
+            return
+        with self._validation:
+            if isinstance(self.step, AdversarialStep):  # which compares all held-out rows with samples
+                held_out: Any = self._held_out or _Collected(self._valid_batches)
+                self._valid_losses = [(self.step.validate(held_out), held_out.rows)]
+        total, rows = self.ranks.sum(sum(loss * n for loss, n in self._valid_losses), sum(n for _, n in self._valid_losses))
+        self._valid = total / rows
+        self._log("valid", self._valid)
+
+    @property
+    def _held_out_rows(self) -> int:
+        """Number of held-out rows on all ranks."""
+        if self._held_out is not None:
+            return self._held_out.rows
+        dataset: Any = getattr(self.trainer.val_dataloaders, "dataset", None)
+        return len(dataset) if hasattr(dataset, "__len__") else self.step.rows
+
+    def _log(self, name: str, value: float, *, on_step: bool = False) -> None:
+        """Log a loss, which is the same on all ranks."""
+        if self.trainer.barebones:
+            return
+        unit = self.step.units.get(name.removesuffix("_step"), "")
+        shown: dict[str, Any] = {"on_step": on_step, "on_epoch": not on_step, "batch_size": 1, "sync_dist": not on_step}
+        self.log(name, value, prog_bar=on_step, **shown)
+        if not on_step:
+            self.log(f"{name} ({unit})", value, prog_bar=True, logger=False, **shown)
+
+
+class _Collected:
+    """Batches of held-out data that were read one by one."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches, self.rows = batches, sum(batch.rows for batch in batches)
+
+    def in_order(self) -> list[Batch]:
+        """Return the batches."""
+        return self.batches
+
+
+class _EndOnError(Callback):
+    """A callback that ends a run after an error with its best parameters, before Lightning frees its devices."""
+
+    def __init__(self, owner: LightningFit) -> None:
+        self.owner = owner
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Write the state after the last full epoch, and restore the best parameters."""
+        owner = self.owner
+        owner._validation.close()
+        if pl_module is not owner or owner._epochs is None:
+            return
+        epochs, fit = owner._epochs, owner.result
+        if isinstance(exception, FloatingPointError):
+            epoch = len(fit.history) + (not fit.exploded_epochs)
+            epochs.fail()
+            if fit.best:
+                fit.stopped = f"{exception} (epoch {epoch}); the state of epoch {fit.best['epoch']} is kept"
+        else:
+            fit.stopped = "interrupted" if isinstance(exception, KeyboardInterrupt) else "an error"
+        with suppress(OSError):  # the error that ends the run is told instead
+            epochs.run.write()
+        owner.put_back()
+
+
+def check_launcher(trainer: Any) -> None:
+    """Raise an error if a Trainer copies this process, whose fit the copies would train instead.
+
+    Raises:
+        ValueError: for such a Trainer.
+    """
+    launcher = type(trainer.strategy.launcher).__name__
+    if "MultiProcessing" in launcher:
+        raise ValueError(
+            "The Trainer trains in copies of this process, from which no fit returns. Use strategy='ddp' in a script, which "
+            "starts the script once for each device, or torchrun."
+        )
