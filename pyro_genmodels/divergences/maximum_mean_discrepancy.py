@@ -96,9 +96,9 @@ def _sums(kernel: Kernel, x: Tensor, y: Tensor, *, skip_diagonal: bool) -> tuple
     if len(blocks) == 1:
         return sums(x, y, 0)
     recompute = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    parts = [
-        checkpoint(sums, block, y, start, use_reentrant=False) if recompute else sums(block, y, start)
-        for block, start in zip(blocks, starts, strict=False)
-    ]
-    rows, columns = zip(*parts, strict=True)
-    return torch.cat(rows), torch.stack(columns).sum(0)
+    rows, columns = [], y.new_zeros(len(y))
+    for block, start in zip(blocks, starts, strict=False):
+        of_rows, of_columns = checkpoint(sums, block, y, start, use_reentrant=False) if recompute else sums(block, y, start)
+        rows.append(of_rows)
+        columns = columns + of_columns  # blocks are as many as rows are: kept apart, their sums would fill the memory
+    return torch.cat(rows), columns
