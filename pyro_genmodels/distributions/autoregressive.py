@@ -93,7 +93,8 @@ class Autoregression(GenerativeDistribution):
         """Return the log density in an order (d,), or in one for each datum, (batch..., d)."""
         likelihood = self.likelihood.at(order)
         y = likelihood.cast(_ordered(self.flat(y), order), self.conditionals.dtype)
-        log_p = likelihood(self.conditionals(self._features(likelihood, y), context, order)).log_prob(y)
+        params = self.conditionals(self._features(likelihood, y), context, order).to(self.conditionals.dtype)
+        log_p = likelihood(params).log_prob(y)
         if self.end is not None:
             certain = torch.where(y == self.end, 0.0, -inf).to(log_p.dtype)
             log_p = torch.where(is_after_end(y, self.end), certain, log_p)
@@ -127,7 +128,7 @@ class Autoregression(GenerativeDistribution):
         places = order.tolist() if self.likelihood.is_mixed and order.dim() == 1 else order.unbind(-1)
         for place in places:
             likelihood = self.likelihood.at(place)
-            conditional = likelihood(params[..., : likelihood.num_outputs])
+            conditional = likelihood(params[..., : likelihood.num_outputs].to(self.conditionals.dtype))
             value = conditional.rsample() if conditional.has_rsample else conditional.sample()
             if self.end is not None and drawn:
                 value = torch.where(drawn[-1] == self.end, drawn[-1], value)

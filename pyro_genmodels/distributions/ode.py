@@ -248,7 +248,7 @@ class ContinuousFlow(GenerativeDistribution):
         v = self.field(x, t, context)
         if v.shape != x.shape:
             raise ValueError(f"A velocity should have the shape of its points, {tuple(x.shape)}, but found {tuple(v.shape)}.")
-        return v
+        return v.to(torch.promote_types(v.dtype, x.dtype))  # which `torch.autocast` may have rounded
 
     # Densities.
 

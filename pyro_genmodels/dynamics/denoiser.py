@@ -221,4 +221,4 @@ class Denoiser:
             raise ValueError(
                 f"The network of a diffusion should return {tuple(x.shape)}, the shape of its input, not {tuple(output.shape)}."
             )
-        return output
+        return output.to(torch.promote_types(output.dtype, x.dtype))  # which `torch.autocast` may have rounded

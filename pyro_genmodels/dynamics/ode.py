@@ -7,6 +7,9 @@ The trace is exact or Hutchinson's estimate, see `pyro_genmodels.dynamics.jacobi
 it: the kinetic energy :math:`\int |v|^2 dt`, and the size of the Jacobian :math:`\int |\epsilon^\top J|^2 dt`, whose mean is
 :math:`\int \|J\|_F^2 dt`.
 
+Under `torch.autocast`, adaptive solvers and adjoints evaluate the velocity in full precision: otherwise the steps would follow
+its rounding, which is larger than the tolerances.
+
 Chen et al., *Neural Ordinary Differential Equations* (arXiv 1806.07366); Grathwohl et al., *FFJORD* (arXiv 1810.01367); Finlay
 et al., *How to train your neural ODE* (arXiv 2002.02798). The solvers are torchdiffeq's.
 """
@@ -20,6 +23,7 @@ __all__ = [
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, ClassVar
@@ -45,12 +49,14 @@ class Solver(ABC):
 
     Attributes:
         method: name of the method in torchdiffeq.
+        is_adaptive: True if the size of steps follows from estimates of their errors.
         adjoint: True if gradients come from the adjoint equation.
         rtol: relative tolerance, of adaptive solvers.
         atol: absolute tolerance, of adaptive solvers.
     """
 
     method: ClassVar[str]
+    is_adaptive: ClassVar[bool] = False
     adjoint: bool
     rtol: float = 0.0
     atol: float = 0.0
@@ -84,6 +90,7 @@ class _Adaptive(Solver):
             more time, has an error of its own, and cannot be differentiated again. False differentiates the steps themselves.
     """
 
+    is_adaptive: ClassVar[bool] = True
     rtol: float = 1e-5
     atol: float = 1e-5
     adjoint: bool = False
@@ -307,8 +314,12 @@ def _solve(
     def counted(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         nonlocal evaluations
         evaluations += not finished  # calls of the adjoint equation come later
-        return rates(t.clamp(low, high), state)  # torchdiffeq may look ahead of the end to choose its first step
+        with unrounded:
+            return rates(t.clamp(low, high), state)  # torchdiffeq may look ahead of the end to choose its first step
 
+    kind = state[0].device.type
+    exact = (solver.is_adaptive or solver.adjoint) and torch.is_autocast_enabled(kind)
+    unrounded = torch.autocast(kind, enabled=False) if exact else nullcontext()
     times = torch.tensor([start, end], dtype=torch.float64, device=state[0].device)
     arguments: dict[str, Any] = {"method": solver.method, "rtol": solver.rtol, "atol": solver.atol}
     try:

@@ -202,7 +202,7 @@ class Family(PyroModule):
             return None
         if context is None:
             raise ValueError(f"{self.name} wants a context, but was given none. Pass context=...")
-        embedded: Tensor = self.context(context)
+        embedded: Tensor = self.context(context).to(self.loc.dtype)
         if isinstance(self.context, VectorContext):
             self.context.warn_if_far(embedded, self.name, in_training=self._in_training)
         return embedded

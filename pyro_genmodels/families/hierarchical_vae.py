@@ -205,12 +205,12 @@ class _Layer(nn.Module):
         if self.down is None:
             like = next(self.correction.parameters())
             return dist.Normal(like.new_zeros(self.size), like.new_ones(())).to_event(1)
-        return _normal(self.down(_joined(above, context)))
+        return _normal(_output(self.down, _joined(above, context)))
 
     def posterior(self, features: Tensor, above: Sequence[Tensor], context: Tensor | None) -> dist.TorchDistribution:
         """Return the guide's distribution, given features of the datum too, (batch..., num_features)."""
-        correction = self.correction(_joined([features, *above], context))
-        return _normal(correction if self.down is None else correction + self.down(_joined(above, context)))
+        correction = _output(self.correction, _joined([features, *above], context))
+        return _normal(correction if self.down is None else correction + _output(self.down, _joined(above, context)))
 
 
 @dataclass(frozen=True)
@@ -225,6 +225,12 @@ class _TopDown:
         for layer in reversed(self.layers):
             drawn.insert(0, layer.prior(drawn, context).rsample())
         return self.decode(_joined(drawn), context)
+
+
+def _output(network: nn.Module, x: Tensor) -> Tensor:
+    """Return a network's output for vectors, in their type, also where `torch.autocast` has rounded it."""
+    out: Tensor = network(x)
+    return out.to(x.dtype)
 
 
 def _normal(params: Tensor) -> dist.TorchDistribution:

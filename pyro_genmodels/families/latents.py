@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -98,6 +98,18 @@ class FullNormalPosterior(LatentPosterior):
         return _FullNormal(shape)
 
 
+class _MultivariateNormal(dist.MultivariateNormal):
+    """A normal distribution whose products of matrices autocast does not round."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        with torch.autocast(self.loc.device.type, enabled=False):
+            return super().log_prob(value)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        with torch.autocast(self.loc.device.type, enabled=False):
+            return super().rsample(Size(sample_shape))
+
+
 class _FullNormal(nn.Module):
     def __init__(self, shape: Size) -> None:
         super().__init__()
@@ -109,7 +121,7 @@ class _FullNormal(nn.Module):
         unit = torch.eye(size, dtype=out.dtype, device=out.device).expand(*out.shape[:-1], size, size).clone()
         rows, columns = torch.tril_indices(size, size, -1, device=out.device)
         unit[..., rows, columns] = below
-        normal = dist.MultivariateNormal(loc, scale_tril=positive_scale(raw).unsqueeze(-1) * unit)
+        normal = _MultivariateNormal(loc, scale_tril=positive_scale(raw).unsqueeze(-1) * unit)
         if len(self.shape) == 1:
             return normal
         return dist.TransformedDistribution(normal, [dist.transforms.ReshapeTransform(Size((size,)), self.shape)])

@@ -28,6 +28,7 @@ from torch import Size, Tensor, nn
 
 from pyro_genmodels.nn.checks import check_count
 from pyro_genmodels.nn.energies import EnergyChoice, Units
+from pyro_genmodels.nn.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -111,15 +112,18 @@ class _Restricted(_Visible):
         a = torch.addmm(self.hidden, v, self.weight)
         return (v * self.bias(context)).sum(-1), a if self.hidden_context is None else a + self.hidden_context(context)
 
+    @full_precision
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         linear, a = self._terms(x, context)
         return -linear - _log_cosh(a).sum(-1)
 
+    @full_precision
     def tempered(self, x: Tensor, context: Tensor | None = None, *, beta: Tensor) -> Tensor:
         """Return E_beta, (..., n), for beta (..., n)."""
         linear, a = self._terms(x, context)
         return -beta * linear - _log_cosh(beta[..., None] * a).sum(-1) + (1 - beta) * self.num_hidden * log(2)
 
+    @full_precision
     def gibbs(self, v: Tensor, context: Tensor | None, beta: Tensor, natural: Tensor) -> Tensor:
         """Return v (n, units) after one sweep at beta.
 
@@ -137,6 +141,7 @@ class _Restricted(_Visible):
         """Return the natural parameters of v given h (n, H), without those of the start, (n, units)."""
         return self.bias(context) + (h - 0.5) @ self.weight.T
 
+    @full_precision
     def log_sum_visible(self, h: Tensor, context: Tensor | None, natural: Tensor) -> Tensor:
         """Return the log of the sum over v of exp(natural . v) times the joint weight of v and h.
 
@@ -190,15 +195,18 @@ class _General(_Visible):
         hidden_terms = self.states @ self.hidden + 0.5 * ((self.states @ among) * self.states).sum(-1)
         return linear, v @ between @ self.states.T + hidden_terms
 
+    @full_precision
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         linear, joint = self._terms(x.reshape(len(x), -1), context)
         return -linear - joint.logsumexp(-1)
 
+    @full_precision
     def tempered(self, x: Tensor, context: Tensor | None = None, *, beta: Tensor) -> Tensor:
         """Return E_beta, (..., n), for beta (..., n)."""
         linear, joint = self._terms(x.reshape(len(x), -1), context)
         return -beta * linear - (beta[..., None] * joint).logsumexp(-1) + (1 - beta) * self.num_hidden * log(2)
 
+    @full_precision
     def gibbs(self, v: Tensor, context: Tensor | None, beta: Tensor, natural: Tensor) -> Tensor:
         """Return v after one sweep, as `_Restricted.gibbs`: hidden units at once, then visible sites in a random order."""
         visible, between, _ = self.blocks()

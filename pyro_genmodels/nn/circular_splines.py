@@ -154,7 +154,7 @@ class CircularLayer(zuko.lazy.LazyTransform):
         inputs = x if context is None else torch.cat(zuko.utils.broadcast(x, context, ignore=1), dim=-1)
         inputs = inputs[..., self.columns]
         inputs = torch.where(self.read_as_angle, (inputs - self.phase).cos(), inputs)
-        outputs = self.hyper(inputs).unflatten(-1, (len(self.angles), -1))
+        outputs = self.hyper(inputs).to(x.dtype).unflatten(-1, (len(self.angles), -1))
         widths, heights, derivatives, rotation = outputs.split(self.sizes, -1)
         bound = x.new_full(self.angles.shape, 5.0).masked_fill(self.angles, pi)  # a buffer would be rounded to float32
         spline = CircularSpline(widths, heights, derivatives, rotation.squeeze(-1), self.angles, bound)

@@ -20,6 +20,7 @@ from torch import Size, Tensor, nn
 
 from pyro_genmodels.nn.checks import check_widths
 from pyro_genmodels.nn.mlp import MLP
+from pyro_genmodels.nn.precision import FullPrecisionLinear
 from pyro_genmodels.nn.residual import Residual
 
 
@@ -82,7 +83,7 @@ class _Dense(nn.Module):
     def __init__(self, space: Units, inputs: int, hidden: Sequence[int]) -> None:
         super().__init__()
         self.space = space
-        self.mlp = MLP(inputs, 1, hidden, last_bias=False)
+        self.mlp = MLP(inputs, 1, hidden, last=FullPrecisionLinear, last_bias=False)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         x = self.space.scaled(x.flatten(1) if x.dim() > 1 else x[:, None])
@@ -124,7 +125,7 @@ class _Convolutional(nn.Module):
         self.first = nn.Conv2d(planes, channels[0], 3, padding=1)
         self.context = nn.Linear(context, channels[0], bias=False) if context else None
         self.stages = nn.ModuleList(Residual(a, b) for a, b in zip((channels[0], *channels), channels, strict=False))
-        self.last = nn.Linear(channels[-1], 1, bias=False)
+        self.last = FullPrecisionLinear(channels[-1], 1, bias=False)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         x = x.reshape(len(x), *self.image_shape, self.space.width).movedim(-1, 2).flatten(1, 2)  # classes as channels
@@ -133,4 +134,4 @@ class _Convolutional(nn.Module):
             h = h + self.context(context)[..., None, None]
         for i, stage in enumerate(self.stages):
             h = stage(F.avg_pool2d(h, 2) if i else h)
-        return self.last(F.silu(h).sum((-1, -2))).squeeze(-1)
+        return self.last(F.silu(h).sum((-1, -2), dtype=self.last.weight.dtype)).squeeze(-1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 
 from pyro_genmodels.nn.affine import BoundedAffine
+from pyro_genmodels.nn.precision import full_precision
 from pyro_genmodels.nn.splines import RationalQuadraticSpline
 
 
@@ -86,7 +87,7 @@ class _Functions(nn.Module):
         return 2 if bins is None else 3 * bins - 1
 
     def forward(self, others: Tensor, given: Given) -> Transform:
-        phi = self.network(others, given)
+        phi = self.network(others, given).to(others.dtype)
         if self.bins is None:
             return self.univariate(*phi.chunk(2, 1))
         phi = phi.unflatten(1, (3 * self.bins - 1, -1)).movedim(1, -1)
@@ -115,13 +116,15 @@ class _Mixing(nn.Module):
         lower = self.factors.tril(-1) + torch.eye(len(self.sign), dtype=self.sign.dtype, device=self.sign.device)
         return lower, self.factors.triu(1) + (self.sign * self.log_diagonal.exp()).diag()
 
+    @full_precision
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mixed channels (n, c, h, w), and the change of log volume, ()."""
+        change = x.shape[-2] * x.shape[-1] * (self.log_diagonal + self.log_scale).sum()
         lower, upper = self._lower_and_upper()
         weight = self.permutation @ lower @ upper * self.log_scale.exp()
-        change = x.shape[-2] * x.shape[-1] * (self.log_diagonal + self.log_scale).sum()
         return F.conv2d(x, weight[..., None, None], self.shift), change
 
+    @full_precision
     def inverse(self, y: Tensor) -> Tensor:
         lower, upper = self._lower_and_upper()
         half = torch.linalg.solve_triangular(lower, self.permutation.mT, upper=False, unitriangular=True)

@@ -207,6 +207,6 @@ class _Layers(nn.Module):
         """Return the map from the data to the base given a context, (..., context)."""
         parameters = list(self.start)
         if context is not None and self.slope is not None:
-            moved = torch.einsum("lsc,...c->l...s", self.slope, context)
+            moved = torch.einsum("lsc,...c->l...s", self.slope, context).to(self.start.dtype)
             parameters = [p + m for p, m in zip(parameters, moved, strict=True)]
         return ComposeTransform([self.layer(p, self.features) for p in parameters])

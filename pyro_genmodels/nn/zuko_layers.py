@@ -23,6 +23,7 @@ from torch import nn
 from torch.distributions import Distribution
 
 from pyro_genmodels.nn.affine import BoundedAffine
+from pyro_genmodels.nn.precision import full_precision
 from pyro_genmodels.nn.splines import RationalQuadraticSpline
 
 _validation = Distribution._validate_args
@@ -91,6 +92,7 @@ class _Quadrature(_Searched):
     g: Any
     n: int
 
+    @full_precision
     def f(self, x: torch.Tensor) -> torch.Tensor:
         return zuko.utils.GaussLegendre.quadrature(self.g, torch.zeros_like(x), x, self.n)
 
@@ -101,6 +103,11 @@ class _Integral(_Quadrature, zuko.transforms.UnconstrainedMonotonicTransform):
 
 class _PolynomialIntegral(_Quadrature, zuko.transforms.SOSPolynomialTransform):
     """Zuko's integral of squared polynomials."""
+
+    @full_precision  # the slope of the integral
+    def g(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = super().g(x)
+        return y
 
 
 class _Bernstein(_Implicit, zuko.transforms.BernsteinTransform):
@@ -114,12 +121,22 @@ class _BoundedBernstein(_Implicit, zuko.transforms.BoundedBernsteinTransform):
 class _InvertibleMNN(zuko.flows.neural.MNN):
     """Zuko's monotonic network with the wide inverse, and gradients of its weights in evaluation mode too."""
 
+    @full_precision  # this network is the bijection itself
+    def f(self, signal: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = super().f(signal, x)
+        return y
+
     def forward(self, signal: torch.Tensor) -> torch.distributions.Transform:
         return _Searched(f=partial(self.f, signal), phi=(signal, *self.parameters()))
 
 
 class _InvertibleUMNN(zuko.flows.neural.UMNN):
     """Zuko's integrand network with the wide inverse, and gradients of its weights in evaluation mode too."""
+
+    @full_precision
+    def g(self, signal: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = super().g(signal, x)
+        return y
 
     def forward(self, signal: torch.Tensor, constant: torch.Tensor) -> torch.distributions.Transform:
         integral = _Integral(g=partial(self.g, signal), phi=(signal, *self.parameters()))
@@ -143,12 +160,22 @@ class _Conditioned:
 
     def meta(self, c: torch.Tensor | None, x: torch.Tensor) -> torch.distributions.Transform:
         inputs = x if c is None else torch.cat(zuko.utils.broadcast(x, c, ignore=1), dim=-1)
-        phi = self.hyper(inputs).unflatten(-1, (-1, self.total))
+        phi = self.hyper(inputs).to(x.dtype).unflatten(-1, (-1, self.total))
         return zuko.transforms.DependentTransform(self.univariate(*_unpack(phi, self.shapes)), 1)
 
 
 class _Autoregressive(_Conditioned, zuko.flows.autoregressive.MaskedAutoregressiveTransform):
     """Zuko's autoregressive layer."""
+
+
+class _ElementWise(zuko.flows.gaussianization.ElementWiseTransform):
+    """Zuko's layer of functions of single coordinates, whose parameters depend on the context."""
+
+    def forward(self, c: torch.Tensor | None = None) -> torch.distributions.Transform:
+        if c is None:
+            return super().forward(c)
+        phi = self.hyper(c).to(c.dtype).unflatten(-1, (-1, self.total))
+        return zuko.transforms.DependentTransform(self.univariate(*_unpack(phi, self.shapes)), 1)
 
 
 class _Coupling(_Conditioned, zuko.flows.coupling.GeneralCouplingTransform):
@@ -204,6 +231,7 @@ _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     zuko.nn.MaskedLinear: _MaskedLinear,
     zuko.flows.autoregressive.MaskedAutoregressiveTransform: _Autoregressive,
     zuko.flows.coupling.GeneralCouplingTransform: _Coupling,
+    zuko.flows.gaussianization.ElementWiseTransform: _ElementWise,
 }
 _FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     zuko.flows.polynomial.ShiftedSOSPTransform: _shifted_polynomial,

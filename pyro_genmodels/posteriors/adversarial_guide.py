@@ -144,7 +144,7 @@ class DensityEstimate(nn.Module):
     def log_ratio(self, z: Tensor) -> Tensor:
         """Return the critic's estimate of the log of the ratio of the draws' density to the reference, (n,)."""
         white = torch.linalg.solve_triangular(self.scale_tril, (z.to(self.loc) - self.loc).T, upper=False).T
-        return self.objective.log_ratio(self.critic(white.to(z)))
+        return self.objective.log_ratio(self.critic(white.to(z)).to(z.dtype))
 
     def loss(self, z: Tensor) -> Tensor:
         """Return the loss of the critic for draws, (n, dim), with as many of the reference, ()."""

@@ -145,7 +145,7 @@ class _Critic(nn.Module):
         """Return log ratios in nats of coordinates, (..., dim), and embedded observations, (..., features)."""
         parts = (z - self.loc) / self.scale, features
         batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
-        return self.network(torch.cat([part.expand(*batch, -1) for part in parts], -1))[..., 0]
+        return self.network(torch.cat([part.expand(*batch, -1) for part in parts], -1))[..., 0].to(z.dtype)
 
 
 class _Contrastive:

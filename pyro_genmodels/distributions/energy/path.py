@@ -166,7 +166,7 @@ class AnnealingPath:
                 f"An energy should return one number a row, {(n,)}, but returned {tuple(energies.shape)} for rows of shape "
                 f"{tuple(inputs[0].shape[1:])}. Sum over the event's dimensions, and keep the first."
             )
-        return energies.reshape(left + chains)
+        return energies.reshape(left + chains).to(torch.promote_types(energies.dtype, features.dtype))
 
     def _chain_shape(self, u: Tensor) -> Size:
         return Size(u.shape[: u.dim() - len(self.position_shape)])  # the shape of a tensor that Pyro tracks is a plain tuple

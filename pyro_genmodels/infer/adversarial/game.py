@@ -130,7 +130,7 @@ class Game:
             ) from error
         if outputs.shape not in ((rows,), (rows, 1)):
             raise ValueError(f"The critic should return {(rows,)}, a number for each row, but returned {tuple(outputs.shape)}.")
-        return outputs.reshape(rows)
+        return outputs.to(torch.promote_types(outputs.dtype, torch.float32)).reshape(rows)  # autocast may have rounded them
 
     def _packed(self, rows: Tensor) -> Tensor:
         """Return rows (rows, ...) in packs, (rows / pack, pack, ...), without incomplete ones."""
