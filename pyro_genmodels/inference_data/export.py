@@ -11,22 +11,24 @@ __all__ = ["to_arviz"]
 
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from datetime import UTC, datetime
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyro
 import torch
 from torch import Tensor
 
-from pyro_genmodels import __version__
 from pyro_genmodels._pyro import handlers, params, traces
+from pyro_genmodels.inference_data.attributes import group_attributes
 from pyro_genmodels.inference_data.groups import GROUPS, PARETO_K, CollectOptions, Groups, collect, concatenate_chains
 from pyro_genmodels.inference_data.names import check_dims, check_names, xarray_name
-from pyro_genmodels.inference_data.sources import check_separate_parameters, source_of
+from pyro_genmodels.inference_data.sources import DrawSource, check_separate_parameters, source_of
+from pyro_genmodels.inference_data.zarr_export import write_blocks
 from pyro_genmodels.utils.errors import check_positive_int, warn_caller
 from pyro_genmodels.utils.keywords import check_model_keywords, given_options, joined_keywords, runs_models
 from pyro_genmodels.utils.pareto import pareto_k, smooth_log_weights
+from pyro_genmodels.utils.parts import Output, as_output
 from pyro_genmodels.utils.tensors import noting_frames
 
 if TYPE_CHECKING:
@@ -41,12 +43,6 @@ FRAMES = (
 )
 """Note on errors of a model that was given data frames."""
 
-JOINT_DENSITY = (
-    "loo_pit(data, y={name!r}): there is one density for all of {dims}, and loo_pit wants one per number. For a coordinate j "
-    "call az.loo_pit(y=y[:, j], y_hat=y_hat[:, j], log_weights=az.psislw(-log_likelihood)[0]), with draws as the last dimension"
-)
-"""Note on a log-likelihood of events."""
-
 
 @runs_models()
 def to_arviz(
@@ -60,6 +56,7 @@ def to_arviz(
     coords: Mapping[str, Sequence[Any]] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     progress: bool = True,
+    out: str | Path | Output | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> arviz.InferenceData:
@@ -116,16 +113,23 @@ def to_arviz(
         coords: labels of dimensions.
         dims: names of the event dimensions of a variable, by its name.
         progress: True to show a progress bar after two seconds.
+        out: folder such as "posterior.zarr", into which draws are written block by block, so that memory stays bounded; or an
+            `Output(path, resume=True, rows=1000)`, with which an interrupted run goes on after its last block of draws. The
+            draws are a function of its seed, of the number of draws of a block (at most 10,000, and fewer for large data) and
+            of batch_size. They have no labels. k-hat of the latent variables of rows is left out.
         model_kwargs: keyword arguments of the model, also those with the name of an option above.
         kwargs: keyword arguments of the model, with any other name.
 
     Returns:
-        `arviz.InferenceData`, or an `xarray.DataTree` with ArviZ 1.
+        `arviz.InferenceData`, or an `xarray.DataTree` with ArviZ 1. With `out` its arrays are read from the folder when they
+        are used.
 
     Raises:
         ValueError: if a count is not positive, a group is unknown, there is no fit in a list, an argument does not go with the
             fit (num_samples with draws, a second model, arguments without a model), a keyword can be meant for to_arviz or
-            for the model, fits share parameters, shapes of draws do not agree, or two things have one name in ArviZ.
+            for the model, fits share parameters, shapes of draws do not agree, two things have one name in ArviZ, or
+            `out` holds a run of another fit, of other data or by other settings.
+        FileExistsError: if `out` exists, and the run is not resumed.
 
     Warns:
         UserWarning: naming each group and variable that cannot be computed, and why; also if groups= names ``log_likelihood``
@@ -148,21 +152,45 @@ def to_arviz(
     options = _collect_options(num_samples, batch_size, groups, parallel, coords, dims, progress=progress)
     if len(sources) > 1:
         check_separate_parameters(sources)
+    if out is not None:
+        output = as_output("to_arviz", out, (".zarr",))
+        own = replace(options, progress=False)
+        _warn_of(write_blocks(sources, lambda part, said: _collected(part, said, own), output, coords or {}, options))
+        return _opened(output.path)
     reports: dict[str, str] = {}
+    joined = _collected(sources, reports, options)
+    _warn_of(reports)
+    _add_smoothed_weights(joined)
+    if joined.no_loo and "log_likelihood" in options.named:
+        warn_caller(f"to_arviz: log_likelihood is not for {joined.no_loo}.", UserWarning)
+    return _inference_data(joined, coords or {})
+
+
+def _collected(sources: Sequence[DrawSource], reports: dict[str, str], options: CollectOptions) -> Groups:
+    """Return the groups of several sources of draws, as chains, and add to `reports` what cannot be computed."""
     parts = []
     for source in sources:
         modules = traces.modules_of(source.model, source.guide) if len(sources) > 1 else []
         frames = noting_frames((*source.args, *source.kwargs.values()), FRAMES)
         with frames, handlers.side_effect_free(source.model, source.guide), params.isolated_param_store(modules):
             parts.append(collect(source, reports, options))
+    return concatenate_chains(parts)
+
+
+def _warn_of(reports: Mapping[str, str]) -> None:
+    """Warn of what cannot be computed, if there is anything."""
     if reports:
         left_out = "; ".join(f"{name} ({why})" for name, why in reports.items())
         warn_caller(f"to_arviz leaves out: {left_out}.", UserWarning)
-    joined = concatenate_chains(parts)
-    _add_smoothed_weights(joined)
-    if joined.no_loo and "log_likelihood" in options.named:
-        warn_caller(f"to_arviz: log_likelihood is not for {joined.no_loo}.", UserWarning)
-    return _inference_data(joined, coords or {})
+
+
+def _opened(path: str | Path) -> arviz.InferenceData:
+    """Return the data in a zarr folder, whose arrays are read when they are used."""
+    import arviz as az
+    import xarray as xr
+
+    tree = xr.open_datatree(path, engine="zarr")
+    return az.InferenceData.from_datatree(tree) if int(az.__version__.split(".")[0]) == 0 else tree  # type: ignore[return-value]
 
 
 def _collect_options(
@@ -187,13 +215,6 @@ def _inference_data(groups: Groups, coords: Mapping[str, Sequence[Any]]) -> arvi
     import arviz as az
     import xarray as xr
 
-    attrs = {
-        "created_at": datetime.now(UTC).isoformat(),
-        "inference_library": "pyro-ppl",
-        "inference_library_version": pyro.__version__,
-        "creation_library": "pyro_genmodels",
-        "creation_library_version": __version__,
-    }
     labels = {**groups.coords, **coords}
     check_names(groups.variables, groups.coords, coords)
     datasets: dict[str, Any] = {}
@@ -203,8 +224,7 @@ def _inference_data(groups: Groups, coords: Mapping[str, Sequence[Any]]) -> arvi
             own = {xarray_name(dim): labels.get(dim, np.arange(size)) for dim, size in zip(names, array.shape, strict=True)}
             attributes = _attributes(group, name, array, groups.kinds)
             variables[xarray_name(name)] = xr.DataArray(array, own, list(own), attrs=attributes)
-        left_out = _left_out(groups, group)
-        datasets[group] = xr.Dataset(variables, attrs=attrs | ({"left_out": left_out} if left_out else {}))
+        datasets[group] = xr.Dataset(variables, attrs=group_attributes(groups, group))
     if int(az.__version__.split(".")[0]) == 0:
         return az.InferenceData(**datasets)
     return xr.DataTree.from_dict(datasets)  # type: ignore[return-value]
@@ -227,18 +247,6 @@ def _add_smoothed_weights(groups: Groups) -> None:
     if np.isfinite(array.max()):
         smoothed = smooth_log_weights(torch.as_tensor(array).flatten())[0].log_softmax(0)
         stats["smoothed_log_weight"] = smoothed.reshape(array.shape).numpy(), dims
-
-
-def _left_out(groups: Groups, group: str) -> str:
-    """Return what a group does not have that functions of ArviZ ask for, and why."""
-    if group == "sample_stats":
-        return groups.note
-    data = groups.variables.get("observed_data", {})
-    densities = groups.variables[group] if group == "log_likelihood" else {}
-    no_loo = [groups.no_loo] if densities and groups.no_loo else []
-    events = {name: [d for d in data[name][1] if d not in dims] for name, (_, dims) in densities.items() if name in data}
-    joint = [JOINT_DENSITY.format(name=name, dims=", ".join(dims)) for name, dims in events.items() if dims]
-    return "; ".join(no_loo + joint)
 
 
 def draws_of_data(data: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -7,7 +7,7 @@ __all__ = ["DrawSource", "check_separate_parameters", "source_of"]
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,24 @@ class DrawSource:
     is_family_prior: bool = False
     note: str = ""
     pareto_k: float = math.nan
+
+    @property
+    def draws_per_chain(self) -> int:
+        """Number of draws of each chain."""
+        return self.num_samples // self.num_chains
+
+    def block(self, draws: slice) -> DrawSource:
+        """Return a source of some draws of each chain; one that makes its draws makes as many."""
+        count = draws.stop - draws.start
+        if not isinstance(self.guide, Mapping):
+            return replace(self, num_samples=count)
+
+        def cut(values: Any) -> Any:
+            return values.reshape(self.num_chains, -1, *values.shape[1:])[:, draws].reshape(-1, *values.shape[1:])
+
+        guide = {name: cut(values) for name, values in self.guide.items()}
+        stats = {name: cut(values) for name, values in self.stats.items()}
+        return replace(self, guide=guide, stats=stats, num_samples=self.num_chains * count)
 
 
 def source_of(fit: Any, args: tuple, kwargs: Mapping[str, Any], num_samples: int | None, model: Any) -> DrawSource:

@@ -29,6 +29,7 @@ __all__ = [
     "largest_pareto_k",
     "pareto_k",
     "smooth_log_weights",
+    "tail_length",
 ]
 
 from math import ceil, log, sqrt
@@ -99,7 +100,7 @@ def tail_length(n: int) -> int:
     return min(ceil(min(n / 5, 3 * sqrt(n))), n - 1)
 
 
-def smooth_log_weights(log_weights: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+def smooth_log_weights(log_weights: Tensor, dim: int = 0, *, num_draws: int | None = None) -> tuple[Tensor, Tensor]:
     """Return log weights whose tail is replaced by quantiles of its generalised Pareto law, and k-hat.
 
     No smoothed weight exceeds the largest raw one. The mean of smoothed weights has less variance than that of raw ones, and a
@@ -109,6 +110,7 @@ def smooth_log_weights(log_weights: Tensor, dim: int = 0) -> tuple[Tensor, Tenso
     Args:
         log_weights: log weights, not normalised; -inf for zero.
         dim: dimension of the draws.
+        num_draws: number of all draws, if these are only the largest of them: more than `tail_length` of that number.
 
     Returns:
         Log weights of the same shape and scale, not normalised, and k-hat as `pareto_k` returns it. They carry no gradient.
@@ -124,7 +126,7 @@ def smooth_log_weights(log_weights: Tensor, dim: int = 0) -> tuple[Tensor, Tenso
         (tensor(1.1114), tensor(1.1110))
     """
     rows = _rows(log_weights, dim)
-    tail = _fit(rows)
+    tail = _fit(rows, num_draws)
     # Quantiles at (i - 1/2) / L of the L values of each tail, which stand at the end of `order`.
     m = tail.order.shape[1]
     place = torch.arange(m, dtype=rows.dtype, device=rows.device) - (m - tail.length)[:, None]
@@ -228,9 +230,9 @@ def _without(log_values: Tensor, dim: int) -> torch.Size:
     return log_values.movedim(dim, 0).shape[1:]
 
 
-def _fit(rows: Tensor) -> _Tail:
-    """Return the fitted tail of each row of log values, (rows, n)."""
-    n = rows.shape[1]
+def _fit(rows: Tensor, num_draws: int | None = None) -> _Tail:
+    """Return the fitted tail of each row of log values, (rows, n), which may be the largest of a number of draws."""
+    n = num_draws or rows.shape[1]
     m = tail_length(n)
     top, order = rows.topk(m + 1, dim=1)
     top, order = top.flip(1), order.flip(1)[:, 1:]
