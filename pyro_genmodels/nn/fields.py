@@ -14,7 +14,7 @@ __all__ = ["DenseField", "FieldChoice", "UNet"]
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import log
 from typing import ClassVar, Literal
 
@@ -23,6 +23,7 @@ from torch import Size, Tensor, nn
 from torch.nn import functional as F
 
 from pyro_genmodels.nn.checks import check_count, check_rate, check_widths
+from pyro_genmodels.nn.recompute import NOT_SAVED, check_recompute, run
 
 NUM_TIME_FEATURES = 64
 """Length of the sinusoidal embedding of time."""
@@ -73,6 +74,8 @@ class UNet(FieldChoice):
         channels: number of channels at each resolution, from fine to coarse; each resolution is half of the one before.
         attention: True for attention between pixels at the coarsest resolution.
         dropout: rate at which units are dropped in training.
+        recompute: True to compute the activations of each layer again in the backward pass instead of holding them: much less
+            memory for about a third more time, with the same gradients. It is not saved with a family.
 
     Raises:
         TypeError: if the channels are not a sequence of positive integers.
@@ -85,10 +88,12 @@ class UNet(FieldChoice):
     channels: Sequence[int] = (32, 64, 64)
     attention: bool = True
     dropout: float = 0.0
+    recompute: bool = field(default=False, metadata=NOT_SAVED)
 
     def __post_init__(self) -> None:
         check_widths("UNet", channels=self.channels)
         check_rate("UNet", dropout=self.dropout)
+        check_recompute("UNet", self.recompute)
         if any(n % 8 for n in self.channels):
             raise ValueError(f"UNet wants channels in multiples of 8, such as (32, 64, 64), but found {tuple(self.channels)}.")
 
@@ -99,7 +104,7 @@ class UNet(FieldChoice):
                 f"UNet{tuple(self.channels)} wants images (h, w) or (c, h, w) whose sides are multiples of {factor}, but "
                 f"found {tuple(shape)}. Use DenseField, other channels, or pad the images."
             )
-        return _UNet(shape, context, self.channels, attention=self.attention, dropout=self.dropout)
+        return _UNet(self, shape, context)
 
 
 class _Condition(nn.Module):
@@ -154,15 +159,16 @@ class _DenseBlock(nn.Module):
 
 
 class _UNet(nn.Module):
-    def __init__(self, shape: Size, context: int, channels: Sequence[int], *, attention: bool, dropout: float) -> None:
+    def __init__(self, choice: UNet, shape: Size, context: int) -> None:
         super().__init__()
+        channels, dropout, self.recompute = choice.channels, choice.dropout, choice.recompute
         image_channels, width = (1 if len(shape) == 2 else shape[0]), 4 * channels[0]
         self.condition = _Condition(context, width)
         self.first = nn.Conv2d(image_channels, channels[0], 3, padding=1)
         pairs = list(zip((channels[0], *channels), channels, strict=False))
         self.down = nn.ModuleList(_ConvolutionalBlock(a, b, width, dropout) for a, b in pairs)
         self.middle = _ConvolutionalBlock(channels[-1], channels[-1], width, dropout)
-        self.attention = _Attention(channels[-1]) if attention else None
+        self.attention = _Attention(channels[-1]) if choice.attention else None
         back = zip(channels[::-1], (*channels[-2::-1], channels[0]), strict=True)
         self.up = nn.ModuleList(_ConvolutionalBlock(2 * a, b, width, dropout) for a, b in back)
         self.norm = nn.GroupNorm(8, channels[0])
@@ -172,14 +178,14 @@ class _UNet(nn.Module):
         condition = self.condition(t, context)
         h, skips = self.first(x if x.dim() == 4 else x.unsqueeze(1)), []
         for i, block in enumerate(self.down):
-            h = block(F.avg_pool2d(h, 2) if i else h, condition)
+            h = run(block, F.avg_pool2d(h, 2) if i else h, condition, recompute=self.recompute)
             skips.append(h)
-        h = self.middle(h, condition)
+        h = run(self.middle, h, condition, recompute=self.recompute)
         if self.attention is not None:
-            h = self.attention(h)
+            h = run(self.attention, h, recompute=self.recompute)
         for i, block in enumerate(self.up):
             h = F.interpolate(h, scale_factor=2.0, mode="nearest") if i else h
-            h = block(torch.cat([h, skips.pop()], 1), condition)
+            h = run(block, torch.cat([h, skips.pop()], 1), condition, recompute=self.recompute)
         return self.last(F.silu(self.norm(h))).reshape(x.shape)
 
 

@@ -129,7 +129,11 @@ def _encode(value: Any, where: str, own: list[str]) -> Any:
         own.extend(f"{where}: {part}" for part in inner.get("own", ()))
         return inner
     if is_dataclass(value) and type(value) in _PARTS.values():
-        arguments = {f.name: _encode(getattr(value, f.name), where, own) for f in fields(value) if f.init}
+        arguments = {
+            f.name: _encode(getattr(value, f.name), where, own)
+            for f in fields(value)
+            if f.init and f.metadata.get("saved", True)
+        }
         return {"class": type(value).__name__, "arguments": arguments}
     if isinstance(value, constraints.Constraint):
         if value is constraints.real or isinstance(value, type(circular)):
