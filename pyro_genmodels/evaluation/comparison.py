@@ -26,10 +26,11 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from pyro_genmodels._pyro.handlers import side_effect_free
 from pyro_genmodels._pyro.traces import as_pair
+from pyro_genmodels.datasets import RowStream
 from pyro_genmodels.evaluation.arguments import RowArguments, row_arguments, with_own_plate
 from pyro_genmodels.evaluation.comparison_table import ComparisonTable, PairedValues, ranking, weights_of_known
 from pyro_genmodels.evaluation.likelihood import has_likelihood, log_likelihood
@@ -77,7 +78,7 @@ class Comparison(ComparisonTable):
 
 @overload
 def compare(
-    fits: Mapping[str, Any], x: DataLoader | IterableDataset | Iterator[Any], *args: Any, **kwargs: Any
+    fits: Mapping[str, Any], x: RowStream | DataLoader | Iterator[Any], *args: Any, **kwargs: Any
 ) -> StreamedComparison: ...
 @overload
 def compare(fits: Mapping[str, StreamedLogLikelihood]) -> StreamedComparison: ...

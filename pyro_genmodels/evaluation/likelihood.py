@@ -23,9 +23,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, overload
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from pyro_genmodels._pyro import handlers, traces
+from pyro_genmodels.datasets import RowStream
 from pyro_genmodels.distributions.ode import fresh_probes
 from pyro_genmodels.evaluation.arguments import row_arguments, with_plate_of_pair
 from pyro_genmodels.evaluation.importance import RowEstimator
@@ -49,7 +50,7 @@ FRAMES = (
 
 @overload
 def log_likelihood(
-    fit: Any, x: DataLoader | IterableDataset | Iterator[Any], *args: Any, out: str | Path | Output | None = None, **kwargs: Any
+    fit: Any, x: RowStream | DataLoader | Iterator[Any], *args: Any, out: str | Path | Output | None = None, **kwargs: Any
 ) -> StreamedLogLikelihood: ...
 @overload
 def log_likelihood(fit: Any, x: Any, *args: Any, out: str | Path | Output, **kwargs: Any) -> StreamedLogLikelihood: ...
@@ -81,8 +82,8 @@ def log_likelihood(
     Args:
         fit: family, `SVI`, or pair (model, guide); the data are the first argument of the model.
         x: data, (N, ...), in a plate of N rows: tensor, numpy array or data frame. Or a stream of them, which is read batch by
-            batch: a `DataLoader`, or an iterator of tensors, of tuples of arguments, or of dictionaries of them. Then only the
-            mean and the variance of the values are held.
+            batch: a `RowStream` of `pyro_genmodels.datasets.stream`, a `DataLoader`, or an iterator of tensors, of tuples of
+            arguments, or of dictionaries of them. Then only the mean and the variance of the values are held.
         args: other arguments of the model; tensors, arrays and frames of N rows, also inside lists and dicts, are cut into
             batches along with x.
         num_samples: k, the number of samples per row if anything is sampled; also the number of chains behind an estimated

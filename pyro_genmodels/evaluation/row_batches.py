@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from pyro_genmodels._pyro.modules import reachable_modules
+from pyro_genmodels.datasets import RowStream, stream
 from pyro_genmodels.evaluation.arguments import RowArguments, row_arguments
 from pyro_genmodels.utils.keywords import signature_of
 from pyro_genmodels.utils.nested import is_array, leaves, map_nested
@@ -27,13 +28,13 @@ ROWS_OF_DIGEST = 1000
 
 
 def is_stream(x: Any) -> bool:
-    """Return True if data are read batch by batch: a `DataLoader`, an object with `batches`, or an iterator.
+    """Return True if data are read batch by batch: a `RowStream`, a `DataLoader` or an iterator.
 
     Example:
         >>> is_stream(iter([torch.zeros(2, 3)])), is_stream(torch.zeros(2, 3))
         (True, False)
     """
-    return isinstance(x, (DataLoader, IterableDataset, Iterator)) or callable(getattr(x, "batches", None))
+    return isinstance(x, (RowStream, DataLoader, IterableDataset, Iterator))
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,14 @@ class RowBatches:
     Attributes:
         read: function that returns the batches: tensors, tuples of arguments, or dictionaries of arguments.
         rows: number of rows, or None if it is not known.
+        digest: checksum of all rows, or "" if it is not known.
         convert: function that returns the arguments of a batch, or None for one without rows.
     """
 
     read: Callable[[], Iterable[Any]]
     rows: int | None
     convert: Callable[[Any], RowArguments | None]
+    digest: str = ""
 
     @classmethod
     def of(cls, owner: str, x: Any, args: tuple, kwargs: Mapping[str, Any], model: Any, guide: Any = None) -> RowBatches:
@@ -66,7 +69,9 @@ class RowBatches:
         Raises:
             ValueError: if there are positional arguments beside a stream.
         """
-        if not (is_stream(x) or (isinstance(x, np.memmap) and not args and not kwargs)):
+        if isinstance(x, np.memmap) and not args and not kwargs:
+            x = stream(x)
+        if not is_stream(x):
             data = row_arguments(owner, x, args, kwargs, model=model)
             return cls(lambda: data.batches(MAX_ROWS_READ), data.num_rows, lambda batch: batch)
         if args:
@@ -85,7 +90,9 @@ class RowBatches:
             found = replace(found, args=_on(device, found.args), kwargs=_on(device, found.kwargs))
             return replace(found, kwargs={**kwargs, **found.kwargs}, constants=frozenset(kwargs))
 
-        return cls(lambda: _batches(x), _rows(x), convert)
+        if isinstance(x, RowStream):
+            return cls(lambda: x.batches(x.buffer_rows), len(x), convert, x.digest)
+        return cls(lambda: x, _rows(x), convert)
 
     def __iter__(self) -> Iterator[RowArguments]:
         for batch in self.read():
@@ -106,21 +113,12 @@ def _on(device: torch.device, values: Any) -> Any:
     return map_nested(lambda value: value.to(device) if isinstance(value, Tensor) else value, values)
 
 
-def _batches(x: Any) -> Iterable[Any]:
-    if isinstance(x, np.memmap):
-        return (np.array(x[start : start + MAX_ROWS_READ]) for start in range(0, len(x), MAX_ROWS_READ))
-    return x.batches() if callable(getattr(x, "batches", None)) else x
-
-
 def _rows(x: Any) -> int | None:
-    """Return the number of rows of a stream, if it is known without reading them."""
-    known = getattr(x, "rows", None)
-    if known is None and isinstance(x, DataLoader):
-        complete = x.batch_sampler is not None and not x.drop_last and not isinstance(x.dataset, IterableDataset)
-        known = len(x.dataset) if complete and hasattr(x.dataset, "__len__") else None
-    elif known is None and isinstance(x, np.memmap):
-        known = len(x)
-    return known if isinstance(known, int) else None
+    """Return the number of rows of a loader, if it is known without reading them."""
+    is_complete = isinstance(x, DataLoader) and x.batch_sampler is not None and not x.drop_last and x.sampler is not None
+    if not is_complete or isinstance(x.dataset, IterableDataset) or not hasattr(x.dataset, "__len__"):
+        return None
+    return len(x.dataset)
 
 
 def parts_of_rows(batches: Iterable[RowArguments], rows: int) -> Iterator[tuple[int, Iterator[RowArguments]]]:

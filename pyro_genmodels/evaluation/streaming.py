@@ -66,7 +66,7 @@ def score_batches(
     check_no_plate(model, guide, first)
     with forked_rng(part_seed(out.seed)) if out else nullcontext():
         estimator = options.estimator(model, guide, first)
-    folder = None if out is None else PartFolder(out, _settings(model, guide, first, batches.rows, out, options))
+    folder = None if out is None else PartFolder(out, _settings(model, guide, first, batches, out, options))
     scores = _Scores(estimator, folder, 0 if out is None else out.seed)
     with estimator.progress_bar(batches.rows, progress=options.progress) as bar:
         for number, pieces in parts_of_rows(rows, rows_per_part(out)):
@@ -105,7 +105,7 @@ def check_no_plate(model: Any, guide: Any, first: RowArguments) -> None:
 
 
 def _settings(
-    model: Any, guide: Any, first: RowArguments, rows: int | None, out: Output, options: EvaluationOptions
+    model: Any, guide: Any, first: RowArguments, batches: RowBatches, out: Output, options: EvaluationOptions
 ) -> Mapping[str, Any]:
     """Return what a resumed run must have in common with the one that was interrupted."""
     one = first.first(1)
@@ -113,8 +113,8 @@ def _settings(
     return {
         "kind": "log_likelihood",
         "fit": fit_digest([model, guide], lambda: traces.run_pair(model, guide, one.args, one.kwargs)),
-        "data": rows_digest(first),
-        "number_of_rows": rows,
+        "data": f"{rows_digest(first)} {batches.digest}".strip(),
+        "number_of_rows": batches.rows,
         "rows_of_a_part": rows_per_part(out),
         "seed": out.seed,
         **found,

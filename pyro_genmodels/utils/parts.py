@@ -117,15 +117,15 @@ def check_settings(path: Path, saved: Mapping[str, Any], settings: Mapping[str, 
     Example:
         >>> check_settings(Path("a.parquet"), {"fit": "e3b0", "seed": 0}, {"fit": "e3b0", "seed": 1})
         Traceback (most recent call last):
-        ValueError: a.parquet holds a run with another seed (0, and now 1), which cannot be resumed. Resume with the same fit, \
-data and settings, or write to another path.
+        ValueError: a.parquet holds a run with different seed (0, and now 1), which cannot be resumed. Resume with the same \
+fit, data and settings, or write to another path.
     """
     for name in dict.fromkeys([*saved, *settings]):
         was, now = saved.get(name), settings.get(name)
         if was != now:
             values = f" ({one_line(json.dumps(was), 60)}, and now {one_line(json.dumps(now), 60)})"
             raise ValueError(
-                f"{path} holds a run with another {one_line(name, 30).replace('_', ' ')}"
+                f"{path} holds a run with different {one_line(name, 30).replace('_', ' ')}"
                 f"{'' if name in ('fit', 'data') else values}, which cannot be resumed. Resume with the same fit, data and "
                 "settings, or write to another path."
             )
