@@ -30,6 +30,8 @@ from torch.optim import Optimizer
 from pyro_genmodels._pyro import handlers, params, traces
 from pyro_genmodels.infer.adversarial import Adversarial
 from pyro_genmodels.infer.adversarial.losses import AdversarialLoss
+from pyro_genmodels.infer.compiled import CaptureError
+from pyro_genmodels.infer.compiled.losses import differentiable_loss
 from pyro_genmodels.optim.adapters import make_optimizer
 from pyro_genmodels.optim.averaging import TrainedWeights
 from pyro_genmodels.training.adversarial_steps import AdversarialStep
@@ -93,7 +95,8 @@ class LightningFit(LightningModule):
     Raises:
         ImportError: if lightning is not installed.
         TypeError: if an argument is of the wrong type.
-        ValueError: in a run, if the number of rows is not known, or if the Trainer starts its processes by forks or spawns.
+        ValueError: in a run, if the number of rows is not known, if the Trainer starts its processes by forks or spawns, or if
+            the loss computes its gradients in another way than by automatic differentiation.
 
     Example:
         >>> import torch
@@ -150,21 +153,24 @@ class LightningFit(LightningModule):
 
     # Before the run.
 
-    def prepare(self, batches: Batches, held_out: Batches | None = None) -> None:
+    def prepare(self, batches: Batches, held_out: Batches | None = None, *, progress: bool = False) -> None:
         """Make a family ready for the data, and find all parameters by a first run. `setup` calls it if nobody has.
 
         Args:
             batches: the data.
             held_out: held-out data.
+            progress: True to show the progress of a first pass over data that are larger than memory.
         """
         self._batches, self._held_out = batches, held_out
         for module in self.parts:
             module.train()
         with statistics_restored_on_error(self.model):
-            prepare_family(self.model, batches, held_out)
+            prepare_family(self.model, batches, held_out, progress=progress)
             self.step = make_step(self.result.family, self._objective, self._optim, batches, self.clip_norm)
             if held_out is not None and batches.is_whole:
                 subsample_held_out(self.step, batches, held_out)
+        if self.automatic_optimization:
+            self._check_objective()
         self._extra_networks.extend(self.step.extra_modules)
         owned = {id(p) for p in self.parameters()}
         for name, p in self.step.parameters.items():
@@ -173,6 +179,17 @@ class LightningFit(LightningModule):
                 self._loose_parameters.append(self.step.parameters[name])
         if self.ema_decay == "auto":
             self.ema_decay = EMA_DECAY if self.step.wants_average else None
+
+    def _check_objective(self) -> None:
+        """Raise an error for a loss that is no function to differentiate."""
+        try:
+            differentiable_loss(self.step.objective)
+        except CaptureError as error:
+            name = type(self.step.objective).__name__
+            raise ValueError(
+                f"A Trainer wants a loss that is differentiable by itself, but {name} computes its gradients in another way: "
+                "train without a trainer, or use another objective."
+            ) from error
 
     def setup(self, stage: str) -> None:
         """Learn the ranks, and prepare the step, before Lightning moves and wraps the parameters."""
@@ -208,7 +225,7 @@ class LightningFit(LightningModule):
         modules = [*self._networks, *self._extra_networks]
         batch, _ = next(self._batches.shares(self.ranks))
         with forked_rng(), buffers_restored(modules):
-            loss = self._differentiable(batch)
+            loss = self.step.differentiable_loss(batch)
             parameters = list(self.step.parameters.values())
             grads = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else [None] * len(parameters)
         for part in (part for module in modules for part in module.modules() if hasattr(part, "reread")):
@@ -268,6 +285,12 @@ class LightningFit(LightningModule):
         if self.ranks.size > 1 and checkpoint is not None and checkpoint.resume:
             saved = run.identity["settings"].get("seed")
             self._seed = self._seed if saved is None else saved
+        if run.part is not None:
+            raise ValueError(
+                f"{run.run_path} stopped in the middle of epoch {len(self.result.history) + 1}, where a Trainer cannot go on: "
+                f"finish this epoch without a trainer first, by epochs={len(self.result.history) + 1}."
+            )
+        self._batches.seed = run.seed or self._batches.seed
         if self.ranks.rank:
             run.path = None
         return run
@@ -300,7 +323,7 @@ class LightningFit(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Seed the random numbers of each rank."""
-        self._losses: list[tuple[dict[str, float], float]] = []
+        self._part = self.epochs.begin(self._batches.count)
         self._valid = nan
         if self.ranks.size > 1:
             pyro.set_rng_seed(self.ranks.seed(self._seed, self.epochs.number))
@@ -327,11 +350,11 @@ class LightningFit(LightningModule):
         with joint_ranks(replace(self.ranks, weight=share.weight)):
             if not self.automatic_optimization:
                 losses = self.step.step(share.batch, self._number)
-                self._losses.append((losses, self.ranks.sum(share.batch.rows)[0]))
+                self._part.add(losses, int(self.ranks.sum(share.batch.rows)[0]))
                 self._log("train_step", losses["train"], on_step=True)
                 return None
             try:
-                loss = self._differentiable(share.batch)
+                loss = self.step.differentiable_loss(share.batch)
             except Exception:
                 self.ranks.sum(nan, 0.0)  # the other ranks wait for this one
                 raise
@@ -339,19 +362,9 @@ class LightningFit(LightningModule):
         joint = total / rows
         if not isfinite(joint):
             self._fail("loss", joint)
-        self._losses.append(({"train": joint}, rows))
+        self._part.add({"train": joint}, int(rows))
         self._log("train_step", joint, on_step=True)
         return share.weight * loss + sum(0.0 * p.sum() for p in self._unused)
-
-    def _differentiable(self, batch: Batch) -> Tensor:
-        try:
-            return self.step.differentiable_loss(batch)
-        except NotImplementedError as error:
-            name = type(self.step.objective).__name__
-            raise ValueError(
-                f"A Trainer wants a loss that is differentiable by itself, but {name} computes its gradients in another way: "
-                "train without a trainer, or use another objective."
-            ) from error
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -369,7 +382,9 @@ class LightningFit(LightningModule):
 
     def _fail(self, what: str, value: float) -> None:
         """Raise an error about a number that is not finite on any rank."""
-        found = [text for text in self.ranks.gathered(self._batch.nonfinite_rows()) if text]
+        own = self._batch.nonfinite_rows()
+        place = self._batches.place_of_nonfinite(self._batch)
+        found = [text for text in self.ranks.gathered(f"{own}. {place}".removesuffix(". ")) if text]
         if found and self._number == 1:
             self.epochs.first_loss.append(0.0)  # the parameters are not to blame
         advice = found[0] if found else "lower the learning rate, or look for outliers"
@@ -378,7 +393,7 @@ class LightningFit(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Update the average after a step of the optimiser."""
         if batch_idx == 0:
-            self.epochs.first_loss.append(self._losses[0][0]["train"])
+            self.epochs.first_loss.append(self._part.means["train"])
         if not self.automatic_optimization or self.trainer.global_step != self._global_step:
             self._global_step = self.trainer.global_step
             self.weights.update()
@@ -391,8 +406,7 @@ class LightningFit(LightningModule):
         """
         if not self.weights.finite:
             raise FloatingPointError("a parameter is not finite after the last step: lower the learning rate")
-        rows = sum(n for _, n in self._losses)
-        losses = {name: sum(loss[name] * n for loss, n in self._losses) / rows for name in self._losses[0][0]}
+        losses = self._part.means
         if self.epochs.is_validated:
             losses["valid"] = self._valid
         self._joint_buffers.agree()

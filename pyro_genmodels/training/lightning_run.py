@@ -83,10 +83,11 @@ def train_by(
     """
     module = LightningFit(result.family, **options)
     module.result, module.limits, module.settings = result, limits, settings
-    module.prepare(batches, held_out)
+    module.prepare(batches, held_out, progress=progress)
     shares = Shares(
         batches,
         lambda: module.ranks,
+        epoch=lambda: module.epochs.number,
         order=lambda: module.order,
         accumulated=lambda: trainer.accumulate_grad_batches,
     )

@@ -36,8 +36,9 @@ class Shares:
     Args:
         batches: the data.
         ranks: function that returns the ranks of the run.
-        order: function that returns the seed of the next epoch's order of rows, the same on all ranks. None shuffles by the
-            random numbers of this rank, which must be the only one.
+        epoch: function that returns the number of the next epoch.
+        order: function that returns the seed of its order of rows, the same on all ranks. None shuffles by the random numbers
+            of this rank, which must be the only one.
         accumulated: function that returns the number of batches over which gradients are accumulated.
         is_shuffled: False for batches in order.
 
@@ -50,12 +51,13 @@ class Shares:
         batches: Batches,
         ranks: Callable[[], Ranks],
         *,
+        epoch: Callable[[], int] = lambda: 1,
         order: Callable[[], int | None] = lambda: None,
         accumulated: Callable[[], int] = lambda: 1,
         is_shuffled: bool = True,
     ) -> None:
-        self.batches, self.ranks, self.order, self.accumulated = batches, ranks, order, accumulated
-        self.is_shuffled = is_shuffled
+        self.batches, self.ranks, self.accumulated = batches, ranks, accumulated
+        self.epoch, self.order, self.is_shuffled = epoch, order, is_shuffled
 
     def __len__(self) -> int:
         return self.batches.num_shares(self.ranks())
@@ -63,7 +65,7 @@ class Shares:
     def __iter__(self) -> Iterator[Share]:
         ranks, seed, number = self.ranks(), self.order() if self.is_shuffled else None, self.accumulated()
         if self.is_shuffled and seed is None:
-            found = ((batch, batch.rows) for batch in self.batches.shuffled())
+            found = ((batch, batch.rows) for batch in self.batches.shuffled(self.epoch()))
         else:
             found = self.batches.shares(ranks, seed)
         while window := list(islice(found, number)):
@@ -72,6 +74,6 @@ class Shares:
                 if self.is_shuffled and rows < ranks.size:
                     raise ValueError(
                         f"A batch of {rows} rows cannot be divided among {ranks.size} devices: pass a larger batch_size, which "
-                        "is the number of rows of a step over all devices, or more rows."
+                        "is the number of rows of a step over all devices, more rows, or a DataLoader with drop_last=True."
                     )
                 yield Share(batch, batch.rows / mean_rows)

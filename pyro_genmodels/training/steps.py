@@ -28,6 +28,7 @@ from pyro_genmodels.distributions.energy.partition import quick_log_partition
 from pyro_genmodels.infer.adversarial import Adversarial
 from pyro_genmodels.infer.adversarial.losses import AdversarialLoss
 from pyro_genmodels.infer.compiled import Mode
+from pyro_genmodels.infer.compiled.losses import differentiable_loss as differentiable_form
 from pyro_genmodels.infer.contrastive import ContrastiveDivergence, NoiseContrastive
 from pyro_genmodels.infer.denoising import DenoisingScoreMatching
 from pyro_genmodels.infer.likelihood import MaximumLikelihood
@@ -186,9 +187,9 @@ class LossStep(Step):
         """Return the loss of a batch per datum with its graph, (). It is NaN where a distribution refuses the parameters.
 
         Raises:
-            NotImplementedError: if the objective has no differentiable loss.
+            CaptureError: if the objective computes its gradients in another way.
         """
-        return torch.as_tensor(self._loss(self.objective.differentiable_loss, batch, self.rows))
+        return torch.as_tensor(self._loss(differentiable_form(self.objective), batch, self.rows))
 
     def validate(self, held_out: Batches) -> float:
         """Return the mean loss of held-out data per datum."""

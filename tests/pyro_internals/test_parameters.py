@@ -1,6 +1,7 @@
 """Statements of parameters: a family makes them where they have an effect, and leaves them out where they have none."""
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
@@ -120,3 +121,19 @@ def test_a_method_of_one_handler_alone_hears_the_parameters(flow, handler, name)
     with handler:
         flow()
     assert names(flow) <= set(heard)
+
+
+def test_a_parameter_of_the_store_becomes_one_that_a_module_can_hold():
+    pyro.clear_param_store()
+    scale = pyro.param("scale", torch.tensor(2.0), constraint=dist.constraints.positive)
+    before = scale.unconstrained()
+    parameter = params.as_module_parameter("scale")
+    assert isinstance(parameter, torch.nn.Parameter)
+    assert parameter.data_ptr() == before.data_ptr()
+    assert params.as_module_parameter("scale") is parameter is params.unconstrained("scale")
+    with torch.no_grad():
+        parameter.zero_()
+    assert pyro.param("scale").item() == 1.0
+    assert pyro.get_param_store().param_name(parameter) == "scale"
+    pyro.param("scale").log().backward()
+    assert parameter.grad.item() == pytest.approx(1.0)
