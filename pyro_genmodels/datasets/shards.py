@@ -160,7 +160,7 @@ class IterableSource(Source):
         for item in self.batches() if callable(self.batches) else self.batches:
             piece = tuple(as_tensor(part, "A stream") for part in (item if isinstance(item, (tuple, list)) else (item,)))
             if not piece or any(not t.dim() or len(t) != len(piece[0]) for t in piece):
-                shapes = listed(tuple(t.shape) for t in piece)
+                shapes = listed(str(tuple(t.shape)) for t in piece)
                 raise ValueError(
                     f"{self.name} wants to yield batches of rows, as x or (x, context), but one has shapes {shapes}."
                 )

@@ -180,14 +180,14 @@ class RowStream:
             first = max(first - span.rows, 0)
 
     def sample(self, rows: int) -> Any:
-        """Return at least this many rows, if there are as many, from shards all over the data; always the same.
+        """Return about this many rows, or all if there are fewer, from shards all over the data; always the same ones.
 
         Returns:
             x, (n, *event_shape), or (x, context).
         """
         if len(self) <= rows:
             return next(self.batches(len(self)))
-        number = min(SAMPLED_SPANS, len(self.spans))
+        number = min(SAMPLED_SPANS, len(self.spans), rows)
         chosen = sorted(np.random.default_rng(0).choice(len(self.spans), number, replace=False))
         parts: list[Piece] = []
         missing = rows
