@@ -37,3 +37,25 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+CLUSTER_WAIT = 120
+"""Seconds that a cluster may take to start a worker, which imports torch."""
+
+
+@pytest.fixture(scope="session")
+def dask_client():
+    """A cluster of two processes with two threads each."""
+    distributed = pytest.importorskip("distributed")
+    options = {"n_workers": 2, "threads_per_worker": 2, "dashboard_address": None}
+    with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
+        yield client
+
+
+@pytest.fixture
+def on_cluster(dask_client):
+    """The cluster as the backend of joblib."""
+    joblib = pytest.importorskip("joblib")
+    dask_client.wait_for_workers(2, timeout=CLUSTER_WAIT)
+    with joblib.parallel_config(backend="dask", wait_for_workers_timeout=CLUSTER_WAIT):
+        yield

@@ -1,30 +1,29 @@
-"""Many runs of one task, each from a seed of its own, in this process or in several by joblib.
+"""Many runs of one task, each from a seed of its own, in this process, in several, or on a cluster, by joblib.
 
-A run has the same result in whichever process it runs, and after whichever other runs. joblib also runs on a cluster:
-``with joblib.parallel_backend("dask"): ...`` around a call sends the runs there.
+A run has the same result in whichever process it runs, and after whichever other runs. joblib's backends are the engine:
+``with joblib.parallel_config(backend="dask"): ...`` around a call with ``n_jobs=-1`` sends the runs to a cluster.
 """
 
 from __future__ import annotations
 
-__all__ = ["Outcome", "run_all", "run_each", "seeded", "spawn_seeds"]
+__all__ = ["Outcome", "check_n_jobs", "run_all", "run_each", "run_values", "seeded", "spawn_seeds"]
 
-import pickle
 import random
-import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from numbers import Integral
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
-from pyro.infer.util import is_validation_enabled
 from tqdm.auto import tqdm
 
-from pyro_genmodels.utils.errors import import_extra, one_line
+from pyro_genmodels.utils.errors import one_line, warn_caller
 from pyro_genmodels.utils.rng import forked_rng
+from pyro_genmodels.utils.workers import Job, stays_here
 
 FAILURES = (ArithmeticError, RuntimeError, ValueError)
 """Errors of a run that other runs may not have, such as of a simulator, or of a matrix without a decomposition."""
@@ -37,12 +36,17 @@ class Outcome:
     Attributes:
         value: what it returned, or None if it failed.
         error: its error as text, or None.
-        warnings: texts of its warnings.
+        caught: texts of its warnings, with their categories.
     """
 
     value: Any
     error: str | None = None
-    warnings: tuple[str, ...] = field(default=(), repr=False)
+    caught: tuple[tuple[str, type[Warning]], ...] = field(default=(), repr=False)
+
+    @property
+    def warnings(self) -> list[str]:
+        """Texts of its warnings, each as one line."""
+        return [one_line(text) for text, _ in self.caught]
 
 
 @contextmanager
@@ -85,6 +89,24 @@ def spawn_seeds(seed: int | None, number: int) -> list[int]:
     return [int(x) for x in np.random.SeedSequence(entropy).generate_state(number)]
 
 
+def check_n_jobs(owner: str, n_jobs: Any) -> None:
+    """Raise a ValueError unless a number of processes is one that joblib takes.
+
+    Args:
+        owner: name of the class or function that takes it.
+        n_jobs: the number.
+
+    Example:
+        >>> check_n_jobs("reloo", 0)
+        Traceback (most recent call last):
+        ValueError: reloo wants n_jobs as a number of processes, or -1 for as many as there are cores, but found 0.
+    """
+    if isinstance(n_jobs, bool) or not isinstance(n_jobs, Integral) or n_jobs == 0:
+        raise ValueError(
+            f"{owner} wants n_jobs as a number of processes, or -1 for as many as there are cores, but found {n_jobs!r}."
+        )
+
+
 def run_all(
     task: Callable[[int], Any], seeds: Iterable[int], *, n_jobs: int = 1, progress: bool = True, description: str
 ) -> list[Outcome]:
@@ -99,92 +121,84 @@ def run_all(
     return list(run_each(task, seeds, n_jobs=n_jobs, progress=progress, description=description))
 
 
-def run_each(
+def run_values(
     task: Callable[[int], Any], seeds: Iterable[int], *, n_jobs: int = 1, progress: bool = True, description: str
+) -> list[Any]:
+    """Run a task once for each seed, and return the results in their order. An error of a run is raised; see `run_each`.
+
+    Warns:
+        Warning: as the runs do, each text once.
+
+    Example:
+        >>> run_values(lambda seed: 2 * seed, [1, 2], progress=False, description="doubles")
+        [2, 4]
+    """
+    found = run_each(task, seeds, n_jobs=n_jobs, progress=progress, description=description, failures=())
+    outcomes = list(found)
+    for text, category in dict.fromkeys(warned for outcome in outcomes for warned in outcome.caught):
+        warn_caller(text, category)
+    return [outcome.value for outcome in outcomes]
+
+
+def run_each(
+    task: Callable[[int], Any],
+    seeds: Iterable[int],
+    *,
+    n_jobs: int = 1,
+    progress: bool = True,
+    description: str,
+    failures: tuple[type[Exception], ...] = FAILURES,
 ) -> Iterator[Outcome]:
     """Run a task once for each seed, and yield each outcome when it and those before it are there.
 
-    The task may keep what it has computed: each process has one copy of it. It should seed itself (`seeded`).
+    The task may keep what it has computed: each process has one copy of it. It should seed itself (`seeded`). If a worker is
+    lost, the runs whose outcomes are not there are repeated on others. Runs inside of a run stay in its process, as do all if
+    joblib's backend is one of threads, since Pyro's handlers and parameters are global.
 
     Args:
         task: function of a seed.
         seeds: the seeds.
-        n_jobs: number of processes, as joblib takes it: -1 for as many as there are cores.
+        n_jobs: number of processes, as joblib takes it: -1 for as many as there are cores, or for all of a cluster.
         progress: True for a progress bar.
         description: words beside the bar.
+        failures: kinds of errors that are outcomes; others are raised.
 
     Yields:
         The outcome of each. Arithmetic errors, RuntimeErrors and ValueErrors are outcomes; others are raised.
+
+    Raises:
+        ValueError: if `n_jobs` is no number of processes.
+        TypeError: if the task cannot be pickled for other processes.
+        RuntimeError: if workers are lost again and again.
+
+    Warns:
+        RuntimeWarning: if runs are repeated, because a worker was lost.
 
     Example:
         >>> next(run_each(lambda seed: 2 * seed, [1, 2], progress=False, description="doubles"))
         Outcome(value=2, error=None)
     """
+    check_n_jobs(description, n_jobs)
     seeds = list(seeds)
-    if n_jobs == 1:
-        found: Iterable[Outcome] = (_outcome(task, seed) for seed in seeds)
-    else:
-        joblib = import_extra("joblib", extra="parallel", by=f"n_jobs={n_jobs}")
-        cloudpickle = import_extra("cloudpickle", extra="parallel", by=f"n_jobs={n_jobs}")
-        job = _Job(uuid.uuid4().hex, cloudpickle.dumps((task, _Settings.here())))
-        found = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(joblib.delayed(job.run)(seed) for seed in seeds)
-    yield from tqdm(found, total=len(seeds), desc=description, unit="run", disable=not progress, mininterval=0.5)
+    with tqdm(total=len(seeds), desc=description, unit="run", disable=not progress, mininterval=0.5) as bar:
+        outcome_of = partial(_outcome, task, failures)
+        if n_jobs == 1 or stays_here(n_jobs):
+            for seed in seeds:
+                outcome = outcome_of(seed)
+                bar.update()
+                yield outcome
+        else:
+            with Job(outcome_of, description) as job:
+                yield from job.results(seeds, n_jobs, bar)
 
 
-def _outcome(task: Callable[[int], Any], seed: int) -> Outcome:
+def _outcome(task: Callable[[int], Any], failures: tuple[type[Exception], ...], seed: int) -> Outcome:
     """Return the outcome of one run."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         value, error = None, None
         try:
             value = task(seed)
-        except FAILURES as failure:
+        except failures as failure:
             error = f"{type(failure).__name__}: {one_line(failure)}"
-    return Outcome(value, error, tuple(one_line(w.message) for w in caught))
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """The state that a model may depend on beside its arguments: parameters and global flags."""
-
-    dtype: torch.dtype
-    validates: bool
-    params: Any
-
-    @classmethod
-    def here(cls) -> _Settings:
-        """Return those of this process."""
-        return cls(torch.get_default_dtype(), is_validation_enabled(), pyro.get_param_store().get_state())
-
-    def apply(self) -> None:
-        """Make them those of this process."""
-        torch.set_default_dtype(self.dtype)
-        pyro.enable_validation(self.validates)
-        pyro.get_param_store().set_state(self.params)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A task on its way to other processes, each of which unpickles it once.
-
-    Attributes:
-        key: name that no other job has.
-        pickled: the task and the settings.
-    """
-
-    key: str
-    pickled: bytes
-
-    def run(self, seed: int) -> Outcome:
-        """Run the task in the process that this is."""
-        if self.key not in _tasks:
-            _tasks.clear()
-            task, settings = pickle.loads(self.pickled)
-            settings.apply()
-            torch.set_num_threads(1)
-            _tasks[self.key] = task
-        return _outcome(_tasks[self.key], seed)
-
-
-_tasks: dict[str, Callable[[int], Any]] = {}
-"""The last task of this process, by the key of its job."""
+    return Outcome(value, error, tuple((str(w.message), w.category) for w in caught))

@@ -22,6 +22,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from pyro_genmodels.utils.workers import is_worker
+
 T = TypeVar("T")
 Task = Callable[[Callable[[int], None]], T]
 """Function of another one, which it calls with the number of steps that it has made since the last call."""
@@ -38,7 +40,7 @@ def available_cores() -> int:
 def can_fork() -> bool:
     """Return True if processes can be forked safely: not on Windows or macOS, after CUDA was used, or inside of a worker."""
     forks = "fork" in mp.get_all_start_methods() and sys.platform != "darwin"
-    return forks and not torch.cuda.is_initialized() and not mp.current_process().daemon
+    return forks and not torch.cuda.is_initialized() and not mp.current_process().daemon and not is_worker()
 
 
 def run_in_turn(tasks: Sequence[Task[T]], report: Callable[[int], None]) -> list[T]:
