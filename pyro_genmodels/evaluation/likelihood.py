@@ -37,6 +37,7 @@ from pyro_genmodels.evaluation.streaming import CURE, EvaluationOptions, score_b
 from pyro_genmodels.utils.distributions import density_of
 from pyro_genmodels.utils.errors import check_positive_int
 from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, runs_models
+from pyro_genmodels.utils.parallel import check_n_jobs
 from pyro_genmodels.utils.parts import Output, as_output
 from pyro_genmodels.utils.rng import forked_rng
 from pyro_genmodels.utils.tensors import noting_frames
@@ -70,6 +71,7 @@ def log_likelihood(
     progress: bool = False,
     row_dim: int = 0,
     out: str | Path | Output | None = None,
+    n_jobs: int | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> LogLikelihood | StreamedLogLikelihood:
@@ -98,6 +100,7 @@ def log_likelihood(
         out: folder, such as "scores.parquet", for the values of rows in parquet files, in bounded memory; or an
             `Output(path, resume=True)`, with which an interrupted run goes on after the last part of the rows that is whole.
             Nothing else of the values is held than their mean and variance.
+        n_jobs: number of processes, as joblib takes it, for the chains behind an estimated log Z; see `log_partition`.
         model_kwargs: keyword arguments of the model whose names are also options of this function.
         kwargs: other keyword arguments of the model, treated as args. Beside a stream they are the same for all rows.
 
@@ -124,13 +127,15 @@ def log_likelihood(
     """
     model, guide = traces.as_pair(fit)
     check_positive_int("log_likelihood", num_samples=num_samples, num_steps=num_steps, batch_size=batch_size)
+    if n_jobs is not None:
+        check_n_jobs("log_likelihood", n_jobs)
     kwargs = joined_keywords(kwargs, model_kwargs)
     check_model_keywords(model, guide, (x, *args), kwargs)
     if out is not None or is_stream(x):
-        options = EvaluationOptions(num_samples, num_steps, batch_size, parallel, progress)
+        options = EvaluationOptions(num_samples, num_steps, batch_size, parallel, progress, n_jobs)
         return _streamed(model, guide, x, args, kwargs, row_dim, out, options)
     data = row_arguments("log_likelihood", x, args, kwargs, row_dim, model=model)
-    log_partitions = LogPartitions(num_samples, num_steps, progress=progress)
+    log_partitions = LogPartitions(num_samples, num_steps, progress=progress, n_jobs=n_jobs)
     with noting_frames((x, *args, *kwargs.values()), FRAMES), handlers.side_effect_free(model, guide), fresh_probes():
         data = with_plate_of_pair(model, guide, data)
         estimator = RowEstimator.of(

@@ -82,6 +82,7 @@ class LogPartitions:
         num_chains: chains of an estimate.
         num_steps: betas of its path.
         progress: True to show a progress bar.
+        n_jobs: number of processes for the chains; see `log_partition`.
         constants: constants of each site.
         kinds: kinds of all results.
     """
@@ -89,6 +90,7 @@ class LogPartitions:
     num_chains: int
     num_steps: int
     progress: bool = False
+    n_jobs: int | None = None
     constants: dict[Site, _Constants] = field(default_factory=dict)
     kinds: set[PartitionKind] = field(default_factory=set)
 
@@ -147,7 +149,8 @@ class LogPartitions:
             as_good = known.kind == "estimate" and known.num_chains * known.num_steps >= chains * self.num_steps
             if known.kind == "exact" or as_good:
                 return known
-        return log_partition(dist, num_chains=chains, num_steps=self.num_steps, progress=self.progress)
+        options: Any = {"progress": self.progress, "n_jobs": self.n_jobs}
+        return log_partition(dist, num_chains=chains, num_steps=self.num_steps, **options)
 
     # Errors.
 

@@ -24,6 +24,7 @@ from pyro_genmodels.evaluation.result import LogLikelihood, lower_bound
 from pyro_genmodels.utils.distributions import unwrap
 from pyro_genmodels.utils.errors import check_positive_int
 from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, runs_models
+from pyro_genmodels.utils.parallel import check_n_jobs
 
 
 @runs_models()
@@ -35,6 +36,7 @@ def conservative_log_likelihood(
     num_steps: int = 1000,
     batch_size: int = 20_000,
     progress: bool = False,
+    n_jobs: int | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> LogLikelihood:
@@ -50,6 +52,8 @@ def conservative_log_likelihood(
         num_steps: betas of the path; more give a tighter bound.
         batch_size: largest number of chains in memory.
         progress: True to show progress bars.
+        n_jobs: number of processes, as joblib takes it, for chains in blocks with a seed each, so that bounds do not depend on
+            the number. None runs them in this process, from torch's random numbers.
         model_kwargs: keyword arguments of the model whose names are also options of this function.
         kwargs: other keyword arguments of the model.
 
@@ -76,6 +80,8 @@ def conservative_log_likelihood(
     """
     model, guide = traces.as_pair(fit)
     check_positive_int("conservative_log_likelihood", num_samples=num_samples, num_steps=num_steps, batch_size=batch_size)
+    if n_jobs is not None:
+        check_n_jobs("conservative_log_likelihood", n_jobs)
     kwargs = joined_keywords(kwargs, model_kwargs)
     check_model_keywords(model, guide, (x, *args), kwargs)
     data = row_arguments("conservative_log_likelihood", x, args, kwargs)
@@ -96,6 +102,7 @@ def conservative_log_likelihood(
             num_steps=num_steps,
             batch_size=batch_size,
             progress=progress,
+            n_jobs=n_jobs,
         )
     cure = "Raise num_steps or num_samples."
     return lower_bound("conservative_log_likelihood", bound, num_samples, data.args[0], cure=cure)

@@ -18,6 +18,7 @@ from pyro_genmodels.distributions.energy.exact import MAX_HIDDEN_UNITS, MAX_STAT
 from pyro_genmodels.distributions.energy.state import LogPartition
 from pyro_genmodels.utils.distributions import check_exact_density, has_active_dropout, unwrap, without_validation
 from pyro_genmodels.utils.errors import check_positive_int
+from pyro_genmodels.utils.parallel import check_n_jobs
 
 MAX_DEFAULT_EVALUATIONS = 2**25
 """Largest number of energies, over all contexts, that a conditional energy is summed or integrated over by default."""
@@ -33,6 +34,7 @@ def log_partition(
     exact: bool | None = None,
     batch_size: int = 20_000,
     progress: bool = False,
+    n_jobs: int | None = None,
 ) -> LogPartition:
     """Compute or estimate log Z of an energy for its present parameters; a family stores it until they change.
 
@@ -48,6 +50,9 @@ def log_partition(
             grids differ by more than 1e-5 is an estimate, with that difference as its error.
         batch_size: largest number of chains in memory.
         progress: True to show a progress bar.
+        n_jobs: number of processes, as joblib takes it, for the chains of an estimate. They run in blocks with a seed each, so
+            that the estimate does not depend on the number. None runs them together in this process, which is best for small
+            energies. The extra ``parallel`` runs more than one.
 
     Returns:
         log Z in nats, () or of the batch shape of a conditional energy, with its standard error, kind and k-hat.
@@ -70,6 +75,8 @@ def log_partition(
     dist = _energy_of(energy)
     check_positive_int("log_partition", num_steps=num_steps, batch_size=batch_size)
     check_positive_int("log_partition", least=2, num_chains=num_chains)
+    if n_jobs is not None:
+        check_n_jobs("log_partition", n_jobs)
     if not (exact is None or isinstance(exact, bool)):
         raise ValueError(f"log_partition wants exact to be True, False or None, but found {exact!r}.")
     if draws is not None and not (isinstance(draws, Tensor) and draws.shape[1:] == dist.event_shape and len(draws) >= 2):
@@ -99,7 +106,7 @@ def log_partition(
         if result is None:
             if start is not None:
                 distinct = distinct.replace(path=dataclasses.replace(distinct.path, origin=start))
-            result = Annealing(distinct, num_chains, num_steps, progress).estimate(draws, batch_size)
+            result = Annealing(distinct, num_chains, num_steps, progress, n_jobs).estimate(draws, batch_size)
     if place is not None:
         each = {name: getattr(result, name) for name in ("value", "std_error", "effective_sample_size", "pareto_k")}
         each = {name: value[place].reshape(dist.batch_shape) for name, value in each.items() if value is not None}
