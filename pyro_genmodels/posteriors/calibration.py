@@ -29,7 +29,7 @@ from pyro_genmodels.posteriors.ranks import LOG_DENSITY, Calibration
 from pyro_genmodels.posteriors.replicated import JointSampler
 from pyro_genmodels.posteriors.uniformity import ranks_of
 from pyro_genmodels.utils.errors import check_positive_int, listed, type_with_article, warn_caller
-from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, runs_models
+from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, option_names, runs_models
 from pyro_genmodels.utils.parallel import Outcome, run_all, seeded, spawn_seeds
 from pyro_genmodels.utils.rng import forked_rng
 
@@ -120,7 +120,7 @@ def simulation_based_calibration(
     runs: list[_Run] = [outcome.value for outcome in outcomes if outcome.error is None]
     with seeded(seeds[0]):
         if in_batch:
-            runs = task.fit_in_batch(runs)
+            runs = task.fit_in_batch(runs, n_jobs)
         truths, draws = _stacked([run.truth for run in runs]), _stacked([run.draws for run in runs])
         ranks = {name: ranks_of(truths[name], x) for name, x in draws.items()}
     truths = {name: truths[name] for name in draws if name != LOG_DENSITY}
@@ -186,9 +186,11 @@ class _Task:
         label = repr(method) if isinstance(method, Method) else getattr(method, "__name__", type(method).__name__)
         return self._checked(_Run(_on_cpu(truth), data, _on_cpu(draws), effective, label))
 
-    def fit_in_batch(self, runs: list[_Run]) -> list[_Run]:
-        """Return the simulations with draws of the amortised posterior."""
-        draws = _on_cpu(self.method.samples_given(self.num_draws, **_stacked([run.data for run in runs])))
+    def fit_in_batch(self, runs: list[_Run], n_jobs: int) -> list[_Run]:
+        """Return the simulations with draws of the amortised posterior, in several processes if it takes their number."""
+        draw = self.method.samples_given
+        options = {"n_jobs": n_jobs} if "n_jobs" in option_names(draw) else {}
+        draws = _on_cpu(draw(self.num_draws, **options, **_stacked([run.data for run in runs])))
         return [
             self._checked(replace(run, draws={name: x[:, i] for name, x in draws.items()}, method=type(self.method).__name__))
             for i, run in enumerate(runs)

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_genmodels.inference_data import to_arviz
 from pyro_genmodels.inference_data.export import draws_of_data, elpd_data, log_likelihood_of_data
@@ -32,13 +31,11 @@ from pyro_genmodels.posteriors.left_out_rows import BATCH_SIZE, MomentMatching, 
 from pyro_genmodels.posteriors.method import Method
 from pyro_genmodels.utils.errors import check_positive_int, listed, type_with_article, warn_caller
 from pyro_genmodels.utils.keywords import joined_keywords, runs_models
-from pyro_genmodels.utils.parallel import run_all, spawn_seeds
+from pyro_genmodels.utils.parallel import run_all, run_values, spawn_seeds
 from pyro_genmodels.utils.pareto import MAX_PARETO_K, smooth_log_weights
 
 MAX_MC_ERROR = 0.5
 """Largest Monte Carlo standard error of a row, in nats, that is trusted. Above it, few draws explain the row."""
-PROGRESS_DELAY = 2.0
-"""Seconds before a progress bar of moment matching is shown."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -123,7 +120,7 @@ def reloo(
         moment_matching: True to move the draws by affine maps first where k-hat is too large, in unconstrained coordinates,
             which takes some thousand densities for each row. Only rows whose k-hat stays too large are refitted.
         num_samples: number of draws of a guide.
-        n_jobs: number of processes for refits; the extra ``parallel`` runs more than one, by joblib.
+        n_jobs: number of processes for refits and moment matching; the extra ``parallel`` runs more than one, by joblib.
         seed: seed of refits; None takes one from torch's random numbers.
         progress: True for a progress bar.
         model_kwargs: keyword arguments of the model.
@@ -180,8 +177,9 @@ def reloo(
     matched = torch.zeros(len(k), dtype=torch.bool)
     if left_out is not None and moment_matching:
         matching = MomentMatching(left_out, source, draws, smooth_log_weights(log_weights[:, 0])[0], limit)
-        for row in tqdm(bad, desc="moment matching", unit="row", disable=not progress, delay=PROGRESS_DELAY):
-            if (match := matching(row)) is not None:
+        matches = run_values(matching, bad, n_jobs=n_jobs, progress=progress, description="moment matching")
+        for row, match in zip(bad, matches, strict=True):
+            if match is not None:
                 values[row], errors[row], k[row] = torch.tensor(match, dtype=torch.float64)
                 matched[row] = True
         bad = [row for row in bad if not matched[row]]

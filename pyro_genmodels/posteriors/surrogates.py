@@ -10,7 +10,8 @@ from __future__ import annotations
 __all__ = ["Surrogate"]
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from pyro_genmodels.posteriors.fits import NUM_SAMPLES, Posterior
 from pyro_genmodels.posteriors.method import Method
 from pyro_genmodels.posteriors.simulation_trained import SimulationTrained
 from pyro_genmodels.utils.errors import check_positive_int
+from pyro_genmodels.utils.parallel import run_values, seeded, spawn_seeds
 
 
 class Surrogate(SimulationTrained):
@@ -55,13 +57,14 @@ class Surrogate(SimulationTrained):
         return posterior(model, method=method, progress=progress)
 
     def samples_given(
-        self, num_samples: int = NUM_SAMPLES, *, method: Method | None = None, **observations: Any
+        self, num_samples: int = NUM_SAMPLES, *, method: Method | None = None, n_jobs: int = 1, **observations: Any
     ) -> dict[str, Tensor]:
         """Return draws given each of many observations, one fit after another, (draw, observation, ...) by name.
 
         Args:
             num_samples: number of draws for each.
             method: see `given`.
+            n_jobs: number of processes; the extra ``parallel`` runs more than one, by joblib. Draws do not depend on it.
             observations: values of each observed site, (observation, ...) by name.
 
         Raises:
@@ -69,10 +72,9 @@ class Surrogate(SimulationTrained):
         """
         check_positive_int("samples_given", num_samples=num_samples)
         rows = self._checked(observations, batch=True)
-        draws = []
-        for i in range(len(next(iter(rows.values())))):
-            fit = self.given(method=method, progress=False, **{name: x[i] for name, x in rows.items()})
-            draws.append(fit.get_samples(num_samples))
+        number = len(next(iter(rows.values())))
+        task = _RowFits(self, method, rows, num_samples, spawn_seeds(None, number))
+        draws = run_values(task, range(number), n_jobs=n_jobs, progress=False, description="observations")
         return {name: torch.stack([part[name] for part in draws], 1) for name in self.simulator.coordinates.names}
 
     @abstractmethod
@@ -88,6 +90,31 @@ class Surrogate(SimulationTrained):
             z: the coordinates.
             prepared: what `_prepared` made of the observations, (n, numbers).
         """
+
+
+@dataclass(frozen=True)
+class _RowFits:
+    """Draws given each of many observations, from a seed each.
+
+    Attributes:
+        surrogate: what was learned.
+        method: how the posterior is drawn.
+        rows: the observations, (observation, ...) by name.
+        num_samples: number of draws for each.
+        seeds: a seed for each.
+    """
+
+    surrogate: Surrogate
+    method: Method | None
+    rows: Mapping[str, Tensor]
+    num_samples: int
+    seeds: Sequence[int]
+
+    def __call__(self, i: int) -> dict[str, Tensor]:
+        """Return draws given observation i, (draw, ...) by name."""
+        with seeded(self.seeds[i]):
+            fit = self.surrogate.given(method=self.method, progress=False, **{name: x[i] for name, x in self.rows.items()})
+            return fit.get_samples(self.num_samples)
 
 
 class _SurrogateModel:
