@@ -10,6 +10,7 @@ from __future__ import annotations
 __all__ = ["StreamedComparison", "compare_batches"]
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import repeat
@@ -30,7 +31,7 @@ from pyro_genmodels.evaluation.importance import RowEstimator
 from pyro_genmodels.evaluation.result import LikelihoodResult, LogLikelihood, StreamedLogLikelihood, warned
 from pyro_genmodels.evaluation.row_batches import RowBatches
 from pyro_genmodels.evaluation.row_counts import RowTotals
-from pyro_genmodels.evaluation.streaming import CURE, EvaluationOptions, check_no_plate
+from pyro_genmodels.evaluation.streaming import CURE, EvaluationOptions, check_no_plate, naming_rows
 from pyro_genmodels.utils.keywords import check_model_keywords
 from pyro_genmodels.utils.moments import Moments
 from pyro_genmodels.utils.parts import read_parts
@@ -88,7 +89,8 @@ def compare_batches(
     merged, dims = _Merged(len(scorers)), None
     with tqdm(total=rows, desc="compare", unit="row", delay=PROGRESS_DELAY, disable=not options.progress, leave=False) as bar:
         for batch in batches:
-            scored = {name: scorer.score(batch) for name, scorer in scorers.items()}
+            with nullcontext() if batch is None else naming_rows(merged.rows, _number_of_rows(batch)):
+                scored = {name: scorer.score(batch) for name, scorer in scorers.items()}
             counts = {name: len(values) for name, values in scored.items()}
             if len(set(counts.values())) > 1:
                 raise ValueError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ["CURE", "EvaluationOptions", "score_batches"]
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any, get_args
@@ -42,11 +42,10 @@ class EvaluationOptions:
     batch_size: int = 20_000
     parallel: bool | None = None
     progress: bool = False
-    n_jobs: int | None = None
 
     def estimator(self, model: Any, guide: Any, data: RowArguments) -> RowEstimator:
         """Return the estimator of a fit, after runs on some rows of the data."""
-        log_partitions = LogPartitions(self.num_samples, self.num_steps, progress=self.progress, n_jobs=self.n_jobs)
+        log_partitions = LogPartitions(self.num_samples, self.num_steps, progress=self.progress)
         options: Any = {"num_samples": self.num_samples, "batch_size": self.batch_size, "parallel": self.parallel}
         return RowEstimator.of(model, guide, data, log_partitions, **options)
 
@@ -110,7 +109,7 @@ def _settings(
 ) -> Mapping[str, Any]:
     """Return what a resumed run must have in common with the one that was interrupted."""
     one = first.first(1)
-    found = {name: value for name, value in asdict(options).items() if name not in ("progress", "n_jobs")}
+    found = {name: value for name, value in asdict(options).items() if name != "progress"}
     return {
         "kind": "log_likelihood",
         "fit": fit_digest([model, guide], lambda: traces.run_pair(model, guide, one.args, one.kwargs)),
@@ -118,9 +117,18 @@ def _settings(
         "number_of_rows": batches.rows,
         "rows_of_a_part": rows_per_part(out),
         "seed": out.seed,
-        "annealed_in_blocks": options.n_jobs is not None,
         **found,
     }
+
+
+@contextmanager
+def naming_rows(start: int, rows: int) -> Iterator[None]:
+    """Add to an error which rows of the stream it is about."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"These are the rows {start} to {start + rows - 1} of the stream.")
+        raise
 
 
 class _Scores:
@@ -136,7 +144,7 @@ class _Scores:
         self.estimator, self.folder, self.seed = estimator, folder, seed
         self.totals: RowTotals | None = None
         self.kinds: set[LikelihoodKind] = {estimator.kind}
-        self.rows_here, self.shared_error, self.dtype = 0, 0.0, torch.get_default_dtype()
+        self.rows, self.rows_here, self.shared_error, self.dtype = 0, 0, 0.0, torch.get_default_dtype()
 
     def add(self, number: int, pieces: Iterable[RowArguments], bar: tqdm) -> None:
         """Evaluate the rows of a part and write them, unless they were written before."""
@@ -146,8 +154,10 @@ class _Scores:
             return
         parts, totals = [], None
         for i, piece in enumerate(pieces):
-            with forked_rng(part_seed(self.seed, number, i)) if self.folder else nullcontext():
+            seeded = forked_rng(part_seed(self.seed, number, i)) if self.folder else nullcontext()
+            with naming_rows(self.rows, piece.num_rows), seeded:
                 found = self.estimator.estimate(piece, bar)
+            self.rows += piece.num_rows
             here = RowTotals.of(found.values, found.pareto_k, piece.args[0])
             totals = here if totals is None else totals + here
             self.rows_here, self.dtype = self.rows_here + piece.num_rows, found.values.dtype
@@ -169,6 +179,7 @@ class _Scores:
                 f"Part {number} of the rows has {rows} rows, but {totals.counts.rows} were evaluated before: the data have "
                 "changed. Resume with the same data, or write to another path."
             )
+        self.rows += rows
         self.totals = totals if self.totals is None else self.totals + totals
         self.kinds.add(record["kind"])
         self.shared_error = self.shared_error if self.rows_here else record["shared_error"]
