@@ -42,10 +42,11 @@ class EvaluationOptions:
     batch_size: int = 20_000
     parallel: bool | None = None
     progress: bool = False
+    n_jobs: int | None = None
 
     def estimator(self, model: Any, guide: Any, data: RowArguments) -> RowEstimator:
         """Return the estimator of a fit, after runs on some rows of the data."""
-        log_partitions = LogPartitions(self.num_samples, self.num_steps, progress=self.progress)
+        log_partitions = LogPartitions(self.num_samples, self.num_steps, progress=self.progress, n_jobs=self.n_jobs)
         options: Any = {"num_samples": self.num_samples, "batch_size": self.batch_size, "parallel": self.parallel}
         return RowEstimator.of(model, guide, data, log_partitions, **options)
 
@@ -109,7 +110,7 @@ def _settings(
 ) -> Mapping[str, Any]:
     """Return what a resumed run must have in common with the one that was interrupted."""
     one = first.first(1)
-    found = {name: value for name, value in asdict(options).items() if name != "progress"}
+    found = {name: value for name, value in asdict(options).items() if name not in ("progress", "n_jobs")}
     return {
         "kind": "log_likelihood",
         "fit": fit_digest([model, guide], lambda: traces.run_pair(model, guide, one.args, one.kwargs)),
@@ -117,6 +118,7 @@ def _settings(
         "number_of_rows": batches.rows,
         "rows_of_a_part": rows_per_part(out),
         "seed": out.seed,
+        "annealed_in_blocks": options.n_jobs is not None,
         **found,
     }
 
