@@ -28,8 +28,8 @@ from pyro_genmodels.utils.parts import Output, part_seed
 from pyro_genmodels.utils.rng import forked_rng
 from pyro_genmodels.utils.zarr_arrays import ZarrArrays
 
-MAX_DRAWS_OF_BLOCK = 10_000
-"""Default of the largest number of draws of a block."""
+MAX_DRAWS_OF_BLOCK, MAX_RUNS_OF_BLOCK = 100_000, 100
+"""Default of the largest number of draws of a block, and of runs of a model that makes its draws together."""
 MAX_NUMBERS_OF_BLOCK = 5_000_000
 """Largest product of the number of draws of a block and of numbers among the model's arguments, by default."""
 WEIGHTS = ("sample_stats", "log_weight")
@@ -39,7 +39,8 @@ def draws_of_block(output: Output, sources: Sequence[DrawSource], batch_size: in
     """Return the number of draws of each chain in a block."""
     arguments = [leaf for _, leaf in leaves([sources[0].args, dict(sources[0].kwargs)], is_array) if is_array(leaf)]
     numbers = sum(int(np.prod(getattr(leaf, "shape", (len(leaf),)))) for leaf in arguments)
-    by_size = max(batch_size, min(MAX_DRAWS_OF_BLOCK, MAX_NUMBERS_OF_BLOCK // max(numbers, 1)))
+    most = min(MAX_DRAWS_OF_BLOCK, MAX_RUNS_OF_BLOCK * batch_size)
+    by_size = max(batch_size, min(most, MAX_NUMBERS_OF_BLOCK // max(numbers, 1)))
     return min(output.rows or by_size, sources[0].draws_per_chain)
 
 

@@ -48,6 +48,7 @@ class ZarrArrays:
         self._settings = json.loads(json.dumps(dict(settings)))
         self.state: dict[str, Any] = {}
         self.done = 0
+        self._arrays: dict[tuple[str, str], Any] = {}
         if not self.path.exists():
             self._root = self._zarr.open_group(self.path, mode="w", zarr_format=2)
             self.save(0)
@@ -102,27 +103,35 @@ class ZarrArrays:
             OSError: if it cannot be written, as on a full disk. The blocks before it stay as they are.
         """
         shape = (*values.shape[:axis], self._size, *values.shape[axis + 1 :])
-        owner = self._root.require_group(group) if group else self._root
-        if name not in owner:
-            codecs = import_extra("numcodecs", extra="zarr", by="A .zarr folder")
-            chunks = (*values.shape[:axis], min(self._block, self._size), *values.shape[axis + 1 :])
-            owner.create_array(
-                name,
-                shape=shape,
-                dtype=values.dtype,
-                chunks=tuple(max(1, length) for length in chunks),
-                filters=[codecs.CRC32()],
-                compressors=codecs.Zstd(level=1),
-                fill_value=np.nan if values.dtype.kind == "f" else None,
-                attributes={"_ARRAY_DIMENSIONS": list(dims), **(attributes or {})},
-            )
-        array = owner[name]
+        if (group, name) not in self._arrays:
+            owner = self._root.require_group(group) if group else self._root
+            named = {"_ARRAY_DIMENSIONS": list(dims), **(attributes or {})}
+            found = owner[name] if name in owner else self._create(owner, name, values.dtype, shape, axis, named)
+            self._arrays[group, name] = found
+        array = self._arrays[group, name]
         if array.shape != shape or array.dtype != values.dtype:
             raise ValueError(
                 f"{name!r} has the shape {array.shape} and {array.dtype} in earlier blocks of {self.path}, but here {shape} "
                 f"and {values.dtype}. All draws of a variable must have one shape."
             )
         array[(slice(None),) * axis + (block,)] = values
+
+    def _create(
+        self, owner: Any, name: str, dtype: np.dtype, shape: tuple[int, ...], axis: int, attributes: Mapping[str, Any]
+    ) -> Any:
+        """Return a new array in a group, without values."""
+        codecs = import_extra("numcodecs", extra="zarr", by="A .zarr folder")
+        chunks = (*shape[:axis], min(self._block, self._size), *shape[axis + 1 :])
+        return owner.create_array(
+            name,
+            shape=shape,
+            dtype=dtype,
+            chunks=tuple(max(1, length) for length in chunks),
+            filters=[codecs.CRC32()],
+            compressors=codecs.Zstd(level=1),
+            fill_value=np.nan if dtype.kind == "f" else None,
+            attributes=dict(attributes),
+        )
 
     def array(self, group: str, name: str) -> Any:
         """Return an array of the folder, which is read by slices."""
