@@ -91,6 +91,7 @@ def train_by(
         order=lambda: module.order,
         accumulated=lambda: trainer.accumulate_grad_batches,
     )
+    device = next(module.parameters()).device
     held_out_shares = None if held_out is None else Shares(held_out, lambda: module.ranks, is_shuffled=False)
     try:
         with _limited(trainer, limits.epochs), _without_default_checkpoint(trainer), _quiet(trainer, progress=progress):
@@ -98,21 +99,20 @@ def train_by(
     except FloatingPointError:
         if not result.best:
             raise
+        warn_caller(f"Training stopped: {result.stopped}.")
     except (KeyboardInterrupt, SystemExit) as exit_:  # Lightning turns the former into the latter
         if not isinstance(exit_, KeyboardInterrupt) and not isinstance(exit_.__context__, KeyboardInterrupt):
             raise
         if path := module.written_path:
-            raise TrainingInterrupted(path, module.epochs.run.epochs) from exit_
+            raise TrainingInterrupted(path, len(result.history)) from exit_
         raise KeyboardInterrupt from exit_
     except RuntimeError as error:
         if not _is_lost(error):
             raise
         raise RuntimeError(_of_lost_process(module, error)) from error
     finally:
-        for part in module.parts:
-            part.eval()
-    if "is kept" in result.stopped:
-        warn_caller(f"Training stopped: {result.stopped}.")
+        module.to(device)  # Lightning leaves it on the CPU
+        module.eval()
     return result
 
 
@@ -172,7 +172,7 @@ def _of_lost_process(module: LightningFit, error: BaseException) -> str:
     cure = (
         "Start again; with checkpoint= a run can be continued."
         if path is None
-        else f"The state after epoch {module.epochs.run.epochs} is in {path}. Continue with train(..., "
+        else f"The state after epoch {len(module.result.history)} is in {path}. Continue with train(..., "
         "checkpoint=Checkpoint(path, resume=True)), on any number of devices."
     )
     return f"Another process of this run has ended or cannot be reached ({one_line(error, 120)}). {cure}"

@@ -1,6 +1,7 @@
 """Training by a `lightning.Trainer` in one process, and the division of batches among ranks without processes."""
 
 import copy
+import signal
 from functools import partial
 
 import pyro
@@ -17,7 +18,7 @@ from pyro_genmodels import GAN, VAE, EnergyModel, Flow, Persistent, train
 from pyro_genmodels.infer import MaximumLikelihood
 from pyro_genmodels.infer.compiled import Captured
 from pyro_genmodels.nn.codebook import Codebook
-from pyro_genmodels.training import Checkpoint
+from pyro_genmodels.training import Checkpoint, TrainingInterrupted
 from pyro_genmodels.training.arguments import Batch
 from pyro_genmodels.training.batches import Batches
 from pyro_genmodels.training.joint_buffers import JointBuffers
@@ -26,7 +27,7 @@ from pyro_genmodels.training.lightning_run import check_trainer
 from pyro_genmodels.training.shares import Share, Shares
 from pyro_genmodels.utils.ranks import Ranks, current_ranks, joint_ranks, joint_seed
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning", "ignore:.*does not have many workers.*")
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
 same_fit = {"valid": 0.25, "epochs": 2, "batch_size": 7, "seed": 5, "progress": False}
 
 
@@ -99,7 +100,7 @@ def test_a_run_is_resumed_by_the_other_loop(x, tmp_path):
 def test_a_module_takes_the_dataloaders_of_a_user(x):
     by_rows = TensorDataset(x)
     module = LightningFit(Flow((2,)), MaximumLikelihood(), seed=1, ema_decay=0.5)
-    by = trainer(max_epochs=2)
+    by = trainer(max_epochs=2, enable_checkpointing=False)
     by.fit(module, DataLoader(by_rows, batch_size=10), DataLoader(by_rows, batch_size=10))
     flow = module.result.family
     assert len(module.result.history) == 2
@@ -129,6 +130,23 @@ def test_a_gradient_that_is_not_finite_ends_training_with_the_parameters_before(
     assert [record["epoch"] for record in fit.history] == [1, 2]
     assert fit.best["epoch"] == 2
     assert all(p.isfinite().all() and p.requires_grad for p in fit.family.parameters())
+
+
+class _CtrlC(Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            raise KeyboardInterrupt
+
+
+def test_ctrl_c_leaves_a_run_that_can_be_resumed(x, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(TrainingInterrupted, match=r"The state after epoch 2 is in .*run\.safetensors") as caught:
+        train(Flow((2,)), x, epochs=5, progress=False, checkpoint=tmp_path / "run", trainer=trainer(_CtrlC()))
+    assert caught.value.epoch == 2
+    assert signal.getsignal(signal.SIGINT) == before
+    with pytest.raises(KeyboardInterrupt) as caught:
+        train(Flow((2,)), x, epochs=5, progress=False, trainer=trainer(_CtrlC()))
+    assert not isinstance(caught.value, TrainingInterrupted)
 
 
 def test_accumulated_gradients_are_those_of_the_joint_rows(x):

@@ -15,7 +15,7 @@ from two_processes import run
 
 from pyro_genmodels.training import checkpoints
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")]
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parent / "two_processes.py"
 DETERMINISTIC = {"Autoregressive, scalar", "SOSPF", "Flow, on an interval", "Autoregressive, labels"}
 """Names of rows whose loss has no random numbers."""
