@@ -101,13 +101,13 @@ class LightningFit(LightningModule):
     Example:
         >>> import torch
         >>> from lightning import Trainer
-        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from torch.utils.data import TensorDataset
         >>> from pyro_genmodels import Flow
-        >>> module = LightningFit(Flow((2,)))
-        >>> loader = DataLoader(TensorDataset(torch.randn(64, 2)), batch_size=32)
-        >>> Trainer(max_epochs=2, barebones=True, accelerator="cpu").fit(module, loader)
-        >>> [record["epoch"] for record in module.result.history]
-        [1, 2]
+        >>> module = LightningFit(Flow((2,)), rows=64)
+        >>> batches = TensorDataset(torch.randn(2, 32, 2))  # two batches of 32 rows: any iterable, such as a DataLoader
+        >>> Trainer(max_epochs=2, barebones=True, accelerator="cpu").fit(module, batches, batches)
+        >>> [sorted(record) for record in module.result.history]
+        [['epoch', 'seconds', 'train', 'valid'], ['epoch', 'seconds', 'train', 'valid']]
     """
 
     trainer: Any
@@ -148,6 +148,7 @@ class LightningFit(LightningModule):
         self.automatic_optimization = not (has_critic or isinstance(objective, Adversarial | AdversarialLoss))
         self.step = None
         self._held_out: Batches | None = None
+        self._has_all_rows = True
         self._epochs: Epochs | None = None
         self._validation = ExitStack()
 
@@ -169,6 +170,7 @@ class LightningFit(LightningModule):
             self.step = make_step(self.result.family, self._objective, self._optim, batches, self.clip_norm)
             if held_out is not None and batches.is_whole:
                 subsample_held_out(self.step, batches, held_out)
+        self.step.rows = self.rows or batches.rows
         if self.automatic_optimization:
             self._check_objective()
         self._extra_networks.extend(self.step.extra_modules)
@@ -214,10 +216,9 @@ class LightningFit(LightningModule):
                 raise ValueError(
                     "LightningFit wants the number of rows of all data, but the dataloader does not tell: pass rows=."
                 )
-            loader = next(iter(loader))
+            loader, self._has_all_rows = next(iter(loader)), False
         modules = list(self._networks)
         batches, _, _ = load_data(loader, None, None, sys.maxsize, self.seed, self.model, modules, self._model_kwargs)
-        batches.rows = self.rows or batches.rows
         return batches
 
     def _unused_parameters(self) -> list[Tensor]:
@@ -279,7 +280,9 @@ class LightningFit(LightningModule):
     def _checkpoint_of_run(self, settings: dict[str, Any]) -> RunCheckpoint:
         """Return the checkpoint of the run. Rank 0 writes it; the others only read a run that is resumed."""
         reads = self.ranks.rank == 0 or (self.checkpoint is not None and self.checkpoint.resume)
-        data = partial(identity_of, self._batches, self._held_out)
+        data: Any = partial(identity_of, self._batches, self._held_out)
+        if not self._has_all_rows:
+            data = lambda: {"rows": self.step.rows, "data": None, "valid": None}  # noqa: E731
         checkpoint = self.checkpoint if reads else None
         run = RunCheckpoint(checkpoint, self.result, self.weights, self.step.optimiser, data, settings)
         if self.ranks.size > 1 and checkpoint is not None and checkpoint.resume:
