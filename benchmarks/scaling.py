@@ -5,9 +5,9 @@ python -m benchmarks.scaling --only memory    one of them
 
 A slope is that of the logarithm of a cost against the logarithm of a size, by least squares over all sizes, with its standard
 error: 1 is proportional, 2 is quadratic, 0 is constant. "Last" is the slope between the two largest sizes, where fixed costs
-count least. Operations are those of matrix products, convolutions and attention, counted by `torch.utils.flop_counter` (a
-multiplication and an addition are two). Kept bytes are those of the tensors that autograd keeps for the gradient. Times are CPU
-time of this process (`time.process_time`), which a busy machine changes less than the time on the clock.
+count least. Operations are those of matrix products, convolutions and attention, by the formulas of `torch.utils.flop_counter`
+(a multiplication and an addition are two). Kept bytes are those of the tensors that autograd keeps for the gradient. Times are
+CPU time of this process (`time.process_time`), which a busy machine changes less than the time on the clock.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ import torch
 from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from pyro_genmodels import (
     GAN,
@@ -110,20 +111,37 @@ def milliseconds(seconds: float) -> str:
 # What is measured.
 
 
-ATTENTION: dict[Any, Any] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+FORMULAS: dict[Any, Any] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape)
+    ),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda out, q, k, v, *_, **__: sdpa_backward_flop_count(out, q, k, v)
+        lambda out, q, k, v, *_, **__: sdpa_backward_flop_count(out.shape, q.shape, k.shape, v.shape)
     ),
 }
-"""Attention on a CPU, which torch's counter leaves out."""
+"""Torch's formulas for the operations of its functions, and those of attention on a CPU, which it lacks."""
+
+
+class Operations(TorchDispatchMode):
+    """A count of the operations in a `with` block. Torch's `FlopCounterMode` cannot count gradient penalties."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if formula := FORMULAS.get(func._overloadpacket):
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 def operations(call: Callable[[], object]) -> int:
     """Return the operations of a call in matrix products, convolutions and attention."""
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+    with Operations() as counter:
         call()
-    return counter.get_total_flops()
+    return counter.total
 
 
 class Ledger:
@@ -171,18 +189,17 @@ def kept_bytes(call: Callable[[], object]) -> int:
 
 
 def cpu_seconds(call: Callable[[], object], least: float = 0.06) -> float:
-    """Return the CPU time of a call: the median of three blocks, or that of a single call if it is long."""
-    start = time.process_time()
+    """Return the CPU time of a call after a first one: the median of three blocks of calls, or of one call if it is long."""
     call()
-    if (first := time.process_time() - start) > 1:
-        return first
     blocks = []
     for _ in range(3):
-        start, calls = time.process_time(), 0
+        start, count = time.process_time(), 0
         while time.process_time() - start < least / 3:
             call()
-            calls += 1
-        blocks.append((time.process_time() - start) / calls)
+            count += 1
+        blocks.append((time.process_time() - start) / count)
+        if blocks[0] > 1:
+            break
     return float(np.median(blocks))
 
 
@@ -234,9 +251,7 @@ class Kind:
         pyro.set_rng_seed(0)
         family = self.build(d, width)
         family.standardize(data(256, d))
-        if isinstance(family, EnergyModel):
-            ContrastiveDivergence().loss_and_grads(family.model, family.guide, data(ROWS, d))
-        return family.eval()
+        return started(family).eval() if isinstance(family, EnergyModel) else family.eval()
 
     def step(self, family: Family, x: Tensor) -> Callable[[], object]:
         """Return a function that computes the loss of a batch and its gradient, for a GAN those of both networks."""
@@ -247,6 +262,12 @@ class Kind:
             return lambda: trainer.step(x)
         objective = self.objective()
         return lambda: objective.loss_and_grads(family.model, family.guide, x)
+
+
+def started(family: EnergyModel) -> EnergyModel:
+    """Return an energy whose buffer holds chains, as in training."""
+    ContrastiveDivergence().loss_and_grads(family.model, family.guide, data(ROWS, family.event_shape.numel()))
+    return family
 
 
 def data(rows: int, d: int) -> Tensor:
@@ -360,7 +381,8 @@ def steps() -> None:
         "ODEFlow, RK4: log_prob": lambda n: (ODEFlow((d,), solver=RK4(n)), "log_prob"),
         "ODEFlow, RK4: sample": lambda n: (ODEFlow((d,), solver=RK4(n)), "sample"),
         "Diffusion, DPMSolver: sample": lambda n: (Diffusion((d,), sampler=DPMSolver(n)), "sample"),
-        "EnergyModel, Langevin: sample": lambda n: (EnergyModel((d,), num_steps=n), "sample"),
+        "EnergyModel, annealed chains: sample": lambda n: (EnergyModel((d,), num_steps=n), "sample"),
+        "EnergyModel, chains of its buffer: sample": lambda n: (started(EnergyModel((d,), num_steps=n)), "sample"),
     }
     for name, make in made.items():
         counts = []
@@ -374,13 +396,17 @@ def steps() -> None:
                 _ = family().log_prob(x) if method == "log_prob" else family().sample((ROWS,))
             counts.append(float(evaluations.count))
         row(name, sizes, counts, short)
+
+
+def tolerance() -> None:
+    """Print evaluations of the network of an ODE against the tolerance of an adaptive solver."""
     sizes = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
     header = f"evaluations of a trained flow's network, at tolerances {', '.join(f'{s:g}' for s in sizes)}"
     table((header, "cost", "slope", "last"))
     trained = two_moons_flow()
     counts = []
-    for tolerance in sizes:
-        trained.solver = Dopri5(rtol=tolerance, atol=tolerance)
+    for size in sizes:
+        trained.solver = Dopri5(rtol=size, atol=size)
         with torch.no_grad():
             trained().log_prob(data(ROWS, 2))
         counts.append(float(trained.evaluations.last))
@@ -390,14 +416,8 @@ def steps() -> None:
 def adjoint() -> None:
     """Print the bytes kept for the gradient of an ODE's density against its steps, with and without the adjoint equation."""
     numbers, x = (2, 4, 8, 16, 32), data(ROWS, 8)
-    table(
-        (
-            f"bytes kept for the gradient of log_prob, {ROWS} rows, at {', '.join(map(str, numbers))} steps",
-            "cost",
-            "slope",
-            "last",
-        )
-    )
+    at = ", ".join(map(str, numbers))
+    table((f"bytes kept for the gradient of log_prob, {ROWS} rows, at {at} steps", "cost", "slope", "last"))
     for adjoint in (False, True):
         family = ODEFlow((8,))
         costs = []
@@ -561,6 +581,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "rows": rows,
     "width": width,
     "steps": steps,
+    "tolerance": tolerance,
     "adjoint": adjoint,
     "length": length,
     "memory": memory,
