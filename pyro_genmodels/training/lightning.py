@@ -171,8 +171,7 @@ class LightningFit(LightningModule):
             if held_out is not None and batches.is_whole:
                 subsample_held_out(self.step, batches, held_out)
         self.step.rows = self.rows or batches.rows
-        if self.automatic_optimization:
-            self._check_objective()
+        self._check_objective()
         self._extra_networks.extend(self.step.extra_modules)
         owned = {id(p) for p in self.parameters()}
         for name, p in self.step.parameters.items():
@@ -183,7 +182,14 @@ class LightningFit(LightningModule):
             self.ema_decay = EMA_DECAY if self.step.wants_average else None
 
     def _check_objective(self) -> None:
-        """Raise an error for a loss that is no function to differentiate."""
+        """Raise an error for steps by a graph, and for a loss that is no function to differentiate."""
+        if self.step.mode.captures:
+            raise ValueError(
+                f"A Trainer takes eager steps, since a graph does not tell other devices of its gradients, but the objective "
+                f"has mode={self.step.mode}: build it without mode=, or train without a trainer."
+            )
+        if not self.automatic_optimization:
+            return
         try:
             differentiable_loss(self.step.objective)
         except CaptureError as error:
