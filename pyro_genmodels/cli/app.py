@@ -257,13 +257,20 @@ def fit(
 def sample(
     context: typer.Context,
     checkpoint: CheckpointPath,
-    out: Annotated[Path, typer.Option(help="File for the samples: .npy, .npz, .csv or .parquet.")] = Path("samples.npz"),
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="File for the samples: .npy, .npz, .csv or .parquet. More than a million go to a folder of .parquet files. "
+            "That, and a .zarr folder, take bounded memory."
+        ),
+    ] = Path("samples.npz"),
     num_samples: Annotated[int, typer.Option("--num-samples", "-n", min=1, help="Number of samples.")] = 1000,
     label: Annotated[int | None, typer.Option(min=0, help="Class to sample from. By default all classes in turn.")] = None,
     picture: Annotated[
         Path | None, typer.Option(help="Plot of the samples (.png), for images and points in the plane.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the samples.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a folder that an interrupted run has begun.")] = False,  # noqa: FBT002
     device: Device = "cpu",
     threads: Threads = None,
     max_size: MaxSize = MAX_SIZE,
@@ -284,12 +291,20 @@ def sample(
         import pyro
         import torch
 
-        from pyro_genmodels.cli import recipes, reports
-        from pyro_genmodels.evaluation import plots
+        from pyro_genmodels.cli import folders, recipes, reports
+        from pyro_genmodels.evaluation import Output, plots
         from pyro_genmodels.families import Labels
 
-        reports.check_rows(out)
-        check_no_file(out, picture, force=force)
+        in_folder = folders.is_folder(out, num_samples)
+        if in_folder and picture is not None:
+            raise ValueError("--picture plots samples in memory: leave it out, or draw fewer into a file")
+        if resume and not in_folder:
+            raise ValueError("--resume goes on with a folder: .zarr, or .parquet of more than a million samples")
+        if in_folder:
+            folders.check_folder(out, resume=resume, force=force)
+        else:
+            reports.check_rows(out)
+            check_no_file(out, picture, force=force)
         family, notes = recipes.load_family(checkpoint, device=device, max_bytes=bytes_of(max_size))
         recipes.set_threads(threads, family)
         if picture is not None:
@@ -300,13 +315,22 @@ def sample(
             classes = family.context.num_classes
             if label is not None and label >= classes:
                 raise ValueError(f"--label wants 0 to {classes - 1}, but found {label}")
-            labels = torch.arange(num_samples) % classes if label is None else torch.full((num_samples,), label)
+            turns = torch.arange(classes) if label is None else torch.tensor([label])
+            labels = turns if in_folder else turns[torch.arange(num_samples) % len(turns)]
         elif family.context is not None:
             raise ValueError(
                 f"{checkpoint} wants a context of vectors, which the command line cannot pass: use checkpoints.load"
             )
         elif label is not None:
             raise ValueError(f"{checkpoint} was not fitted with labels: leave --label out")
+        if in_folder:
+            coarse = folders.draw_to_folder(
+                family, num_samples, labels, Output(out, resume=resume, seed=seed), notes, progress=not quiet
+            )
+            if coarse:
+                warn(f"samples are in single precision, which has seven digits: {coarse}.")
+            say(f"{num_samples} samples: {out}", quiet=quiet)
+            return
         samples = recipes.draw(family, num_samples, labels)
         reports.save_rows(out, samples, labels, notes)
         if coarse := reports.coarse_columns(samples, notes):
@@ -325,7 +349,9 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Rows to evaluate. By default the test rows of the data that the family was fitted to.", show_default=False
+            help="Rows to evaluate. By default the test rows of the data that the family was fitted to. A folder of .parquet "
+            "or .npy files is read batch by batch.",
+            show_default=False,
         ),
     ] = None,
     split: Annotated[
@@ -348,9 +374,10 @@ def evaluate(
         Path | None,
         typer.Option(
             help="File (.csv) for the log-likelihood of each row. Its column `row` is the number of the row in the file of "
-            "data, from 0, without the header."
+            "data, from 0, without the header. Or a .parquet folder, for rows that are read batch by batch."
         ),
     ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a folder that an interrupted run has begun.")] = False,  # noqa: FBT002
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the samples for a bound.")] = 0,
     device: Device = "cpu",
     threads: Threads = None,
@@ -368,9 +395,16 @@ def evaluate(
     with report_errors(context):
         if split is not None:
             check_names("split", [split], SPLITS)
-        if out is not None and out.suffix != ".csv":
-            raise ValueError(f"--out wants a .csv file, but found {out}")
-        check_no_file(out, force=force)
+        if out is not None and out.suffix not in (".csv", ".parquet"):
+            raise ValueError(f"--out wants a .csv file or a .parquet folder, but found {out}")
+        in_folder = out is not None and out.suffix == ".parquet"
+        as_stream = in_folder or (data is not None and Path(data).is_dir())
+        if as_stream and out is not None and not in_folder:
+            raise ValueError(f"rows that are read batch by batch have their values in a .parquet folder, but found --out {out}")
+        if resume and not in_folder:
+            raise ValueError("--resume goes on with a .parquet folder: pass it as --out")
+        if not in_folder:
+            check_no_file(out, force=force)
         if data is not None:
             check_data(data)
         check_modules("safetensors")
@@ -384,6 +418,18 @@ def evaluate(
 
         family, notes = recipes.load_family(checkpoint, device=device, max_bytes=bytes_of(max_size))
         recipes.set_threads(threads, family)
+        if as_stream:
+            from pyro_genmodels.cli import folders
+            from pyro_genmodels.evaluation import Output
+
+            if out is not None:
+                folders.check_folder(out, resume=resume, force=force)
+            pyro.set_rng_seed(seed)
+            target = None if out is None else Output(out, resume=resume, seed=seed)
+            options: dict[str, Any] = {"columns": split_names(columns), "labels": labels, "split": split, "out": target}
+            words = folders.evaluate_stream(family, notes, data, num_samples=num_samples or 512, **options)
+            say(f"{notes.family} on {data}: {words}", quiet=False)
+            return
         rows = rows_of(notes, data=data, columns=split_names(columns), labels=labels, split=split, max_bytes=bytes_of(max_size))
         pyro.set_rng_seed(seed)
         found = recipes.evaluate(family, rows.x, rows.labels, num_samples=num_samples)

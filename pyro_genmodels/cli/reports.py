@@ -5,7 +5,17 @@ A file is written completely or not at all.
 
 from __future__ import annotations
 
-__all__ = ["check_picture", "check_rows", "coarse_columns", "plot_fits", "save_figure", "save_rows", "write"]
+__all__ = [
+    "check_picture",
+    "check_rows",
+    "coarse_columns",
+    "column_names",
+    "label_name",
+    "plot_fits",
+    "save_figure",
+    "save_rows",
+    "write",
+]
 
 import json
 import platform
@@ -61,8 +71,7 @@ def save_rows(path: Path, x: Tensor, labels: Tensor | None, notes: Notes) -> Non
     import pandas as pd
 
     check_rows(path)
-    source = notes.source
-    label = "label" if source is None or source.labels is None else source.labels
+    source, label = notes.source, label_name(notes)
     array = x.numpy()
     with atomic_write(path) as part:
         if path.suffix == ".npy":
@@ -73,7 +82,7 @@ def save_rows(path: Path, x: Tensor, labels: Tensor | None, notes: Notes) -> Non
             np.savez_compressed(part, **arrays)
         else:
             flat = array.reshape(len(array), -1)
-            table = pd.DataFrame(flat, columns=_column_names(notes, flat.shape[1]))
+            table = pd.DataFrame(flat, columns=column_names(notes, flat.shape[1]))
             if labels is not None:
                 table[label] = labels.numpy()
             if path.suffix == ".csv":  # a header of numbers would be read as a row
@@ -82,7 +91,12 @@ def save_rows(path: Path, x: Tensor, labels: Tensor | None, notes: Notes) -> Non
                 table.to_parquet(part, index=False)
 
 
-def _column_names(notes: Notes, count: int) -> list[str]:
+def label_name(notes: Notes) -> str:
+    """Return the name of the labels that a family was fitted with, or "label"."""
+    return "label" if notes.source is None or notes.source.labels is None else notes.source.labels
+
+
+def column_names(notes: Notes, count: int) -> list[str]:
     """Return the names of the columns that a family was fitted to, or x0, x1, ... if they have no names."""
     return notes.columns if notes.columns and len(notes.columns) == count else [f"x{i}" for i in range(count)]
 
@@ -93,7 +107,7 @@ def coarse_columns(x: Tensor, notes: Notes) -> str:
         return ""
     largest = x.abs().reshape(len(x), -1).amax(0)
     steps = (torch.nextafter(largest, largest.new_tensor(torch.inf)) - largest).tolist()
-    named = zip(_column_names(notes, len(steps)), steps, strict=True)
+    named = zip(column_names(notes, len(steps)), steps, strict=True)
     found = [f"those of {name} are {step:g} apart" for name, step in named if step > 1]
     return listed(found) if found else ""
 

@@ -18,6 +18,7 @@ __all__ = [
     "part_seed",
     "read_parts",
     "rows_of_part",
+    "was_written_by_a_run",
 ]
 
 import json
@@ -38,8 +39,8 @@ MAX_NUMBERS_OF_PART = 10_000_000
 """Default of the largest number of numbers in a part, which bounds memory where rows are long."""
 MANIFEST = "_manifest.json"
 """Name of the file with the settings. Readers of parquet folders ignore names that begin with an underscore."""
-RECORD = b"pyro_genmodels"
-"""Key of the record in the metadata of a part."""
+KEY = "pyro_genmodels"
+"""Key of what belongs to a run: of the record in the metadata of a part, and of an attribute of a zarr folder."""
 FORMAT = 1
 """Version of the manifest and of the records."""
 
@@ -144,6 +145,17 @@ def flat_columns(values: np.ndarray, names: list[str] | None = None) -> dict[str
     return {name: flat[:, i] for i, name in enumerate(names or [f"x{i}" for i in range(flat.shape[1])])}
 
 
+def was_written_by_a_run(path: Path) -> bool:
+    """Return True if a folder of parquet files, or a zarr folder, has the settings of a run in it."""
+    manifest, attributes = path / MANIFEST, path / ".zattrs"
+    try:
+        if manifest.is_file():
+            return "settings" in json.loads(manifest.read_text())
+        return attributes.is_file() and KEY in json.loads(attributes.read_text())
+    except (OSError, ValueError):
+        return False
+
+
 def read_parts(path: Path) -> Iterator[dict[str, np.ndarray]]:
     """Yield the columns of each part of a folder, in order.
 
@@ -203,7 +215,7 @@ class PartFolder:
         """
         pa = import_extra("pyarrow", extra="parquet", by="A folder of parquet files")
         table = pa.table({name: pa.array(values) for name, values in columns.items()})
-        table = table.replace_schema_metadata({RECORD: json.dumps(dict(record))})
+        table = table.replace_schema_metadata({KEY: json.dumps(dict(record))})
         with atomic_write(self.part(number)) as temporary:
             self._parquet.write_table(table, temporary, write_page_checksum=True, compression="zstd")
 
@@ -215,7 +227,7 @@ class PartFolder:
         """
         if not self.part(number).is_file():
             return None
-        return json.loads(self._read(number).schema.metadata[RECORD])
+        return json.loads(self._read(number).schema.metadata[KEY.encode()])
 
     def columns(self, number: int) -> dict[str, np.ndarray]:
         """Return the columns of a part."""
@@ -226,7 +238,7 @@ class PartFolder:
         path = self.part(number)
         try:
             table = self._parquet.read_table(path, page_checksum_verification=True, partitioning=None)
-            json.loads(table.schema.metadata[RECORD])
+            json.loads(table.schema.metadata[KEY.encode()])
         except Exception as error:  # pyarrow raises OSError and ArrowInvalid, and others where a length is wrong
             raise ValueError(
                 f"{path} is damaged ({type(error).__name__}: {one_line(error, 100)}). Delete this one file and resume: it "

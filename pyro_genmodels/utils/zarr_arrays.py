@@ -16,10 +16,7 @@ from typing import Any
 import numpy as np
 
 from pyro_genmodels.utils.errors import import_extra, one_line
-from pyro_genmodels.utils.parts import FORMAT, Output, check_settings
-
-KEY = "pyro_genmodels"
-"""Name of the attribute of the folder with the settings of the run and what is done of it."""
+from pyro_genmodels.utils.parts import FORMAT, KEY, Output, check_settings
 
 
 class ZarrArrays:
