@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 COLUMNS, FILES, ROWS_OF_GROUP, BATCH_SIZE = 10, 8, 2**18, 16_384
@@ -115,10 +116,9 @@ def main():
             speeds = " | ".join(f"{rows / found[name]:,.0f}" for name in ("statistics", "read", "train"))
             memory = f"{found['peak'] / 1e6:,.0f} MB | {(found['peak'] - found['imported']) / 1e6:,.0f} MB"
             print(f"| {kind} | {rows:,} | {size / 1e6:,.0f} MB | {memory} | {speeds} |", flush=True)
-        first, last = results[0], results[-1]
-        if last["rows"] > first["rows"]:
+        for first, last in pairwise(results):
             slope = (last["peak"] - first["peak"]) / (last["rows"] - first["rows"])
-            print(f"{kind}: {slope:.2f} bytes of peak memory for each further row", flush=True)
+            print(f"{kind}: {slope:.1f} bytes of peak memory a row from {first['rows']:,} to {last['rows']:,}", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from pyro_genmodels.datasets.shards import ArraySource, IterableSource, Piece, Source, open_npy, open_parquet
+from pyro_genmodels.datasets.shard_files import open_npy, open_parquet
+from pyro_genmodels.datasets.shards import ArraySource, IterableSource, Piece, Source
 from pyro_genmodels.datasets.streams import RowStream
 from pyro_genmodels.utils.errors import check_positive_int, listed
 

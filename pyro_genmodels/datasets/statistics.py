@@ -150,7 +150,7 @@ class Memory:
     """
 
     def __init__(self, path: Path | None) -> None:
-        self.path = path
+        self.path, self._is_new = path, False
         self.entries: dict[str, Any] = {}
         if path is not None:
             with suppress(OSError, ValueError, AttributeError):
@@ -169,10 +169,11 @@ class Memory:
 
     def put(self, key: str, state: Any, statistics: tuple[ColumnStatistics, ...]) -> None:
         """Note what was measured of a file in this state, in place of that of other states."""
+        self._is_new = True
         self.entries[key] = {"state": state, "statistics": [part.to_json() for part in statistics]}
 
     def write(self) -> None:
-        """Write the file, if its folder allows it."""
-        if self.path is not None:
+        """Write the file, if there is something new in it and its folder allows it."""
+        if self.path is not None and self._is_new:
             with suppress(OSError), atomic_write(self.path) as part:
                 part.write_text(json.dumps({"version": VERSION, "entries": self.entries}) + "\n")

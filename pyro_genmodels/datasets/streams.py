@@ -10,7 +10,6 @@ __all__ = ["RowStream"]
 
 import copy
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from itertools import groupby
 from math import ceil
@@ -19,9 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_genmodels.datasets.buffers import Rows, made_ahead
 from pyro_genmodels.datasets.orders import Interval, block_order, rows_left, shard_order, shares, step_sizes
 from pyro_genmodels.datasets.shards import Piece, Source
 from pyro_genmodels.datasets.statistics import ColumnStatistics, Memory, merged
@@ -139,8 +138,8 @@ class RowStream:
 
     def _batches(self, intervals: Sequence[Interval], sizes: Iterator[int], epoch: int | None, seed: int) -> Iterator[Any]:
         """Yield the rows of some intervals of an order in batches of the given sizes."""
-        pieces = self._in_order(intervals) if epoch is None else _ahead(self._shuffled(intervals, epoch, seed))
-        rows = _Rows(pieces)
+        pieces = self._in_order(intervals) if epoch is None else made_ahead(self._shuffled(intervals, epoch, seed))
+        rows = Rows(pieces)
         try:
             for size in sizes:
                 parts = rows.take(size)
@@ -152,7 +151,7 @@ class RowStream:
     def _in_order(self, intervals: Sequence[Interval]) -> Any:
         """Yield the rows of some intervals of the order of the files, in pieces."""
         for start, stop in intervals:
-            rows = _Rows(self._pieces(self.spans, start))
+            rows = Rows(self._pieces(self.spans, start))
             while start < stop:
                 piece = rows.next(stop - start)
                 start += len(piece[0])
@@ -164,7 +163,7 @@ class RowStream:
         total = len(self)
         for start, stop in intervals:
             first = start // self.buffer_rows
-            rows = _Rows(self._pieces(spans, first * self.buffer_rows))
+            rows = Rows(self._pieces(spans, first * self.buffer_rows))
             for block in range(first, ceil(stop / self.buffer_rows)):
                 begin = block * self.buffer_rows
                 size = min(self.buffer_rows, total - begin)
@@ -316,53 +315,3 @@ def _joined(spans: Sequence[Span]) -> list[Span]:
         else:
             joined.append(span)
     return joined
-
-
-class _Rows:
-    """Rows that are taken from pieces of any size."""
-
-    def __init__(self, pieces: Iterator[Piece]) -> None:
-        self._pieces = pieces
-        self._held: Piece | None = None
-
-    def next(self, rows: int) -> Piece:
-        """Return some of the next rows, at most this many."""
-        held = next(self._pieces) if self._held is None else self._held
-        size = len(held[0])
-        self._held = tuple(t[rows:] for t in held) if rows < size else None
-        return tuple(t[:rows] for t in held) if rows < size else held
-
-    def take(self, rows: int) -> list[Piece]:
-        """Return the next rows, in pieces."""
-        parts = []
-        while rows:
-            parts.append(self.next(rows))
-            rows -= len(parts[-1][0])
-        return parts
-
-    def take_to(self, places: Tensor) -> Piece:
-        """Return the next rows, each at the place that is given for it."""
-        taken: Piece = ()
-        done = 0
-        while done < len(places):
-            piece = self.next(len(places) - done)
-            taken = taken or tuple(t.new_empty((len(places), *t.shape[1:])) for t in piece)
-            here = places[done : done + len(piece[0])]
-            for target, t in zip(taken, piece, strict=True):
-                target[here] = t
-            done += len(here)
-        return taken
-
-
-def _ahead(items: Any) -> Any:
-    """Yield the items of a generator, while a thread makes the next one."""
-    with ThreadPoolExecutor(1, thread_name_prefix="stream") as pool:
-        try:
-            following = pool.submit(next, items, None)
-            while (item := following.result()) is not None:
-                following = pool.submit(next, items, None)
-                yield item
-        finally:
-            following.cancel()
-            pool.shutdown(wait=True)
-            items.close()

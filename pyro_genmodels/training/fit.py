@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_genmodels._pyro import traces
+from pyro_genmodels.datasets.streams import RowStream
 from pyro_genmodels.infer.compiled import Eager, Mode
 from pyro_genmodels.training.rebuild import describe
 
@@ -43,7 +44,7 @@ class Fit:
         stopped: reason why training ended.
         units: units of the losses by column of the history, such as ``{"train": "nats", "valid": "nats"}``. "nats" stands
             only for a negative log-likelihood or a bound of it; see `Loss.unit`.
-        held_out: numbers of the rows that ``valid=share`` held out, (n,), or None.
+        held_out: numbers of the rows that ``valid=share`` held out, (n,); of a stream, a stream of these rows; or None.
         usual_loss: c in the equation above.
         mode: how loss and gradients were computed in the last epoch; see `train`.
     """
@@ -53,7 +54,7 @@ class Fit:
     best: dict[str, float] = field(default_factory=dict)
     stopped: str = ""
     units: dict[str, str] = field(default_factory=dict)
-    held_out: Tensor | None = field(default=None, repr=False)
+    held_out: Tensor | RowStream | None = field(default=None, repr=False)
     usual_loss: float = field(default=1.0, repr=False)
     mode: Mode = field(default=Eager(), repr=False)
 

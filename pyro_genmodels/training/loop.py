@@ -89,8 +89,9 @@ def train(
             precision. Or the arguments of the model: a tuple such as (x, context) is given as ``model(*data)``, a dictionary as
             ``model(**data)``. Tensors in lists and dictionaries inside them are cut into minibatches too, and each has one row
             per datum. Or a `torch.utils.data.Dataset` or `DataLoader` of such arguments, of which the first 10,000 rows are
-            validated and set a family's mean and deviation. A model with a plate over all rows that has a ``subsample_size`` is
-            given all rows at every step. Families refuse rows with NaN; a model of your own gets them.
+            validated and set a family's mean and deviation. Or a `datasets.stream` of rows larger than memory, all of which set
+            them. A model with a plate over all rows that has a ``subsample_size`` is given all rows at every step. Families
+            refuse rows with NaN; a model of your own gets them.
         context: context of each row, (N, ...), the second argument of the model.
         objective: a Pyro loss. The default is `DenoisingScoreMatching` for a fit with a diffusion, `ContrastiveDivergence` if
             an observed distribution has an intractable constant, `Trace_ELBO` if there are latent variables, and otherwise
@@ -99,7 +100,7 @@ def train(
         optim: function parameters -> torch optimiser, such as ``functools.partial(torch.optim.Adam, lr=1e-3)``, which is the
             default; or one of Pyro's optimisers.
         valid: held-out data for early stopping, in any form that data can have, or a share of the data such as 0.1, whose
-            rows are drawn by the seed and are in `Fit.held_out`. None keeps the last parameters.
+            rows are drawn by the seed and are in `Fit.held_out`; of a stream, whole shards. None keeps the last parameters.
         epochs: largest number of passes over the data.
         batch_size: largest number of rows per step.
         patience: number of epochs without a better validation loss after which training stops.
@@ -108,8 +109,9 @@ def train(
             and adversarial losses, and None for others.
         clip_norm: largest norm of the gradient (per datum) of a Pyro loss. None does not clip.
         checkpoint: path without suffix, or a `Checkpoint` to resume a run or to add notes. At each best epoch the parameters
-            are written to ``.safetensors``, with the history, and the history to ``.json`` for reading. Twice a minute and at
-            the end, also after Ctrl-C, the run is written to ``.training.safetensors``. See `checkpoints.load`.
+            are written to ``.safetensors``, with the history, and the history to ``.json`` for reading. Twice a minute, within
+            an epoch too, and at the end, also after Ctrl-C, the run is written to ``.training.safetensors``. See
+            `checkpoints.load`.
         seed: seed of all random numbers of the training. The initial parameters of a fit are drawn when it is built; call
             ``pyro.set_rng_seed`` before that to fix them too.
         threads: number of threads of torch during training. Small networks train two to five times faster with one thread where

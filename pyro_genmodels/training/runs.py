@@ -69,7 +69,7 @@ class Checkpoint:
     Attributes:
         path: path without suffix; its folder is made.
         resume: True to continue the run that the files hold, with the same data and the same arguments apart from `epochs`,
-            `patience`, `threads` and `progress`. It ends as if it had never stopped.
+            `patience`, `threads` and `progress`. It ends as if it had never stopped, also within an epoch.
         notes: further entries of the record, of types that JSON has. A run that is resumed keeps its own, and takes these
             beside them or in their place.
 
