@@ -14,7 +14,7 @@ from pyro.infer import TraceGraph_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_genmodels import GAN, VAE, EnergyModel, Flow, Persistent, train
+from pyro_genmodels import GAN, VAE, Adversarial, EnergyModel, Flow, Persistent, train
 from pyro_genmodels.infer import MaximumLikelihood
 from pyro_genmodels.infer.compiled import Captured
 from pyro_genmodels.nn.codebook import Codebook
@@ -162,11 +162,14 @@ def test_accumulated_gradients_are_those_of_the_joint_rows(x):
 # What is refused.
 
 
-def test_what_is_no_trainer_is_refused(x):
+def test_what_is_no_trainer_and_steps_by_a_graph_are_refused(x):
     with pytest.raises(TypeError, match=r"train wants a lightning.Trainer\(...\) as trainer, but found 'cpu'"):
         train(Flow((2,)), x, trainer="cpu")
     with pytest.raises(ValueError, match="takes eager steps"):
         train(Flow((2,)), x, trainer=trainer(), mode=Captured())
+    gan = GAN((2,))
+    with pytest.raises(ValueError, match="takes eager steps"):
+        train(gan, x, objective=Adversarial(gan.model, gan.critic, mode=Captured()), trainer=trainer())
 
 
 def test_a_trainer_that_copies_this_process_is_refused():
