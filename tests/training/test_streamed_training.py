@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_genmodels import GAN, MAF, EnergyModel, Flow, Labels, train
+from pyro_genmodels import GAN, MAF, VAE, Autoregressive, Diffusion, EnergyModel, Flow, Labels, ODEFlow, train
 from pyro_genmodels.datasets import RowStream, stream
+from pyro_genmodels.datasets.statistics import ColumnStatistics
 from pyro_genmodels.training import Checkpoint, TrainingInterrupted, checkpoints
 from pyro_genmodels.training.adversarial_steps import AdversarialStep
+from pyro_genmodels.training.batches import Batches
 from pyro_genmodels.training.runs import RunCheckpoint
 from pyro_genmodels.training.steps import LossStep
+from pyro_genmodels.utils.ranks import Ranks
 
 FILES, ROWS_OF_FILE = 4, 40
 X = torch.from_numpy(np.random.default_rng(0).normal(size=(FILES * ROWS_OF_FILE, 2)) * [1.0, 3.0] + [0.0, 1e3]).float()
@@ -371,3 +374,51 @@ def test_a_full_disk_leaves_the_checkpoint_before(folder, path, monkeypatch, sto
     assert not list(path.parent.glob(".*"))  # no part of a file is left
     assert checkpoints.read_record(path.with_name("run.training.safetensors"))["part"]["steps"] == 2
     assert same_state(train_on(rows, checkpoint=Checkpoint(path, resume=True)), whole)
+
+
+# Seams.
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GAN((2,)),
+        lambda: EnergyModel((2,)),
+        lambda: VAE((2,), context=1),
+        lambda: Autoregressive((2,), context=1),
+        lambda: ODEFlow((2,), standardize="jointly", context=1),
+        lambda: Diffusion((2,), context=1),
+    ],
+    ids=["gan", "energy", "vae", "autoregressive", "ode_flow", "diffusion"],
+)
+def test_a_sample_with_statistics_of_all_rows_prepares_a_family_like_all_rows(make):
+    by_sample, by_all = make(), make()
+    context = [] if by_all.context is None else [X[:, :1] ** 2]
+    by_all.prepare(X, *context)
+    assert not by_sample.is_prepared
+    by_sample.prepare(X[:9], *(t[:9] for t in context), statistics=[ColumnStatistics.of(t, "x", 0) for t in (X, *context)])
+    assert by_sample.is_prepared
+    own, expected = by_sample.state_dict(), by_all.state_dict()
+    units = [name for name in own if name.endswith(("loc", "scale"))]
+    assert len(units) >= 2
+    assert all(torch.allclose(own[name], expected[name], rtol=1e-6) for name in units)
+
+
+def test_the_noise_of_integers_counts_in_mean_and_deviation():
+    """Uniform noise on (0, 1) adds 1/2 to the mean, and 1/12 to the variance."""
+    levels, gan = torch.arange(40).reshape(20, 2) % 4, GAN((2,), levels=4).double()
+    gan.prepare(levels[:5], statistics=[ColumnStatistics.of(levels, "x", 0)])
+    assert torch.allclose(gan.loc, levels.double().mean(0) + 0.5)
+    assert torch.allclose(gan.scale**2, levels.double().var(0) + 20 / 19 / 12)
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_the_ranks_of_a_run_share_the_rows_of_each_batch(seed, folder):
+    batches = Batches(stream(folder, buffer_rows=32), None, 30, torch.empty(0))
+    parts = [list(batches.shares(Ranks(rank=rank, size=3), seed)) for rank in range(3)]
+    for step in zip(*parts, strict=True):
+        [rows] = {rows for _, rows in step}
+        assert sum(batch.rows for batch, _ in step) == rows
+        assert max(batch.rows for batch, _ in step) - min(batch.rows for batch, _ in step) <= 1
+    rows = torch.cat([batch.x for part in parts for batch, _ in part])
+    assert torch.equal(rows.sort(0).values, X.sort(0).values)
