@@ -3,6 +3,9 @@
 import errno
 import json
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -237,3 +240,44 @@ def test_the_largest_weights_are_smoothed_like_all(number):
     of_top, k_of_top = smooth_log_weights(top.values, num_draws=number)
     assert torch.equal(k, k_of_top) or (k.isnan() and k_of_top.isnan())
     torch.testing.assert_close(smoothed[top.indices], of_top, rtol=1e-12, atol=1e-12)
+
+
+# In processes of their own.
+
+ROOT = Path(__file__).parents[2]
+DRAW = """
+import sys, torch
+from pyro_genmodels import MAF, Flow
+from pyro_genmodels.inference_data import Output, sample_to
+torch.manual_seed(0)
+sample_to(Flow((2,), transform=MAF(transforms=1, hidden=(8,))), 200_000, Output(sys.argv[1], rows=1000, resume=True))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".parquet", ".zarr"])
+def test_a_process_that_is_killed_is_resumed(tmp_path, suffix):
+    path, mark = tmp_path / f"a{suffix}", "part-00003.parquet" if suffix == ".parquet" else "x/3.0"
+    with subprocess.Popen([sys.executable, "-c", DRAW, path], cwd=ROOT) as process:
+        while not (path / mark).is_file():
+            assert process.poll() is None, "it ended before it was killed"
+            time.sleep(0.01)
+        process.kill()
+    for folder in (path, tmp_path / f"whole{suffix}"):
+        subprocess.run([sys.executable, "-c", DRAW, folder], check=True, cwd=ROOT)
+    files = [file.relative_to(path) for file in path.rglob("*") if file.suffix == ".parquet" or file.parent.name == "x"]
+    assert len(files) >= 200
+    for file in (file for file in files if not file.name.startswith(".") and not file.name.endswith(".partial")):
+        assert (path / file).read_bytes() == (tmp_path / f"whole{suffix}" / file).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["log_likelihood", "compare", "sample_parquet", "sample_zarr"])
+def test_memory_does_not_grow_with_rows(tmp_path, task):
+    peaks = []
+    for rows in (300_000, 3_000_000):  # 3 million rows of two numbers and their results would be 60 MiB or more
+        (tmp_path / f"{rows}").mkdir()
+        command = [sys.executable, "-m", "benchmarks.large_outputs", "--measure", task, f"{rows}", tmp_path / f"{rows}"]
+        found = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout
+        peaks.append(json.loads(found.splitlines()[-1])["peak"])
+    assert peaks[1] - peaks[0] < 30, peaks  # MiB
