@@ -1691,8 +1691,8 @@ def test_help_names_the_options_and_has_examples(command, monkeypatch):
         "compare": "data families out columns labels levels seed device epochs force quiet",
         "fit": "data family out columns labels levels seed device epochs batch-size learning-rate patience resume compile "
         "force quiet",
-        "sample": "out num-samples label picture seed device force quiet",
-        "evaluate": "data split columns labels num-samples out seed device force",
+        "sample": "out num-samples label picture seed resume device force quiet",
+        "evaluate": "data split columns labels num-samples out seed resume device force",
     }
     assert {f"--{option}" for option in options[command].split()} | {"--help", "--threads", "--max-size"} == known
 
