@@ -12,7 +12,7 @@ from __future__ import annotations
 __all__ = ["LightningFit"]
 
 import sys
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from math import inf, isfinite, nan
@@ -24,7 +24,6 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from pyro_genmodels._pyro import handlers, params, traces
@@ -54,6 +53,7 @@ from pyro_genmodels.training.options import (
     subsample_held_out,
 )
 from pyro_genmodels.training.runs import Checkpoint, RunCheckpoint
+from pyro_genmodels.training.sharding import Sharding, clip_norm, is_sharded
 from pyro_genmodels.training.shares import Share
 from pyro_genmodels.training.steps import LossStep, make_step
 from pyro_genmodels.utils.errors import check_positive_int, import_extra
@@ -151,6 +151,7 @@ class LightningFit(LightningModule):
         self._has_all_rows = True
         self._epochs: Epochs | None = None
         self._validation = ExitStack()
+        self._sharding: Sharding | None = None
 
     # Before the run.
 
@@ -239,11 +240,34 @@ class LightningFit(LightningModule):
             part.reread()
         return [p for p, grad in zip(parameters, grads, strict=True) if grad is None]
 
+    def shard(self, min_parameters: int) -> None:
+        """Divide large layers among the ranks: see `ShardedStrategy`, which calls this.
+
+        Args:
+            min_parameters: number of parameters from which on a layer is sharded.
+
+        Raises:
+            ValueError: if the loss is adversarial, or no layer is that large.
+        """
+        if not self.automatic_optimization:
+            raise ValueError("ShardedStrategy trains by differentiable losses, not adversarial ones. Use strategy='ddp'.")
+        modules = [*self._networks, *self._extra_networks, self._loose_parameters]
+        unused = {id(p) for p in self._unused}
+        places = [name for name, p in self.step.parameters.items() if id(p) in unused]
+        self._sharding = Sharding(modules, self.step.parameters, self.ranks, min_parameters)
+        self._unused = [p for name in places if not is_sharded(p := self.step.parameters[name])]
+
+    def _whole(self) -> AbstractContextManager[None]:
+        """Return a block in which sharded parameters are whole."""
+        return nullcontext() if self._sharding is None else self._sharding.whole(self.weights)
+
     def configure_optimizers(self) -> Any:
         """Return the optimisers of the parameters, which are on their device now."""
         if isinstance(self.step, AdversarialStep):
             return list(self.step.trainer.optimisers.values())
         self.step.optimiser = make_optimizer(self._optim, list(self.step.parameters.values()))
+        if self._sharding is not None:
+            self._sharding.split_groups(self.step.optimiser)
         return self.step.optimiser
 
     def configure_callbacks(self) -> Any:
@@ -271,7 +295,8 @@ class LightningFit(LightningModule):
             "ema_decay": self.ema_decay,
             "clip_norm": None if self.clip_norm == inf else self.clip_norm,
         }
-        run = ranks.alike(lambda: self._checkpoint_of_run(settings))
+        with self._whole():
+            run = ranks.alike(lambda: self._checkpoint_of_run(settings))
         limit = trainer.max_epochs
         limits = replace(self.limits, epochs=min(self.limits.epochs, limit if limit and limit > 0 else sys.maxsize))
         self._epochs = Epochs(step, self.result, self.weights, run, limits, is_validated=trainer.enable_validation)
@@ -385,7 +410,7 @@ class LightningFit(LightningModule):
         """
         if gradient_clip_val is not None:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        norm = float(clip_grad_norm_(list(self.step.parameters.values()), self.clip_norm))
+        norm = clip_norm(self.step.parameters.values(), self.clip_norm)
         if not isfinite(norm) and getattr(self.trainer.precision_plugin, "scaler", None) is None:
             self._fail("norm of the gradient", norm)
 
@@ -420,7 +445,8 @@ class LightningFit(LightningModule):
             losses["valid"] = self._valid
         self._joint_buffers.agree()
         seconds = self.ranks.first_object(self.epochs.seconds)
-        record = self.ranks.alike(lambda: self.epochs.add(losses, seconds=seconds))
+        with self._whole():
+            record = self.ranks.alike(lambda: self.epochs.add(losses, seconds=seconds))
         for name in losses.keys() - {"valid"}:
             self._log(name, record[name])
         if self.epochs.is_over or self.epochs.has_exploded:
@@ -438,6 +464,8 @@ class LightningFit(LightningModule):
         """Restore the best parameters, and put all modules in evaluation mode."""
         if not self._has_ended:
             self._has_ended = True
+            if self._sharding is not None:
+                self._sharding.end(self.weights)
             self.weights.restore_best()
             for p in self._frozen:
                 p.requires_grad_(True)
@@ -522,11 +550,14 @@ class _EndOnError(Callback):
         owner = self.owner
         owner._validation.close()
         if pl_module is not owner or owner._epochs is None:
+            if owner._sharding is not None:
+                owner._sharding.end(None)
             return
         epochs, fit = owner._epochs, owner.result
         if isinstance(exception, FloatingPointError):
             epoch = len(fit.history) + (not fit.exploded_epochs)
-            epochs.fail()
+            with owner._whole():
+                epochs.fail()
             if fit.best:
                 fit.stopped = f"{exception} (epoch {epoch}); the state of epoch {fit.best['epoch']} is kept"
         else:
