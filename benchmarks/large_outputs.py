@@ -2,8 +2,8 @@
 
     python -m benchmarks.large_outputs [--rows 1000000 10000000] [--only sample_parquet] [--folder /tmp]
 
-Prints a table, which is the section "Large outputs" of RESULTS.md. Peak memory is the largest resident set of the process; what the
-imports alone take is in the first row.
+Prints a table, which is the section "Large outputs" of RESULTS.md. Peak memory is the largest resident set of the process; what
+the imports alone take is in the first row.
 """
 
 import argparse
