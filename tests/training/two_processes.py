@@ -77,7 +77,7 @@ OBJECTIVES = {
     "importance weights": ("VAE, Normal", lambda: ImportanceWeightedELBO(3)),
     "Renyi": ("VAE, Normal", lambda: RenyiELBO(0.5, num_particles=2)),
     "weighted KL": ("VAE, Normal", lambda: KLWeightedELBO(0.5)),
-    "noise-contrastive": ("Energy", NoiseContrastive),
+    "noise-contrastive": ("Energy", lambda: NoiseContrastive(dist.Normal(torch.zeros(3), 2.0).to_event(1))),
     "implicit score": ("Energy", ImplicitScoreMatching),
     "sliced score": ("Energy", SlicedScoreMatching),
     "flow matching": ("ODE flow, Hutchinson", FlowMatching),
