@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["fit_from_seeds"]
 
-import copy
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -38,13 +37,13 @@ def fit_from_seeds(
         >>> len(draws), draws[0].equal(draws[1])
         (2, False)
     """
-    sent = problem
-    if n_jobs != 1:
-        sent = copy.copy(problem)
-        sent.progress = False
-    task = _FitFromSeed(method, sent, result)
-    progress = problem.progress and n_jobs != 1
-    return run_values(task, spawn_seeds(None, number), n_jobs=n_jobs, progress=progress, description=description)
+    shown, problem.progress = problem.progress, problem.progress and n_jobs == 1
+    try:
+        task = _FitFromSeed(method, problem, result)
+        progress = shown and n_jobs != 1
+        return run_values(task, spawn_seeds(None, number), n_jobs=n_jobs, progress=progress, description=description)
+    finally:
+        problem.progress = shown
 
 
 class _FitFromSeed(Generic[T]):

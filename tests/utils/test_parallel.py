@@ -244,10 +244,11 @@ class Counted:
 
 
 @pytest.mark.slow
-def test_a_run_that_kills_every_worker_says_so(on_cluster):
+def test_a_run_that_kills_its_workers_says_so(on_cluster, dask_client, monkeypatch):
     def kill(seed):
         os.kill(os.getpid(), signal.SIGKILL)
 
+    monkeypatch.setattr(dask_client.cluster.scheduler, "allowed_failures", 0)  # for three workers would take long to start
     with pytest.raises(RuntimeError, match=r"after 0 of 1 runs, .*\(KilledWorker\)\. Lower n_jobs=-1"):
         run_values(kill, [0], n_jobs=-1, **QUIET)
 
