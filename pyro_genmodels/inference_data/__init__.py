@@ -4,8 +4,7 @@ from pyro_genmodels._pyro.kernels import record_statistics
 from pyro_genmodels.inference_data.draws import sample_to
 from pyro_genmodels.inference_data.export import to_arviz
 from pyro_genmodels.utils.errors import suggest_names
-from pyro_genmodels.utils.parts import Output
 
-__all__ = ["Output", "record_statistics", "sample_to", "to_arviz"]
+__all__ = ["record_statistics", "sample_to", "to_arviz"]
 
 suggest_names(__name__)

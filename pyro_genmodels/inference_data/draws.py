@@ -49,7 +49,7 @@ def sample_to(
         fit: family, result of `train`, or distribution without a batch shape. Draws of a posterior: see `to_arviz`.
         num_samples: number of samples.
         out: folder such as "draws.parquet", of parquet files with a column for each number of a sample; or "draws.zarr", with
-            the array ``x``, (draw, *event_shape). Or an `Output(path, resume=True, seed=1)`.
+            the array ``x``, (draw, *event_shape). Or an `evaluation.Output(path, resume=True, seed=1)`.
         context: contexts of a conditional family, (K, ...) vectors or (K,) labels, taken in turn: sample n is given context
             n mod K. Labels are written too.
         columns: names of the columns of parquet files; ``x0``, ``x1`` and so on by default.

@@ -114,9 +114,9 @@ def to_arviz(
         dims: names of the event dimensions of a variable, by its name.
         progress: True to show a progress bar after two seconds.
         out: folder such as "posterior.zarr", into which draws are written block by block, so that memory stays bounded; or an
-            `Output(path, resume=True, rows=1000)`, with which an interrupted run goes on after its last block of draws. The
-            draws are a function of its seed, of the number of draws of a block (at most 100 times batch_size, and fewer for
-            large data) and of batch_size. They have no labels. k-hat of the latent variables of rows is left out.
+            `evaluation.Output(path, resume=True, rows=1000)`, with which an interrupted run goes on after its last block of
+            draws. The draws are a function of its seed, of the number of draws of a block (at most 100 times batch_size, and
+            fewer for large data) and of batch_size. They have no labels. k-hat of the latent variables of rows is left out.
         model_kwargs: keyword arguments of the model, also those with the name of an option above.
         kwargs: keyword arguments of the model, with any other name.
 

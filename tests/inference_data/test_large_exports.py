@@ -18,8 +18,9 @@ import xarray as xr
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_genmodels import MAF, Flow, Labels, to_arviz
-from pyro_genmodels.inference_data import Output, sample_to, zarr_export
+from pyro_genmodels.evaluation import Output
 from pyro_genmodels.inference_data import draws as draws_module
+from pyro_genmodels.inference_data import sample_to, zarr_export
 from pyro_genmodels.utils.pareto import pareto_k, smooth_log_weights, tail_length
 from pyro_genmodels.utils.parts import part_seed
 from pyro_genmodels.utils.rng import forked_rng
@@ -248,7 +249,8 @@ ROOT = Path(__file__).parents[2]
 DRAW = """
 import sys, torch
 from pyro_genmodels import MAF, Flow
-from pyro_genmodels.inference_data import Output, sample_to
+from pyro_genmodels.evaluation import Output
+from pyro_genmodels.inference_data import sample_to
 torch.manual_seed(0)
 sample_to(Flow((2,), transform=MAF(transforms=1, hidden=(8,))), 200_000, Output(sys.argv[1], rows=1000, resume=True))
 """
