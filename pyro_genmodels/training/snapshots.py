@@ -21,7 +21,7 @@ from pyro_genmodels.utils.errors import one_line
 
 
 def capture(weights: TrainedWeights, optimiser: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Copy all parameters (current, averaged, best), the state of the optimiser and torch's random state.
+    """Copy all parameters (current, averaged, best), the state of the optimiser and torch's random state, to the CPU.
 
     The best parameters are not copied: they never change in place during training.
 
@@ -45,7 +45,7 @@ def capture(weights: TrainedWeights, optimiser: Optimizer) -> tuple[dict[str, Te
     if weights.live[0].is_cuda:
         tensors["random.cuda"] = torch.cuda.get_rng_state(weights.live[0].device)
     record = {"optimiser": type(optimiser).__name__, "param_groups": option_groups(optimiser), "numbers": numbers}
-    return {name: t.detach().clone() for name, t in tensors.items()} | best, record
+    return {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()} | best, record
 
 
 def restore(weights: TrainedWeights, optimiser: Optimizer, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
