@@ -131,6 +131,15 @@ class Epochs:
         self.fit.stopped = self.limits.reached(self.fit) or reason
         self.run.write()
 
+    def keep_last(self) -> None:
+        """Keep the last parameters, unless there are better ones, in a run of which no epoch was validated as it should be."""
+        fit = self.fit
+        if fit.history and not fit.best and not fit.exploded_epochs:
+            fit.best = {name: value for name, value in fit.history[-1].items() if name != "valid"}
+            self.weights.keep_best()
+            self.run.write_best()
+            self.run.capture()
+
     def fail(self) -> None:
         """Go back to the parameters before the best epoch, after a `FloatingPointError`, if those of this epoch are unsound.
 

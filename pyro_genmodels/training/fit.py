@@ -94,7 +94,7 @@ class Fit:
         self.history.append(record)
         if self.exploded_epochs:
             return False
-        if "valid" in record and not (isfinite(record["valid"]) and record["valid"] < self.best.get("valid", inf)):
+        if "valid" in record and (not isfinite(record["valid"]) or record["valid"] >= self.best.get("valid", inf)):
             return False
         self.best = record
         return True

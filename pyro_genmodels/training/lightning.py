@@ -54,7 +54,7 @@ from pyro_genmodels.training.options import (
 )
 from pyro_genmodels.training.runs import Checkpoint, RunCheckpoint
 from pyro_genmodels.training.sharding import Sharding, clip_norm, is_sharded
-from pyro_genmodels.training.shares import Share
+from pyro_genmodels.training.shares import Share, check_divisible
 from pyro_genmodels.training.steps import LossStep, make_step
 from pyro_genmodels.utils.errors import check_positive_int, import_extra
 from pyro_genmodels.utils.keywords import joined_keywords
@@ -67,6 +67,10 @@ if TYPE_CHECKING:
 else:
     _lightning = import_extra("lightning", extra="lightning", by="Training by a Trainer")
     Callback, LightningModule = _lightning.Callback, _lightning.LightningModule
+
+
+AVERAGING = {"StochasticWeightAveraging", "WeightAveraging"}
+"""Names of callbacks of Lightning that average parameters."""
 
 
 class LightningFit(LightningModule):
@@ -231,7 +235,8 @@ class LightningFit(LightningModule):
     def _unused_parameters(self) -> list[Tensor]:
         """Return the parameters that the loss of the first rows does not use. They get a gradient of 0: DDP waits for it."""
         modules = [*self._networks, *self._extra_networks]
-        batch, _ = next(self._batches.shares(self.ranks))
+        batch, rows = next(self._batches.shares(self.ranks))
+        check_divisible(rows, self.ranks)
         with forked_rng(), buffers_restored(modules):
             loss = self.step.differentiable_loss(batch)
             parameters = list(self.step.parameters.values())
@@ -271,7 +276,17 @@ class LightningFit(LightningModule):
         return self.step.optimiser
 
     def configure_callbacks(self) -> Any:
-        """Return a callback that ends the run after an error."""
+        """Return a callback that ends the run after an error.
+
+        Raises:
+            ValueError: if a callback of the Trainer averages the parameters.
+        """
+        for found in self.trainer.callbacks:
+            if AVERAGING & {kind.__name__ for kind in type(found).__mro__}:
+                raise ValueError(
+                    f"A fit averages its parameters itself: leave {type(found).__name__} out of the callbacks, and pass "
+                    "ema_decay= to train or to LightningFit."
+                )
         return [_EndOnError(self)]
 
     def on_fit_start(self) -> None:
@@ -303,7 +318,7 @@ class LightningFit(LightningModule):
         progress = trainer.fit_loop.epoch_progress.current
         progress.ready = progress.started = progress.processed = progress.completed = len(self.result.history)
         self._global_step = trainer.global_step
-        self._has_ended = False
+        self.has_ended = self._has_validated = False
         if self._epochs.is_over:
             self._end()
             trainer.should_stop = True
@@ -314,7 +329,7 @@ class LightningFit(LightningModule):
         data: Any = partial(identity_of, self._batches, self._held_out)
         if not self._has_all_rows:
             data = lambda: {"rows": self.step.rows, "data": None, "valid": None}  # noqa: E731
-        checkpoint = self.checkpoint if reads else None
+        checkpoint = self.checkpoint if reads and not self.trainer.fast_dev_run else None
         run = RunCheckpoint(checkpoint, self.result, self.weights, self.step.optimiser, data, settings)
         if self.ranks.size > 1 and checkpoint is not None and checkpoint.resume:
             saved = run.identity["settings"].get("seed")
@@ -352,7 +367,9 @@ class LightningFit(LightningModule):
 
     @property
     def order(self) -> int | None:
-        """Seed of the order of the rows in the next epoch, the same on all ranks; None for one rank."""
+        """Seed of the order of the rows in the next epoch, the same on all ranks; None for one rank that shuffles."""
+        if self.trainer.overfit_batches:  # always the same rows
+            return joint_seed(self._seed, 0)
         return None if self.ranks.size == 1 else joint_seed(self._seed, self.epochs.number)
 
     def on_train_epoch_start(self) -> None:
@@ -453,7 +470,10 @@ class LightningFit(LightningModule):
             self.trainer.should_stop = True
 
     def on_train_end(self) -> None:
-        """End the run with the best parameters."""
+        """End the run with the best parameters; with the last ones if the Trainer has validated none."""
+        if not self._has_validated:
+            with self._whole():
+                self.ranks.alike(self.epochs.keep_last)
         self._end()
 
     def _end(self) -> None:
@@ -462,8 +482,8 @@ class LightningFit(LightningModule):
 
     def put_back(self) -> None:
         """Restore the best parameters, and put all modules in evaluation mode."""
-        if not self._has_ended:
-            self._has_ended = True
+        if not self.has_ended:
+            self.has_ended = True
             if self._sharding is not None:
                 self._sharding.end(self.weights)
             self.weights.restore_best()
@@ -506,7 +526,7 @@ class LightningFit(LightningModule):
                 held_out: Any = self._held_out or _Collected(self._valid_batches)
                 self._valid_losses = [(self.step.validate(held_out), held_out.rows)]
         total, rows = self.ranks.sum(sum(loss * n for loss, n in self._valid_losses), sum(n for _, n in self._valid_losses))
-        self._valid = total / rows
+        self._valid, self._has_validated = total / rows, True
         self._log("valid", self._valid)
 
     @property

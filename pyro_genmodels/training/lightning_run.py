@@ -96,6 +96,10 @@ def train_by(
     try:
         with _limited(trainer, limits.epochs), _without_default_checkpoint(trainer), _quiet(trainer, progress=progress):
             trainer.fit(module, shares, held_out_shares)
+        if not module.has_ended:
+            module.put_back()
+            result.stopped = "the Trainer made no step"
+            warn_caller("The Trainer made no step, by limits of its own such as max_steps=0: the fit is as it was.")
     except FloatingPointError:
         if not result.best:
             raise

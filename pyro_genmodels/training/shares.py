@@ -7,7 +7,7 @@ on rank r.
 
 from __future__ import annotations
 
-__all__ = ["Share", "Shares"]
+__all__ = ["Share", "Shares", "check_divisible"]
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -71,9 +71,15 @@ class Shares:
         while window := list(islice(found, number)):
             mean_rows = sum(rows for _, rows in window) / (ranks.size * number)
             for batch, rows in window:
-                if self.is_shuffled and rows < ranks.size:
-                    raise ValueError(
-                        f"A batch of {rows} rows cannot be divided among {ranks.size} devices: pass a larger batch_size, which "
-                        "is the number of rows of a step over all devices, more rows, or a DataLoader with drop_last=True."
-                    )
+                if self.is_shuffled:
+                    check_divisible(rows, ranks)
                 yield Share(batch, batch.rows / mean_rows)
+
+
+def check_divisible(rows: int, ranks: Ranks) -> None:
+    """Raise a ValueError if a batch has fewer rows than there are ranks."""
+    if rows < ranks.size:
+        raise ValueError(
+            f"A batch of {rows} rows cannot be divided among {ranks.size} devices: pass a larger batch_size, which is the "
+            "number of rows of a step over all devices, more rows, or a DataLoader with drop_last=True."
+        )

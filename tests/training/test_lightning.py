@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from pyro.infer import TraceGraph_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch.utils.data import DataLoader, TensorDataset
@@ -18,7 +18,7 @@ from pyro_genmodels import GAN, VAE, Adversarial, EnergyModel, Flow, Persistent,
 from pyro_genmodels.infer import MaximumLikelihood
 from pyro_genmodels.infer.compiled import Captured
 from pyro_genmodels.nn.codebook import Codebook
-from pyro_genmodels.training import Checkpoint, TrainingInterrupted
+from pyro_genmodels.training import Checkpoint, TrainingInterrupted, checkpoints
 from pyro_genmodels.training.arguments import Batch
 from pyro_genmodels.training.batches import Batches
 from pyro_genmodels.training.joint_buffers import JointBuffers
@@ -159,7 +159,47 @@ def test_accumulated_gradients_are_those_of_the_joint_rows(x):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_a_run_of_which_no_epoch_was_validated_keeps_its_last_parameters(x, tmp_path):
+    flow = Flow((2,))
+    fit = train(flow, x, checkpoint=tmp_path / "run", trainer=trainer(max_steps=2), **same_fit)  # of the 3 steps of an epoch
+    assert (fit.best["epoch"], fit.stopped) == (1, "the Trainer stopped after 1 epochs")
+    saved = checkpoints.load(tmp_path / "run")
+    for a, b in zip(saved.state_dict().values(), flow.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    resumed = train(Flow((2,)), x, checkpoint=Checkpoint(tmp_path / "run", resume=True), trainer=trainer(), **same_fit)
+    assert resumed.best["epoch"] == 2  # the first with a validation loss
+
+
+def test_a_trainer_that_makes_no_step_says_so(x):
+    flow = Flow((2,))
+    before = [p.detach().clone() for p in flow.parameters()]
+    with pytest.warns(RuntimeWarning, match="The Trainer made no step"):
+        fit = train(flow, x, trainer=trainer(max_steps=0), **same_fit)
+    assert (fit.history, fit.stopped) == ([], "the Trainer made no step")
+    assert all(torch.equal(a, b) for a, b in zip(before, flow.parameters(), strict=True))
+
+
+def test_a_dry_run_writes_no_files_and_overfitting_sees_the_same_rows(x, tmp_path):
+    train(Flow((2,)), x, checkpoint=tmp_path / "run", trainer=trainer(fast_dev_run=True), **same_fit)
+    assert not list(tmp_path.iterdir())
+
+    rows = []
+
+    class Seen(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            rows.append(batch.batch.args[0])
+
+    train(Flow((2,)), x, trainer=trainer(Seen(), overfit_batches=1), **same_fit)
+    assert len(rows) == 2
+    assert torch.equal(*rows)
+
+
 # What is refused.
+
+
+def test_callbacks_that_average_parameters_are_refused(x):
+    with pytest.raises(ValueError, match="A fit averages its parameters itself: leave StochasticWeightAveraging out"):
+        train(Flow((2,)), x, trainer=trainer(StochasticWeightAveraging(1e-2)), **same_fit)
 
 
 def test_what_is_no_trainer_and_steps_by_a_graph_are_refused(x):

@@ -63,6 +63,11 @@ def test_both_ranks_end_with_the_same_fit(runs):
     assert own["regression"]["scale"] != 0.5
 
 
+def test_fewer_rows_than_ranks_are_refused_by_all_ranks(runs):
+    for own in runs:
+        assert "A batch of 1 rows cannot be divided among 2 devices" in own["one row"]
+
+
 def test_every_row_is_on_one_rank_in_each_epoch(runs):
     own, other = runs
     for epoch, rest in zip(own["regression"]["rows"], other["regression"]["rows"], strict=True):

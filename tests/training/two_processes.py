@@ -158,6 +158,12 @@ def runs():
     x = torch.randn(41, 2, generator=torch.Generator().manual_seed(1))
     options = {"seed": SEED, "progress": False, "clip_norm": None}
 
+    # fewer rows than ranks
+    try:
+        train(Flow((2,)), x[:1], epochs=1, trainer=trainer(), **options)
+    except ValueError as error:
+        found["one row"] = str(error)
+
     # a guide that makes its parameters at the first run, and a parameter in Pyro's store
     pyro.clear_param_store()
     model = Regression()
