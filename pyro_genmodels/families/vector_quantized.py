@@ -38,6 +38,7 @@ from pyro_genmodels.families.family import Family, Standardize, StandardizeConte
 from pyro_genmodels.nn.checks import check_widths
 from pyro_genmodels.nn.codebook import Codebook
 from pyro_genmodels.nn.mlp import call_batched
+from pyro_genmodels.utils.ranks import current_ranks
 
 EMBEDDED = "embedded"
 """Key of the vectors that the guide hands to the model beside the codes, among the options of the site (`infer`)."""
@@ -188,7 +189,8 @@ class VectorQuantizedVAE(DecodedFamily):
         c = codebook(z)
         penalty = codebook.penalty(e, c).reshape(*z.shape[: z.dim() - len(self.latent_shape)], -1).sum(-1)
         if self.training and e.requires_grad:  # a loss alone leaves the codebook as it is, its gradient does not
-            e.register_hook(lambda _: codebook.update(e.detach(), z))
+            ranks = current_ranks()  # now: the gradient may be computed outside of their block
+            e.register_hook(lambda _: codebook.update(e.detach(), z, total=ranks.total, first=ranks.first))
         posterior = _Codes(z, _gradient_of(penalty), event_dim=len(self.latent_shape))
         options: Any = {EMBEDDED: c.detach() + _gradient_of(e)}
         with plate:

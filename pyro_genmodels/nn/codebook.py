@@ -14,17 +14,23 @@ from __future__ import annotations
 
 __all__ = ["Codebook"]
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from pyro_genmodels.nn.checks import check_count, check_rate, is_number
-from pyro_genmodels.utils.ranks import current_ranks
 
 USAGE_DECAY = 0.99
 """Decay of the moving average of how often codes are chosen, where codes are trained."""
 
 MAX_DISTANCES = 2**22
 """Number of distances that are held in memory at once."""
+
+
+def _own(t: Tensor) -> Tensor:
+    """Return the tensor of this process, which has all of the batch."""
+    return t
 
 
 class Codebook(nn.Module):
@@ -109,16 +115,29 @@ class Codebook(nn.Module):
         return penalty + (e.detach() - c).square().sum(-1) if self.decay is None else penalty
 
     @torch.no_grad()
-    def update(self, e: Tensor, z: Tensor) -> None:
-        """Move the moving averages towards a batch of vectors e, (..., code_dim), with codes z, (...); restart unused codes."""
+    def update(
+        self,
+        e: Tensor,
+        z: Tensor,
+        *,
+        total: Callable[[Tensor], Tensor] = _own,
+        first: Callable[[Tensor], Tensor] = _own,
+    ) -> None:
+        """Move the moving averages towards a batch of vectors, and restart unused codes.
+
+        Args:
+            e: the vectors, (..., code_dim).
+            z: their codes, (...).
+            total: function that returns the sum of a tensor over the processes among which the batch is divided.
+            first: function that returns the tensor of the first of these.
+        """
         e, z = e.reshape(-1, e.shape[-1]).to(self.places), z.reshape(-1)  # also under autocast
         decay = USAGE_DECAY if self.decay is None else self.decay
-        ranks = current_ranks()
-        counts = ranks.total(torch.zeros_like(self.usage).index_add_(0, z, e.new_ones(len(z))))
+        counts = total(torch.zeros_like(self.usage).index_add_(0, z, e.new_ones(len(z))))
         usage, before = decay * self.usage + (1 - decay) * counts, self.vectors
         vectors = before
         if self.decay is not None:
-            sums = ranks.total(torch.zeros_like(vectors).index_add_(0, z, e))
+            sums = total(torch.zeros_like(vectors).index_add_(0, z, e))
             moves = (1 - decay) * (sums - counts.unsqueeze(-1) * vectors)
             vectors = vectors + moves / usage.clamp(min=torch.finfo(usage.dtype).tiny).unsqueeze(-1)
         if self.restart:
@@ -126,7 +145,7 @@ class Codebook(nn.Module):
             unused = usage < self.restart * equal
             far = (e - before[z]).square().sum(-1).cumsum(0)
             places = torch.searchsorted(far, far[-1] * torch.rand_like(usage)).clamp(max=len(far) - 1)
-            vectors = torch.where(unused.unsqueeze(-1), ranks.first(e[places]), vectors)
+            vectors = torch.where(unused.unsqueeze(-1), first(e[places]), vectors)
             usage = torch.where(unused, equal, usage)
         self.places.copy_(vectors if self.shifts is None else vectors - self.shifts)
         self.usage.copy_(usage)

@@ -10,11 +10,12 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
-from pyro.infer import TraceGraph_ELBO
+from pyro.infer import Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_genmodels import GAN, VAE, Adversarial, EnergyModel, Flow, Persistent, train
+from pyro_genmodels.families import VectorQuantizedVAE
 from pyro_genmodels.infer import MaximumLikelihood
 from pyro_genmodels.infer.compiled import Captured
 from pyro_genmodels.nn.codebook import Codebook
@@ -311,10 +312,29 @@ def test_a_codebook_learns_from_the_joint_batch():
     sums = torch.zeros(4, 2).index_add_(0, z[6:], e[6:])
     pair = _Pair(0, 2)
     object.__setattr__(pair, "other", [counts, sums])
-    with joint_ranks(pair):
-        own.update(e[:6], z[:6])
+    own.update(e[:6], z[:6], total=pair.total, first=pair.first)
     torch.testing.assert_close(own.places, joint.places)
     torch.testing.assert_close(own.usage, joint.usage)
+
+
+class _Twins(Ranks):
+    """Two ranks that have the same rows."""
+
+    def total(self, t):
+        return 2 * t
+
+
+def test_a_vector_quantized_vae_learns_from_the_joint_batch_though_lightning_computes_gradients_later(x):
+    pyro.set_rng_seed(0)
+    joint = VectorQuantizedVAE((2,), codes=4, latent_shape=(2,), code_dim=2, hidden=(8,), restart=0.0)
+    joint.prepare(x)
+    own, loss = copy.deepcopy(joint), Trace_ELBO()
+    loss.differentiable_loss(joint.model, joint.guide, torch.cat([x, x])).backward()
+    with joint_ranks(_Twins(0, 2)):
+        found = loss.differentiable_loss(own.model, own.guide, x)
+    found.backward()
+    torch.testing.assert_close(own.codebook.places, joint.codebook.places)
+    torch.testing.assert_close(own.codebook.usage, joint.codebook.usage)
 
 
 def test_chains_are_no_joint_buffers():
