@@ -12,7 +12,7 @@ from __future__ import annotations
 __all__ = ["LightningFit"]
 
 import sys
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from math import inf, isfinite, nan
@@ -26,11 +26,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from pyro_genmodels._pyro import handlers, params, traces
+from pyro_genmodels._pyro import params, traces
 from pyro_genmodels.infer.adversarial import Adversarial
 from pyro_genmodels.infer.adversarial.losses import AdversarialLoss
-from pyro_genmodels.infer.compiled import CaptureError
-from pyro_genmodels.infer.compiled.losses import differentiable_loss
 from pyro_genmodels.optim.adapters import make_optimizer
 from pyro_genmodels.optim.averaging import TrainedWeights
 from pyro_genmodels.training.adversarial_steps import AdversarialStep
@@ -40,10 +38,11 @@ from pyro_genmodels.training.checkpoints import tensors_of
 from pyro_genmodels.training.epochs import Epochs
 from pyro_genmodels.training.fit import Fit
 from pyro_genmodels.training.joint_buffers import JointBuffers
+from pyro_genmodels.training.lightning_checks import check_callbacks, check_launcher, check_loss
+from pyro_genmodels.training.lightning_validation import JointValidation
 from pyro_genmodels.training.limits import Limits
 from pyro_genmodels.training.options import (
     EMA_DECAY,
-    VALIDATION_SEED,
     buffers_restored,
     check_options,
     identity_of,
@@ -55,7 +54,7 @@ from pyro_genmodels.training.options import (
 from pyro_genmodels.training.runs import Checkpoint, RunCheckpoint
 from pyro_genmodels.training.sharding import Sharding, clip_norm, is_sharded
 from pyro_genmodels.training.shares import Share, check_divisible
-from pyro_genmodels.training.steps import LossStep, make_step
+from pyro_genmodels.training.steps import make_step
 from pyro_genmodels.utils.errors import check_positive_int, import_extra
 from pyro_genmodels.utils.keywords import joined_keywords
 from pyro_genmodels.utils.nested import is_array, map_nested
@@ -67,10 +66,6 @@ if TYPE_CHECKING:
 else:
     _lightning = import_extra("lightning", extra="lightning", by="Training by a Trainer")
     Callback, LightningModule = _lightning.Callback, _lightning.LightningModule
-
-
-AVERAGING = {"StochasticWeightAveraging", "WeightAveraging"}
-"""Names of callbacks of Lightning that average parameters."""
 
 
 class LightningFit(LightningModule):
@@ -154,7 +149,7 @@ class LightningFit(LightningModule):
         self._held_out: Batches | None = None
         self._has_all_rows = True
         self._epochs: Epochs | None = None
-        self._validation = ExitStack()
+        self._validation: Any = None
         self._sharding: Sharding | None = None
 
     # Before the run.
@@ -176,7 +171,7 @@ class LightningFit(LightningModule):
             if held_out is not None and batches.is_whole:
                 subsample_held_out(self.step, batches, held_out)
         self.step.rows = self.rows or batches.rows
-        self._check_objective()
+        check_loss(self.step, is_differentiated=self.automatic_optimization)
         self._extra_networks.extend(self.step.extra_modules)
         owned = {id(p) for p in self.parameters()}
         for name, p in self.step.parameters.items():
@@ -185,24 +180,6 @@ class LightningFit(LightningModule):
                 self._loose_parameters.append(self.step.parameters[name])
         if self.ema_decay == "auto":
             self.ema_decay = EMA_DECAY if self.step.wants_average else None
-
-    def _check_objective(self) -> None:
-        """Raise an error for steps by a graph, and for a loss that is no function to differentiate."""
-        if self.step.mode.captures:
-            raise ValueError(
-                f"A Trainer takes eager steps, since a graph does not tell other devices of its gradients, but the objective "
-                f"has mode={self.step.mode}: build it without mode=, or train without a trainer."
-            )
-        if not self.automatic_optimization:
-            return
-        try:
-            differentiable_loss(self.step.objective)
-        except CaptureError as error:
-            name = type(self.step.objective).__name__
-            raise ValueError(
-                f"A Trainer wants a loss that is differentiable by itself, but {name} computes its gradients in another way: "
-                "train without a trainer, or use another objective."
-            ) from error
 
     def setup(self, stage: str) -> None:
         """Learn the ranks, and prepare the step, before Lightning moves and wraps the parameters."""
@@ -281,12 +258,7 @@ class LightningFit(LightningModule):
         Raises:
             ValueError: if a callback of the Trainer averages the parameters.
         """
-        for found in self.trainer.callbacks:
-            if AVERAGING & {kind.__name__ for kind in type(found).__mro__}:
-                raise ValueError(
-                    f"A fit averages its parameters itself: leave {type(found).__name__} out of the callbacks, and pass "
-                    "ema_decay= to train or to LightningFit."
-                )
+        check_callbacks(self.trainer)
         return [_EndOnError(self)]
 
     def on_fit_start(self) -> None:
@@ -314,6 +286,7 @@ class LightningFit(LightningModule):
             run = ranks.alike(lambda: self._checkpoint_of_run(settings))
         limit = trainer.max_epochs
         limits = replace(self.limits, epochs=min(self.limits.epochs, limit if limit and limit > 0 else sys.maxsize))
+        self._validation = JointValidation(step, self.weights, ranks, self._held_out)
         self._epochs = Epochs(step, self.result, self.weights, run, limits, is_validated=trainer.enable_validation)
         progress = trainer.fit_loop.epoch_progress.current
         progress.ready = progress.started = progress.processed = progress.completed = len(self.result.history)
@@ -493,41 +466,28 @@ class LightningFit(LightningModule):
 
     # Validation.
 
+    @property
+    def _validates(self) -> bool:
+        """True in a validation of the run, apart from the one by which Lightning tries out the module."""
+        return self._validation is not None and not self.trainer.sanity_checking
+
     def on_validation_epoch_start(self) -> None:
         """Begin a validation of the averaged parameters, always with the same random numbers."""
-        self._valid_losses: list[tuple[float, int]] = []
-        self._valid_batches: list[Batch] = []
-        if self._epochs is None or self.trainer.sanity_checking:
-            return
-        self._joint_buffers.agree()
-        self._validation.enter_context(self.weights.averaged())
-        self._validation.enter_context(handlers.side_effect_free(self.step))
-        shift = self.ranks.rank if isinstance(self.step, LossStep) else 0  # each rank validates its own rows
-        self._validation.enter_context(forked_rng(VALIDATION_SEED + shift))
+        if self._validates:
+            self._joint_buffers.agree()
+            self._validation.begin()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Compute the loss of this rank's rows of a batch of held-out data."""
         batch = batch.batch if isinstance(batch, Share) else batch
-        if self.trainer.sanity_checking or not batch.rows:
-            return
-        if isinstance(self.step, LossStep):
-            if not self._valid_losses:
-                self.step.prepare_validation(batch)
-            self._valid_losses.append((self.step.validation_loss(batch, self._held_out_rows), batch.rows))
-        elif self._held_out is None:
-            self._valid_batches.append(batch)
+        if self._validates and batch.rows:
+            self._validation.add(batch, self._held_out_rows)
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean loss over the held-out rows of all ranks."""
-        if self._epochs is None or self.trainer.sanity_checking:
-            return
-        with self._validation:
-            if isinstance(self.step, AdversarialStep):  # which compares all held-out rows with samples
-                held_out: Any = self._held_out or _Collected(self._valid_batches)
-                self._valid_losses = [(self.step.validate(held_out), held_out.rows)]
-        total, rows = self.ranks.sum(sum(loss * n for loss, n in self._valid_losses), sum(n for _, n in self._valid_losses))
-        self._valid, self._has_validated = total / rows, True
-        self._log("valid", self._valid)
+        if self._validates:
+            self._valid, self._has_validated = self._validation.end(), True
+            self._log("valid", self._valid)
 
     @property
     def _held_out_rows(self) -> int:
@@ -548,17 +508,6 @@ class LightningFit(LightningModule):
             self.log(f"{name} ({unit})", value, prog_bar=True, logger=False, **shown)
 
 
-class _Collected:
-    """Batches of held-out data that were read one by one."""
-
-    def __init__(self, batches: list[Batch]) -> None:
-        self.batches, self.rows = batches, sum(batch.rows for batch in batches)
-
-    def in_order(self) -> list[Batch]:
-        """Return the batches."""
-        return self.batches
-
-
 class _EndOnError(Callback):
     """A callback that ends a run after an error with its best parameters, before Lightning frees its devices."""
 
@@ -568,7 +517,8 @@ class _EndOnError(Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Write the state after the last full epoch, and restore the best parameters."""
         owner = self.owner
-        owner._validation.close()
+        if owner._validation is not None:
+            owner._validation.close()
         if pl_module is not owner or owner._epochs is None:
             if owner._sharding is not None:
                 owner._sharding.end(None)
@@ -585,17 +535,3 @@ class _EndOnError(Callback):
         with suppress(OSError):  # the error that ends the run is told instead
             epochs.run.write()
         owner.put_back()
-
-
-def check_launcher(trainer: Any) -> None:
-    """Raise an error if a Trainer copies this process, whose fit the copies would train instead.
-
-    Raises:
-        ValueError: for such a Trainer.
-    """
-    launcher = type(trainer.strategy.launcher).__name__
-    if "MultiProcessing" in launcher:
-        raise ValueError(
-            "The Trainer trains in copies of this process, from which no fit returns. Use strategy='ddp' in a script, which "
-            "starts the script once for each device, or torchrun."
-        )

@@ -13,14 +13,13 @@ from typing import Any
 
 from torch import distributed
 
-from pyro_genmodels.infer.compiled import Mode
 from pyro_genmodels.training.batches import Batches
 from pyro_genmodels.training.fit import Fit
-from pyro_genmodels.training.lightning import LightningFit, check_launcher
+from pyro_genmodels.training.lightning import LightningFit
 from pyro_genmodels.training.limits import Limits
 from pyro_genmodels.training.runs import TrainingInterrupted
 from pyro_genmodels.training.shares import Shares
-from pyro_genmodels.utils.errors import import_extra, one_line, repr_or_class, warn_caller
+from pyro_genmodels.utils.errors import import_extra, one_line, warn_caller
 
 NOT_FOR_USERS = (
     ".*smaller than the logging interval.*",
@@ -30,27 +29,6 @@ NOT_FOR_USERS = (
     ".*LeafSpec.*",
 )
 """Warnings of Lightning about what `train` has chosen, or that are torch's own."""
-
-
-def check_trainer(trainer: Any, mode: Mode | None) -> None:
-    """Raise an error unless this is a Trainer that can train a fit by this mode.
-
-    Raises:
-        TypeError: if it is no Trainer.
-        ValueError: if it starts its processes in a way from which no fit returns, or the mode is a graph.
-    """
-    if mode is not None and mode.captures:
-        raise ValueError(
-            f"A Trainer takes eager steps, since a graph does not tell other devices of its gradients, but found mode={mode}: "
-            "leave mode= out, or train without a trainer."
-        )
-    wanted = import_extra("lightning", extra="lightning", by="trainer=").Trainer
-    if not isinstance(trainer, wanted):
-        hint = ""
-        if any(kind.__name__ == "Trainer" for kind in type(trainer).__mro__):
-            hint = " Import it from lightning, not from pytorch_lightning."
-        raise TypeError(f"train wants a lightning.Trainer(...) as trainer, but found {repr_or_class(trainer)}.{hint}")
-    check_launcher(trainer)
 
 
 def train_by(

@@ -34,6 +34,7 @@ from pyro_genmodels.training.adversarial_steps import AdversarialStep
 from pyro_genmodels.training.batches import Batches
 from pyro_genmodels.training.epochs import Epochs
 from pyro_genmodels.training.fit import Fit
+from pyro_genmodels.training.lightning_checks import check_trainer
 from pyro_genmodels.training.limits import Limits
 from pyro_genmodels.training.options import (
     EMA_DECAY,
@@ -154,9 +155,7 @@ def train(
     """
     check_options(epochs, batch_size, patience, ema_decay, clip_norm, checkpoint, seed, threads, mode, max_seconds)
     if trainer is not None:
-        from pyro_genmodels.training import lightning_run
-
-        lightning_run.check_trainer(trainer, mode)
+        check_trainer(trainer, mode)
     fit = fit.family if isinstance(fit, Fit) else fit
     model, guide = traces.as_pair(fit)
     model_kwargs = joined_keywords({}, model_kwargs)

@@ -24,7 +24,7 @@ from pyro_genmodels.training.arguments import Batch
 from pyro_genmodels.training.batches import Batches
 from pyro_genmodels.training.joint_buffers import JointBuffers
 from pyro_genmodels.training.lightning import LightningFit
-from pyro_genmodels.training.lightning_run import check_trainer
+from pyro_genmodels.training.lightning_checks import check_trainer
 from pyro_genmodels.training.shares import Share, Shares
 from pyro_genmodels.utils.ranks import Ranks, current_ranks, joint_ranks, joint_seed
 
