@@ -143,8 +143,7 @@ def _paths(source: Any) -> list[Path]:
     else:
         raise TypeError(
             "stream wants a folder, a file, a pattern, a list of files, arrays that can be sliced, or an iterable with rows=, "
-            "but "
-            f"found {type(source).__name__}."
+            f"but found {type(source).__name__}."
         )
     if len(kinds := sorted({path.suffix for path in found})) > 1 or kinds[0] not in SUFFIXES:
         raise ValueError(f"A stream wants files that are all {' or all '.join(SUFFIXES)}, but found {listed(kinds)}.")
@@ -175,6 +174,5 @@ def _check_alike(sources: Sequence[Source]) -> None:
         if source.form != sources[0].form:
             raise ValueError(
                 f"{source.name} holds {source.form}, but {sources[0].name} holds {sources[0].form}. All files of a stream want "
-                "rows "
-                "of one form: save them with the same columns and types."
+                "rows of one form: save them with the same columns and types."
             )

@@ -73,8 +73,7 @@ def shares(unseen: Sequence[Interval], steps: int, ranks: int) -> list[list[Inte
     if steps and rows // steps < ranks:
         raise ValueError(
             f"A step of {rows // steps} rows cannot be shared by {ranks} processes, each of which wants a row: use larger "
-            "batches, "
-            "or fewer processes."
+            "batches, or fewer processes."
         )
     rest, parts = list(unseen), []
     for rank in range(ranks):

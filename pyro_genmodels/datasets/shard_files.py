@@ -164,8 +164,7 @@ def _columns(batch: Any, names: Sequence[str], dtype: np.dtype, source: str) -> 
             if dtype.kind != "f":
                 raise ValueError(
                     f"{source}: the column {name!r} of {column.type} has {column.null_count} missing values, which {dtype} "
-                    "cannot "
-                    "hold. Fill them, or save the column as floats."
+                    "cannot hold. Fill them, or save the column as floats."
                 )
             column = column.cast("float64")
         array[:, i] = column.to_numpy(zero_copy_only=False)

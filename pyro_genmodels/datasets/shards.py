@@ -68,8 +68,7 @@ class FileState:
         if now != self:
             raise ValueError(
                 f"{self.path} has changed since the stream was opened ({self.size:,} bytes then, {now.size:,} now). Rows must "
-                "stay "
-                "as they are during training: write new rows to new files, and open the stream anew."
+                "stay as they are during training: write new rows to new files, and open the stream anew."
             )
 
     def digest(self) -> str:
@@ -172,8 +171,7 @@ class IterableSource(Source):
         if seen < stop:
             raise ValueError(
                 f"{self.name} ended after {seen} rows. Give their number as rows=, and an iterable that begins anew each time, "
-                "such "
-                "as a loader, or a function that returns a generator."
+                "such as a loader, or a function that returns a generator."
             )
 
 

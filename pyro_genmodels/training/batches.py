@@ -102,8 +102,7 @@ class Batches:
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise TypeError(
                 f"Training wants a dataset with a length, but {type(dataset).__name__} has none. Use a map-style dataset, or "
-                "say "
-                "the number of its rows: datasets.stream(loader, rows=...)."
+                "say the number of its rows: datasets.stream(loader, rows=...)."
             )
         return len(dataset)
 

@@ -162,8 +162,7 @@ def _check_statistics(family: Family, statistics: tuple[ColumnStatistics, ...]) 
         if found.nonfinite and not (what == "data" and getattr(family, "missing", False)):
             raise ValueError(
                 f"{family.name} cannot be trained on these {what}: {found.nonfinite:,} of {found.rows:,} rows have NaN or "
-                "infinite "
-                f"values, the first of them {found.first_nonfinite}. Drop or impute these rows first."
+                f"infinite values, the first of them {found.first_nonfinite}. Drop or impute these rows first."
             )
     if len(statistics) > 1 and isinstance(family.context, Labels):
         family.context.check(torch.stack([statistics[1].low, statistics[1].high]).to(statistics[1].dtype))

@@ -75,6 +75,20 @@ class Output:
         if self.rows is not None:
             check_positive_int("Output", rows=self.rows)
 
+    def exists(self) -> bool:
+        """Return True if there is a run to resume.
+
+        Raises:
+            FileExistsError: if the path exists, and the run is not resumed.
+        """
+        found = Path(self.path).exists()
+        if found and not self.resume:
+            raise FileExistsError(
+                f"{self.path} exists. To go on with an interrupted run pass Output({str(self.path)!r}, resume=True); else "
+                "choose another path, or delete it."
+            )
+        return found
+
 
 def as_output(owner: str, out: Any, suffixes: tuple[str, ...]) -> Output:
     """Return an `Output`, given one or its path, after a look at its suffix.
@@ -189,12 +203,7 @@ class PartFolder:
         self._parquet = import_extra("pyarrow.parquet", extra="parquet", by="A folder of parquet files")
         self.path = Path(output.path)
         self._settings = json.loads(json.dumps(dict(settings)))
-        if self.path.exists():
-            if not output.resume:
-                raise FileExistsError(
-                    f"{self.path} exists. To go on with an interrupted run pass Output({str(self.path)!r}, resume=True); else "
-                    "choose another path, or delete it."
-                )
+        if output.exists():
             check_settings(self.path, self._read_manifest()["settings"], self._settings)
         else:
             self._write_manifest({})

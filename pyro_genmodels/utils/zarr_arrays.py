@@ -46,15 +46,10 @@ class ZarrArrays:
         self.state: dict[str, Any] = {}
         self.done = 0
         self._arrays: dict[tuple[str, str], Any] = {}
-        if not self.path.exists():
+        if not output.exists():
             self._root = self._zarr.open_group(self.path, mode="w", zarr_format=2)
             self.save(0)
             return
-        if not output.resume:
-            raise FileExistsError(
-                f"{self.path} exists. To go on with an interrupted run pass Output({str(self.path)!r}, resume=True); else "
-                "choose another path, or delete it."
-            )
         try:
             self._root = self._zarr.open_group(self.path, mode="r+", zarr_format=2, use_consolidated=False)
             found: Any = self._root.attrs[KEY]
