@@ -5,7 +5,8 @@ and :math:`n_b` values, the mean and the sum of squared deviations of both are
 
 .. math:: m = m_a + \delta \frac{n_b}{n_a + n_b}, \qquad S = S_a + S_b + \delta^2 \frac{n_a n_b}{n_a + n_b},
 
-which loses no digits, however far from 0 the values are. Chan, Golub and LeVeque, *Algorithms for Computing the Sample
+which loses no digits, however far from 0 the values are. The root of S is held, and computed without squares of values, so that
+any unit will do. Chan, Golub and LeVeque, *Algorithms for Computing the Sample
 Variance* (1983). What was measured of a file is written as JSON, and read again as long as the file stays as it is.
 """
 
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from pyro_genmodels.utils.files import atomic_write
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ColumnStatistics:
         rows: number of rows.
         count: number of finite values, (*event_shape), in double precision like all that follow.
         mean: their mean.
-        squares: sum of their squared deviations from the mean; 0 where all are equal.
+        spread: root of the sum of their squared deviations from the mean; 0 where all are equal.
         low: smallest of them.
         high: largest of them.
         dtype: data type of the values.
@@ -54,7 +55,7 @@ class ColumnStatistics:
     rows: int
     count: Tensor
     mean: Tensor
-    squares: Tensor
+    spread: Tensor
     low: Tensor
     high: Tensor
     dtype: torch.dtype
@@ -82,16 +83,19 @@ class ColumnStatistics:
             known, (low, high) = values, values.aminmax(dim=0)
         mean = known.sum(0) / count.clamp(min=1)
         centred = torch.where(seen, values - mean, 0.0) if len(bad) else values - mean
+        least, most = centred.aminmax(dim=0)
+        unit = torch.maximum(-least, most)  # neither squares nor their sums overflow or vanish
+        centred = centred / torch.where(unit == 0, 1.0, unit)
         squares = centred.square().sum(0) - centred.sum(0).square() / count.clamp(min=1)
-        squares = torch.where(low < high, squares.clamp(min=0), 0.0)
-        count, mean, squares, low, high = (part.reshape(shape) for part in (count, mean, squares, low, high))
+        spread = torch.where(low < high, unit * squares.clamp(min=0).sqrt(), 0.0)
+        count, mean, spread, low, high = (part.reshape(shape) for part in (count, mean, spread, low, high))
         place = f"{name}, row {first + int(bad[0])}" if len(bad) else ""
-        return cls(len(rows), count, mean, squares, low, high, rows.dtype, len(bad), place)
+        return cls(len(rows), count, mean, spread, low, high, rows.dtype, len(bad), place)
 
     @property
     def deviation(self) -> Tensor:
         """Unbiased standard deviation; NaN for fewer than two values."""
-        return (self.squares / (self.count - 1)).sqrt()
+        return self.spread / (self.count - 1).sqrt()
 
     def __add__(self, other: ColumnStatistics) -> ColumnStatistics:
         """Return the statistics of the rows of both, those of `other` after those of this one."""
@@ -102,7 +106,7 @@ class ColumnStatistics:
             self.rows + other.rows,
             count,
             self.mean + step * share,
-            self.squares + other.squares + step.square() * self.count * share,
+            torch.hypot(torch.hypot(self.spread, other.spread), step * (self.count * share).sqrt()),
             torch.minimum(self.low, other.low),
             torch.maximum(self.high, other.high),
             self.dtype,
@@ -112,11 +116,11 @@ class ColumnStatistics:
 
     def with_noise(self, mean: float, variance: float) -> ColumnStatistics:
         """Return the statistics of the values with independent noise of that mean and variance added, apart from their ends."""
-        return replace(self, mean=self.mean + mean, squares=self.squares + variance * self.count)
+        return replace(self, mean=self.mean + mean, spread=torch.hypot(self.spread, (variance * self.count).sqrt()))
 
     def to_json(self) -> dict[str, Any]:
         """Return the statistics as JSON."""
-        parts = {name: getattr(self, name) for name in ("count", "mean", "squares", "low", "high")}
+        parts = {name: getattr(self, name) for name in ("count", "mean", "spread", "low", "high")}
         return {
             "rows": self.rows,
             "shape": list(self.mean.shape),
@@ -129,12 +133,12 @@ class ColumnStatistics:
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> ColumnStatistics:
         """Return the statistics that `to_json` returned."""
-        count, mean, squares, low, high = (
+        count, mean, spread, low, high = (
             torch.tensor(saved[name], dtype=torch.float64).reshape(saved["shape"])
-            for name in ("count", "mean", "squares", "low", "high")
+            for name in ("count", "mean", "spread", "low", "high")
         )
         dtype, nonfinite, first = getattr(torch, saved["dtype"]), saved["nonfinite"], saved["first_nonfinite"]
-        return cls(saved["rows"], count, mean, squares, low, high, dtype, nonfinite, first)
+        return cls(saved["rows"], count, mean, spread, low, high, dtype, nonfinite, first)
 
 
 def merged(parts: Iterable[tuple[ColumnStatistics, ...]]) -> tuple[ColumnStatistics, ...]:

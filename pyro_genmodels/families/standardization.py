@@ -163,16 +163,18 @@ def estimate_of_all(
         >>> estimate_of_all(found, torch.zeros(2), kind=True, owner="Flow", inputs=DATA)
         (tensor([2., 4.], dtype=torch.float64), tensor([1.4142, 4.0000], dtype=torch.float64))
     """
-    count, loc, squares = (part.flatten() for part in (found.count, found.mean, found.squares))
+    count, loc, spread = (part.flatten() for part in (found.count, found.mean, found.spread))
     rounding = torch.finfo(found.dtype).eps if found.dtype.is_floating_point else 0.0
     size = torch.maximum(found.low.abs(), found.high.abs()).flatten()
-    constant = (squares / count.clamp(min=1)).sqrt() <= rounding * size
+    constant = spread / count.clamp(min=1).sqrt() <= rounding * size
     if "jointly" in str(kind):
         mean = (count * loc).sum(0, keepdim=True) / count.sum()
-        squares = (squares + count * (loc - mean).square()).sum(0, keepdim=True)
+        spread = torch.hypot(spread, count.sqrt() * (loc - mean))
+        unit = _unit(spread[:, None])  # squares neither overflow nor vanish
+        spread = unit * torch.linalg.vector_norm(spread / unit, dim=0, keepdim=True)
         loc, count, constant = mean, count.sum(0, keepdim=True), constant.all().reshape(1)
     tiny = loc.abs() < torch.finfo(like.dtype).tiny
-    scale = torch.where(constant, torch.where(tiny, 1.0, loc.abs()), (squares / (count - 1).clamp(min=1)).sqrt())
+    scale = torch.where(constant, torch.where(tiny, 1.0, loc.abs()), spread / (count - 1).clamp(min=1).sqrt())
     loc, scale = loc.to(like.device), scale.to(like.device)
     _check_representable(loc, scale, like, owner, inputs)
     return loc.expand(like.numel()).reshape(like.shape), scale.expand(like.numel()).reshape(like.shape)

@@ -79,10 +79,14 @@ def sample_to(
     check_positive_int("sample_to", num_samples=num_samples, batch_size=batch_size)
     output = as_output("sample_to", out, (".parquet", ".zarr"))
     source = _Source(fit, context, batch_size, output.seed)
-    size = source.draw(-1, slice(0, 1))[0].size
+    first, labels = source.draw(-1, slice(0, 1))
+    size = first.size
     names = None if columns is None else list(columns)
     if names is not None and len(names) != size:
         raise ValueError(f"sample_to wants the names of {size} columns, but found {len(names)}: {one_line(names, 80)}.")
+    used = [*(names or flat_columns(first)), *([] if labels is None else [label])]
+    if len(set(used)) < len(used):
+        raise ValueError(f"sample_to wants columns of different names, with that of labels, but found {one_line(used, 80)}.")
     rows = rows_of_part(output, size)
     settings: dict[str, Any] = {
         "kind": "draws", "fit": source.digest(), "number_of_draws": num_samples, "draws_of_a_part": rows, "seed": output.seed,

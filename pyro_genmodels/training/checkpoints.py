@@ -177,7 +177,7 @@ def write(path: str | Path, state: Mapping[str, Tensor], record: Mapping[str, An
         try:
             _safetensors(".torch").save_file(tensors, part, metadata=metadata)
         except _safetensors().SafetensorError as error:
-            raise OSError(f"{target} cannot be written: {brief(error)}") from error
+            raise OSError(brief(error)) from error  # `atomic_write` adds the name
     if readable:
         with atomic_write(target.with_suffix(".json")) as part:
             part.write_text(json.dumps(full, indent=1) + "\n")

@@ -15,6 +15,8 @@ import torch
 from pyro_genmodels.datasets import shards, stream, streams
 from pyro_genmodels.datasets.orders import rows_left, shares, step_sizes
 from pyro_genmodels.datasets.statistics import ColumnStatistics, merged
+from pyro_genmodels.families.input_warnings import DATA
+from pyro_genmodels.families.standardization import estimate_of_all
 
 ROWS = 103
 
@@ -254,6 +256,20 @@ def test_statistics_are_those_of_all_rows_at_once(offset, tmp_path):
     assert (found.deviation[2], found.rows, found.low[2]) == (0.0, 500, values[0, 2])
 
 
+@pytest.mark.parametrize("unit", [2.0**-900, 2.0**900])
+def test_statistics_are_exact_in_any_unit(unit):
+    """Powers of 2 scale doubles without rounding, so that mean and deviation scale as exactly, though squares would vanish."""
+    x = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    parts = [[ColumnStatistics.of(rows * size, "x", 0) for rows in x.split(20)] for size in (1.0, unit)]
+    plain, scaled = (first + second + third for first, second, third in parts)
+    assert torch.equal(scaled.mean, plain.mean * unit)
+    torch.testing.assert_close(scaled.deviation, plain.deviation * unit, rtol=1e-15, atol=0.0)
+    loc, scale = estimate_of_all(scaled, x[0], kind="jointly", owner="Flow", inputs=DATA)
+    wanted = estimate_of_all(plain, x[0], kind="jointly", owner="Flow", inputs=DATA)
+    assert torch.equal(loc, wanted[0] * unit)
+    torch.testing.assert_close(scale, wanted[1] * unit, rtol=1e-13, atol=0.0)
+
+
 def test_statistics_do_not_depend_on_how_rows_are_divided():
     x = 1e6 + torch.randn(101, 4, dtype=torch.float64)
     x[7, 1], x[60, 1], x[:, 3] = torch.nan, torch.inf, torch.nan
@@ -279,7 +295,7 @@ def test_statistics_are_remembered_file_by_file(tmp_path, monkeypatch):
     again = stream(tmp_path, columns=["n", "m"], context="label").statistics()
     assert not measured
     assert torch.equal(again[0].mean, found[0].mean)
-    assert torch.equal(again[0].squares, found[0].squares)
+    assert torch.equal(again[0].spread, found[0].spread)
     stream(tmp_path, columns=["n"]).statistics()
     assert len(measured) == len(rows.spans)  # other columns are measured for themselves
     measured.clear()

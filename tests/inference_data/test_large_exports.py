@@ -105,12 +105,18 @@ def test_what_cannot_be_sampled_is_refused(flow, tmp_path):
         (TypeError, "draws from a family, a result of train or a distribution", lambda: sample_to("flow", 5, "a.parquet")),
         (ValueError, "found the batch shape (3,)", lambda: sample_to(dist.Normal(torch.zeros(3), 1.0), 5, "a.parquet")),
         (ValueError, "wants the names of 2 columns, but found 1", lambda: sample_to(flow, 5, "a.parquet", columns=["a"])),
+        (ValueError, "columns of different names", lambda: sample_to(flow, 5, "a.parquet", columns=["a", "a"])),
         (ValueError, "'name.parquet' or 'name.zarr'", lambda: sample_to(flow, 5, "a.csv")),
         (ValueError, "an integer num_samples of 1 or more", lambda: sample_to(flow, 0, "a.parquet")),
         (ValueError, "leave columns out", lambda: sample_to(flow, 5, tmp_path / "a.zarr", columns=["a", "b"])),
     ]:
         with pytest.raises(error, match=re.escape(text)):
             call()
+
+
+def test_labels_do_not_take_the_place_of_a_column(tmp_path):
+    with pytest.raises(ValueError, match="columns of different names"):
+        sample_to(Flow((2,), context=Labels(2)), 5, tmp_path / "a.parquet", context=torch.arange(2), label="x0")
 
 
 def test_a_full_disk_leaves_the_blocks_before(flow, tmp_path, monkeypatch):
