@@ -162,9 +162,9 @@ def describe(found: LogLikelihood, levels: int | None, x: Any, sample_quality: C
         )
     kind = found.kind if found.kind == "exact" else f"{found.label}, k={found.num_samples}"
     bits = f"; {found.bits_per_dim(x[0].numel()):.3f} bits per dimension" if levels else ""
-    error = f" ± {found.mean_std_error:.3f}" if len(found.values) > 1 else ""
+    error = f" ± {found.mean_std_error:.{found.digits}f}" if len(found.values) > 1 else ""
     notes = "".join(f"; {note}" for note in found.notes)
-    return f"{-found.mean:.3f}{error} nats per datum, lower is better ({kind}, n={len(x)}){bits}{notes}"
+    return f"{-found.mean:.{found.digits}f}{error} nats per datum, lower is better ({kind}, n={len(x)}){bits}{notes}"
 
 
 def print_table(comparison: Comparison, data: Dataset) -> None:

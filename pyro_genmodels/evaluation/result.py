@@ -25,7 +25,7 @@ __all__ = [
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from math import log, nan, sqrt
+from math import floor, isfinite, log, log10, nan, sqrt
 from pathlib import Path
 from typing import Literal
 
@@ -87,6 +87,12 @@ class LikelihoodResult(ABC):
         return nan if self.num_rows < 2 else sqrt(self.variance / self.num_rows + self.shared_error**2)
 
     @property
+    def digits(self) -> int:
+        """Number of decimals to print the mean with: 3, or more if the standard error is below 0.001."""
+        error = self.mean_std_error
+        return 3 if error == 0 or not isfinite(error) else max(3, -floor(log10(error)))
+
+    @property
     def notes(self) -> list[str]:
         """Sentences on rows whose values say less than others: NaN, infinite, or of a k-hat that is above .7 or unknown."""
         return [] if self.kind == "none" else self.counts.notes(self.num_samples)
@@ -107,7 +113,8 @@ class LikelihoodResult(ABC):
         about = f"{self.label}{k}, n={self.num_rows}"
         about += "" if noise is None else f", with Gaussian observation noise {noise:.3g}"
         notes = "".join(f"; {note}" for note in self.notes)
-        return f"{self.nats:.3f} ± {self.mean_std_error:.3f} nats per datum, lower is better ({about}{notes})"
+        digits = self.digits
+        return f"{self.nats:.{digits}f} ± {self.mean_std_error:.{digits}f} nats per datum, lower is better ({about}{notes})"
 
 
 @dataclass(frozen=True, repr=False)

@@ -194,6 +194,11 @@ class RunCheckpoint:
                 f"There is no training run {self.run_path}. Older ones are beside it: {listed(older)}. Resume one of them by "
                 f"its path, such as {self.run_path.with_name(older[-1])}."
             )
+        is_folder = self.run_path.with_name(self.run_path.name.removesuffix(RUN_SUFFIX)).is_dir()  # `read` names a file in it
+        if not self.run_path.exists() and not is_folder:
+            raise FileNotFoundError(
+                f"There is no training run {self.run_path} to resume. To begin one, do not pass resume=True."
+            )
         own_bytes = sum(t.nbytes for group in tensor_groups(self.weights).values() for t in group)
         tensors, record = checkpoints.read(self.run_path, max_bytes=max(MAX_BYTES, 16 * own_bytes))
         if "options" in record and "run" not in record:

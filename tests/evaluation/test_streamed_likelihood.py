@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_genmodels import GAN, MAF, VAE, Flow, Labels, compare, log_likelihood
 from pyro_genmodels.datasets import stream
-from pyro_genmodels.evaluation import Output, StreamedComparison, StreamedLogLikelihood
+from pyro_genmodels.evaluation import LogLikelihood, Output, StreamedComparison, StreamedLogLikelihood
 from pyro_genmodels.evaluation.importance import RowEstimator
 from pyro_genmodels.evaluation.row_counts import RowCounts, RowTotals
 from pyro_genmodels.utils import parts
@@ -38,6 +38,14 @@ def loader(*tensors, size=128):
 
 def values_in(path):
     return pd.read_parquet(path)["log_likelihood"].to_numpy()
+
+
+@pytest.mark.parametrize(
+    ("rows", "shown"), [(100, "3.000 ± 0.101 nats"), (4_000_000, "3.0000 ± 0.0005 nats"), (1, "2.000 ± nan")]
+)
+def test_standard_errors_of_many_rows_are_shown(rows, shown):
+    values = -3 + (-1.0) ** torch.arange(rows)  # the error of their mean is 1 / sqrt(rows - 1)
+    assert str(LogLikelihood(values, torch.zeros(rows), "exact", 1)).startswith(shown)
 
 
 def test_moments_of_parts_are_those_of_all_rows(float64):

@@ -853,7 +853,9 @@ def test_a_refused_run_leaves_the_parameters_as_they_came(tmp_path):
 
 
 def test_where_there_is_no_run_is_said(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"run\.training\.safetensors"):
+    with pytest.raises(
+        FileNotFoundError, match=r"run\.training\.safetensors to resume\. To begin one, do not pass resume=True"
+    ):
         run(affine_flow, tmp_path / "run", 2, resume=True)
     run(affine_flow, tmp_path / "run", 1)
     (tmp_path / "run.training.safetensors").unlink()
