@@ -86,6 +86,10 @@ def test_accumulated_gradients_are_those_of_the_joint_rows_of_two_ranks(runs):
     assert runs[0]["accumulated"] < 1e-5
 
 
+def test_codebooks_learn_from_the_joint_batch(runs):
+    assert runs[0]["codebook"] < 1e-10
+
+
 def test_chains_differ_by_rank_and_nothing_else(runs):
     own, other = (run["energy"] for run in runs)
     assert own["chains"] != other["chains"]

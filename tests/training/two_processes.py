@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_genmodels import GAN, EnergyModel, Flow, FlowMatching, NoiseContrastive, Persistent, train
+from pyro_genmodels.families import VectorQuantizedVAE
 from pyro_genmodels.infer import ImplicitScoreMatching, ImportanceWeightedELBO, KLWeightedELBO, SlicedScoreMatching
 from pyro_genmodels.infer.compiled.losses import differentiable_loss
 from pyro_genmodels.training import Checkpoint
@@ -160,9 +161,9 @@ def runs():
 
     # fewer rows than ranks
     try:
-        train(Flow((2,)), x[:1], epochs=1, trainer=trainer(), **options)
-    except ValueError as error:
-        found["one row"] = str(error)
+        train(Flow((2,), standardize=False), x[:1], epochs=1, trainer=trainer(), **options)
+    except ValueError as refusal:
+        found["one row"] = str(refusal)
 
     # a guide that makes its parameters at the first run, and a parameter in Pyro's store
     pyro.clear_param_store()
@@ -203,6 +204,14 @@ def runs():
         "others": [float(b.double().sum()) for name, b in energy.named_buffers() if not name.endswith("chains")],
         "sum": [float(p.detach().sum()) for p in energy.parameters()],
     }
+
+    # a codebook learns from the joint batch
+    pyro.set_rng_seed(4)
+    coded = VectorQuantizedVAE((2,), codes=8, latent_shape=(2,), code_dim=2, hidden=(8,), restart=0.0).double()
+    one = copy.deepcopy(coded)
+    for family, by in ((coded, trainer()), (one, None)):
+        train(family, x.double(), epochs=3, batch_size=41, trainer=by, ema_decay=None, **options)
+    found["codebook"] = max(error(a, b) for a, b in zip(numbers(coded).values(), numbers(one).values(), strict=True))
 
     # a loader that shuffles shows every row once
     seen = Rows()
