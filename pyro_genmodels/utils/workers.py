@@ -130,15 +130,43 @@ class Job:
         backend, _ = joblib.parallel.get_active_backend()
         one_by_one = getattr(backend, "supports_return_generator", False)  # loky and Dask do, Ray does not
         parallel = Parallel(n_jobs=n_jobs, return_as="generator" if one_by_one else "list")
-        results = parallel(joblib.delayed(_run)(self.key, self._pickled, seed) for seed in seeds)
-        try:
-            for result in results:  # noqa: UP028 - `yield from` would close them without the filter below
-                yield result
-        finally:
-            if one_by_one:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", UserWarning)  # of runs that nobody waits for any more
-                    results.close()
+        with _errors_reported(backend):
+            results = parallel(joblib.delayed(_run)(self.key, self._pickled, seed) for seed in seeds)
+            try:
+                for result in results:  # noqa: UP028 - `yield from` would close them without the filter below
+                    yield result
+            finally:
+                if one_by_one:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore", UserWarning)  # of runs that nobody waits for any more
+                        results.close()
+
+
+@contextmanager
+def _errors_reported(backend: Any) -> Iterator[None]:
+    """Tell joblib in a block when Dask gives up a run whose workers have died, for which joblib 1.6 waits for ever.
+
+    Its backend for Dask sets the error in the future of the run, but calls back only for runs that have ended.
+    """
+    if type(backend).__name__ != "DaskDistributedBackend":
+        yield
+        return
+    submit = backend.submit
+
+    def reporting(function: Any, callback: Any = None) -> Any:
+        def report(ended: Any) -> None:
+            if not ended.cancelled() and ended.exception() is not None:
+                callback(ended.exception())
+
+        future = submit(function, callback)
+        future.add_done_callback(report)
+        return future
+
+    backend.submit = reporting
+    try:
+        yield
+    finally:
+        del backend.submit
 
 
 def _is_loss(error: Exception) -> bool:
