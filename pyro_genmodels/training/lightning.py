@@ -38,7 +38,7 @@ from pyro_genmodels.training.checkpoints import tensors_of
 from pyro_genmodels.training.epochs import Epochs
 from pyro_genmodels.training.fit import Fit
 from pyro_genmodels.training.joint_buffers import JointBuffers
-from pyro_genmodels.training.lightning_checks import check_callbacks, check_launcher, check_loss
+from pyro_genmodels.training.lightning_checks import check_callbacks, check_launcher, check_loss, check_precision
 from pyro_genmodels.training.lightning_validation import JointValidation
 from pyro_genmodels.training.limits import Limits
 from pyro_genmodels.training.options import (
@@ -185,6 +185,7 @@ class LightningFit(LightningModule):
         """Learn the ranks, and prepare the step, before Lightning moves and wraps the parameters."""
         trainer = self.trainer
         check_launcher(trainer)
+        check_precision(trainer)
         self.ranks = Ranks(trainer.global_rank, trainer.world_size, trainer.strategy.root_device)
         if self.step is None:
             self.prepare(self._batches_of_trainer())

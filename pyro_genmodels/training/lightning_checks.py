@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["check_callbacks", "check_launcher", "check_loss", "check_trainer"]
+__all__ = ["check_callbacks", "check_launcher", "check_loss", "check_precision", "check_trainer"]
 
 from typing import Any
 
@@ -33,6 +33,21 @@ def check_trainer(trainer: Any, mode: Mode | None) -> None:
             hint = " Import it from lightning, not from pytorch_lightning."
         raise TypeError(f"train wants a lightning.Trainer(...) as trainer, but found {repr_or_class(trainer)}.{hint}")
     check_launcher(trainer)
+    check_precision(trainer)
+
+
+def check_precision(trainer: Any) -> None:
+    """Raise an error if a Trainer makes parameters half precision, in which densities are then computed and summed.
+
+    Raises:
+        ValueError: for such a Trainer.
+    """
+    if (precision := str(trainer.precision)) in ("bf16-true", "16-true"):
+        mixed = precision.replace("true", "mixed")
+        raise ValueError(
+            f"Trainer(precision={precision!r}) rounds parameters, log densities and losses to half precision. Use "
+            f"precision={mixed!r}, which computes only networks in it."
+        )
 
 
 def check_launcher(trainer: Any) -> None:

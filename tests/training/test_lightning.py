@@ -219,6 +219,16 @@ def test_a_trainer_that_copies_this_process_is_refused():
         check_trainer(by, None)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_a_trainer_that_rounds_parameters_is_refused(precision, x):
+    wanted = rf"rounds parameters, log densities and losses .* precision='{precision.replace('true', 'mixed')}'"
+    with pytest.raises(ValueError, match=wanted):
+        train(Flow((2,)), x, trainer=trainer(precision=precision))
+    batches = DataLoader(TensorDataset(x), batch_size=20)
+    with pytest.raises(ValueError, match=wanted):
+        trainer(precision=precision, max_epochs=1).fit(LightningFit(Flow((2,))), batches, batches)
+
+
 def test_a_loss_without_a_differentiable_form_is_refused(x):
     with pytest.raises(ValueError, match="TraceGraph_ELBO computes its gradients in another way"):
         train(VAE((2,)), x, objective=TraceGraph_ELBO(), epochs=1, progress=False, trainer=trainer())
