@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["evaluation_mode", "reachable_modules", "with_versions"]
+__all__ = ["evaluation_mode", "output_without_view", "reachable_modules", "with_versions"]
 
 import sys
 from collections import OrderedDict, deque
@@ -72,6 +72,14 @@ def evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def output_without_view(module: nn.Module, inputs: Any, out: Tensor) -> Tensor:
+    """Return a layer's output as a tensor of its own, as a forward hook.
+
+    A view that is changed in place would lose the gradient of a layer that is sharded.
+    """
+    return out if out._base is None else out.clone()
 
 
 def _parts_of(part: Any) -> Iterable[Any]:

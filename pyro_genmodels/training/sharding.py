@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
+from pyro_genmodels._pyro.modules import output_without_view
 from pyro_genmodels.optim.averaging import TrainedWeights
 from pyro_genmodels.utils.errors import check_positive_int, import_extra
 from pyro_genmodels.utils.ranks import Ranks
@@ -90,7 +91,7 @@ class _Place:
         """Put the sharded copy in the place of the layer, and let the layer's own numbers go."""
         from torch.distributed.fsdp import fully_shard  # slow to import
 
-        self.copy.register_forward_hook(_without_view)
+        self.copy.register_forward_hook(output_without_view)
         fully_shard(self.copy, mesh=mesh, reshard_after_forward=True)  # Pyro sees the sharded parameters between calls
         self.parent._modules[self.name] = self.copy
         for name in self.shapes:
@@ -304,11 +305,6 @@ def _large_layers(modules: Sequence[nn.Module], trained: set[int], least: int) -
         alone = seen[id(child)] == 1 and all(owners[id(p)] == 1 for p in own)
         if isinstance(child, LAYERS) and alone and sum(p.numel() for p in own) >= least and all(id(p) in trained for p in own):
             yield parent, name
-
-
-def _without_view(_: nn.Module, __: Any, out: Tensor) -> Tensor:
-    """Return a layer's output as a tensor of its own: a view that is changed in place would lose the layer's gradient."""
-    return out if out._base is None else out.clone()
 
 
 def _average(gradient: Tensor | None, size: int) -> None:

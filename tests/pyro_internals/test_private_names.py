@@ -19,6 +19,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from pyro_genmodels._pyro import params, sites
+from pyro_genmodels._pyro.modules import output_without_view
 from pyro_genmodels._pyro.reparam import MarkComputed
 from pyro_genmodels._pyro.subsampling import GivenRows
 
@@ -254,3 +255,12 @@ def test_a_plate_with_given_rows_says_so_before_it_is_replayed():
         pyro.plate("data", 5, subsample=[3, 1])
     assert given.rows == {"data": [3, 1]}
     assert capture.trace.nodes["data"]["fn"].subsample_size is None
+
+
+def test_a_view_knows_the_tensor_that_it_is_of():
+    x = torch.zeros(4)
+    assert x._base is None
+    assert output_without_view(nn.Identity(), (), x) is x
+    view = x.view(2, 2)
+    assert view._base is x
+    assert output_without_view(nn.Identity(), (), view)._base is None
