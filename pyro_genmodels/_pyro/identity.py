@@ -1,24 +1,25 @@
-"""A fit as a checksum of its parameters, by which a run that is resumed knows it again."""
+"""A fit as a checksum of its parameters and buffers, by which a run that is resumed knows it again."""
 
 from __future__ import annotations
 
 __all__ = ["fit_digest"]
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from typing import Any
 
 import torch
 from pyro import poutine
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_genmodels._pyro.modules import reachable_modules
 
 
 def fit_digest(parts: Iterable[Any], run: Callable[[], Any] | None = None, tensors: Iterable[Tensor] = ()) -> str:
-    """Return a checksum of the parameters of a fit, whatever their names and order.
+    """Return a checksum of the parameters and buffers of a fit, whatever their names and order.
 
-    Buffers are left out: log Z of an energy, for example, is put into one when it is first estimated.
+    Buffers that a module names in `changing_buffers` are left out: log Z of an energy, for example, is put into one when it is
+    first estimated. What a fit is made of beside tensors, such as the solver of an ODE, is not compared.
 
     Args:
         parts: model, guide and the like, whose modules are searched for.
@@ -30,7 +31,7 @@ def fit_digest(parts: Iterable[Any], run: Callable[[], Any] | None = None, tenso
         >>> fit_digest([a]) == fit_digest([a]), fit_digest([a]) == fit_digest([b])
         (True, False)
     """
-    found = {id(p): p.detach() for module in reachable_modules(*parts) for p in module.parameters(recurse=False)}
+    found = {id(t): t.detach() for module in reachable_modules(*parts) for t in _own_tensors(module)}
     if run is not None:
         with poutine.trace(param_only=True) as capture:
             run()
@@ -38,6 +39,13 @@ def fit_digest(parts: Iterable[Any], run: Callable[[], Any] | None = None, tenso
         found |= {id(value): value.detach() for value in values}
     digests = {_digest(t) for t in found.values()} | {_digest(t) for t in tensors}
     return sha256("".join(sorted(digests)).encode()).hexdigest()
+
+
+def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the parameters of a module, and its buffers that do not change when it is used; not those of its parts."""
+    yield from module.parameters(recurse=False)
+    changing = getattr(module, "changing_buffers", ())
+    yield from (buffer for name, buffer in module.named_buffers(recurse=False) if name not in changing)
 
 
 def _digest(t: Tensor) -> str:

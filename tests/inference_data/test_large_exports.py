@@ -17,7 +17,7 @@ import torch
 import xarray as xr
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_genmodels import MAF, Flow, Labels, to_arviz
+from pyro_genmodels import MAF, EnergyModel, Flow, Labels, Persistent, to_arviz
 from pyro_genmodels.evaluation import Output
 from pyro_genmodels.inference_data import draws as draws_module
 from pyro_genmodels.inference_data import sample_to, zarr_export
@@ -80,6 +80,22 @@ def test_an_interruption_leaves_no_trace(flow, tmp_path, monkeypatch, suffix):
         sample_to(flow, 251, out)
     with pytest.raises(ValueError, match="holds a run with different fit"):
         sample_to(Flow((2,), transform=MAF(transforms=1, hidden=(8,))), 250, out)
+
+
+def test_a_fit_with_another_standardisation_is_another_fit(flow, tmp_path):
+    out = Output(tmp_path / "a.parquet", rows=100, resume=True)
+    sample_to(flow, 100, out, progress=False)
+    flow.prepare(5 + 2 * torch.randn(100, 2))
+    with pytest.raises(ValueError, match="holds a run with different fit"):
+        sample_to(flow, 100, out, progress=False)
+
+
+def test_an_energy_is_the_same_fit_after_its_chains_have_moved(tmp_path):
+    energy = EnergyModel((2,), negatives=Persistent(8, steps=1))
+    out = Output(tmp_path / "a.parquet", rows=10, resume=True)
+    sample_to(energy, 10, out, progress=False)
+    energy.replay_buffer.chains.add_(1.0)
+    sample_to(energy, 10, out, progress=False)
 
 
 def test_contexts_are_taken_in_turn(tmp_path):

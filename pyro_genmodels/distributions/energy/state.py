@@ -77,6 +77,8 @@ class ReplayBuffer(nn.Module):
 
     rank_buffers = ("chains",)
     """Buffers that differ by rank when many devices train a fit, so that there are as many times more chains."""
+    changing_buffers = ("chains", "started", "step_size", "acceptance")
+    """Buffers that change when samples are drawn, so that the fit is the same with others."""
 
     chains: Tensor
     started: Tensor
@@ -122,6 +124,9 @@ class PartitionCache(nn.Module):
     conversion): it compares all their bits with a copy made when they were last seen. Without a copy (after loading, copying or
     moving to another device) it compares fingerprints, which are slow to compute.
     """
+
+    changing_buffers = ("values", "pareto_k", "kind_index", "fingerprint")
+    """Buffers that change when log Z is estimated, so that the fit is the same with others."""
 
     values: Tensor
     pareto_k: Tensor
