@@ -10,6 +10,8 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from pyro_genmodels.datasets.shard_files import open_npy, open_parquet
 from pyro_genmodels.datasets.shards import ArraySource, IterableSource, Piece, Source
 from pyro_genmodels.datasets.streams import RowStream
@@ -96,6 +98,12 @@ def _arrays(source: Any) -> list[Any] | None:
         return None
     if len(parts) > 2:
         raise ValueError(f"A stream wants x or (x, context), but found {len(parts)} arrays.")
+    for part in parts:
+        if isinstance(part, Tensor) or not hasattr(part, "dtype"):
+            raise TypeError(
+                f"A stream is for rows larger than memory, but found a {type(part).__name__}: pass it to train or "
+                "log_likelihood as it is. Arrays on disk are those of np.load(path, mmap_mode='r'), h5py and zarr."
+            )
     return parts
 
 

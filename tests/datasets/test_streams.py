@@ -6,6 +6,7 @@ from contextlib import closing
 from itertools import pairwise
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as parquet
@@ -454,6 +455,8 @@ def test_missing_integers_are_named(tmp_path):
         (".", {}, FileNotFoundError, r"holds no .parquet or .npy files"),
         (3, {}, TypeError, "found int"),
         ([torch.zeros(3).tolist()], {}, TypeError, "a list of paths"),
+        (torch.zeros(3, 2), {}, TypeError, "found a Tensor: pass it to train"),
+        (pd.DataFrame({"x": [1.0]}), {}, TypeError, "found a DataFrame: pass it to train"),
         ("x.csv", {}, ValueError, r"all .parquet or all .npy, but found .csv"),
         (iter([1]), {}, TypeError, "wants rows="),
         (np.zeros((0, 2)), {}, ValueError, "at least one row"),
