@@ -204,7 +204,7 @@ def small_recipes():
         yield true
 
 
-PLOT_FITS, LATTICE = reports.plot_fits, plots.lattice
+PLOT_FITS, LATTICE, SAVE_FIGURE = reports.plot_fits, plots.lattice, reports.save_figure
 
 
 @contextmanager
@@ -222,6 +222,11 @@ def plotting():
 def plotted():
     with plotting():
         yield
+
+
+def save_only(patch, *names):
+    """Save the figures whose file names start with one of these. Other tests save every figure."""
+    patch.setattr(reports, "save_figure", lambda figure, path: path.name.startswith(names) and SAVE_FIGURE(figure, path))
 
 
 # Data.
@@ -433,7 +438,8 @@ def test_a_family_without_a_likelihood_is_a_row_of_dashes(beside, tmp_path, caps
 
 
 @pytest.mark.usefixtures("plotted")
-def test_compare_of_the_plane_pictures_its_density_and_knows_the_truth(tmp_path):
+def test_compare_of_the_plane_pictures_its_density_and_knows_the_truth(tmp_path, monkeypatch):
+    save_only(monkeypatch, "density.png", "samples.png")
     text = done("compare", "--data", "ring", "--families", "flow,autoregressive", "--epochs", 1, "--out", tmp_path)
     for picture in ("density.png", "samples.png"):
         check_png(tmp_path / picture, shape="wide")
@@ -770,7 +776,8 @@ def test_a_family_of_labels_pictures_its_draws_and_density(data, tmp_path):
         pytest.param("digits", True, marks=pytest.mark.slow),
     ],
 )
-def test_ways_from_noise_to_data_are_pictured(name, conditional, tmp_path):
+def test_ways_from_noise_to_data_are_pictured(name, conditional, tmp_path, monkeypatch):
+    save_only(monkeypatch, "trajectory")
     data, context = load(name), Labels(10) if conditional else 0
     shape, network = data.train.shape[1:], UNet((8, 8)) if name == "digits" else DenseField(8, 1)
     solver, options = RK4(1), {"context": context, "levels": data.levels, "network": network}
