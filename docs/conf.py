@@ -26,7 +26,8 @@ templates_path = ["_templates"]
 default_role = "py:obj"  # names in docstrings are in single backquotes
 unlisted = (  # on no page
     r"Approximation|BatchedDensity|CapturedDensity|CoordinateFamily|DecodedFamily|Particles|SimulationTrained|"
-    r"QuasiNewtonNormal|Surrogate|"
+    r"QuasiNewtonNormal|Surrogate|Batches|ColumnStatistics|ComparisonTable|Epochs|LikelihoodResult|PairedValues|Ranks|"
+    r"RowTotals|Source|TrainedWeights|"
     r"_\w+|ChainRun|ContinuousFamily|Game|Graph|GridSampler|LogProbWithError|Program|ScoreMatching|Trajectory|Units|Update"
 )
 nitpick_ignore_regex = [("py:.*", rf"(?!pyro_genmodels\.).*|.*\.({unlisted})")]  # public names of this package must resolve
