@@ -26,7 +26,7 @@ templates_path = ["_templates"]
 default_role = "py:obj"  # names in docstrings are in single backquotes
 unlisted = (  # on no page
     r"Approximation|BatchedDensity|CapturedDensity|CoordinateFamily|DecodedFamily|Particles|SimulationTrained|"
-    r"QuasiNewtonNormal|Surrogate|Batches|ColumnStatistics|ComparisonTable|Epochs|LikelihoodResult|PairedValues|Ranks|"
+    r"QuasiNewtonNormal|Surrogate|Batches|ColumnStatistics|Epochs|PairedValues|Ranks|RowCounts|"
     r"RowTotals|Source|TrainedWeights|"
     r"_\w+|ChainRun|ContinuousFamily|Game|Graph|GridSampler|LogProbWithError|Program|ScoreMatching|Trajectory|Units|Update"
 )
