@@ -155,26 +155,31 @@ def to_arviz(
     if out is not None:
         output = as_output("to_arviz", out, (".zarr",))
         own = replace(options, progress=False)
-        _warn_of(write_blocks(sources, lambda part, said: _collected(part, said, own), output, coords or {}, options))
+
+        def block(part: Sequence[DrawSource], reports: dict[str, str]) -> Groups:
+            return concatenate_chains(_collected(part, reports, own))
+
+        _warn_of(write_blocks(sources, block, output, coords or {}, options))
         return _opened(output.path)
     reports: dict[str, str] = {}
-    joined = _collected(sources, reports, options)
+    chains = _collected(sources, reports, options)
     _warn_of(reports)
+    joined = concatenate_chains(chains)
     _add_smoothed_weights(joined)
     if joined.no_loo and "log_likelihood" in options.named:
         warn_caller(f"to_arviz: log_likelihood is not for {joined.no_loo}.", UserWarning)
     return _inference_data(joined, coords or {})
 
 
-def _collected(sources: Sequence[DrawSource], reports: dict[str, str], options: CollectOptions) -> Groups:
-    """Return the groups of several sources of draws, as chains, and add to `reports` what cannot be computed."""
+def _collected(sources: Sequence[DrawSource], reports: dict[str, str], options: CollectOptions) -> list[Groups]:
+    """Return the groups of each of several sources of draws, and add to `reports` what cannot be computed."""
     parts = []
     for source in sources:
         modules = traces.modules_of(source.model, source.guide) if len(sources) > 1 else []
         frames = noting_frames((*source.args, *source.kwargs.values()), FRAMES)
         with frames, handlers.side_effect_free(source.model, source.guide), params.isolated_param_store(modules):
             parts.append(collect(source, reports, options))
-    return concatenate_chains(parts)
+    return parts
 
 
 def _warn_of(reports: Mapping[str, str]) -> None:
