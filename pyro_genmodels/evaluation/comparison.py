@@ -34,7 +34,7 @@ from pyro_genmodels.datasets import RowStream
 from pyro_genmodels.evaluation.arguments import RowArguments, row_arguments, with_own_plate
 from pyro_genmodels.evaluation.comparison_table import ComparisonTable, PairedValues, ranking, weights_of_known
 from pyro_genmodels.evaluation.likelihood import has_likelihood, log_likelihood
-from pyro_genmodels.evaluation.result import LogLikelihood, StreamedLogLikelihood, no_likelihood
+from pyro_genmodels.evaluation.result import LikelihoodResult, LogLikelihood, StreamedLogLikelihood, no_likelihood
 from pyro_genmodels.evaluation.row_batches import is_stream
 from pyro_genmodels.evaluation.sample_quality import SampleQuality, sample_quality, split_rows
 from pyro_genmodels.evaluation.streamed_comparison import StreamedComparison, compare_batches
@@ -185,7 +185,7 @@ def _streamed(
     quality_samples: int | None,
 ) -> StreamedComparison:
     """Return the comparison of fits on rows that are read batch by batch, or whose values are in folders."""
-    known = {name: isinstance(fit, (LogLikelihood, StreamedLogLikelihood)) for name, fit in fits.items()}
+    known = {name: isinstance(fit, LikelihoodResult) for name, fit in fits.items()}
     if x is None and not all(known.values()):
         raise ValueError(f"compare was given the fit {list(fits)[list(known.values()).index(False)]!r}, but no data x.")
     if quality_samples is not None or args or options.get("row_dim"):

@@ -73,7 +73,7 @@ class ComparisonTable(ABC):
     @property
     @abstractmethod
     def _paired(self) -> PairedValues:
-        """What the table needs of the values."""
+        """Sums and variances of the values, from which the table is made."""
 
     @property
     @abstractmethod

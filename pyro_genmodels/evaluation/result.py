@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import floor, isfinite, log, log10, nan, sqrt
 from pathlib import Path
@@ -37,6 +38,7 @@ from pyro_genmodels.evaluation.row_counts import RowCounts, RowTotals
 from pyro_genmodels.utils.errors import warn_caller
 from pyro_genmodels.utils.log_mean import LogMean
 from pyro_genmodels.utils.pareto import MAX_PARETO_K, are_unreliable
+from pyro_genmodels.utils.parts import read_parts
 
 LikelihoodKind = Literal["exact", "lower bound", "estimate", "unreliable", "none"]
 """Meaning of a log-likelihood."""
@@ -70,6 +72,14 @@ class LikelihoodResult(ABC):
     @abstractmethod
     def variance(self) -> float:
         """Variance of the values of rows; NaN for a single datum."""
+
+    @abstractmethod
+    def parts(self) -> Iterator[Tensor]:
+        """Return the values of all rows in parts, (n,) each, in order.
+
+        Raises:
+            ValueError: if they are not known.
+        """
 
     @property
     def label(self) -> str:
@@ -164,6 +174,9 @@ class LogLikelihood(LikelihoodResult):
     def variance(self) -> float:
         return self.values.double().var().item() if len(self.values) > 1 else nan
 
+    def parts(self) -> Iterator[Tensor]:
+        return iter([self.values])
+
 
 @dataclass(frozen=True, repr=False)
 class StreamedLogLikelihood(LikelihoodResult):
@@ -202,6 +215,14 @@ class StreamedLogLikelihood(LikelihoodResult):
     @property
     def variance(self) -> float:
         return self.totals.moments.variance.item()
+
+    def parts(self) -> Iterator[Tensor]:
+        if self.path is None:
+            raise ValueError(
+                "The values of each row are wanted, but these log-likelihoods of a stream were not written. Give "
+                "log_likelihood a folder, out='scores.parquet', or pass the fit itself."
+            )
+        return (torch.from_numpy(columns["log_likelihood"].copy()) for columns in read_parts(self.path))
 
 
 def checked(owner: str, found: LogLikelihood, x: Tensor, *, cure: str) -> LogLikelihood:

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["RowCounts", "RowTotals"]
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import isnan, nan
 from typing import Any
 
@@ -96,15 +96,15 @@ class RowCounts:
 
 @dataclass(frozen=True)
 class RowTotals:
-    """Counts and moments of the values of rows.
+    """Counts and moments of the values of rows; by default those of no rows.
 
     Attributes:
         counts: numbers of rows by what is wrong with them.
         moments: moments of the values, ().
     """
 
-    counts: RowCounts
-    moments: Moments
+    counts: RowCounts = RowCounts()
+    moments: Moments = field(default_factory=Moments)
 
     @classmethod
     def of(cls, values: Tensor, pareto_k: Tensor | None = None, x: Tensor | None = None) -> RowTotals:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 __all__ = ["StreamedComparison", "compare_batches"]
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import repeat
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,13 +28,12 @@ from pyro_genmodels.dynamics.reverse import PROGRESS_DELAY
 from pyro_genmodels.evaluation.arguments import RowArguments
 from pyro_genmodels.evaluation.comparison_table import ComparisonTable, PairedValues, differences, ranking, weights_of_known
 from pyro_genmodels.evaluation.importance import RowEstimator
-from pyro_genmodels.evaluation.result import LikelihoodResult, LogLikelihood, StreamedLogLikelihood, warned
+from pyro_genmodels.evaluation.result import LikelihoodResult, StreamedLogLikelihood, warned
 from pyro_genmodels.evaluation.row_batches import RowBatches
 from pyro_genmodels.evaluation.row_counts import RowTotals
 from pyro_genmodels.evaluation.streaming import CURE, EvaluationOptions, check_no_plate, naming_rows
 from pyro_genmodels.utils.keywords import check_model_keywords
 from pyro_genmodels.utils.moments import Moments
-from pyro_genmodels.utils.parts import read_parts
 
 ROWS_FOR_WEIGHTS = 100_000
 """Largest number of rows on which stacking weights are found."""
@@ -83,8 +82,7 @@ def compare_batches(
         has_one: function that returns True if a fit has a likelihood, given its arguments.
     """
     scorers = {name: _scorer(fit, x, kwargs, options, has_one) for name, fit in fits.items()}
-    known = [scorer for scorer in scorers.values() if isinstance(scorer, _Known)]
-    rows = known[0].result.num_rows if known else next(s.batches.rows for s in scorers.values() if isinstance(s, _Scorer))
+    rows = next((scorer.rows for scorer in scorers.values() if scorer.rows is not None), None)
     batches = RowBatches.of("compare", x, (), kwargs, None).read() if x is not None else repeat(None)
     merged, dims = _Merged(len(scorers)), None
     with tqdm(total=rows, desc="compare", unit="row", delay=PROGRESS_DELAY, disable=not options.progress, leave=False) as bar:
@@ -102,7 +100,7 @@ def compare_batches(
                 continue
             merged.add(torch.stack(list(scored.values())))
             bar.update(count)
-            dims = dims or next((scorer.dims for scorer in scorers.values() if isinstance(scorer, _Scorer)), None)
+            dims = next((scorer.dims for scorer in scorers.values() if scorer.dims is not None), None)
     if not merged.rows:
         raise ValueError("compare found no rows in the stream. An iterator can be read only once: pass a new one.")
     results = {name: scorer.finished() for name, scorer in scorers.items()}
@@ -113,7 +111,7 @@ def compare_batches(
 
 def _scorer(fit: Any, x: Any, kwargs: Mapping[str, Any], options: EvaluationOptions, has_one: Any) -> _Scorer | _Known:
     """Return what scores batches by a fit, or reads what is known of them."""
-    if isinstance(fit, (LogLikelihood, StreamedLogLikelihood)):
+    if isinstance(fit, LikelihoodResult):
         return _Known(fit)
     model, guide = as_pair(fit)
     check_model_keywords(model, guide, (x,), kwargs)
@@ -128,22 +126,17 @@ class _Known:
         result: the log-likelihoods, in memory or in a folder.
     """
 
-    result: LogLikelihood | StreamedLogLikelihood
+    result: LikelihoodResult
+    dims: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         self._rest = torch.zeros(0, dtype=torch.float64)
-        self._parts: Iterator[Tensor] = (
-            iter([self.result.values]) if isinstance(self.result, LogLikelihood) else self._written()
-        )
+        self._parts = self.result.parts()
 
-    def _written(self) -> Iterator[Tensor]:
-        path = self.result.path if isinstance(self.result, StreamedLogLikelihood) else None
-        if path is None:
-            raise ValueError(
-                "compare wants the values of each row, but these log-likelihoods of a stream were not written. Give "
-                "log_likelihood a folder, out='scores.parquet', or pass the fit itself."
-            )
-        return (torch.from_numpy(columns["log_likelihood"].copy()) for columns in read_parts(path))
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.result.num_rows
 
     def score(self, batch: Any) -> Tensor:
         """Return the values of the next rows: as many as the batch has, or those that are read at once."""
@@ -197,16 +190,21 @@ class _Scorer:
     options: EvaluationOptions
     has_one: Callable[[Any, RowArguments], bool]
     estimator: RowEstimator | None = None
-    totals: RowTotals | None = None
+    totals: RowTotals = field(default_factory=RowTotals)
     dims: int | None = None
     dtype: torch.dtype = torch.float32
+
+    @property
+    def rows(self) -> int | None:
+        """Number of rows, if it is known before they are read."""
+        return self.batches.rows
 
     def score(self, batch: Any) -> Tensor:
         """Return the values of a batch in double precision, (rows,); NaN without a likelihood."""
         data = self.batches.convert(batch)
         if data is None:
             return torch.zeros(0, dtype=torch.float64)
-        if self.totals is None:
+        if self.dims is None:
             self.dims = prod(data.args[0].shape[1:])
             if self.has_one(self.fit, data):
                 with side_effect_free(self.model, self.guide), fresh_probes():
@@ -222,13 +220,11 @@ class _Scorer:
             ):
                 found = self.estimator.estimate(data, bar)
             values, pareto_k, self.dtype = found.values, found.pareto_k, found.values.dtype
-        here = RowTotals.of(values, pareto_k, data.args[0])
-        self.totals = here if self.totals is None else self.totals + here
+        self.totals += RowTotals.of(values, pareto_k, data.args[0])
         return values.double().cpu()
 
     def finished(self) -> LikelihoodResult:
         """Return the log-likelihoods, with a warning if they are unreliable."""
-        assert self.totals is not None  # there was a row
         if self.estimator is None:
             return StreamedLogLikelihood(self.totals, "none", 0)
         kind = self.estimator.kind
@@ -248,7 +244,7 @@ class _Merged:
 
     def __init__(self, fits: int) -> None:
         self.rows = 0
-        self._moments: Moments | None = None
+        self._moments = Moments()
         self._some, self._keys = torch.zeros(fits, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
         self._generator = torch.Generator().manual_seed(0)
 
@@ -256,8 +252,7 @@ class _Merged:
         """Add the values of a batch, (fits, rows)."""
         self.rows += values.shape[1]
         table = torch.stack([values, *(differences(best, values) for best in values)])  # (1 + fits, fits, rows)
-        here = Moments.of(table.movedim(-1, 0))
-        self._moments = here if self._moments is None else self._moments + here
+        self._moments += Moments.of(table.movedim(-1, 0))
         keys = torch.rand(values.shape[1], generator=self._generator, dtype=torch.float64)
         self._some, self._keys = torch.cat([self._some, values], 1), torch.cat([self._keys, keys])
         if len(self._keys) > ROWS_FOR_WEIGHTS:  # those of the largest keys, in the order of the rows
@@ -266,7 +261,6 @@ class _Merged:
 
     def paired(self, order: list[int]) -> PairedValues:
         """Return sums and variances of fits in an order, the best first."""
-        assert self._moments is not None  # there was a row
         total, variance, best = self._moments.total[:, order], self._moments.variance[:, order], 1 + order[0]
         return PairedValues(self.rows, total[0], variance[0], total[best], variance[best])
 

@@ -30,7 +30,7 @@ from pyro_genmodels.utils.parts import MAX_ROWS_OF_PART, Output, PartFolder, par
 from pyro_genmodels.utils.rng import forked_rng
 
 CURE = "Raise num_samples, or use a guide closer to the posterior: this one may be too narrow or too wide."
-"""What to do about weights of a heavy tail."""
+"""Advice about weights of a heavy tail."""
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,9 @@ class _Scores:
 
     def __init__(self, estimator: RowEstimator, folder: PartFolder | None, seed: int) -> None:
         self.estimator, self.folder, self.seed = estimator, folder, seed
-        self.totals: RowTotals | None = None
+        self.totals = RowTotals()
         self.kinds: set[LikelihoodKind] = {estimator.kind}
-        self.rows, self.rows_here, self.shared_error, self.dtype = 0, 0, 0.0, torch.get_default_dtype()
+        self.rows_here, self.shared_error, self.dtype = 0, 0.0, torch.get_default_dtype()
 
     def add(self, number: int, pieces: Iterable[RowArguments], bar: tqdm) -> None:
         """Evaluate the rows of a part and write them, unless they were written before."""
@@ -154,19 +154,16 @@ class _Scores:
         if record is not None:
             self._add_written(number, record, pieces, bar)
             return
-        parts, totals = [], None
+        parts, totals = [], RowTotals()
         for i, piece in enumerate(pieces):
             seeded = forked_rng(part_seed(self.seed, number, i)) if self.folder else nullcontext()
-            with naming_rows(self.rows, piece.num_rows), seeded:
+            with naming_rows(self.totals.counts.rows + totals.counts.rows, piece.num_rows), seeded:
                 found = self.estimator.estimate(piece, bar)
-            self.rows += piece.num_rows
-            here = RowTotals.of(found.values, found.pareto_k, piece.args[0])
-            totals = here if totals is None else totals + here
+            totals += RowTotals.of(found.values, found.pareto_k, piece.args[0])
             self.rows_here, self.dtype = self.rows_here + piece.num_rows, found.values.dtype
             if self.folder is not None:
                 parts.append(RowEstimates(*(None if t is None else t.cpu() for t in found)))  # type: ignore[arg-type]
-        assert totals is not None  # a part has a row
-        self.totals = totals if self.totals is None else self.totals + totals
+        self.totals += totals
         self.kinds.add(self.estimator.kind)
         self.shared_error = self.estimator.log_partitions.shared_error(self.rows_here)
         if self.folder is not None:
@@ -181,15 +178,13 @@ class _Scores:
                 f"Part {number} of the rows has {rows} rows, but {totals.counts.rows} were evaluated before: the data have "
                 "changed. Resume with the same data, or write to another path."
             )
-        self.rows += rows
-        self.totals = totals if self.totals is None else self.totals + totals
+        self.totals += totals
         self.kinds.add(record["kind"])
         self.shared_error = self.shared_error if self.rows_here else record["shared_error"]
         bar.update(rows * self.estimator.num_samples)
 
     def result(self) -> StreamedLogLikelihood:
         """Return the result, with a warning if it is unreliable."""
-        assert self.totals is not None  # there was a first row
         kind = max(self.kinds, key=get_args(LikelihoodKind).index)
         path = None if self.folder is None else self.folder.path
         k = self.estimator.samples_behind()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 __all__ = ["Moments"]
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Moments:
-    """Number of rows, their sum and their squared deviations from the mean, in double precision.
+    """Number of rows, their sum and their squared deviations from the mean, in double precision; by default those of no rows.
 
     Attributes:
         count: number of rows.
@@ -35,9 +35,9 @@ class Moments:
         (tensor(2.5000, dtype=torch.float64), tensor(True))
     """
 
-    count: int
-    total: Tensor
-    squares: Tensor
+    count: int = 0
+    total: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    squares: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
     @classmethod
     def of(cls, values: Tensor) -> Moments:
