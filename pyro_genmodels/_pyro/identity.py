@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from typing import Any
 
-import torch
 from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_genmodels._pyro.modules import reachable_modules
+from pyro_genmodels.utils.checksums import tensor_digest
 
 
 def fit_digest(parts: Iterable[Any], run: Callable[[], Any] | None = None, tensors: Iterable[Tensor] = ()) -> str:
@@ -27,7 +27,7 @@ def fit_digest(parts: Iterable[Any], run: Callable[[], Any] | None = None, tenso
         tensors: other tensors that the fit consists of, such as draws.
 
     Example:
-        >>> a, b = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+        >>> a, b = nn.Linear(2, 1), nn.Linear(2, 1)
         >>> fit_digest([a]) == fit_digest([a]), fit_digest([a]) == fit_digest([b])
         (True, False)
     """
@@ -37,7 +37,7 @@ def fit_digest(parts: Iterable[Any], run: Callable[[], Any] | None = None, tenso
             run()
         values: list[Any] = [site["value"] for site in capture.trace.nodes.values() if site["type"] == "param"]
         found |= {id(value): value.detach() for value in values}
-    digests = {_digest(t) for t in found.values()} | {_digest(t) for t in tensors}
+    digests = {tensor_digest(t) for t in (*found.values(), *tensors)}
     return sha256("".join(sorted(digests)).encode()).hexdigest()
 
 
@@ -46,9 +46,3 @@ def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters(recurse=False)
     changing = getattr(module, "changing_buffers", ())
     yield from (buffer for name, buffer in module.named_buffers(recurse=False) if name not in changing)
-
-
-def _digest(t: Tensor) -> str:
-    """Return a checksum of a tensor's shape, data type and values."""
-    raw = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return sha256(f"{tuple(t.shape)} {t.dtype}".encode() + raw.tobytes()).hexdigest()

@@ -6,7 +6,6 @@ __all__ = ["RowBatches", "is_stream", "parts_of_rows", "rows_digest"]
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from itertools import groupby
 from typing import Any
 
@@ -18,8 +17,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from pyro_genmodels._pyro.modules import reachable_modules
 from pyro_genmodels.datasets import RowStream, stream
 from pyro_genmodels.evaluation.arguments import RowArguments, row_arguments
+from pyro_genmodels.utils.checksums import arguments_digest
 from pyro_genmodels.utils.keywords import signature_of
-from pyro_genmodels.utils.nested import is_array, leaves, map_nested
+from pyro_genmodels.utils.nested import map_nested
 
 MAX_ROWS_READ = 100_000
 """Number of rows of an array that are read at once."""
@@ -143,11 +143,6 @@ def parts_of_rows(batches: Iterable[RowArguments], rows: int) -> Iterator[tuple[
 
 
 def rows_digest(data: RowArguments) -> str:
-    """Return a checksum of the first rows of all arguments."""
+    """Return a checksum of all arguments, of which those with rows are cut to the first."""
     first = data.first(ROWS_OF_DIGEST)
-    digest = sha256()
-    for keys, t in leaves({"args": first.args, "kwargs": first.kwargs}, is_array):
-        if isinstance(t, Tensor):
-            digest.update(f"{keys} {tuple(t.shape)} {t.dtype}".encode())
-            digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return arguments_digest([first.args, dict(first.kwargs)])

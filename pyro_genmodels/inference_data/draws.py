@@ -5,7 +5,6 @@ from __future__ import annotations
 __all__ = ["sample_to"]
 
 from collections.abc import Callable, Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +163,7 @@ class _Source:
     def digest(self) -> str:
         """Return a checksum of the fit and its contexts."""
         tensors = [] if self._is_family else [value for value in vars(self._owner).values() if isinstance(value, Tensor)]
-        found = fit_digest([self._owner], tensors=tensors)
-        if self._context is not None:
-            values = self._context.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            found = sha256(found.encode() + values).hexdigest()
-        return found
+        return fit_digest([self._owner], tensors=[*tensors, *([] if self._context is None else [self._context])])
 
     def draw(self, number: int, draws: slice) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the samples of a part, and their labels if the contexts are labels."""

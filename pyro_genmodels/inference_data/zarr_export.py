@@ -22,7 +22,8 @@ from pyro_genmodels.inference_data.attributes import group_attributes
 from pyro_genmodels.inference_data.groups import GROUPS, PARETO_K, PROGRESS_DELAY, CollectOptions, Groups
 from pyro_genmodels.inference_data.names import check_names, xarray_name
 from pyro_genmodels.inference_data.sources import DrawSource
-from pyro_genmodels.utils.nested import is_array, leaves
+from pyro_genmodels.utils.checksums import arguments_digest
+from pyro_genmodels.utils.nested import leaves
 from pyro_genmodels.utils.pareto import smooth_log_weights, tail_length
 from pyro_genmodels.utils.parts import Output, part_seed
 from pyro_genmodels.utils.rng import forked_rng
@@ -37,8 +38,7 @@ WEIGHTS = ("sample_stats", "log_weight")
 
 def draws_of_block(output: Output, sources: Sequence[DrawSource], batch_size: int) -> int:
     """Return the number of draws of each chain in a block."""
-    arguments = [leaf for _, leaf in leaves([sources[0].args, dict(sources[0].kwargs)], is_array) if is_array(leaf)]
-    numbers = sum(int(np.prod(getattr(leaf, "shape", (len(leaf),)))) for leaf in arguments)
+    numbers = sum(int(np.prod(np.shape(leaf))) for _, leaf in leaves([sources[0].args, dict(sources[0].kwargs)]))
     most = min(MAX_DRAWS_OF_BLOCK, MAX_RUNS_OF_BLOCK * batch_size)
     by_size = max(batch_size, min(most, MAX_NUMBERS_OF_BLOCK // max(numbers, 1)))
     return min(output.rows or by_size, sources[0].draws_per_chain)
@@ -96,16 +96,16 @@ def _settings(
     sources: Sequence[DrawSource], output: Output, options: CollectOptions, size: int, step: int
 ) -> Mapping[str, Any]:
     """Return what a resumed run must have in common with the one that was interrupted."""
+    data = [arguments_digest([source.args, dict(source.kwargs)]) for source in sources]
     digests = []
     for source in sources:
         given = source.guide if isinstance(source.guide, Mapping) else {}
         parts = [part for part in (source.model, None if given else source.guide) if part is not None]
         run = None if given else lambda: traces.run_pair(source.model, source.guide, source.args, source.kwargs)  # noqa: B023
-        data = [leaf for _, leaf in leaves([source.args, dict(source.kwargs)]) if isinstance(leaf, Tensor)]
         with handlers.side_effect_free(*parts), forked_rng(0):
-            digests.append(fit_digest(parts, run, [*given.values(), *data]))
+            digests.append(fit_digest(parts, run, given.values()))
     return {
-        "kind": "arviz", "fit": digests, "number_of_draws": size, "draws_of_a_part": step, "seed": output.seed,
+        "kind": "arviz", "fit": digests, "data": data, "number_of_draws": size, "draws_of_a_part": step, "seed": output.seed,
         "batch_size": options.batch_size, "parallel": options.parallel, "groups": sorted(options.groups),
     }  # fmt: skip
 

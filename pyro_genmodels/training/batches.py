@@ -25,6 +25,7 @@ from pyro_genmodels.datasets.orders import step_sizes
 from pyro_genmodels.datasets.statistics import ColumnStatistics
 from pyro_genmodels.datasets.streams import RowStream
 from pyro_genmodels.training.arguments import Batch, as_arguments, by_place, first_argument, joined, number_of_rows
+from pyro_genmodels.utils.checksums import raw_bytes
 from pyro_genmodels.utils.errors import listed, warn_caller
 from pyro_genmodels.utils.nested import is_array, map_nested
 from pyro_genmodels.utils.ranks import Ranks
@@ -136,7 +137,7 @@ class Batches:
             return self.source.digest if isinstance(self.source, RowStream) else None
         digest = sha256()
         for t in self.all.tensors.values():
-            digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            digest.update(raw_bytes(t))
         return digest.hexdigest()
 
     @property

@@ -36,6 +36,7 @@ from pyro_genmodels._pyro.modules import with_versions
 from pyro_genmodels.families import Family
 from pyro_genmodels.training.rebuild import brief, describe, rebuild
 from pyro_genmodels.training.records import ENTRIES, check_record
+from pyro_genmodels.utils.checksums import raw_bytes
 from pyro_genmodels.utils.errors import import_extra, one_line, type_with_article
 from pyro_genmodels.utils.files import MAX_BYTES, atomic_write, check_size
 
@@ -321,5 +322,5 @@ def _digest(state: Mapping[str, Tensor], text: str) -> str:
     digest = hashlib.sha256(text.encode())
     for name, t in sorted(state.items()):
         digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        digest.update(t.contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(raw_bytes(t))
     return digest.hexdigest()

@@ -230,12 +230,31 @@ def test_blocks_of_draws_are_resumed(fit, tmp_path, monkeypatch):
     for group in ("posterior", "sample_stats"):
         for name in whole[group].data_vars:
             np.testing.assert_array_equal(found[group][name], whole[group][name])
-    with pytest.raises(ValueError, match="holds a run with different fit"):
+    with pytest.raises(ValueError, match="holds a run with different data"):
         to_arviz((model, guide), x + 1, out=out, **options)
     with pytest.raises(FileExistsError, match="To go on"):
         to_arviz((model, guide), x, out=tmp_path / "a.zarr", **options)
     with pytest.raises(ValueError, match="leave 'draw' out of coords"):
         to_arviz((model, guide), x, out=tmp_path / "b.zarr", coords={"draw": range(250)}, **options)
+
+
+@pytest.mark.parametrize("kind", [torch.as_tensor, np.asarray, list, pd.Series])
+def test_other_arguments_of_any_kind_are_not_resumed_with(kind, tmp_path):
+    """Arrays and numbers were not compared, so that blocks of two data sets came into one folder; lists of them failed."""
+
+    def model(y, scale):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(loc, scale), obs=torch.tensor(list(map(float, y))))
+
+    y, guide = np.arange(3.0), AutoNormal(model)
+    guide(y, 1.0)
+    options = {"num_samples": 10, "groups": ["posterior"], "progress": False, "out": Output(tmp_path / "a.zarr", resume=True)}
+    to_arviz((model, guide), kind(y), 1.0, **options)
+    to_arviz((model, guide), kind(y), 1.0, **options)
+    for other in ((kind(y + 1), 1.0), (kind(y), 2.0)):
+        with pytest.raises(ValueError, match="holds a run with different data"):
+            to_arviz((model, guide), *other, **options)
 
 
 def test_draws_that_are_given_keep_their_chains(fit, tmp_path):
