@@ -55,6 +55,7 @@ from pyro_genmodels.training.runs import Checkpoint, RunCheckpoint
 from pyro_genmodels.training.sharding import Sharding, clip_norm, is_sharded
 from pyro_genmodels.training.shares import Share, check_divisible
 from pyro_genmodels.training.steps import make_step
+from pyro_genmodels.utils.checksums import arguments_digest
 from pyro_genmodels.utils.errors import check_positive_int, import_extra
 from pyro_genmodels.utils.keywords import joined_keywords
 from pyro_genmodels.utils.nested import is_array, map_nested
@@ -137,9 +138,10 @@ class LightningFit(LightningModule):
         self.rows, self.ema_decay, self.clip_norm, self.seed = rows, ema_decay, inf if clip_norm is None else clip_norm, seed
         self.limits = Limits(sys.maxsize, patience, inf)
         self.checkpoint = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
-        self.settings: dict[str, Any] = {"batch_size": None, "valid": None}
         self.ranks = Ranks()
         self._objective, self._optim, self._model_kwargs = objective, optim, joined_keywords({}, model_kwargs)
+        constants = arguments_digest(self._model_kwargs) if self._model_kwargs else None
+        self.settings: dict[str, Any] = {"batch_size": None, "valid": None, "model_kwargs": constants}
         self._networks = nn.ModuleList(traces.modules_of(self.model, self.guide))
         self._extra_networks = nn.ModuleList()
         self._loose_parameters = nn.ParameterList()

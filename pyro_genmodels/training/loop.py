@@ -49,6 +49,7 @@ from pyro_genmodels.training.options import (
 )
 from pyro_genmodels.training.runs import Checkpoint, RunCheckpoint, TrainingInterrupted
 from pyro_genmodels.training.steps import LossStep, make_step
+from pyro_genmodels.utils.checksums import arguments_digest
 from pyro_genmodels.utils.errors import warn_caller
 from pyro_genmodels.utils.keywords import check_model_keywords, joined_keywords, runs_models
 from pyro_genmodels.utils.rng import forked_rng
@@ -167,6 +168,7 @@ def train(
         modules, result = traces.modules_of(model, guide), Fit(fit)
         batches, held_out, result.held_out = load_data(data, context, valid, batch_size, seed, model, modules, model_kwargs)
         settings: dict[str, Any] = {"batch_size": batch_size, "valid": float(valid) if isinstance(valid, Real) else None}
+        settings["model_kwargs"] = arguments_digest(model_kwargs) if model_kwargs else None
         limits = Limits(epochs, patience, inf if max_seconds is None else float(max_seconds))
         if trainer is not None:
             from pyro_genmodels.training import lightning_run  # which takes seconds

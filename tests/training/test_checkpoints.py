@@ -1184,6 +1184,24 @@ def test_a_run_is_resumed_by_a_version_with_another_option_unless_it_is_used(pat
     assert len(history_of(path)) == 2
 
 
+def test_a_run_is_not_resumed_with_other_keyword_arguments_of_the_model(path):
+    def run(scale, *, epochs, resume):
+        pyro.clear_param_store()
+
+        def model(x, scale):
+            with pyro.plate("rows", len(x)):
+                pyro.sample("x", dist.Normal(pyro.param("loc", torch.zeros(2)), scale).to_event(1), obs=x)
+
+        options = {"checkpoint": Checkpoint(path, resume=resume), "model_kwargs": {"scale": scale}, "progress": False}
+        train((model, lambda x, scale: None), X, epochs=epochs, **options)
+
+    run(torch.ones(2), epochs=1, resume=False)
+    with pytest.raises(ValueError, match="another run than this one: model_kwargs was"):
+        run(2 * torch.ones(2), epochs=2, resume=True)
+    run(torch.ones(2), epochs=2, resume=True)
+    assert len(history_of(path)) == 2
+
+
 def test_a_refused_resume_changes_nothing(path):
     def flow():
         pyro.set_rng_seed(0)
