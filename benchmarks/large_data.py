@@ -1,7 +1,7 @@
 """Training on data larger than memory: peak memory and rows per second against the number of rows.
 
-    python benchmarks/large_data.py --folder /tmp/large_data
-    python benchmarks/large_data.py --folder /tmp/large_data --rows 1000000 100000000 --kinds parquet
+    python benchmarks/large_data.py
+    python benchmarks/large_data.py --folder large_data --rows 1000000 100000000 --kinds parquet
 
 Each row of the table is a fresh process. Another one writes files of 10 columns of float32; then a small flow is standardised
 by all rows and trained for one epoch, and the operating system says the peak of the resident memory. Times are CPU time.
@@ -14,6 +14,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -90,7 +91,7 @@ def peak_bytes():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/large_data"))
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "large_data")
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 5_000_000, 20_000_000])
     parser.add_argument("--kinds", nargs="+", default=["npy", "parquet"])
     parser.add_argument("--step", nargs=3, help=argparse.SUPPRESS)  # of a fresh process: what, kind, rows

@@ -1,6 +1,6 @@
 """Peak memory, seconds and size on disk of results larger than memory, each in a fresh process.
 
-    python -m benchmarks.large_outputs [--rows 1000000 10000000] [--only sample_parquet] [--folder /tmp]
+    python -m benchmarks.large_outputs [--rows 1000000 10000000] [--only sample_parquet] [--folder FOLDER]
 
 Prints a table, which is the section "Large outputs" of RESULTS.md. Peak memory is the largest resident set of the process; what
 the imports alone take is in the first row.

@@ -27,7 +27,7 @@ from pyro_genmodels.utils.distributions import mean_in_data
 from pyro_genmodels.utils.errors import repr_or_class
 
 ADVICE = "Train it by Trace_ELBO with vae.model and vae.guide; for its likelihood use log_likelihood(vae, x)."
-"""How to train a family whose distribution has no density, and what its likelihood is computed by."""
+"""Advice for a family whose distribution has no density."""
 
 
 class DecodedFamily(CoordinateFamily):

@@ -17,7 +17,7 @@ from pyro_genmodels.utils.supports import ByColumn, support_by_column
 from pyro_genmodels.utils.tensors import all_finite
 
 IF_AT_END = "map to infinity. Squeeze the data into the interior, or model integers: Flow(..., levels=K)."
-"""What is wrong with values at an end of a support that is mapped to the real line, and what to do."""
+"""Reason and advice for values at an end of a support that is mapped to the real line."""
 
 
 def check_constructor(kind: str, event_shape: Any, support: Any, *, angles: bool = False) -> constraints.Constraint:

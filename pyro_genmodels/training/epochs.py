@@ -1,4 +1,4 @@
-"""What is kept between the epochs of a run: its history, its best parameters, its checkpoint; and when it has failed.
+"""Bookkeeping between the epochs of a run: its history, its best parameters, its checkpoint, and its failures.
 
 The loop of `train` and Lightning's both end each epoch here.
 """

@@ -1,4 +1,4 @@
-"""What a `lightning.Trainer` cannot train, or cannot train as a fit wants it, as errors."""
+"""Checks that a `lightning.Trainer` can train a fit, with errors that say what it cannot."""
 
 from __future__ import annotations
 

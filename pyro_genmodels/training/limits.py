@@ -1,4 +1,4 @@
-"""When a run of training ends."""
+"""Limits of a run of training: epochs, patience and time."""
 
 from __future__ import annotations
 

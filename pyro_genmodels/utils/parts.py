@@ -47,7 +47,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Output:
-    """Where a result that is larger than memory is written, and how.
+    """Place and form of a result that is larger than memory.
 
     Attributes:
         path: path of the folder. Its suffix is ``.parquet`` for a folder of parquet files, or ``.zarr``.
