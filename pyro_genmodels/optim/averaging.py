@@ -148,12 +148,7 @@ def moving_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor]
     @torch.no_grad()
     def average(averages: Sequence[Tensor], parameters: Sequence[Tensor], steps: Tensor | int) -> None:
         t = int(steps)
-        update = get_ema_multi_avg_fn(min(decay, (1 + t) / (10 + t)))
-        pairs = list(zip(averages, parameters, strict=True))
-        sharded = [pair for pair in pairs if hasattr(pair[1], "full_tensor")]  # which torch cannot update beside others
-        plain = pairs if not sharded else [pair for pair in pairs if not hasattr(pair[1], "full_tensor")]
-        for group in (group for group in (plain, sharded) if group):
-            update(*map(list, zip(*group, strict=True)), t)
+        get_ema_multi_avg_fn(min(decay, (1 + t) / (10 + t)))(averages, parameters, t)
 
     return average
 

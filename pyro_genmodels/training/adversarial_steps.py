@@ -48,6 +48,8 @@ class AdversarialStep(Step):
         smallest_loss: usual size of a loss that is 0 at first.
     """
 
+    validates_row_by_row = False
+
     def __init__(
         self,
         trainer: Adversarial,

@@ -6,7 +6,7 @@ __all__ = ["Step", "mean_loss"]
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pyro_genmodels._pyro import handlers, subsampling, traces
 from pyro_genmodels.infer.compiled import Mode
@@ -29,7 +29,11 @@ class Step(ABC):
 
     Attributes:
         takes_size: True if the model takes the number of all rows as ``size``.
+        validates_row_by_row: True if the validation loss is a mean over rows, of which each of several processes can take some:
+            by `prepare_validation` and `validation_loss`. Otherwise it compares all rows at once.
     """
+
+    validates_row_by_row: ClassVar[bool]
 
     def __init__(self, model: Callable[..., Any], rows: int) -> None:
         self.model, self.rows = model, rows

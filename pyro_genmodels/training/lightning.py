@@ -31,7 +31,6 @@ from pyro_genmodels.infer.adversarial import Adversarial
 from pyro_genmodels.infer.adversarial.losses import AdversarialLoss
 from pyro_genmodels.optim.adapters import make_optimizer
 from pyro_genmodels.optim.averaging import TrainedWeights
-from pyro_genmodels.training.adversarial_steps import AdversarialStep
 from pyro_genmodels.training.arguments import Batch
 from pyro_genmodels.training.batches import Batches
 from pyro_genmodels.training.checkpoints import tensors_of
@@ -248,7 +247,7 @@ class LightningFit(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimisers of the parameters, which are on their device now."""
-        if isinstance(self.step, AdversarialStep):
+        if not self.automatic_optimization:
             return list(self.step.trainer.optimisers.values())
         self.step.optimiser = make_optimizer(self._optim, list(self.step.parameters.values()))
         if self._sharding is not None:
@@ -277,6 +276,8 @@ class LightningFit(LightningModule):
         )
         modules = list(self._networks)
         self.weights = TrainedWeights(step.parameters, modules, self.ema_decay, step.excluded, step.extra_modules)  # type: ignore[arg-type]
+        if self._sharding is not None:
+            self._sharding.split_average(self.weights.average)
         self._joint_buffers = JointBuffers(ranks, [*modules, *self._extra_networks])
         settings = {
             "seed": self._seed if self.seed is None and ranks.size > 1 else self.seed,

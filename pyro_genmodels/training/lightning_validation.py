@@ -12,7 +12,6 @@ from pyro_genmodels.optim.averaging import TrainedWeights
 from pyro_genmodels.training.arguments import Batch
 from pyro_genmodels.training.batches import Batches
 from pyro_genmodels.training.options import VALIDATION_SEED
-from pyro_genmodels.training.steps import LossStep
 from pyro_genmodels.utils.ranks import Ranks
 from pyro_genmodels.utils.rng import forked_rng
 
@@ -38,12 +37,12 @@ class JointValidation:
         self._losses, self._batches = [], []
         self._block.enter_context(self.weights.averaged())
         self._block.enter_context(handlers.side_effect_free(self.step))
-        shift = self.ranks.rank if isinstance(self.step, LossStep) else 0  # each rank validates its own rows
+        shift = self.ranks.rank if self.step.validates_row_by_row else 0  # each rank validates its own rows
         self._block.enter_context(forked_rng(VALIDATION_SEED + shift))
 
     def add(self, batch: Batch, rows: int) -> None:
         """Compute the loss of this rank's rows of a batch, out of this number of rows on all ranks."""
-        if isinstance(self.step, LossStep):
+        if self.step.validates_row_by_row:
             if not self._losses:
                 self.step.prepare_validation(batch)
             self._losses.append((self.step.validation_loss(batch, rows), batch.rows))
@@ -53,7 +52,7 @@ class JointValidation:
     def end(self) -> float:
         """Return the mean loss over the held-out rows of all ranks."""
         with self._block:
-            if not isinstance(self.step, LossStep):  # an adversarial one compares all held-out rows with samples
+            if not self.step.validates_row_by_row:
                 held_out: Any = self.held_out or _Collected(self._batches)
                 self._losses = [(self.step.validate(held_out), held_out.rows)]
         total, rows = self.ranks.sum(sum(loss * n for loss, n in self._losses), sum(n for _, n in self._losses))

@@ -151,6 +151,25 @@ class Sharding:
         ]
         self._groups: list[tuple[Optimizer, list[list[nn.Parameter]]]] = []
 
+    @staticmethod
+    def split_average(average: Any) -> None:
+        """Update the average of sharded parameters apart from that of other ones, which torch cannot do together.
+
+        Args:
+            average: torch's `AveragedModel` of the parameters, or None.
+        """
+        if average is None:
+            return
+        update = average.multi_avg_fn
+
+        def by_kind(averages: Sequence[Tensor], parameters: Sequence[Tensor], steps: Any) -> None:
+            for kind in (True, False):
+                pairs = [pair for pair in zip(averages, parameters, strict=True) if is_sharded(pair[1]) == kind]
+                if pairs:
+                    update(*map(list, zip(*pairs, strict=True)), steps)
+
+        average.multi_avg_fn = by_kind
+
     def split_groups(self, optimiser: Any) -> None:
         """Divide the groups of an optimiser's parameters into sharded and other ones, which torch cannot step together."""
         for part in getattr(optimiser, "optimisers", [optimiser]):

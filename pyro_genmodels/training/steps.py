@@ -100,6 +100,8 @@ class LossStep(Step):
         smallest_loss: usual size of a loss that is 0 at first: 1, or 0 for losses in the units of the data.
     """
 
+    validates_row_by_row = True
+
     def __init__(
         self,
         model: Callable[..., Any],
