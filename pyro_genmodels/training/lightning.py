@@ -12,7 +12,7 @@ from __future__ import annotations
 __all__ = ["LightningFit"]
 
 import sys
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
 from math import inf, isfinite, nan
@@ -38,11 +38,11 @@ from pyro_genmodels.training.epochs import Epochs
 from pyro_genmodels.training.fit import Fit
 from pyro_genmodels.training.joint_buffers import JointBuffers
 from pyro_genmodels.training.lightning_checks import check_callbacks, check_launcher, check_loss, check_precision
+from pyro_genmodels.training.lightning_parameters import RunParameters
 from pyro_genmodels.training.lightning_validation import JointValidation
 from pyro_genmodels.training.limits import Limits
 from pyro_genmodels.training.options import (
     EMA_DECAY,
-    buffers_restored,
     check_options,
     identity_of,
     load_data,
@@ -51,7 +51,7 @@ from pyro_genmodels.training.options import (
     subsample_held_out,
 )
 from pyro_genmodels.training.runs import Checkpoint, RunCheckpoint
-from pyro_genmodels.training.sharding import Sharding, clip_norm, is_sharded
+from pyro_genmodels.training.sharding import clip_norm
 from pyro_genmodels.training.shares import Share, check_divisible
 from pyro_genmodels.training.steps import make_step
 from pyro_genmodels.utils.checksums import arguments_digest
@@ -59,7 +59,6 @@ from pyro_genmodels.utils.errors import check_positive_int, import_extra
 from pyro_genmodels.utils.keywords import joined_keywords
 from pyro_genmodels.utils.nested import is_array, map_nested
 from pyro_genmodels.utils.ranks import Ranks, joint_ranks, joint_seed
-from pyro_genmodels.utils.rng import forked_rng
 
 if TYPE_CHECKING:
     from lightning import Callback, LightningModule
@@ -151,7 +150,7 @@ class LightningFit(LightningModule):
         self._has_all_rows = True
         self._epochs: Epochs | None = None
         self._validation: Any = None
-        self._sharding: Sharding | None = None
+        self._parameters_of_run: Any = None
 
     # Before the run.
 
@@ -190,11 +189,12 @@ class LightningFit(LightningModule):
         self.ranks = Ranks(trainer.global_rank, trainer.world_size, trainer.strategy.root_device)
         if self.step is None:
             self.prepare(self._batches_of_trainer())
-        trained = {id(p) for p in self.step.parameters.values()}
-        self._frozen = [p for p in self.parameters() if p.requires_grad and id(p) not in trained]
-        for p in self._frozen:
-            p.requires_grad_(False)  # otherwise DDP waits for their gradients
-        self._unused = self._unused_parameters() if self.ranks.size > 1 and self.automatic_optimization else []
+        modules = [*self._networks, *self._extra_networks, self._loose_parameters]
+        self._parameters_of_run = RunParameters(self.step, modules, self.ranks)
+        if self.ranks.size > 1 and self.automatic_optimization:
+            batch, rows = next(self._batches.shares(self.ranks))
+            check_divisible(rows, self.ranks)
+            self._parameters_of_run.find_unused(batch)
 
     def _batches_of_trainer(self) -> Batches:
         """Return the data of the Trainer's dataloader, or its first batch in place of all rows if it has no number of rows."""
@@ -211,19 +211,6 @@ class LightningFit(LightningModule):
         batches, _, _ = load_data(loader, None, None, sys.maxsize, self.seed, self.model, modules, self._model_kwargs)
         return batches
 
-    def _unused_parameters(self) -> list[Tensor]:
-        """Return the parameters that the loss of the first rows does not use. They get a gradient of 0: DDP waits for it."""
-        modules = [*self._networks, *self._extra_networks]
-        batch, rows = next(self._batches.shares(self.ranks))
-        check_divisible(rows, self.ranks)
-        with forked_rng(), buffers_restored(modules):
-            loss = self.step.differentiable_loss(batch)
-            parameters = list(self.step.parameters.values())
-            grads = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else [None] * len(parameters)
-        for part in (part for module in modules for part in module.modules() if hasattr(part, "reread")):
-            part.reread()
-        return [p for p, grad in zip(parameters, grads, strict=True) if grad is None]
-
     def shard(self, min_parameters: int) -> None:
         """Divide large layers among the ranks: see `ShardedStrategy`, which calls this.
 
@@ -235,23 +222,18 @@ class LightningFit(LightningModule):
         """
         if not self.automatic_optimization:
             raise ValueError("ShardedStrategy trains by differentiable losses, not adversarial ones. Use strategy='ddp'.")
-        modules = [*self._networks, *self._extra_networks, self._loose_parameters]
-        unused = {id(p) for p in self._unused}
-        places = [name for name, p in self.step.parameters.items() if id(p) in unused]
-        self._sharding = Sharding(modules, self.step.parameters, self.ranks, min_parameters)
-        self._unused = [p for name in places if not is_sharded(p := self.step.parameters[name])]
+        self._parameters_of_run.shard(min_parameters)
 
     def _whole(self) -> AbstractContextManager[None]:
         """Return a block in which sharded parameters are whole."""
-        return nullcontext() if self._sharding is None else self._sharding.whole(self.weights)
+        return self._parameters_of_run.whole(self.weights)
 
     def configure_optimizers(self) -> Any:
         """Return the optimisers of the parameters, which are on their device now."""
         if not self.automatic_optimization:
             return list(self.step.trainer.optimisers.values())
         self.step.optimiser = make_optimizer(self._optim, list(self.step.parameters.values()))
-        if self._sharding is not None:
-            self._sharding.split_groups(self.step.optimiser)
+        self._parameters_of_run.split(optimiser=self.step.optimiser)
         return self.step.optimiser
 
     def configure_callbacks(self) -> Any:
@@ -276,8 +258,7 @@ class LightningFit(LightningModule):
         )
         modules = list(self._networks)
         self.weights = TrainedWeights(step.parameters, modules, self.ema_decay, step.excluded, step.extra_modules)  # type: ignore[arg-type]
-        if self._sharding is not None:
-            self._sharding.split_average(self.weights.average)
+        self._parameters_of_run.split(average=self.weights.average)
         self._joint_buffers = JointBuffers(ranks, [*modules, *self._extra_networks])
         settings = {
             "seed": self._seed if self.seed is None and ranks.size > 1 else self.seed,
@@ -392,7 +373,7 @@ class LightningFit(LightningModule):
             self._fail("loss", joint)
         self._part.add({"train": joint}, int(rows))
         self._log("train_step", joint, on_step=True)
-        return share.weight * loss + sum(0.0 * p.sum() for p in self._unused)
+        return share.weight * loss + self._parameters_of_run.zero()
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -461,11 +442,8 @@ class LightningFit(LightningModule):
         """Restore the best parameters, and put all modules in evaluation mode."""
         if not self.has_ended:
             self.has_ended = True
-            if self._sharding is not None:
-                self._sharding.end(self.weights)
+            self._parameters_of_run.release(self.weights)
             self.weights.restore_best()
-            for p in self._frozen:
-                p.requires_grad_(True)
             self.eval()
 
     # Validation.
@@ -524,8 +502,8 @@ class _EndOnError(Callback):
         if owner._validation is not None:
             owner._validation.close()
         if pl_module is not owner or owner._epochs is None:
-            if owner._sharding is not None:
-                owner._sharding.end(None)
+            if owner._parameters_of_run is not None:
+                owner._parameters_of_run.release(None)
             return
         epochs, fit = owner._epochs, owner.result
         if isinstance(exception, FloatingPointError):

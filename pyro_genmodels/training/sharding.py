@@ -156,10 +156,8 @@ class Sharding:
         """Update the average of sharded parameters apart from that of other ones, which torch cannot do together.
 
         Args:
-            average: torch's `AveragedModel` of the parameters, or None.
+            average: torch's `AveragedModel` of the parameters.
         """
-        if average is None:
-            return
         update = average.multi_avg_fn
 
         def by_kind(averages: Sequence[Tensor], parameters: Sequence[Tensor], steps: Any) -> None:
