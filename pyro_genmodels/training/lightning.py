@@ -250,9 +250,9 @@ class LightningFit(LightningModule):
         trainer, step, ranks = self.trainer, self.step, self.ranks
         if isinstance(trainer.model, DistributedDataParallel):
             trainer.model.broadcast_buffers = False  # chains differ by rank; `JointBuffers` averages what is learned
-        self._batches.device = trainer.strategy.root_device  # of batches that are read
+        self._batches.convert.device = trainer.strategy.root_device  # of batches that are read
         if self._held_out is not None:
-            self._held_out.move(trainer.strategy.root_device)
+            self._held_out.source.move(trainer.strategy.root_device)
         self._seed = (
             ranks.first_object(int(torch.randint(2**32, ())) if self.seed is None else int(self.seed)) if ranks.size > 1 else 0
         )
@@ -340,7 +340,7 @@ class LightningFit(LightningModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move the tensors of a batch, at any depth."""
         if not isinstance(batch, Share):
-            return self._batches.as_batch(batch)
+            return self._batches.convert(batch)
         (args, kwargs, rows), weight = batch
         args, kwargs = (
             map_nested(lambda t: t.to(device, non_blocking=True) if isinstance(t, Tensor) else t, value, is_array)

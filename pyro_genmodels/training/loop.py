@@ -297,7 +297,7 @@ def _train_epoch(step: LossStep | AdversarialStep, batches: Batches, epochs: Epo
         part.add(losses, batch.rows)
         if number == 1:
             epochs.first_loss.append(losses["train"])
-        if run.is_due and batches.resumes:
+        if run.is_due and batches.source.resumes:
             run.capture(part, epochs.first_loss, epochs.seconds)
         if not bar.disable and time.perf_counter() - shown > max(SHOWN_SECONDS, bar.mininterval):
             shown = time.perf_counter()

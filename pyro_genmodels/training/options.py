@@ -141,7 +141,7 @@ def prepare_family(model: Callable[..., Any], batches: Batches, held_out: Batche
     family = _family_of(model)
     if family is None:
         return
-    statistics = () if family.is_prepared else batches.statistics(progress=progress)
+    statistics = () if family.is_prepared else batches.source.statistics(progress=progress)
     _check_statistics(family, statistics)
     rows = batches.head(STANDARDIZE_ROWS)
     for part in (rows, *([] if held_out is None else [held_out.head(STANDARDIZE_ROWS)])):

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyro_genmodels import GAN, MAF, VAE, Autoregressive, Diffusion, EnergyModel, Flow, Labels, ODEFlow, train
 from pyro_genmodels.datasets import RowStream, stream
 from pyro_genmodels.datasets.statistics import ColumnStatistics
-from pyro_genmodels.training import Checkpoint, TrainingInterrupted, checkpoints
+from pyro_genmodels.training import Checkpoint, TrainingInterrupted, checkpoints, loop
 from pyro_genmodels.training.adversarial_steps import AdversarialStep
 from pyro_genmodels.training.batches import Batches
 from pyro_genmodels.training.runs import RunCheckpoint
@@ -148,9 +148,15 @@ def test_a_pyro_model_takes_streams(folder):
 
 
 def test_progress_is_shown_within_an_epoch(folder, monkeypatch, capsys):
-    monkeypatch.setattr("pyro_genmodels.training.loop.SHOWN_SECONDS", 0.0)
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    monkeypatch.setattr("tqdm.auto.tqdm.mininterval", 0.0, raising=False)
+    make_bar = loop._progress_bar
+
+    def at_every_step(*args, **options):
+        bar = make_bar(*args, **options)
+        bar.mininterval = 0.0
+        return bar
+
+    monkeypatch.setattr(loop, "SHOWN_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "_progress_bar", at_every_step)
     pyro.clear_param_store()
     train(make_flow(), stream(folder), epochs=1, batch_size=10, seed=0, progress=True)
     shown = capsys.readouterr().err
